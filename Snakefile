@@ -1,0 +1,67 @@
+# Depth pruning of diffusion transformers (PPCL, arXiv 2511.16156), from teacher to pipelines.
+#
+#   snakemake --cores all                                    the embedded default, config/digits.yaml
+#   snakemake --cores all --configfile config/mine.yaml      your model
+#   snakemake --cores all interval_plots                     figures of the search, from parquet only
+#   snakemake --cores all train_teacher                      remake the embedded teacher
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+# A config file given on the command line stands alone: nothing of the default's leaks into it.
+if not workflow.overwrite_configfiles:
+
+    configfile: "config/digits.yaml"
+
+
+include: "workflow/rules/common.smk"
+
+
+validate()
+
+
+report: "workflow/report/workflow.rst"
+
+
+wildcard_constraints:
+    variant="|".join(map(re.escape, variants())),
+
+
+include: "workflow/rules/plot.smk"
+
+
+# Finished searches are drawn from their parquet files alone, whatever became of the rest.
+if not interval_plots_only():
+
+    include: "workflow/rules/record.smk"
+    include: "workflow/rules/extract.smk"
+    include: "workflow/rules/probe.smk"
+    include: "workflow/rules/similarity.smk"
+    include: "workflow/rules/intervals.smk"
+    include: "workflow/rules/prune.smk"
+    include: "workflow/rules/distill.smk"
+    include: "workflow/rules/finetune.smk"
+    include: "workflow/rules/assemble.smk"
+    include: "workflow/rules/evaluate.smk"
+    include: "workflow/rules/train_teacher.smk"
+
+
+localrules:
+    all,
+    interval_plots,
+
+
+rule all:
+    default_target: True
+    input:
+        models=models(),
+        metrics=result("evaluation/metrics.parquet"),
+        images=result("evaluation/images.parquet"),
+        plots=plots("intervals", "training", "quality"),
+
+
+rule interval_plots:
+    input:
+        plots=plots("intervals"),

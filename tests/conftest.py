@@ -1,0 +1,39 @@
+"""Makes the workflow's library package importable; imports no torch."""
+
+import json
+import struct
+import sys
+from math import prod
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
+
+
+@pytest.fixture
+def stand_in(tmp_path) -> dict:
+    """A config of a teacher and prompts that pass every check made before a model is loaded.
+
+    10 blocks of 8 parameters and 20 other ones.
+    """
+    teacher = tmp_path / "teacher"
+    (teacher / "transformer").mkdir(parents=True)
+    index = {"_class_name": "AnyPipeline", "transformer": ["diffusers", "AnyTransformer"]}
+    (teacher / "model_index.json").write_text(json.dumps(index))
+    (teacher / "transformer/config.json").write_text("{}")
+    header, end = {}, 0
+    shapes = {f"transformer_blocks.{i}.weight": [2, 4] for i in range(10)} | {"proj": [20]}
+    for name, shape in shapes.items():
+        offsets = [end, end := end + prod(shape)]
+        header[name] = {"dtype": "U8", "shape": shape, "data_offsets": offsets}
+    text = json.dumps(header).encode()
+    content = struct.pack("<Q", len(text)) + text + bytes(end)
+    (teacher / "transformer/model.safetensors").write_bytes(content)
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text("prompt,digit,digit_color,background_color\nthe digit 7,7,red,white\n")
+    return {
+        "teacher": {"path": str(teacher)},
+        "record": {"prompts": str(prompts)},
+        "evaluate": {"prompts": str(prompts)},
+    }

@@ -1,0 +1,217 @@
+"""The workflow's own code: lint, targets, what a changed key reruns, and how it fails."""
+
+import json
+import os
+import re
+import resource
+import shlex
+import subprocess
+import sys
+
+import pytest
+import yaml
+from readme_tables import ROOT
+from test_plots import search_tables
+
+from ppcl import schemas, tables
+
+BIN = os.path.dirname(sys.executable)
+STAGES = {
+    "record",
+    "extract",
+    "probe",
+    "similarity",
+    "intervals",
+    "prune",
+    "distill",
+    "assemble",
+    "evaluate",
+    "plot_intervals",
+    "plot_training",
+    "plot_quality",
+}
+
+
+def run(*command, code=0, **variables) -> str:
+    """What a command prints, after it ended with the expected exit code."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    done = subprocess.run(
+        [os.path.join(BIN, command[0]), *map(str, command[1:])],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == code, done.stdout
+    return done.stdout
+
+
+@pytest.fixture
+def snakemake(stand_in, tmp_path):
+    """Runs snakemake with a config of the repository, a stand-in teacher and further keys."""
+
+    def call(*arguments, config="digits", code=0, variables=None, **keys) -> str:
+        overlay = tmp_path / "overlay.yaml"
+        given = dict(stand_in)
+        for key, value in keys.items():
+            given[key] = {**given.get(key, {}), **value} if isinstance(value, dict) else value
+        overlay.write_text(yaml.safe_dump(given))
+        files = ["--configfile", f"config/{config}.yaml", overlay]
+        # Another run may hold the lock of this folder.
+        common = ["--nolock", "--cores", "2", *files]
+        return run("snakemake", *common, *arguments, code=code, **(variables or {}))
+
+    return call
+
+
+def counts(printed: str) -> dict[str, int]:
+    """Rule to number of jobs, from the statistics of a dry run."""
+    found = printed.split("Job stats:")[1].split("total")[0]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", found, re.M)}
+
+
+def settings_of_jobs(printed: str) -> dict[str, dict]:
+    """Program and variant to the config that its command carries, from a dry run with -p."""
+    found = {}
+    for line in printed.splitlines():
+        if "workflow/scripts/" in line and " --config '" in line:
+            words = shlex.split(line.split(" 2>&1 |")[0])
+            given = words[words.index("--config") + 1]
+            program = next(w for w in words if w.endswith(".py") and "launch.py" not in w)
+            name = os.path.basename(program).removesuffix(".py")
+            if name == "plot":
+                name += f"_{words[words.index(program) + 1]}"
+            if "--variant" in words:
+                name += f" {words[words.index('--variant') + 1]}"
+            found[name] = json.loads(given)
+    return found
+
+
+def test_formatting_and_lint(snakemake):
+    run("ruff", "check", ".")
+    run("snakefmt", "--check", "Snakefile", "workflow")
+    assert "good condition" in snakemake("--lint")
+
+
+@pytest.mark.parametrize(
+    ("config", "assembled", "finetuned"), [("digits", 3, 1), ("digits-full", 3, 1), ("test", 2, 1)]
+)
+def test_dry_run_resolves_every_stage_without_torch(
+    snakemake, tmp_path, config, assembled, finetuned
+):
+    # The catalog lints without torch, and a Snakefile that imports it is slow.
+    for package in ("torch", "diffusers", "transformers", "accelerate"):
+        blocked = tmp_path / "blocked" / package
+        blocked.mkdir(parents=True)
+        (blocked / "__init__.py").write_text(f"raise ImportError('{package} was imported')")
+    printed = snakemake(
+        "-n", "-F", config=config, variables={"PYTHONPATH": str(tmp_path / "blocked")}
+    )
+    found = counts(printed)
+    assert found.keys() == STAGES | {"finetune", "all"}
+    assert (found["assemble"], found["finetune"]) == (assembled, finetuned)
+
+
+def test_variants_without_finetuning_train_nothing_of_their_own(snakemake):
+    found = counts(snakemake("-n", "-F", variants=[{"name": "p85", "budget": 0.85}]))
+    assert found.keys() == STAGES | {"all"}
+
+
+def test_catalog_entry_has_the_same_default_target(snakemake):
+    assert counts(snakemake("-n", "-F", "-s", "workflow/Snakefile"))["all"] == 1
+
+
+def test_train_teacher_stands_alone(snakemake):
+    missing = {"path": "resources/nowhere"}
+    found = counts(snakemake("-n", "-F", "train_teacher", teacher=missing))
+    assert found == {"train_teacher": 1}
+
+
+# Several keys at a time, of stages that do not share any: each dry run takes seconds.
+CHANGES = [
+    (
+        {"extract": {"rows": 10}, "intervals": {"cka_floor": 0.5}, "distill": {"steps": 7}},
+        {"extract", "intervals", "distill"},
+    ),
+    (
+        {"probe": {"ridge": 0.5}, "prune": {"start": "middle"}, "finetune": {"lr": 0.5}},
+        {"probe", "prune", "finetune p55"},
+    ),
+    (
+        {"similarity": {"bootstrap": 7}, "processes": 1},
+        {"similarity", "plot_intervals", "evaluate"},
+    ),
+    ({"pipeline": {"num_inference_steps": 3}}, {"record", "evaluate"}),
+    (
+        {
+            "variants": [
+                {"name": "p55", "budget": 0.55, "finetune_steps": 7},
+                {"name": "p70", "budget": 0.75},
+                {"name": "p85", "budget": 0.85},
+            ]
+        },
+        {"finetune p55", "assemble p55", "assemble p70", "plot_training"},
+    ),
+]
+
+
+def test_changed_key_changes_exactly_the_stages_that_read_it(snakemake):
+    before = settings_of_jobs(snakemake("-n", "-F", "-p"))
+    assert len(before) == 15
+    for keys, affected in CHANGES:
+        after = settings_of_jobs(snakemake("-n", "-F", "-p", **keys))
+        assert {name for name in before if before[name] != after[name]} == affected, keys
+
+
+def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
+    work = tmp_path / "work"
+    places = {"cka": "similarity", "blocks": "similarity", "probes": "probes"}
+    for name, frame in search_tables(12, 3).items():
+        schema = getattr(schemas, name.upper())
+        path = work / f"results/digits/{places.get(name, 'intervals')}/{name}.parquet"
+        tables.write(path, frame, schema, {})
+    blocked = tmp_path / "blocked/torch"
+    blocked.mkdir(parents=True)
+    (blocked / "__init__.py").write_text("raise ImportError('torch was imported')")
+    arguments = ["-s", ROOT / "Snakefile", "--directory", work, "interval_plots"]
+    began = resource.getrusage(resource.RUSAGE_CHILDREN)
+    snakemake(
+        *arguments,
+        variables={"PYTHONPATH": str(blocked.parent)},
+        teacher={"path": "resources/nowhere"},
+    )
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    made = {path.name for path in (work / "results/digits/plots/intervals").iterdir()}
+    assert made == {f"{n}.{e}" for n in ("search", "heatmap", "probes") for e in ("svg", "png")}
+    # 10 seconds are promised; on a busy machine only the processor's time can be tested.
+    assert used.ru_utime + used.ru_stime - began.ru_utime - began.ru_stime < 10
+    assert "Nothing to be done" in snakemake(*arguments, "-n")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"distil": {}}, "unknown key 'distil'; did you mean 'distill'?"),
+        ({"variants": [{"name": "p", "budget": 0.05}]}, "budget 0.05 of 'p' is impossible"),
+        ({"teacher": {"path": "config"}}, "config is not a diffusers pipeline"),
+    ],
+)
+def test_bad_config_ends_before_any_job(snakemake, keys, message):
+    printed = snakemake(code=1, **keys)
+    assert printed.count(message) == 1 and "overlay.yaml" in printed
+    assert "Traceback" not in printed and "Building DAG" not in printed
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_launched_program_ends_with_its_own_message(tmp_path, processes):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, sys\n"
+        "if os.environ.get('RANK', '0') == '0':\n"
+        "    sys.exit('error: what went wrong')\n"
+        "import time; time.sleep(60)\n"
+    )
+    launcher = ROOT / "workflow/scripts/launch.py"
+    arguments = ["--processes", processes, "--threads", 2, "--device", "cpu", program]
+    assert run("python", launcher, *arguments, code=1) == "error: what went wrong\n"

@@ -1,0 +1,128 @@
+# Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
+
+import os
+import re
+import sys
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+# Relative where possible: Snakemake remembers inputs by path, and a moved folder should not rerun.
+SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"))
+sys.path.insert(0, str(SCRIPTS.resolve()))
+
+from ppcl import config as settings
+from ppcl.errors import UserError
+from ppcl.provenance import code_digest
+
+# Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
+# of progress bars, which go to the logs too, one line now and then is enough.
+shell.prefix(
+    f"set -euo pipefail; export TQDM_MININTERVAL=10 PATH='{Path(sys.executable).parent}':$PATH; "
+)
+
+ENVIRONMENT = "../../environment.yml"
+# More than this helps no stage; Snakemake lowers it to --cores. Clusters set their own by profile.
+THREADS = 8
+PLOTS = {
+    "intervals": ["search", "heatmap", "probes"],
+    "training": ["distill", "finetune"],
+    "quality": ["tradeoff", "images"],
+}
+
+
+def targets():
+    """What was asked for on the command line; empty for the default target and in jobs."""
+    return set(workflow.dag_settings.targets if workflow.dag_settings else ())
+
+
+def validate():
+    """Complete the config with its defaults; check it against schema, teacher and prompts."""
+    source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
+    try:
+        config.update(settings.complete(config, source))
+        # The teacher may be missing where it is about to be made, or where only figures are drawn.
+        if (
+            workflow.is_main_process
+            and targets() != {"train_teacher"}
+            and not interval_plots_only()
+        ):
+            settings.check(config, source)
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+
+
+def result(path):
+    """A path below the folder of this run."""
+    return f"results/{config['run']}/{path}"
+
+
+def program(name):
+    """A program of workflow/scripts."""
+    return str(SCRIPTS / name)
+
+
+def code(name):
+    """Digest of a program and of the modules that it uses, for params."""
+    return code_digest(SCRIPTS / name)
+
+
+def subset(*keys):
+    """JSON of the config keys that a stage depends on, for params."""
+    return settings.subset(config, *keys)
+
+
+def variants():
+    """Names of all variants."""
+    return [variant["name"] for variant in config["variants"]]
+
+
+def finetuned():
+    """Names of the variants that are fine-tuned."""
+    return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
+
+
+def subset_for_variant(name, *keys):
+    """As subset, with the named variant as the only one: the others' settings do not matter."""
+    chosen = [variant for variant in config["variants"] if variant["name"] == name]
+    return settings.subset({**config, "variants": chosen}, "variants", *keys)
+
+
+def subset_for_smallest_budget(*keys):
+    """As subset, with nothing of the variants but the smallest budget: it decides the intervals."""
+    smallest = min(variant["budget"] for variant in config["variants"])
+    only = [{"name": "smallest", "budget": smallest}]
+    return settings.subset({**config, "variants": only}, "variants", *keys)
+
+
+def teacher_files():
+    """Weights and configs of a local teacher; a changed file reruns what loads the teacher."""
+    folder = Path(config["teacher"]["path"])
+    parts = (path for path in folder.glob("[!.]*/**/*") if path.is_file())
+    return [str(path) for path in sorted([*folder.glob("model_index.json"), *parts])]
+
+
+def models():
+    """Folders of all assembled pipelines."""
+    return [result(f"models/{name}") for name in variants()]
+
+
+def plots(*groups):
+    """The figures of some groups, as SVG and PNG."""
+    return [
+        result(f"plots/{group}/{name}.{extension}")
+        for group in groups
+        for name in PLOTS[group]
+        for extension in ("svg", "png")
+    ]
+
+
+def interval_plots_only():
+    """Whether nothing but the interval plots is asked for, and their tables exist."""
+    tables = [
+        "similarity/cka.parquet",
+        "similarity/blocks.parquet",
+        "probes/probes.parquet",
+        "intervals/intervals.parquet",
+    ]
+    return targets() == {"interval_plots"} and all(Path(result(t)).is_file() for t in tables)

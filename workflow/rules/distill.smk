@@ -1,0 +1,47 @@
+# Stage 1.3: every student learns its interval from the teacher's activations (Eq. 6).
+#
+# in:  the teacher, record/calls.parquet, prune/plan.json and prune/students.safetensors
+# out: distill/students.safetensors; the loss curves, distill/log.parquet; and what each student
+#      alone costs, distill/errors.parquet, by which variants choose
+#
+# Checkpoints live in state/distill, which Snakemake does not know of: it deletes the declared
+# outputs of a failed job, and a killed training must be able to resume.
+
+
+rule distill:
+    input:
+        script=program("distill.py"),
+        launcher=program("launch.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+        plan=result("prune/plan.json"),
+        students=result("prune/students.safetensors"),
+    output:
+        students=result("distill/students.safetensors"),
+        log=result("distill/log.parquet"),
+        errors=result("distill/errors.parquet"),
+    log:
+        result("logs/distill.log"),
+    benchmark:
+        result("benchmarks/distill.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+        processes=config["processes"],
+        device=config["device"],
+    params:
+        config=subset("seed", "device", "teacher", "distill"),
+        state=result("state/distill"),
+        code=code("distill.py"),
+    message:
+        "Distilling students"
+    shell:
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
+        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--state {params.state} --output {output.students} --log-table {output.log} "
+        "--errors {output.errors} 2>&1 | tee {log}"

@@ -1,0 +1,36 @@
+# Activations of every block, from replayed calls.
+#
+# in:  the teacher and record/calls.parquet
+# out: activations/tokens.parquet, a sample of tokens at every block boundary;
+#      activations/moments.safetensors, the sums that the probes are solved from
+
+
+rule extract:
+    input:
+        script=program("extract.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+    output:
+        tokens=result("activations/tokens.parquet"),
+        moments=result("activations/moments.safetensors"),
+    log:
+        result("logs/extract.log"),
+    benchmark:
+        result("benchmarks/extract.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        config=subset("seed", "device", "teacher", "extract"),
+        code=code("extract.py"),
+    message:
+        "Extracting activations of every block"
+    shell:
+        "python {input.script} --config {params.config:q} "
+        "--calls {input.calls} "
+        "--tokens {output.tokens} "
+        "--moments {output.moments} 2>&1 | tee {log}"

@@ -1,0 +1,52 @@
+# Full-parameter output distillation of one assembled variant.
+#
+# in:  the teacher, record/calls.parquet, the plan, the trained students and their errors
+# out: finetune/<variant>.safetensors and the loss curve, finetune/<variant>.parquet
+#
+# Only variants with finetune_steps > 0. Checkpoints live in state/finetune-<variant>, as in
+# distill.smk.
+
+
+rule finetune:
+    input:
+        script=program("finetune.py"),
+        launcher=program("launch.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+        plan=result("prune/plan.json"),
+        students=result("distill/students.safetensors"),
+        errors=result("distill/errors.parquet"),
+    output:
+        weights=result("finetune/{variant}.safetensors"),
+        log=result("finetune/{variant}.parquet"),
+    log:
+        result("logs/finetune-{variant}.log"),
+    benchmark:
+        result("benchmarks/finetune-{variant}.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+        processes=config["processes"],
+        device=config["device"],
+    params:
+        config=lambda wildcards: subset_for_variant(
+            wildcards.variant,
+            "seed",
+            "device",
+            "teacher",
+            "finetune",
+        ),
+        state=lambda wildcards: result(f"state/finetune-{wildcards.variant}"),
+        code=code("finetune.py"),
+    message:
+        "Fine-tuning {wildcards.variant}"
+    shell:
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
+        "--variant {wildcards.variant} --calls {input.calls} --plan {input.plan} "
+        "--students {input.students} --errors {input.errors} "
+        "--state {params.state} --output {output.weights} --log-table {output.log} 2>&1 | tee {log}"

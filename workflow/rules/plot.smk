@@ -1,0 +1,140 @@
+# Figures, from parquet files alone, as SVG (embedded in the report) and PNG.
+#
+# in:  the tables that a figure shows
+# out: plots/intervals, plots/training and plots/quality
+
+
+rule plot_intervals:
+    input:
+        script=program("plot.py"),
+        cka=result("similarity/cka.parquet"),
+        blocks=result("similarity/blocks.parquet"),
+        probes=result("probes/probes.parquet"),
+        intervals=result("intervals/intervals.parquet"),
+    output:
+        search=report(
+            result("plots/intervals/search.svg"),
+            caption="../report/search.rst",
+            category="Intervals",
+            labels={"figure": "Search for intervals"},
+        ),
+        heatmap=report(
+            result("plots/intervals/heatmap.svg"),
+            caption="../report/heatmap.rst",
+            category="Intervals",
+            labels={"figure": "CKA between blocks"},
+        ),
+        probes=report(
+            result("plots/intervals/probes.svg"),
+            caption="../report/probes.rst",
+            category="Intervals",
+            labels={"figure": "Probe error along depth"},
+        ),
+        search_png=result("plots/intervals/search.png"),
+        heatmap_png=result("plots/intervals/heatmap.png"),
+        probes_png=result("plots/intervals/probes.png"),
+    log:
+        result("logs/plot-intervals.log"),
+    benchmark:
+        result("benchmarks/plot-intervals.tsv")
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        config=subset("similarity"),
+        output=lambda wildcards, output: os.path.dirname(output.search),
+        code=code("plot.py"),
+    message:
+        "Drawing the search for intervals"
+    shell:
+        "python {input.script} intervals --config {params.config:q} "
+        "--cka {input.cka} --blocks {input.blocks} --probes {input.probes} "
+        "--intervals {input.intervals} "
+        "--output {params.output} 2>&1 | tee {log}"
+
+
+rule plot_training:
+    input:
+        script=program("plot.py"),
+        distilled=result("distill/log.parquet"),
+        finetuned=[result(f"finetune/{name}.parquet") for name in finetuned()],
+    output:
+        distill=report(
+            result("plots/training/distill.svg"),
+            caption="../report/distill.rst",
+            category="Training",
+            labels={"figure": "Distillation"},
+        ),
+        finetune=report(
+            result("plots/training/finetune.svg"),
+            caption="../report/finetune.rst",
+            category="Training",
+            labels={"figure": "Fine-tuning"},
+        ),
+        distill_png=result("plots/training/distill.png"),
+        finetune_png=result("plots/training/finetune.png"),
+    log:
+        result("logs/plot-training.log"),
+    benchmark:
+        result("benchmarks/plot-training.tsv")
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        config=subset("distill.loss", "variants"),
+        output=lambda wildcards, output: os.path.dirname(output.distill),
+        code=code("plot.py"),
+    message:
+        "Drawing loss curves"
+    shell:
+        "python {input.script} training --config {params.config:q} "
+        "--distill-log {input.distilled} --finetune-logs {input.finetuned} "
+        "--output {params.output} 2>&1 | tee {log}"
+
+
+rule plot_quality:
+    input:
+        script=program("plot.py"),
+        metrics=result("evaluation/metrics.parquet"),
+        images=result("evaluation/images.parquet"),
+    output:
+        tradeoff=report(
+            result("plots/quality/tradeoff.svg"),
+            caption="../report/tradeoff.rst",
+            category="Quality",
+            labels={"figure": "Quality against size and latency"},
+        ),
+        images=report(
+            result("plots/quality/images.svg"),
+            caption="../report/images.rst",
+            category="Quality",
+            labels={"figure": "Images"},
+        ),
+        tradeoff_png=result("plots/quality/tradeoff.png"),
+        images_png=result("plots/quality/images.png"),
+    log:
+        result("logs/plot-quality.log"),
+    benchmark:
+        result("benchmarks/plot-quality.tsv")
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        config=subset(),
+        output=lambda wildcards, output: os.path.dirname(output.tradeoff),
+        code=code("plot.py"),
+    message:
+        "Drawing quality against cost"
+    shell:
+        "python {input.script} quality --config {params.config:q} "
+        "--metrics {input.metrics} --images {input.images} "
+        "--output {params.output} 2>&1 | tee {log}"

@@ -1,0 +1,33 @@
+# Stage 1.1: one linear probe per block and stream (Eq. 1).
+#
+# in:  activations/moments.safetensors, and held-out tokens of activations/tokens.parquet
+# out: probes/probes.parquet, each probe's quality; probes/probes.safetensors, its weights
+
+
+rule probe:
+    input:
+        script=program("probe.py"),
+        moments=result("activations/moments.safetensors"),
+        tokens=result("activations/tokens.parquet"),
+    output:
+        table=result("probes/probes.parquet"),
+        probes=result("probes/probes.safetensors"),
+    log:
+        result("logs/probe.log"),
+    benchmark:
+        result("benchmarks/probe.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        mem_mb=8000,
+        runtime=60,
+    params:
+        config=subset("seed", "probe"),
+        code=code("probe.py"),
+    message:
+        "Fitting linear probes"
+    shell:
+        "python {input.script} --config {params.config:q} "
+        "--moments {input.moments} --tokens {input.tokens} "
+        "--probes-table {output.table} --probes {output.probes} 2>&1 | tee {log}"

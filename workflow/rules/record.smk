@@ -1,0 +1,36 @@
+# Calibration: the transformer's own calls in the stock pipeline.
+#
+# in:  the teacher and the calibration prompts
+# out: record/calls.parquet, every call's arguments, timestep and sigma, for replay
+#
+# Finished batches wait in state/record, which Snakemake does not know of, so that a killed run
+# goes on where it was.
+
+
+rule record:
+    input:
+        script=program("record.py"),
+        teacher=teacher_files(),
+        prompts=config["record"]["prompts"],
+    output:
+        calls=result("record/calls.parquet"),
+    log:
+        result("logs/record.log"),
+    benchmark:
+        result("benchmarks/record.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=120,
+    params:
+        config=subset("seed", "device", "teacher", "pipeline", "record"),
+        state=result("state/record"),
+        code=code("record.py"),
+    message:
+        "Recording the teacher's calls on {input.prompts}"
+    shell:
+        "python {input.script} --config {params.config:q} "
+        "--calls {output.calls} --state {params.state} 2>&1 | tee {log}"

@@ -1,0 +1,34 @@
+# Stage 1.2: how long runs of probes stay like the teacher (Eq. 3 and 4), for all (u, k).
+#
+# in:  activations/tokens.parquet and probes/probes.safetensors
+# out: similarity/cka.parquet, cka and delta of every run;
+#      similarity/blocks.parquet, the heat map of all pairs of blocks
+
+
+rule similarity:
+    input:
+        script=program("similarity.py"),
+        tokens=result("activations/tokens.parquet"),
+        probes=result("probes/probes.safetensors"),
+    output:
+        cka=result("similarity/cka.parquet"),
+        blocks=result("similarity/blocks.parquet"),
+    log:
+        result("logs/similarity.log"),
+    benchmark:
+        result("benchmarks/similarity.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    params:
+        config=subset("seed", "similarity"),
+        code=code("similarity.py"),
+    message:
+        "Comparing runs of probes with the teacher"
+    shell:
+        "python {input.script} --config {params.config:q} "
+        "--tokens {input.tokens} --probes {input.probes} "
+        "--cka {output.cka} --blocks {output.blocks} 2>&1 | tee {log}"

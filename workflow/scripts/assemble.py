@@ -1,0 +1,73 @@
+"""Assembles a complete pipeline folder for one variant, from the students that cost least.
+
+    python workflow/scripts/assemble.py --config config/digits.yaml --variant p70 \
+        --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
+        --students results/digits/distill/students.safetensors \
+        --errors results/digits/distill/errors.parquet --output results/digits/models/p70
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ppcl import (
+    assembly,
+    blocks,
+    calls,
+    config,
+    devices,
+    errors,
+    pipelines,
+    provenance,
+    students,
+    tensors,
+)
+from ppcl.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--variant", required=True, help="name of the variant in the config")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet, for the check")
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
+    parser.add_argument("--students", type=Path, required=True, help="distilled students")
+    parser.add_argument("--errors", type=Path, required=True, help="distill/errors.parquet")
+    parser.add_argument("--finetuned", type=Path, help="fine-tuned weights of this variant")
+    parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    variant = assembly.variant(settings, args.variant)
+
+    _, plan = students.read_plan(args.plan)
+    chosen = assembly.choose(args.errors, plan, variant)
+    pipe = pipelines.load(settings["teacher"], torch.device("cpu"))
+    taught = students.load(args.students, pipe.transformer, chosen)
+    whole = blocks.parameter_count(pipe.transformer)
+    model, block_map = blocks.assembled(pipe.transformer, {i.key: s for i, s in taught.items()})
+    model = model.to(devices.dtype(settings["teacher"]["dtype"])).eval()
+    if args.finetuned:
+        weights, metadata = tensors.read(args.finetuned)
+        if json.loads(metadata["intervals"]) != [i.name for i in chosen]:
+            raise UserError(f"{args.finetuned} is of other intervals; delete it and rerun")
+        model.load_state_dict(weights)
+    pipelines.refuse_incomplete(model, f"variant {args.variant}")
+    reader = calls.Reader(args.calls)
+    example = reader.batch(reader.buckets[0][:2])
+    card = {
+        "variant": variant,
+        "intervals": [{"first": i.first, "last": i.last} for i in chosen],
+        "finetuned": bool(args.finetuned),
+        "parameters": blocks.parameter_count(model),
+        "parameter_fraction": blocks.parameter_count(model) / whole,
+        "provenance": provenance.stamp(settings),
+    }
+    assembly.export(pipe, model, block_map, args.output, card, example.arguments)
+
+
+if __name__ == "__main__":
+    errors.run(main)

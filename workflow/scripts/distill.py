@@ -1,0 +1,115 @@
+"""Stage 1.3: teaches every student its interval, from the teacher's own activations (Eq. 6).
+
+One process:       python workflow/scripts/distill.py --config config/digits.yaml ...
+Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
+    workflow/scripts/distill.py --config config/digits.yaml \
+    --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
+    --students results/digits/prune/students.safetensors --state results/digits/state/distill \
+    --output results/digits/distill/students.safetensors \
+    --log-table results/digits/distill/log.parquet --errors results/digits/distill/errors.parquet
+
+Killed at any point, the same command resumes from the last checkpoint in --state and ends with the
+same weights.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ppcl import (
+    calls,
+    config,
+    devices,
+    errors,
+    pipelines,
+    provenance,
+    schemas,
+    students,
+    tables,
+    training,
+)
+
+
+def log_table(rows: list[dict]) -> pd.DataFrame:
+    """The training log as one row per step, interval and stream."""
+    return pd.DataFrame(
+        {
+            "step": row["step"],
+            "interval": row["name"],
+            "stream": stream,
+            "loss_normalised": row[f"{stream}/normalised"],
+            "loss_relative": row[f"{stream}/relative"],
+            "loss": row["loss"],
+            "lr": row["lr"],
+            "seconds": row["seconds"],
+        }
+        for row in rows
+        for stream in sorted(key.split("/")[0] for key in row if key.endswith("/normalised"))
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
+    parser.add_argument("--students", type=Path, required=True, help="start weights")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
+    parser.add_argument("--output", type=Path, required=True, help="trained students to write")
+    parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
+    parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options, seed = settings["distill"], settings["seed"]
+
+    accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
+    intervals, plan = students.read_plan(args.plan)
+    reader = calls.Reader(args.calls)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    taught = students.load(args.students, transformer, intervals)
+    for student in taught.values():
+        student.train().to(accelerator.device)
+    rows = training.train(
+        {interval.name: student for interval, student in taught.items()},
+        students.distillation(transformer, taught, reader, options, seed, accelerator),
+        training.Optimisation.from_settings(options),
+        accelerator,
+        args.state / "checkpoint.safetensors",
+        training.identity(settings, [args.calls, args.plan, args.students]),
+    )
+    if accelerator.is_main_process:
+        heldout = reader.rows(heldout=True)
+        judged = np.random.default_rng(seed).permutation(heldout)[: options["heldout_rows"]]
+        saved = {i["name"]: i["saved_parameters"] for i in plan["intervals"]}
+        measured = pd.DataFrame(
+            {
+                "interval": interval.name,
+                "first": interval.first,
+                "last": interval.last,
+                "saved_parameters": saved[interval.name],
+                "velocity_error": students.plugged_error(
+                    transformer,
+                    {interval: student.eval()},
+                    reader,
+                    judged,
+                    options["batch_size"],
+                    accelerator,
+                ),
+                "rows": len(judged),
+            }
+            for interval, student in taught.items()
+        )
+        stamp = provenance.stamp(settings, rows=len(reader), judged=len(judged))
+        students.save(args.output, taught, stamp)
+        tables.write(args.log_table, log_table(rows), schemas.DISTILL_LOG, stamp)
+        tables.write(args.errors, measured, schemas.DISTILL_ERRORS, stamp)
+        training.forget(args.state)
+    devices.finish(accelerator)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,285 @@
+"""Evaluates the teacher and its variants on the same held-out prompts and seeds.
+
+    python workflow/scripts/evaluate.py --config config/digits.yaml \
+        --calls results/digits/record/calls.parquet \
+        --models results/digits/models/p55 results/digits/models/p70 \
+        --metrics results/digits/evaluation/metrics.parquet \
+        --images results/digits/evaluation/images.parquet --state results/digits/state/evaluate
+
+Pictures are made in parallel processes, one batch at a time; a killed run goes on with the batches
+that are missing. Time and memory are measured when nothing else of this program runs.
+"""
+
+import argparse
+import json
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ppcl import (
+    blocks,
+    calls,
+    config,
+    devices,
+    digits,
+    errors,
+    evaluation,
+    metrics,
+    pipelines,
+    provenance,
+    schemas,
+    tables,
+)
+from ppcl.errors import UserError
+from ppcl.evaluation import Model
+from ppcl.metrics import TEACHER, Estimate
+
+FIRST_SEED = 1_000_000_000  # far from record's, which count up from the config's seed
+Found = dict[str, dict[str, Estimate]]  # model -> metric -> estimate
+
+
+def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[dict]:
+    """Pictures to make: none shares its prompt or its noise with a recorded calibration sample.
+
+    Raises:
+        UserError: an evaluation prompt was recorded for calibration.
+    """
+    first = max(FIRST_SEED, int(reader.index["seed"].max()) + 1)
+    recorded = set(reader.index["prompt"])
+    samples = [
+        {"sample": number, "prompt_index": index, "prompt": prompt, "seed": noise}
+        for number, (index, prompt, noise) in enumerate(
+            pipelines.sample_prompts(rows, count, first)
+        )
+    ]
+    for sample in samples:
+        if sample["prompt"] in recorded:
+            raise UserError(
+                f"evaluate.prompts: '{sample['prompt']}' (prompt {sample['prompt_index']}) is also "
+                "a calibration prompt (record.prompts), so results on it would flatter; remove it "
+                "from one of the two files"
+            )
+    return samples
+
+
+def refuse_unjudged(rows: list[dict], path: str) -> None:
+    """Stops early where the judge would have nothing to compare with."""
+    for number, row in enumerate(rows):
+        for name in config.JUDGE_COLUMNS:
+            known = range(10) if name == "digit" else digits.COLORS
+            if row.get(name) not in map(str, known):
+                raise UserError(
+                    f"evaluate.judge is digits, but prompt {number} of {path} has {name} "
+                    f"'{row.get(name)}'; it must be one of {', '.join(map(str, known))} "
+                    "(or set evaluate.judge: none)"
+                )
+
+
+def read_pictures(judge: digits.Judge | None, part: Path) -> list[str]:
+    """JSON of what the judge reads in each picture of a part; empty without a judge."""
+    column = tables.read(part, schemas.IMAGES, columns=schemas.IMAGES.names).column("png")
+    if judge is None:
+        return [""] * len(column)
+    pictures = [evaluation.from_png(data) for data in column.to_pylist()]
+    if pictures[0].shape != (digits.SIZE, digits.SIZE, 3):
+        height, width = pictures[0].shape[:2]
+        raise UserError(
+            f"evaluate.judge: digits reads pictures of {digits.SIZE} x {digits.SIZE} pixels, these "
+            f"have {width} x {height}; set evaluate.judge: none, or pipeline.height and width"
+        )
+    return [json.dumps(read) for read in judge.read(np.stack(pictures) / metrics.LARGEST)]
+
+
+def make_pictures(
+    models: list[Model], samples: list[dict], settings: dict, device: torch.device, state: Path
+) -> tuple[dict[str, list[Path]], dict[Path, list[str]], digits.Judge | None]:
+    """Every model's pictures: (model -> parts, in one order; part -> readings; the judge)."""
+    options = settings["evaluate"]
+    parts: dict[str, list[Path]] = {}
+    readings: dict[Path, list[str]] = {}
+    with evaluation.workers(evaluation.process_count(settings["processes"], device)) as pool:
+        batches = pool.submit(
+            evaluation.plan_batches, models[0], device, samples, options["batch_size"]
+        ).result()
+        tasks = {}
+        for model in models:
+            folder = state / f"{model.name}-{model.digest()[:16]}"
+            parts[model.name] = [folder / f"{n:05d}.parquet" for n in range(len(batches))]
+            for part, batch in zip(parts[model.name], batches, strict=True):
+                task = pool.submit(
+                    evaluation.generate, model, device, settings["pipeline"], batch, part
+                )
+                tasks[task] = part
+        judge = digits.Judge() if options["judge"] == "digits" else None
+        bar = tqdm(as_completed(tasks), total=len(tasks), desc="generating", unit="batch")
+        for task in bar:
+            task.result()
+            readings[tasks[task]] = read_pictures(judge, tasks[task])
+    return parts, readings, judge
+
+
+def compare_pictures(
+    parts: dict[str, list[Path]], readings: dict[Path, list[str]], rows: list[dict], sink
+) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Writes all pictures to `sink` and yields per model: 0 or 1 per fact, PSNR and SSIM.
+
+    One part of two models is in memory at a time.
+    """
+    for model, of_model in parts.items():
+        scores = []
+        for part, of_teacher in zip(of_model, parts[TEACHER], strict=True):
+            table = tables.read(part, schemas.IMAGES).to_pandas()
+            table["read"] = readings[part]
+            sink.write(table)
+            score = table[["prompt_index"]].copy()
+            if table["read"].all():
+                read = pd.DataFrame([json.loads(text) for text in table["read"]]).astype(str)
+                for name in config.JUDGE_COLUMNS:
+                    stated = [rows[index][name] for index in table["prompt_index"]]
+                    score[f"{name}_accuracy"] = (read[name] == stated).astype(float)
+                score["all_correct"] = score.drop(columns="prompt_index").min(axis=1)
+            if model != TEACHER:
+                reference = tables.read(of_teacher, schemas.IMAGES).column("png").to_pylist()
+                pairs = [
+                    (evaluation.from_png(a), evaluation.from_png(b))
+                    for a, b in zip(table["png"], reference, strict=True)
+                ]
+                score["psnr"] = [metrics.psnr(*pair) for pair in pairs]
+                score["ssim"] = [metrics.ssim(*pair) for pair in pairs]
+            scores.append(score)
+        yield model, pd.concat(scores)
+
+
+def measure_memory(
+    models: list[Model], device: torch.device, path: Path, rows: np.ndarray, processes: int
+) -> Found:
+    """Peak memory of every model, each in a fresh process."""
+    with evaluation.workers(min(processes, len(models)), fresh=True) as pool:
+        tasks = [pool.submit(evaluation.peak_memory, m, device, path, rows) for m in models]
+        return {
+            model.name: {"peak_memory_bytes": Estimate(float(task.result()))}
+            for model, task in zip(models, tasks, strict=True)
+        }
+
+
+def measure_transformers(
+    models: list[Model],
+    reader: calls.Reader,
+    timed: np.ndarray,
+    settings: dict,
+    device: torch.device,
+) -> Found:
+    """Size, velocity error and latency of every transformer, all in this process."""
+    options, seed = settings["evaluate"], settings["seed"]
+    resamples = options["bootstrap"]
+    transformers = {model.name: model.transformer(device) for model in models}
+    found: Found = {}
+    for name, transformer in transformers.items():
+        count = blocks.parameter_count(transformer)
+        whole = blocks.parameter_count(transformers[TEACHER])
+        found[name] = {
+            "parameters": Estimate(float(count)),
+            "parameter_fraction": Estimate(count / whole),
+        }
+
+    rows = reader.rows(heldout=True)
+    rows = np.sort(np.random.default_rng(seed).permutation(rows)[: options["velocity_rows"]])
+    compared = {}
+    for model in tqdm(models[1:], desc="comparing velocities", unit="model"):
+        compared[model.name] = evaluation.velocity_errors(
+            model, transformers[model.name], reader, rows, options["batch_size"], device
+        )
+    # The teacher's answers are the recorded ones, so its error is zero by definition.
+    one = next(iter(compared.values()))
+    compared[TEACHER] = one | {"error": np.zeros(len(rows))}
+    for name, columns in compared.items():
+        buckets = metrics.sigma_buckets(columns["sigma"])
+        masks = {"": np.ones(len(rows), bool)} | {f"_{key}": m for key, m in buckets.items()}
+        for suffix, mask in masks.items():
+            picked = [columns[key][mask] for key in ("error", "norm", "prompt_index")]
+            found[name][f"velocity_error{suffix}"] = metrics.ratio(*picked, resamples, seed)
+
+    arguments = reader.batch(timed).to(device).arguments
+    with torch.no_grad():
+        runs = {n: lambda t=t: t(**arguments) for n, t in transformers.items()}
+        times = evaluation.interleaved_times(runs, options["latency_repeats"], device)
+    for name, seconds in times.items():
+        one = np.ones_like(seconds)
+        found[name]["latency_seconds"] = metrics.median_ratio(seconds, one, resamples, seed)
+        found[name]["latency_ratio"] = metrics.median_ratio(
+            seconds, times[TEACHER], resamples, seed
+        )
+    return found
+
+
+def judge_accuracy(judge: digits.Judge, resamples: int, seed: int) -> Estimate:
+    """The judge's own accuracy on real digits that it was not fitted on."""
+    count = len(digits.handwriting("test")[1])
+    right = round(judge.accuracy_on_real_digits()["digit"] * count)
+    return metrics.mean(np.arange(count) < right, np.arange(count), resamples, seed)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet of record")
+    parser.add_argument(
+        "--models", type=Path, nargs="+", required=True, help="pipeline folders of the variants"
+    )
+    parser.add_argument("--metrics", type=Path, required=True, help="metrics.parquet to write")
+    parser.add_argument("--images", type=Path, required=True, help="images.parquet to write")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options, seed = settings["evaluate"], settings["seed"]
+    resamples = options["bootstrap"]
+
+    rows = config.prompts(options["prompts"], "evaluate.prompts")
+    if options["judge"] == "digits":
+        refuse_unjudged(rows, options["prompts"])
+    models = evaluation.models(settings["teacher"], args.models)
+    device = devices.choose(settings["device"])
+    reader = calls.Reader(args.calls)
+    samples = choose_samples(rows, options["samples"], reader)
+    timed = reader.draw(reader.rows(heldout=True), options["batch_size"], (seed,))
+
+    processes = evaluation.process_count(settings["processes"], device)
+    memory = measure_memory(models, device, args.calls, timed, processes)
+    identity = provenance.digest(
+        [
+            settings["teacher"],
+            settings["pipeline"],
+            [samples, options["batch_size"], device.type],
+            provenance.code_digest(Path(__file__)),
+        ]
+    )
+    state = args.state / identity[:16]
+    parts, readings, judge = make_pictures(models, samples, settings, device, state)
+    measured = measure_transformers(models, reader, timed, settings, device)
+
+    stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
+    found: Found = {}
+    with tables.writer(args.images, schemas.IMAGES, stamp) as sink:
+        for name, scores in compare_pictures(parts, readings, rows, sink):
+            prompts = scores.pop("prompt_index")
+            found[name] = {
+                metric: metrics.mean(values, prompts, resamples, seed)
+                for metric, values in scores.items()
+            }
+            found[name] |= measured[name] | memory[name]
+    if judge is not None:
+        found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
+    tables.write(args.metrics, pd.DataFrame(metrics.rows(found)), schemas.METRICS, stamp)
+    shutil.rmtree(args.state, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)

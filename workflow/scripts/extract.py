@@ -1,0 +1,69 @@
+"""Replays recorded calls through the teacher and keeps what probes and CKA need.
+
+    python workflow/scripts/extract.py --config config/digits.yaml \
+        --calls results/digits/record/calls.parquet \
+        --tokens results/digits/activations/tokens.parquet \
+        --moments results/digits/activations/moments.safetensors
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ppcl import (
+    activations,
+    blocks,
+    calls,
+    config,
+    devices,
+    errors,
+    pipelines,
+    provenance,
+    tensors,
+)
+
+
+def choose_rows(reader: calls.Reader, count: int, seed: int) -> np.ndarray:
+    """Half of the rows from the fit split, half held out (CKA needs as many tokens as the fit)."""
+    rng = np.random.default_rng(seed)
+    halves = [rng.permutation(reader.rows(heldout))[: count // 2] for heldout in (False, True)]
+    return np.sort(np.concatenate(halves))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet to replay")
+    parser.add_argument("--tokens", type=Path, required=True, help="tokens.parquet to write")
+    parser.add_argument("--moments", type=Path, required=True, help="moments.safetensors to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options, seed = settings["extract"], settings["seed"]
+
+    reader = calls.Reader(args.calls)
+    rows = choose_rows(reader, options["rows"], seed)
+    device = devices.choose(settings["device"])
+    transformer = pipelines.load_transformer(settings["teacher"], device)
+    with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
+        moments, samples = activations.collect(
+            transformer, reader, rows, options, seed, device, bar
+        )
+    sequence = blocks.block_sequence(transformer)
+    facts = {
+        "block_parameters": json.dumps([blocks.parameter_count(b.module) for b in sequence]),
+        "transformer_parameters": str(blocks.parameter_count(transformer)),
+        "seams": json.dumps(blocks.seams(transformer)),
+        "untouchable": json.dumps(sorted(blocks.untouchable(transformer))),
+    }
+    stamp = provenance.stamp(settings, rows=len(rows)) | facts
+    tensors.write(args.moments, moments.sums, stamp)
+    activations.write_sample(args.tokens, samples, stamp)
+
+
+if __name__ == "__main__":
+    errors.run(main)

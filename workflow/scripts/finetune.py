@@ -1,0 +1,103 @@
+"""Fine-tunes one assembled variant: all its parameters, towards the teacher's recorded velocity.
+
+One process:        python workflow/scripts/finetune.py --variant p55 --config ...
+Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
+    workflow/scripts/finetune.py --config config/digits.yaml --variant p55 \
+    --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
+    --students results/digits/distill/students.safetensors \
+    --errors results/digits/distill/errors.parquet --state results/digits/state/finetune-p55 \
+    --output results/digits/finetune/p55.safetensors --log-table results/digits/finetune/p55.parquet
+
+The teacher does not run: its answer to every recorded call is part of the record. Killed at any
+point, the same command resumes from the last checkpoint in --state and ends with the same weights.
+"""
+
+import argparse
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+
+from ppcl import (
+    assembly,
+    blocks,
+    calls,
+    config,
+    devices,
+    errors,
+    losses,
+    pipelines,
+    provenance,
+    schemas,
+    students,
+    tables,
+    tensors,
+    training,
+)
+
+
+def output_distillation(model, reader, options, seed, accelerator):
+    """Step losses: relative velocity error against the recorded teacher (see training.Losses)."""
+    rows = reader.rows(heldout=False)
+
+    def losses_of_step(step: int) -> Iterator[tuple]:
+        drawn = reader.draw(rows, options["batch_size"], (seed, step))
+        batch = reader.batch(students.share(drawn, accelerator)).to(accelerator.device)
+        with accelerator.autocast():
+            output = model(**batch.arguments)[0]
+        error = losses.velocity_error(output, batch.output)
+        yield "transformer", error, {"velocity_error": error}
+
+    return losses_of_step
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--variant", required=True, help="name of the variant in the config")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
+    parser.add_argument("--students", type=Path, required=True, help="distilled students")
+    parser.add_argument("--errors", type=Path, required=True, help="distill/errors.parquet")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
+    parser.add_argument("--output", type=Path, required=True, help="weights to write")
+    parser.add_argument("--log-table", type=Path, required=True, help="log table to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options, seed = settings["finetune"], settings["seed"]
+    variant = assembly.variant(settings, args.variant)
+
+    accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
+    reader = calls.Reader(args.calls)
+    _, plan = students.read_plan(args.plan)
+    chosen = assembly.choose(args.errors, plan, variant)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    taught = students.load(args.students, transformer, chosen)
+    model, _ = blocks.assembled(transformer, {i.key: s for i, s in taught.items()})
+    model = copy.deepcopy(model).float().requires_grad_(True).train().to(accelerator.device)
+    if options["gradient_checkpointing"]:
+        model.enable_gradient_checkpointing()
+    rows = training.train(
+        {"transformer": model},
+        output_distillation(model, reader, options, seed, accelerator),
+        training.Optimisation.from_settings(options, steps=variant["finetune_steps"]),
+        accelerator,
+        args.state / "checkpoint.safetensors",
+        training.identity(settings, [args.calls, args.plan, args.students, args.errors]),
+    )
+    if accelerator.is_main_process:
+        stamp = provenance.stamp(settings, rows=len(reader))
+        names = json.dumps([interval.name for interval in chosen])
+        tensors.write(args.output, model.state_dict(), stamp | {"intervals": names})
+        log = pd.DataFrame(rows)[["step", "loss", "velocity_error", "lr", "seconds"]]
+        tables.write(args.log_table, log, schemas.FINETUNE_LOG, stamp)
+        training.forget(args.state)
+    devices.finish(accelerator)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,108 @@
+"""Draw the figures of a run from its parquet files (no model, no torch).
+
+    plot.py intervals  search, heatmap, probes: which blocks went, and why
+    plot.py training   distill, finetune: loss curves
+    plot.py quality    tradeoff, images: what the variants reach and what they cost
+
+Each figure is written as SVG and PNG to --output; the same tables give the same files.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import pandas as pd
+
+from ppcl import config, errors, figure_style, figures, result_figures, schemas, tables
+
+
+def read(path: Path, schema) -> pd.DataFrame:
+    """A table of the contract as a DataFrame."""
+    return tables.read(path, schema).to_pandas()
+
+
+def origin(path: Path) -> str:
+    """Where a figure comes from, for its metadata: its table's provenance but for the time."""
+    stamps = tables.provenance(path)
+    return json.dumps({k: v for k, v in sorted(stamps.items()) if k != "created"})
+
+
+def intervals(options: argparse.Namespace, settings: dict) -> None:
+    """Figures of the interval search."""
+    cka, chosen = read(options.cka, schemas.CKA), read(options.intervals, schemas.INTERVALS)
+    blocks, probes = read(options.blocks, schemas.BLOCKS), read(options.probes, schemas.PROBES)
+    drawn = {
+        "search": (figures.search(cka, chosen, settings["similarity"]["streams"]), options.cka),
+        "heatmap": (figures.heatmap(blocks, chosen), options.blocks),
+        "probes": (figures.probes(probes, chosen), options.probes),
+    }
+    save(drawn, options.output)
+
+
+def training(options: argparse.Namespace, settings: dict) -> None:
+    """Loss curves."""
+    log = read(options.distill_log, schemas.DISTILL_LOG)
+    # Colours follow the config's order of variants, whatever the order of the files.
+    names = [variant["name"] for variant in settings["variants"]]
+    paths = {path.stem: path for path in options.finetune_logs}
+    order = sorted(paths, key=lambda n: (names.index(n) if n in names else len(names), n))
+    tuned = {name: read(paths[name], schemas.FINETUNE_LOG) for name in order}
+    drawn = {
+        "distill": (
+            result_figures.distill(log, settings["distill"]["loss"]),
+            options.distill_log,
+        ),
+        "finetune": (result_figures.finetune(tuned), paths[order[0]] if order else None),
+    }
+    save(drawn, options.output)
+
+
+def quality(options: argparse.Namespace, settings: dict) -> None:
+    """Quality against cost, and pictures."""
+    metrics, pictures = read(options.metrics, schemas.METRICS), read(options.images, schemas.IMAGES)
+    drawn = {
+        "tradeoff": (result_figures.tradeoff(metrics), options.metrics),
+        "images": (result_figures.images(pictures, metrics), options.images),
+    }
+    save(drawn, options.output)
+
+
+def save(drawn: dict, output: Path) -> None:
+    """Write name -> (figure, the table that it shows) to the folder `output`."""
+    for name, (figure, source) in drawn.items():
+        figure_style.save(figure, output / name, origin(source) if source else "")
+
+
+def main() -> None:
+    """Parse the command line and draw one group of figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = parser.add_subparsers(required=True, metavar="GROUP")
+    inputs = {
+        intervals: ("cka", "blocks", "probes", "intervals"),
+        training: ("distill-log",),
+        quality: ("metrics", "images"),
+    }
+    for draw, names in inputs.items():
+        group = groups.add_parser(draw.__name__, help=draw.__doc__, description=draw.__doc__)
+        group.set_defaults(draw=draw)
+        group.add_argument("--config", required=True, help="config file, or JSON")
+        for name in names:
+            group.add_argument(f"--{name}", type=Path, required=True, metavar="PARQUET")
+        if draw is training:
+            group.add_argument(
+                "--finetune-logs",
+                type=Path,
+                nargs="*",
+                default=[],
+                metavar="PARQUET",
+                help="one per fine-tuned variant, named after it; may be empty",
+            )
+        group.add_argument("--output", type=Path, required=True, help="folder of the figures")
+    options = parser.parse_args()
+    options.draw(options, config.load(options.config))
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,228 @@
+"""What extraction keeps of the teacher's activations: moments for probes, tokens for CKA.
+
+Boundary b is the input of block b, boundary M the output of the last block, so the output of block
+i is boundary i + 1.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor, nn
+
+from ppcl import blocks, calls, devices, schemas, tables
+from ppcl.errors import UserError
+
+
+class Moments:
+    """Sums over tokens that determine every probe (Eq. 1): X^T X, X^T Y and their companions.
+
+    X is a block's input and Y = T_i(X) - X its residual; float64 [d, d] per block and stream.
+    Memory does not depend on the number of tokens added.
+    """
+
+    def __init__(self, device: torch.device):
+        self._device = devices.statistics_device(device)
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, stream: str, block: int, x: Tensor, y: Tensor) -> None:
+        """Adds tokens: x, y [tokens, d] of any float dtype."""
+        x, y = (t.to(self._device, torch.float64) for t in (x, y))
+        parts = {
+            "count": torch.tensor([len(x)], dtype=torch.float64, device=x.device),
+            "x_sum": x.sum(0),
+            "x_x": x.T @ x,
+            "y_sum": y.sum(0),
+            "x_y": x.T @ y,
+            "y_y": y.square().sum()[None],
+        }
+        for name, value in parts.items():
+            key = f"{stream}.{block}.{name}"
+            self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+
+def pick_tokens(
+    masks: blocks.Streams,
+    stream: str,
+    shape: tuple[int, int],
+    count: int,
+    rows: np.ndarray,
+    seed: int,
+) -> np.ndarray:
+    """Positions [batch, count'] of random real tokens per sample; count' <= count.
+
+    Every sample gives the same number, as many as its shortest companion has; the choice depends on
+    the row numbers, not on how rows were batched.
+    """
+    batch, length = shape
+    mask = masks[stream].cpu().numpy() if stream in masks else np.ones((batch, length), bool)
+    count = min(count, int(mask.sum(1).min()))
+    picked = [
+        np.random.default_rng((seed, int(row))).permutation(np.flatnonzero(m))[:count]
+        for row, m in zip(rows, mask, strict=True)
+    ]
+    return np.sort(np.stack(picked), axis=1)
+
+
+@torch.no_grad()
+def collect(
+    transformer: nn.Module,
+    reader: calls.Reader,
+    rows: np.ndarray,
+    settings: dict,
+    seed: int,
+    device: torch.device,
+    progress,
+) -> tuple[Moments, dict[str, dict]]:
+    """Replays recorded calls and returns the probes' moments and the token sample.
+
+    Args:
+        rows: row numbers of the calls to replay, of both splits.
+        settings: batch_size; moment_tokens and sample_tokens per row and stream.
+
+    Returns:
+        The moments (rows of the fit split only), and per stream the sample: `value`
+        [boundaries, n, d] float32 and n-vectors `prompt`, `step`, `timestep`, `token`, `heldout`.
+
+    Raises:
+        UserError: an activation is NaN or infinite; says the block and the stream.
+    """
+    sequence = blocks.block_sequence(transformer)
+    moments, samples = Moments(device), {}
+    for batch in reader.batches(rows, settings["batch_size"]):
+        numbers = batch.numbers
+        batch = batch.to(device)
+        fit = torch.from_numpy(~batch.rows["heldout"]).to(device)
+        masks = blocks.token_masks(blocks.family_of(type(transformer).__name__), batch.arguments)
+        before: blocks.Streams = {}
+        positions: dict[str, tuple[Tensor, np.ndarray]] = {}
+        kept: dict[str, list[Tensor]] = {}
+
+        def look(block, bound):
+            before.clear()
+            for stream, x in block.inputs(bound).items():
+                if stream not in positions:
+                    many = pick_tokens(
+                        masks, stream, x.shape[:2], settings["moment_tokens"], numbers, seed
+                    )
+                    few = np.linspace(0, many.shape[1] - 1, settings["sample_tokens"]).round()
+                    few = many[:, np.unique(few.astype(int))]
+                    positions[stream] = (torch.from_numpy(many).to(device), few)
+                if block.index == 0:
+                    kept[stream] = [_sample(x, positions[stream][1])]
+                before[stream] = _gather(x, positions[stream][0])
+
+        def learn(block, returned):
+            for stream, out in returned.items():
+                _refuse_nonfinite(out, block.index, stream)
+                kept[stream].append(_sample(out, positions[stream][1]))
+                x, after = before[stream][fit], _gather(out, positions[stream][0])[fit]
+                if len(x):
+                    x, after = x.flatten(0, 1).double(), after.flatten(0, 1).double()
+                    moments.add(stream, block.index, x, after - x)
+
+        with blocks.watch(sequence, look, learn, stop_after=sequence[-1].index) as run:
+            run(transformer, batch.arguments)
+        for stream, values in kept.items():
+            few = positions[stream][1]
+            per_row = {
+                "prompt": batch.rows["prompt_index"],
+                "step": batch.rows["step"],
+                "timestep": batch.rows["timestep"],
+                "heldout": batch.rows["heldout"],
+            }
+            found = {k: np.repeat(v, few.shape[1]) for k, v in per_row.items()}
+            found |= {"token": few.ravel(), "value": np.stack([v.numpy() for v in values])}
+            samples.setdefault(stream, []).append(found)
+        progress.update(len(batch))
+    joined = {
+        stream: {
+            k: np.concatenate([p[k] for p in parts], axis=1 if k == "value" else 0)
+            for k in parts[0]
+        }
+        for stream, parts in samples.items()
+    }
+    return moments, joined
+
+
+def _gather(x: Tensor, positions: Tensor) -> Tensor:
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _sample(x: Tensor, positions: np.ndarray) -> Tensor:
+    picked = _gather(x, torch.from_numpy(positions).to(x.device))
+    return picked.flatten(0, 1).float().cpu()
+
+
+def _refuse_nonfinite(x: Tensor, block: int, stream: str) -> None:
+    if not torch.isfinite(x).all():
+        raise UserError(
+            f"extract: the {stream} stream after block {block} holds NaN or infinity; set "
+            "teacher.dtype: float32 (or bfloat16 in place of float16)"
+        )
+
+
+def write_sample(path: Path, samples: dict[str, dict], provenance: dict[str, str]) -> None:
+    """Writes tokens.parquet: a row group per boundary and stream, tokens in one order in all."""
+    widths = {s["value"].shape[-1] for s in samples.values()}
+    if len(widths) > 1:
+        raise UserError(f"streams of different widths ({widths}) can't share one token table")
+    schema = schemas.tokens(widths.pop())
+    kind = schema.field("value").type
+    with tables.writer(path, schema, provenance) as out:
+        for stream, sample in samples.items():
+            for boundary, value in enumerate(sample["value"]):
+                storage = pa.FixedSizeListArray.from_arrays(value.ravel(), value.shape[1])
+                columns = {
+                    "boundary": pa.array(np.full(len(value), boundary, np.int32)),
+                    "stream": pa.array([stream] * len(value)),
+                    "value": pa.ExtensionArray.from_storage(kind, storage),
+                }
+                rest = {n: pa.array(sample[n]) for n in schema.names if n not in columns}
+                out.write(pa.table(columns | rest))
+
+
+class TokenReader:
+    """Reads tokens.parquet one boundary of one stream at a time.
+
+    Attributes:
+        streams: names, in file order.
+        boundaries: their number, M + 1.
+        provenance: the file's, with what extraction knows of the blocks (see `facts`).
+    """
+
+    def __init__(self, path: str | Path):
+        self.provenance = tables.provenance(path)
+        self._path, self._file = path, pq.ParquetFile(path)
+        self._groups: dict[tuple[str, int], int] = {}
+        for group in range(self._file.num_row_groups):
+            head = self._file.read_row_group(group, columns=["stream", "boundary"])
+            self._groups[head["stream"][0].as_py(), head["boundary"][0].as_py()] = group
+        self.streams = list(dict.fromkeys(stream for stream, _ in self._groups))
+        self.boundaries = 1 + max(boundary for _, boundary in self._groups)
+
+    @property
+    def facts(self) -> dict:
+        """block_parameters, transformer_parameters, seams, untouchable, as extraction saw them."""
+        names = ("block_parameters", "transformer_parameters", "seams", "untouchable")
+        return {name: json.loads(self.provenance[name]) for name in names}
+
+    def values(self, boundary: int, stream: str) -> np.ndarray:
+        """Tokens [n, d], float32."""
+        column = self._column(boundary, stream, "value").combine_chunks()
+        return column.to_numpy_ndarray()
+
+    def heldout(self, stream: str) -> np.ndarray:
+        """Which tokens [n] come from prompts that no probe was fitted on."""
+        return self._column(0, stream, "heldout").to_numpy(zero_copy_only=False)
+
+    def prompts(self, stream: str) -> np.ndarray:
+        """Prompt index [n] of every token."""
+        return self._column(0, stream, "prompt").to_numpy()
+
+    def _column(self, boundary: int, stream: str, name: str):
+        group = self._groups[stream, boundary]
+        return self._file.read_row_group(group, columns=[name]).column(name)

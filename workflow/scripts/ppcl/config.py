@@ -1,0 +1,350 @@
+"""The workflow's configuration: schema, defaults, validation and its documentation table.
+
+Reads neither torch nor diffusers, so that Snakefiles can import it.
+"""
+
+import csv
+import difflib
+import json
+import re
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import yaml
+
+from ppcl.errors import UserError
+
+SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
+JUDGE_COLUMNS = ("digit", "digit_color", "background_color")
+
+
+class Subset(dict):
+    """Part of a configuration, as a rule hands it to its script.
+
+    A script that reads a key which its rule does not pass (and so does not track for reruns)
+    fails here instead of silently working with the default.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        raise UserError(
+            f"config key '{key}' was not given to this program: pass a whole config file to "
+            f"--config, or add '{key}' to the keys in the params of the stage's rule"
+        )
+
+
+def schema() -> dict:
+    """The JSON schema of the configuration."""
+    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+
+
+def load(source: str) -> dict:
+    """The validated configuration from a YAML or JSON file, or from an inline JSON object.
+
+    A file is completed with the default of every key. An inline object (it starts with "{") is
+    completed only below the top-level keys that it holds: see Subset.
+
+    Raises UserError naming the file and the dotted key, with what is allowed there.
+    """
+    source = str(source)
+    inline = source.lstrip().startswith("{")
+    if inline:
+        name = "--config"
+        try:
+            config = json.loads(source)
+        except json.JSONDecodeError as error:
+            raise UserError(f"--config: the inline object is not JSON ({error})") from error
+    else:
+        name = source
+        try:
+            config = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"{name}: cannot read this config file ({error.strerror})") from error
+        except UnicodeDecodeError as error:
+            raise UserError(f"{name}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"{name}: not valid YAML: {error}") from error
+    if config is None:
+        config = {}
+    if not isinstance(config, dict):
+        raise UserError(f"{name}: must hold keys and values, not a {type(config).__name__}")
+    completed = complete(config, name)
+    return Subset({key: completed[key] for key in config}) if inline else completed
+
+
+def complete(config: dict, source: str) -> dict:
+    """A copy of `config` with every default filled in, validated against the schema.
+
+    `source` names the config in messages. Raises UserError for the first invalid key.
+    """
+    rules = schema()
+    # Snakemake hands over ordered dicts and its own scalars; JSON types are what the schema knows.
+    filled = _fill(json.loads(json.dumps(config)), rules)
+    validator = jsonschema.Draft202012Validator(rules)
+    problems = sorted(validator.iter_errors(filled), key=lambda e: list(map(str, e.path)))
+    if problems:
+        # An unknown key often explains the other problems, so it comes first.
+        problems.sort(key=lambda e: e.validator != "additionalProperties")
+        raise UserError(f"{source}: {_explain(problems[0], rules)}")
+    names = [variant["name"] for variant in filled.get("variants", [])]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{source}: variants: the name '{name}' is used twice; rename one")
+    return filled
+
+
+def subset(config: dict, *keys: str) -> str:
+    """JSON of the named parts of a configuration (dotted keys reach into them).
+
+    Rules put it in their params, so that a changed value reruns exactly the rules that name it.
+    """
+    part: dict = {}
+    for key in keys:
+        source, target = config, part
+        *parents, last = key.split(".")
+        for parent in parents:
+            source, target = source[parent], target.setdefault(parent, {})
+        target[last] = source[last]
+    return json.dumps(part, sort_keys=True)
+
+
+def check(config: dict, source: str = "config") -> None:
+    """Cheap checks of what the configuration points at: teacher, prompts, possible budgets.
+
+    Raises UserError naming the key, the file and the fix.
+    """
+    _check_teacher(config["teacher"]["path"], source)
+    for stage in ("record", "evaluate"):
+        prompts(config[stage]["prompts"], f"{source}: {stage}.prompts")
+    if config["evaluate"]["judge"] == "digits":
+        path = config["evaluate"]["prompts"]
+        row = prompts(path, f"{source}: evaluate.prompts")[0]
+        missing = [column for column in JUDGE_COLUMNS if column not in row]
+        if missing:
+            raise UserError(
+                f"{source}: evaluate.judge is 'digits', but {path} has no column "
+                f"{', '.join(missing)}; add it or set evaluate.judge: none"
+            )
+    smallest = _smallest_fraction(Path(config["teacher"]["path"]), config["intervals"])
+    for variant in config["variants"]:
+        if smallest is not None and variant["budget"] < smallest:
+            raise UserError(
+                f"{source}: variants: budget {variant['budget']} of '{variant['name']}' is "
+                f"impossible: even one student in place of every unprotected block leaves "
+                f"{smallest:.3f} of this teacher's parameters; choose a larger budget"
+            )
+
+
+def prompts(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
+    """The rows of a prompts file: each has `prompt`, a CSV keeps its other columns too.
+
+    A .csv needs a header with `prompt`; any other file holds one prompt per line (empty lines
+    are skipped). Raises UserError if it is missing, empty, not UTF-8 or has no prompt column.
+    """
+    try:
+        # utf-8-sig: spreadsheets prefix a byte order mark, which would become part of a prompt.
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{key}: {path} is not UTF-8 (byte {error.start}); save the file as UTF-8"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"{key}: cannot read {path} ({error.strerror}); set the key to a prompts file"
+        ) from error
+    if str(path).endswith(".csv"):
+        reader = csv.DictReader(text.splitlines(keepends=True))
+        if text.strip() and "prompt" not in (reader.fieldnames or []):
+            raise UserError(f"{key}: {path} has no column 'prompt'; name it in the first line")
+        rows = [row for row in reader if (row["prompt"] or "").strip()]
+    else:
+        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+    if not rows:
+        raise UserError(f"{key}: {path} is empty; write at least one prompt, one per line")
+    return rows
+
+
+def table() -> str:
+    """The table of config/README.md: one markdown row per key, from the schema."""
+    lines = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
+    for key, node in _leaves(schema()):
+        # As YAML, so that a reader can copy it: JSON's 1e-06 would be text there.
+        default = "required"
+        if "default" in node:
+            default = yaml.safe_dump(node["default"], default_flow_style=True, width=10**6)
+            default = f"`{default.splitlines()[0]}`"
+        cells = (f"`{key}`", _allowed(node), default, node["description"].strip())
+        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
+    for name, child in node["properties"].items():
+        key = f"{prefix}{name}"
+        if "properties" in child:
+            yield from _leaves(child, f"{key}.")
+        else:
+            yield key, child
+            if "properties" in child.get("items", {}):
+                yield from _leaves(child["items"], f"{key}[].")
+
+
+def _fill(value: Any, node: dict) -> Any:
+    """`value` with the schema's defaults below it; what does not fit is left to the validator."""
+    if isinstance(value, dict) and "properties" in node:
+        filled = dict(value)
+        for name, child in node["properties"].items():
+            if name in filled:
+                filled[name] = _fill(filled[name], child)
+            elif "properties" in child:
+                filled[name] = _fill({}, child)
+            elif "default" in child:
+                filled[name] = _fill(child["default"], child)
+        return filled
+    if isinstance(value, list) and "items" in node:
+        return [_fill(item, node["items"]) for item in value]
+    return value
+
+
+def _explain(problem: jsonschema.ValidationError, rules: dict) -> str:
+    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem.path).lstrip(".")
+    if problem.validator == "additionalProperties":
+        known = list(problem.schema["properties"])
+        unknown = next(name for name in problem.instance if name not in known)
+        close = difflib.get_close_matches(unknown, known, n=1)
+        if close:
+            hint = f"did you mean '{close[0]}'?"
+        else:
+            elsewhere = [k for k, _ in _leaves(rules) if k.split(".")[-1] == unknown]
+            hint = f"did you mean '{elsewhere[0]}'? " if elsewhere else ""
+            hint += f"allowed here: {', '.join(known)}"
+        return f"unknown key '{f'{key}.{unknown}'.lstrip('.')}'; {hint}"
+    if problem.validator == "required":
+        return f"{key}: {problem.message}; add it"
+    node = rules
+    for part in problem.path:
+        node = node["items"] if isinstance(part, int) else node["properties"][part]
+    hint = ""
+    if isinstance(problem.instance, str) and re.fullmatch(
+        r"[+-]?\d+[eE][+-]?\d+", problem.instance
+    ):
+        digits, exponent = re.split("[eE]", problem.instance)
+        hint = f"; YAML reads {problem.instance} as text, write {digits}.0e{exponent}"
+    elif isinstance(problem.instance, str) and not isinstance(
+        yaml.safe_load(problem.instance), str
+    ):
+        hint = "; this is text: drop the quotes (--config makes all nested values text, a file not)"
+    elif problem.instance is False and "no" in node.get("enum", ()):
+        hint = '; YAML reads a bare no as false, write "no" in quotes'
+    elif isinstance(problem.instance, str) and "enum" in node:
+        close = difflib.get_close_matches(problem.instance, map(str, node["enum"]), n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+    return f"'{key}' is {json.dumps(problem.instance)}; allowed: {_allowed(node)}{hint}"
+
+
+def _allowed(node: dict) -> str:
+    """What the schema allows at one key, in words."""
+    if "anyOf" in node:
+        return " or ".join(_allowed(option) for option in node["anyOf"])
+    if "const" in node:
+        return f"`{node['const']}`"
+    if "enum" in node:
+        return "one of " + ", ".join(f"`{json.dumps(v).strip(chr(34))}`" for v in node["enum"])
+    kind = node.get("type", "anything")
+    words = " or ".join(kind) if isinstance(kind, list) else kind
+    if "items" in node:
+        exact = node.get("minItems") == node.get("maxItems")
+        length = node["minItems"] if exact else f"{node['minItems']} or more"
+        words = f"list of {length}: {_allowed(node['items'])}"
+    limits = [
+        f"{sign} {node[name]}"
+        for name, sign in (
+            ("minimum", ">="),
+            ("exclusiveMinimum", ">"),
+            ("maximum", "<="),
+            ("exclusiveMaximum", "<"),
+        )
+        if name in node
+    ]
+    if "pattern" in node:
+        limits.append(f"matching `{node['pattern']}`")
+    if "not" in node:
+        limits.append("other than " + ", ".join(f"`{v}`" for v in node["not"]["enum"]))
+    return f"{words} {', '.join(limits)}".strip()
+
+
+def _check_teacher(teacher: str, source: str) -> None:
+    folder = Path(teacher)
+    if not folder.exists():
+        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher) and not folder.parent.exists():
+            return  # a repository name on the Hub, which only the download can check
+        raise UserError(
+            f"{source}: teacher.path: {teacher} does not exist; give the folder of a diffusers "
+            f"pipeline or the name of a repository on the Hub (owner/name)"
+        )
+    index_path = folder / "model_index.json"
+    if not index_path.is_file():
+        raise UserError(
+            f"{source}: teacher.path: {teacher} is not a diffusers pipeline (it has no "
+            f"model_index.json); give the folder that save_pretrained wrote"
+        )
+    try:
+        index = json.loads(index_path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{index_path}: not valid JSON ({error}); restore the file") from error
+    if "_class_name" not in index or "transformer" not in index:
+        raise UserError(
+            f"{source}: teacher.path: {index_path} names no transformer; only pipelines whose "
+            f"denoiser is a transformer can be pruned"
+        )
+    if not (folder / "transformer" / "config.json").is_file():
+        raise UserError(
+            f"{source}: teacher.path: {folder / 'transformer'} has no config.json; restore the "
+            f"transformer's folder"
+        )
+
+
+def _smallest_fraction(folder: Path, intervals: dict) -> float | None:
+    """The smallest fraction of a local teacher's parameters that pruning can leave, or None.
+
+    One student in place of all unprotected blocks, counted from the safetensors headers alone.
+    """
+    blocks: dict[tuple[str, int], int] = {}
+    total = 0
+    for path in sorted((folder / "transformer").glob("*.safetensors")):
+        for name, entry in safetensors_header(path).items():
+            if name == "__metadata__":
+                continue
+            count = 1
+            for length in entry["shape"]:
+                count *= length
+            total += count
+            match = re.match(r"([\w.]*blocks)\.(\d+)\.", name)
+            if match:
+                key = (match[1], int(match[2]))
+                blocks[key] = blocks.get(key, 0) + count
+    kept = intervals["protect_first"] + intervals["protect_last"] + 1
+    if len(blocks) <= kept:
+        return None
+    return 1 - sum(sorted(blocks.values())[kept:]) / total
+
+
+def safetensors_header(path: Path) -> dict:
+    """Names, shapes and types of a safetensors file, without reading its tensors.
+
+    Raises UserError if the file is truncated or not safetensors.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            header = json.loads(file.read(length)) if length < size else None
+        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
+        complete_size = 8 + length + max(ends, default=0)
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError):
+        complete_size = None
+    if complete_size is None or complete_size != size:
+        raise UserError(f"{path}: truncated or not a safetensors file; restore or remake it")
+    return header

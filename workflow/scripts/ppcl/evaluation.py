@@ -1,0 +1,271 @@
+"""Running teacher and variants side by side: pictures in parallel processes, memory in fresh ones,
+velocities and timing in one.
+
+Every model is a complete pipeline folder and is loaded as stock diffusers loads it.
+"""
+
+import io
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from ppcl import calls, devices, metrics, pipelines, provenance, schemas, tables
+from ppcl.errors import UserError
+
+
+@dataclass(frozen=True)
+class Model:
+    """A pipeline under evaluation: its name in the tables, and how to load it."""
+
+    name: str
+    source: dict  # as the config's `teacher` mapping
+
+    @property
+    def key(self) -> str:
+        """What names the model's folder in messages."""
+        return "teacher.path" if self.name == metrics.TEACHER else f"variant {self.name}"
+
+    def digest(self) -> str:
+        """Changes when a file of the model's folder does (by size and time; weights are large)."""
+        folder = Path(self.source["path"])
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        stats = [(p.relative_to(folder).as_posix(), p.stat()) for p in files]
+        return provenance.digest(
+            [self.source, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
+        )
+
+    def pipeline(self, device: torch.device) -> DiffusionPipeline:
+        """The whole pipeline. Raises UserError if it can't be loaded."""
+        return pipelines.load(self.source, device, key=self.key)
+
+    def transformer(self, device: torch.device) -> nn.Module:
+        """The transformer alone. Raises UserError if it can't be loaded."""
+        return pipelines.load_transformer(self.source, device, key=self.key)
+
+
+def models(teacher: dict, folders: list[Path]) -> list[Model]:
+    """The teacher, then one model per folder, named after it.
+
+    Raises:
+        UserError: a folder is not a pipeline, or two have one name.
+    """
+    found = [Model(metrics.TEACHER, teacher)]
+    for folder in folders:
+        if not (folder / "model_index.json").is_file():
+            raise UserError(f"--models: {folder} is not a pipeline folder; run assemble first")
+        if folder.name in {model.name for model in found}:
+            raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
+        source = teacher | {"path": str(folder), "revision": None, "variant": None}
+        found.append(Model(folder.name, source))
+    return found
+
+
+# ---- processes
+
+
+def process_count(setting: str | int, device: torch.device) -> int:
+    """Processes that make pictures: as configured or one per core on CPU, one on a GPU.
+
+    The cores are those that torch would use, which Snakemake limits to the job's.
+    """
+    if device.type != "cpu":
+        return 1
+    return torch.get_num_threads() if setting == "auto" else int(setting)
+
+
+@contextmanager
+def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
+    """A pool of processes that share this job's cores.
+
+    Args:
+        fresh: every task gets a process of its own, in which nothing has run before.
+
+    Raises:
+        UserError: a process was killed, most likely for lack of memory.
+    """
+    # A fork server starts small and never computes, so its children inherit neither memory, nor
+    # threads, nor a CUDA context; it imports once what takes seconds to import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["diffusers.pipelines.pipeline_utils"])
+    pool = ProcessPoolExecutor(
+        count,
+        mp_context=context,
+        initializer=_start_worker,
+        initargs=(max(1, torch.get_num_threads() // count),),
+        max_tasks_per_child=1 if fresh else None,
+    )
+    try:
+        yield pool
+    except BrokenProcessPool as error:
+        raise UserError(
+            "a process of the evaluation was killed, most likely for lack of memory; lower "
+            "evaluate.batch_size or processes, and rerun: finished pictures are kept"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _start_worker(threads: int) -> None:
+    torch.set_num_threads(threads)
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()  # also returns when the parent was killed, which nothing else would tell us
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+# ---- pictures
+
+_loaded: dict[str, tuple[Model, DiffusionPipeline]] = {}
+
+
+def _pipeline(model: Model, device: torch.device) -> DiffusionPipeline:
+    """The model's pipeline; this process keeps the one that it used last."""
+    if _loaded.get("last", (None, None))[0] != model:
+        _loaded.clear()
+        _loaded["last"] = (model, model.pipeline(device))
+    return _loaded["last"][1]
+
+
+def plan_batches(model: Model, device: torch.device, items: list[dict], size: int):
+    """See pipelines.in_batches; a task, so that only a worker loads the pipeline."""
+    return pipelines.in_batches(_pipeline(model, device), items, size)
+
+
+def generate(
+    model: Model, device: torch.device, settings: dict, batch: list[dict], part: Path
+) -> None:
+    """Makes one batch of pictures into a table (schemas.IMAGES), unless it is there already.
+
+    Args:
+        settings: the config's `pipeline` mapping.
+        batch: per picture: prompt_index, prompt, seed.
+
+    Raises:
+        UserError: a picture holds NaN or infinity.
+    """
+    if part.exists():
+        return
+    pipe = _pipeline(model, device)
+    prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
+    images = np.asarray(pipelines.run(pipe, prompts, seeds, settings, output_type="np").images)
+    if not np.isfinite(images).all():
+        raise _broken(model, "a picture")
+    pictures = (images * 255).round().astype(np.uint8)
+    columns = {
+        "variant": [model.name] * len(batch),
+        "prompt": prompts,
+        "seed": seeds,
+        "png": [to_png(picture) for picture in pictures],
+        "read": [""] * len(batch),
+        "prompt_index": [item["prompt_index"] for item in batch],
+    }
+    tables.write(part, pa.table(columns), schemas.IMAGES, {})
+
+
+def to_png(picture: np.ndarray) -> bytes:
+    """PNG bytes of a picture [height, width, 3], uint8."""
+    sink = io.BytesIO()
+    Image.fromarray(picture).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def from_png(data: bytes) -> np.ndarray:
+    """The picture [height, width, 3], uint8, of PNG bytes."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def _broken(model: Model, what: str) -> UserError:
+    return UserError(
+        f"variant '{model.name}': {what} holds NaN or infinity; its weights are numerically broken "
+        "in this dtype: try teacher.dtype float32, or a lower learning rate for its training"
+    )
+
+
+# ---- velocities, time and memory
+
+
+@torch.no_grad()
+def velocity_errors(
+    model: Model,
+    transformer: nn.Module,
+    reader: calls.Reader,
+    rows: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+) -> dict[str, np.ndarray]:
+    """Replays recorded calls and compares with the teacher's recorded answers.
+
+    Returns:
+        Per row, in one order for all models: error and norm (metrics.squared_errors),
+        prompt_index, sigma.
+
+    Raises:
+        UserError: the model answers with NaN or infinity.
+    """
+    columns: dict[str, list[np.ndarray]] = {}
+    for recorded in reader.batches(rows, batch_size):
+        batch = recorded.to(device)
+        output = transformer(**batch.arguments)[0].cpu().double().numpy()
+        if not np.isfinite(output).all():
+            raise _broken(model, "the transformer's output")
+        error, norm = metrics.squared_errors(output, recorded.output.double().numpy())
+        found = {"error": error, "norm": norm}
+        found |= {name: recorded.rows[name] for name in ("prompt_index", "sigma")}
+        for name, values in found.items():
+            columns.setdefault(name, []).append(values)
+    return {name: np.concatenate(values) for name, values in columns.items()}
+
+
+def interleaved_times(
+    runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> dict[str, np.ndarray]:
+    """Seconds of every run [repeats], measured in rounds: each run once, in order, then again.
+
+    So all share the machine's ups and downs. An unmeasured round comes first.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for round_ in range(repeats + 1):
+        for name, run in runs.items():
+            devices.synchronise(device)
+            start = time.perf_counter()
+            run()
+            devices.synchronise(device)
+            if round_:
+                times[name].append(time.perf_counter() - start)
+    return {name: np.array(seconds) for name, seconds in times.items()}
+
+
+@torch.no_grad()
+def peak_memory(model: Model, device: torch.device, path: Path, rows: np.ndarray) -> int:
+    """Bytes that loading the transformer and running one batch of recorded calls take at most.
+
+    To be called in a fresh process: on a CPU only the process's peak is known, which never falls;
+    what Python, its libraries and the batch took before is subtracted.
+    """
+    reader = calls.Reader(path)
+    batch = reader.batch(rows).to(device)
+    devices.reset_peak_memory(device)
+    before = devices.peak_memory(device)
+    model.transformer(device)(**batch.arguments)
+    return devices.peak_memory(device) - before

@@ -1,0 +1,45 @@
+"""Distances between a student's output and the teacher's, per stream."""
+
+from torch import Tensor
+
+
+def normalised_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Eq. 6: || Norm(output) - Norm(target) ||^2 with Norm the L2 norm along channels, per token.
+
+    Summed over channels, averaged over tokens; equals 2 - 2 cos, so it sees direction only.
+
+    Args:
+        output, target: [batch, tokens, channels], any float dtype; computed in float32.
+        mask: [batch, tokens], true for real tokens; padding is left out of the average.
+
+    Returns:
+        A float32 scalar.
+    """
+    output, target = output.float(), target.float()
+    # A token of zero length has no direction; the floor keeps its gradient finite.
+    unit_output = output / output.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    unit_target = target / target.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return _mean_over_tokens((unit_output - unit_target).square().sum(-1), mask)
+
+
+def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """|| output - target ||^2 / || target ||^2 per token, averaged; sees magnitude as well.
+
+    Arguments and result as in `normalised_error`.
+    """
+    output, target = output.float(), target.float()
+    error = (output - target).square().sum(-1)
+    return _mean_over_tokens(error / target.square().sum(-1).clamp_min(1e-24), mask)
+
+
+def velocity_error(output: Tensor, target: Tensor) -> Tensor:
+    """|| output - target ||^2 / || target ||^2 over the whole batch: float32 scalar."""
+    output, target = output.float(), target.float()
+    return (output - target).square().sum() / target.square().sum()
+
+
+def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return values.mean()
+    mask = mask.to(values.dtype)
+    return (values * mask).sum() / mask.sum()

@@ -1,0 +1,228 @@
+"""The columns of every parquet file, and the list of everything a run writes.
+
+`results/README.md` is made from this module; other programs may rely on these columns.
+"""
+
+import pyarrow as pa
+
+
+def column(name: str, kind: pa.DataType, description: str, nan: bool = False) -> pa.Field:
+    """A documented column; `nan` allows missing or non-finite values in it."""
+    metadata = {"description": description} | ({"nan": "allowed"} if nan else {})
+    return pa.field(name, kind, metadata=metadata)
+
+
+_STREAM = column("stream", pa.string(), "`image` or `text`")
+_CKA_STREAM = column("stream", pa.string(), "`image`, `text` or `mean` (of both)")
+
+
+def tokens(width: int) -> pa.Schema:
+    """The token sample for streams of `width` channels (row order is equal in every boundary)."""
+    return pa.schema(
+        [
+            column("boundary", pa.int32(), "b: the input of block b; M: the last block's output"),
+            _STREAM,
+            column("prompt", pa.int32(), "index of the calibration prompt"),
+            column("step", pa.int32(), "index of the denoising step"),
+            column("timestep", pa.float64(), "timestep as the transformer received it"),
+            column("token", pa.int32(), "position in the sequence"),
+            column("heldout", pa.bool_(), "the prompt was kept from the probes' fit"),
+            column(
+                "value",
+                pa.fixed_shape_tensor(pa.float32(), [width]),
+                "the token's channels in the un-pruned teacher",
+            ),
+        ]
+    )
+
+
+# Tensor columns come after these, named `<argument>/<shape>/<dtype>` (calls.to_table).
+CALLS = pa.schema(
+    [
+        column("sample", pa.int32(), "calibration sample: one prompt with one noise seed"),
+        column("prompt_index", pa.int32(), "row of the prompts file, from 0"),
+        column("prompt", pa.string(), "the prompt"),
+        column("seed", pa.int64(), "seed of the sample's noise"),
+        column("kind", pa.string(), "`pipeline`: as called; `renoised`: fresh noise and timestep"),
+        column("step", pa.int32(), "denoising step; -1 for renoised"),
+        column("branch", pa.int32(), "which call of the step: 0, then 1 with guidance"),
+        column("timestep", pa.float64(), "the scheduler's timestep"),
+        column("sigma", pa.float64(), "the scheduler's noise level", nan=True),
+        column("heldout", pa.bool_(), "the prompt is kept from all fitting and training"),
+        column("arguments", pa.string(), "JSON of the arguments that are not tensors"),
+    ]
+)
+
+PROBES = pa.schema(
+    [
+        column("block", pa.int32(), "block in the order in which data flows, from 0"),
+        _STREAM,
+        column("r2_heldout", pa.float64(), "R^2 of the residual T_i(x) - x, held-out prompts"),
+        column("cosine_heldout", pa.float64(), "mean cosine of probe and block output, held out"),
+        column("condition_number", pa.float64(), "of X^T X before the ridge term", nan=True),
+        column("tokens", pa.int64(), "tokens fitted on"),
+        column("r2_fit", pa.float64(), "R^2 of the residual on the fitted tokens"),
+        column("tokens_heldout", pa.int64(), "tokens judged on"),
+        column("residual_norm", pa.float64(), "RMS of T_i(x) - x over RMS of x, held out"),
+    ]
+)
+
+CKA = pa.schema(
+    [
+        _CKA_STREAM,
+        column("start", pa.int32(), "u: the last kept block; -1 is the embeddings"),
+        column("end", pa.int32(), "k: the last block that probes replace"),
+        column("cka", pa.float64(), "cka(u, k), Eq. 3"),
+        column("delta", pa.float64(), "Delta(u, k) = cka(u, k-1) - cka(u, k), Eq. 4"),
+        column("cka_low", pa.float64(), "2.5 % of the bootstrap over prompts", nan=True),
+        column("cka_high", pa.float64(), "97.5 % of the bootstrap over prompts", nan=True),
+        column("delta_low", pa.float64(), "2.5 % of the bootstrap over prompts", nan=True),
+        column("delta_high", pa.float64(), "97.5 % of the bootstrap over prompts", nan=True),
+    ]
+)
+
+BLOCKS = pa.schema(
+    [
+        _STREAM,
+        column("block_a", pa.int32(), "block"),
+        column("block_b", pa.int32(), "block"),
+        column("cka", pa.float64(), "CKA of the two blocks' outputs"),
+    ]
+)
+
+INTERVALS = pa.schema(
+    [
+        column("first", pa.int32(), "first replaced block"),
+        column("last", pa.int32(), "last replaced block"),
+        column("removed_blocks", pa.int32(), "last - first: one student remains"),
+        column("cka", pa.float64(), "cka(first - 1, last)"),
+        column("selected", pa.bool_(), "a student is trained for this interval"),
+        column("reason", pa.string(), "why it was selected or not"),
+        column("source", pa.string(), "`trend` (Eq. 5) or `optimal` (shortest path)"),
+        column("cost", pa.float64(), "predicted loss of fidelity", nan=True),
+        column("tolerance", pa.float64(), "rise of Delta that ended the search", nan=True),
+    ]
+)
+
+DISTILL_LOG = pa.schema(
+    [
+        column("step", pa.int64(), "optimiser steps made"),
+        column("interval", pa.string(), "`first-last`, two digits each, as in 03-04"),
+        _STREAM,
+        column("loss_normalised", pa.float64(), "Eq. 6, one stream"),
+        column("loss_relative", pa.float64(), "squared error over the target's squared norm"),
+        column("lr", pa.float64(), "learning rate"),
+        column("seconds", pa.float64(), "training time so far"),
+        column("loss", pa.float64(), "the loss that was trained, one stream"),
+    ]
+)
+
+DISTILL_ERRORS = pa.schema(
+    [
+        column("interval", pa.string(), "first-last block, such as `03-04`"),
+        column("first", pa.int32(), "first block of the interval"),
+        column("last", pa.int32(), "last block of the interval"),
+        column("saved_parameters", pa.int64(), "parameters that the student saves"),
+        column(
+            "velocity_error",
+            pa.float64(),
+            "relative squared velocity error of the teacher with only this student, held out",
+        ),
+        column("rows", pa.int64(), "recorded calls measured on"),
+    ]
+)
+
+FINETUNE_LOG = pa.schema(
+    [
+        column("step", pa.int64(), "optimiser steps made"),
+        column("loss", pa.float64(), "the loss that was trained"),
+        column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
+        column("lr", pa.float64(), "learning rate"),
+        column("seconds", pa.float64(), "training time so far"),
+    ]
+)
+
+METRICS = pa.schema(
+    [
+        column("variant", pa.string(), "`teacher` or the variant's name"),
+        column("metric", pa.string(), "name of the metric"),
+        column("value", pa.float64(), "measured value"),
+        column("teacher_value", pa.float64(), "the teacher's", nan=True),
+        column("relative_change", pa.float64(), "value / teacher_value - 1", nan=True),
+        column("higher_is_better", pa.bool_(), "direction of the metric"),
+        column("samples", pa.int64(), "images, calls or repeats behind the value"),
+        column("ci_low", pa.float64(), "2.5 % of the bootstrap by prompt", nan=True),
+        column("ci_high", pa.float64(), "97.5 % of the bootstrap by prompt", nan=True),
+    ]
+)
+
+IMAGES = pa.schema(
+    [
+        column("variant", pa.string(), "`teacher` or the variant's name"),
+        column("prompt", pa.string(), "text of the prompt"),
+        column("seed", pa.int64(), "seed of the image's noise"),
+        column("png", pa.binary(), "the image, PNG bytes"),
+        column("read", pa.string(), "JSON of what the judge read; empty without a judge"),
+        column("prompt_index", pa.int32(), "row of the prompts file"),
+    ]
+)
+
+TABLES = {
+    "record/calls.parquet": CALLS,
+    "activations/tokens.parquet": tokens(1),
+    "probes/probes.parquet": PROBES,
+    "similarity/cka.parquet": CKA,
+    "similarity/blocks.parquet": BLOCKS,
+    "intervals/intervals.parquet": INTERVALS,
+    "distill/log.parquet": DISTILL_LOG,
+    "distill/errors.parquet": DISTILL_ERRORS,
+    "finetune/<variant>.parquet": FINETUNE_LOG,
+    "evaluation/metrics.parquet": METRICS,
+    "evaluation/images.parquet": IMAGES,
+}
+"""Schema of every table below results/<run>/. Calls have tensor columns besides, and tokens are
+shown with one channel: both follow the teacher's transformer."""
+
+ARTIFACTS = {
+    "record/calls.parquet": "the transformer's own calls on the calibration prompts",
+    "activations/tokens.parquet": "a sample of tokens at every block boundary",
+    "activations/moments.safetensors": "sums for the probes' least squares, float64, fit prompts",
+    "probes/probes.parquet": "quality of the linear probe of each block and stream",
+    "probes/probes.safetensors": "the probes: `<stream>.<block>.weight` and `.bias`, float64",
+    "similarity/cka.parquet": "CKA of every run of probes with the teacher",
+    "similarity/blocks.parquet": "CKA between the outputs of all pairs of blocks",
+    "intervals/intervals.parquet": "candidate intervals and the selection",
+    "prune/plan.json": "what each student replaces and starts from",
+    "prune/students.safetensors": "start weights of the students",
+    "distill/students.safetensors": "trained students",
+    "distill/errors.parquet": "what each trained student costs, plugged into the teacher alone",
+    "distill/log.parquet": "losses of the students during distillation",
+    "finetune/<variant>.safetensors": "all weights of a fine-tuned variant",
+    "finetune/<variant>.parquet": "losses during fine-tuning",
+    "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",
+    "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
+    "evaluation/images.parquet": "every image behind the metrics",
+    "plots/intervals/": "`search`, `heatmap`, `probes`, each .svg and .png",
+    "plots/training/": "`distill`, `finetune`, each .svg and .png",
+    "plots/quality/": "`tradeoff`, `images`, each .svg and .png",
+    "logs/": "what every stage printed",
+    "benchmarks/": "time and memory of every stage, as Snakemake measured them",
+    "state/": "what interrupted stages resume from; may be deleted after a finished run",
+}
+"""Everything below results/<run>/, in the order in which it appears."""
+
+
+def table() -> str:
+    """The body of results/README.md: every artifact, and the columns of every table."""
+    lines = ["| below `results/<run>/` | content |", "|---|---|"]
+    lines += [f"| `{path}` | {content} |" for path, content in ARTIFACTS.items()]
+    for path, schema in TABLES.items():
+        lines += ["", f"## `{path}`", "", "| column | type | meaning |", "|---|---|---|"]
+        for field in schema:
+            kind = str(field.type)
+            if isinstance(field.type, pa.FixedShapeTensorType):
+                kind = f"fixed-shape tensor of {field.type.value_type}, [channels]"
+            meaning = field.metadata[b"description"].decode()
+            meaning += " (may be NaN)" if b"nan" in field.metadata else ""
+            lines.append(f"| `{field.name}` | {kind} | {meaning} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,235 @@
+"""One training loop for everything that is trained here: teacher parts, students, whole models.
+
+The loop is data parallel over accelerate's processes, keeps one atomic checkpoint file, and is a
+pure function of its inputs: what a step sees depends on (seed, step) alone, never on how often the
+run was killed, so that a resumed run ends with the weights of an uninterrupted one.
+"""
+
+import hashlib
+import logging
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ppcl import provenance, tensors
+from ppcl.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How to optimise; AdamW with linear warm-up, then a cosine down to zero."""
+
+    steps: int
+    lr: float
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    clip_norm: float = 1.0
+    checkpoint_every: int = 200
+    log_every: int = 10
+
+    @classmethod
+    def from_settings(cls, settings: Mapping, **overrides) -> "Optimisation":
+        """Takes the keys of this class out of a larger settings mapping."""
+        known = {k: settings[k] for k in cls.__dataclass_fields__ if k in settings} | overrides
+        return cls(**known | {"betas": tuple(known.get("betas", (0.9, 0.95)))})
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step (0-based): warm-up, then cosine to zero at `steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# A step's losses: one (module name, scalar loss, scalar metrics) after the other. Each is
+# differentiated and its graph freed before the next is asked for, so peak memory is one graph.
+Losses = Callable[[int], Iterator[tuple[str, Tensor, dict[str, Tensor]]]]
+
+
+def train(
+    modules: Mapping[str, nn.Module],
+    losses: Losses,
+    options: Optimisation,
+    accelerator: Accelerator,
+    checkpoint: Path,
+    identity: str,
+) -> list[dict]:
+    """Trains modules in place and returns the log.
+
+    Modules are optimised side by side and independently: each has its own gradient clipping, and
+    AdamW is element-wise, so a module ends the same whether trained alone or with others.
+
+    Args:
+        modules: float32 modules by name, already on the accelerator's device.
+        losses: yields each module's loss for a step, computed on this process's share of the batch.
+        checkpoint: the resume file; written every `checkpoint_every` steps by the main process.
+        identity: digest of everything that decides the result. A checkpoint that carries another
+            identity belongs to another run and is not used.
+
+    Returns:
+        One row per module every `log_every` steps: step (1-based), name, lr, seconds (training time
+        since step 0) and the means of the metrics over those steps.
+
+    Raises:
+        UserError: a loss or gradient is NaN or infinite; says the module and the steps.
+    """
+    parameters = {
+        f"{name}/{key}": p
+        for name, module in modules.items()
+        for key, p in module.named_parameters()
+        if p.requires_grad
+    }
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()),
+        lr=options.lr,
+        betas=options.betas,
+        weight_decay=options.weight_decay,
+        fused=True,  # one kernel for all tensors; with tiny blocks the plain loop costs a tenth
+    )
+    first, rows, seconds = _resume(checkpoint, identity, parameters, optimizer)
+    sums: dict[str, dict[str, Tensor]] = {}
+    began, steps_since_log = time.perf_counter() - seconds, 0
+    bar = tqdm(
+        total=options.steps,
+        initial=first,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+        mininterval=2,
+    )
+    for step in range(first, options.steps):
+        for name, loss, metrics in losses(step):
+            accelerator.backward(loss)
+            total = sums.setdefault(name, {})
+            for key, value in (metrics | {"loss": loss}).items():
+                value = value.detach().float()
+                total[key] = total[key] + value if key in total else value
+        _average_gradients(modules, accelerator)
+        for name, module in modules.items():
+            norm = nn.utils.clip_grad_norm_(module.parameters(), options.clip_norm)
+            sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr_at(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        bar.update()
+        done, steps_since_log = step + 1, steps_since_log + 1
+        last = done == options.steps
+        save = done % options.checkpoint_every == 0 or last
+        # A checkpoint must never hold weights that a NaN has touched, so it is preceded by a check.
+        if done % options.log_every == 0 or save:
+            seconds = time.perf_counter() - began
+            for name, total in sums.items():
+                means = _mean_over_processes(total, steps_since_log, accelerator)
+                _refuse_nonfinite(means, name, done - steps_since_log + 1, done)
+                rows.append(
+                    {
+                        "step": done,
+                        "name": name,
+                        "lr": options.lr_at(step),
+                        "seconds": seconds,
+                        **means,
+                    }
+                )
+            bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}")
+            sums, steps_since_log = {}, 0
+        if save and not last and accelerator.is_main_process:
+            _save(checkpoint, identity, done, parameters, optimizer, rows, seconds)
+    bar.close()
+    return rows
+
+
+def _average_gradients(modules: Mapping[str, nn.Module], accelerator: Accelerator) -> None:
+    """All-reduces gradients in one flat tensor (students are called outside any DDP wrapper)."""
+    if accelerator.num_processes == 1:
+        return
+    grads = [p.grad for m in modules.values() for p in m.parameters() if p.grad is not None]
+    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
+    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(mean.view_as(grad))
+
+
+def _mean_over_processes(total: dict[str, Tensor], steps: int, accelerator: Accelerator) -> dict:
+    keys = sorted(total)
+    stacked = torch.stack([torch.as_tensor(total[k]) for k in keys]) / steps
+    return dict(zip(keys, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+
+
+def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int) -> None:
+    for key, value in means.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{key} of '{name}' became {value} between training steps {first} and {last}. "
+                "Lower `lr`, raise `warmup_steps`, or set mixed_precision: 'no'; the last "
+                "checkpoint is from before this and the next run resumes there."
+            )
+
+
+def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds) -> None:
+    state = {f"weight/{k}": p for k, p in parameters.items()}
+    for key, p in parameters.items():
+        state |= {f"{name}/{key}": value for name, value in optimizer.state[p].items()}
+    columns = sorted({key for row in rows for key in row} - {"name"})
+    names = sorted({row["name"] for row in rows})
+    table = [[names.index(row["name"])] + [row.get(c, math.nan) for c in columns] for row in rows]
+    state["log"] = torch.tensor(table, dtype=torch.float64)
+    metadata = {
+        "identity": identity,
+        "step": str(step),
+        "seconds": repr(seconds),
+        "names": "\n".join(names),
+        "columns": "\n".join(columns),
+    }
+    tensors.write(checkpoint, state, metadata)
+
+
+def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict], float]:
+    """Loads the checkpoint into parameters and optimizer: (first step, log rows, seconds)."""
+    if not checkpoint.exists():
+        return 0, [], 0.0
+    state, metadata = tensors.read(checkpoint)
+    if metadata.get("identity") != identity:
+        log.warning("%s belongs to other settings or inputs; starting from step 0", checkpoint)
+        return 0, [], 0.0
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(state[f"weight/{key}"])
+            # A parameter that never had a gradient (the last block's text output) has no state.
+            if f"step/{key}" in state:
+                optimizer.state[p] = {
+                    name: state[f"{name}/{key}"].to(p.device)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
+                }
+    names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
+    rows = [
+        {"name": names[int(values[0])]}
+        | {c: (int(v) if c == "step" else v) for c, v in zip(columns, values[1:], strict=True)}
+        for values in state["log"].tolist()
+    ]
+    log.warning("resuming %s at step %s", checkpoint, metadata["step"])
+    return int(metadata["step"]), rows, float(metadata["seconds"])
+
+
+def identity(settings: Mapping, inputs: list[Path]) -> str:
+    """Digest of what decides a training's result: its settings and the files that it reads."""
+    contents = []
+    for path in inputs:
+        with open(path, "rb") as file:
+            contents.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return provenance.digest([settings, contents])
+
+
+def forget(state: Path) -> None:
+    """Removes the resume folder of a training whose results are written."""
+    shutil.rmtree(state, ignore_errors=True)

@@ -1,0 +1,78 @@
+"""Stage 1.1: fit one residual linear probe per block and stream, and judge it on held-out tokens.
+
+    probe.py --config config/config.yaml --moments results/digits/activations/moments.safetensors \
+        --tokens results/digits/activations/tokens.parquet \
+        --probes-table results/digits/probes/probes.parquet \
+        --probes results/digits/probes/probes.safetensors
+
+Reads of the config: probe.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from tqdm import tqdm
+
+from ppcl import config, errors, probes, provenance, schemas, tables, tensors
+from ppcl.activations import TokenReader
+
+
+def moments_of(stored: dict[str, torch.Tensor], stream: str, block: int) -> probes.Moments:
+    """The moments of one block and stream, by their names in moments.safetensors."""
+    values = {
+        name: stored[f"{stream}.{block}.{name}"].double().numpy()
+        for name in ("count", "x_sum", "x_x", "y_sum", "x_y", "y_y")
+    }
+    return probes.Moments(
+        **{**values, "count": int(values["count"].item()), "y_y": float(values["y_y"].item())}
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or a JSON object")
+    parser.add_argument("--moments", type=Path, required=True, help="input: sums for the fit")
+    parser.add_argument("--tokens", type=Path, required=True, help="input: sampled tokens")
+    parser.add_argument("--probes-table", type=Path, required=True, help="output: quality, parquet")
+    parser.add_argument("--probes", type=Path, required=True, help="output: probes, safetensors")
+    options = parser.parse_args()
+    settings = config.load(options.config)
+
+    stored, _ = tensors.read(options.moments)
+    tokens = TokenReader(options.tokens)
+    names = [key.split(".")[:2] for key in stored if key.endswith(".count")]
+    fitted, rows = {}, []
+    for stream, block in tqdm(sorted((s, int(b)) for s, b in names), desc="probes", unit="probe"):
+        moments = moments_of(stored, stream, block)
+        probe = probes.solve(moments, settings["probe"]["ridge"], block, stream)
+        heldout = tokens.heldout(stream)
+        x = tokens.values(block, stream)[heldout].astype(np.float64)
+        y = tokens.values(block + 1, stream)[heldout] - x
+        fit = probes.residual_fit(probe, x, y)
+        fitted[f"{stream}.{block}.weight"] = torch.from_numpy(probe.weight)
+        fitted[f"{stream}.{block}.bias"] = torch.from_numpy(probe.bias)
+        rows.append(
+            {
+                "block": block,
+                "stream": stream,
+                "r2_heldout": fit.r2,
+                "cosine_heldout": fit.cosine,
+                "condition_number": probe.condition_number,
+                "tokens": moments.count,
+                "r2_fit": probes.fit_r2(probe, moments),
+                "tokens_heldout": len(x),
+                "residual_norm": fit.residual_norm,
+            }
+        )
+    stamp = provenance.stamp(settings, probes=len(rows))
+    tables.write(options.probes_table, pd.DataFrame(rows), schemas.PROBES, stamp)
+    tensors.write(options.probes, fitted, stamp)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,83 @@
+"""Records the transformer's own calls while the stock pipeline runs on the calibration prompts.
+
+Later stages replay them, so they need no text encoder, no scheduler and no knowledge of the model.
+A killed run goes on with the batches that are not recorded yet. Several processes (torchrun, or
+launch.py) share the batches.
+
+    python workflow/scripts/record.py --config config/digits.yaml \
+        --calls results/digits/record/calls.parquet --state results/digits/state/record
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from ppcl import blocks, calls, config, devices, errors, pipelines, provenance, recording
+
+
+def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
+    """Calibration samples; the split is by prompt, so that no prompt is on both sides."""
+    used = min(len(rows), settings["samples"])
+    heldout = np.random.default_rng(seed).permutation(used)[
+        : max(1, round(used * settings["heldout_fraction"]))
+    ]
+    return [
+        {
+            "sample": number,
+            "prompt_index": index,
+            "prompt": prompt,
+            "seed": noise,
+            "heldout": bool(index in heldout),
+        }
+        for number, (index, prompt, noise) in enumerate(
+            pipelines.sample_prompts(rows, settings["samples"], seed)
+        )
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet to write")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options, seed = settings["record"], settings["seed"]
+
+    rows = config.prompts(options["prompts"], "record.prompts")
+    accelerator = devices.accelerator(settings["device"])
+    pipe = pipelines.load(settings["teacher"], accelerator.device)
+    samples = choose_samples(rows, options, seed)
+    batches = pipelines.in_batches(pipe, samples, options["batch_size"])
+    identity = provenance.digest([settings, rows, provenance.code_digest(Path(__file__))])
+    folder = args.state / identity[:16]
+    parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
+    mine = list(zip(parts, batches, strict=True))[
+        accelerator.process_index :: accelerator.num_processes
+    ]
+    quiet = not accelerator.is_main_process
+    for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
+        if not part.exists():
+            found = recording.record_batch(
+                pipe, batch, settings["pipeline"], options["renoised_per_sample"], seed
+            )
+            calls.write(part, [table.schema for table in found], found, {})
+        if part == parts[0]:
+            reader = calls.Reader(part)
+            first = reader.batch(reader.buckets[0][:1]).to(accelerator.device)
+            blocks.verify(pipe.transformer, first.arguments)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
+        calls.merge(parts, args.calls, stamp)
+        shutil.rmtree(args.state, ignore_errors=True)
+    devices.finish(accelerator)
+
+
+if __name__ == "__main__":
+    errors.run(main)

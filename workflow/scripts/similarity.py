@@ -1,0 +1,128 @@
+"""Stage 1.2: CKA of every run of probes with the teacher (Eq. 3, 4), and of all pairs of blocks.
+
+    similarity.py --config config/config.yaml --probes results/digits/probes/probes.safetensors \
+        --tokens results/digits/activations/tokens.parquet \
+        --cka results/digits/similarity/cka.parquet \
+        --blocks results/digits/similarity/blocks.parquet
+
+Reads of the config: seed, similarity (without streams: all of them are written). The noise level
+of Delta's rise, per stream, is written into cka.parquet's provenance as `delta_noise`.
+"""
+
+import argparse
+import json
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from ppcl import config, errors, provenance, schemas, similarity, tables, tensors
+from ppcl.activations import TokenReader
+from ppcl.probes import Probe
+
+
+def cka_rows(stream: str, draws: np.ndarray) -> tuple[pd.DataFrame, float]:
+    """Rows of cka.parquet for one stream, and its noise level, from [1 + draws, first, last]."""
+    delta = similarity.differences(draws)
+    (low, high), (delta_low, delta_high) = similarity.limits(draws), similarity.limits(delta)
+    first, last = np.nonzero(np.isfinite(draws[0]))
+    at = (first, last)
+    rows = pd.DataFrame(
+        {
+            "stream": stream,
+            "start": first - 1,
+            "end": last,
+            "cka": draws[0][at],
+            "delta": delta[0][at],
+            "cka_low": low[at],
+            "cka_high": high[at],
+            "delta_low": delta_low[at],
+            "delta_high": delta_high[at],
+        }
+    )
+    return rows, similarity.rise_noise(delta)
+
+
+def block_rows(stream: str, blocks: list[int], values: np.ndarray) -> pd.DataFrame:
+    """Rows of blocks.parquet: all ordered pairs."""
+    return pd.DataFrame(
+        {
+            "stream": stream,
+            "block_a": np.repeat(blocks, len(blocks)),
+            "block_b": np.tile(blocks, len(blocks)),
+            "cka": values.ravel(),
+        }
+    )
+
+
+def stream_probes(weights: dict, stream: str, depth: int) -> list[Probe | None]:
+    """The stream's probe of every block; None for a block that the stream does not pass."""
+    return [
+        Probe(weights[f"{stream}.{i}.weight"].numpy(), weights[f"{stream}.{i}.bias"].numpy())
+        if f"{stream}.{i}.weight" in weights
+        else None
+        for i in range(depth)
+    ]
+
+
+def heldout_tokens(
+    tokens: TokenReader, stream: str, heldout: np.ndarray, boundary: int
+) -> np.ndarray:
+    """Tokens [n, d] at a boundary that no probe was fitted on."""
+    return tokens.values(boundary, stream)[heldout]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or a JSON object")
+    parser.add_argument("--probes", type=Path, required=True, help="input: probes, safetensors")
+    parser.add_argument("--tokens", type=Path, required=True, help="input: sampled tokens")
+    parser.add_argument("--cka", type=Path, required=True, help="output: CKA of runs, parquet")
+    parser.add_argument("--blocks", type=Path, required=True, help="output: CKA of pairs, parquet")
+    options = parser.parse_args()
+    settings = config.load(options.config)
+    chosen = settings["similarity"]
+    how = {key: chosen[key] for key in ("estimator", "normalise_tokens")}
+
+    weights, _ = tensors.read(options.probes)
+    tokens = TokenReader(options.tokens)
+    depth = tokens.boundaries - 1
+    draws, blocks = {}, []
+    for stream in tokens.streams:
+        probes = stream_probes(weights, stream, depth)
+        heldout = tokens.heldout(stream)
+        read = partial(heldout_tokens, tokens, stream, heldout)
+        # The same seed for every stream: a resample draws the same prompts in each, so that the
+        # mean over streams has resamples of its own.
+        plan = similarity.resamples(
+            tokens.prompts(stream)[heldout],
+            chosen["bootstrap"],
+            settings["seed"],
+            chosen["estimator"],
+        )
+        progress = tqdm(range(depth), desc=f"runs, {stream}", unit="block")
+        draws[stream] = similarity.surrogate_cka(
+            read, probes, plan, reference=chosen["reference"], stream=stream, steps=progress, **how
+        )
+        present = [i for i, probe in enumerate(probes) if probe is not None]
+        values = similarity.block_cka(read, present, plan, stream=stream, **how)
+        blocks.append(block_rows(stream, present, values))
+    draws["mean"] = similarity.mean_of_streams(list(draws.values()))
+
+    frames, noise = [], {}
+    for stream, values in draws.items():
+        rows, noise[stream] = cka_rows(stream, values)
+        frames.append(rows)
+    stamp = provenance.stamp(settings, blocks=depth, bootstrap=chosen["bootstrap"])
+    handed_on = {key: json.dumps(fact) for key, fact in tokens.facts.items()}
+    levels = {"delta_noise": json.dumps(noise)}
+    tables.write(options.cka, pd.concat(frames), schemas.CKA, {**stamp, **handed_on, **levels})
+    tables.write(options.blocks, pd.concat(blocks), schemas.BLOCKS, stamp)
+
+
+if __name__ == "__main__":
+    errors.run(main)
