@@ -37,3 +37,19 @@ def stand_in(tmp_path) -> dict:
         "record": {"prompts": str(prompts)},
         "evaluate": {"prompts": str(prompts)},
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_teacher(tmp_path_factory) -> Path:
+    """Folder of a complete tiny pipeline with 5 blocks."""
+    import tiny  # imports torch, which many tests do without
+
+    return tiny.pipeline(tmp_path_factory.mktemp("tiny") / "teacher", blocks=5)
+
+
+@pytest.fixture(scope="session")
+def tiny_calls(tiny_teacher, tmp_path_factory) -> Path:
+    """Recorded calls of `tiny_teacher`: four prompts, one at a time, of two token lengths."""
+    import tiny
+
+    return tiny.record(tiny_teacher, tmp_path_factory.mktemp("tiny") / "calls.parquet")

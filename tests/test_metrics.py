@@ -211,8 +211,10 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
         time.sleep(0.02)
     first.send_signal(signal.SIGKILL)
     first.wait()
-    kept = {path: path.stat().st_mtime_ns for path in (folder / "state").glob("*/*/*.parquet")}
-    assert kept and not (folder / "metrics.parquet").exists()
+    kept = next((folder / "state").glob("*/*/*.parquet"))
+    assert not (folder / "metrics.parquet").exists()
+    marked = tables.read(kept, schemas.IMAGES).to_pandas().assign(prompt="kept")
+    tables.write(kept, marked, schemas.IMAGES, {})
 
     done = subprocess.run(
         command(folder, settings), env=environment, capture_output=True, text=True
@@ -224,6 +226,7 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
     assert images["variant"].value_counts().to_dict() == dict.fromkeys(
         ("teacher", "same", "short"), 5
     )
+    assert (images["prompt"] == "kept").sum() == len(marked)
     by_model = {name: part.set_index("seed")["png"] for name, part in images.groupby("variant")}
     assert set(by_model["teacher"].index) == {1_000_000_000 + i for i in range(5)}
     assert by_model["same"].equals(by_model["teacher"])
@@ -272,7 +275,7 @@ def test_calibration_prompts_and_noise_are_refused(world):
     assert not seeds & set(reader.index["seed"])
 
 
-def test_broken_variant_is_named(world, tmp_path):
+def test_broken_variant_is_named(world, tmp_path, monkeypatch):
     folder, settings = world
     model = evaluation.Model("burst", tiny.source(folder / "models" / "short"))
     transformer = model.transformer(CPU)
@@ -283,7 +286,7 @@ def test_broken_variant_is_named(world, tmp_path):
         evaluation.velocity_errors(model, transformer, reader, np.array([0]), 1, CPU)
     pipe = model.pipeline(CPU)
     pipe.transformer = transformer
-    evaluation._loaded["last"] = (model, pipe)
+    monkeypatch.setitem(evaluation._loaded, "last", (model, pipe))
     batch = [{"prompt": "new", "seed": 1, "prompt_index": 0}]
     with pytest.raises(errors.UserError, match="'burst': a picture holds NaN"):
         evaluation.generate(model, CPU, settings["pipeline"], batch, tmp_path / "part.parquet")
@@ -297,3 +300,15 @@ def test_folders_that_are_no_pipelines_are_refused(world, tmp_path):
     twice = [folder / "models" / "same"] * 2
     with pytest.raises(errors.UserError, match="two models are named 'same'"):
         evaluation.models(tiny.source(folder / "teacher"), twice)
+
+
+def test_a_killed_process_is_explained(world):
+    folder, _ = world
+    missing = evaluation.Model("gone", tiny.source(folder / "nothing"))
+    with evaluation.workers(1) as pool:
+        task = pool.submit(evaluation.plan_batches, missing, CPU, [], 1)
+        with pytest.raises(errors.UserError, match="variant gone: .*nothing can't be loaded"):
+            task.result()
+    lost = pytest.raises(errors.UserError, match="was killed, most likely for lack of memory")
+    with lost, evaluation.workers(1) as pool:
+        pool.submit(os._exit, 1).result()

@@ -407,10 +407,21 @@ def test_drawing_leaves_matplotlib_settings_alone():
 
 
 def test_names_of_crowded_points_do_not_overlap():
-    close = {f"variant-{n}": (0.85 + n / 100, 0.86 + n / 100, n / 1000) for n in range(5)}
+    close = {f"variant-{n}": (0.85 + n / 99, 0.86 + n / 99, n / 999) for n in range(1, 6)}
     figure = result_figures.tradeoff(metrics_table(variants=VARIANTS | close))
     for ax in figure.axes:
+        for name in ax.texts:
+            name.update_positions(figure.canvas.get_renderer())
         boxes = [Text.get_window_extent(name) for name in ax.texts]
         assert len(boxes) == len(VARIANTS | close)
         for n, box in enumerate(boxes):
-            assert not any(box.overlaps(other) for other in boxes[:n])
+            assert not any(box.padded(-0.5).overlaps(other) for other in boxes[:n])
+
+
+def test_a_curve_is_named_at_the_height_of_its_end():
+    data = search_tables(24, 6)
+    image = data["probes"].query("stream == 'image'")
+    figure = figures.probes(image, data["intervals"])
+    for ax, column in zip(figure.axes, ("r2_heldout", "cosine_heldout"), strict=False):
+        height = (ax.transData + ax.transAxes.inverted()).transform((0, image[column].iloc[-1]))[1]
+        np.testing.assert_allclose(ax.texts[0].xy, (1, height))

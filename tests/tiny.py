@@ -1,8 +1,12 @@
 """A tiny QwenImagePipeline folder with random weights, and recorded calls of it: wiring only."""
 
+import json
+import runpy
 from pathlib import Path
 
+import pytest
 import torch
+from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from ppcl import calls, pipelines, recording, teacher
@@ -16,6 +20,7 @@ SETTINGS = {
 }
 CALIBRATION = ["a red 1 on blue", "a blue 2 on red", "a green two on red", "4 in red"]
 Z_DIM, TEXT_WIDTH = 4, 32
+SCRIPTS = Path(calls.__file__).parents[1]
 
 
 def source(folder: Path) -> dict:
@@ -29,32 +34,112 @@ def source(folder: Path) -> dict:
     }
 
 
+def transformer(blocks: int = 3, seed: int = 0, scale: float = 0.05):
+    """A stock QwenImageTransformer2DModel, width 32; `scale` is how far its weights are moved."""
+    torch.manual_seed(seed)
+    shape = {"blocks": blocks, "heads": 1, "head_dim": 32, "axes_dims_rope": [8, 12, 12]}
+    made = teacher.make_transformer(shape, Z_DIM, TEXT_WIDTH)
+    with torch.no_grad():
+        for parameter in made.parameters():  # zero modulations would make blocks identities
+            parameter.add_(scale * torch.randn_like(parameter))
+    return made.requires_grad_(False).eval()
+
+
+def silence(block) -> None:
+    """Closes the gates of a stock block, which makes it exactly the identity on both streams."""
+    with torch.no_grad():
+        for modulation in (block.img_mod[1], block.txt_mod[1]):
+            modulation.weight.zero_()
+            modulation.bias.zero_()
+
+
+def arguments(lengths: tuple[int, ...] = (5, 5), seed: int = 0) -> dict:
+    """One call of `transformer`, 16 image tokens; samples with `lengths` text tokens, padded."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, longest = len(lengths), max(lengths)
+    given = {
+        "hidden_states": torch.randn(batch, 16, 4 * Z_DIM, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, longest, TEXT_WIDTH, generator=generator),
+        "timestep": torch.rand(batch, generator=generator),
+        "img_shapes": [[(1, 4, 4)]] * batch,
+        "return_dict": False,
+    }
+    if min(lengths) < longest:
+        mask = torch.arange(longest)[None] < torch.tensor(lengths)[:, None]
+        given["encoder_hidden_states_mask"] = mask.long()
+    return given
+
+
 def pipeline(folder: Path, blocks: int = 3, seed: int = 0) -> Path:
     """Writes a complete pipeline; the same seed gives the same weights."""
-    torch.manual_seed(seed)
+    made = transformer(blocks, seed)
     tokenizer = teacher.make_tokenizer()
-    shape = {"blocks": blocks, "heads": 1, "head_dim": 32, "axes_dims_rope": [8, 12, 12]}
-    transformer = teacher.make_transformer(shape, Z_DIM, TEXT_WIDTH)
-    with torch.no_grad():
-        for parameter in transformer.parameters():  # zero modulations would make blocks identities
-            parameter.add_(0.05 * torch.randn_like(parameter))
     QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=teacher.make_vae(8, Z_DIM),
         text_encoder=teacher.make_text_encoder(tokenizer, TEXT_WIDTH, 1),
         tokenizer=tokenizer,
-        transformer=transformer,
+        transformer=made,
     ).save_pretrained(folder)
     return folder
 
 
-def record(folder: Path, path: Path, prompts: list[str] = CALIBRATION) -> Path:
-    """Records the pipeline's calls on prompts, one batch each; every other prompt is held out."""
-    pipe = pipelines.load(source(folder), torch.device("cpu"))
-    tables = []
-    for number, prompt in enumerate(prompts):
-        sample = {"sample": number, "prompt_index": number, "prompt": prompt, "seed": number}
-        sample["heldout"] = number % 2 == 1
-        tables += recording.record_batch(pipe, [sample], SETTINGS, 1, seed=0)
+def load(folder: Path):
+    """The pipeline of a folder, as the stages load it."""
+    return pipelines.load(source(folder), torch.device("cpu"))
+
+
+def samples(prompts: list[str]) -> list[dict]:
+    """Calibration samples of prompts; every other prompt is held out."""
+    return [
+        {
+            "sample": number,
+            "prompt_index": number,
+            "prompt": prompt,
+            "seed": number,
+            "heldout": number % 2 == 1,
+        }
+        for number, prompt in enumerate(prompts)
+    ]
+
+
+def record(
+    folder: Path, path: Path, prompts: list[str] = CALIBRATION, batch: int = 1, renoised: int = 1
+) -> Path:
+    """Records the pipeline's calls on prompts, `batch` at a time (unlike lengths are padded)."""
+    pipe, tables = load(folder), []
+    every = samples(prompts)
+    for start in range(0, len(every), batch):
+        part = every[start : start + batch]
+        tables += recording.record_batch(pipe, part, SETTINGS, renoised, seed=0)
     calls.write(path, [table.schema for table in tables], tables, {})
     return path
+
+
+def options(settings: dict, paths: dict) -> list[str]:
+    """Command line of a stage: a config and a path, or a text, per option."""
+    given = ["--config", json.dumps(settings)]
+    for name, value in paths.items():
+        given += [f"--{name.replace('_', '-')}", str(value)]
+    return given
+
+
+def stage(name: str, settings: dict, **paths) -> None:
+    """Runs a stage's program in this process; it may end with SystemExit.
+
+    accelerate keeps one setting of precision per process, and every stage is a process of its own.
+    """
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [name, *options(settings, paths)])
+            runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class NoBar:
+    """A progress bar that shows nothing."""
+
+    def update(self, _count: int) -> None:
+        pass

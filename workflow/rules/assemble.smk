@@ -26,7 +26,7 @@ rule assemble:
         result("benchmarks/assemble-{variant}.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: 1  # several variants at once
     resources:
         mem_mb=16000,
         runtime=30,

@@ -10,6 +10,7 @@
 rule record:
     input:
         script=program("record.py"),
+        launcher=program("launch.py"),
         teacher=teacher_files(),
         prompts=config["record"]["prompts"],
     output:
@@ -25,6 +26,8 @@ rule record:
         gpu=1,
         mem_mb=16000,
         runtime=120,
+        processes=config["processes"],
+        device=config["device"],
     params:
         config=subset("seed", "device", "teacher", "pipeline", "record"),
         state=result("state/record"),
@@ -32,5 +35,6 @@ rule record:
     message:
         "Recording the teacher's calls on {input.prompts}"
     shell:
-        "python {input.script} --config {params.config:q} "
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
         "--calls {output.calls} --state {params.state} 2>&1 | tee {log}"

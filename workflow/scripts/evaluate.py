@@ -7,7 +7,20 @@
         --images results/digits/evaluation/images.parquet --state results/digits/state/evaluate
 
 Pictures are made in parallel processes, one batch at a time; a killed run goes on with the batches
-that are missing. Time and memory are measured when nothing else of this program runs.
+that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: over rounds):
+
+    digit_accuracy, digit_color_accuracy, background_color_accuracy, all_correct
+                          share of pictures that show what the prompt states (judge: digits)
+    judge_digit_accuracy  the judge's own, on real digits it was not fitted on (teacher's rows only)
+    psnr (dB), ssim       to the teacher's picture of the same prompt and seed (none of the teacher)
+    velocity_error        ||v - v_t||^2 / ||v_t||^2 over held-out recorded calls, v_t the teacher's
+                          recorded answer; velocity_error_sigma_0.00_0.25 ...: by noise level
+    parameters, parameter_fraction
+                          of the transformer, and over the teacher's
+    latency_seconds, latency_ratio
+                          median of one batch through the transformer, and over the teacher's;
+                          measured in rounds, all models in turn, in one process
+    peak_memory_bytes     what loading the transformer and one batch add to a fresh process
 """
 
 import argparse

@@ -44,10 +44,12 @@ def output_distillation(model, reader, options, seed, accelerator):
 
     def losses_of_step(step: int) -> Iterator[tuple]:
         drawn = reader.draw(rows, options["batch_size"], (seed, step))
-        batch = reader.batch(students.share(drawn, accelerator)).to(accelerator.device)
+        part = students.share(drawn, accelerator)
+        batch = reader.batch(part).to(accelerator.device).to_float32()
         with accelerator.autocast():
             output = model(**batch.arguments)[0]
-        error = losses.velocity_error(output, batch.output)
+        power = accelerator.reduce(batch.output.square().sum(), reduction="mean")
+        error = losses.velocity_error(output, batch.output, power)
         yield "transformer", error, {"velocity_error": error}
 
     return losses_of_step

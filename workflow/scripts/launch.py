@@ -43,7 +43,10 @@ def main() -> None:
     options = parser.parse_args()
     processes = count(options.processes, options.threads, options.device)
     # Processes, not threads, share the cores: small models lose more to thread synchronisation.
-    os.environ["OMP_NUM_THREADS"] = str(max(1, options.threads // processes))
+    # Snakemake sets both to the job's threads, and torch lets MKL's win: every process would start
+    # as many threads as there are cores, and they would wait for each other ten times longer.
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ[name] = str(max(1, options.threads // processes))
     command = ["-u", options.script, *options.arguments]
     if processes == 1:
         os.execv(sys.executable, [sys.executable, *command])

@@ -16,21 +16,31 @@ import numpy as np
 from tqdm import tqdm
 
 from ppcl import blocks, calls, config, devices, errors, pipelines, provenance, recording
+from ppcl.errors import UserError
 
 
 def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
-    """Calibration samples; the split is by prompt, so that no prompt is on both sides."""
-    used = min(len(rows), settings["samples"])
-    heldout = np.random.default_rng(seed).permutation(used)[
-        : max(1, round(used * settings["heldout_fraction"]))
-    ]
+    """Calibration samples; the split is by prompt, so that no prompt is on both sides.
+
+    Raises:
+        UserError: there are not two different prompts to split.
+    """
+    # By text, not by row: a file may list a prompt twice.
+    used = list(dict.fromkeys(row["prompt"] for row in rows[: settings["samples"]]))
+    if len(used) < 2:
+        raise UserError(
+            f"record.prompts: {settings['prompts']} has only one prompt; calibration needs two "
+            "or more, to fit on and to hold out"
+        )
+    count = min(max(1, round(len(used) * settings["heldout_fraction"])), len(used) - 1)
+    heldout = {used[i] for i in np.random.default_rng(seed).permutation(len(used))[:count]}
     return [
         {
             "sample": number,
             "prompt_index": index,
             "prompt": prompt,
             "seed": noise,
-            "heldout": bool(index in heldout),
+            "heldout": prompt in heldout,
         }
         for number, (index, prompt, noise) in enumerate(
             pipelines.sample_prompts(rows, settings["samples"], seed)

@@ -13,6 +13,7 @@ from torch import nn
 
 from ppcl import schemas, tables, tensors, texts
 from ppcl.errors import UserError
+from ppcl.intervals import parameters_needed
 from ppcl.students import Interval
 
 
@@ -35,7 +36,7 @@ def choose(errors: Path, plan: dict, wanted: dict) -> list[Interval]:
     """
     found = tables.read(errors, schemas.DISTILL_ERRORS).to_pandas()
     total = plan["transformer_parameters"]
-    needed = total - int(wanted["budget"] * total)
+    needed = parameters_needed(total, wanted["budget"])
     chosen = cheapest(found["velocity_error"].tolist(), found["saved_parameters"].tolist(), needed)
     if chosen is None:
         reached = 1 - found["saved_parameters"].sum() / total

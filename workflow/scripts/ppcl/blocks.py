@@ -41,8 +41,18 @@ class Block:
         return {s: bound[a] for s, a in self.list.inputs.items() if bound.get(a) is not None}
 
     def outputs(self, returned: Any) -> Streams:
-        """The streams among what the block returned."""
+        """The streams among what the block returned.
+
+        Raises:
+            UserError: it returned more or fewer than the family registry says.
+        """
         values = returned if isinstance(returned, tuple) else (returned,)
+        if len(values) != len(self.list.outputs):
+            raise UserError(
+                f"{type(self.module).__name__}: block {self.index} returns {len(values)} values, "
+                f"the family registry says {len(self.list.outputs)} "
+                "(workflow/scripts/ppcl/families.py)"
+            )
         return dict(zip(self.list.outputs, values, strict=True))
 
 

@@ -54,10 +54,22 @@ class Batch:
     def __len__(self) -> int:
         return len(self.output)
 
+    def to_float32(self) -> "Batch":
+        """The batch for a float32 model, whatever the dtype of the teacher that was recorded."""
+        arguments = {k: as_float32(v) for k, v in self.arguments.items()}
+        return Batch(arguments, self.output.float(), self.rows, self.numbers)
+
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
         moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
         return Batch(moved, self.output.to(device), self.rows, self.numbers)
+
+
+def as_float32(value: Any) -> Any:
+    """A floating-point tensor in float32; anything else as it is."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.float()
+    return value
 
 
 # ---- one call to rows
@@ -302,11 +314,21 @@ class Reader:
         self._bucket_of = np.empty(len(self), dtype=np.int64)
         for group in range(self._file.num_row_groups):
             columns = tuple(self._present(group))
+            shared = self._shared_values(group, columns)
             for row in range(self._first[group], self._first[group + 1]):
                 other = json.loads(self.index["arguments"][row])
-                alike = json.dumps({k: v for k, v in other.items() if "all" in v}, sort_keys=True)
-                self._bucket_of[row] = numbers.setdefault((columns, alike), len(numbers))
+                alike = {k: v if "all" in v else "each" for k, v in other.items()}
+                key = (columns, shared, json.dumps(alike, sort_keys=True))
+                self._bucket_of[row] = numbers.setdefault(key, len(numbers))
         return [np.flatnonzero(self._bucket_of == number) for number in range(len(numbers))]
+
+    def _shared_values(self, group: int, columns: tuple[str, ...]) -> str:
+        """The values of a row group's shared tensors, which one batch can hold only once."""
+        names = [name for name in columns if name.startswith("=")]
+        if not names:
+            return ""
+        table = self._file.read_row_group(group, columns=names)
+        return str([table.column(name).chunk(0).storage[0].as_py() for name in names])
 
 
 def _decode_column(column: pa.Array, name: str) -> Tensor:

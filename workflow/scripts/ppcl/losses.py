@@ -32,10 +32,16 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
     return _mean_over_tokens(error / target.square().sum(-1).clamp_min(1e-24), mask)
 
 
-def velocity_error(output: Tensor, target: Tensor) -> Tensor:
-    """|| output - target ||^2 / || target ||^2 over the whole batch: float32 scalar."""
+def velocity_error(output: Tensor, target: Tensor, power: Tensor | None = None) -> Tensor:
+    """|| output - target ||^2 / || target ||^2 over the whole batch: float32 scalar.
+
+    Args:
+        power: || target ||^2, if not this target's own: a process that holds part of a batch
+            divides by the mean over processes, and the mean of the errors is the batch's.
+    """
     output, target = output.float(), target.float()
-    return (output - target).square().sum() / target.square().sum()
+    power = target.square().sum() if power is None else power
+    return (output - target).square().sum() / power
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:

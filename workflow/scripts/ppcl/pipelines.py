@@ -56,8 +56,11 @@ def load_transformer(
     teacher: dict, device: torch.device, key: str = "teacher.path"
 ) -> torch.nn.Module:
     """The teacher's transformer alone, frozen and in evaluation mode; arguments as in `load`."""
-    path, family = teacher["path"], None
-    index = DiffusionPipeline.load_config(path, revision=teacher["revision"])
+    path = teacher["path"]
+    try:
+        index = DiffusionPipeline.load_config(path, revision=teacher["revision"])
+    except OSError as error:
+        raise UserError(f"{key}: {path} is not a diffusers pipeline: {error}") from error
     library, family = index.get("transformer") or (None, None)
     if library != "diffusers":
         raise UserError(f"{key}: {path}: its transformer is not a class of diffusers")

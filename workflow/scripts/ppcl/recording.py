@@ -114,9 +114,13 @@ def _renoise(pipe, recorder, samples, renoised, seed, shared) -> list[pa.Table]:
             f"record.renoised_per_sample: states of {type(schedule).__name__} can't be renoised "
             "(only flow-matching schedulers yet); set it to 0"
         )
-    second = [c for c in recorder.calls if c["step"] == min(1, recorder.step - 1)]
-    before = recorder.latents[0] if recorder.step > 1 else None
-    clean = recorder.latents[-1]
+    if recorder.step < 2:
+        raise UserError(
+            "record.renoised_per_sample: one denoising step does not show how this pipeline hands "
+            "its latents to the transformer; set it to 0, or pipeline.num_inference_steps to 2"
+        )
+    second = [c for c in recorder.calls if c["step"] == 1]
+    before, clean = recorder.latents[0], recorder.latents[-1]
     low, high = float(schedule.sigmas[schedule.sigmas > 0].min()), float(schedule.sigmas.max())
     found = []
     for round_ in range(renoised):
@@ -133,18 +137,16 @@ def _renoise(pipe, recorder, samples, renoised, seed, shared) -> list[pa.Table]:
             arguments = dict(call["arguments"])
             repeats = len(call["output"]) // len(samples)
             hidden = arguments["hidden_states"]
-            if before is None or not torch.equal(hidden, torch.cat([before] * repeats).to(hidden)):
+            if not torch.equal(hidden, torch.cat([before] * repeats).to(hidden)):
                 raise UserError(
                     "record.renoised_per_sample: the transformer of this pipeline does not get the "
                     "latents as they are, so its states can't be renoised; set it to 0"
                 )
-            # Some pipelines pass the scheduler's timestep, others a fraction of it: keep the scale.
             timestep = sigma * schedule.config.num_train_timesteps
-            scale = float(arguments["timestep"].flatten()[0]) / float(
-                schedule.timesteps[call["step"]]
-            )
+            given = float(arguments["timestep"].flatten()[0])
+            scaled = timestep * _timestep_scale(given, schedule, call["step"])
             arguments["hidden_states"] = torch.cat([state] * repeats).to(hidden)
-            arguments["timestep"] = (timestep * scale).repeat(repeats).to(arguments["timestep"])
+            arguments["timestep"] = scaled.repeat(repeats).to(arguments["timestep"])
             output = pipe.transformer(**arguments)[0]
             place = {
                 "kind": "renoised",
@@ -155,3 +157,18 @@ def _renoise(pipe, recorder, samples, renoised, seed, shared) -> list[pa.Table]:
             }
             found.append(_table(arguments, output, samples, place, shared))
     return found
+
+
+def _timestep_scale(given: float, schedule, step: int) -> float:
+    """What a pipeline multiplies the scheduler's timestep by: some pass it as it is, others sigma.
+
+    In bfloat16 the quotient is off by up to 1 %, so it says only which of the two.
+    """
+    found = given / float(schedule.timesteps[step])
+    for scale in (1.0, 1 / schedule.config.num_train_timesteps):
+        if abs(found / scale - 1) < 0.01:
+            return scale
+    raise UserError(
+        f"record.renoised_per_sample: this pipeline gives the transformer {found:g} times the "
+        "scheduler's timestep, so its states can't be renoised; set it to 0"
+    )

@@ -177,7 +177,16 @@ def interval_losses(
 
 
 def share(rows, accelerator: Accelerator):
-    """This process's part of a global batch; the batch is the same for any process count."""
+    """This process's part of a global batch; the batch is the same for any process count.
+
+    Raises:
+        UserError: there are fewer rows than processes.
+    """
+    if len(rows) < accelerator.num_processes:
+        raise UserError(
+            f"batch_size {len(rows)} is less than the number of training processes, "
+            f"{accelerator.num_processes}; raise it, or lower the config key 'processes'"
+        )
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 
@@ -201,21 +210,44 @@ def distillation(
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         drawn = reader.draw(rows, options["batch_size"], (seed, step))
-        batch = reader.batch(share(drawn, accelerator)).to(accelerator.device)
+        part = share(drawn, accelerator)
+        # Shares differ by a row where the batch does not divide evenly; training averages them.
+        weight = len(part) * accelerator.num_processes / len(drawn)
+        batch = reader.batch(part).to(accelerator.device)
         masks = blocks.token_masks(family, batch.arguments)
         with accelerator.autocast():
             inputs, targets = teacher_states(transformer, intervals, batch.arguments)
         if options["mode"] == "sequential":
             inputs = sequential_inputs(transformer, students, batch.arguments, accelerator)
         for interval, student in students.items():
-            bound = tree_map(_float32, inputs.pop(interval))
+            # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
+            bound = tree_map(calls.as_float32, inputs.pop(interval))
             with accelerator.autocast():
                 returned = _call(student, bound, options["gradient_checkpointing"])
             output = sequence[interval.first].outputs(returned)
             loss, metrics = interval_losses(output, targets.pop(interval), masks, options)
-            yield interval.name, loss, metrics
+            yield interval.name, weight * loss, metrics
 
     return losses_of_step
+
+
+def plugged(
+    transformer: nn.Module, students: Students
+) -> tuple[nn.Module, dict[Interval, nn.Module]]:
+    """The teacher with students in place of their intervals, and those students as they run there.
+
+    A teacher of another dtype than the students' float32 gets copies in its own, as an exported
+    model has them.
+    """
+    dtype = transformer.dtype
+    fitting = {
+        interval: student
+        if all(p.dtype == dtype for p in student.parameters())
+        else copy.deepcopy(student).to(dtype)
+        for interval, student in students.items()
+    }
+    model, _ = blocks.assembled(transformer, {i.key: m for i, m in fitting.items()})
+    return model, fitting
 
 
 @torch.no_grad()
@@ -223,8 +255,8 @@ def sequential_inputs(
     transformer: nn.Module, students: Students, arguments: dict[str, Any], accelerator: Accelerator
 ) -> dict[Interval, dict[str, Any]]:
     """Per interval the bound arguments that its student gets inside the assembled model."""
-    model, _ = blocks.assembled(transformer, {i.key: m for i, m in students.items()})
-    owner = {id(m): i for i, m in students.items()}
+    model, fitting = plugged(transformer, students)
+    owner = {id(m): i for i, m in fitting.items()}
     inputs = {}
 
     def before(block, bound):
@@ -247,7 +279,7 @@ def plugged_error(
     accelerator: Accelerator,
 ) -> float:
     """Relative velocity error of the teacher with these students plugged in, on recorded calls."""
-    model, _ = blocks.assembled(transformer, {i.key: m for i, m in students.items()})
+    model, _ = plugged(transformer, students)
     error = power = 0.0
     for batch in reader.batches(rows, batch_size):
         batch = batch.to(accelerator.device)
@@ -263,10 +295,3 @@ def _call(module: nn.Module, bound: dict[str, Any], recompute: bool) -> Any:
     if recompute:
         return checkpoint(module, use_reentrant=False, **bound)
     return module(**bound)
-
-
-def _float32(value: Any) -> Any:
-    """Students have float32 weights, whatever the teacher's dtype; autocast lowers what it may."""
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.float()
-    return value

@@ -1,0 +1,226 @@
+"""What extraction keeps, against activations that are held whole in float64."""
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ppcl import activations, blocks, calls, schemas, tables
+from ppcl.errors import UserError
+
+CPU = torch.device("cpu")
+PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background", "4 in red", "a green 9"]
+DEPTH = 5
+
+
+@pytest.fixture(scope="module")
+def world(tiny_teacher, tmp_path_factory):
+    """The teacher, its calls in padded batches of four prompts, and a reader of them."""
+    path = tmp_path_factory.mktemp("extract") / "calls.parquet"
+    tiny.record(tiny_teacher, path, PROMPTS, batch=4)
+    return tiny.load(tiny_teacher).transformer, calls.Reader(path)
+
+
+def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3):
+    transformer, reader = world
+    rows = np.arange(len(reader)) if rows is None else rows
+    options = {
+        "batch_size": batch_size,
+        "moment_tokens": moment_tokens,
+        "sample_tokens": sample_tokens,
+    }
+    return activations.collect(transformer, reader, rows, options, 0, CPU, tiny.NoBar())
+
+
+@torch.no_grad()
+def materialised(world, rows):
+    """[boundary] -> stream -> [rows, tokens, d] of one batch, by hooks of our own."""
+    transformer, reader = world
+    batch = reader.batch(rows)
+    found = [{}]
+
+    def first(_module, _args, kwargs):
+        found[0] = {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
+
+    def each(_module, _args, returned):
+        found.append({"text": returned[0], "image": returned[1]})
+
+    every = transformer.transformer_blocks
+    handles = [every[0].register_forward_pre_hook(first, with_kwargs=True)]
+    handles += [block.register_forward_hook(each) for block in every]
+    transformer(**batch.arguments)
+    for handle in handles:
+        handle.remove()
+    return batch, found
+
+
+def lengths(batch):
+    """Real text tokens of every sample."""
+    mask = batch.arguments.get("encoder_hidden_states_mask")
+    count = batch.arguments["encoder_hidden_states"].shape[1]
+    return mask.sum(1).tolist() if mask is not None else [count] * len(batch)
+
+
+def test_moments_are_the_direct_sums(world):
+    """One sample a batch, so that all of its tokens count."""
+    _, reader = world
+    moments, _ = collect(world, batch_size=1)
+    direct = {}
+    for row in reader.rows(heldout=False):
+        batch, boundaries = materialised(world, np.array([row]))
+        for i in range(DEPTH):
+            for stream, x in boundaries[i].items():
+                keep = lengths(batch)[0] if stream == "text" else x.shape[1]
+                x, after = (t[0, :keep].double().numpy() for t in (x, boundaries[i + 1][stream]))
+                y = after - x
+                parts = {
+                    "count": np.array([len(x)], float),
+                    "x_sum": x.sum(0),
+                    "x_x": sum(np.outer(a, a) for a in x),
+                    "y_sum": y.sum(0),
+                    "x_y": sum(np.outer(a, b) for a, b in zip(x, y, strict=True)),
+                    "y_y": np.array([(y**2).sum()]),
+                }
+                for name, value in parts.items():
+                    key = f"{stream}.{i}.{name}"
+                    direct[key] = direct.get(key, 0) + value
+    assert moments.sums.keys() == direct.keys() and len(direct) == 2 * DEPTH * 6
+    for key, value in direct.items():
+        assert moments.sums[key].dtype == torch.float64
+        np.testing.assert_allclose(moments.sums[key].numpy(), value, rtol=1e-9, atol=1e-9)
+
+
+def test_moments_do_not_grow():
+    moments = activations.Moments(CPU)
+    x = torch.randn(50, 8)
+    moments.add("image", 0, x, x)
+    size = sum(t.nbytes for t in moments.sums.values())
+    for _ in range(20):
+        moments.add("image", 0, x, x)
+    assert sum(t.nbytes for t in moments.sums.values()) == size == 8 * (2 + 2 * 8 + 2 * 64)
+    assert moments.sums["image.0.count"].item() == 21 * 50
+
+
+def test_held_out_tokens_never_enter_the_moments(world):
+    transformer, reader = world
+    everything, _ = collect(world)
+    alone, _ = collect(world, rows=reader.rows(heldout=False))
+    # Padded batches give as many tokens as their shortest sample, so text counts may differ.
+    for key in (k for k in everything.sums if k.startswith("image")):
+        torch.testing.assert_close(everything.sums[key], alone.sums[key], rtol=1e-9, atol=1e-9)
+    assert everything.sums["image.0.count"].item() == 16 * len(reader.rows(heldout=False))
+    nothing, sample = collect(world, rows=reader.rows(heldout=True))
+    assert nothing.sums == {} and sample["image"]["heldout"].all()
+
+
+def test_padding_is_left_out(world):
+    _, reader = world
+    rows = np.arange(4)  # one call of all four prompts
+    batch, boundaries = materialised(world, rows)
+    real = lengths(batch)
+    assert min(real) < max(real)
+    moments, sample = collect(world, rows)
+    shortest = min(real)
+    assert moments.sums["text.0.count"].item() == 2 * shortest  # two samples are fit
+    text = sample["text"]
+    for row, length in zip(rows, real, strict=True):
+        here = text["token"][text["prompt"] == reader.index["prompt_index"][row]]
+        assert len(here) == len(set(here)) == 3 and here.max() < length
+    positions = activations.pick_tokens(
+        blocks.token_masks(blocks.family_of("QwenImageTransformer2DModel"), batch.arguments),
+        "text", (4, max(real)), 99, rows, 0,
+    )  # fmt: skip
+    assert positions.shape == (4, shortest)
+    fit = ~batch.rows["heldout"]
+    x = boundaries[2]["text"].double().numpy()[fit]
+    picked = np.concatenate([s[p] for s, p in zip(x, positions[fit], strict=True)])
+    np.testing.assert_allclose(moments.sums["text.2.x_sum"].numpy(), picked.sum(0), rtol=1e-9)
+
+
+def test_picked_tokens_depend_on_the_row_only():
+    masks = {"text": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()}
+    both = activations.pick_tokens(masks, "text", (2, 5), 2, np.array([8, 3]), 0)
+    alone = activations.pick_tokens(
+        {"text": masks["text"][1:]}, "text", (1, 5), 2, np.array([3]), 0
+    )
+    assert np.array_equal(both[1], alone[0]) and both[1].max() < 3
+    assert (np.diff(both) > 0).all()
+    other = [
+        activations.pick_tokens({}, "image", (1, 500), 20, np.array([row]), seed).tolist()
+        for row, seed in ((3, 0), (4, 0), (3, 1))
+    ]
+    assert len({str(tokens) for tokens in other}) == 3
+
+
+@pytest.fixture(scope="module")
+def sampled(world, tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
+    _, samples = collect(world)
+    activations.write_sample(path, samples, {"seams": "[0]"})
+    return path, samples
+
+
+def test_tokens_are_in_one_order_at_every_boundary(world, sampled):
+    """Every stored token is the teacher's activation at the place that its row names."""
+    transformer, reader = world
+    path, _ = sampled
+    table = tables.read(path, schemas.tokens(32)).drop_columns("value").to_pandas()
+    tokens = activations.TokenReader(path)
+    assert tokens.boundaries == DEPTH + 1 and set(tokens.streams) == {"image", "text"}
+    where = ["prompt", "step", "timestep", "token", "heldout"]
+    known = {}
+    for rows in (bucket[i : i + 4] for bucket in reader.buckets for i in range(0, len(bucket), 4)):
+        batch, boundaries = materialised(world, rows)
+        for s in range(len(rows)):
+            place = tuple(batch.rows[k][s] for k in ("prompt_index", "step", "timestep"))
+            known.setdefault(place, []).append(
+                {(b, n): v[s] for b, both in enumerate(boundaries) for n, v in both.items()}
+            )
+    for stream in tokens.streams:
+        part = table[table["stream"] == stream]
+        first = part[part["boundary"] == 0][where].reset_index(drop=True)
+        assert len(first) == 3 * len(reader)
+        assert np.array_equal(tokens.heldout(stream), first["heldout"])
+        assert np.array_equal(tokens.prompts(stream), first["prompt"])
+        values = np.stack([tokens.values(b, stream) for b in range(DEPTH + 1)])
+        for boundary in range(DEPTH + 1):
+            here = part[part["boundary"] == boundary][where].reset_index(drop=True)
+            assert here.equals(first)
+        for j, row in first.iterrows():
+            # Guidance calls twice at one place; the token is one of the two, at all boundaries.
+            both = known[row["prompt"], row["step"], row["timestep"]]
+            matches = [
+                all(
+                    np.array_equal(values[b, j], one[b, stream][int(row["token"])].numpy())
+                    for b in range(DEPTH + 1)
+                )
+                for one in both
+                if row["token"] < len(one[0, stream])
+            ]
+            assert any(matches), (stream, j)
+
+
+def test_nan_activations_name_block_and_stream(world):
+    transformer, reader = world
+    bias = transformer.transformer_blocks[2].img_mlp.net[2].bias
+    with torch.no_grad():
+        kept, bias[0] = bias[0].item(), torch.inf
+        try:
+            with pytest.raises(UserError, match="the image stream after block 2 holds NaN"):
+                collect(world, rows=np.arange(2))
+        finally:
+            bias[0] = kept
+
+
+def test_a_truncated_token_file_is_named(sampled, tmp_path):
+    path = tmp_path / "tokens.parquet"
+    path.write_bytes(sampled[0].read_bytes()[:-9])
+    with pytest.raises(UserError, match=r"tokens\.parquet: truncated or not parquet"):
+        activations.TokenReader(path)
+
+
+def test_streams_of_two_widths_are_refused(sampled, tmp_path):
+    _, samples = sampled
+    narrow = samples["text"] | {"value": samples["text"]["value"][..., :8]}
+    with pytest.raises(UserError, match="different widths"):
+        activations.write_sample(tmp_path / "t.parquet", samples | {"text": narrow}, {})

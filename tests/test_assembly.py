@@ -1,0 +1,238 @@
+"""Choosing students for a budget, and folders that stock diffusers must load."""
+
+import copy
+import itertools
+import json
+import runpy
+import subprocess
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ppcl import assembly, blocks, calls, intervals, schemas, students, tables
+from ppcl.errors import UserError
+
+# ---- which students
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 64), st.integers(1, 9)), max_size=8),
+    st.integers(0, 30),
+)
+def test_cheapest_is_that_of_all_subsets(items, needed):
+    costs = [cost / 64 for cost, _ in items]
+    savings = [saving for _, saving in items]
+    found = assembly.cheapest(costs, savings, needed)
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(range(len(items)), n) for n in range(len(items) + 1)
+    )
+    enough = [s for s in subsets if sum(savings[i] for i in s) >= needed]
+    if not enough:
+        assert found is None
+        return
+    assert len(set(found)) == len(found)
+    assert sum(savings[i] for i in found) >= needed
+    assert sum(costs[i] for i in found) == min(sum(costs[i] for i in s) for s in enough)
+
+
+def errors_table(path, errors, saved):
+    first = [3 * i for i in range(len(errors))]
+    found = pd.DataFrame({"first": first, "velocity_error": errors, "saved_parameters": saved})
+    found = found.assign(last=found["first"] + 1, rows=1)
+    found["interval"] = [f"{f:02d}-{f + 1:02d}" for f in first]
+    tables.write(path, found[schemas.DISTILL_ERRORS.names], schemas.DISTILL_ERRORS, {})
+    return path
+
+
+def test_variants_take_what_costs_least(tmp_path):
+    path = errors_table(tmp_path / "errors.parquet", [0.3, 0.1, 0.05, 0.2], [10, 10, 10, 20])
+    plan = {"transformer_parameters": 100}
+
+    def chosen(budget):
+        return [i.first for i in assembly.choose(path, plan, {"name": "v", "budget": budget})]
+
+    assert chosen(1.0) == []
+    assert chosen(0.9) == [6]
+    assert chosen(0.8) == [3, 6]
+    assert chosen(0.7) == [6, 9]  # 0.25 for 30 parameters, against 0.45 for the three small ones
+    assert sorted(chosen(0.5)) == [0, 3, 6, 9]
+    with pytest.raises(UserError, match=r"'v': all students together leave 0\.500.*budget 0\.49"):
+        chosen(0.49)
+
+
+@pytest.mark.parametrize(("total", "budget"), [(100, 0.29), (1000, 0.57), (100, 0.58), (7, 0.3)])
+def test_a_budget_is_the_one_that_intervals_were_selected_for(tmp_path, total, budget):
+    """0.29 * 100 is 28.999999999999996: the model may keep 29 parameters, not 28."""
+    needed = intervals.parameters_needed(total, budget)
+    path = errors_table(tmp_path / "errors.parquet", [0.3], [needed])
+    wanted = {"name": "v", "budget": budget}
+    assert len(assembly.choose(path, {"transformer_parameters": total}, wanted)) == 1
+
+
+def test_an_unknown_variant_is_named():
+    settings = {"variants": [{"name": "p55"}, {"name": "p70"}]}
+    assert assembly.variant(settings, "p70") == {"name": "p70"}
+    with pytest.raises(UserError, match=r"--variant: .* no variant 'p7'; it has p55, p70"):
+        assembly.variant(settings, "p7")
+
+
+# ---- folders
+
+
+@pytest.fixture(scope="module")
+def call(tiny_calls):
+    reader = calls.Reader(tiny_calls)
+    return reader.batch(reader.buckets[0][:2]).arguments
+
+
+@pytest.fixture
+def pruned(tiny_teacher):
+    """The pipeline, and its transformer with a student in place of blocks 1-3."""
+    pipe = tiny.load(tiny_teacher)
+    student = tiny.transformer(blocks=1, seed=5).transformer_blocks[0]
+    model, block_map = blocks.assembled(pipe.transformer, {(1, 3): student})
+    return pipe, model.eval(), block_map
+
+
+@pytest.fixture
+def gate_inside(monkeypatch):
+    """Runs the reload gate in this process: a fresh one takes seconds, and one test has it."""
+
+    def run(command, **_options):
+        _, gate, *arguments = command
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sys.argv", [gate, *arguments])
+            try:
+                runpy.run_path(gate, run_name="__main__")
+            except SystemExit as stopped:
+                failed = stopped.code not in (None, 0)
+                return subprocess.CompletedProcess(command, int(failed), "", str(stopped.code))
+            except Exception as error:
+                return subprocess.CompletedProcess(command, 1, "", repr(error))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(assembly.subprocess, "run", run)
+
+
+def test_export_loads_in_stock_diffusers(pruned, call, tmp_path):
+    """With the reload gate in a process of its own."""
+    pipe, model, block_map = pruned
+    folder = tmp_path / "models" / "p70"
+    assembly.export(pipe, model, block_map, folder, {"variant": "p70"}, call)
+    assert [f.name for f in folder.parent.iterdir()] == ["p70"]
+
+    again = DiffusionPipeline.from_pretrained(folder)
+    assert len(again.transformer.transformer_blocks) == again.transformer.config.num_layers == 3
+    with torch.no_grad():
+        assert torch.equal(again.transformer(**call)[0], model(**call)[0])
+    again.set_progress_bar_config(disable=True)
+    picture = again("red 1", **tiny.SETTINGS).images[0]
+    assert picture.size == (32, 32)
+    saved = json.loads((folder / "transformer" / "block_map.json").read_text())
+    assert saved == [[0], [1, 2, 3], [4]]
+    assert json.loads((folder / "pruning.json").read_text()) == {"variant": "p70"}
+    assert not list(folder.rglob(".*"))
+
+
+def forget_depth(model):
+    model.register_to_config(num_layers=5)
+
+
+def too_shallow(model):
+    model.register_to_config(num_layers=2)
+
+
+def swap_a_module(model):
+    block = model.transformer_blocks[1] = copy.deepcopy(model.transformer_blocks[1])
+    block.img_mlp = nn.Linear(32, 32)
+
+
+def lose_a_weight(model):
+    block = model.transformer_blocks[0] = copy.deepcopy(model.transformer_blocks[0])
+    block.attn.to_q.register_parameter("bias", None)
+
+
+def change_what_no_weight_shows(model):
+    model.pos_embed = QwenEmbedRope(theta=7, axes_dim=[8, 12, 12], scale_rope=True)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (forget_depth, "missing_keys|transformer_blocks.3"),
+        (too_shallow, "unexpected_keys|transformer_blocks.2"),
+        (swap_a_module, "img_mlp"),
+        (lose_a_weight, "to_q.bias"),
+        (change_what_no_weight_shows, "answers differ by up to"),
+    ],
+)
+def test_the_gate_refuses_and_nothing_is_left(pruned, call, tmp_path, gate_inside, damage, message):
+    pipe, model, block_map = pruned
+    damage(model)
+    with torch.no_grad():
+        model(**call)  # in memory it runs
+    folder = tmp_path / "models" / "p70"
+    folder.mkdir(parents=True)
+    (folder / "earlier").touch()
+    with pytest.raises(
+        UserError, match=rf"p70.* does not reload as it was written(.|\n)*({message})"
+    ):
+        assembly.export(pipe, model, block_map, folder, {}, call)
+    assert [f.name for f in folder.parent.iterdir()] == ["p70"]
+    assert [f.name for f in folder.iterdir()] == ["earlier"]  # what was there stays
+
+
+def test_the_gate_passes_a_right_model_in_bfloat16(pruned, call, tmp_path, gate_inside):
+    pipe, model, block_map = pruned
+    model = model.to(torch.bfloat16)
+    low = {
+        k: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in call.items()
+    }
+    assembly.export(pipe, model, block_map, tmp_path / "p70", {}, low)
+    assert (tmp_path / "p70" / "model_index.json").exists()
+
+
+def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_inside):
+    """The program, from hand-made students: two intervals, of which the budget needs one."""
+    teacher = tiny.load(tiny_teacher).transformer
+    every = [students.Interval(0, 1), students.Interval(3, 4)]
+    students.save(tmp_path / "students.safetensors", students.start(teacher, every, "first"), {})
+    size = blocks.parameter_count(teacher.transformer_blocks[0])
+    total = blocks.parameter_count(teacher)
+    plan = {
+        "transformer_parameters": total,
+        "intervals": [{"first": i.first, "last": i.last} for i in every],
+    }
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    errors_table(tmp_path / "errors.parquet", [0.3, 0.1], [size, size])
+    config = {
+        "teacher": {"path": str(tiny_teacher)},
+        "variants": [{"name": "p85", "budget": 1 - size / total}],
+    }
+    paths = {
+        "variant": "p85",
+        "calls": tiny_calls,
+        "plan": tmp_path / "plan.json",
+        "students": tmp_path / "students.safetensors",
+        "errors": tmp_path / "errors.parquet",
+        "output": tmp_path / "p85",
+    }
+    tiny.stage("assemble", config, **paths)
+    card = json.loads((tmp_path / "p85" / "pruning.json").read_text())
+    assert card["intervals"] == [{"first": 3, "last": 4}] and card["finetuned"] is False
+    assert card["parameters"] == total - size
+    assert card["parameter_fraction"] == pytest.approx(1 - size / total)
+    made = DiffusionPipeline.from_pretrained(tmp_path / "p85").transformer
+    assert blocks.parameter_count(made) == total - size
+    stock = dict(teacher.named_parameters())
+    for name, value in made.named_parameters():
+        assert torch.equal(value, stock[name]), name  # a start of `first` is blocks 0-3

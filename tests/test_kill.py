@@ -1,0 +1,194 @@
+"""The programs distill and finetune as real processes: killed, resumed, and two of them at once."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+
+from ppcl import schemas, students, tables, tensors
+
+# Ends the process with SIGKILL when it is about to put its second checkpoint in place, so the
+# first one, and half a file beside it, are what the next run finds.
+KILLER = """
+import os, runpy, signal, sys
+replace, seen = os.replace, []
+def kill(source, target):
+    if "checkpoint" in str(target):
+        seen.append(target)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_teacher, tiny_calls, tmp_path_factory):
+    """A folder with the plan and the start weights of two students, and the settings."""
+    folder = tmp_path_factory.mktemp("kill")
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"path": str(tiny_teacher)},
+        "prune": {"start": "first"},
+        # 5 samples do not divide evenly among two processes.
+        "distill": TRAINING | {"steps": 6, "heldout_rows": 4, "batch_size": 5},
+        "finetune": TRAINING,
+        "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
+    }
+    found = pd.DataFrame({"first": [0, 3], "last": [1, 4], "removed_blocks": 1, "cka": 0.9})
+    found = found.assign(selected=True, reason="test", source="trend", cost=0.1, tolerance=0.0)
+    found = found[schemas.INTERVALS.names]
+    tables.write(folder / "intervals.parquet", found, schemas.INTERVALS, {})
+    tiny.stage(
+        "prune",
+        settings,
+        intervals=folder / "intervals.parquet",
+        plan=folder / "plan.json",
+        students=folder / "start.safetensors",
+    )
+    return folder, settings, tiny_calls
+
+
+def distill_paths(world, name):
+    folder, _, recorded = world
+    return {
+        "calls": recorded,
+        "plan": folder / "plan.json",
+        "students": folder / "start.safetensors",
+        "state": folder / name / "state",
+        "output": folder / name / "students.safetensors",
+        "log_table": folder / name / "log.parquet",
+        "errors": folder / name / "errors.parquet",
+    }
+
+
+@pytest.fixture(scope="module")
+def distilled(world):
+    """Paths of an uninterrupted distillation in this process."""
+    paths = distill_paths(world, "distilled")
+    tiny.stage("distill", world[1], **paths)
+    return paths
+
+
+def finetune_paths(world, distilled, name):
+    folder, _, recorded = world
+    return {
+        "variant": "p70",
+        "calls": recorded,
+        "plan": folder / "plan.json",
+        "students": distilled["output"],
+        "errors": distilled["errors"],
+        "state": folder / name / "state",
+        "output": folder / name / "p70.safetensors",
+        "log_table": folder / name / "p70.parquet",
+    }
+
+
+def kill_and_resume(program, settings, paths):
+    """Runs a program until the kill, then again to its end in this process."""
+    script = str(tiny.SCRIPTS / f"{program}.py")
+    command = [sys.executable, "-c", KILLER, script, *tiny.options(settings, paths)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = sorted(file.name for file in paths["state"].iterdir())
+    assert "checkpoint.safetensors" in left and len(left) == 2  # and half of the second one
+    assert tensors.read(paths["state"] / "checkpoint.safetensors")[1]["step"] == "2"
+    assert not paths["output"].exists() and not paths["log_table"].exists()
+    tiny.stage(program, settings, **paths)
+    assert not paths["state"].exists()
+
+
+def equal(one, other):
+    one, other = tensors.read(one)[0], tensors.read(other)[0]
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def assert_same_log(one, other, schema):
+    one, other = (tables.read(p, schema).to_pandas().drop(columns="seconds") for p in (one, other))
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+def test_a_killed_distillation_ends_with_the_same_students(world, distilled):
+    paths = distill_paths(world, "killed")
+    kill_and_resume("distill", world[1], paths)
+    assert equal(paths["output"], distilled["output"])
+    assert not equal(paths["output"], paths["students"])
+    assert_same_log(paths["log_table"], distilled["log_table"], schemas.DISTILL_LOG)
+    errors = tables.read(paths["errors"], schemas.DISTILL_ERRORS).to_pandas()
+    assert errors.equals(tables.read(distilled["errors"], schemas.DISTILL_ERRORS).to_pandas())
+
+
+def test_a_killed_finetune_ends_with_the_same_weights(world, distilled):
+    whole = finetune_paths(world, distilled, "finetuned")
+    tiny.stage("finetune", world[1], **whole)
+    paths = finetune_paths(world, distilled, "finetune-killed")
+    kill_and_resume("finetune", world[1], paths)
+    assert equal(paths["output"], whole["output"])
+    assert_same_log(paths["log_table"], whole["log_table"], schemas.FINETUNE_LOG)
+
+
+def test_distill_tables(world, distilled):
+    log = tables.read(distilled["log_table"], schemas.DISTILL_LOG).to_pandas()
+    assert log.groupby("step").size().to_dict() == {2: 4, 4: 4, 6: 4}
+    assert set(log["interval"]) == {"00-01", "03-04"} and set(log["stream"]) == {"image", "text"}
+    errors = tables.read(distilled["errors"], schemas.DISTILL_ERRORS).to_pandas()
+    assert errors["first"].tolist() == [0, 3] and (errors["velocity_error"] > 0).all()
+    _, plan = students.read_plan(world[0] / "plan.json")
+    assert errors["saved_parameters"].tolist() == [i["saved_parameters"] for i in plan["intervals"]]
+    one_block = plan["intervals"][0]["saved_parameters"]
+    assert 5 * one_block < plan["transformer_parameters"] < 7 * one_block
+
+
+def test_two_processes_reach_the_weights_of_one(world, distilled):
+    """Their gradients are sums in another order, and AdamW magnifies the rounding of small ones:
+    after six steps of up to 3e-3 the weights may differ by 1e-4, and on average by 1e-6."""
+    paths = distill_paths(world, "two")
+    command = [sys.executable, str(tiny.SCRIPTS / "launch.py"), "--processes", "2", "--threads"]
+    command += ["2", "--device", "cpu", str(tiny.SCRIPTS / "distill.py")]
+    command += tiny.options(world[1], paths)
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert done.returncode == 0, done.stderr
+    one, two = tensors.read(distilled["output"])[0], tensors.read(paths["output"])[0]
+    start = tensors.read(paths["students"])[0]
+
+    def distances(a, b):
+        return torch.cat([(a[key] - b[key]).abs().flatten() for key in a])
+
+    assert distances(one, start).mean() > 1e-3
+    assert distances(one, two).max() < 1e-4 and distances(one, two).mean() < 1e-6
+    logs = [
+        tables.read(p["log_table"], schemas.DISTILL_LOG).to_pandas() for p in (paths, distilled)
+    ]
+    np.testing.assert_allclose(logs[0]["loss_normalised"], logs[1]["loss_normalised"], rtol=1e-4)
+
+
+def test_missing_and_truncated_inputs_end_with_one_message(world, distilled, tmp_path, capsys):
+    broken = tmp_path / "start.safetensors"
+    broken.write_bytes(distilled["students"].read_bytes()[:-1])
+    for given, message in (
+        ({"students": broken}, f"{broken} is not a whole safetensors file"),
+        ({"plan": tmp_path / "no.json"}, "no.json can't be read"),
+        ({"calls": tmp_path / "no.parquet"}, "no.parquet: no such file"),
+    ):
+        paths = distill_paths(world, "refused") | given
+        with pytest.raises(SystemExit) as stopped:
+            tiny.stage("distill", world[1], **paths)
+        printed = capsys.readouterr().err
+        assert stopped.value.code == 2 and f"error: {message}"[7:] in printed
+        assert "Traceback" not in printed and not paths["output"].exists()
+    nowhere = world[1] | {"teacher": {"path": str(tmp_path)}}
+    with pytest.raises(SystemExit):
+        tiny.stage("distill", nowhere, **distill_paths(world, "refused"))
+    assert f"teacher.path: {tmp_path} is not a diffusers pipeline" in capsys.readouterr().err

@@ -1,0 +1,194 @@
+"""Planted blocks inside a real diffusers model: the right intervals are known and must be found.
+
+A stock QwenImageTransformer2DModel, run by the stock pipeline, in which some blocks are exactly the
+identity (a stock block with closed gates) or exactly linear per token (a block whose forward is
+replaced). Record, extract, probe, similarity and intervals then run as in the workflow.
+"""
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from ppcl import (
+    activations,
+    blocks,
+    calls,
+    intervals,
+    recording,
+    schemas,
+    similarity,
+    tables,
+    tensors,
+)
+from ppcl.families import IMAGE, TEXT
+
+DEPTH, WIDTH = 12, 32
+LINEAR, IDENTITY, IMAGE_ONLY = (2, 3, 4), (7, 8), (9, 10)
+PROMPTS = [f"a {ink} {digit} on blue" for ink in ("red", "green") for digit in range(8)]
+
+
+class LinearBlock(nn.Module):
+    """For a stock block: x + x A + b per token on some streams, the block's own work on others."""
+
+    def __init__(self, stock: nn.Module, streams: tuple[str, ...]):
+        super().__init__()
+        self.stock, self.streams = stock, streams
+        self.maps = nn.ModuleDict({s: nn.Linear(WIDTH, WIDTH) for s in streams})
+
+    def forward(
+        self,
+        hidden_states,
+        encoder_hidden_states,
+        encoder_hidden_states_mask,
+        temb,
+        image_rotary_emb=None,
+        joint_attention_kwargs=None,
+        modulate_index=None,
+    ):
+        text, image = self.stock(
+            hidden_states,
+            encoder_hidden_states,
+            encoder_hidden_states_mask,
+            temb,
+            image_rotary_emb,
+            joint_attention_kwargs,
+            modulate_index,
+        )
+        if TEXT in self.streams:
+            text = encoder_hidden_states + self.maps[TEXT](encoder_hidden_states)
+        if IMAGE in self.streams:
+            image = hidden_states + self.maps[IMAGE](hidden_states)
+        return text, image
+
+
+def planted_transformer():
+    """Random weights of a size at which an unplanted block bends its streams strongly."""
+    transformer = tiny.transformer(DEPTH, scale=0.25)
+    every = transformer.transformer_blocks
+    for index in IDENTITY:
+        tiny.silence(every[index])
+    for index in LINEAR:
+        every[index] = LinearBlock(every[index], (IMAGE, TEXT))
+    for index in IMAGE_ONLY:
+        every[index] = LinearBlock(every[index], (IMAGE,))
+    return transformer.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_teacher, tmp_path_factory):
+    """What record and extract leave of the planted model."""
+    folder = tmp_path_factory.mktemp("planted")
+    pipe = tiny.load(tiny_teacher)
+    pipe.register_modules(transformer=planted_transformer())
+    found = recording.record_batch(pipe, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0)
+    calls.write(folder / "calls.parquet", [table.schema for table in found], found, {})
+    reader = calls.Reader(folder / "calls.parquet")
+    blocks.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)
+    options = {"batch_size": 16, "moment_tokens": 16, "sample_tokens": 4}
+    moments, samples = activations.collect(
+        pipe.transformer,
+        reader,
+        np.arange(len(reader)),
+        options,
+        0,
+        torch.device("cpu"),
+        tiny.NoBar(),
+    )
+    size = blocks.parameter_count(pipe.transformer.transformer_blocks[0])
+    facts = {
+        "block_parameters": [size] * DEPTH,
+        "transformer_parameters": size * DEPTH,
+        "seams": blocks.seams(pipe.transformer),
+        "untouchable": [],
+    }
+    facts = {name: json.dumps(fact) for name, fact in facts.items()}
+    activations.write_sample(folder / "tokens.parquet", samples, facts)
+    tensors.write(folder / "moments.safetensors", moments.sums, {})
+    table, probes, tokens = (
+        folder / "p.parquet",
+        folder / "p.safetensors",
+        folder / "tokens.parquet",
+    )
+    moments = folder / "moments.safetensors"
+    tiny.stage("probe", SETTINGS, moments=moments, tokens=tokens, probes_table=table, probes=probes)
+    cka, pairs = folder / "cka.parquet", folder / "blocks.parquet"
+    tiny.stage("similarity", SETTINGS, probes=probes, tokens=tokens, cka=cka, blocks=pairs)
+    return folder
+
+
+SETTINGS = {"seed": 0, "probe": {"ridge": 0}, "similarity": {"bootstrap": 4}}
+
+
+def selected(folder, streams, removed, segmentation="optimal"):
+    """Intervals chosen when `removed` blocks have to go."""
+    wanted = {
+        "similarity": {"streams": streams, "bootstrap": 4},
+        "intervals": {"segmentation": segmentation, "tolerance": 1e-4},
+        "variants": [{"name": "small", "budget": 1 - removed / DEPTH}],
+    }
+    paths = {name: folder / f"{name}.parquet" for name in ("cka", "intervals")}
+    tiny.stage("intervals", SETTINGS | wanted, **paths)
+    found = tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
+    chosen = found[found["selected"]]
+    return list(zip(chosen["first"], chosen["last"], strict=True)), found
+
+
+def test_probes_are_exact_on_planted_blocks_only(folder):
+    quality = tables.read(folder / "p.parquet", schemas.PROBES).to_pandas()
+    quality = quality.set_index(["stream", "block"])
+    exact = {(s, b) for s in (IMAGE, TEXT) for b in LINEAR + IDENTITY}
+    exact |= {(IMAGE, b) for b in IMAGE_ONLY}
+    for place, row in quality.iterrows():
+        if place in exact:
+            assert row["r2_heldout"] > 1 - 1e-6, place
+        else:
+            assert row["r2_heldout"] < 0.95, place
+    assert (
+        quality["residual_norm"].loc[[(s, b) for s in (IMAGE, TEXT) for b in IDENTITY]] == 0
+    ).all()
+    bends = quality.drop([(s, b) for s in (IMAGE, TEXT) for b in LINEAR + IDENTITY])
+    assert bends["residual_norm"].min() > 0.1  # the other blocks do matter
+
+
+def test_cka_of_planted_runs_is_one(folder):
+    cka = tables.read(folder / "cka.parquet", schemas.CKA).to_pandas()
+    cka = cka.set_index(["stream", "start", "end"])["cka"].sort_index()
+    for stream in (IMAGE, TEXT, "mean"):
+        for run_ in (LINEAR, IDENTITY):
+            first, last = run_[0], run_[-1]
+            assert cka[stream, first - 1, last] == pytest.approx(1, abs=1e-6)
+            assert cka[stream, first - 1, last + 1] < 1 - 1e-3 or (stream, last) == (IMAGE, 8)
+            assert cka[stream, first - 2, last] < 1 - 1e-3
+    assert cka[IMAGE, 6, 10] == pytest.approx(1, abs=1e-6)
+    assert cka[TEXT, 8, 10] < 1 - 1e-3
+    blocks_ = tables.read(folder / "blocks.parquet", schemas.BLOCKS).to_pandas()
+    pair = blocks_[(blocks_["block_a"] == 6) & (blocks_["block_b"] == 8)]
+    assert pair["cka"].to_numpy() == pytest.approx([1, 1])
+
+
+@pytest.mark.parametrize("streams", ["mean", TEXT])
+def test_runs_planted_in_both_streams_are_selected(folder, streams):
+    chosen, _ = selected(folder, streams, removed=3)
+    assert chosen == [(2, 4), (7, 8)]
+
+
+def test_image_stream_alone_also_finds_what_is_linear_in_it(folder):
+    chosen, _ = selected(folder, IMAGE, removed=5)
+    assert chosen == [(2, 4), (7, 10)]
+
+
+def test_eq_5_ends_at_the_planted_ends(folder):
+    """Searches that start at a planted run end where it ends."""
+    table = tables.read(folder / "cka.parquet", schemas.CKA).to_pandas()
+    for stream, run_ in ((IMAGE, (2, 4)), (TEXT, (2, 4)), ("mean", (2, 4)), (IMAGE, (7, 10))):
+        rows = table[table["stream"] == stream]
+        cka = np.full((DEPTH, DEPTH), np.nan)
+        cka[rows["start"] + 1, rows["end"]] = rows["cka"]
+        delta = similarity.differences(cka)
+        assert intervals.trend_end(delta, run_[0], DEPTH - 1, 1e-4) == run_[1]
+    _, found = selected(folder, "mean", removed=1, segmentation="trend")
+    assert {"trend"} <= set(found["source"])
