@@ -425,3 +425,11 @@ def test_a_curve_is_named_at_the_height_of_its_end():
     for ax, column in zip(figure.axes, ("r2_heldout", "cosine_heldout"), strict=False):
         height = (ax.transData + ax.transAxes.inverted()).transform((0, image[column].iloc[-1]))[1]
         np.testing.assert_allclose(ax.texts[0].xy, (1, height))
+
+
+def test_a_variant_has_one_colour_in_all_figures():
+    names = [name for name in VARIANTS if name != "teacher"]
+    curves = result_figures.finetune({"p55": finetune_log(0.1)}, names).axes[0].texts
+    points = result_figures.tradeoff(metrics_table()).axes[0].texts
+    (colour,) = {text.get_color() for text in points if text.get_text() == "p55"}
+    assert [text.get_color() for text in curves] == [colour]

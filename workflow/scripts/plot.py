@@ -52,7 +52,7 @@ def training(options: argparse.Namespace, settings: dict) -> None:
             result_figures.distill(log, settings["distill"]["loss"]),
             options.distill_log,
         ),
-        "finetune": (result_figures.finetune(tuned), paths[order[0]] if order else None),
+        "finetune": (result_figures.finetune(tuned, names), paths[order[0]] if order else None),
     }
     save(drawn, options.output)
 

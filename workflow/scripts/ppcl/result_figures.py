@@ -90,10 +90,11 @@ def distill(log: pd.DataFrame, trained: str) -> Figure:
 
 
 @style.styled
-def finetune(logs: dict[str, pd.DataFrame]) -> Figure:
+def finetune(logs: dict[str, pd.DataFrame], names: list[str]) -> Figure:
     """Output distillation of whole variants: velocity error, loss and learning rate by step.
 
-    logs: variant -> its log; variants without steps are left out.
+    logs: variant -> its log; variants without steps are left out. names: all variants of the
+    config in their order, so that a variant has the same colour here and in `tradeoff`.
     """
     logs = {variant: log for variant, log in logs.items() if len(log)}
     if not logs:
@@ -104,12 +105,13 @@ def finetune(logs: dict[str, pd.DataFrame]) -> Figure:
         note="Thin: every logged step. Thick: geometric means over 40 stretches of steps.",
     )
     axes = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 0.8])
+    order = [*names, *(name for name in logs if name not in names)]
+    looks = dict(zip(order, _series(len(order)), strict=True))
     labels = ("relative velocity\nerror", "loss", "learning\nrate")
     for ax, column, label in zip(axes, ("velocity_error", "loss", "lr"), labels, strict=True):
         ends = []
-        for (variant, log), (colour, _, dashes) in zip(
-            logs.items(), _series(len(logs)), strict=True
-        ):
+        for variant, log in logs.items():
+            colour, _, dashes = looks[variant]
             log = log.sort_values("step")
             steps, values = log["step"], log[column]
             if column != "lr":

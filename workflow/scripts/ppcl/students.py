@@ -139,21 +139,18 @@ def teacher_states(
         the streams T_v^D after its last block.
     """
     sequence = blocks.block_sequence(transformer)
-    first = {i.first: i for i in intervals}
-    last = {i.last: i for i in intervals}
     inputs: dict[Interval, dict[str, Any]] = {}
     targets: dict[Interval, blocks.Streams] = {}
 
     def before(block, bound):
-        if block.index in first:
-            inputs[first[block.index]] = bound
+        inputs.update({i: bound for i in intervals if i.first == block.index})
 
     def after(block, streams):
-        if block.index in last:
-            targets[last[block.index]] = streams
+        targets.update({i: streams for i in intervals if i.last == block.index})
 
-    watched = [b for b in sequence if b.index in first or b.index in last]
-    with blocks.watch(watched, before, after, stop_after=max(last)) as run:
+    ends = {end for i in intervals for end in i.key}
+    watched = [b for b in sequence if b.index in ends]
+    with blocks.watch(watched, before, after, stop_after=max(ends)) as run:
         run(transformer, arguments)
     return inputs, targets
 
