@@ -56,9 +56,8 @@ localrules:
 rule all:
     default_target: True
     input:
+        artifacts=artifacts(),
         models=models(),
-        metrics=result("evaluation/metrics.parquet"),
-        images=result("evaluation/images.parquet"),
         plots=plots("intervals", "training", "quality"),
 
 

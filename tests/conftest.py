@@ -53,3 +53,35 @@ def tiny_calls(tiny_teacher, tmp_path_factory) -> Path:
     import tiny
 
     return tiny.record(tiny_teacher, tmp_path_factory.mktemp("tiny") / "calls.parquet")
+
+
+@pytest.fixture
+def accelerator():
+    """Of this process alone, on the CPU."""
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+@pytest.fixture(scope="session")
+def teacher():
+    """A stock transformer of 6 blocks that all matter."""
+    import tiny
+
+    return tiny.transformer(blocks=6, scale=0.2)
+
+
+@pytest.fixture(scope="session")
+def reader(teacher, tmp_path_factory):
+    """Calls of `teacher`: 8 padded samples to fit on, and 4 held out, of which one is padded."""
+    import tiny
+
+    from ppcl import calls
+
+    path, found = tmp_path_factory.mktemp("reader") / "calls.parquet", []
+    for heldout, lengths, seed in ((False, (5, 3) * 4, 0), (True, (5, 5, 4, 5), 1)):
+        given = tiny.arguments(lengths, seed)
+        rows = tiny.places(len(lengths), heldout=heldout)
+        found.append(calls.to_table(given, teacher(**given)[0], rows, ()))
+    calls.write(path, [table.schema for table in found], found, {})
+    return calls.Reader(path)

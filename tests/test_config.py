@@ -134,7 +134,7 @@ def test_inline_object_holds_only_what_it_was_given():
 def test_subset_holds_only_the_named_keys():
     complete = config.complete({}, "defaults")
     part = json.loads(config.subset(complete, "seed", "similarity.streams"))
-    assert part == {"seed": 0, "similarity": {"streams": "mean"}}
+    assert part == {"seed": 0, "similarity": {"streams": "image"}}
 
 
 @pytest.fixture

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ppcl import tensors, training
@@ -24,11 +23,6 @@ OPTIONS = training.Optimisation(
 
 class Stop(Exception):
     """Ends a training from outside."""
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    return Accelerator(cpu=True)
 
 
 class Part(nn.Module):

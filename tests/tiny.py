@@ -103,6 +103,22 @@ def samples(prompts: list[str]) -> list[dict]:
     ]
 
 
+def places(count: int, **same) -> dict[str, list]:
+    """Where `count` recorded samples of one call happened: columns of calls.parquet."""
+    rows = {
+        "prompt": "p",
+        "seed": 0,
+        "kind": "pipeline",
+        "step": 0,
+        "branch": 0,
+        "timestep": 1.0,
+        "sigma": 0.5,
+        "heldout": False,
+    }
+    numbers = {"sample": list(range(count)), "prompt_index": list(range(count))}
+    return numbers | {name: [value] * count for name, value in (rows | same).items()}
+
+
 def record(
     folder: Path, path: Path, prompts: list[str] = CALIBRATION, batch: int = 1, renoised: int = 1
 ) -> Path:

@@ -12,6 +12,7 @@ SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
+from ppcl import schemas
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest
 
@@ -32,8 +33,12 @@ PLOTS = {
 
 
 def targets():
-    """What was asked for on the command line; empty for the default target and in jobs."""
-    return set(workflow.dag_settings.targets if workflow.dag_settings else ())
+    """Which of the workflow's own targets the command line names; empty for the default one.
+
+    Snakemake parses rules before it knows its targets (workflow.dag_settings is still None), so
+    the arguments are all there is to look at.
+    """
+    return {"all", "interval_plots", "train_teacher"} & set(sys.argv[1:])
 
 
 def validate():
@@ -100,6 +105,16 @@ def teacher_files():
     folder = Path(config["teacher"]["path"])
     parts = (path for path in folder.glob("[!.]*/**/*") if path.is_file())
     return [str(path) for path in sorted([*folder.glob("model_index.json"), *parts])]
+
+
+def artifacts():
+    """Every file of the contract: a stage whose output was deleted is remade, and what follows."""
+    named = [path for path in schemas.ARTIFACTS if not path.endswith("/")]
+    plain = [result(path) for path in named if "<variant>" not in path]
+    per_variant = [path for path in named if "<variant>" in path]
+    return plain + [
+        result(path.replace("<variant>", name)) for path in per_variant for name in finetuned()
+    ]
 
 
 def models():

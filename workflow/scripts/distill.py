@@ -79,10 +79,10 @@ def main() -> None:
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
-        training.identity(settings, [args.calls, args.plan, args.students]),
+        training.identity(Path(__file__), settings, [args.calls, args.plan, args.students]),
     )
     if accelerator.is_main_process:
-        heldout = reader.rows(heldout=True)
+        heldout = reader.heldout_rows("select")
         judged = np.random.default_rng(seed).permutation(heldout)[: options["heldout_rows"]]
         saved = {i["name"]: i["saved_parameters"] for i in plan["intervals"]}
         measured = pd.DataFrame(
@@ -107,8 +107,9 @@ def main() -> None:
         students.save(args.output, taught, stamp)
         tables.write(args.log_table, log_table(rows), schemas.DISTILL_LOG, stamp)
         tables.write(args.errors, measured, schemas.DISTILL_ERRORS, stamp)
-        training.forget(args.state)
     devices.finish(accelerator)
+    if accelerator.is_main_process:
+        training.forget(args.state)
 
 
 if __name__ == "__main__":

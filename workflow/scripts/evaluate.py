@@ -201,7 +201,7 @@ def measure_transformers(
             "parameter_fraction": Estimate(count / whole),
         }
 
-    rows = reader.rows(heldout=True)
+    rows = reader.heldout_rows("report")
     rows = np.sort(np.random.default_rng(seed).permutation(rows)[: options["velocity_rows"]])
     compared = {}
     for model in tqdm(models[1:], desc="comparing velocities", unit="model"):
@@ -262,7 +262,7 @@ def main() -> None:
     device = devices.choose(settings["device"])
     reader = calls.Reader(args.calls)
     samples = choose_samples(rows, options["samples"], reader)
-    timed = reader.draw(reader.rows(heldout=True), options["batch_size"], (seed,))
+    timed = reader.draw(reader.heldout_rows("report"), options["batch_size"], (seed,))
 
     processes = evaluation.process_count(settings["processes"], device)
     memory = measure_memory(models, device, args.calls, timed, processes)

@@ -29,8 +29,8 @@ from ppcl import (
 def choose_rows(reader: calls.Reader, count: int, seed: int) -> np.ndarray:
     """Half of the rows from the fit split, half held out (CKA needs as many tokens as the fit)."""
     rng = np.random.default_rng(seed)
-    halves = [rng.permutation(reader.rows(heldout))[: count // 2] for heldout in (False, True)]
-    return np.sort(np.concatenate(halves))
+    pools = reader.rows(heldout=False), reader.heldout_rows("select")
+    return np.sort(np.concatenate([rng.permutation(pool)[: count // 2] for pool in pools]))
 
 
 def main() -> None:

@@ -89,7 +89,9 @@ def main() -> None:
         training.Optimisation.from_settings(options, steps=variant["finetune_steps"]),
         accelerator,
         args.state / "checkpoint.safetensors",
-        training.identity(settings, [args.calls, args.plan, args.students, args.errors]),
+        training.identity(
+            Path(__file__), settings, [args.calls, args.plan, args.students, args.errors]
+        ),
     )
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
@@ -97,8 +99,9 @@ def main() -> None:
         tensors.write(args.output, model.state_dict(), stamp | {"intervals": names})
         log = pd.DataFrame(rows)[["step", "loss", "velocity_error", "lr", "seconds"]]
         tables.write(args.log_table, log, schemas.FINETUNE_LOG, stamp)
-        training.forget(args.state)
     devices.finish(accelerator)
+    if accelerator.is_main_process:
+        training.forget(args.state)
 
 
 if __name__ == "__main__":

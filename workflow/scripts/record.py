@@ -64,7 +64,9 @@ def main() -> None:
     pipe = pipelines.load(settings["teacher"], accelerator.device)
     samples = choose_samples(rows, options, seed)
     batches = pipelines.in_batches(pipe, samples, options["batch_size"])
-    identity = provenance.digest([settings, rows, provenance.code_digest(Path(__file__))])
+    teacher = provenance.fingerprint(settings["teacher"]["path"])
+    code = provenance.code_digest(Path(__file__))
+    identity = provenance.digest([settings, rows, teacher, code])
     folder = args.state / identity[:16]
     parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
     mine = list(zip(parts, batches, strict=True))[
@@ -85,8 +87,9 @@ def main() -> None:
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
         calls.merge(parts, args.calls, stamp)
-        shutil.rmtree(args.state, ignore_errors=True)
     devices.finish(accelerator)
+    if accelerator.is_main_process:
+        shutil.rmtree(args.state, ignore_errors=True)
 
 
 if __name__ == "__main__":

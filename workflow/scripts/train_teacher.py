@@ -25,12 +25,21 @@ from ppcl.digits import SIZE, TEMPLATES, Judge, captions
 from ppcl.errors import UserError
 
 NEGATIVE_PROMPT = " "
+PARTS = ("text_encoder", "vae", "transformer")  # in the order of training
+
+
+def identity_of(settings: dict, parts: tuple[str, ...], accelerator: Accelerator) -> str:
+    """Digest of what decides a part: its settings, those of the parts before it, and the code."""
+    chosen = [settings[part] for part in parts]
+    code = provenance.code_digest(Path(__file__))
+    return provenance.digest([settings["seed"], chosen, accelerator.num_processes, code])
 
 
 def train_part(name, module, losses, settings, state: Path, accelerator) -> list[dict]:
     """Trains one part, or loads it when an earlier run finished it."""
     done = state / f"{name}.safetensors"
-    identity = provenance.digest(settings)
+    before = PARTS[: PARTS.index(name) + 1]
+    identity, settings = identity_of(settings, before, accelerator), settings[name]
     if done.exists():
         weights, metadata = tensors.read(done)
         if metadata["identity"] == identity:
@@ -60,16 +69,16 @@ def build(settings: dict, state: Path, accelerator: Accelerator) -> tuple[QwenIm
     reader = teacher.CaptionReader(encoder, text["width"])
     buckets = teacher.caption_buckets(tokenizer, captions("train"))
     losses = teacher.text_losses(reader, buckets, text, rank)
-    logs["text_encoder"] = train_part("text_encoder", reader, losses, text, state, accelerator)
+    logs["text_encoder"] = train_part("text_encoder", reader, losses, settings, state, accelerator)
     encoder.eval()
 
     vae = teacher.make_vae(settings["vae"]["base_dim"], settings["vae"]["z_dim"])
     losses = teacher.vae_losses(vae, settings["vae"], rank)
-    logs["vae"] = train_part("vae", vae, losses, settings["vae"], state, accelerator)
+    logs["vae"] = train_part("vae", vae, losses, settings, state, accelerator)
 
     options = settings["transformer"]
     cache = state / f"latents-{rank}-of-{world}.safetensors"
-    identity = provenance.digest([settings["vae"], options["pictures"], options["seed"]])
+    identity = identity_of(settings, PARTS, accelerator)
     stored, metadata = tensors.read(cache) if cache.exists() else ({}, {})
     if metadata.get("identity") != identity:
         rng = np.random.default_rng((options["seed"], rank))
@@ -91,7 +100,7 @@ def build(settings: dict, state: Path, accelerator: Accelerator) -> tuple[QwenIm
         transformer, packed, stored["facts"], embeddings, empty[0, 0, 0][0], options, rank
     )
     logs["transformer"] = train_part(
-        "transformer", transformer, losses, options, state, accelerator
+        "transformer", transformer, losses, settings, state, accelerator
     )
     scheduler = FlowMatchEulerDiscreteScheduler(shift=options["scheduler_shift"])
     return (
@@ -241,7 +250,7 @@ def main() -> None:
     write_prompts(temporary, settings["calibration_prompts"], settings["seed"])
     last = {name: rows[-1] for name, rows in logs.items()}
     made = {"scores": scores, "settings": settings, "last_losses": last}
-    texts.write_json(temporary / "teacher.json", made | provenance.stamp(settings))
+    texts.write_json(temporary / "teacher.json", provenance.stamp(settings) | made)
     (temporary / "README.md").write_text(card(pipe, settings, scores), encoding="utf-8")
     shutil.rmtree(args.output, ignore_errors=True)
     temporary.rename(args.output)

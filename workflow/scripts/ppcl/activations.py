@@ -64,7 +64,7 @@ def pick_tokens(
         np.random.default_rng((seed, int(row))).permutation(np.flatnonzero(m))[:count]
         for row, m in zip(rows, mask, strict=True)
     ]
-    return np.sort(np.stack(picked), axis=1)
+    return np.stack(picked)  # in random order, so that a part of them is random too
 
 
 @torch.no_grad()
@@ -108,8 +108,7 @@ def collect(
                     many = pick_tokens(
                         masks, stream, x.shape[:2], settings["moment_tokens"], numbers, seed
                     )
-                    few = np.linspace(0, many.shape[1] - 1, settings["sample_tokens"]).round()
-                    few = many[:, np.unique(few.astype(int))]
+                    few = many[:, : settings["sample_tokens"]]
                     positions[stream] = (torch.from_numpy(many).to(device), few)
                 if block.index == 0:
                     kept[stream] = [_sample(x, positions[stream][1])]

@@ -107,7 +107,7 @@ def prove(folder: Path, transformer: nn.Module, call: dict) -> None:
     tensors.write(probe, held | {"expected": expected}, {"arguments": json.dumps(other)})
     gate = Path(__file__).with_name("reload_gate.py")
     done = subprocess.run(
-        [sys.executable, str(gate), str(folder), str(probe)], capture_output=True, text=True
+        [sys.executable, "-I", str(gate), str(folder), str(probe)], capture_output=True, text=True
     )
     probe.unlink()
     if done.returncode:

@@ -244,6 +244,16 @@ class Reader:
             keep &= np.isin(self.index["kind"], kinds)
         return np.flatnonzero(keep)
 
+    def heldout_rows(self, purpose: str) -> np.ndarray:
+        """Held-out rows to `select` by, or to `report` on: every other prompt each.
+
+        What chose the intervals and students would flatter them if it also judged the result.
+        """
+        rows = self.rows(heldout=True)
+        prompts = self.index["prompt"][rows]
+        second = np.isin(prompts, np.unique(prompts)[1::2])
+        return rows[second if purpose == "report" and second.any() else ~second]
+
     def draw(self, rows: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
         """`size` random rows that fit in one batch; a pure function of its arguments.
 

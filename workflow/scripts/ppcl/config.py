@@ -16,6 +16,7 @@ import jsonschema
 import yaml
 
 from ppcl.errors import UserError
+from ppcl.families import family_of
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 JUDGE_COLUMNS = ("digit", "digit_color", "background_color")
@@ -81,7 +82,14 @@ def complete(config: dict, source: str) -> dict:
     """
     rules = schema()
     # Snakemake hands over ordered dicts and its own scalars; JSON types are what the schema knows.
-    filled = _fill(json.loads(json.dumps(config)), rules)
+    try:
+        plain = json.loads(json.dumps(config, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{source}: holds a value that is no text, number, list or mapping ({error}); put "
+            "dates in quotes, and use finite numbers"
+        ) from error
+    filled = _fill(plain, rules)
     validator = jsonschema.Draft202012Validator(rules)
     problems = sorted(validator.iter_errors(filled), key=lambda e: list(map(str, e.path)))
     if problems:
@@ -116,8 +124,15 @@ def check(config: dict, source: str = "config") -> None:
     Raises UserError naming the key, the file and the fix.
     """
     _check_teacher(config["teacher"]["path"], source)
+    used = []
     for stage in ("record", "evaluate"):
-        prompts(config[stage]["prompts"], f"{source}: {stage}.prompts")
+        rows = prompts(config[stage]["prompts"], f"{source}: {stage}.prompts")
+        used.append({row["prompt"] for row in rows[: config[stage]["samples"]]})
+    if shared := sorted(used[0] & used[1]):
+        raise UserError(
+            f"{source}: evaluate.prompts: '{shared[0]}' is also a calibration prompt "
+            "(record.prompts), so results on it would flatter; remove it from one of the two files"
+        )
     if config["evaluate"]["judge"] == "digits":
         path = config["evaluate"]["prompts"]
         row = prompts(path, f"{source}: evaluate.prompts")[0]
@@ -154,11 +169,18 @@ def prompts(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
         raise UserError(
             f"{key}: cannot read {path} ({error.strerror}); set the key to a prompts file"
         ) from error
-    if str(path).endswith(".csv"):
+    if str(path).lower().endswith(".csv"):
         reader = csv.DictReader(text.splitlines(keepends=True))
         if text.strip() and "prompt" not in (reader.fieldnames or []):
             raise UserError(f"{key}: {path} has no column 'prompt'; name it in the first line")
-        rows = [row for row in reader if (row["prompt"] or "").strip()]
+        rows = list(reader)
+        for row in rows:
+            if None in row:
+                raise UserError(
+                    f"{key}: {path}: '{row['prompt']}' is followed by more columns than the header "
+                    "has; put prompts with commas in double quotes"
+                )
+        rows = [row for row in rows if (row["prompt"] or "").strip()]
     else:
         rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
     if not rows:
@@ -205,6 +227,8 @@ def _fill(value: Any, node: dict) -> Any:
         return filled
     if isinstance(value, list) and "items" in node:
         return [_fill(item, node["items"]) for item in value]
+    if node.get("type") == "integer" and isinstance(value, float) and value.is_integer():
+        return int(value)  # YAML's 4.0 and 1.0e+3 pass as integers in JSON schema, not in range()
     return value
 
 
@@ -299,6 +323,7 @@ def _check_teacher(teacher: str, source: str) -> None:
             f"{source}: teacher.path: {index_path} names no transformer; only pipelines whose "
             f"denoiser is a transformer can be pruned"
         )
+    family_of(index["transformer"][1])
     if not (folder / "transformer" / "config.json").is_file():
         raise UserError(
             f"{source}: teacher.path: {folder / 'transformer'} has no config.json; restore the "

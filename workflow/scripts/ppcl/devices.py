@@ -1,9 +1,11 @@
 """All that depends on the device: choice, number format, synchronisation, memory."""
 
 import resource
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 
 from ppcl.errors import UserError
 
@@ -35,7 +37,13 @@ def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
     Raises:
         UserError: the device that the config asks for is not there.
     """
-    return Accelerator(cpu=choose(setting).type == "cpu", mixed_precision=mixed_precision)
+    # The main process measures and writes alone at the end; the others must have the patience.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    return Accelerator(
+        cpu=choose(setting).type == "cpu",
+        mixed_precision=mixed_precision,
+        kwargs_handlers=[patience],
+    )
 
 
 def finish(accelerator: Accelerator) -> None:

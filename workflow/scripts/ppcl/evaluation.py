@@ -43,12 +43,7 @@ class Model:
 
     def digest(self) -> str:
         """Changes when a file of the model's folder does (by size and time; weights are large)."""
-        folder = Path(self.source["path"])
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
-        stats = [(p.relative_to(folder).as_posix(), p.stat()) for p in files]
-        return provenance.digest(
-            [self.source, [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]]
-        )
+        return provenance.digest([self.source, provenance.fingerprint(self.source["path"])])
 
     def pipeline(self, device: torch.device) -> DiffusionPipeline:
         """The whole pipeline. Raises UserError if it can't be loaded."""

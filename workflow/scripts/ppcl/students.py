@@ -208,7 +208,7 @@ def distillation(
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         drawn = reader.draw(rows, options["batch_size"], (seed, step))
         part = share(drawn, accelerator)
-        # Shares differ by a row where the batch does not divide evenly; training averages them.
+        # Shares differ by a row where the batch does not divide evenly; the loop averages them.
         weight = len(part) * accelerator.num_processes / len(drawn)
         batch = reader.batch(part).to(accelerator.device)
         masks = blocks.token_masks(family, batch.arguments)
@@ -223,7 +223,7 @@ def distillation(
                 returned = _call(student, bound, options["gradient_checkpointing"])
             output = sequence[interval.first].outputs(returned)
             loss, metrics = interval_losses(output, targets.pop(interval), masks, options)
-            yield interval.name, weight * loss, metrics
+            yield interval.name, weight * loss, {k: weight * m for k, m in metrics.items()}
 
     return losses_of_step
 

@@ -142,7 +142,7 @@ def _readable(path: str | Path) -> Iterator[None]:
 def _first_unusable(column: pa.ChunkedArray) -> int | None:
     """The first row with a null, NaN or infinity, or None."""
     start = 0
-    for chunk in column.chunks:
+    for chunk in (c for c in column.chunks if len(c)):
         bad = chunk.is_null().to_numpy(zero_copy_only=False)
         values = chunk.storage if isinstance(chunk, pa.ExtensionArray) else chunk
         width = 1

@@ -172,7 +172,7 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
             raise UserError(
                 f"{key} of '{name}' became {value} between training steps {first} and {last}. "
                 "Lower `lr`, raise `warmup_steps`, or set mixed_precision: 'no'; the last "
-                "checkpoint is from before this and the next run resumes there."
+                "checkpoint is from before this, and is used if the settings stay as they are."
             )
 
 
@@ -221,13 +221,14 @@ def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict
     return int(metadata["step"]), rows, float(metadata["seconds"])
 
 
-def identity(settings: Mapping, inputs: list[Path]) -> str:
-    """Digest of what decides a training's result: its settings and the files that it reads."""
+def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
+    """Digest of what decides a training's result: its code, settings, teacher and inputs."""
     contents = []
     for path in inputs:
         with open(path, "rb") as file:
             contents.append(hashlib.file_digest(file, "sha256").hexdigest())
-    return provenance.digest([settings, contents])
+    teacher = provenance.fingerprint(settings["teacher"]["path"])
+    return provenance.digest([provenance.code_digest(script), settings, teacher, contents])
 
 
 def forget(state: Path) -> None:

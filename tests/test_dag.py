@@ -1,0 +1,89 @@
+"""The whole workflow on the shrunken config: contract, nothing left to do, resume, report."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors import safe_open
+
+from ppcl import schemas, tables
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = Path("results/test")
+TRAINED = "distill/students.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A copy of the repository in which `snakemake --configfile config/test.yaml` has run."""
+    folder = tmp_path_factory.mktemp("dag") / "repo"
+    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "*cache*")
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    snakemake(folder)
+    return folder
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "2"]
+    command += ["--configfile", "config/test.yaml", *arguments]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    return done.stdout + done.stderr
+
+
+def weights(path: Path) -> dict[str, bytes]:
+    with safe_open(path, framework="np") as file:
+        return {key: file.get_tensor(key).tobytes() for key in file.keys()}
+
+
+def test_every_file_of_the_contract_is_there_with_its_columns(finished):
+    for name, schema in schemas.TABLES.items():
+        path = finished / RUN / name.replace("<variant>", "p55")
+        # The token table's width is the model's, so only its names can be asked for here.
+        found = tables.read(path, None if "tokens" in name else schema)
+        assert set(schema.names) <= set(found.column_names), name
+        assert len(found), name
+        assert tables.provenance(path)["commit"]
+    for variant in ("p55", "p85"):
+        assert (finished / RUN / "models" / variant / "model_index.json").is_file()
+        assert (finished / RUN / "models" / variant / "transformer" / "block_map.json").is_file()
+    for figure in ("intervals/search", "training/distill", "quality/images"):
+        for kind in ("svg", "png"):
+            assert (finished / RUN / "plots" / f"{figure}.{kind}").stat().st_size > 1000
+
+
+def test_a_finished_run_has_nothing_to_do(finished):
+    assert "Nothing to be done" in snakemake(finished, "-n")
+
+
+def test_budgets_are_kept(finished):
+    found = pd.read_parquet(finished / RUN / "evaluation/metrics.parquet")
+    fraction = found[found["metric"] == "parameter_fraction"].set_index("variant")["value"]
+    assert fraction["teacher"] == 1
+    assert fraction["p55"] <= 0.55 and fraction["p85"] <= 0.85
+
+
+def test_a_deleted_output_is_remade_from_that_stage_on_with_the_same_numbers(finished):
+    before = weights(finished / RUN / TRAINED)
+    metrics = finished / RUN / "evaluation/metrics.parquet"
+    table = pd.read_parquet(metrics)
+    recorded = (finished / RUN / "record/calls.parquet").stat().st_mtime_ns
+    (finished / RUN / TRAINED).unlink()
+    snakemake(finished)
+    assert weights(finished / RUN / TRAINED) == before
+    assert (finished / RUN / "record/calls.parquet").stat().st_mtime_ns == recorded
+    again = pd.read_parquet(metrics)
+    # Seconds and bytes are measured anew; all else is the same to the bit on one machine.
+    measured = table["metric"].str.contains("latency|memory")
+    pd.testing.assert_frame_equal(table[~measured], again[~measured])
+
+
+def test_the_report_holds_every_figure(finished):
+    snakemake(finished, "--report", "report.zip")
+    assert (finished / "report.zip").stat().st_size > 100_000

@@ -1,0 +1,234 @@
+"""What students are taught: Eq. 6 on the teacher's own activations, in any number of processes."""
+
+import contextlib
+import copy
+
+import finetune
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from ppcl import students, training
+from ppcl.errors import UserError
+from ppcl.students import Interval
+
+FIRST, SECOND = Interval(0, 1), Interval(3, 4)
+OPTIONS = {
+    "loss": "normalised",
+    "relative_weight": 0.5,
+    "mode": "independent",
+    "batch_size": 4,
+    "gradient_checkpointing": False,
+}
+
+
+def losses_of(teacher, taught, reader, accelerator, **options):
+    return students.distillation(teacher, taught, reader, OPTIONS | options, 0, accelerator)
+
+
+def train(teacher, taught, reader, accelerator, path, **options):
+    losses = losses_of(teacher, taught, reader, accelerator, **options)
+    how = training.Optimisation(steps=3, lr=1e-3)
+    modules = {interval.name: student for interval, student in taught.items()}
+    return training.train(modules, losses, how, accelerator, path / "c.safetensors", "i")
+
+
+# ---- teaching
+
+
+def test_teacher_states_are_the_activations_at_the_ends(teacher):
+    call, boundaries = tiny.arguments((5, 3)), []
+    handles = [
+        b.register_forward_hook(lambda _m, _a, out: boundaries.append(out))
+        for b in teacher.transformer_blocks
+    ]
+    teacher(**call)
+    whole, boundaries = boundaries, []
+    inputs, targets = students.teacher_states(teacher, [SECOND, FIRST], call)
+    for handle in handles:
+        handle.remove()
+    assert len(boundaries) == 5  # the last block, 5, did not run
+    for interval in (FIRST, SECOND):
+        assert torch.equal(targets[interval]["text"], whole[interval.last][0])
+        assert torch.equal(targets[interval]["image"], whole[interval.last][1])
+    assert torch.equal(inputs[SECOND]["hidden_states"], whole[2][1])
+    assert torch.equal(inputs[SECOND]["encoder_hidden_states"], whole[2][0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("mode", ["independent", "sequential"])
+def test_a_student_equal_to_its_interval_has_no_loss(reader, accelerator, mode, recompute):
+    """Blocks 1 and 4 are identities, so the first block of each interval is the whole of it."""
+    teacher = tiny.transformer(blocks=6, scale=0.2)
+    for index in (1, 4):
+        tiny.silence(teacher.transformer_blocks[index])
+    taught = students.start(teacher, [FIRST, SECOND], "first")
+    options = {"mode": mode, "gradient_checkpointing": recompute}
+    found = list(losses_of(teacher, taught, reader, accelerator, **options)(0))
+    assert [name for name, *_ in found] == ["00-01", "03-04"]
+    for _, loss, metrics in found:
+        assert loss.item() == 0 and loss.requires_grad
+        assert set(metrics) == {
+            f"{stream}/{kind}"
+            for stream in ("image", "text")
+            for kind in ("normalised", "relative")
+        }
+        assert all(value.item() == 0 for value in metrics.values())
+
+
+def test_losses_are_sums_over_streams(teacher, reader, accelerator):
+    taught = students.start(teacher, [FIRST], "first")
+
+    def one(loss):
+        ((_, value, metrics),) = losses_of(teacher, taught, reader, accelerator, loss=loss)(0)
+        return value.item(), {key: m.item() for key, m in metrics.items()}
+
+    normalised, metrics = one("normalised")
+    assert min(metrics.values()) > 1e-4
+    assert normalised == pytest.approx(metrics["image/normalised"] + metrics["text/normalised"])
+    relative, same = one("relative")
+    assert same == metrics
+    assert relative == pytest.approx(metrics["image/relative"] + metrics["text/relative"])
+    assert one("mixed")[0] == pytest.approx(normalised + 0.5 * relative)
+
+
+def test_the_loss_is_eq_6_on_real_tokens(teacher, reader, accelerator):
+    taught = students.start(teacher, [SECOND], "middle")
+    ((_, loss, _),) = losses_of(teacher, taught, reader, accelerator)(0)
+    batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
+    inputs, targets = students.teacher_states(teacher, [SECOND], batch.arguments)
+    with torch.no_grad():
+        text, image = taught[SECOND](**inputs[SECOND])
+    mask, expected = batch.arguments["encoder_hidden_states_mask"].bool(), 0.0
+    for output, target, keep in (
+        (image, targets[SECOND]["image"], torch.ones(4, 16).bool()),
+        (text, targets[SECOND]["text"], mask),
+    ):
+        output, target = output[keep].double(), target[keep].double()
+        unit = output / output.norm(dim=1, keepdim=True) - target / target.norm(dim=1, keepdim=True)
+        expected += unit.square().sum(1).mean().item()
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing(teacher, reader, accelerator):
+    gradients = []
+    for recompute in (False, True):
+        taught = students.start(teacher, [FIRST], "first")
+        losses = losses_of(teacher, taught, reader, accelerator, gradient_checkpointing=recompute)
+        ((_, loss, _),) = losses(0)
+        loss.backward()
+        gradients.append([p.grad for p in taught[FIRST].parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 20
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_independent_students_do_not_know_each_other(teacher, reader, accelerator, tmp_path):
+    together = students.start(teacher, [FIRST, SECOND], "first")
+    train(teacher, together, reader, accelerator, tmp_path / "both")
+    for interval in (FIRST, SECOND):
+        alone = students.start(teacher, [interval], "first")
+        started = copy.deepcopy(alone[interval].state_dict())
+        train(teacher, alone, reader, accelerator, tmp_path / interval.name)
+        trained = alone[interval].state_dict()
+        assert any(not torch.equal(trained[key], started[key]) for key in trained)
+        for key, value in together[interval].state_dict().items():
+            assert torch.equal(value, trained[key]), key
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+
+def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
+    taught = students.start(teacher, [FIRST, SECOND], "middle")
+    tiny.silence(taught[FIRST])
+    call = tiny.arguments((5, 3))
+    inputs = students.sequential_inputs(teacher, taught, call, accelerator)
+    # By hand: the first student is an identity, so its input goes straight to block 2.
+    first = inputs[FIRST]
+    text, image = teacher.transformer_blocks[2](**first)
+    assert torch.equal(inputs[SECOND]["hidden_states"], image)
+    assert torch.equal(inputs[SECOND]["encoder_hidden_states"], text)
+    independent, _ = students.teacher_states(teacher, [FIRST, SECOND], call)
+    assert torch.equal(first["hidden_states"], independent[FIRST]["hidden_states"])
+    assert not torch.equal(image, independent[SECOND]["hidden_states"])
+
+    losses = losses_of(teacher, taught, reader, accelerator, mode="sequential")
+    _, (_, loss, _) = losses(0)
+    batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
+    inputs = students.sequential_inputs(teacher, taught, batch.arguments, accelerator)
+    _, targets = students.teacher_states(teacher, [SECOND], batch.arguments)
+    text, image = taught[SECOND](**inputs[SECOND])
+    masks = {"text": batch.arguments["encoder_hidden_states_mask"].bool()}
+    output, target = {"text": text, "image": image}, targets[SECOND]
+    expected, _ = students.interval_losses(output, target, masks, OPTIONS)
+    assert loss.item() == expected.item()
+    loss.backward()
+    assert all(p.grad is None for p in taught[FIRST].parameters())
+
+
+def test_steps_see_batches_of_their_own(teacher, reader, accelerator):
+    taught = students.start(teacher, [FIRST], "first")
+    losses = losses_of(teacher, taught, reader, accelerator)
+    values = [[loss.item() for _, loss, _ in losses(step)] for step in (0, 1, 0)]
+    assert values[0] == values[2] != values[1]
+
+
+def test_shares_are_disjoint_and_whole():
+    class Process:
+        num_processes = 3
+
+    every = np.arange(8)
+    parts = []
+    for Process.process_index in range(3):
+        parts.append(students.share(every, Process))
+    assert sorted(np.concatenate(parts)) == every.tolist()
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    with pytest.raises(UserError, match="batch_size 2 is less than the number of training proc"):
+        students.share(every[:2], Process)
+
+
+class Process:
+    """One of several training processes, in this one; `reduce` knows what the others hold."""
+
+    def __init__(self, index, count, held):
+        self.process_index, self.num_processes, self._held = index, count, held
+        self.device, self.autocast = torch.device("cpu"), contextlib.nullcontext
+
+    def reduce(self, value, reduction):
+        assert reduction == "mean"
+        return self._held(self.process_index, value)
+
+
+@pytest.mark.parametrize("stage", ["distill", "finetune"])
+def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage):
+    """5 samples in 2 processes: the mean of the processes' gradients is that of one process."""
+    model = tiny.transformer(blocks=2, seed=7, scale=0.2).requires_grad_(True)
+    taught = students.start(teacher, [FIRST], "first")
+    module = taught[FIRST] if stage == "distill" else model
+    rows = reader.rows(heldout=True)  # these have no padding
+
+    class Unpadded:
+        rows = staticmethod(lambda heldout: rows[[0, 1, 3]])
+        draw, batch = staticmethod(reader.draw), staticmethod(reader.batch)
+
+    def gradient(process):
+        options = OPTIONS | {"batch_size": 5}
+        if stage == "distill":
+            losses = students.distillation(teacher, taught, Unpadded, options, 0, process)
+        else:
+            losses = finetune.output_distillation(model, Unpadded, options, 0, process)
+        ((_, loss, _),) = losses(0)
+        module.zero_grad()
+        loss.backward()
+        every = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        return torch.cat(every).clone()
+
+    whole = gradient(Process(0, 1, lambda _index, value: value))
+    power = {}
+    for index in range(2):
+        gradient(Process(index, 2, lambda i, value: power.setdefault(i, value)))
+    parts = [
+        gradient(Process(index, 2, lambda _i, _v: sum(power.values()) / 2)) for index in range(2)
+    ]
+    size = whole.norm()
+    assert size > 1e-3 and (parts[0] - parts[1]).norm() > 0.01 * size
+    assert ((parts[0] + parts[1]) / 2 - whole).norm() < 1e-5 * size
