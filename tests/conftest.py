@@ -19,7 +19,8 @@ def stand_in(tmp_path) -> dict:
     """
     teacher = tmp_path / "teacher"
     (teacher / "transformer").mkdir(parents=True)
-    index = {"_class_name": "AnyPipeline", "transformer": ["diffusers", "AnyTransformer"]}
+    named = ["diffusers", "QwenImageTransformer2DModel"]
+    index = {"_class_name": "QwenImagePipeline", "transformer": named}
     (teacher / "model_index.json").write_text(json.dumps(index))
     (teacher / "transformer/config.json").write_text("{}")
     header, end = {}, 0
@@ -30,12 +31,14 @@ def stand_in(tmp_path) -> dict:
     text = json.dumps(header).encode()
     content = struct.pack("<Q", len(text)) + text + bytes(end)
     (teacher / "transformer/model.safetensors").write_bytes(content)
-    prompts = tmp_path / "prompts.csv"
-    prompts.write_text("prompt,digit,digit_color,background_color\nthe digit 7,7,red,white\n")
+    header = "prompt,digit,digit_color,background_color\n"
+    calibration, evaluation = tmp_path / "calibration.csv", tmp_path / "evaluation.csv"
+    calibration.write_text(header + "the digit 7,7,red,white\n")
+    evaluation.write_text(header + "the digit 8,8,red,white\n")
     return {
         "teacher": {"path": str(teacher)},
-        "record": {"prompts": str(prompts)},
-        "evaluate": {"prompts": str(prompts)},
+        "record": {"prompts": str(calibration)},
+        "evaluate": {"prompts": str(evaluation)},
     }
 
 

@@ -180,3 +180,11 @@ def test_memory_is_bounded_and_harmless(uneven):
     nothing = calls.Reader(uneven.path, memory=0)
     nothing.batch(np.arange(30))
     assert len(nothing._groups) == 1
+
+
+def test_heldout_prompts_either_select_or_report(reader, monkeypatch):
+    prompts = np.array([f"prompt {row % 4}" for row in range(len(reader))], dtype=object)
+    monkeypatch.setitem(reader.index, "prompt", prompts)
+    select, report = reader.heldout_rows("select"), reader.heldout_rows("report")
+    assert sorted([*select, *report]) == list(reader.rows(heldout=True))
+    assert len(select) and len(report) and not set(prompts[select]) & set(prompts[report])

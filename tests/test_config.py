@@ -1,5 +1,6 @@
 """Config: schema, default config and README agree, and every bad input is one clear message."""
 
+import datetime
 import json
 import shutil
 from pathlib import Path
@@ -217,11 +218,43 @@ def test_prompts_csv_without_its_columns(inputs, tmp_path):
     path.write_text("text\nthe digit 7\n")
     inputs["record"]["prompts"] = str(path)
     assert "has no column 'prompt'" in refused(inputs)
-    path.write_text("prompt\nthe digit 7\n")
+    path.write_text("prompt\nthe digit 6\n")
     config.check({**inputs, "evaluate": {**inputs["evaluate"], "judge": "none"}}, "mine.yaml")
-    inputs["evaluate"]["prompts"] = str(path)
+    other = tmp_path / "other.csv"
+    other.write_text("prompt\nthe digit 5\n")
+    inputs["evaluate"]["prompts"] = str(other)
     message = refused(inputs)
     assert "has no column digit" in message and "evaluate.judge: none" in message
+
+
+def test_a_prompt_of_both_files_is_refused(inputs):
+    inputs["evaluate"]["prompts"] = inputs["record"]["prompts"]
+    message = refused(inputs)
+    assert "evaluate.prompts" in message and "'the digit 7' is also a calibration" in message
+
+
+def test_a_comma_outside_quotes_is_refused(inputs, tmp_path):
+    path = tmp_path / "commas.csv"
+    path.write_text("prompt\na red cat, sitting\n")
+    inputs["record"]["prompts"] = str(path)
+    assert "put prompts with commas in double quotes" in refused(inputs)
+
+
+def test_a_family_without_an_entry_is_refused(inputs):
+    index = Path(inputs["teacher"]["path"]) / "model_index.json"
+    index.write_text(index.read_text().replace("QwenImageT", "UnheardOfT"))
+    assert "UnheardOfTransformer2DModel, which can't be pruned" in refused(inputs)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), datetime.date(2026, 1, 1)])
+def test_values_that_json_lacks_are_refused(value):
+    with pytest.raises(UserError, match="mine.yaml: holds a value that is no text"):
+        config.complete({"seed": value}, "mine.yaml")
+
+
+def test_whole_floats_are_integers():
+    steps = config.complete({"distill": {"steps": 1e3}}, "mine.yaml")["distill"]["steps"]
+    assert steps == 1000 and isinstance(steps, int)
 
 
 def test_prompts_as_written(tmp_path):

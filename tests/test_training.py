@@ -242,16 +242,29 @@ def test_nan_just_before_a_checkpoint_is_not_saved(train, tmp_path):
     assert metadata["step"] == "3"
 
 
-def test_identity_is_of_settings_and_contents(tmp_path):
-    path = tmp_path / "input"
+def test_identity_is_of_code_settings_teacher_and_contents(tmp_path):
+    path, script, folder = tmp_path / "input", tmp_path / "stage.py", tmp_path / "teacher"
     path.write_bytes(b"one")
-    first = training.identity({"lr": 1}, [path])
+    script.write_text("print(1)")
+    folder.mkdir()
+
+    def identity(path=path, lr=1):
+        return training.identity(script, {"lr": lr, "teacher": {"path": str(folder)}}, [path])
+
+    first = identity()
     copied = tmp_path / "elsewhere"
     copied.write_bytes(b"one")
-    assert training.identity({"lr": 1}, [copied]) == first
-    assert training.identity({"lr": 2}, [path]) != first
+    assert identity(copied) == first
+    assert identity(lr=2) != first
+    script.write_text("print(2)")
+    assert identity() != first
+    script.write_text("print(1)")
+    assert identity() == first
+    (folder / "weights").write_bytes(b"other")
+    assert identity() != first
+    (folder / "weights").unlink()
     path.write_bytes(b"two")
-    assert training.identity({"lr": 1}, [path]) != first
+    assert identity() != first
 
 
 def test_training_leaves_no_half_written_file(train, tmp_path):
