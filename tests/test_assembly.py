@@ -48,7 +48,7 @@ def errors_table(path, errors, saved):
     found = pd.DataFrame({"first": first, "velocity_error": errors, "saved_parameters": saved})
     found = found.assign(last=found["first"] + 1, rows=1)
     found["interval"] = [f"{f:02d}-{f + 1:02d}" for f in first]
-    tables.write(path, found[schemas.DISTILL_ERRORS.names], schemas.DISTILL_ERRORS, {})
+    tables.write(path, found[schemas.STUDENT_ERRORS.names], schemas.STUDENT_ERRORS, {})
     return path
 
 

@@ -2,8 +2,6 @@
 
 import datetime
 import json
-import shutil
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -138,114 +136,6 @@ def test_subset_holds_only_the_named_keys():
     assert part == {"seed": 0, "similarity": {"streams": "image"}}
 
 
-@pytest.fixture
-def inputs(stand_in):
-    """A complete config that passes."""
-    variants = [{"name": "half", "budget": 0.5}]
-    return config.complete({**stand_in, "variants": variants}, "mine.yaml")
-
-
-def refused(inputs) -> str:
-    with pytest.raises(UserError) as raised:
-        config.check(inputs, "mine.yaml")
-    assert "\n" not in str(raised.value)
-    return str(raised.value)
-
-
-def test_good_inputs_pass(inputs):
-    config.check(inputs, "mine.yaml")
-
-
-def test_teacher_on_the_hub_is_left_to_the_download(inputs):
-    inputs["teacher"]["path"] = "some-owner/some-model"
-    config.check(inputs, "mine.yaml")
-
-
-def test_teacher_is_missing_or_no_pipeline(inputs, tmp_path):
-    teacher = Path(inputs["teacher"]["path"])
-    (teacher / "transformer/config.json").unlink()
-    assert "has no config.json" in refused(inputs)
-    (teacher / "model_index.json").write_text('{"_class_name": "AnyPipeline", "unet": []}')
-    assert "names no transformer" in refused(inputs)
-    (teacher / "model_index.json").write_text("{")
-    assert "not valid JSON" in refused(inputs)
-    (teacher / "model_index.json").unlink()
-    message = refused(inputs)
-    assert "teacher.path" in message and "is not a diffusers pipeline" in message
-    shutil.rmtree(teacher)
-    assert f"{teacher} does not exist" in refused(inputs)
-
-
-def test_truncated_teacher_weights(inputs):
-    weights = Path(inputs["teacher"]["path"]) / "transformer/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    message = refused(inputs)
-    assert str(weights) in message and "truncated" in message
-
-
-def test_impossible_budget(inputs):
-    # One student instead of ten blocks leaves (20 + 8) / 100.
-    inputs["variants"] = [{"name": "tiny", "budget": 0.27, "finetune_steps": 0}]
-    message = refused(inputs)
-    assert "budget 0.27 of 'tiny' is impossible" in message and "0.280" in message
-    inputs["variants"][0]["budget"] = 0.28
-    config.check(inputs, "mine.yaml")
-    inputs["intervals"]["protect_first"] = 1
-    assert "0.360" in refused(inputs)
-
-
-@pytest.mark.parametrize("stage", ["record", "evaluate"])
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        (None, "cannot read"),
-        (b"", "is empty"),
-        (b"\n  \n", "is empty"),
-        ("caf\u00e9".encode("latin-1"), "is not UTF-8"),
-    ],
-)
-def test_bad_prompts_file(inputs, tmp_path, stage, content, expected):
-    path = tmp_path / "bad.txt"
-    if content is not None:
-        path.write_bytes(content)
-    inputs[stage]["prompts"] = str(path)
-    message = refused(inputs)
-    assert f"{stage}.prompts" in message and str(path) in message and expected in message
-
-
-def test_prompts_csv_without_its_columns(inputs, tmp_path):
-    path = tmp_path / "bad.csv"
-    path.write_text("text\nthe digit 7\n")
-    inputs["record"]["prompts"] = str(path)
-    assert "has no column 'prompt'" in refused(inputs)
-    path.write_text("prompt\nthe digit 6\n")
-    config.check({**inputs, "evaluate": {**inputs["evaluate"], "judge": "none"}}, "mine.yaml")
-    other = tmp_path / "other.csv"
-    other.write_text("prompt\nthe digit 5\n")
-    inputs["evaluate"]["prompts"] = str(other)
-    message = refused(inputs)
-    assert "has no column digit" in message and "evaluate.judge: none" in message
-
-
-def test_a_prompt_of_both_files_is_refused(inputs):
-    inputs["evaluate"]["prompts"] = inputs["record"]["prompts"]
-    message = refused(inputs)
-    assert "evaluate.prompts" in message and "'the digit 7' is also a calibration" in message
-
-
-def test_a_comma_outside_quotes_is_refused(inputs, tmp_path):
-    path = tmp_path / "commas.csv"
-    path.write_text("prompt\na red cat, sitting\n")
-    inputs["record"]["prompts"] = str(path)
-    assert "put prompts with commas in double quotes" in refused(inputs)
-
-
-def test_a_family_without_an_entry_is_refused(inputs):
-    index = Path(inputs["teacher"]["path"]) / "model_index.json"
-    index.write_text(index.read_text().replace("QwenImageT", "UnheardOfT"))
-    assert "UnheardOfTransformer2DModel, which can't be pruned" in refused(inputs)
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), datetime.date(2026, 1, 1)])
 def test_values_that_json_lacks_are_refused(value):
     with pytest.raises(UserError, match="mine.yaml: holds a value that is no text"):
@@ -255,12 +145,3 @@ def test_values_that_json_lacks_are_refused(value):
 def test_whole_floats_are_integers():
     steps = config.complete({"distill": {"steps": 1e3}}, "mine.yaml")["distill"]["steps"]
     assert steps == 1000 and isinstance(steps, int)
-
-
-def test_prompts_as_written(tmp_path):
-    lines = tmp_path / "a.txt"
-    lines.write_bytes("\ufeffone\n\n  two, three \n".encode())
-    assert [row["prompt"] for row in config.prompts(lines)] == ["one", "two, three"]
-    table = tmp_path / "a.csv"
-    table.write_text('prompt,digit\n"one\ntwo",7\n')
-    assert config.prompts(table) == [{"prompt": "one\ntwo", "digit": "7"}]

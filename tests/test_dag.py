@@ -1,6 +1,7 @@
 """The whole workflow on the shrunken config: contract, nothing left to do, resume, report."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,13 +54,28 @@ def test_every_file_of_the_contract_is_there_with_its_columns(finished):
     for variant in ("p55", "p85"):
         assert (finished / RUN / "models" / variant / "model_index.json").is_file()
         assert (finished / RUN / "models" / variant / "transformer" / "block_map.json").is_file()
-    for figure in ("intervals/search", "training/distill", "quality/images"):
+    for figure in ("intervals/search", "training/subsets", "quality/images"):
         for kind in ("svg", "png"):
             assert (finished / RUN / "plots" / f"{figure}.{kind}").stat().st_size > 1000
 
 
 def test_a_finished_run_has_nothing_to_do(finished):
     assert "Nothing to be done" in snakemake(finished, "-n")
+
+
+def rerun_by(finished: Path, *changed: str) -> dict[str, int]:
+    """Rule to number of jobs that a changed key asks for."""
+    printed = snakemake(finished, "-n", "--config", *changed)
+    found = printed.split("Job stats:")[1].split("total")[0]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", found, re.M)}
+
+
+def test_a_changed_key_reruns_its_stage_and_what_follows(finished):
+    results = {"finetune": 1, "assemble": 2, "evaluate": 1, "plot_quality": 1, "all": 1}
+    results["plot_training"] = 1
+    assert rerun_by(finished, "subsets={lr: 0.5}") == results | {"subsets": 1}
+    later = {name: 1 for name in ("intervals", "plot_intervals", "prune", "distill", "subsets")}
+    assert rerun_by(finished, "intervals={cost: cka}") == results | later
 
 
 def test_budgets_are_kept(finished):

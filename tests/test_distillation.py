@@ -1,15 +1,13 @@
 """What students are taught: Eq. 6 on the teacher's own activations, in any number of processes."""
 
-import contextlib
 import copy
 
-import finetune
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from ppcl import students, training
+from ppcl import distillation, students, training
 from ppcl.errors import UserError
 from ppcl.students import Interval
 
@@ -24,7 +22,7 @@ OPTIONS = {
 
 
 def losses_of(teacher, taught, reader, accelerator, **options):
-    return students.distillation(teacher, taught, reader, OPTIONS | options, 0, accelerator)
+    return distillation.independent(teacher, taught, reader, OPTIONS | options, 0, accelerator)
 
 
 def train(teacher, taught, reader, accelerator, path, **options):
@@ -45,7 +43,7 @@ def test_teacher_states_are_the_activations_at_the_ends(teacher):
     ]
     teacher(**call)
     whole, boundaries = boundaries, []
-    inputs, targets = students.teacher_states(teacher, [SECOND, FIRST], call)
+    inputs, targets = distillation.teacher_states(teacher, [SECOND, FIRST], call)
     for handle in handles:
         handle.remove()
     assert len(boundaries) == 5  # the last block, 5, did not run
@@ -97,7 +95,7 @@ def test_the_loss_is_eq_6_on_real_tokens(teacher, reader, accelerator):
     taught = students.start(teacher, [SECOND], "middle")
     ((_, loss, _),) = losses_of(teacher, taught, reader, accelerator)(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
-    inputs, targets = students.teacher_states(teacher, [SECOND], batch.arguments)
+    inputs, targets = distillation.teacher_states(teacher, [SECOND], batch.arguments)
     with torch.no_grad():
         text, image = taught[SECOND](**inputs[SECOND])
     mask, expected = batch.arguments["encoder_hidden_states_mask"].bool(), 0.0
@@ -141,25 +139,25 @@ def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
     taught = students.start(teacher, [FIRST, SECOND], "middle")
     tiny.silence(taught[FIRST])
     call = tiny.arguments((5, 3))
-    inputs = students.sequential_inputs(teacher, taught, call, accelerator)
+    inputs = distillation.sequential_inputs(teacher, taught, call, accelerator)
     # By hand: the first student is an identity, so its input goes straight to block 2.
     first = inputs[FIRST]
     text, image = teacher.transformer_blocks[2](**first)
     assert torch.equal(inputs[SECOND]["hidden_states"], image)
     assert torch.equal(inputs[SECOND]["encoder_hidden_states"], text)
-    independent, _ = students.teacher_states(teacher, [FIRST, SECOND], call)
+    independent, _ = distillation.teacher_states(teacher, [FIRST, SECOND], call)
     assert torch.equal(first["hidden_states"], independent[FIRST]["hidden_states"])
     assert not torch.equal(image, independent[SECOND]["hidden_states"])
 
     losses = losses_of(teacher, taught, reader, accelerator, mode="sequential")
     _, (_, loss, _) = losses(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
-    inputs = students.sequential_inputs(teacher, taught, batch.arguments, accelerator)
-    _, targets = students.teacher_states(teacher, [SECOND], batch.arguments)
+    inputs = distillation.sequential_inputs(teacher, taught, batch.arguments, accelerator)
+    _, targets = distillation.teacher_states(teacher, [SECOND], batch.arguments)
     text, image = taught[SECOND](**inputs[SECOND])
     masks = {"text": batch.arguments["encoder_hidden_states_mask"].bool()}
     output, target = {"text": text, "image": image}, targets[SECOND]
-    expected, _ = students.interval_losses(output, target, masks, OPTIONS)
+    expected, _ = distillation.interval_losses(output, target, masks, OPTIONS)
     assert loss.item() == expected.item()
     loss.backward()
     assert all(p.grad is None for p in taught[FIRST].parameters())
@@ -173,37 +171,25 @@ def test_steps_see_batches_of_their_own(teacher, reader, accelerator):
 
 
 def test_shares_are_disjoint_and_whole():
-    class Process:
+    class Three:
         num_processes = 3
 
     every = np.arange(8)
     parts = []
-    for Process.process_index in range(3):
-        parts.append(students.share(every, Process))
+    for Three.process_index in range(3):
+        parts.append(distillation.share(every, Three))
     assert sorted(np.concatenate(parts)) == every.tolist()
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     with pytest.raises(UserError, match="batch_size 2 is less than the number of training proc"):
-        students.share(every[:2], Process)
+        distillation.share(every[:2], Three)
 
 
-class Process:
-    """One of several training processes, in this one; `reduce` knows what the others hold."""
-
-    def __init__(self, index, count, held):
-        self.process_index, self.num_processes, self._held = index, count, held
-        self.device, self.autocast = torch.device("cpu"), contextlib.nullcontext
-
-    def reduce(self, value, reduction):
-        assert reduction == "mean"
-        return self._held(self.process_index, value)
-
-
-@pytest.mark.parametrize("stage", ["distill", "finetune"])
+@pytest.mark.parametrize("stage", ["distill", "subsets", "finetune"])
 def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage):
     """5 samples in 2 processes: the mean of the processes' gradients is that of one process."""
     model = tiny.transformer(blocks=2, seed=7, scale=0.2).requires_grad_(True)
     taught = students.start(teacher, [FIRST], "first")
-    module = taught[FIRST] if stage == "distill" else model
+    module = model if stage == "finetune" else taught[FIRST]
     rows = reader.rows(heldout=True)  # these have no padding
 
     class Unpadded:
@@ -213,21 +199,26 @@ def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage
     def gradient(process):
         options = OPTIONS | {"batch_size": 5}
         if stage == "distill":
-            losses = students.distillation(teacher, taught, Unpadded, options, 0, process)
+            losses = distillation.independent(teacher, taught, Unpadded, options, 0, process)
+        elif stage == "subsets":
+            losses = distillation.any_subset(teacher, taught, Unpadded, options, 0, process)
         else:
-            losses = finetune.output_distillation(model, Unpadded, options, 0, process)
+            losses = distillation.output_distillation(
+                lambda _step: model, "m", Unpadded, options, 0, process, in_float32=True
+            )
         ((_, loss, _),) = losses(0)
         module.zero_grad()
         loss.backward()
         every = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
         return torch.cat(every).clone()
 
-    whole = gradient(Process(0, 1, lambda _index, value: value))
+    whole = gradient(tiny.Process(0, 1, lambda _index, value: value))
     power = {}
     for index in range(2):
-        gradient(Process(index, 2, lambda i, value: power.setdefault(i, value)))
+        gradient(tiny.Process(index, 2, lambda i, value: power.setdefault(i, value)))
     parts = [
-        gradient(Process(index, 2, lambda _i, _v: sum(power.values()) / 2)) for index in range(2)
+        gradient(tiny.Process(index, 2, lambda _i, _v: sum(power.values()) / 2))
+        for index in range(2)
     ]
     size = whole.norm()
     assert size > 1e-3 and (parts[0] - parts[1]).norm() > 0.01 * size

@@ -1,4 +1,4 @@
-"""The programs distill and finetune as real processes: killed, resumed, and two of them at once."""
+"""Distill, subsets and finetune as real processes: killed, resumed, and two of them at once."""
 
 import os
 import signal
@@ -43,6 +43,7 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         "prune": {"start": "first"},
         # 5 samples do not divide evenly among two processes.
         "distill": TRAINING | {"steps": 6, "heldout_rows": 4, "batch_size": 5},
+        "subsets": TRAINING | {"steps": 6, "heldout_rows": 4},
         "finetune": TRAINING,
         "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
     }
@@ -126,8 +127,30 @@ def test_a_killed_distillation_ends_with_the_same_students(world, distilled):
     assert equal(paths["output"], distilled["output"])
     assert not equal(paths["output"], paths["students"])
     assert_same_log(paths["log_table"], distilled["log_table"], schemas.DISTILL_LOG)
-    errors = tables.read(paths["errors"], schemas.DISTILL_ERRORS).to_pandas()
-    assert errors.equals(tables.read(distilled["errors"], schemas.DISTILL_ERRORS).to_pandas())
+    errors = tables.read(paths["errors"], schemas.STUDENT_ERRORS).to_pandas()
+    assert errors.equals(tables.read(distilled["errors"], schemas.STUDENT_ERRORS).to_pandas())
+
+
+def test_a_killed_training_of_subsets_ends_with_the_same_students(world, distilled):
+    whole, paths = (
+        distill_paths(world, name) | {"students": distilled["output"]}
+        for name in ("subsets", "subsets-killed")
+    )
+    tiny.stage("subsets", world[1], **whole)
+    kill_and_resume("subsets", world[1], paths)
+    assert equal(paths["output"], whole["output"])
+    trained, start = tensors.read(whole["output"])[0], tensors.read(distilled["output"])[0]
+    assert trained.keys() == start.keys()
+    for name in ("00-01", "03-04"):
+        assert not torch.equal(trained[f"{name}/img_mod.1.bias"], start[f"{name}/img_mod.1.bias"])
+    assert_same_log(paths["log_table"], whole["log_table"], schemas.VELOCITY_LOG)
+    log = tables.read(whole["log_table"], schemas.VELOCITY_LOG).to_pandas()
+    assert log["step"].tolist() == [2, 4, 6] and log["loss"].equals(log["velocity_error"])
+    one, other, before = (
+        tables.read(p["errors"], schemas.STUDENT_ERRORS).to_pandas()
+        for p in (paths, whole, distilled)
+    )
+    assert one.equals(other) and (one["velocity_error"] != before["velocity_error"]).all()
 
 
 def test_a_killed_finetune_ends_with_the_same_weights(world, distilled):
@@ -136,14 +159,14 @@ def test_a_killed_finetune_ends_with_the_same_weights(world, distilled):
     paths = finetune_paths(world, distilled, "finetune-killed")
     kill_and_resume("finetune", world[1], paths)
     assert equal(paths["output"], whole["output"])
-    assert_same_log(paths["log_table"], whole["log_table"], schemas.FINETUNE_LOG)
+    assert_same_log(paths["log_table"], whole["log_table"], schemas.VELOCITY_LOG)
 
 
 def test_distill_tables(world, distilled):
     log = tables.read(distilled["log_table"], schemas.DISTILL_LOG).to_pandas()
     assert log.groupby("step").size().to_dict() == {2: 4, 4: 4, 6: 4}
     assert set(log["interval"]) == {"00-01", "03-04"} and set(log["stream"]) == {"image", "text"}
-    errors = tables.read(distilled["errors"], schemas.DISTILL_ERRORS).to_pandas()
+    errors = tables.read(distilled["errors"], schemas.STUDENT_ERRORS).to_pandas()
     assert errors["first"].tolist() == [0, 3] and (errors["velocity_error"] > 0).all()
     _, plan = students.read_plan(world[0] / "plan.json")
     assert errors["saved_parameters"].tolist() == [i["saved_parameters"] for i in plan["intervals"]]
@@ -172,6 +195,11 @@ def test_two_processes_reach_the_weights_of_one(world, distilled):
         tables.read(p["log_table"], schemas.DISTILL_LOG).to_pandas() for p in (paths, distilled)
     ]
     np.testing.assert_allclose(logs[0]["loss_normalised"], logs[1]["loss_normalised"], rtol=1e-4)
+    # Each process measured one of the two students.
+    costs = [
+        tables.read(p["errors"], schemas.STUDENT_ERRORS).to_pandas() for p in (paths, distilled)
+    ]
+    pd.testing.assert_frame_equal(*costs, rtol=1e-3)
 
 
 def test_missing_and_truncated_inputs_end_with_one_message(world, distilled, tmp_path, capsys):

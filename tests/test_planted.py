@@ -18,6 +18,7 @@ from ppcl import (
     blocks,
     calls,
     intervals,
+    pipelines,
     recording,
     schemas,
     similarity,
@@ -123,14 +124,14 @@ def folder(tiny_teacher, tmp_path_factory):
 SETTINGS = {"seed": 0, "probe": {"ridge": 0}, "similarity": {"bootstrap": 4}}
 
 
-def selected(folder, streams, removed, segmentation="optimal"):
+def selected(folder, streams, removed, segmentation="optimal", cost="cka"):
     """Intervals chosen when `removed` blocks have to go."""
     wanted = {
         "similarity": {"streams": streams, "bootstrap": 4},
-        "intervals": {"segmentation": segmentation, "tolerance": 1e-4},
+        "intervals": {"segmentation": segmentation, "tolerance": 1e-4, "cost": cost},
         "variants": [{"name": "small", "budget": 1 - removed / DEPTH}],
     }
-    paths = {name: folder / f"{name}.parquet" for name in ("cka", "intervals")}
+    paths = {name: folder / f"{name}.parquet" for name in ("cka", "sensitivity", "intervals")}
     tiny.stage("intervals", SETTINGS | wanted, **paths)
     found = tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
     chosen = found[found["selected"]]
@@ -192,3 +193,23 @@ def test_eq_5_ends_at_the_planted_ends(folder):
         assert intervals.trend_end(delta, run_[0], DEPTH - 1, 1e-4) == run_[1]
     _, found = selected(folder, "mean", removed=1, segmentation="trend")
     assert {"trend"} <= set(found["source"])
+
+
+def test_measured_costs_find_the_block_that_identities_follow(folder, tiny_teacher, monkeypatch):
+    """Block 6 and the identities 7 and 8 are block 6 alone, however far from linear it is."""
+    monkeypatch.setattr(pipelines, "load_transformer", lambda *_: planted_transformer())
+    settings = {
+        "device": "cpu",
+        "teacher": {"path": str(tiny_teacher)},
+        "prune": {"start": "first"},
+        "sensitivity": {"rows": 6, "longest": 3},
+    }
+    table = folder / "sensitivity.parquet"
+    tiny.stage("sensitivity", SETTINGS | settings, calls=folder / "calls.parquet", table=table)
+    chosen, found = selected(folder, "mean", removed=2, cost="velocity")
+    assert chosen == [(6, 8)] and 0 <= found.loc[found["selected"], "cost"].item() < 1e-9
+    costs = tables.read(table, schemas.SENSITIVITY).to_pandas()
+    costs = costs.set_index(["first", "last"])["velocity_error"]
+    free = {(6, 7), (6, 8), (7, 8)}
+    assert costs[list(free)].max() < 1e-9 and costs.drop(list(free)).min() > 1e-5
+    assert selected(folder, "mean", removed=2)[0] != chosen

@@ -36,6 +36,7 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode):
         },
         "prune": {"start": "average"},
         "distill": how | {"steps": 2, "heldout_rows": 4, "mode": mode},
+        "subsets": how | {"steps": 2, "heldout_rows": 4},
         "finetune": how,
         "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 2}],
     }
@@ -45,14 +46,15 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode):
     found = found.assign(selected=True, reason="test", source="trend", cost=0.1, tolerance=0.0)
     chosen = tmp_path / "intervals.parquet"
     tables.write(chosen, found[schemas.INTERVALS.names], schemas.INTERVALS, {})
-    start, trained = tmp_path / "start.safetensors", tmp_path / "students.safetensors"
+    start, alone = tmp_path / "start.safetensors", tmp_path / "distilled.safetensors"
+    trained = tmp_path / "students.safetensors"
     tiny.stage("prune", settings, intervals=chosen, plan=plan, students=start)
     errors, log = tmp_path / "errors.parquet", tmp_path / "log.parquet"
-    tiny.stage(
-        "distill", settings, calls=calls, plan=plan, students=start, state=state,
-        output=trained, log_table=log, errors=errors,
-    )  # fmt: skip
+    both = {"calls": calls, "plan": plan, "state": state, "log_table": log, "errors": errors}
+    tiny.stage("distill", settings, **both, students=start, output=alone)
+    tiny.stage("subsets", settings, **both, students=alone, output=trained)
     assert all(t.dtype == torch.float32 for t in tensors.read(trained)[0].values())
+    assert trained.read_bytes() != alone.read_bytes()
     common = {"variant": "p70", "calls": calls, "plan": plan, "students": trained, "errors": errors}
     tuned = tmp_path / "p70.safetensors"
     tiny.stage("finetune", settings, **common, state=state, output=tuned, log_table=log)

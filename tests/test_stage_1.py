@@ -18,7 +18,7 @@ SETTINGS = {
     "seed": 0,
     "probe": {"ridge": 0},
     "similarity": {"bootstrap": 8},
-    "intervals": {"segmentation": "optimal", "cka_floor": 0.999},
+    "intervals": {"segmentation": "optimal", "cka_floor": 0.999, "cost": "cka"},
     "variants": [{"name": "small", "budget": 0.7}],
 }
 
@@ -92,7 +92,8 @@ def test_planted_linear_runs_are_found(folder, monkeypatch):
     run_probe(monkeypatch, folder)
     paths = {"probes": "probes.safetensors", "tokens": "tokens.parquet"}
     run(monkeypatch, "similarity", folder, **paths, cka="cka.parquet", blocks="blocks.parquet")
-    run(monkeypatch, "intervals", folder, cka="cka.parquet", intervals="intervals.parquet")
+    paths = {"sensitivity": "none.parquet", "intervals": "intervals.parquet"}
+    run(monkeypatch, "intervals", folder, cka="cka.parquet", **paths)
 
     quality = tables.read(folder / "probes.parquet", schemas.PROBES).to_pandas()
     assert len(quality) == 20

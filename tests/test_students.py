@@ -1,11 +1,11 @@
-"""Students: their start weights, their cost in the teacher, and their files."""
+"""Students: their start weights and their files."""
 
 import copy
 
 import pytest
 import torch
 
-from ppcl import blocks, students, tensors
+from ppcl import students, tensors
 from ppcl.errors import UserError
 from ppcl.students import Interval
 
@@ -47,44 +47,6 @@ def test_students_are_copies_in_float32(teacher):
             student.img_mod[1].weight.add_(1)
         assert not torch.equal(student.img_mod[1].weight.bfloat16(), block.img_mod[1].weight)
         assert not any(p.requires_grad for p in block.parameters())
-
-
-# ---- the teacher with students
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plugged_error_is_the_relative_velocity_error(teacher, reader, accelerator, dtype):
-    """Also with a teacher of lower precision than the students."""
-    low = copy.deepcopy(teacher).to(dtype)
-    taught = students.start(low, [FIRST], "first")
-    rows = reader.rows(heldout=True)
-    batches = list(reader.batches(rows, 4))
-    for batch in batches:
-        for key, value in batch.arguments.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                batch.arguments[key] = value.to(dtype)
-
-    class Same:
-        @staticmethod
-        def batches(_rows, _size):
-            return batches
-
-    found = students.plugged_error(low, taught, Same, rows, 4, accelerator)
-    student = copy.deepcopy(taught[FIRST]).to(dtype)
-    model, _ = blocks.assembled(low, {FIRST.key: student})
-    with torch.no_grad():
-        answer, wanted = model(**batches[0].arguments)[0].double(), batches[0].output.double()
-    expected = (answer - wanted).square().sum() / wanted.square().sum()
-    assert found == pytest.approx(expected.item(), rel=1e-6) and found > 1e-4
-    inputs = students.sequential_inputs(low, taught, batches[0].arguments, accelerator)
-    assert inputs[FIRST]["hidden_states"].dtype == dtype
-    assert all(p.dtype == torch.float32 for p in taught[FIRST].parameters())
-
-
-def test_plugged_error_of_a_perfect_student_is_zero(teacher, reader, accelerator):
-    own = {Interval(2, 2): teacher.transformer_blocks[2]}
-    rows = reader.rows(heldout=True)
-    assert students.plugged_error(teacher, own, reader, rows, 4, accelerator) < 1e-12
 
 
 # ---- files

@@ -10,8 +10,8 @@ import sys
 
 import pytest
 import yaml
+from plotting import search_tables
 from readme_tables import ROOT
-from test_plots import search_tables
 
 from ppcl import schemas, tables
 
@@ -21,9 +21,11 @@ STAGES = {
     "extract",
     "probe",
     "similarity",
+    "sensitivity",
     "intervals",
     "prune",
     "distill",
+    "subsets",
     "assemble",
     "evaluate",
     "plot_intervals",
@@ -118,6 +120,18 @@ def test_variants_without_finetuning_train_nothing_of_their_own(snakemake):
     assert found.keys() == STAGES | {"all"}
 
 
+def test_without_subsets_variants_are_made_of_distilled_students(snakemake):
+    printed = snakemake("-n", "-F", "-p", subsets={"steps": 0})
+    assert counts(printed).keys() == STAGES - {"subsets"} | {"finetune", "all"}
+    assert "results/digits/subsets/" not in printed
+    for program, jobs in (("assemble", 3), ("finetune", 1)):
+        lines = [line for line in printed.splitlines() if f"scripts/{program}.py --" in line]
+        assert len(lines) == jobs
+        for line in lines:
+            assert "--students results/digits/distill/students.safetensors " in line
+            assert "--errors results/digits/distill/errors.parquet " in line
+
+
 def test_catalog_entry_has_the_same_default_target(snakemake):
     assert counts(snakemake("-n", "-F", "-s", "workflow/Snakefile"))["all"] == 1
 
@@ -131,18 +145,22 @@ def test_train_teacher_stands_alone(snakemake):
 # Several keys at a time, of stages that do not share any: each dry run takes seconds.
 CHANGES = [
     (
-        {"extract": {"rows": 10}, "intervals": {"cka_floor": 0.5}, "distill": {"steps": 7}},
+        {"extract": {"rows": 10}, "intervals": {"cost": "cka"}, "distill": {"steps": 7}},
         {"extract", "intervals", "distill"},
     ),
     (
         {"probe": {"ridge": 0.5}, "prune": {"start": "middle"}, "finetune": {"lr": 0.5}},
-        {"probe", "prune", "finetune p55"},
+        # Untrained students are what sensitivity measures.
+        {"probe", "prune", "sensitivity", "finetune p55"},
     ),
     (
-        {"similarity": {"bootstrap": 7}, "processes": 1},
-        {"similarity", "plot_intervals", "evaluate"},
+        {"similarity": {"bootstrap": 7}, "processes": 1, "subsets": {"lr": 0.5}},
+        {"similarity", "plot_intervals", "evaluate", "subsets"},
     ),
-    ({"pipeline": {"num_inference_steps": 3}}, {"record", "evaluate"}),
+    (
+        {"pipeline": {"num_inference_steps": 3}, "sensitivity": {"longest": 3}},
+        {"record", "evaluate", "sensitivity"},
+    ),
     (
         {
             "variants": [
@@ -158,7 +176,7 @@ CHANGES = [
 
 def test_changed_key_changes_exactly_the_stages_that_read_it(snakemake):
     before = settings_of_jobs(snakemake("-n", "-F", "-p"))
-    assert len(before) == 15
+    assert len(before) == 17
     for keys, affected in CHANGES:
         after = settings_of_jobs(snakemake("-n", "-F", "-p", **keys))
         assert {name for name in before if before[name] != after[name]} == affected, keys

@@ -1,5 +1,6 @@
 """A tiny QwenImagePipeline folder with random weights, and recorded calls of it: wiring only."""
 
+import contextlib
 import json
 import runpy
 from pathlib import Path
@@ -159,3 +160,16 @@ class NoBar:
 
     def update(self, _count: int) -> None:
         pass
+
+
+class Process:
+    """One of several processes, played by this one; `held` knows what `reduce` returns in each."""
+
+    def __init__(self, index, count, held, reduction="mean"):
+        self.process_index, self.num_processes = index, count
+        self.device, self.autocast = torch.device("cpu"), contextlib.nullcontext
+        self._held, self._reduction = held, reduction
+
+    def reduce(self, value, reduction):
+        assert reduction == self._reduction
+        return self._held(self.process_index, value)

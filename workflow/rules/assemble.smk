@@ -11,8 +11,8 @@ rule assemble:
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         plan=result("prune/plan.json"),
-        students=result("distill/students.safetensors"),
-        errors=result("distill/errors.parquet"),
+        students=taught("students.safetensors"),
+        errors=taught("errors.parquet"),
         finetuned=lambda wildcards: [
             result(f"finetune/{name}.safetensors")
             for name in finetuned()

@@ -12,7 +12,7 @@ SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
-from ppcl import schemas
+from ppcl import preflight, schemas
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest
 
@@ -27,7 +27,7 @@ ENVIRONMENT = "../../environment.yml"
 THREADS = 8
 PLOTS = {
     "intervals": ["search", "heatmap", "probes"],
-    "training": ["distill", "finetune"],
+    "training": ["distill", "subsets", "finetune"],
     "quality": ["tradeoff", "images"],
 }
 
@@ -52,7 +52,7 @@ def validate():
             and targets() != {"train_teacher"}
             and not interval_plots_only()
         ):
-            settings.check(config, source)
+            preflight.check(config, source)
     except UserError as error:
         raise WorkflowError(str(error)) from None
 
@@ -87,6 +87,11 @@ def finetuned():
     return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
 
 
+def taught(name):
+    """An artifact of the students' last training: any-subset distillation, unless it is off."""
+    return result(f"{'subsets' if config['subsets']['steps'] else 'distill'}/{name}")
+
+
 def subset_for_variant(name, *keys):
     """As subset, with the named variant as the only one: the others' settings do not matter."""
     chosen = [variant for variant in config["variants"] if variant["name"] == name]
@@ -110,6 +115,8 @@ def teacher_files():
 def artifacts():
     """Every file of the contract: a stage whose output was deleted is remade, and what follows."""
     named = [path for path in schemas.ARTIFACTS if not path.endswith("/")]
+    if not config["subsets"]["steps"]:
+        named = [path for path in named if not path.startswith("subsets/")]
     plain = [result(path) for path in named if "<variant>" not in path]
     per_variant = [path for path in named if "<variant>" in path]
     return plain + [

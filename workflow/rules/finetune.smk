@@ -14,8 +14,8 @@ rule finetune:
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         plan=result("prune/plan.json"),
-        students=result("distill/students.safetensors"),
-        errors=result("distill/errors.parquet"),
+        students=taught("students.safetensors"),
+        errors=taught("errors.parquet"),
     output:
         weights=result("finetune/{variant}.safetensors"),
         log=result("finetune/{variant}.parquet"),

@@ -1,6 +1,6 @@
 # Candidate intervals (Eq. 5), and the selection under the config's target.
 #
-# in:  similarity/cka.parquet
+# in:  similarity/cka.parquet and sensitivity/intervals.parquet
 # out: intervals/intervals.parquet, each candidate with the reason for or against it
 
 
@@ -8,6 +8,7 @@ rule intervals:
     input:
         script=program("intervals.py"),
         cka=result("similarity/cka.parquet"),
+        sensitivity=result("sensitivity/intervals.parquet"),
     output:
         intervals=result("intervals/intervals.parquet"),
     log:
@@ -27,4 +28,5 @@ rule intervals:
         "Choosing intervals"
     shell:
         "python {input.script} --config {params.config:q} "
-        "--cka {input.cka} --intervals {output.intervals} 2>&1 | tee {log}"
+        "--cka {input.cka} --sensitivity {input.sensitivity} "
+        "--intervals {output.intervals} 2>&1 | tee {log}"

@@ -60,6 +60,7 @@ rule plot_training:
     input:
         script=program("plot.py"),
         distilled=result("distill/log.parquet"),
+        subsets=[result("subsets/log.parquet")] if config["subsets"]["steps"] else [],
         finetuned=[result(f"finetune/{name}.parquet") for name in finetuned()],
     output:
         distill=report(
@@ -68,6 +69,12 @@ rule plot_training:
             category="Training",
             labels={"figure": "Distillation"},
         ),
+        subsets=report(
+            result("plots/training/subsets.svg"),
+            caption="../report/subsets.rst",
+            category="Training",
+            labels={"figure": "Any-subset distillation"},
+        ),
         finetune=report(
             result("plots/training/finetune.svg"),
             caption="../report/finetune.rst",
@@ -75,6 +82,7 @@ rule plot_training:
             labels={"figure": "Fine-tuning"},
         ),
         distill_png=result("plots/training/distill.png"),
+        subsets_png=result("plots/training/subsets.png"),
         finetune_png=result("plots/training/finetune.png"),
     log:
         result("logs/plot-training.log"),
@@ -94,7 +102,8 @@ rule plot_training:
         "Drawing loss curves"
     shell:
         "python {input.script} training --config {params.config:q} "
-        "--distill-log {input.distilled} --finetune-logs {input.finetuned} "
+        "--distill-log {input.distilled} --subsets-log {input.subsets} "
+        "--finetune-logs {input.finetuned} "
         "--output {params.output} 2>&1 | tee {log}"
 
 

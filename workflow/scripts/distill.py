@@ -15,13 +15,13 @@ same weights.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ppcl import (
     calls,
     config,
     devices,
+    distillation,
     errors,
     pipelines,
     provenance,
@@ -75,38 +75,18 @@ def main() -> None:
         student.train().to(accelerator.device)
     rows = training.train(
         {interval.name: student for interval, student in taught.items()},
-        students.distillation(transformer, taught, reader, options, seed, accelerator),
+        distillation.independent(transformer, taught, reader, options, seed, accelerator),
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
         training.identity(Path(__file__), settings, [args.calls, args.plan, args.students]),
     )
+    costs = distillation.cost_table(transformer, taught, plan, reader, options, seed, accelerator)
     if accelerator.is_main_process:
-        heldout = reader.heldout_rows("select")
-        judged = np.random.default_rng(seed).permutation(heldout)[: options["heldout_rows"]]
-        saved = {i["name"]: i["saved_parameters"] for i in plan["intervals"]}
-        measured = pd.DataFrame(
-            {
-                "interval": interval.name,
-                "first": interval.first,
-                "last": interval.last,
-                "saved_parameters": saved[interval.name],
-                "velocity_error": students.plugged_error(
-                    transformer,
-                    {interval: student.eval()},
-                    reader,
-                    judged,
-                    options["batch_size"],
-                    accelerator,
-                ),
-                "rows": len(judged),
-            }
-            for interval, student in taught.items()
-        )
-        stamp = provenance.stamp(settings, rows=len(reader), judged=len(judged))
+        stamp = provenance.stamp(settings, rows=len(reader))
         students.save(args.output, taught, stamp)
         tables.write(args.log_table, log_table(rows), schemas.DISTILL_LOG, stamp)
-        tables.write(args.errors, measured, schemas.DISTILL_ERRORS, stamp)
+        tables.write(args.errors, costs, schemas.STUDENT_ERRORS, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:
         training.forget(args.state)

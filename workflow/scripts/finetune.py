@@ -8,14 +8,13 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --errors results/digits/distill/errors.parquet --state results/digits/state/finetune-p55 \
     --output results/digits/finetune/p55.safetensors --log-table results/digits/finetune/p55.parquet
 
-The teacher does not run: its answer to every recorded call is part of the record. Killed at any
-point, the same command resumes from the last checkpoint in --state and ends with the same weights.
+Killed at any point, the same command resumes from the last checkpoint in --state and ends
+with the same weights.
 """
 
 import argparse
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -26,8 +25,8 @@ from ppcl import (
     calls,
     config,
     devices,
+    distillation,
     errors,
-    losses,
     pipelines,
     provenance,
     schemas,
@@ -36,23 +35,6 @@ from ppcl import (
     tensors,
     training,
 )
-
-
-def output_distillation(model, reader, options, seed, accelerator):
-    """Step losses: relative velocity error against the recorded teacher (see training.Losses)."""
-    rows = reader.rows(heldout=False)
-
-    def losses_of_step(step: int) -> Iterator[tuple]:
-        drawn = reader.draw(rows, options["batch_size"], (seed, step))
-        part = students.share(drawn, accelerator)
-        batch = reader.batch(part).to(accelerator.device).to_float32()
-        with accelerator.autocast():
-            output = model(**batch.arguments)[0]
-        power = accelerator.reduce(batch.output.square().sum(), reduction="mean")
-        error = losses.velocity_error(output, batch.output, power)
-        yield "transformer", error, {"velocity_error": error}
-
-    return losses_of_step
 
 
 def main() -> None:
@@ -85,7 +67,9 @@ def main() -> None:
         model.enable_gradient_checkpointing()
     rows = training.train(
         {"transformer": model},
-        output_distillation(model, reader, options, seed, accelerator),
+        distillation.output_distillation(
+            lambda _step: model, "transformer", reader, options, seed, accelerator, in_float32=True
+        ),
         training.Optimisation.from_settings(options, steps=variant["finetune_steps"]),
         accelerator,
         args.state / "checkpoint.safetensors",
@@ -98,7 +82,7 @@ def main() -> None:
         names = json.dumps([interval.name for interval in chosen])
         tensors.write(args.output, model.state_dict(), stamp | {"intervals": names})
         log = pd.DataFrame(rows)[["step", "loss", "velocity_error", "lr", "seconds"]]
-        tables.write(args.log_table, log, schemas.FINETUNE_LOG, stamp)
+        tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:
         training.forget(args.state)

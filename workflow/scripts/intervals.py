@@ -1,6 +1,7 @@
 """Stage 1.2: candidate intervals by Eq. 5, then the cheapest set that meets the smallest budget.
 
     intervals.py --config config/config.yaml --cka results/digits/similarity/cka.parquet \
+        --sensitivity results/digits/sensitivity/intervals.parquet \
         --intervals results/digits/intervals/intervals.parquet
 
 Reads of the config: intervals, similarity.streams, and variants for the smallest budget: the
@@ -31,6 +32,16 @@ def grid(table: pd.DataFrame, stream: str, depth: int, path: Path) -> np.ndarray
     return values
 
 
+def measured_costs(path: Path, depth: int) -> np.ndarray:
+    """velocity_error [first, last] (NaN where nobody measured)."""
+    table = tables.read(path, schemas.SENSITIVITY).to_pandas()
+    if table["last"].max() >= depth:
+        raise UserError(f"{path} names blocks that this teacher lacks; delete it and rerun")
+    values = np.full((depth, depth), np.nan)
+    values[table["first"], table["last"]] = table["velocity_error"]
+    return values
+
+
 def model_facts(stamp: dict[str, str], path: Path) -> dict:
     """What extract recorded of the model and similarity handed on, and the noise level."""
     names = "block_parameters", "transformer_parameters", "seams", "untouchable", "delta_noise"
@@ -48,6 +59,9 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or a JSON object")
     parser.add_argument("--cka", type=Path, required=True, help="input: CKA of runs, parquet")
+    parser.add_argument(
+        "--sensitivity", type=Path, required=True, help="input: measured costs, parquet"
+    )
     parser.add_argument("--intervals", type=Path, required=True, help="output: intervals, parquet")
     options = parser.parse_args()
     settings = config.load(options.config)
@@ -74,7 +88,12 @@ def main() -> None:
             *range(depth - chosen["protect_last"], depth),
         },
     }
-    choices = intervals.candidates(cka, runs, chosen["segmentation"], chain)
+    costs = 1 - cka
+    if chosen["cost"] == "velocity":
+        costs = measured_costs(options.sensitivity, depth)
+    found = intervals.candidates(runs, chosen["segmentation"], chain)
+    choices = intervals.priced(found, cka, costs)
+    chain = intervals.priced(chain, cka, costs)
     plan = intervals.select(choices, sizes, needed, **limits)
     rows = intervals.rows(chain, plan, needed, tolerance, **limits)
     columns = schemas.INTERVALS.names

@@ -46,13 +46,25 @@ def training(options: argparse.Namespace, settings: dict) -> None:
     names = [variant["name"] for variant in settings["variants"]]
     paths = {path.stem: path for path in options.finetune_logs}
     order = sorted(paths, key=lambda n: (names.index(n) if n in names else len(names), n))
-    tuned = {name: read(paths[name], schemas.FINETUNE_LOG) for name in order}
+    tuned = {name: read(paths[name], schemas.VELOCITY_LOG) for name in order}
+    joint = {path.parent.name: read(path, schemas.VELOCITY_LOG) for path in options.subsets_log}
     drawn = {
+        "subsets": (
+            result_figures.velocity(
+                joint, ["subsets"], "Random subsets of students against the teacher's output"
+            ),
+            options.subsets_log[0] if joint else None,
+        ),
         "distill": (
             result_figures.distill(log, settings["distill"]["loss"]),
             options.distill_log,
         ),
-        "finetune": (result_figures.finetune(tuned, names), paths[order[0]] if order else None),
+        "finetune": (
+            result_figures.velocity(
+                tuned, names, "Fine-tuning of the assembled variants against the teacher's output"
+            ),
+            paths[order[0]] if order else None,
+        ),
     }
     save(drawn, options.output)
 
@@ -91,6 +103,9 @@ def main() -> None:
         for name in names:
             group.add_argument(f"--{name}", type=Path, required=True, metavar="PARQUET")
         if draw is training:
+            group.add_argument(
+                "--subsets-log", type=Path, nargs="*", default=[], metavar="PARQUET", help="or none"
+            )
             group.add_argument(
                 "--finetune-logs",
                 type=Path,

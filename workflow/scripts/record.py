@@ -15,7 +15,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ppcl import blocks, calls, config, devices, errors, pipelines, provenance, recording
+from ppcl import (
+    blocks,
+    calls,
+    config,
+    devices,
+    errors,
+    pipelines,
+    preflight,
+    provenance,
+    recording,
+)
 from ppcl.errors import UserError
 
 
@@ -59,7 +69,7 @@ def main() -> None:
     settings = config.load(args.config)
     options, seed = settings["record"], settings["seed"]
 
-    rows = config.prompts(options["prompts"], "record.prompts")
+    rows = preflight.prompts(options["prompts"], "record.prompts")
     accelerator = devices.accelerator(settings["device"])
     pipe = pipelines.load(settings["teacher"], accelerator.device)
     samples = choose_samples(rows, options, seed)

@@ -196,6 +196,8 @@ class TokenReader:
     def __init__(self, path: str | Path):
         self.provenance = tables.provenance(path)
         self._path, self._file = path, pq.ParquetFile(path)
+        if missing := set(schemas.tokens(1).names) - set(self._file.schema_arrow.names):
+            raise UserError(f"{path}: no token table, it lacks column '{min(missing)}'; remake it")
         self._groups: dict[tuple[str, int], int] = {}
         for group in range(self._file.num_row_groups):
             head = self._file.read_row_group(group, columns=["stream", "boundary"])

@@ -34,7 +34,7 @@ def choose(errors: Path, plan: dict, wanted: dict) -> list[Interval]:
     Raises:
         UserError: all students together do not reach the budget.
     """
-    found = tables.read(errors, schemas.DISTILL_ERRORS).to_pandas()
+    found = tables.read(errors, schemas.STUDENT_ERRORS).to_pandas()
     total = plan["transformer_parameters"]
     needed = parameters_needed(total, wanted["budget"])
     chosen = cheapest(found["velocity_error"].tolist(), found["saved_parameters"].tolist(), needed)

@@ -1,6 +1,7 @@
 """All that depends on the device: choice, number format, synchronisation, memory."""
 
 import resource
+import sys
 from datetime import timedelta
 
 import torch
@@ -82,4 +83,5 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -3,10 +3,11 @@
 Eq. 5 finds where a run of probes stops to follow the teacher; it leaves no gap, so what it finds
 are candidates. Selection then picks intervals that do not overlap, at the least total cost, such
 that the model meets its budget. An interval is [first, last], inclusive, of at least two blocks;
-one student replaces it, so last - first blocks go. Its cost is 1 - cka(first - 1, last).
+one student replaces it, so last - first blocks go.
 
-`cka` and `delta` are float64 [first, last] as in ppcl.similarity: first = u + 1, last = k. PPCL,
-arXiv 2511.16156, stage 1.2. Parameters are counted as the student having its first block's size.
+`cka`, `delta` and `costs` are float64 [first, last] as in ppcl.similarity: first = u + 1, last = k.
+A cost is either 1 - cka or the measured velocity error with an untrained student. PPCL, arXiv
+2511.16156, stage 1.2. Parameters are counted as the student having its first block's size.
 """
 
 import math
@@ -21,19 +22,19 @@ from ppcl.similarity import differences
 
 @dataclass(frozen=True)
 class Interval:
-    """Blocks first..last, inclusive, for one student; cka is cka(first - 1, last)."""
+    """Blocks first..last, inclusive, for one student; cka is cka(first - 1, last).
+
+    cost is the fidelity that selection expects to lose; NaN if nobody measured it.
+    """
 
     first: int
     last: int
     cka: float
+    cost: float
 
     @property
     def removed(self) -> int:
         return self.last - self.first
-
-    @property
-    def cost(self) -> float:
-        return 1 - self.cka
 
     @property
     def blocks(self) -> range:
@@ -85,8 +86,11 @@ def trend_end(delta: np.ndarray, first: int, stop: int, tolerance: float = 0.0) 
     return stop
 
 
-def trend_chain(cka: np.ndarray, runs: Iterable[range], tolerance: float = 0.0) -> list[Interval]:
-    """The paper's intervals: Eq. 5 from the first block of every run, each search after the last.
+def trend_chain(
+    cka: np.ndarray, runs: Iterable[range], tolerance: float = 0.0
+) -> list[tuple[int, int]]:
+    """The paper's intervals, as (first, last): Eq. 5 from the first block of every run, each search
+    after the last.
 
     A single block that is left over at the end of a run is no interval.
     """
@@ -95,31 +99,37 @@ def trend_chain(cka: np.ndarray, runs: Iterable[range], tolerance: float = 0.0) 
         first = run.start
         while first < run.stop - 1:
             last = trend_end(delta, first, run.stop - 1, tolerance)
-            chain.append(Interval(first, last, float(cka[first, last])))
+            chain.append((first, last))
             first = last + 1
     return chain
 
 
-def all_within(cka: np.ndarray, runs: Iterable[range]) -> list[Interval]:
-    """Every interval inside the given runs of blocks."""
+def all_within(runs: Iterable[range], longest: int | None = None) -> list[tuple[int, int]]:
+    """(first, last) of every interval inside the given runs, of `longest` blocks at most."""
     return [
-        Interval(first, last, float(cka[first, last]))
+        (first, last)
         for run in runs
         for first in run
-        for last in range(first + 1, run.stop)
+        for last in range(first + 1, min(run.stop, first + (longest or len(run))))
     ]
 
 
 def candidates(
-    cka: np.ndarray, runs: Sequence[range], segmentation: str, chain: Sequence[Interval]
-) -> list[Interval]:
+    runs: Sequence[range], segmentation: str, chain: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
     """What selection may choose from.
 
     "trend": the chain of Eq. 5 and every interval inside one of its own. A run that Eq. 5 calls
     continuous is continuous in its parts, so a part of it, or several disjoint ones, may be used
     when the whole removes too much. "optimal": every interval inside `runs`.
     """
-    return all_within(cka, [it.blocks for it in chain] if segmentation == "trend" else runs)
+    continuous = [range(first, last + 1) for first, last in chain]
+    return all_within(continuous if segmentation == "trend" else runs)
+
+
+def priced(ends: Iterable[tuple[int, int]], cka: np.ndarray, costs: np.ndarray) -> list[Interval]:
+    """Intervals with their similarity and cost."""
+    return [Interval(*at, float(cka[at]), float(costs[at])) for at in ends]
 
 
 def plans(usable: Iterable[Interval], sizes: Sequence[int]) -> dict[tuple[int, int], Plan]:
@@ -156,15 +166,6 @@ def _unroll(entry: tuple) -> tuple[Interval, ...]:
     return tuple(reversed(intervals))
 
 
-def by_count(table: dict[tuple[int, int], Plan]) -> dict[int, Plan]:
-    """The cheapest plan for every number of removed blocks, from the table of `plans`."""
-    best: dict[int, Plan] = {}
-    for (removed, _), plan in sorted(table.items()):
-        if removed not in best or plan.cost < best[removed].cost:
-            best[removed] = plan
-    return best
-
-
 def select(
     choices: Iterable[Interval],
     sizes: Sequence[int],
@@ -190,7 +191,8 @@ def select(
             f"intervals: the smallest budget in variants needs {needed:,} parameters removed; the "
             f"usable intervals remove at most {most.saved:,} ({most.removed} of {len(sizes)} "
             f"blocks). Lower intervals.cka_floor (now {floor:g}), intervals.protect_first or "
-            f"intervals.protect_last, set intervals.segmentation to optimal, or raise that budget."
+            f"intervals.protect_last, raise sensitivity.longest or that budget, or set "
+            f"intervals.segmentation to optimal."
         )
     closest = min(plan.saved for plan in enough.values())
     limit = max(closest, needed + min(sizes) - 1)
@@ -247,6 +249,8 @@ def rows(
 
 def _obstacle(interval: Interval, floor: float, protected: Collection[int]) -> str | None:
     """Why an interval may not be used, or None."""
+    if math.isnan(interval.cost):
+        return "has no measured cost: longer than sensitivity.longest"
     if interval.cka < floor:
         return f"cka {interval.cka:.4f} is below intervals.cka_floor {floor:g}"
     inside = [block for block in interval.blocks if block in protected]

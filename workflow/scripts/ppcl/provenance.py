@@ -1,6 +1,7 @@
 """Where a result comes from: versions, commit, settings and counts; digests of code."""
 
 import ast
+import functools
 import hashlib
 import json
 import platform
@@ -35,8 +36,12 @@ def stamp(settings: dict, **counts: int) -> dict[str, str]:
     }
 
 
+@functools.cache
 def commit() -> str:
-    """The commit of this source tree, with "-dirty" for uncommitted changes, or "unknown"."""
+    """The commit of this source tree, with "-dirty" for uncommitted changes, or "unknown".
+
+    Programs ask once when they start: what is committed meanwhile did not make their results.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)

@@ -90,45 +90,42 @@ def distill(log: pd.DataFrame, trained: str) -> Figure:
 
 
 @style.styled
-def finetune(logs: dict[str, pd.DataFrame], names: list[str]) -> Figure:
-    """Output distillation of whole variants: velocity error, loss and learning rate by step.
+def velocity(logs: dict[str, pd.DataFrame], names: list[str], title: str) -> Figure:
+    """Output distillation: velocity error and learning rate by step, one curve per log.
 
-    logs: variant -> its log; variants without steps are left out. names: all variants of the
-    config in their order, so that a variant has the same colour here and in `tradeoff`.
+    logs: name -> its log. names: all that there may be, in their order, so that a variant has the
+    same colour here and in `tradeoff`.
     """
-    logs = {variant: log for variant, log in logs.items() if len(log)}
+    logs = {name: log for name, log in logs.items() if len(log)}
     if not logs:
-        return style.message("Fine-tuning", "No variant was fine-tuned.")
+        return style.message(title, "Not part of this run: the config asks for no such steps.")
     figure = style.new_figure(
-        "Fine-tuning of the assembled variants against the teacher's output",
-        5.4,
+        title,
+        4.0,
         note="Thin: every logged step. Thick: geometric means over 40 stretches of steps.",
     )
-    axes = figure.subplots(3, 1, sharex=True, height_ratios=[2, 2, 0.8])
+    error, rate = figure.subplots(2, 1, sharex=True, height_ratios=[2, 0.8])
     order = [*names, *(name for name in logs if name not in names)]
     looks = dict(zip(order, _series(len(order)), strict=True))
-    labels = ("relative velocity\nerror", "loss", "learning\nrate")
-    for ax, column, label in zip(axes, ("velocity_error", "loss", "lr"), labels, strict=True):
-        ends = []
-        for variant, log in logs.items():
-            colour, _, dashes = looks[variant]
-            log = log.sort_values("step")
-            steps, values = log["step"], log[column]
-            if column != "lr":
-                ax.plot(steps, values, color=colour, lw=0.5, alpha=0.3)
-                steps, values = style.log_average(steps, values)
-            if len(values):
-                ax.plot(steps, values, color=colour, ls=dashes)
-                ends.append((log["step"].iloc[-1], list(values)[-1], variant, colour))
-        ax.set_ylabel(label)
-        if column != "lr":
-            style.log_axis(ax)
-            figure_labels.label_ends(ax, ends)
-    axes[2].ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
-    axes[2].yaxis.set_major_locator(MaxNLocator(2))
-    axes[2].set_ylim(bottom=0)
-    axes[2].set_xlabel("fine-tuning step")
-    axes[2].xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    ends = []
+    for name, log in logs.items():
+        colour, _, dashes = looks[name]
+        log = log.sort_values("step")
+        error.plot(log["step"], log["velocity_error"], color=colour, lw=0.5, alpha=0.3)
+        steps, values = style.log_average(log["step"], log["velocity_error"])
+        if len(values):
+            error.plot(steps, values, color=colour, ls=dashes)
+            ends.append((log["step"].iloc[-1], list(values)[-1], name, colour))
+        rate.plot(log["step"], log["lr"], color=colour, ls=dashes)
+    style.log_axis(error)
+    figure_labels.label_ends(error, ends)
+    error.set_ylabel("relative velocity\nerror")
+    rate.set_ylabel("learning\nrate")
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
+    rate.yaxis.set_major_locator(MaxNLocator(2))
+    rate.set_ylim(bottom=0)
+    rate.set_xlabel("step")
+    rate.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure
 
 

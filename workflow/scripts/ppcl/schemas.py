@@ -90,6 +90,19 @@ BLOCKS = pa.schema(
     ]
 )
 
+SENSITIVITY = pa.schema(
+    [
+        column("first", pa.int32(), "first block of the run"),
+        column("last", pa.int32(), "last block of the run"),
+        column(
+            "velocity_error",
+            pa.float64(),
+            "relative squared velocity error with one untrained student in the run's place",
+        ),
+        column("rows", pa.int64(), "recorded calls measured on"),
+    ]
+)
+
 INTERVALS = pa.schema(
     [
         column("first", pa.int32(), "first replaced block"),
@@ -99,7 +112,7 @@ INTERVALS = pa.schema(
         column("selected", pa.bool_(), "a student is trained for this interval"),
         column("reason", pa.string(), "why it was selected or not"),
         column("source", pa.string(), "`trend` (Eq. 5) or `optimal` (shortest path)"),
-        column("cost", pa.float64(), "predicted loss of fidelity", nan=True),
+        column("cost", pa.float64(), "predicted loss of fidelity (intervals.cost)", nan=True),
         column("tolerance", pa.float64(), "rise of Delta that ended the search", nan=True),
     ]
 )
@@ -117,7 +130,7 @@ DISTILL_LOG = pa.schema(
     ]
 )
 
-DISTILL_ERRORS = pa.schema(
+STUDENT_ERRORS = pa.schema(
     [
         column("interval", pa.string(), "first-last block, such as `03-04`"),
         column("first", pa.int32(), "first block of the interval"),
@@ -132,7 +145,7 @@ DISTILL_ERRORS = pa.schema(
     ]
 )
 
-FINETUNE_LOG = pa.schema(
+VELOCITY_LOG = pa.schema(
     [
         column("step", pa.int64(), "optimiser steps made"),
         column("loss", pa.float64(), "the loss that was trained"),
@@ -173,10 +186,13 @@ TABLES = {
     "probes/probes.parquet": PROBES,
     "similarity/cka.parquet": CKA,
     "similarity/blocks.parquet": BLOCKS,
+    "sensitivity/intervals.parquet": SENSITIVITY,
     "intervals/intervals.parquet": INTERVALS,
     "distill/log.parquet": DISTILL_LOG,
-    "distill/errors.parquet": DISTILL_ERRORS,
-    "finetune/<variant>.parquet": FINETUNE_LOG,
+    "distill/errors.parquet": STUDENT_ERRORS,
+    "subsets/log.parquet": VELOCITY_LOG,
+    "subsets/errors.parquet": STUDENT_ERRORS,
+    "finetune/<variant>.parquet": VELOCITY_LOG,
     "evaluation/metrics.parquet": METRICS,
     "evaluation/images.parquet": IMAGES,
 }
@@ -191,19 +207,23 @@ ARTIFACTS = {
     "probes/probes.safetensors": "the probes: `<stream>.<block>.weight` and `.bias`, float64",
     "similarity/cka.parquet": "CKA of every run of probes with the teacher",
     "similarity/blocks.parquet": "CKA between the outputs of all pairs of blocks",
+    "sensitivity/intervals.parquet": "what every run of blocks costs before any training",
     "intervals/intervals.parquet": "candidate intervals and the selection",
     "prune/plan.json": "what each student replaces and starts from",
     "prune/students.safetensors": "start weights of the students",
-    "distill/students.safetensors": "trained students",
+    "distill/students.safetensors": "students trained one by one",
     "distill/errors.parquet": "what each trained student costs, plugged into the teacher alone",
     "distill/log.parquet": "losses of the students during distillation",
+    "subsets/students.safetensors": "students trained in random subsets; what variants are made of",
+    "subsets/errors.parquet": "what each of them costs, plugged into the teacher alone",
+    "subsets/log.parquet": "velocity error while random subsets are trained",
     "finetune/<variant>.safetensors": "all weights of a fine-tuned variant",
     "finetune/<variant>.parquet": "losses during fine-tuning",
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",
     "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
     "evaluation/images.parquet": "every image behind the metrics",
     "plots/intervals/": "`search`, `heatmap`, `probes`, each .svg and .png",
-    "plots/training/": "`distill`, `finetune`, each .svg and .png",
+    "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",
     "plots/quality/": "`tradeoff`, `images`, each .svg and .png",
     "logs/": "what every stage printed",
     "benchmarks/": "time and memory of every stage, as Snakemake measured them",

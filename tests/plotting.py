@@ -1,0 +1,101 @@
+"""For tests of the figures: tables as a run could have written them, and running the program."""
+
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pandas as pd
+import plot
+import pytest
+
+from ppcl import schemas, tables
+
+
+def chain_of(blocks: int, searches: int, rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Consecutive intervals of two blocks or more that cover the depth."""
+    inner = np.arange(2, blocks - 1, 2)
+    cuts = np.sort(rng.choice(inner, searches - 1, replace=False))
+    edges = [0, *cuts.tolist(), blocks]
+    return list(zip(edges[:-1], [edge - 1 for edge in edges[1:]], strict=True))
+
+
+def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """cka, blocks, probes and intervals in which Delta falls inside an interval, then rises."""
+    rng = np.random.default_rng(seed)
+    chain = chain_of(blocks, searches, rng)
+    ends = {first - 1: last for first, last in chain}
+    rows = []
+    for stream, scale in (("image", 1.0), ("text", 0.5), ("mean", 0.75)):
+        for u in range(-1, blocks - 1):
+            end = ends.get(u, u + 3)
+            drop, cka = 0.02 * scale * rng.uniform(0.2, 3), 1.0
+            for k in range(u + 1, blocks):
+                drop *= rng.uniform(1.3, 1.8) if k > end else rng.uniform(0.6, 0.95)
+                drop = min(drop, cka * 0.4)
+                cka -= drop
+                noise = 0.02 * drop + 2e-4
+                rows.append(
+                    [stream, u, k, cka, drop, cka - noise, cka + noise, drop - noise, drop + noise]
+                )
+    cka = pd.DataFrame(rows, columns=schemas.CKA.names)
+
+    depth = np.arange(blocks)
+    maps = []
+    for stream, reach in (("image", blocks / 2), ("text", blocks / 5)):
+        square = np.exp(-((np.abs(depth[:, None] - depth) / reach) ** 1.3))
+        for a in depth:
+            for b in depth:
+                maps.append([stream, a, b, square[a, b]])
+
+    linear = []
+    for stream, offset in (("image", 0.0), ("text", 0.1)):
+        for i in depth:
+            r2 = np.clip(
+                0.75 + offset - 0.4 * np.cos(9 * i / blocks) + rng.normal(0, 0.06), -1, 0.99
+            )
+            condition = 10 ** (3 + 5 * i / blocks + 2 * offset + rng.normal(0, 0.2))
+            linear.append([i, stream, r2, 0.9 + 0.1 * r2, condition, 40000, r2 + 0.01, 9000, 0.3])
+
+    chosen = set(rng.permutation(len(chain))[: max(1, len(chain) // 2)].tolist())
+    table = cka[cka["stream"] == "mean"].set_index(["start", "end"])["cka"]
+    intervals = pd.DataFrame(
+        [
+            [f, v, v - f, table[f - 1, v], n in chosen, "", "trend", 0.01, 5e-4]
+            for n, (f, v) in enumerate(chain)
+        ],
+        columns=schemas.INTERVALS.names,
+    )
+    # Selection may also take a part of what the search found.
+    longest = (intervals["last"] - intervals["first"]).idxmax()
+    first, last = intervals.loc[longest, ["first", "last"]]
+    if last - first > 2:
+        intervals.loc[longest, "selected"] = False
+        part = [first, first + 1, 1, table[first - 1, first + 1], True, "", "optimal", 0.01, 5e-4]
+        intervals.loc[len(intervals)] = part
+    return {
+        "cka": cka,
+        "blocks": pd.DataFrame(maps, columns=schemas.BLOCKS.names),
+        "probes": pd.DataFrame(linear, columns=schemas.PROBES.names),
+        "intervals": intervals,
+    }
+
+
+def write(folder: Path, name: str, table: pd.DataFrame) -> Path:
+    path = folder / f"{name}.parquet"
+    schema = getattr(schemas, name.upper().replace("-", "_"), schemas.VELOCITY_LOG)
+    tables.write(path, table, schema, {"commit": "0123abc", "created": "2026-01-01"})
+    return path
+
+
+def draw(*arguments) -> None:
+    """Run the program in this process: most tests need no second start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
+        plot.main()
+
+
+def svg_text(path: Path) -> str:
+    """All text of an SVG file: labels are text, not outlines."""
+    root = ElementTree.parse(path).getroot()
+    return "\n".join("".join(e.itertext()) for e in root.iter() if e.tag.endswith("}text"))

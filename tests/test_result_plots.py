@@ -1,0 +1,197 @@
+"""Figures of the results: training, quality and pictures."""
+
+import io
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+from plotting import draw, search_tables, svg_text, write
+
+from ppcl import figure_style, figures, result_figures, schemas
+
+TRAINING_CONFIG = json.dumps(
+    {
+        "distill": {"loss": "normalised"},
+        "variants": [{"name": n, "budget": b} for n, b in (("p55", 0.55), ("p70", 0.7))],
+    }
+)
+
+
+def distill_log(intervals: pd.DataFrame, steps: int = 400) -> pd.DataFrame:
+    """Loss curves of the selected intervals, both streams, as noisy power laws."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for first, last in figures.selected_spans(intervals):
+        for stream in ("image", "text"):
+            level = rng.uniform(0.03, 0.4)
+            for step in range(1, steps + 1, 2):
+                loss = level * (1 + step / 8) ** -0.6 * rng.lognormal(0, 0.25)
+                name = f"{first:02d}-{last:02d}"
+                rows.append([step, name, stream, loss, 1.4 * loss, 1e-3, step * 0.3, loss])
+    return pd.DataFrame(rows, columns=schemas.DISTILL_LOG.names)
+
+
+def velocity_log(level: float, steps: int = 600) -> pd.DataFrame:
+    rng = np.random.default_rng(2)
+    step = np.arange(1, steps + 1)
+    error = level * (1 + step / 20) ** -0.7 * rng.lognormal(0, 0.3, steps)
+    lr = 1e-3 * np.minimum(step / 50, 0.5 + 0.5 * np.cos(np.pi * step / steps))
+    columns = [step, error * 1.3, error, lr, step * 0.4]
+    return pd.DataFrame(dict(zip(schemas.VELOCITY_LOG.names, columns, strict=True)))
+
+
+VARIANTS = {"teacher": (1.0, 1.0, 0.0), "p85": (0.85, 0.86, 0.004), "p70": (0.7, 0.72, 0.02)}
+VARIANTS["p55"] = (0.54, 0.57, 0.035)
+
+
+def metrics_table(judged: bool = True, variants: dict = VARIANTS) -> pd.DataFrame:
+    rows = []
+    for name, (size, latency, loss) in variants.items():
+        values = {"parameter_fraction": (size, np.nan), "latency_ratio": (latency, 0.01)}
+        values |= {"velocity_error": (loss, 0.1 * loss), "ssim": (1 - 3 * loss, 0.01)}
+        if name != "teacher":
+            values["psnr"] = (18 - 4 * np.log10(loss), 0.5)
+        if judged:
+            values |= {
+                "digit_accuracy": (0.968 - loss, 0.011),
+                "all_correct": (0.962 - loss, 0.012),
+            }
+            values |= {"digit_color_accuracy": (0.999 - loss / 9, 0.001)}
+            values |= {"background_color_accuracy": (1 - loss / 9, 0.0005)}
+        for metric, (value, half) in values.items():
+            rows.append(
+                [
+                    name,
+                    metric,
+                    value,
+                    1.0,
+                    0.0,
+                    True,
+                    1000,
+                    value - half,
+                    min(value + half, max(value, 1.0)) if value < 1.01 else value + half,
+                ]
+            )
+    return pd.DataFrame(rows, columns=schemas.METRICS.names)
+
+
+COLOURS = {
+    "red": (210, 40, 40),
+    "blue": (40, 70, 200),
+    "white": (245, 245, 245),
+    "black": (0, 0, 0),
+}
+
+
+def images_table(judged: bool = True, prompts: int = 8, side: int = 32) -> pd.DataFrame:
+    rng = np.random.default_rng(3)
+    rows = []
+    for index in range(prompts):
+        ink, paper = [("red", "white"), ("blue", "black"), ("white", "blue")][index % 3]
+        text = [f"a {ink} handwritten {index} on a {paper} background", f"{index}, {ink}/{paper}"]
+        for name in VARIANTS:
+            pixels = np.empty((side, side, 3), np.uint8)
+            pixels[:] = COLOURS[paper]
+            pixels[side // 5 : -side // 5, side // 3 : side // 2] = COLOURS[ink]
+            buffer = io.BytesIO()
+            Image.fromarray(pixels).save(buffer, "png")
+            correct = name == "teacher" or bool(rng.random() > 0.15)
+            read = {"digit": index if correct else 8, "digit_color": ink}
+            read |= {"background_color": paper, "correct": correct}
+            text_read = json.dumps(read) if judged else ""
+            rows.append([name, text[index % 2], 7, buffer.getvalue(), text_read, index])
+    return pd.DataFrame(rows, columns=schemas.IMAGES.names)
+
+
+def test_training_plots(tmp_path):
+    log = write(tmp_path, "distill-log", distill_log(search_tables(24, 8)["intervals"]))
+    joint = write(tmp_path / "subsets", "log", velocity_log(0.1))
+    tuned = [write(tmp_path, name, velocity_log(e)) for name, e in (("p70", 0.05), ("p55", 0.2))]
+    common = ["training", "--config", TRAINING_CONFIG, "--distill-log", log, "--output", tmp_path]
+    draw(*common, "--subsets-log", joint, "--finetune-logs", *tuned)
+    assert "normalised loss" in svg_text(tmp_path / "distill.svg")
+    assert {"p55", "p70"} <= set(svg_text(tmp_path / "finetune.svg").split("\n"))
+    text = svg_text(tmp_path / "subsets.svg")
+    assert "subsets" in text.split("\n") and "Random subsets of students" in text
+    assert "Not part of this run" not in text
+    assert "0123abc" in (tmp_path / "subsets.svg").read_text()
+    for arguments in (common, [*common, "--subsets-log", "--finetune-logs"]):
+        draw(*arguments)
+        for figure in ("subsets", "finetune"):
+            assert "Not part of this run" in svg_text(tmp_path / f"{figure}.svg")
+
+
+def test_velocity_shows_every_logged_step_of_error_and_learning_rate():
+    log = velocity_log(0.1).sample(frac=1, random_state=0)  # in any order
+    error, rate = result_figures.velocity({"p70": log}, ["p70"], "title").axes
+    log = log.sort_values("step")
+    for ax, column in ((error, "velocity_error"), (rate, "lr")):
+        np.testing.assert_array_equal(ax.lines[0].get_xdata(), log["step"])
+        np.testing.assert_array_equal(ax.lines[0].get_ydata(), log[column])
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_quality_plots(tmp_path, judged):
+    metrics = write(tmp_path, "metrics", metrics_table(judged))
+    pictures = write(tmp_path, "images", images_table(judged))
+    draw(
+        "quality",
+        "--config",
+        "{}",
+        "--metrics",
+        metrics,
+        "--images",
+        pictures,
+        "--output",
+        tmp_path,
+    )
+    lines = svg_text(tmp_path / "tradeoff.svg").split("\n")
+    panels = 8 if judged else 6
+    assert lines.count("p55") == lines.count("p85") == panels
+    # The teacher's own images have no PSNR to themselves, so those two panels go without it.
+    assert lines.count("teacher") == panels - (0 if judged else 2)
+    text = svg_text(tmp_path / "images.svg")
+    wrong = sum('"correct": false' in read for read in images_table(judged)["read"])
+    assert text.count("8 ") == wrong and ("Framed" in text) == (wrong > 0)
+
+
+@pytest.mark.filterwarnings("ignore:Glyph")  # where no font for the last character is installed
+def test_prompts_are_drawn_as_written(tmp_path):
+    table = images_table()
+    table["prompt"] = "costs $5 & <b>$\\frac{</b> 猫"
+    metrics = metrics_table(variants={"a_$b$": VARIANTS["p70"], "teacher": VARIANTS["teacher"]})
+    figure_style.save(result_figures.images(table, metrics), tmp_path / "images")
+    figure_style.save(result_figures.tradeoff(metrics), tmp_path / "tradeoff")
+    assert "costs $5 & <b>$\\frac{</b>" in svg_text(tmp_path / "images.svg")
+    assert "a_$b$" in svg_text(tmp_path / "tradeoff.svg")
+
+
+def test_small_pictures_are_enlarged_by_repeating_pixels():
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    enlarged = result_figures._pixels(buffer.getvalue())
+    np.testing.assert_array_equal(enlarged, pixels.repeat(8, 0).repeat(8, 1))
+
+
+def test_names_of_crowded_points_do_not_overlap():
+    close = {f"variant-{n}": (0.85 + n / 99, 0.86 + n / 99, n / 999) for n in range(1, 6)}
+    figure = result_figures.tradeoff(metrics_table(variants=VARIANTS | close))
+    for ax in figure.axes:
+        for name in ax.texts:
+            name.update_positions(figure.canvas.get_renderer())
+        boxes = [Text.get_window_extent(name) for name in ax.texts]
+        assert len(boxes) == len(VARIANTS | close)
+        for n, box in enumerate(boxes):
+            assert not any(box.padded(-0.5).overlaps(other) for other in boxes[:n])
+
+
+def test_a_variant_has_one_colour_in_all_figures():
+    names = [name for name in VARIANTS if name != "teacher"]
+    curves = result_figures.velocity({"p55": velocity_log(0.1)}, names, "title").axes[0].texts
+    points = result_figures.tradeoff(metrics_table()).axes[0].texts
+    (colour,) = {text.get_color() for text in points if text.get_text() == "p55"}
+    assert [text.get_color() for text in curves] == [colour]

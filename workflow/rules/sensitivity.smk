@@ -1,0 +1,36 @@
+# What every run of blocks costs if one untrained student replaces it: the price in selection.
+#
+# in:  the teacher and record/calls.parquet
+# out: sensitivity/intervals.parquet, the velocity error of each run
+
+
+rule sensitivity:
+    input:
+        script=program("sensitivity.py"),
+        launcher=program("launch.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+    output:
+        table=result("sensitivity/intervals.parquet"),
+    log:
+        result("logs/sensitivity.log"),
+    benchmark:
+        result("benchmarks/sensitivity.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=16000,
+        runtime=240,
+        processes=config["processes"],
+        device=config["device"],
+    params:
+        config=subset("seed", "device", "teacher", "sensitivity", "prune"),
+        code=code("sensitivity.py"),
+    message:
+        "Measuring what each run of blocks costs"
+    shell:
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
+        "--calls {input.calls} --table {output.table} 2>&1 | tee {log}"

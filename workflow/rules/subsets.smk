@@ -1,0 +1,46 @@
+# Any-subset distillation: students learn to stand each other's errors, whichever are plugged in.
+#
+# in:  the teacher, record/calls.parquet, prune/plan.json and distill/students.safetensors
+# out: subsets/students.safetensors; the loss curve, subsets/log.parquet; and what each student
+#      alone costs now, subsets/errors.parquet, by which variants choose
+#
+# Only with subsets.steps > 0. Checkpoints live in state/subsets, as in distill.smk.
+
+
+rule subsets:
+    input:
+        script=program("subsets.py"),
+        launcher=program("launch.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+        plan=result("prune/plan.json"),
+        students=result("distill/students.safetensors"),
+    output:
+        students=result("subsets/students.safetensors"),
+        log=result("subsets/log.parquet"),
+        errors=result("subsets/errors.parquet"),
+    log:
+        result("logs/subsets.log"),
+    benchmark:
+        result("benchmarks/subsets.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+        processes=config["processes"],
+        device=config["device"],
+    params:
+        config=subset("seed", "device", "teacher", "subsets"),
+        state=result("state/subsets"),
+        code=code("subsets.py"),
+    message:
+        "Distilling random subsets of the students"
+    shell:
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
+        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--state {params.state} --output {output.students} --log-table {output.log} "
+        "--errors {output.errors} 2>&1 | tee {log}"

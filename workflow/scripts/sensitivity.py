@@ -1,0 +1,80 @@
+"""What every run of blocks costs: the velocity error with one untrained student in its place.
+
+One process:       python workflow/scripts/sensitivity.py --config config/digits.yaml ...
+Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
+    workflow/scripts/sensitivity.py --config config/digits.yaml \
+    --calls results/digits/record/calls.parquet \
+    --table results/digits/sensitivity/intervals.parquet
+
+CKA of probes sees how linear a run is, not how much the output depends on it. A student that has
+only its start weights does: the error it leaves ranks runs as the error after training does. Reads
+of the config: seed, device, teacher, sensitivity, and prune for the start weights.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ppcl import (
+    blocks,
+    calls,
+    config,
+    devices,
+    distillation,
+    errors,
+    intervals,
+    pipelines,
+    provenance,
+    schemas,
+    students,
+    tables,
+)
+from ppcl.students import Interval
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
+    parser.add_argument("--table", type=Path, required=True, help="intervals.parquet to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options, start = settings["sensitivity"], settings["prune"]["start"]
+
+    accelerator = devices.accelerator(settings["device"])
+    reader = calls.Reader(args.calls)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    depth = len(blocks.block_sequence(transformer))
+    runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
+    measured = [Interval(*ends) for ends in intervals.all_within(runs, options["longest"])]
+    heldout = reader.heldout_rows("select")
+    judged = np.random.default_rng(settings["seed"]).permutation(heldout)[: options["rows"]]
+
+    def untrained(interval: Interval) -> students.Students:
+        # One at a time: at full size, a student of every run would not fit in memory.
+        made = students.start(transformer, [interval], start)
+        return {interval: made[interval].to(accelerator.device)}
+
+    found = distillation.plugged_errors(
+        transformer, measured, untrained, reader, judged, options["batch_size"], accelerator
+    )
+    if accelerator.is_main_process:
+        table = pd.DataFrame(
+            {
+                "first": [interval.first for interval in measured],
+                "last": [interval.last for interval in measured],
+                "velocity_error": found,
+                "rows": len(judged),
+            }
+        )
+        stamp = provenance.stamp(settings, judged=len(judged))
+        tables.write(args.table, table, schemas.SENSITIVITY, stamp)
+    devices.finish(accelerator)
+
+
+if __name__ == "__main__":
+    errors.run(main)
