@@ -43,7 +43,10 @@ if not interval_plots_only():
     include: "workflow/rules/intervals.smk"
     include: "workflow/rules/prune.smk"
     include: "workflow/rules/distill.smk"
-    include: "workflow/rules/subsets.smk"
+
+    if config["subsets"]["steps"]:
+
+        include: "workflow/rules/subsets.smk"
     include: "workflow/rules/finetune.smk"
     include: "workflow/rules/assemble.smk"
     include: "workflow/rules/evaluate.smk"

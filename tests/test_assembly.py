@@ -213,7 +213,7 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     total = blocks.parameter_count(teacher)
     plan = {
         "transformer_parameters": total,
-        "intervals": [{"first": i.first, "last": i.last} for i in every],
+        "intervals": [{"first": i.first, "last": i.last, "saved_parameters": size} for i in every],
     }
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     errors_table(tmp_path / "errors.parquet", [0.3, 0.1], [size, size])

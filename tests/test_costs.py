@@ -127,7 +127,7 @@ def measure(tiny_teacher, tiny_calls, path, **options):
         "prune": {"start": "middle"},
         "sensitivity": OPTIONS | options,
     }
-    tiny.stage("sensitivity", settings, calls=tiny_calls, table=path)
+    tiny.stage("sensitivity", settings, calls=tiny_calls, state=path.parent / "state", table=path)
     found = tables.read(path, schemas.SENSITIVITY).to_pandas()
     return found.set_index(["first", "last"])
 
@@ -174,3 +174,33 @@ def test_no_run_crosses_a_seam_or_holds_an_untouchable_block(
     path = tmp_path / "s.parquet"
     found = measure(tiny_teacher, tiny_calls, path, rows=1, longest=5)
     assert list(found.index) == [(0, 1), (2, 3)]
+
+
+def test_a_stopped_measurement_goes_on_where_it_was(
+    tiny_teacher, tiny_calls, tmp_path, monkeypatch
+):
+    whole = measure(tiny_teacher, tiny_calls, tmp_path / "whole.parquet")
+    assert not (tmp_path / "state").exists()
+    asked, plugged_error = [], distillation.plugged_error
+
+    def stopping(transformer, taught, *rest):
+        asked.extend(taught)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return plugged_error(transformer, taught, *rest)
+
+    monkeypatch.setattr(distillation, "plugged_error", stopping)
+    path = tmp_path / "stopped.parquet"
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny_teacher, tiny_calls, path)
+    assert not path.exists()
+    found = measure(tiny_teacher, tiny_calls, path)
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    assert len(asked) == len(whole) + 1  # only the one that was stopped is measured twice
+    # What another measurement left is not used.
+    asked.clear()
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny_teacher, tiny_calls, path)
+    asked.extend([None] * 4)
+    measure(tiny_teacher, tiny_calls, path, rows=2)
+    assert len(asked) == 8 + len(whole)

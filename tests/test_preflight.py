@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ppcl import config, preflight
+from ppcl import config, preflight, prompts
 from ppcl.errors import UserError
 
 
@@ -56,6 +56,7 @@ def test_truncated_teacher_weights(inputs):
 
 def test_impossible_budget(inputs):
     # One student instead of ten blocks leaves (20 + 8) / 100.
+    inputs["sensitivity"]["longest"] = 10
     inputs["variants"] = [{"name": "tiny", "budget": 0.27, "finetune_steps": 0}]
     message = refused(inputs)
     assert "budget 0.27 of 'tiny' is impossible" in message and "0.280" in message
@@ -120,10 +121,10 @@ def test_a_family_without_an_entry_is_refused(inputs):
 def test_prompts_as_written(tmp_path):
     lines = tmp_path / "a.txt"
     lines.write_bytes("\ufeffone\n\n  two, three \n".encode())
-    assert [row["prompt"] for row in preflight.prompts(lines)] == ["one", "two, three"]
+    assert [row["prompt"] for row in prompts.read(lines)] == ["one", "two, three"]
     table = tmp_path / "a.csv"
     table.write_text('prompt,digit\n"one\ntwo",7\n')
-    assert preflight.prompts(table) == [{"prompt": "one\ntwo", "digit": "7"}]
+    assert prompts.read(table) == [{"prompt": "one\ntwo", "digit": "7"}]
 
 
 def test_protecting_every_block_is_refused(inputs):
@@ -149,3 +150,24 @@ def test_truncated_weights_of_another_part(inputs):
     weights.write_bytes(b"\0" * 40)
     message = refused(inputs)
     assert str(weights) in message and "truncated" in message
+
+
+def test_measured_costs_bound_what_a_student_can_replace(inputs):
+    """With runs of 2 blocks at most, ten blocks leave five students: (20 + 40) / 100."""
+    inputs["sensitivity"]["longest"] = 2
+    message = refused(inputs)
+    assert "0.600" in message and "raise sensitivity.longest" in message
+    inputs["intervals"]["cost"] = "cka"
+    preflight.check(inputs, "mine.yaml")
+
+
+def test_budgets_that_prune_nothing_are_refused(inputs):
+    inputs["variants"] = [{"name": "whole", "budget": 1.0, "finetune_steps": 0}]
+    assert "a budget of 1 prunes nothing" in refused(inputs)
+
+
+def test_float16_is_refused_for_gradients_through_the_teacher(inputs):
+    inputs["teacher"]["dtype"] = "float16"
+    assert "set it to bfloat16 or float32, or subsets.steps to 0" in refused(inputs)
+    inputs["subsets"]["steps"] = 0
+    preflight.check(inputs, "mine.yaml")

@@ -87,6 +87,12 @@ def finetuned():
     return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
 
 
+def sensitivity():
+    """The measured costs, if selection goes by them."""
+    measured = config["intervals"]["cost"] == "velocity"
+    return [result("sensitivity/intervals.parquet")] if measured else []
+
+
 def taught(name):
     """An artifact of the students' last training: any-subset distillation, unless it is off."""
     return result(f"{'subsets' if config['subsets']['steps'] else 'distill'}/{name}")
@@ -117,6 +123,8 @@ def artifacts():
     named = [path for path in schemas.ARTIFACTS if not path.endswith("/")]
     if not config["subsets"]["steps"]:
         named = [path for path in named if not path.startswith("subsets/")]
+    if not sensitivity():
+        named = [path for path in named if not path.startswith("sensitivity/")]
     plain = [result(path) for path in named if "<variant>" not in path]
     per_variant = [path for path in named if "<variant>" in path]
     return plain + [

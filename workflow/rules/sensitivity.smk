@@ -22,15 +22,16 @@ rule sensitivity:
     resources:
         gpu=1,
         mem_mb=16000,
-        runtime=240,
+        runtime=2880,
         processes=config["processes"],
         device=config["device"],
     params:
         config=subset("seed", "device", "teacher", "sensitivity", "prune"),
+        state=result("state/sensitivity"),
         code=code("sensitivity.py"),
     message:
         "Measuring what each run of blocks costs"
     shell:
         "python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --table {output.table} 2>&1 | tee {log}"
+        "--calls {input.calls} --state {params.state} --table {output.table} 2>&1 | tee {log}"

@@ -2,8 +2,8 @@
 
     python workflow/scripts/assemble.py --config config/digits.yaml --variant p70 \
         --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
-        --students results/digits/distill/students.safetensors \
-        --errors results/digits/distill/errors.parquet --output results/digits/models/p70
+        --students results/digits/subsets/students.safetensors \
+        --errors results/digits/subsets/errors.parquet --output results/digits/models/p70
 """
 
 import argparse
@@ -35,8 +35,8 @@ def main() -> None:
     parser.add_argument("--variant", required=True, help="name of the variant in the config")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet, for the check")
     parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="distilled students")
-    parser.add_argument("--errors", type=Path, required=True, help="distill/errors.parquet")
+    parser.add_argument("--students", type=Path, required=True, help="trained students")
+    parser.add_argument("--errors", type=Path, required=True, help="their errors.parquet")
     parser.add_argument("--finetuned", type=Path, help="fine-tuned weights of this variant")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     args = parser.parse_args()

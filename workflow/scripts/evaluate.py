@@ -45,7 +45,7 @@ from ppcl import (
     evaluation,
     metrics,
     pipelines,
-    preflight,
+    prompts,
     provenance,
     schemas,
     tables,
@@ -85,7 +85,7 @@ def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[d
 def refuse_unjudged(rows: list[dict], path: str) -> None:
     """Stops early where the judge would have nothing to compare with."""
     for number, row in enumerate(rows):
-        for name in preflight.JUDGE_COLUMNS:
+        for name in prompts.JUDGE_COLUMNS:
             known = range(10) if name == "digit" else digits.COLORS
             if row.get(name) not in map(str, known):
                 raise UserError(
@@ -154,7 +154,7 @@ def compare_pictures(
             score = table[["prompt_index"]].copy()
             if table["read"].all():
                 read = pd.DataFrame([json.loads(text) for text in table["read"]]).astype(str)
-                for name in preflight.JUDGE_COLUMNS:
+                for name in prompts.JUDGE_COLUMNS:
                     stated = [rows[index][name] for index in table["prompt_index"]]
                     score[f"{name}_accuracy"] = (read[name] == stated).astype(float)
                 score["all_correct"] = score.drop(columns="prompt_index").min(axis=1)
@@ -256,7 +256,7 @@ def main() -> None:
     options, seed = settings["evaluate"], settings["seed"]
     resamples = options["bootstrap"]
 
-    rows = preflight.prompts(options["prompts"], "evaluate.prompts")
+    rows = prompts.read(options["prompts"], "evaluate.prompts")
     if options["judge"] == "digits":
         refuse_unjudged(rows, options["prompts"])
     models = evaluation.models(settings["teacher"], args.models)
@@ -283,9 +283,9 @@ def main() -> None:
     found: Found = {}
     with tables.writer(args.images, schemas.IMAGES, stamp) as sink:
         for name, scores in compare_pictures(parts, readings, rows, sink):
-            prompts = scores.pop("prompt_index")
+            by_prompt = scores.pop("prompt_index")
             found[name] = {
-                metric: metrics.mean(values, prompts, resamples, seed)
+                metric: metrics.mean(values, by_prompt, resamples, seed)
                 for metric, values in scores.items()
             }
             found[name] |= measured[name] | memory[name]

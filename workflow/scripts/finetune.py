@@ -4,8 +4,8 @@ One process:        python workflow/scripts/finetune.py --variant p55 --config .
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/finetune.py --config config/digits.yaml --variant p55 \
     --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
-    --students results/digits/distill/students.safetensors \
-    --errors results/digits/distill/errors.parquet --state results/digits/state/finetune-p55 \
+    --students results/digits/subsets/students.safetensors \
+    --errors results/digits/subsets/errors.parquet --state results/digits/state/finetune-p55 \
     --output results/digits/finetune/p55.safetensors --log-table results/digits/finetune/p55.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends
@@ -45,8 +45,8 @@ def main() -> None:
     parser.add_argument("--variant", required=True, help="name of the variant in the config")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
     parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="distilled students")
-    parser.add_argument("--errors", type=Path, required=True, help="distill/errors.parquet")
+    parser.add_argument("--students", type=Path, required=True, help="trained students")
+    parser.add_argument("--errors", type=Path, required=True, help="their errors.parquet")
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--output", type=Path, required=True, help="weights to write")
     parser.add_argument("--log-table", type=Path, required=True, help="log table to write")

@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="config file, or a JSON object")
     parser.add_argument("--cka", type=Path, required=True, help="input: CKA of runs, parquet")
     parser.add_argument(
-        "--sensitivity", type=Path, required=True, help="input: measured costs, parquet"
+        "--sensitivity", type=Path, help="input: measured costs, for intervals.cost: velocity"
     )
     parser.add_argument("--intervals", type=Path, required=True, help="output: intervals, parquet")
     options = parser.parse_args()
@@ -90,6 +90,8 @@ def main() -> None:
     }
     costs = 1 - cka
     if chosen["cost"] == "velocity":
+        if options.sensitivity is None:
+            raise UserError("intervals.cost is velocity: name the measured costs, --sensitivity")
         costs = measured_costs(options.sensitivity, depth)
     found = intervals.candidates(runs, chosen["segmentation"], chain)
     choices = intervals.priced(found, cka, costs)

@@ -1,7 +1,7 @@
 """Draw the figures of a run from its parquet files (no model, no torch).
 
     plot.py intervals  search, heatmap, probes: which blocks went, and why
-    plot.py training   distill, finetune: loss curves
+    plot.py training   distill, subsets, finetune: loss curves
     plot.py quality    tradeoff, images: what the variants reach and what they cost
 
 Each figure is written as SVG and PNG to --output; the same tables give the same files.

@@ -22,7 +22,7 @@ from ppcl import (
     devices,
     errors,
     pipelines,
-    preflight,
+    prompts,
     provenance,
     recording,
 )
@@ -69,7 +69,7 @@ def main() -> None:
     settings = config.load(args.config)
     options, seed = settings["record"], settings["seed"]
 
-    rows = preflight.prompts(options["prompts"], "record.prompts")
+    rows = prompts.read(options["prompts"], "record.prompts")
     accelerator = devices.accelerator(settings["device"])
     pipe = pipelines.load(settings["teacher"], accelerator.device)
     samples = choose_samples(rows, options, seed)

@@ -4,11 +4,13 @@ One process:       python workflow/scripts/sensitivity.py --config config/digits
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/sensitivity.py --config config/digits.yaml \
     --calls results/digits/record/calls.parquet \
+    --state results/digits/state/sensitivity \
     --table results/digits/sensitivity/intervals.parquet
 
 CKA of probes sees how linear a run is, not how much the output depends on it. A student that has
 only its start weights does: the error it leaves ranks runs as the error after training does. Reads
-of the config: seed, device, teacher, sensitivity, and prune for the start weights.
+of the config: seed, device, teacher, sensitivity, and prune for the start weights. A killed run
+goes on with the runs of blocks that are not measured yet.
 """
 
 import argparse
@@ -30,6 +32,7 @@ from ppcl import (
     schemas,
     students,
     tables,
+    training,
 )
 from ppcl.students import Interval
 
@@ -40,6 +43,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--table", type=Path, required=True, help="intervals.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
@@ -60,7 +64,15 @@ def main() -> None:
         return {interval: made[interval].to(accelerator.device)}
 
     found = distillation.plugged_errors(
-        transformer, measured, untrained, reader, judged, options["batch_size"], accelerator
+        transformer,
+        measured,
+        untrained,
+        reader,
+        judged,
+        options["batch_size"],
+        accelerator,
+        args.state,
+        training.identity(Path(__file__), settings, [args.calls]),
     )
     if accelerator.is_main_process:
         table = pd.DataFrame(
@@ -74,6 +86,8 @@ def main() -> None:
         stamp = provenance.stamp(settings, judged=len(judged))
         tables.write(args.table, table, schemas.SENSITIVITY, stamp)
     devices.finish(accelerator)
+    if accelerator.is_main_process:
+        training.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,10 @@ the latter is made of, is also how a whole variant is fine-tuned.
 """
 
 import copy
+import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +21,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ppcl import blocks, calls, losses
+from ppcl import blocks, calls, losses, texts
 from ppcl.errors import UserError
 from ppcl.families import family_of
 from ppcl.students import Interval, Students
@@ -276,22 +278,38 @@ def plugged_errors(
     rows,
     batch_size: int,
     accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
 ) -> list[float]:
     """`plugged_error` of each interval alone, the intervals shared out over the processes.
 
-    students_of: gives the student of an interval when its turn comes. Every process gets all
-    errors back, in the order of `intervals`.
+    Every process gets all errors back, in the order of `intervals`.
+
+    Args:
+        students_of: gives the student of an interval when its turn comes.
+        state: folder in which finished errors wait for a killed run to go on, one file per process.
+        identity: digest of what decides the errors; files with another one are not used.
 
     Raises:
         UserError: an error is NaN or infinite.
     """
+    rank, count = accelerator.process_index, accelerator.num_processes
+    done = _finished(state, identity) if state else {}
+    if state and count > 1:
+        accelerator.wait_for_everyone()  # all must share out the same rest
     found = torch.zeros(len(intervals), dtype=torch.float64)
-    mine = range(accelerator.process_index, len(intervals), accelerator.num_processes)
-    for number in tqdm(mine, desc="plugging", unit="interval", disable=mine.start > 0):
+    for number, interval in enumerate(intervals):
+        if rank == 0:  # the sum over processes counts an error once
+            found[number] = done.get(interval.name, 0.0)
+    rest = [number for number, interval in enumerate(intervals) if interval.name not in done]
+    for number in tqdm(rest[rank::count], desc="plugging", unit="interval", disable=rank > 0):
         fitting = students_of(intervals[number])
         error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
         found[number] = error
-    if accelerator.num_processes > 1:
+        if state and math.isfinite(error):
+            done[intervals[number].name] = error
+            texts.write_json(state / f"{rank}.json", {"identity": identity, "errors": done})
+    if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
     for interval, error in zip(intervals, found.tolist(), strict=True):
         if not math.isfinite(error):
@@ -300,6 +318,16 @@ def plugged_errors(
                 "teacher's activations overflow: set teacher.dtype: float32 or bfloat16"
             )
     return found.tolist()
+
+
+def _finished(state: Path, identity: str) -> dict[str, float]:
+    """Errors by interval that earlier runs of the same identity left, of whatever process."""
+    found = {}
+    for path in sorted(state.glob("*.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        if kept["identity"] == identity:
+            found |= kept["errors"]
+    return found
 
 
 def cost_table(

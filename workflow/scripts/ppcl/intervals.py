@@ -191,8 +191,8 @@ def select(
             f"intervals: the smallest budget in variants needs {needed:,} parameters removed; the "
             f"usable intervals remove at most {most.saved:,} ({most.removed} of {len(sizes)} "
             f"blocks). Lower intervals.cka_floor (now {floor:g}), intervals.protect_first or "
-            f"intervals.protect_last, raise sensitivity.longest or that budget, or set "
-            f"intervals.segmentation to optimal."
+            f"intervals.protect_last, raise that budget or, with measured costs, "
+            f"sensitivity.longest, or set intervals.segmentation to optimal."
         )
     closest = min(plan.saved for plan in enough.values())
     limit = max(closest, needed + min(sizes) - 1)

@@ -3,16 +3,15 @@
 Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
-import csv
 import json
+import math
 import re
 import struct
 from pathlib import Path
 
 from ppcl.errors import UserError
 from ppcl.families import family_of
-
-JUDGE_COLUMNS = ("digit", "digit_color", "background_color")
+from ppcl.prompts import JUDGE_COLUMNS, read
 
 
 def check(config: dict, source: str = "config") -> None:
@@ -23,7 +22,7 @@ def check(config: dict, source: str = "config") -> None:
     _check_teacher(config["teacher"]["path"], source)
     used = []
     for stage in ("record", "evaluate"):
-        rows = prompts(config[stage]["prompts"], f"{source}: {stage}.prompts")
+        rows = read(config[stage]["prompts"], f"{source}: {stage}.prompts")
         used.append({row["prompt"] for row in rows[: config[stage]["samples"]]})
     if shared := sorted(used[0] & used[1]):
         raise UserError(
@@ -32,7 +31,7 @@ def check(config: dict, source: str = "config") -> None:
         )
     if config["evaluate"]["judge"] == "digits":
         path = config["evaluate"]["prompts"]
-        row = prompts(path, f"{source}: evaluate.prompts")[0]
+        row = read(path, f"{source}: evaluate.prompts")[0]
         missing = [column for column in JUDGE_COLUMNS if column not in row]
         if missing:
             raise UserError(
@@ -46,50 +45,22 @@ def check(config: dict, source: str = "config") -> None:
                 f"{source}: processes is {config['processes']}, but {stage}.batch_size only "
                 f"{size}, and every process needs a sample; raise one or lower the other"
             )
-    smallest = _smallest_fraction(Path(config["teacher"]["path"]), config["intervals"], source)
+    if config["teacher"]["dtype"] == "float16" and config["subsets"]["steps"]:
+        raise UserError(
+            f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
+            f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
+        )
+    if min(variant["budget"] for variant in config["variants"]) == 1:
+        raise UserError(f"{source}: variants: a budget of 1 prunes nothing; lower one of them")
+    smallest = _smallest_fraction(config, source)
     for variant in config["variants"]:
         if smallest is not None and variant["budget"] < smallest:
             raise UserError(
                 f"{source}: variants: budget {variant['budget']} of '{variant['name']}' is "
-                f"impossible: even one student in place of every unprotected block leaves "
-                f"{smallest:.3f} of this teacher's parameters; choose a larger budget"
+                f"impossible: even the fewest students in place of all unprotected blocks leave "
+                f"{smallest:.3f} of this teacher's parameters; choose a larger budget, or raise "
+                f"sensitivity.longest or lower intervals.protect_first and protect_last"
             )
-
-
-def prompts(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
-    """The rows of a prompts file: each has `prompt`, a CSV keeps its other columns too.
-
-    A .csv needs a header with `prompt`; any other file holds one prompt per line (empty lines
-    are skipped). Raises UserError if it is missing, empty, not UTF-8 or has no prompt column.
-    """
-    try:
-        # utf-8-sig: spreadsheets prefix a byte order mark, which would become part of a prompt.
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{key}: {path} is not UTF-8 (byte {error.start}); save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{key}: cannot read {path} ({error.strerror}); set the key to a prompts file"
-        ) from error
-    if str(path).lower().endswith(".csv"):
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        if text.strip() and "prompt" not in (reader.fieldnames or []):
-            raise UserError(f"{key}: {path} has no column 'prompt'; name it in the first line")
-        rows = list(reader)
-        for row in rows:
-            if None in row:
-                raise UserError(
-                    f"{key}: {path}: '{row['prompt']}' is followed by more columns than the header "
-                    "has; put prompts with commas in double quotes"
-                )
-        rows = [row for row in rows if (row["prompt"] or "").strip()]
-    else:
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
-    if not rows:
-        raise UserError(f"{key}: {path} is empty; write at least one prompt, one per line")
-    return rows
 
 
 def _check_teacher(teacher: str, source: str) -> None:
@@ -126,11 +97,13 @@ def _check_teacher(teacher: str, source: str) -> None:
         safetensors_header(weights)
 
 
-def _smallest_fraction(folder: Path, intervals: dict, source: str) -> float | None:
+def _smallest_fraction(config: dict, source: str) -> float | None:
     """The smallest fraction of a local teacher's parameters that pruning can leave, or None.
 
-    One student in place of all unprotected blocks, counted from the safetensors headers alone.
+    As few students as may be in place of all unprotected blocks, counted from the safetensors
+    headers alone: one, or with measured costs one for every sensitivity.longest blocks.
     """
+    folder, intervals = Path(config["teacher"]["path"]), config["intervals"]
     blocks: dict[tuple[str, int], int] = {}
     total = 0
     for path in sorted((folder / "transformer").glob("*.safetensors")):
@@ -153,7 +126,9 @@ def _smallest_fraction(folder: Path, intervals: dict, source: str) -> float | No
             f"{source}: intervals: protect_first and protect_last keep {protected} of this "
             f"teacher's {len(blocks)} blocks, which leaves nothing to prune; lower them"
         )
-    return 1 - sum(sorted(blocks.values())[protected + 1 :]) / total
+    longest = len(blocks) if intervals["cost"] == "cka" else config["sensitivity"]["longest"]
+    students = math.ceil((len(blocks) - protected) / longest)
+    return 1 - sum(sorted(blocks.values())[protected + students :]) / total
 
 
 def safetensors_header(path: Path) -> dict:

@@ -190,7 +190,10 @@ def tradeoff(metrics: pd.DataFrame) -> Figure:
             labels.append((ax, points))
             ax.margins(x=0.14, y=0.18)
             if judged:
-                ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+                # The axis may reach beyond 100 %, but no share does.
+                ax.yaxis.set_major_formatter(
+                    lambda value, _: f"{100 * value:.4g} %" if value < 1 + 1e-9 else ""
+                )
             ax.yaxis.set_major_locator(MaxNLocator(5))
         line[0].set_ylabel(quality_label)
     figure.align_ylabels(axes[:, 0])

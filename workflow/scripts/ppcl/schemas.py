@@ -214,7 +214,7 @@ ARTIFACTS = {
     "distill/students.safetensors": "students trained one by one",
     "distill/errors.parquet": "what each trained student costs, plugged into the teacher alone",
     "distill/log.parquet": "losses of the students during distillation",
-    "subsets/students.safetensors": "students trained in random subsets; what variants are made of",
+    "subsets/students.safetensors": "trained in random subsets (unless subsets.steps is 0)",
     "subsets/errors.parquet": "what each of them costs, plugged into the teacher alone",
     "subsets/log.parquet": "velocity error while random subsets are trained",
     "finetune/<variant>.safetensors": "all weights of a fine-tuned variant",
