@@ -205,7 +205,13 @@ def test_measured_costs_find_the_block_that_identities_follow(folder, tiny_teach
         "sensitivity": {"rows": 6, "longest": 3},
     }
     table = folder / "sensitivity.parquet"
-    tiny.stage("sensitivity", SETTINGS | settings, calls=folder / "calls.parquet", table=table)
+    tiny.stage(
+        "sensitivity",
+        SETTINGS | settings,
+        calls=folder / "calls.parquet",
+        state=folder / "state",
+        table=table,
+    )
     chosen, found = selected(folder, "mean", removed=2, cost="velocity")
     assert chosen == [(6, 8)] and 0 <= found.loc[found["selected"], "cost"].item() < 1e-9
     costs = tables.read(table, schemas.SENSITIVITY).to_pandas()
