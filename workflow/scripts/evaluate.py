@@ -202,8 +202,7 @@ def measure_transformers(
             "parameter_fraction": Estimate(count / whole),
         }
 
-    rows = reader.heldout_rows("report")
-    rows = np.sort(np.random.default_rng(seed).permutation(rows)[: options["velocity_rows"]])
+    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed))
     compared = {}
     for model in tqdm(models[1:], desc="comparing velocities", unit="model"):
         compared[model.name] = evaluation.velocity_errors(

@@ -81,7 +81,7 @@ def main() -> None:
         stamp = provenance.stamp(settings, rows=len(reader))
         names = json.dumps([interval.name for interval in chosen])
         tensors.write(args.output, model.state_dict(), stamp | {"intervals": names})
-        log = pd.DataFrame(rows)[["step", "loss", "velocity_error", "lr", "seconds"]]
+        log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:

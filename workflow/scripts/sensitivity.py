@@ -16,7 +16,6 @@ goes on with the runs of blocks that are not measured yet.
 import argparse
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ppcl import (
@@ -55,8 +54,7 @@ def main() -> None:
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
     measured = [Interval(*ends) for ends in intervals.all_within(runs, options["longest"])]
-    heldout = reader.heldout_rows("select")
-    judged = np.random.default_rng(settings["seed"]).permutation(heldout)[: options["rows"]]
+    judged = reader.sample_heldout("select", options["rows"], settings["seed"])
 
     def untrained(interval: Interval) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.

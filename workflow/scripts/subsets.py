@@ -69,7 +69,7 @@ def main() -> None:
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
         students.save(args.output, taught, stamp)
-        log = pd.DataFrame(rows)[["step", "loss", "velocity_error", "lr", "seconds"]]
+        log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
         tables.write(args.errors, costs, schemas.STUDENT_ERRORS, stamp)
     devices.finish(accelerator)

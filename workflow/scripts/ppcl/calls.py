@@ -254,6 +254,10 @@ class Reader:
         second = np.isin(prompts, np.unique(prompts)[1::2])
         return rows[second if purpose == "report" and second.any() else ~second]
 
+    def sample_heldout(self, purpose: str, count: int, seed: int) -> np.ndarray:
+        """Up to `count` random ones of `heldout_rows(purpose)`; the same for the same seed."""
+        return np.random.default_rng(seed).permutation(self.heldout_rows(purpose))[:count]
+
     def draw(self, rows: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
         """`size` random rows that fit in one batch; a pure function of its arguments.
 

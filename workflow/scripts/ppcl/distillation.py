@@ -343,8 +343,7 @@ def cost_table(
 
     options: the stage's, with heldout_rows and batch_size.
     """
-    heldout = reader.heldout_rows("select")
-    judged = np.random.default_rng(seed).permutation(heldout)[: options["heldout_rows"]]
+    judged = reader.sample_heldout("select", options["heldout_rows"], seed)
     saved = {(i["first"], i["last"]): i["saved_parameters"] for i in plan["intervals"]}
     for student in students.values():
         student.eval()
