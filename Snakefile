@@ -40,15 +40,22 @@ if not interval_plots_only():
     include: "workflow/rules/probe.smk"
     include: "workflow/rules/similarity.smk"
     include: "workflow/rules/sensitivity.smk"
+    include: "workflow/rules/width.smk"
+    include: "workflow/rules/latency.smk"
     include: "workflow/rules/intervals.smk"
     include: "workflow/rules/prune.smk"
     include: "workflow/rules/distill.smk"
+
+    if staged():
+
+        include: "workflow/rules/narrow.smk"
 
     if config["subsets"]["steps"]:
 
         include: "workflow/rules/subsets.smk"
     include: "workflow/rules/finetune.smk"
     include: "workflow/rules/assemble.smk"
+    include: "workflow/rules/pareto.smk"
     include: "workflow/rules/evaluate.smk"
     include: "workflow/rules/train_teacher.smk"
 

@@ -87,6 +87,23 @@ def put(given: dict, key: str, value):
         ("variants", [], ["'variants' is []", "1 or more"]),
         ("variants", [{"name": "a", "budget": 1.5}], ["'variants[0].budget' is 1.5", "<= 1"]),
         ("variants", [{"name": "a", "budget": 0}], ["'variants[0].budget' is 0", "> 0"]),
+        (
+            "variants",
+            [{"name": "a", "budget": {"blocks": 9, "latency": 0}}],
+            [
+                "'variants[0].budget' is {",
+                "a mapping with any of `fraction` (number > 0, <= 1), `parameters` (int",
+            ],
+        ),
+        ("variants", [{"name": "a", "budget": {"block": 9}}], ["variants[0].budget", "`blocks`"]),
+        ("variants", [{"name": "a", "budget": {"latency": 2}}], ["`latency` (number > 0, <= 1)"]),
+        ("variants", [{"name": "a", "budget": {}}], ["'variants[0].budget' is {}"]),
+        ("intervals.pin", [[3]], ["'intervals.pin[0]' is [3]", "list of 2: integer >= 0"]),
+        ("intervals.forbid", [3, 5], ["'intervals.forbid[0]' is 3", "list of 2"]),
+        ("width.text.pin", [[1, -1]], ["'width.text.pin[0][1]' is -1"]),
+        ("width.ffn_text.pin", [[1, 2]], ["'width.ffn_text.pin[0]' is [1, 2]", "integer >= 0"]),
+        ("width.ffn.pin", [1], ["unknown key 'width.ffn'"]),
+        ("width.schedule", "stage", ["did you mean 'staged'"]),
         ("variants", [{"name": "a"}], ["variants[0]", "'budget' is a required property"]),
         ("variants", [{"name": "teacher", "budget": 0.5}], ["'variants[0].name'", "other than"]),
         ("variants", [{"name": "a", "budget": 0.5}] * 2, ["variants", "'a' is used twice"]),
@@ -140,6 +157,28 @@ def test_subset_holds_only_the_named_keys():
 def test_values_that_json_lacks_are_refused(value):
     with pytest.raises(UserError, match="mine.yaml: holds a value that is no text"):
         config.complete({"seed": value}, "mine.yaml")
+
+
+def test_budgets_of_four_kinds_in_one_config():
+    several = {"fraction": 0.4, "blocks": 30}
+    budgets = [0.5, {"parameters": 1.2e10}, {"blocks": 35}, {"latency": 0.7}, several]
+    variants = [{"name": f"v{n}", "budget": budget} for n, budget in enumerate(budgets)]
+    found = config.complete({"variants": variants}, "mine.yaml")["variants"]
+    limits = [config.limits(variant["budget"]) for variant in found]
+    assert limits == [
+        {"fraction": 0.5},
+        {"parameters": 12_000_000_000},
+        {"blocks": 35},
+        {"latency": 0.7},
+        {"fraction": 0.4, "blocks": 30},
+    ]
+    least = [variant["budget"] for variant in config.tightest(found)]
+    assert least == [
+        {"blocks": 30},
+        {"fraction": 0.4},
+        {"latency": 0.7},
+        {"parameters": 12_000_000_000},
+    ]
 
 
 def test_whole_floats_are_integers():

@@ -1,6 +1,7 @@
 """What students cost, plugged into the teacher: alone, in any number of processes, untrained."""
 
 import copy
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -11,10 +12,10 @@ from torch import nn
 
 from ppcl import blocks, calls, distillation, schemas, students, tables
 from ppcl.errors import UserError
-from ppcl.students import Interval
+from ppcl.plans import Part, Unit
 
-FIRST, SECOND = Interval(0, 1), Interval(3, 4)
-EVERY = [SECOND, Interval(1, 3), FIRST]
+FIRST, SECOND = Part(0, 1), Part(3, 4)
+EVERY = [SECOND, Part(1, 3), FIRST]
 
 # ---- students in the teacher
 
@@ -49,27 +50,27 @@ def test_plugged_error_is_the_relative_velocity_error(teacher, reader, accelerat
 
 
 def test_plugged_error_of_a_perfect_student_is_zero(teacher, reader, accelerator):
-    own = {Interval(2, 2): teacher.transformer_blocks[2]}
+    own = {Part(2, 2): teacher.transformer_blocks[2]}
     rows = reader.rows(heldout=True)
     assert distillation.plugged_error(teacher, own, reader, rows, 4, accelerator) < 1e-12
 
 
 def errors_of(process, teacher, taught, reader, asked=None):
-    def student_of(interval):
+    def student_of(part):
         if asked is not None:
-            asked.append(interval)
-        return {interval: taught[interval]}
+            asked.append(part)
+        return {part: taught[part]}
 
-    rows = reader.rows(heldout=True)
-    return distillation.plugged_errors(teacher, EVERY, student_of, reader, rows, 4, process)
+    rows, students_of = reader.rows(heldout=True), {p.name: partial(student_of, p) for p in EVERY}
+    return distillation.plugged_errors(teacher, students_of, reader, rows, 4, process)
 
 
 def test_errors_are_shared_out_over_processes(teacher, reader, accelerator):
     taught = students.start(teacher, EVERY, "first")
     rows = reader.rows(heldout=True)
     expected = [
-        distillation.plugged_error(teacher, {i: taught[i]}, reader, rows, 4, accelerator)
-        for i in EVERY
+        distillation.plugged_error(teacher, {part: taught[part]}, reader, rows, 4, accelerator)
+        for part in EVERY
     ]
     assert errors_of(accelerator, teacher, taught, reader) == expected
     assert len(set(expected)) == 3 and min(expected) > 1e-4
@@ -99,19 +100,25 @@ def test_a_broken_student_is_named_by_every_process(teacher, reader):
 
 def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelerator):
     taught = students.start(teacher, [SECOND, FIRST], "middle")
-    facts = [{"first": 0, "last": 1, "saved_parameters": 7}]
-    facts += [{"first": 3, "last": 4, "saved_parameters": 9}]
-    plan, options = {"intervals": facts}, {"heldout_rows": 3, "batch_size": 2}
-    found = distillation.cost_table(teacher, taught, plan, reader, options, 5, accelerator)
+    units = [Unit((SECOND,)), Unit((FIRST,))]
+    entries = [
+        students.plan_entry(unit, saved, seconds)
+        for unit, saved, seconds in zip(units, (9, 7), (0.5, np.nan), strict=True)
+    ]
+    options = {"heldout_rows": 3, "batch_size": 2}
+    found = distillation.cost_table(
+        teacher, units, taught, entries, reader, options, 5, accelerator
+    )
     rows = np.random.default_rng(5).permutation(reader.rows(heldout=True))[:3]
-    expected = pd.DataFrame({"interval": ["03-04", "00-01"], "first": [3, 0], "last": [4, 1]})
-    expected["saved_parameters"] = [9, 7]
+    expected = pd.DataFrame({"unit": ["03-04", "00-01"], "first": [3, 0], "last": [4, 1]})
+    expected = expected.assign(removed_blocks=1, saved_parameters=[9, 7])
+    expected["saved_seconds"] = [0.5, np.nan]
     expected["velocity_error"] = [
-        distillation.plugged_error(teacher, {i: s}, reader, rows, 2, accelerator)
-        for i, s in taught.items()
+        distillation.plugged_error(teacher, {part: student}, reader, rows, 2, accelerator)
+        for part, student in taught.items()
     ]
     pd.testing.assert_frame_equal(found, expected.assign(rows=3), check_exact=True)
-    assert list(found) == schemas.STUDENT_ERRORS.names
+    assert list(found) == schemas.UNIT_ERRORS.names
 
 
 # ---- untrained students: the program sensitivity

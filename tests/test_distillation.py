@@ -9,15 +9,16 @@ import torch
 
 from ppcl import distillation, students, training
 from ppcl.errors import UserError
-from ppcl.students import Interval
+from ppcl.plans import Part, Unit
 
-FIRST, SECOND = Interval(0, 1), Interval(3, 4)
+FIRST, SECOND = Part(0, 1), Part(3, 4)
 OPTIONS = {
     "loss": "normalised",
     "relative_weight": 0.5,
     "mode": "independent",
     "batch_size": 4,
     "gradient_checkpointing": False,
+    "linear_weight": 1.0,
 }
 
 
@@ -28,7 +29,7 @@ def losses_of(teacher, taught, reader, accelerator, **options):
 def train(teacher, taught, reader, accelerator, path, **options):
     losses = losses_of(teacher, taught, reader, accelerator, **options)
     how = training.Optimisation(steps=3, lr=1e-3)
-    modules = {interval.name: student for interval, student in taught.items()}
+    modules = {part.name: student for part, student in taught.items()}
     return training.train(modules, losses, how, accelerator, path / "c.safetensors", "i")
 
 
@@ -43,15 +44,16 @@ def test_teacher_states_are_the_activations_at_the_ends(teacher):
     ]
     teacher(**call)
     whole, boundaries = boundaries, []
-    inputs, targets = distillation.teacher_states(teacher, [SECOND, FIRST], call)
+    lessons = distillation.teacher_states(teacher, [SECOND, FIRST], call)
     for handle in handles:
         handle.remove()
     assert len(boundaries) == 5  # the last block, 5, did not run
-    for interval in (FIRST, SECOND):
-        assert torch.equal(targets[interval]["text"], whole[interval.last][0])
-        assert torch.equal(targets[interval]["image"], whole[interval.last][1])
-    assert torch.equal(inputs[SECOND]["hidden_states"], whole[2][1])
-    assert torch.equal(inputs[SECOND]["encoder_hidden_states"], whole[2][0])
+    for part in (FIRST, SECOND):
+        assert torch.equal(lessons[part].target["text"], whole[part.last][0])
+        assert torch.equal(lessons[part].target["image"], whole[part.last][1])
+        assert lessons[part].text_input is lessons[part].lent is None
+    assert torch.equal(lessons[SECOND].bound["hidden_states"], whole[2][1])
+    assert torch.equal(lessons[SECOND].bound["encoder_hidden_states"], whole[2][0])
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -95,13 +97,13 @@ def test_the_loss_is_eq_6_on_real_tokens(teacher, reader, accelerator):
     taught = students.start(teacher, [SECOND], "middle")
     ((_, loss, _),) = losses_of(teacher, taught, reader, accelerator)(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
-    inputs, targets = distillation.teacher_states(teacher, [SECOND], batch.arguments)
+    lesson = distillation.teacher_states(teacher, [SECOND], batch.arguments)[SECOND]
     with torch.no_grad():
-        text, image = taught[SECOND](**inputs[SECOND])
+        text, image = taught[SECOND](**lesson.bound)
     mask, expected = batch.arguments["encoder_hidden_states_mask"].bool(), 0.0
     for output, target, keep in (
-        (image, targets[SECOND]["image"], torch.ones(4, 16).bool()),
-        (text, targets[SECOND]["text"], mask),
+        (image, lesson.target["image"], torch.ones(4, 16).bool()),
+        (text, lesson.target["text"], mask),
     ):
         output, target = output[keep].double(), target[keep].double()
         unit = output / output.norm(dim=1, keepdim=True) - target / target.norm(dim=1, keepdim=True)
@@ -124,13 +126,13 @@ def test_gradient_checkpointing_changes_nothing(teacher, reader, accelerator):
 def test_independent_students_do_not_know_each_other(teacher, reader, accelerator, tmp_path):
     together = students.start(teacher, [FIRST, SECOND], "first")
     train(teacher, together, reader, accelerator, tmp_path / "both")
-    for interval in (FIRST, SECOND):
-        alone = students.start(teacher, [interval], "first")
-        started = copy.deepcopy(alone[interval].state_dict())
-        train(teacher, alone, reader, accelerator, tmp_path / interval.name)
-        trained = alone[interval].state_dict()
+    for part in (FIRST, SECOND):
+        alone = students.start(teacher, [part], "first")
+        started = copy.deepcopy(alone[part].state_dict())
+        train(teacher, alone, reader, accelerator, tmp_path / part.name)
+        trained = alone[part].state_dict()
         assert any(not torch.equal(trained[key], started[key]) for key in trained)
-        for key, value in together[interval].state_dict().items():
+        for key, value in together[part].state_dict().items():
             assert torch.equal(value, trained[key]), key
     assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
 
@@ -145,18 +147,18 @@ def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
     text, image = teacher.transformer_blocks[2](**first)
     assert torch.equal(inputs[SECOND]["hidden_states"], image)
     assert torch.equal(inputs[SECOND]["encoder_hidden_states"], text)
-    independent, _ = distillation.teacher_states(teacher, [FIRST, SECOND], call)
-    assert torch.equal(first["hidden_states"], independent[FIRST]["hidden_states"])
-    assert not torch.equal(image, independent[SECOND]["hidden_states"])
+    lessons = distillation.teacher_states(teacher, [FIRST, SECOND], call)
+    assert torch.equal(first["hidden_states"], lessons[FIRST].bound["hidden_states"])
+    assert not torch.equal(image, lessons[SECOND].bound["hidden_states"])
 
     losses = losses_of(teacher, taught, reader, accelerator, mode="sequential")
     _, (_, loss, _) = losses(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
     inputs = distillation.sequential_inputs(teacher, taught, batch.arguments, accelerator)
-    _, targets = distillation.teacher_states(teacher, [SECOND], batch.arguments)
+    target = distillation.teacher_states(teacher, [SECOND], batch.arguments)[SECOND].target
     text, image = taught[SECOND](**inputs[SECOND])
     masks = {"text": batch.arguments["encoder_hidden_states_mask"].bool()}
-    output, target = {"text": text, "image": image}, targets[SECOND]
+    output = {"text": text, "image": image}
     expected, _ = distillation.interval_losses(output, target, masks, OPTIONS)
     assert loss.item() == expected.item()
     loss.backward()
@@ -201,7 +203,9 @@ def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage
         if stage == "distill":
             losses = distillation.independent(teacher, taught, Unpadded, options, 0, process)
         elif stage == "subsets":
-            losses = distillation.any_subset(teacher, taught, Unpadded, options, 0, process)
+            losses = distillation.any_subset(
+                teacher, [Unit((FIRST,))], taught, Unpadded, options, 0, process
+            )
         else:
             losses = distillation.output_distillation(
                 lambda _step: model, "m", Unpadded, options, 0, process, in_float32=True

@@ -41,20 +41,18 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         "device": "cpu",
         "teacher": {"path": str(tiny_teacher)},
         "prune": {"start": "first"},
+        "width": {},
         # 5 samples do not divide evenly among two processes.
         "distill": TRAINING | {"steps": 6, "heldout_rows": 4, "batch_size": 5},
         "subsets": TRAINING | {"steps": 6, "heldout_rows": 4},
         "finetune": TRAINING,
         "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
     }
-    found = pd.DataFrame({"first": [0, 3], "last": [1, 4], "removed_blocks": 1, "cka": 0.9})
-    found = found.assign(selected=True, reason="test", source="trend", cost=0.1, tolerance=0.0)
-    found = found[schemas.INTERVALS.names]
-    tables.write(folder / "intervals.parquet", found, schemas.INTERVALS, {})
     tiny.stage(
         "prune",
         settings,
-        intervals=folder / "intervals.parquet",
+        intervals=tiny.intervals(folder / "intervals.parquet", [(0, 1), (3, 4)]),
+        calls=tiny_calls,
         plan=folder / "plan.json",
         students=folder / "start.safetensors",
     )
@@ -127,8 +125,8 @@ def test_a_killed_distillation_ends_with_the_same_students(world, distilled):
     assert equal(paths["output"], distilled["output"])
     assert not equal(paths["output"], paths["students"])
     assert_same_log(paths["log_table"], distilled["log_table"], schemas.DISTILL_LOG)
-    errors = tables.read(paths["errors"], schemas.STUDENT_ERRORS).to_pandas()
-    assert errors.equals(tables.read(distilled["errors"], schemas.STUDENT_ERRORS).to_pandas())
+    errors = tables.read(paths["errors"], schemas.UNIT_ERRORS).to_pandas()
+    assert errors.equals(tables.read(distilled["errors"], schemas.UNIT_ERRORS).to_pandas())
 
 
 def test_a_killed_training_of_subsets_ends_with_the_same_students(world, distilled):
@@ -147,7 +145,7 @@ def test_a_killed_training_of_subsets_ends_with_the_same_students(world, distill
     log = tables.read(whole["log_table"], schemas.VELOCITY_LOG).to_pandas()
     assert log["step"].tolist() == [2, 4, 6] and log["loss"].equals(log["velocity_error"])
     one, other, before = (
-        tables.read(p["errors"], schemas.STUDENT_ERRORS).to_pandas()
+        tables.read(p["errors"], schemas.UNIT_ERRORS).to_pandas()
         for p in (paths, whole, distilled)
     )
     assert one.equals(other) and (one["velocity_error"] != before["velocity_error"]).all()
@@ -166,12 +164,12 @@ def test_distill_tables(world, distilled):
     log = tables.read(distilled["log_table"], schemas.DISTILL_LOG).to_pandas()
     assert log.groupby("step").size().to_dict() == {2: 4, 4: 4, 6: 4}
     assert set(log["interval"]) == {"00-01", "03-04"} and set(log["stream"]) == {"image", "text"}
-    errors = tables.read(distilled["errors"], schemas.STUDENT_ERRORS).to_pandas()
+    errors = tables.read(distilled["errors"], schemas.UNIT_ERRORS).to_pandas()
     assert errors["first"].tolist() == [0, 3] and (errors["velocity_error"] > 0).all()
-    _, plan = students.read_plan(world[0] / "plan.json")
-    assert errors["saved_parameters"].tolist() == [i["saved_parameters"] for i in plan["intervals"]]
-    one_block = plan["intervals"][0]["saved_parameters"]
-    assert 5 * one_block < plan["transformer_parameters"] < 7 * one_block
+    plan = students.read_plan(world[0] / "plan.json")
+    saved = [entry["saved_parameters"] for entry in plan.facts["distilled"]]
+    assert errors["saved_parameters"].tolist() == saved and plan.units == plan.distilled
+    assert 5 * saved[0] < plan.facts["transformer_parameters"] < 7 * saved[0]
 
 
 def test_two_processes_reach_the_weights_of_one(world, distilled):
@@ -197,7 +195,7 @@ def test_two_processes_reach_the_weights_of_one(world, distilled):
     np.testing.assert_allclose(logs[0]["loss_normalised"], logs[1]["loss_normalised"], rtol=1e-4)
     # Each process measured one of the two students.
     costs = [
-        tables.read(p["errors"], schemas.STUDENT_ERRORS).to_pandas() for p in (paths, distilled)
+        tables.read(p["errors"], schemas.UNIT_ERRORS).to_pandas() for p in (paths, distilled)
     ]
     pd.testing.assert_frame_equal(*costs, rtol=1e-3)
 

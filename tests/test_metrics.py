@@ -252,7 +252,7 @@ def test_velocity_error_is_the_ratio_of_recorded_and_replayed(world):
     short = evaluation.Model("short", tiny.source(folder / "models" / "short"))
     transformer, reader = short.transformer(CPU), calls.Reader(folder / "calls.parquet")
     rows = reader.rows(heldout=True)
-    found = evaluation.velocity_errors(short, transformer, reader, rows, 3, CPU)
+    found = evaluation.velocity_errors(short.name, transformer, reader, rows, 3, CPU)
     above = below = 0.0
     for row in rows:
         one = reader.batch(np.array([row]))
@@ -279,11 +279,19 @@ def test_broken_variant_is_named(world, tmp_path, monkeypatch):
     folder, settings = world
     model = evaluation.Model("burst", tiny.source(folder / "models" / "short"))
     transformer = model.transformer(CPU)
-    with torch.no_grad():
-        transformer.proj_out.weight.fill_(3e38)  # finite, so that only its answers are not
     reader = calls.Reader(folder / "calls.parquet")
+
+    class Late:
+        @staticmethod
+        def batches(rows, size):
+            first, second = reader.batches(rows, size)
+            yield first
+            with torch.no_grad():
+                transformer.proj_out.weight.fill_(3e38)  # finite, so that only its answers are not
+            yield second
+
     with pytest.raises(errors.UserError, match="'burst': the transformer's output holds NaN"):
-        evaluation.velocity_errors(model, transformer, reader, np.array([0]), 1, CPU)
+        evaluation.velocity_errors(model.name, transformer, Late, np.array([0, 0]), 1, CPU)
     pipe = model.pipeline(CPU)
     pipe.transformer = transformer
     monkeypatch.setitem(evaluation._loaded, "last", (model, pipe))

@@ -13,7 +13,8 @@ from ppcl.errors import UserError
 def inputs(stand_in):
     """A complete config that passes."""
     variants = [{"name": "half", "budget": 0.5}]
-    return config.complete({**stand_in, "variants": variants}, "mine.yaml")
+    given = {**stand_in, "variants": variants, "width": {"enabled": False}}
+    return config.complete(given, "mine.yaml")
 
 
 def refused(inputs) -> str:
@@ -161,9 +162,49 @@ def test_measured_costs_bound_what_a_student_can_replace(inputs):
     preflight.check(inputs, "mine.yaml")
 
 
-def test_budgets_that_prune_nothing_are_refused(inputs):
-    inputs["variants"] = [{"name": "whole", "budget": 1.0, "finetune_steps": 0}]
-    assert "a budget of 1 prunes nothing" in refused(inputs)
+def test_counts_that_cannot_be_reached(inputs):
+    """Runs of 6 blocks at most: two students, so at least 2 blocks and 20 + 16 parameters."""
+    for kind, least in (("blocks", 2), ("parameters", 36)):
+        inputs["variants"] = [{"name": "tiny", "budget": {kind: least - 1}, "finetune_steps": 0}]
+        message = refused(inputs)
+        assert "of 'tiny' is impossible" in message and f"leave {least} of this" in message
+        inputs["variants"][0]["budget"] = {kind: least}
+        preflight.check(inputs, "mine.yaml")
+    inputs["variants"][0]["budget"] = {"latency": 0.01}  # only measuring can tell
+    preflight.check(inputs, "mine.yaml")
+
+
+def test_narrow_students_count_as_nothing(inputs):
+    inputs["width"]["enabled"] = True
+    inputs["variants"] = [{"name": "tiny", "budget": 0.2, "finetune_steps": 0}]
+    preflight.check(inputs, "mine.yaml")
+    inputs["variants"][0]["budget"] = 0.19
+    assert "0.200" in refused(inputs)
+    inputs["variants"][0]["budget"] = {"blocks": 1}
+    assert "leave 2 of this teacher's blocks" in refused(inputs)
+
+
+def test_a_long_pin_makes_more_possible(inputs):
+    inputs["variants"] = [{"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0}]
+    inputs["intervals"]["pin"] = [[0, 9]]
+    preflight.check(inputs, "mine.yaml")
+
+
+def test_pins_are_checked(inputs):
+    inputs["intervals"]["pin"] = [[8, 10]]
+    assert "mine.yaml: intervals.pin: [8,10] is beyond this teacher's blocks" in refused(inputs)
+    inputs["teacher"]["path"] = "some-owner/some-model"  # whose depth only the download tells
+    preflight.check(inputs, "mine.yaml")
+    inputs["intervals"]["pin"] = [[2, 3], [3, 4]]
+    assert "overlap" in refused(inputs)
+
+
+@pytest.mark.parametrize("budget", [1.0, {"parameters": 100}, {"blocks": 12}, {"latency": 1}])
+def test_budgets_that_prune_nothing_are_refused(inputs, budget):
+    inputs["variants"] = [{"name": "whole", "budget": budget, "finetune_steps": 0}]
+    assert "prunes nothing; lower one of them" in refused(inputs)
+    inputs["variants"].append({"name": "half", "budget": {"blocks": 5}, "finetune_steps": 0})
+    preflight.check(inputs, "mine.yaml")
 
 
 def test_float16_is_refused_for_gradients_through_the_teacher(inputs):

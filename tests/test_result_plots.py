@@ -30,7 +30,7 @@ def distill_log(intervals: pd.DataFrame, steps: int = 400) -> pd.DataFrame:
             for step in range(1, steps + 1, 2):
                 loss = level * (1 + step / 8) ** -0.6 * rng.lognormal(0, 0.25)
                 name = f"{first:02d}-{last:02d}"
-                rows.append([step, name, stream, loss, 1.4 * loss, 1e-3, step * 0.3, loss])
+                rows.append([step, name, stream, loss, 1.4 * loss, np.nan, 1e-3, step * 0.3, loss])
     return pd.DataFrame(rows, columns=schemas.DISTILL_LOG.names)
 
 

@@ -19,6 +19,7 @@ SETTINGS = {
     "probe": {"ridge": 0},
     "similarity": {"bootstrap": 8},
     "intervals": {"segmentation": "optimal", "cka_floor": 0.999, "cost": "cka"},
+    "width": {"enabled": False},
     "variants": [{"name": "small", "budget": 0.7}],
 }
 

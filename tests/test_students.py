@@ -7,9 +7,9 @@ import torch
 
 from ppcl import students, tensors
 from ppcl.errors import UserError
-from ppcl.students import Interval
+from ppcl.plans import Part
 
-FIRST, SECOND = Interval(0, 1), Interval(3, 4)
+FIRST, SECOND = Part(0, 1), Part(3, 4)
 
 
 # ---- start weights
@@ -37,7 +37,7 @@ def test_start_weights_in_closed_form(teacher, count, average):
 
 def test_students_are_copies_in_float32(teacher):
     low = copy.deepcopy(teacher).to(torch.bfloat16)
-    made = students.start(low, [FIRST, Interval(2, 5)], "first")
+    made = students.start(low, [FIRST, Part(2, 5)], "first")
     assert [interval.name for interval in made] == ["00-01", "02-05"]
     for interval, student in made.items():
         block = low.transformer_blocks[interval.first]
@@ -69,12 +69,12 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
     path = tmp_path / "students.safetensors"
     made = students.start(teacher, [FIRST], "first")
     students.save(path, made, {})
-    with pytest.raises(UserError, match="students.safetensors does not fit interval 03-04"):
+    with pytest.raises(UserError, match="students.safetensors does not fit part 03-04"):
         students.load(path, teacher, [SECOND])
     state, _ = tensors.read(path)
     name = "00-01/img_mod.1.bias"
     tensors.write(path, state | {name: state[name][:-1]}, {})
-    with pytest.raises(UserError, match="does not fit interval 00-01"):
+    with pytest.raises(UserError, match="does not fit part 00-01"):
         students.load(path, teacher, [FIRST])
     tensors.write(path, state | {name: state[name] * torch.nan}, {})
     with pytest.raises(UserError, match=f"'{name}' holds NaN"):
@@ -84,7 +84,7 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
         students.load(path, teacher, [FIRST])
 
 
-@pytest.mark.parametrize("text", ["", '{"intervals": [{"first": 1}]}', "[]", '{"intervals": 3}'])
+@pytest.mark.parametrize("text", ["", '{"units": [{"name": "00-01"}]}', "[]", '{"blocks": 3}'])
 def test_a_broken_plan_is_named(tmp_path, text):
     path = tmp_path / "plan.json"
     with pytest.raises(UserError, match=r"plan\.json can't be read.*run the prune stage"):

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ppcl import calls, distillation, students
-from ppcl.students import Interval
+from ppcl.plans import Part, Unit
 
-FIRST, SECOND = Interval(0, 1), Interval(3, 4)
+FIRST, SECOND = Part(0, 1), Part(3, 4)
+UNITS = [Unit((FIRST,)), Unit((SECOND,))]
 SEED = 4
 
 
@@ -51,7 +52,7 @@ def loss_at(step, teacher, taught, reader, accelerator, recompute=False):
     for student in taught.values():
         student.zero_grad()
     options = {"batch_size": 4, "gradient_checkpointing": recompute}
-    losses = distillation.any_subset(teacher, taught, reader, options, SEED, accelerator)
+    losses = distillation.any_subset(teacher, UNITS, taught, reader, options, SEED, accelerator)
     ((name, loss, metrics),) = losses(step)
     assert name == "students" and metrics.keys() == {"velocity_error"}
     assert loss.dtype == torch.float32 and metrics["velocity_error"] is loss
@@ -74,26 +75,28 @@ def test_gradients_are_those_of_the_model_of_the_drawn_subset(teacher, reader, a
     taught = students.start(teacher, [FIRST, SECOND], "middle")
     drawn = {}
     for step in range(20):
-        drawn.setdefault(tuple(distillation.random_subset([FIRST, SECOND], (SEED, step))), step)
-    assert drawn.keys() == {(FIRST,), (SECOND,), (FIRST, SECOND)}
-    for subset, step in drawn.items():
+        drawn.setdefault(tuple(distillation.random_subset(UNITS, (SEED, step))), step)
+    one, other = UNITS
+    assert drawn.keys() == {(one,), (other,), (one, other)}
+    for units, step in drawn.items():
+        subset = students.parts_of(units)
         loss = loss_at(step, teacher, taught, reader, accelerator)
         model = copy.deepcopy(teacher).double()
         every = list(model.transformer_blocks)
-        own = {i: copy.deepcopy(taught[i]).double() for i in subset}
-        for interval in reversed(subset):
-            every[interval.first : interval.last + 1] = [own[interval]]
+        own = {part: copy.deepcopy(taught[part]).double() for part in subset}
+        for part in reversed(subset):
+            every[part.first : part.last + 1] = [own[part]]
         model.transformer_blocks = nn.ModuleList(every)
         batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (SEED, step)))
         answer = model(**{k: as_float64(v) for k, v in batch.arguments.items()})[0]
         wanted = batch.output.double()
         expected = (answer - wanted).square().sum() / wanted.square().sum()
         assert loss == pytest.approx(expected.item(), rel=1e-4) and loss > 1e-4
-        for interval, student in taught.items():
-            if interval not in subset:
+        for part, student in taught.items():
+            if part not in subset:
                 assert all(p.grad is None for p in student.parameters())
                 continue
-            parameters = list(own[interval].parameters())
+            parameters = list(own[part].parameters())
             gradients = torch.autograd.grad(expected, parameters, retain_graph=True)
             literal = torch.cat([gradient.flatten() for gradient in gradients])
             assert literal.norm() > 1e-4
@@ -162,5 +165,5 @@ def test_students_equal_to_their_intervals_have_nothing_to_learn(reader, acceler
     taught = students.start(teacher, [FIRST, SECOND], "first")
     for step in range(4):
         assert loss_at(step, teacher, taught, Own, accelerator) == 0
-        plugged = distillation.random_subset([FIRST, SECOND], (SEED, step))
-        assert all(not flat(taught[interval]).any() for interval in plugged)
+        plugged = distillation.random_subset(UNITS, (SEED, step))
+        assert all(not flat(taught[part]).any() for part in students.parts_of(plugged))

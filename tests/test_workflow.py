@@ -22,11 +22,13 @@ STAGES = {
     "probe",
     "similarity",
     "sensitivity",
+    "width",
     "intervals",
     "prune",
     "distill",
     "subsets",
     "assemble",
+    "pareto",
     "evaluate",
     "plot_intervals",
     "plot_training",
@@ -120,6 +122,40 @@ def test_variants_without_finetuning_train_nothing_of_their_own(snakemake):
     assert found.keys() == STAGES | {"all"}
 
 
+@pytest.mark.parametrize(
+    ("keys", "more", "less"),
+    [
+        ({"width": {"enabled": False}}, set(), {"width"}),
+        ({"width": {"enabled": False, "schedule": "staged"}}, set(), {"width"}),
+        (
+            {
+                "width": {"schedule": "staged"},
+                "variants": [{"name": "fast", "budget": {"latency": 0.9}}],
+            },
+            {"narrow", "latency"},
+            {"finetune"},
+        ),
+    ],
+)
+def test_only_what_the_config_asks_for_runs(snakemake, keys, more, less):
+    printed = snakemake("-n", "-F", "-p", **keys)
+    assert counts(printed).keys() == (STAGES | {"finetune", "all"} | more) - less
+    given = {
+        program: line
+        for line in printed.splitlines()
+        for program in ("intervals", "prune", "subsets")
+        if f"scripts/{program}.py --" in line
+    }
+    trained = "narrow" if "narrow" in more else "distill"
+    assert f"--students results/digits/{trained}/students.safetensors " in given["subsets"]
+    assert ("--candidates results/digits/width/candidates.parquet" in given["prune"]) == (
+        "width" not in less
+    )
+    for program in ("intervals", "prune"):
+        timed = "--latency results/digits/latency/blocks.parquet" in given[program]
+        assert timed == ("latency" in more)
+
+
 def test_without_subsets_variants_are_made_of_distilled_students(snakemake):
     printed = snakemake("-n", "-F", "-p", subsets={"steps": 0})
     assert counts(printed).keys() == STAGES - {"subsets"} | {"finetune", "all"}
@@ -163,6 +199,17 @@ CHANGES = [
     ),
     (
         {
+            "width": {"rows": 5, "linear_weight": 0.5, "text": {"pin": [[1, 2]]}, "steps": 7},
+            "pareto": {"budgets": 3},
+        },
+        {"width", "distill", "intervals", "pareto"},  # steps are only those of a staged schedule
+    ),
+    (
+        {"width": {"schedule": "staged", "ridge": 0.5}, "evaluate": {"samples": 5}},
+        {"width", "prune", "evaluate"},
+    ),
+    (
+        {
             "variants": [
                 {"name": "p55", "budget": 0.55, "finetune_steps": 7},
                 {"name": "p70", "budget": 0.75},
@@ -176,7 +223,7 @@ CHANGES = [
 
 def test_changed_key_changes_exactly_the_stages_that_read_it(snakemake):
     before = settings_of_jobs(snakemake("-n", "-F", "-p"))
-    assert len(before) == 17
+    assert len(before) == 19
     for keys, affected in CHANGES:
         after = settings_of_jobs(snakemake("-n", "-F", "-p", **keys))
         assert {name for name in before if before[name] != after.get(name)} == affected, keys

@@ -5,12 +5,13 @@ import json
 import runpy
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import calls, pipelines, recording, teacher
+from ppcl import calls, pipelines, recording, schemas, tables, teacher
 
 SETTINGS = {
     "height": 32,
@@ -130,6 +131,26 @@ def record(
         part = every[start : start + batch]
         tables += recording.record_batch(pipe, part, SETTINGS, renoised, seed=0)
     calls.write(path, [table.schema for table in tables], tables, {})
+    return path
+
+
+def intervals(path: Path, chosen: list[tuple[int, int]]) -> Path:
+    """Writes a table of selected intervals."""
+    found = pd.DataFrame(chosen, columns=["first", "last"])
+    found = found.assign(removed_blocks=found["last"] - found["first"], cka=0.9, selected=True)
+    found = found.assign(reason="test", source="trend", cost=0.1, tolerance=0.0)
+    tables.write(path, found[schemas.INTERVALS.names], schemas.INTERVALS, {})
+    return path
+
+
+def candidates(path: Path, runs: list[tuple[int, int]], ffns: list[tuple[int, str]]) -> Path:
+    """Writes a table of selected text runs, and FFNs that become linear."""
+    rows = [["text", first, last, "text"] for first, last in runs]
+    rows += [["ffn", block, block, stream] for block, stream in ffns]
+    found = pd.DataFrame(rows, columns=["kind", "first", "last", "stream"])
+    found = found.assign(fit_error_heldout=0.1, cka=0.9, parameters_saved=1, velocity_error=0.1)
+    found = found.assign(selected=True, reason="test")
+    tables.write(path, found[schemas.WIDTH_CANDIDATES.names], schemas.WIDTH_CANDIDATES, {})
     return path
 
 

@@ -25,6 +25,9 @@ shell.prefix(
 ENVIRONMENT = "../../environment.yml"
 # More than this helps no stage; Snakemake lowers it to --cores. Clusters set their own by profile.
 THREADS = 8
+# Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
+WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
+WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
 PLOTS = {
     "intervals": ["search", "heatmap", "probes"],
     "training": ["distill", "subsets", "finetune"],
@@ -77,6 +80,15 @@ def subset(*keys):
     return settings.subset(config, *keys)
 
 
+def optional(*names):
+    """For params: the options that hand over inputs which a run may do without."""
+    return lambda wildcards, input: " ".join(
+        f"--{name} {path}"
+        for name in names
+        for path in ([input.get(name)] if input.get(name) else [])
+    )
+
+
 def variants():
     """Names of all variants."""
     return [variant["name"] for variant in config["variants"]]
@@ -93,9 +105,30 @@ def sensitivity():
     return [result("sensitivity/intervals.parquet")] if measured else []
 
 
+def widths(name):
+    """An artifact of the search for narrower blocks, if there is one."""
+    return [result(f"width/{name}")] if config["width"]["enabled"] else []
+
+
+def latency():
+    """Measured times, if a budget is one of time."""
+    wanted = any("latency" in settings.limits(v["budget"]) for v in config["variants"])
+    return [result("latency/blocks.parquet")] if wanted else []
+
+
+def staged():
+    """Whether distilled blocks become narrow in a training of their own."""
+    return config["width"]["enabled"] and config["width"]["schedule"] == "staged"
+
+
+def distilled(name):
+    """An artifact of the students as Eq. 6 leaves them."""
+    return result(f"{'narrow' if staged() else 'distill'}/{name}")
+
+
 def taught(name):
     """An artifact of the students' last training: any-subset distillation, unless it is off."""
-    return result(f"{'subsets' if config['subsets']['steps'] else 'distill'}/{name}")
+    return result(f"subsets/{name}") if config["subsets"]["steps"] else distilled(name)
 
 
 def subset_for_variant(name, *keys):
@@ -104,11 +137,10 @@ def subset_for_variant(name, *keys):
     return settings.subset({**config, "variants": chosen}, "variants", *keys)
 
 
-def subset_for_smallest_budget(*keys):
-    """As subset, with nothing of the variants but the smallest budget: it decides the intervals."""
-    smallest = min(variant["budget"] for variant in config["variants"])
-    only = [{"name": "smallest", "budget": smallest}]
-    return settings.subset({**config, "variants": only}, "variants", *keys)
+def subset_for_smallest_budgets(*keys):
+    """As subset, with nothing of the variants but the smallest budgets: they decide selection."""
+    smallest = settings.tightest(config["variants"])
+    return settings.subset({**config, "variants": smallest}, "variants", *keys)
 
 
 def teacher_files():
@@ -120,11 +152,19 @@ def teacher_files():
 
 def artifacts():
     """Every file of the contract: a stage whose output was deleted is remade, and what follows."""
-    named = [path for path in schemas.ARTIFACTS if not path.endswith("/")]
-    if not config["subsets"]["steps"]:
-        named = [path for path in named if not path.startswith("subsets/")]
-    if not sensitivity():
-        named = [path for path in named if not path.startswith("sensitivity/")]
+    wanted = {
+        "subsets/": config["subsets"]["steps"],
+        "sensitivity/": sensitivity(),
+        "width/": config["width"]["enabled"],
+        "latency/": latency(),
+        "narrow/": staged(),
+    }
+    left_out = tuple(folder for folder, needed in wanted.items() if not needed)
+    named = [
+        path
+        for path in schemas.ARTIFACTS
+        if not path.endswith("/") and not path.startswith(left_out)
+    ]
     plain = [result(path) for path in named if "<variant>" not in path]
     per_variant = [path for path in named if "<variant>" in path]
     return plain + [

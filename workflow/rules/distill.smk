@@ -34,7 +34,9 @@ rule distill:
         processes=config["processes"],
         device=config["device"],
     params:
-        config=subset("seed", "device", "teacher", "distill"),
+        config=subset(
+            "seed", "device", "teacher", "distill", "width.linear_weight", "width.lr_scale"
+        ),
         state=result("state/distill"),
         code=code("distill.py"),
     message:

@@ -1,7 +1,9 @@
-# Candidate intervals (Eq. 5), and the selection under the config's target.
+# Candidate intervals (Eq. 5), and the selection of depth and width under the config's budgets.
 #
-# in:  similarity/cka.parquet and sensitivity/intervals.parquet (with intervals.cost: velocity)
-# out: intervals/intervals.parquet, each candidate with the reason for or against it
+# in:  similarity/cka.parquet, and as the config asks sensitivity/intervals.parquet (intervals.cost:
+#      velocity), width/measured.parquet (width.enabled), latency/blocks.parquet (latency budgets)
+# out: intervals/intervals.parquet and, with width.enabled, width/candidates.parquet: each candidate
+#      with the reason for or against it
 
 
 rule intervals:
@@ -9,8 +11,11 @@ rule intervals:
         script=program("intervals.py"),
         cka=result("similarity/cka.parquet"),
         sensitivity=sensitivity(),
+        width=widths("measured.parquet"),
+        latency=latency(),
     output:
         intervals=result("intervals/intervals.parquet"),
+        candidates=widths("candidates.parquet"),
     log:
         result("logs/intervals.log"),
     benchmark:
@@ -22,14 +27,18 @@ rule intervals:
         mem_mb=2000,
         runtime=30,
     params:
-        config=subset_for_smallest_budget("similarity.streams", "intervals"),
-        sensitivity=lambda wildcards, input: (
-            f"--sensitivity {input.sensitivity}" if input.sensitivity else ""
+        config=subset_for_smallest_budgets(
+            "similarity.streams",
+            "intervals",
+            *(f"width.{k}" for k in ("enabled", "cka_floor", "text", "ffn_image", "ffn_text")),
+        ),
+        inputs=optional("sensitivity", "width", "latency"),
+        candidates=lambda wildcards, output: (
+            f"--candidates {output.candidates}" if output.candidates else ""
         ),
         code=code("intervals.py"),
     message:
-        "Choosing intervals"
+        "Choosing what to prune"
     shell:
-        "python {input.script} --config {params.config:q} "
-        "--cka {input.cka} {params.sensitivity} "
-        "--intervals {output.intervals} 2>&1 | tee {log}"
+        "python {input.script} --config {params.config:q} --cka {input.cka} {params.inputs} "
+        "--intervals {output.intervals} {params.candidates} 2>&1 | tee {log}"

@@ -1,7 +1,8 @@
-# The pruned model before training: one student per selected interval.
+# The pruned model before training: the units of the selection, and their start weights.
 #
-# in:  the teacher and intervals/intervals.parquet
-# out: prune/plan.json, what each student replaces; prune/students.safetensors, start weights
+# in:  the teacher, intervals/intervals.parquet, width/candidates.parquet and latency/blocks.parquet
+#      (if there are any), and record/calls.parquet, on which linear maps are fitted
+# out: prune/plan.json, what each unit replaces; prune/students.safetensors, start weights
 
 
 rule prune:
@@ -9,6 +10,9 @@ rule prune:
         script=program("prune.py"),
         teacher=teacher_files(),
         intervals=result("intervals/intervals.parquet"),
+        candidates=widths("candidates.parquet"),
+        latency=latency(),
+        calls=result("record/calls.parquet"),
     output:
         plan=result("prune/plan.json"),
         students=result("prune/students.safetensors"),
@@ -20,14 +24,16 @@ rule prune:
         ENVIRONMENT
     threads: THREADS
     resources:
+        gpu=1,
         mem_mb=16000,
         runtime=30,
     params:
-        config=subset("seed", "teacher", "prune"),
+        config=subset("seed", "device", "teacher", "prune", "width.schedule", *WIDTH_FITS),
+        optional=optional("candidates", "latency"),
         code=code("prune.py"),
     message:
         "Preparing students"
     shell:
         "python {input.script} --config {params.config:q} "
-        "--intervals {input.intervals} "
+        "--intervals {input.intervals} {params.optional} --calls {input.calls} "
         "--plan {output.plan} --students {output.students} 2>&1 | tee {log}"

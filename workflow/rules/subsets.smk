@@ -1,6 +1,6 @@
 # Any-subset distillation: students learn to stand each other's errors, whichever are plugged in.
 #
-# in:  the teacher, record/calls.parquet, prune/plan.json and distill/students.safetensors
+# in:  the teacher, record/calls.parquet, prune/plan.json and the distilled students
 # out: subsets/students.safetensors; the loss curve, subsets/log.parquet; and what each student
 #      alone costs now, subsets/errors.parquet, by which variants choose
 #
@@ -14,7 +14,7 @@ rule subsets:
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         plan=result("prune/plan.json"),
-        students=result("distill/students.safetensors"),
+        students=distilled("students.safetensors"),
     output:
         students=result("subsets/students.safetensors"),
         log=result("subsets/log.parquet"),
@@ -33,7 +33,7 @@ rule subsets:
         processes=config["processes"],
         device=config["device"],
     params:
-        config=subset("seed", "device", "teacher", "subsets"),
+        config=subset("seed", "device", "teacher", "subsets", "width.lr_scale"),
         state=result("state/subsets"),
         code=code("subsets.py"),
     message:

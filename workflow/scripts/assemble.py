@@ -43,24 +43,27 @@ def main() -> None:
     settings = config.load(args.config)
     variant = assembly.variant(settings, args.variant)
 
-    _, plan = students.read_plan(args.plan)
-    chosen = assembly.choose(args.errors, plan, variant)
+    plan = students.read_plan(args.plan)
+    chosen = plan.named(assembly.choose(args.errors, plan.facts, variant))
     pipe = pipelines.load(settings["teacher"], torch.device("cpu"))
-    taught = students.load(args.students, pipe.transformer, chosen)
+    taught = students.load(args.students, pipe.transformer, students.parts_of(chosen))
     whole = blocks.parameter_count(pipe.transformer)
-    model, block_map = blocks.assembled(pipe.transformer, {i.key: s for i, s in taught.items()})
+    model, block_map = blocks.assembled(
+        pipe.transformer, {part.key: student for part, student in taught.items()}
+    )
     model = model.to(devices.dtype(settings["teacher"]["dtype"])).eval()
     if args.finetuned:
         weights, metadata = tensors.read(args.finetuned)
-        if json.loads(metadata["intervals"]) != [i.name for i in chosen]:
-            raise UserError(f"{args.finetuned} is of other intervals; delete it and rerun")
+        if json.loads(metadata["units"]) != [unit.name for unit in chosen]:
+            raise UserError(f"{args.finetuned} is of other units; delete it and rerun")
         model.load_state_dict(weights)
     pipelines.refuse_incomplete(model, f"variant {args.variant}")
     reader = calls.Reader(args.calls)
     example = reader.batch(reader.buckets[0][:2])
+    names = {unit.name for unit in chosen}
     card = {
         "variant": variant,
-        "intervals": [{"first": i.first, "last": i.last} for i in chosen],
+        "units": [entry for entry in plan.facts["units"] if entry["name"] in names],
         "finetuned": bool(args.finetuned),
         "parameters": blocks.parameter_count(model),
         "parameter_fraction": blocks.parameter_count(model) / whole,

@@ -1,4 +1,4 @@
-"""Stage 1.3: teaches every student its interval, from the teacher's own activations (Eq. 6).
+"""Stage 1.3: teaches every student its blocks, from the teacher's own activations (Eq. 6).
 
 One process:       python workflow/scripts/distill.py --config config/digits.yaml ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
@@ -15,8 +15,6 @@ same weights.
 import argparse
 from pathlib import Path
 
-import pandas as pd
-
 from ppcl import (
     calls,
     config,
@@ -30,24 +28,6 @@ from ppcl import (
     tables,
     training,
 )
-
-
-def log_table(rows: list[dict]) -> pd.DataFrame:
-    """The training log as one row per step, interval and stream."""
-    return pd.DataFrame(
-        {
-            "step": row["step"],
-            "interval": row["name"],
-            "stream": stream,
-            "loss_normalised": row[f"{stream}/normalised"],
-            "loss_relative": row[f"{stream}/relative"],
-            "loss": row["loss"],
-            "lr": row["lr"],
-            "seconds": row["seconds"],
-        }
-        for row in rows
-        for stream in sorted(key.split("/")[0] for key in row if key.endswith("/normalised"))
-    )
 
 
 def main() -> None:
@@ -64,29 +44,41 @@ def main() -> None:
     parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings["distill"], settings["seed"]
+    options = settings["distill"] | {"linear_weight": settings["width"]["linear_weight"]}
+    seed = settings["seed"]
 
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
-    intervals, plan = students.read_plan(args.plan)
+    plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
     transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
-    taught = students.load(args.students, transformer, intervals)
+    taught = students.load(args.students, transformer, students.parts_of(plan.distilled))
     for student in taught.values():
         student.train().to(accelerator.device)
     rows = training.train(
-        {interval.name: student for interval, student in taught.items()},
+        {part.name: student for part, student in taught.items()},
         distillation.independent(transformer, taught, reader, options, seed, accelerator),
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
         training.identity(Path(__file__), settings, [args.calls, args.plan, args.students]),
+        distillation.lr_scales(taught, settings["width"]["lr_scale"]),
     )
-    costs = distillation.cost_table(transformer, taught, plan, reader, options, seed, accelerator)
+    costs = distillation.cost_table(
+        transformer,
+        plan.distilled,
+        taught,
+        plan.facts["distilled"],
+        reader,
+        options,
+        seed,
+        accelerator,
+    )
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
         students.save(args.output, taught, stamp)
-        tables.write(args.log_table, log_table(rows), schemas.DISTILL_LOG, stamp)
-        tables.write(args.errors, costs, schemas.STUDENT_ERRORS, stamp)
+        log = distillation.log_table(rows)
+        tables.write(args.log_table, log, schemas.DISTILL_LOG, stamp)
+        tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:
         training.forget(args.state)

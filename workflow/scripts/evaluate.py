@@ -36,7 +36,6 @@ import torch
 from tqdm import tqdm
 
 from ppcl import (
-    blocks,
     calls,
     config,
     devices,
@@ -51,11 +50,10 @@ from ppcl import (
     tables,
 )
 from ppcl.errors import UserError
-from ppcl.evaluation import Model
+from ppcl.evaluation import Found, Model
 from ppcl.metrics import TEACHER, Estimate
 
 FIRST_SEED = 1_000_000_000  # far from record's, which count up from the config's seed
-Found = dict[str, dict[str, Estimate]]  # model -> metric -> estimate
 
 
 def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[dict]:
@@ -182,55 +180,6 @@ def measure_memory(
         }
 
 
-def measure_transformers(
-    models: list[Model],
-    reader: calls.Reader,
-    timed: np.ndarray,
-    settings: dict,
-    device: torch.device,
-) -> Found:
-    """Size, velocity error and latency of every transformer, all in this process."""
-    options, seed = settings["evaluate"], settings["seed"]
-    resamples = options["bootstrap"]
-    transformers = {model.name: model.transformer(device) for model in models}
-    found: Found = {}
-    for name, transformer in transformers.items():
-        count = blocks.parameter_count(transformer)
-        whole = blocks.parameter_count(transformers[TEACHER])
-        found[name] = {
-            "parameters": Estimate(float(count)),
-            "parameter_fraction": Estimate(count / whole),
-        }
-
-    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed))
-    compared = {}
-    for model in tqdm(models[1:], desc="comparing velocities", unit="model"):
-        compared[model.name] = evaluation.velocity_errors(
-            model, transformers[model.name], reader, rows, options["batch_size"], device
-        )
-    # The teacher's answers are the recorded ones, so its error is zero by definition.
-    one = next(iter(compared.values()))
-    compared[TEACHER] = one | {"error": np.zeros(len(rows))}
-    for name, columns in compared.items():
-        buckets = metrics.sigma_buckets(columns["sigma"])
-        masks = {"": np.ones(len(rows), bool)} | {f"_{key}": m for key, m in buckets.items()}
-        for suffix, mask in masks.items():
-            picked = [columns[key][mask] for key in ("error", "norm", "prompt_index")]
-            found[name][f"velocity_error{suffix}"] = metrics.ratio(*picked, resamples, seed)
-
-    arguments = reader.batch(timed).to(device).arguments
-    with torch.no_grad():
-        runs = {n: lambda t=t: t(**arguments) for n, t in transformers.items()}
-        times = evaluation.interleaved_times(runs, options["latency_repeats"], device)
-    for name, seconds in times.items():
-        one = np.ones_like(seconds)
-        found[name]["latency_seconds"] = metrics.median_ratio(seconds, one, resamples, seed)
-        found[name]["latency_ratio"] = metrics.median_ratio(
-            seconds, times[TEACHER], resamples, seed
-        )
-    return found
-
-
 def judge_accuracy(judge: digits.Judge, resamples: int, seed: int) -> Estimate:
     """The judge's own accuracy on real digits that it was not fitted on."""
     count = len(digits.handwriting("test")[1])
@@ -276,7 +225,8 @@ def main() -> None:
     )
     state = args.state / identity[:16]
     parts, readings, judge = make_pictures(models, samples, settings, device, state)
-    measured = measure_transformers(models, reader, timed, settings, device)
+    transformers = {model.name: model.transformer(device) for model in models}
+    measured = evaluation.measure_transformers(transformers, reader, timed, settings, device)
 
     stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
     found: Found = {}

@@ -57,11 +57,13 @@ def main() -> None:
 
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     reader = calls.Reader(args.calls)
-    _, plan = students.read_plan(args.plan)
-    chosen = assembly.choose(args.errors, plan, variant)
+    plan = students.read_plan(args.plan)
+    chosen = plan.named(assembly.choose(args.errors, plan.facts, variant))
     transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
-    taught = students.load(args.students, transformer, chosen)
-    model, _ = blocks.assembled(transformer, {i.key: s for i, s in taught.items()})
+    taught = students.load(args.students, transformer, students.parts_of(chosen))
+    model, _ = blocks.assembled(
+        transformer, {part.key: student for part, student in taught.items()}
+    )
     model = copy.deepcopy(model).float().requires_grad_(True).train().to(accelerator.device)
     if options["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()
@@ -79,8 +81,8 @@ def main() -> None:
     )
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
-        names = json.dumps([interval.name for interval in chosen])
-        tensors.write(args.output, model.state_dict(), stamp | {"intervals": names})
+        names = json.dumps([unit.name for unit in chosen])
+        tensors.write(args.output, model.state_dict(), stamp | {"units": names})
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)

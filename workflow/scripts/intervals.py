@@ -1,11 +1,13 @@
-"""Stage 1.2: candidate intervals by Eq. 5, then the cheapest set that meets the smallest budget.
+"""Stages 1.2 and 2: candidate intervals by Eq. 5, then what the smallest budgets take, exactly.
 
     intervals.py --config config/config.yaml --cka results/digits/similarity/cka.parquet \
         --sensitivity results/digits/sensitivity/intervals.parquet \
-        --intervals results/digits/intervals/intervals.parquet
+        --width results/digits/width/measured.parquet \
+        --intervals results/digits/intervals/intervals.parquet \
+        --candidates results/digits/width/candidates.parquet
 
-Reads of the config: intervals, similarity.streams, and variants for the smallest budget: the
-variants of larger budgets use subsets of the same students. Needs no torch.
+Reads of the config: intervals, similarity.streams, width (enabled, cka_floor and the lists), and
+variants for the smallest budgets: larger ones use subsets of the same students. Needs no torch.
 """
 
 import argparse
@@ -15,8 +17,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ppcl import config, errors, intervals, provenance, schemas, tables
+from ppcl import config, errors, intervals, pins, provenance, reasons, schemas, selection, tables
 from ppcl.errors import UserError
+from ppcl.pins import Named
+from ppcl.reasons import Width
+from ppcl.selection import Choices, Weights
 
 
 def grid(table: pd.DataFrame, stream: str, depth: int, path: Path) -> np.ndarray:
@@ -32,25 +37,62 @@ def grid(table: pd.DataFrame, stream: str, depth: int, path: Path) -> np.ndarray
     return values
 
 
-def measured_costs(path: Path, depth: int) -> np.ndarray:
+def measured_costs(path: Path | None, depth: int) -> np.ndarray:
     """velocity_error [first, last] (NaN where nobody measured)."""
+    if path is None:
+        raise UserError("intervals.cost is velocity: name the measured costs, --sensitivity")
     table = tables.read(path, schemas.SENSITIVITY).to_pandas()
-    if table["last"].max() >= depth:
-        raise UserError(f"{path} names blocks that this teacher lacks; delete it and rerun")
+    selection.check_depth(path, table["last"], depth)
     values = np.full((depth, depth), np.nan)
     values[table["first"], table["last"]] = table["velocity_error"]
     return values
 
 
-def model_facts(stamp: dict[str, str], path: Path) -> dict:
-    """What extract recorded of the model and similarity handed on, and the noise level."""
-    names = "block_parameters", "transformer_parameters", "seams", "untouchable", "delta_noise"
+def facts_of(path: Path, *names: str) -> dict:
+    """Facts that an earlier stage left in the provenance of its table."""
+    stamp = tables.provenance(path)
     try:
         return {name: json.loads(stamp[name]) for name in names}
     except KeyError as error:
         raise UserError(
             f"{path}: its provenance lacks {error}; delete it and activations/, and rerun"
         ) from error
+
+
+def measured_widths(path: Path, depth: int) -> list[Width]:
+    """The rows of width/measured.parquet."""
+    table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
+    selection.check_depth(path, table["last"], depth)
+    return [
+        Width(
+            row.kind,
+            int(row.first),
+            int(row.last),
+            row.stream,
+            row.fit_error_heldout,
+            row.cka,
+            int(row.parameters_saved),
+            row.velocity_error,
+        )
+        for row in table.itertuples()
+    ]
+
+
+def with_pinned_runs(widths: list[Width], pinned: Named, counted: Weights) -> list[Width]:
+    """The measured widths, and pinned text runs that nobody measured (width.longest)."""
+    missing = sorted(pinned.runs - {width.ends for width in widths if width.kind == "text"})
+    return widths + [
+        Width(
+            "text",
+            *run,
+            "text",
+            float("nan"),
+            float("nan"),
+            int(selection.saved((), [run], (), counted)),
+            float("nan"),
+        )
+        for run in missing
+    ]
 
 
 def main() -> None:
@@ -62,45 +104,83 @@ def main() -> None:
     parser.add_argument(
         "--sensitivity", type=Path, help="input: measured costs, for intervals.cost: velocity"
     )
+    parser.add_argument("--width", type=Path, help="input: measured widths, for width.enabled")
+    parser.add_argument("--latency", type=Path, help="input: block times, for latency budgets")
     parser.add_argument("--intervals", type=Path, required=True, help="output: intervals, parquet")
+    parser.add_argument("--candidates", type=Path, help="output: widths, for width.enabled")
     options = parser.parse_args()
     settings = config.load(options.config)
     chosen, stream = settings["intervals"], settings["similarity"]["streams"]
+    wide = settings["width"]["enabled"]
+    if wide and not (options.width and options.candidates):
+        raise UserError("width.enabled is true: name the tables --width and --candidates")
 
-    stamp = tables.provenance(options.cka)
-    facts = model_facts(stamp, options.cka)
-    sizes = facts["block_parameters"]
-    depth = len(sizes)
+    names = "block_parameters", "transformer_parameters", "seams", "untouchable", "delta_noise"
+    facts = facts_of(options.cka, *names)
+    depth = len(facts["block_parameters"])
+    facts["blocks"] = depth
     cka = grid(tables.read(options.cka, schemas.CKA).to_pandas(), stream, depth, options.cka)
-    noise = facts["delta_noise"][stream]
-    tolerance = noise if chosen["tolerance"] == "bootstrap" else chosen["tolerance"]
-
-    # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
-    unknown = {block for block in range(depth) if np.isnan(cka[block, block])}
-    runs = intervals.spans(depth, facts["seams"], unknown | set(facts["untouchable"]))
-    chain = intervals.trend_chain(cka, runs, tolerance)
-    budget = min(variant["budget"] for variant in settings["variants"])
-    needed = intervals.parameters_needed(facts["transformer_parameters"], budget)
-    limits = {
-        "floor": chosen["cka_floor"],
-        "protected": {
-            *range(chosen["protect_first"]),
-            *range(depth - chosen["protect_last"], depth),
-        },
-    }
     costs = 1 - cka
     if chosen["cost"] == "velocity":
-        if options.sensitivity is None:
-            raise UserError("intervals.cost is velocity: name the measured costs, --sensitivity")
-        costs = measured_costs(options.sensitivity, depth)
-    found = intervals.candidates(runs, chosen["segmentation"], chain)
-    choices = intervals.priced(found, cka, costs)
+        costs = chosen["training_leaves"] * measured_costs(options.sensitivity, depth)
+    noise = facts["delta_noise"][stream]
+    tolerance = noise if chosen["tolerance"] == "bootstrap" else chosen["tolerance"]
+    text = {"text_saved": [0] * depth, "text_output": [0] * depth}
+    widths = []
+    if wide:
+        text = facts_of(options.width, *text)
+        widths = measured_widths(options.width, depth)
+    ffns = {width.ffn: width.saved for width in widths if width.kind == "ffn"}
+    weights = {
+        "blocks": selection.by_blocks(depth),
+        "parameters": Weights(
+            facts["block_parameters"], text["text_saved"], text["text_output"], ffns
+        ),
+    }
+    if any("latency" in config.limits(v["budget"]) for v in settings["variants"]):
+        if options.latency is None:
+            raise UserError("variants: a budget is a latency: name the block times, --latency")
+        weights["latency"], facts["transformer_seconds"] = selection.timing(options.latency, depth)
+
+    pinned, forbidden = pins.wishes(settings, depth)
+    # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
+    unknown = {block for block in range(depth) if np.isnan(cka[block, block])}
+    untouchable = set(facts["untouchable"])
+    pins.check(pinned, facts["seams"], untouchable, unknown, set(ffns), text["text_saved"])
+    runs = intervals.spans(depth, facts["seams"], unknown | untouchable)
+    chain = intervals.trend_chain(cka, runs, tolerance)
+    found = {*intervals.candidates(runs, chosen["segmentation"], chain), *pinned.intervals}
+    priced = {(it.first, it.last): it for it in intervals.priced(sorted(found), cka, costs)}
     chain = intervals.priced(chain, cka, costs)
-    plan = intervals.select(choices, sizes, needed, **limits)
-    rows = intervals.rows(chain, plan, needed, tolerance, **limits)
-    columns = schemas.INTERVALS.names
-    stamp = provenance.stamp(settings, removed_blocks=plan.removed, removed_parameters=plan.saved)
-    tables.write(options.intervals, pd.DataFrame(rows, columns=columns), schemas.INTERVALS, stamp)
+    widths = with_pinned_runs(widths, pinned, weights["parameters"])
+
+    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
+    depth_limits = {**limits, "floor": chosen["cka_floor"]}
+    width_limits = {**limits, "floor": settings["width"]["cka_floor"]} if wide else {}
+    choices = Choices(
+        reasons.usable_intervals(priced, pinned, depth_limits),
+        *reasons.usable_widths(widths, pinned, width_limits),
+    )
+    needs = selection.targets(settings["variants"], facts)
+    plan = selection.select(choices, weights, needs, pinned)
+    print(
+        f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs and "
+        f"{len(plan.ffns)} linear FFNs: they save {selection.amounts(plan.saved)} at cost "
+        f"{plan.cost:.6g}; no set that is enough costs less than {plan.bound:.6g}",
+        flush=True,
+    )
+    stamp = provenance.stamp(
+        settings,
+        removed_blocks=round(plan.saved["blocks"]),
+        removed_parameters=round(plan.saved["parameters"]),
+    )
+    rows = reasons.interval_rows(chain, priced, plan, needs, tolerance, pinned, depth_limits)
+    table = pd.DataFrame(rows, columns=schemas.INTERVALS.names)
+    if wide:
+        candidates = reasons.width_rows(widths, plan, needs, pinned, width_limits)
+        candidates = pd.DataFrame(candidates, columns=schemas.WIDTH_CANDIDATES.names)
+        tables.write(options.candidates, candidates, schemas.WIDTH_CANDIDATES, stamp)
+    tables.write(options.intervals, table, schemas.INTERVALS, stamp)
 
 
 if __name__ == "__main__":

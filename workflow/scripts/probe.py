@@ -17,18 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ppcl import config, errors, probes, provenance, schemas, tables, tensors
-from ppcl.activations import TokenReader
-
-
-def moments_of(stored: dict[str, torch.Tensor], stream: str, block: int) -> probes.Moments:
-    """The moments of one block and stream, by their names in moments.safetensors."""
-    values = {
-        name: stored[f"{stream}.{block}.{name}"].double().numpy()
-        for name in ("count", "x_sum", "x_x", "y_sum", "x_y", "y_y")
-    }
-    return probes.Moments(
-        **{**values, "count": int(values["count"].item()), "y_y": float(values["y_y"].item())}
-    )
+from ppcl.activations import TokenReader, stored_moments
 
 
 def main() -> None:
@@ -48,7 +37,7 @@ def main() -> None:
     names = [key.split(".")[:2] for key in stored if key.endswith(".count")]
     fitted, rows = {}, []
     for stream, block in tqdm(sorted((s, int(b)) for s, b in names), desc="probes", unit="probe"):
-        moments = moments_of(stored, stream, block)
+        moments = stored_moments(stored, stream, block)
         probe = probes.solve(moments, settings["probe"]["ridge"], block, stream)
         heldout = tokens.heldout(stream)
         x = tokens.values(block, stream)[heldout].astype(np.float64)

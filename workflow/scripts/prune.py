@@ -1,18 +1,61 @@
-"""Makes the pruned model before training: the plan, and one student per selected interval.
+"""Makes the pruned model before training: the plan, and every new block's start weights.
 
     python workflow/scripts/prune.py --config config/digits.yaml \
         --intervals results/digits/intervals/intervals.parquet \
+        --candidates results/digits/width/candidates.parquet \
+        --calls results/digits/record/calls.parquet \
         --plan results/digits/prune/plan.json --students results/digits/prune/students.safetensors
+
+The plan holds all units of the selection, and those that distill trains: with width.schedule:
+staged these are the depth students alone, whole blocks still. Narrow blocks start from least
+squares on recorded calls.
 """
 
 import argparse
 from pathlib import Path
 
-import torch
+import pandas as pd
 
-from ppcl import blocks, config, errors, pipelines, provenance, schemas, students, tables, texts
+from ppcl import (
+    blocks,
+    calls,
+    config,
+    devices,
+    errors,
+    pipelines,
+    plans,
+    provenance,
+    schemas,
+    selection,
+    students,
+    tables,
+    texts,
+    width,
+)
 from ppcl.errors import UserError
-from ppcl.students import Interval
+from ppcl.plans import Unit
+
+
+def selected(path: Path, schema) -> pd.DataFrame:
+    """The selected rows of a table of candidates."""
+    table = tables.read(path, schema).to_pandas()
+    return table[table["selected"]]
+
+
+def planned(args: argparse.Namespace, unread_after: int | None) -> tuple[list[Unit], list[Unit]]:
+    """All units of the selection, and its depth students alone."""
+    ends = selected(args.intervals, schemas.INTERVALS)[["first", "last"]].to_numpy().tolist()
+    intervals, runs, linear = [tuple(pair) for pair in ends], [], []
+    if args.candidates:
+        narrower = selected(args.candidates, schemas.WIDTH_CANDIDATES)
+        text = narrower[narrower["kind"] == "text"]
+        ffns = narrower[narrower["kind"] == "ffn"]
+        runs = [(int(r.first), int(r.last)) for r in text.itertuples()]
+        linear = [(int(r.first), r.stream) for r in ffns.itertuples()]
+    every = plans.units(intervals, runs, linear, unread_after)
+    if not every:
+        raise UserError(f"{args.intervals}: nothing is selected; lower a budget in variants")
+    return every, plans.units(intervals)
 
 
 def main() -> None:
@@ -21,42 +64,48 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--intervals", type=Path, required=True, help="intervals.parquet")
+    parser.add_argument("--candidates", type=Path, help="width candidates, with width.enabled")
+    parser.add_argument("--latency", type=Path, help="measured times, with a latency budget")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
     parser.add_argument("--plan", type=Path, required=True, help="plan.json to write")
     parser.add_argument("--students", type=Path, required=True, help="start weights to write")
     args = parser.parse_args()
     settings = config.load(args.config)
+    options, how = settings["width"], settings["prune"]["start"]
 
-    found = tables.read(args.intervals, schemas.INTERVALS).to_pandas()
-    chosen = found[found["selected"]].sort_values("first")
-    intervals = [Interval(int(r.first), int(r.last)) for r in chosen.itertuples()]
-    if not intervals:
-        raise UserError(f"{args.intervals}: no interval is selected; lower variants[].budget")
-    transformer = pipelines.load_transformer(settings["teacher"], torch.device("cpu"))
-    sequence = blocks.block_sequence(transformer)
-    if intervals[-1].last >= len(sequence):
+    device = devices.choose(settings["device"])
+    transformer = pipelines.load_transformer(settings["teacher"], device)
+    every, depth_only = planned(args, width.unread_after(transformer))
+    if every[-1].last >= len(blocks.block_sequence(transformer)):
         raise UserError(
             f"{args.intervals} names blocks that this teacher lacks; delete it and rerun"
         )
-    made = students.start(transformer, intervals, settings["prune"]["start"])
-    stamp = provenance.stamp(settings, intervals=len(intervals))
+    distilled = depth_only if options["schedule"] == "staged" else every
+    made = students.start(transformer, students.parts_of(distilled), how)
+    made = width.start(
+        transformer, made, calls.Reader(args.calls), options, settings["seed"], device
+    )
+    stamp = provenance.stamp(settings, units=len(every))
     students.save(args.students, made, stamp)
-    sizes = [blocks.parameter_count(b.module) for b in sequence]
-    plan = {
+
+    def entries(units: list[Unit]) -> list[dict]:
+        seconds = selection.saved_seconds(units, args.latency)
+        return [
+            students.plan_entry(unit, width.saved_parameters(transformer, unit), saved)
+            for unit, saved in zip(units, seconds, strict=True)
+        ]
+
+    depth = len(blocks.block_sequence(transformer))
+    timed = (
+        {"transformer_seconds": selection.timing(args.latency, depth)[1]} if args.latency else {}
+    )
+    plan = timed | {
         "teacher": settings["teacher"]["path"],
-        "blocks": len(sequence),
+        "blocks": depth,
         "transformer_parameters": blocks.parameter_count(transformer),
-        "start": settings["prune"]["start"],
-        "intervals": [
-            {
-                "name": i.name,
-                "first": i.first,
-                "last": i.last,
-                "removed_blocks": i.last - i.first,
-                "saved_parameters": sum(sizes[i.first : i.last + 1])
-                - blocks.parameter_count(student),
-            }
-            for i, student in made.items()
-        ],
+        "start": how,
+        "units": entries(every),
+        "distilled": entries(distilled),
         "provenance": stamp,
     }
     texts.write_json(args.plan, plan)

@@ -14,6 +14,7 @@ goes on with the runs of blocks that are not measured yet.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +34,7 @@ from ppcl import (
     tables,
     training,
 )
-from ppcl.students import Interval
+from ppcl.plans import Part
 
 
 def main() -> None:
@@ -53,18 +54,17 @@ def main() -> None:
     transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
-    measured = [Interval(*ends) for ends in intervals.all_within(runs, options["longest"])]
+    measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]
     judged = reader.sample_heldout("select", options["rows"], settings["seed"])
 
-    def untrained(interval: Interval) -> students.Students:
+    def untrained(part: Part) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.
-        made = students.start(transformer, [interval], start)
-        return {interval: made[interval].to(accelerator.device)}
+        made = students.start(transformer, [part], start)
+        return {part: made[part].to(accelerator.device)}
 
     found = distillation.plugged_errors(
         transformer,
-        measured,
-        untrained,
+        {part.name: partial(untrained, part) for part in measured},
         reader,
         judged,
         options["batch_size"],
@@ -75,8 +75,8 @@ def main() -> None:
     if accelerator.is_main_process:
         table = pd.DataFrame(
             {
-                "first": [interval.first for interval in measured],
-                "last": [interval.last for interval in measured],
+                "first": [part.first for part in measured],
+                "last": [part.last for part in measured],
                 "velocity_error": found,
                 "rows": len(judged),
             }

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
     parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="students of distill")
+    parser.add_argument("--students", type=Path, required=True, help="students so far")
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--output", type=Path, required=True, help="trained students to write")
     parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
@@ -51,27 +51,32 @@ def main() -> None:
     options, seed = settings["subsets"], settings["seed"]
 
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
-    intervals, plan = students.read_plan(args.plan)
+    plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
     transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
-    taught = students.load(args.students, transformer, intervals)
-    together = nn.ModuleDict({interval.name: student for interval, student in taught.items()})
+    taught = students.load(args.students, transformer, students.parts_of(plan.units))
+    together = nn.ModuleDict({part.name: student for part, student in taught.items()})
     together.train().to(accelerator.device)
     rows = training.train(
         {"students": together},
-        distillation.any_subset(transformer, taught, reader, options, seed, accelerator),
+        distillation.any_subset(
+            transformer, plan.units, taught, reader, options, seed, accelerator
+        ),
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
         training.identity(Path(__file__), settings, [args.calls, args.plan, args.students]),
+        distillation.lr_scales(taught, settings["width"]["lr_scale"], "students/{}."),
     )
-    costs = distillation.cost_table(transformer, taught, plan, reader, options, seed, accelerator)
+    costs = distillation.cost_table(
+        transformer, plan.units, taught, plan.facts["units"], reader, options, seed, accelerator
+    )
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
         students.save(args.output, taught, stamp)
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
-        tables.write(args.errors, costs, schemas.STUDENT_ERRORS, stamp)
+        tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:
         training.forget(args.state)

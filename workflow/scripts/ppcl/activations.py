@@ -5,6 +5,7 @@ i is boundary i + 1.
 """
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, devices, schemas, tables
+from ppcl import blocks, calls, devices, probes, schemas, tables
 from ppcl.errors import UserError
 
 
@@ -28,7 +29,7 @@ class Moments:
         self._device = devices.statistics_device(device)
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, stream: str, block: int, x: Tensor, y: Tensor) -> None:
+    def add(self, stream: str, block: int | str, x: Tensor, y: Tensor) -> None:
         """Adds tokens: x, y [tokens, d] of any float dtype."""
         x, y = (t.to(self._device, torch.float64) for t in (x, y))
         parts = {
@@ -42,6 +43,15 @@ class Moments:
         for name, value in parts.items():
             key = f"{stream}.{block}.{name}"
             self.sums[key] = self.sums[key] + value if key in self.sums else value
+
+
+def stored_moments(sums: Mapping[str, Tensor], stream: str, block: int | str) -> probes.Moments:
+    """The moments of one block and stream, by their names in `Moments.sums` or its file."""
+    names = ("count", "x_sum", "x_x", "y_sum", "x_y", "y_y")
+    found = {name: sums[f"{stream}.{block}.{name}"].cpu().double().numpy() for name in names}
+    return probes.Moments(
+        **found | {"count": int(found["count"].item()), "y_y": float(found["y_y"].item())}
+    )
 
 
 def pick_tokens(
@@ -96,7 +106,7 @@ def collect(
         numbers = batch.numbers
         batch = batch.to(device)
         fit = torch.from_numpy(~batch.rows["heldout"]).to(device)
-        masks = blocks.token_masks(blocks.family_of(type(transformer).__name__), batch.arguments)
+        masks = blocks.token_masks(blocks.family(transformer), batch.arguments)
         before: blocks.Streams = {}
         positions: dict[str, tuple[Tensor, np.ndarray]] = {}
         kept: dict[str, list[Tensor]] = {}

@@ -1,20 +1,23 @@
-"""Variants: which students each budget takes, and pipeline folders that stock diffusers loads."""
+"""Variants: which students each budget takes, and pipeline folders that diffusers alone loads."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ppcl import schemas, tables, tensors, texts
+from ppcl import blocks, narrow, routes, schemas, selection, tables, tensors, texts
 from ppcl.errors import UserError
-from ppcl.intervals import parameters_needed
-from ppcl.students import Interval
+from ppcl.families import family_of
+from ppcl.routes import Arc
 
 
 def variant(settings: dict, name: str) -> dict:
@@ -26,41 +29,62 @@ def variant(settings: dict, name: str) -> dict:
     raise UserError(f"--variant: the config has no variant '{name}'; it has {known}")
 
 
-def choose(errors: Path, plan: dict, wanted: dict) -> list[Interval]:
-    """The students of a variant: those that cost least and bring the model within its budget.
+def choose(errors: Path, plan: dict, wanted: dict) -> list[str]:
+    """Names of a variant's units, in order of depth: those that cost least and meet its budget.
 
-    The cost of a set is the sum of its students' measured velocity errors, each plugged alone.
+    The cost of a set is the sum of its units' measured velocity errors, each plugged in alone.
+
+    Args:
+        errors: errors.parquet of the units' last training.
+        plan: holds transformer_parameters, blocks, and transformer_seconds for latency.
+        wanted: the variant's mapping in the config.
 
     Raises:
-        UserError: all students together do not reach the budget.
+        UserError: all units together do not meet the budget, or what they save was not measured.
     """
-    found = tables.read(errors, schemas.STUDENT_ERRORS).to_pandas()
-    total = plan["transformer_parameters"]
-    needed = parameters_needed(total, wanted["budget"])
-    chosen = cheapest(found["velocity_error"].tolist(), found["saved_parameters"].tolist(), needed)
-    if chosen is None:
-        reached = 1 - found["saved_parameters"].sum() / total
+    found = tables.read(errors, schemas.UNIT_ERRORS).to_pandas().sort_values("first")
+    columns = {"parameters": "saved_parameters", "blocks": "removed_blocks"}
+    try:
+        needs = selection.needed(wanted["budget"], plan)
+    except KeyError as error:
         raise UserError(
-            f"variant '{wanted['name']}': all students together leave {reached:.3f} of the "
-            f"parameters, above its budget {wanted['budget']}; delete intervals/ and rerun, so "
-            "that enough blocks are selected"
+            f"variant '{wanted['name']}': the plan does not tell {error}; delete prune/ and rerun"
+        ) from error
+    savings = found[[columns.get(measure, "saved_seconds") for measure in needs]]
+    if savings.isna().any(axis=None):
+        raise UserError(f"{errors}: holds no saved_seconds; delete prune/ and latency/, and rerun")
+    chosen = cheapest(
+        found["velocity_error"].tolist(), savings.to_numpy().tolist(), list(needs.values())
+    )
+    if chosen is None:
+        reached = dict(zip(needs, savings.sum(), strict=True))
+        raise UserError(
+            f"variant '{wanted['name']}': all units together save {selection.amounts(reached)}, "
+            f"but its budget {wanted['budget']} needs {selection.amounts(needs)}; delete "
+            "intervals/ and rerun, so that enough is selected"
         )
-    return [Interval(int(found["first"][i]), int(found["last"][i])) for i in chosen]
+    return found["unit"].iloc[chosen].tolist()
 
 
-def cheapest(costs: list[float], savings: list[int], needed: int) -> list[int] | None:
-    """Indices with the least total cost whose savings add up to at least `needed`.
+def cheapest(
+    costs: Sequence[float], savings: Sequence[Sequence[float]], needed: Sequence[float]
+) -> list[int] | None:
+    """Indices with the least total cost whose savings add up to what is needed, exactly.
 
-    Exact: for every reachable amount of savings (capped at `needed`) the cheapest subset is kept.
+    Args:
+        savings: of each, in every measure.
+
     None when all together do not suffice.
     """
-    best: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}
-    for index, (cost, saving) in enumerate(zip(costs, savings, strict=True)):
-        for saved, (spent, members) in list(best.items()):
-            reached = min(needed, saved + saving)
-            if reached not in best or spent + cost < best[reached][0]:
-                best[reached] = (spent + cost, [*members, index])
-    return best[needed][1] if needed in best else None
+    if max(needed) <= 0:
+        return []
+    nothing = (0.0,) * len(needed)
+    arcs = []
+    for index, (cost, saved) in enumerate(zip(costs, savings, strict=True)):
+        arcs.append(Arc(index, index + 1, 0.0, nothing))
+        arcs.append(Arc(index, index + 1, cost, tuple(saved), (index,)))
+    route = routes.cheapest(arcs, list(needed)) if arcs else None
+    return list(route.chosen) if route else None
 
 
 def export(
@@ -71,7 +95,10 @@ def export(
     card: dict,
     call: dict,
 ) -> None:
-    """Writes a pipeline folder and proves, in a fresh process, that stock diffusers loads it.
+    """Writes a pipeline folder and proves, in a fresh process, that diffusers alone loads it.
+
+    A transformer with narrow blocks brings their code with it, and loads with trust_remote_code;
+    any other is stock.
 
     Args:
         pipe: the teacher's pipeline; everything but the transformer is saved as it is.
@@ -83,6 +110,8 @@ def export(
     Raises:
         UserError: the reloaded model misses weights or answers differently. Nothing is left behind.
     """
+    if narrow.specs(transformer):
+        transformer = narrow.from_stock(transformer, blocks.family(transformer).layouts())
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -97,6 +126,18 @@ def export(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def own_code(folder: Path) -> bool:
+    """Whether a pipeline's transformer has the code that `export` writes, to the letter."""
+    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    module, name = index["transformer"]
+    path = folder / "transformer" / f"{narrow.MODULE}.py"
+    if module != narrow.MODULE or not path.is_file():
+        return False
+    base = name.removeprefix("Pruned")
+    expected = narrow.module_text(getattr(diffusers, base), family_of(base).layouts())
+    return path.read_text(encoding="utf-8") == expected
+
+
 @torch.no_grad()
 def prove(folder: Path, transformer: nn.Module, call: dict) -> None:
     """The reload gate: a fresh process that knows only diffusers must get the same answer."""
@@ -106,9 +147,13 @@ def prove(folder: Path, transformer: nn.Module, call: dict) -> None:
     probe = folder / ".call.safetensors"
     tensors.write(probe, held | {"expected": expected}, {"arguments": json.dumps(other)})
     gate = Path(__file__).with_name("reload_gate.py")
-    done = subprocess.run(
-        [sys.executable, "-I", str(gate), str(folder), str(probe)], capture_output=True, text=True
-    )
+    with tempfile.TemporaryDirectory() as modules:  # where diffusers copies and compiles code to
+        done = subprocess.run(
+            [sys.executable, "-I", str(gate), str(folder), str(probe)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_MODULES_CACHE": modules},
+        )
     probe.unlink()
     if done.returncode:
         raise UserError(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import UserError
-from ppcl.families import BlockList, Family, family_of
+from ppcl.families import FAMILIES, BlockList, Family, family_of
 
 Streams = dict[str, Tensor]
 
@@ -61,10 +61,20 @@ def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[st
     return inspect.signature(module.forward).bind(*args, **kwargs).arguments
 
 
+def family(transformer: nn.Module) -> Family:
+    """The registry entry of a transformer; a subclass of a registered class is of that family.
+
+    Raises:
+        UserError: there is none.
+    """
+    names = [c.__name__ for c in type(transformer).__mro__]
+    return family_of(next((name for name in names if name in FAMILIES), names[0]))
+
+
 def block_sequence(transformer: nn.Module) -> list[Block]:
     """All blocks of a transformer in data-flow order."""
     every: list[Block] = []
-    for block_list in family_of(type(transformer).__name__).lists:
+    for block_list in family(transformer).lists:
         for module in getattr(transformer, block_list.attribute):
             every.append(Block(len(every), module, block_list))
     return every
@@ -78,9 +88,8 @@ def seams(transformer: nn.Module) -> list[int]:
 
 def untouchable(transformer: nn.Module) -> dict[int, str]:
     """Blocks that the family forbids to prune, with the reason."""
-    found = {}
-    family, every = family_of(type(transformer).__name__), block_sequence(transformer)
-    for (attribute, position), reason in family.untouchable.items():
+    found, every = {}, block_sequence(transformer)
+    for (attribute, position), reason in family(transformer).untouchable.items():
         members = [b.index for b in every if b.list.attribute == attribute]
         found[members[position]] = reason
     return found
@@ -126,6 +135,36 @@ def watch(
             handles.append(block.module.register_forward_hook(post))
     try:
         yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def taps(block: Block):
+    """Shows what passes inside a stock block while it runs; yields a mapping that fills then.
+
+    Keys: `text/input`, what its attention gets as text (z_p of Eq. 8), and `ffn/<stream>`, the
+    stream after attention (what l_q of Eq. 9 maps).
+    """
+    seen: Streams = {}
+    handles, width = [], block.list.width
+    if width and width.text:
+
+        def attend(module, args, kwargs):
+            seen["text/input"] = signature_arguments(module, args, kwargs)[width.text.argument]
+
+        attention = block.module.get_submodule(width.text.attention)
+        handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
+    for stream, ffn in width.ffn.items() if width else ():
+
+        def normalise(_module, args, key=f"ffn/{stream}"):
+            seen[key] = args[0]
+
+        norm = block.module.get_submodule(ffn.norm)
+        handles.append(norm.register_forward_pre_hook(normalise))
+    try:
+        yield seen
     finally:
         for handle in handles:
             handle.remove()

@@ -114,6 +114,20 @@ def subset(config: dict, *keys: str) -> str:
     return json.dumps(part, sort_keys=True)
 
 
+def limits(budget: float | dict) -> dict[str, float]:
+    """What a variant's budget limits (fraction, parameters, blocks, latency), and to how much."""
+    return dict(budget) if isinstance(budget, dict) else {"fraction": budget}
+
+
+def tightest(variants: list[dict]) -> list[dict]:
+    """The smallest limit of each kind, as one variant each: what the selection depends on."""
+    least: dict[str, float] = {}
+    for variant in variants:
+        for kind, value in limits(variant["budget"]).items():
+            least[kind] = min(value, least.get(kind, value))
+    return [{"name": f"smallest-{kind}", "budget": {kind: least[kind]}} for kind in sorted(least)]
+
+
 def table() -> str:
     """The table of config/README.md: one markdown row per key, from the schema."""
     lines = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
@@ -204,6 +218,9 @@ def _allowed(node: dict) -> str:
         return "one of " + ", ".join(f"`{json.dumps(v).strip(chr(34))}`" for v in node["enum"])
     kind = node.get("type", "anything")
     words = " or ".join(kind) if isinstance(kind, list) else kind
+    if "properties" in node and node.get("minProperties") == 1:
+        options = [f"`{name}` ({_allowed(child)})" for name, child in node["properties"].items()]
+        words = f"a mapping with any of {', '.join(options)}"
     if "items" in node:
         exact = node.get("minItems") == node.get("maxItems")
         length = node["minItems"] if exact else f"{node['minItems']} or more"

@@ -8,7 +8,9 @@ the latter is made of, is also how a whole variant is fine-tuned.
 import copy
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +23,81 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ppcl import blocks, calls, losses, texts
+from ppcl import blocks, calls, losses, narrow, texts
 from ppcl.errors import UserError
-from ppcl.families import family_of
-from ppcl.students import Interval, Students
+from ppcl.families import TEXT
+from ppcl.plans import Part, Unit
+from ppcl.students import Students
+
+
+@dataclass
+class Lesson:
+    """What the teacher has to say to one part.
+
+    Attributes:
+        bound: arguments of its block's call, with T_{u-1}^D as streams; in place of a text stream
+            that it borrows, the carry: block a's text output and text-side attention input, side
+            by side along the channels.
+        target: streams T_v^D after its last block; no text where the part makes none.
+        text_input, lent: of a part that borrows: z_p, what its first block's attention gets as
+            text, and z_a, what block a's gets.
+    """
+
+    bound: dict[str, Any]
+    target: blocks.Streams
+    text_input: Tensor | None = None
+    lent: Tensor | None = None
 
 
 @torch.no_grad()
 def teacher_states(
-    transformer: nn.Module, intervals: list[Interval], arguments: dict[str, Any]
-) -> tuple[dict[Interval, dict[str, Any]], dict[Interval, blocks.Streams]]:
-    """Runs the teacher once, no further than the last interval's end.
-
-    Returns:
-        Per interval the bound arguments of its first block's call (with T_{u-1}^D as streams), and
-        the streams T_v^D after its last block.
-    """
+    transformer: nn.Module, parts: Sequence[Part], arguments: dict[str, Any]
+) -> dict[Part, Lesson]:
+    """Runs the teacher once, no further than the last part's end."""
     sequence = blocks.block_sequence(transformer)
-    inputs: dict[Interval, dict[str, Any]] = {}
-    targets: dict[Interval, blocks.Streams] = {}
-
-    def before(block, bound):
-        inputs.update({i: bound for i in intervals if i.first == block.index})
-
-    def after(block, streams):
-        targets.update({i: streams for i in intervals if i.last == block.index})
-
-    ends = {end for i in intervals for end in i.key}
+    lenders = {part.source for part in parts if part.source}
+    ends = {end for part in parts for end in part.key} | {end for key in lenders for end in key}
+    inputs: dict[int, dict[str, Any]] = {}
+    outputs: dict[int, blocks.Streams] = {}
+    tapped = {part.first for part in parts if part.source} | {first for first, _ in lenders}
     watched = [b for b in sequence if b.index in ends]
-    with blocks.watch(watched, before, after, stop_after=max(ends)) as run:
+    with ExitStack() as stack:
+        seen = {index: stack.enter_context(blocks.taps(sequence[index])) for index in tapped}
+        run = stack.enter_context(
+            blocks.watch(
+                watched,
+                lambda block, bound: inputs.update({block.index: bound}),
+                lambda block, streams: outputs.update({block.index: streams}),
+                stop_after=max(ends),
+            )
+        )
         run(transformer, arguments)
-    return inputs, targets
+    text_inputs = {index: inside["text/input"] for index, inside in seen.items()}
+    found = {}
+    for part in parts:
+        lesson = Lesson(inputs[part.first], outputs[part.last])
+        if part.source:
+            first, last = part.source
+            carry = torch.cat([outputs[last][TEXT], text_inputs[first]], dim=-1)
+            argument = sequence[part.first].list.inputs[TEXT]
+            bound = lesson.bound | {argument: carry}
+            lesson = Lesson(bound, lesson.target, text_inputs[part.first], text_inputs[first])
+        if part.text == "borrow":
+            lesson.target = {s: v for s, v in lesson.target.items() if s != TEXT}
+        found[part] = lesson
+    return found
+
+
+def fitting(bound: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The teacher's activations for a module with float32 weights, if that is what it has."""
+    float32 = all(p.dtype == torch.float32 for p in module.parameters())
+    return tree_map(calls.as_float32, bound) if float32 else bound
 
 
 def interval_losses(
     output: blocks.Streams, target: blocks.Streams, masks: blocks.Streams, options: dict
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_depth of one interval (Eq. 6), summed over streams, and both errors of every stream."""
+    """L_depth (Eq. 6) or L_width of one part, summed over streams, and both errors of each."""
     metrics = {}
     for stream, value in target.items():
         mask = masks.get(stream)
@@ -70,6 +110,57 @@ def interval_losses(
     if options["loss"] == "relative":
         return relative, metrics
     return normalised + options["relative_weight"] * relative, metrics
+
+
+def linear_loss(
+    part: Part, student: nn.Module, output: blocks.Streams, lesson: Lesson, masks: blocks.Streams
+) -> Tensor | None:
+    """L_linear of one part: the sum of its new linear maps' plain squared errors; None without any.
+
+    What a linear FFN or the text map at a run's end replaces is the teacher's stream after the
+    part; what the map of the attention's text input replaces is the teacher's z_p.
+    """
+    errors = [
+        losses.squared_error(output[stream], lesson.target[stream], masks.get(stream))
+        for stream in (*part.linear_ffn, *((TEXT,) if part.text == "close" else ()))
+        if stream in output  # after the last block, nothing may read it
+    ]
+    if part.borrows:
+        lent = calls.as_float32(lesson.lent)  # as the student, whatever the teacher
+        mapped = lent + narrow.maps(student)["text/input"](lent)
+        errors.append(losses.squared_error(mapped, lesson.text_input, masks.get(TEXT)))
+    return sum(errors) if errors else None
+
+
+def log_table(rows: list[dict]) -> pd.DataFrame:
+    """The log of `independent` as one row per step, part and stream."""
+    return pd.DataFrame(
+        {
+            "step": row["step"],
+            "interval": row["name"],
+            "stream": stream,
+            "loss_normalised": row[f"{stream}/normalised"],
+            "loss_relative": row[f"{stream}/relative"],
+            "loss_linear": row.get("linear", math.nan),
+            "lr": row["lr"],
+            "seconds": row["seconds"],
+            "loss": row["loss"],
+        }
+        for row in rows
+        for stream in sorted(key.split("/")[0] for key in row if key.endswith("/normalised"))
+    )
+
+
+def lr_scales(parts: Iterable[Part], kept: float, name: str = "{}/") -> dict[str, float]:
+    """What the learning rate of parts that stand for one block is multiplied by (training.train).
+
+    Such a part starts from its own block and least squares, near its best; a rate that brings a
+    student along in a few steps only shakes it.
+
+    Args:
+        name: what the names of a part's parameters start with.
+    """
+    return {name.format(part.name): kept for part in parts if part.first == part.last}
 
 
 def share(rows, accelerator: Accelerator):
@@ -94,55 +185,65 @@ def independent(
     seed: int,
     accelerator: Accelerator,
 ):
-    """Step losses of all students (see training.Losses).
+    """Step losses of all students (see training.Losses): Eq. 6, and L_linear of narrow ones.
 
     mode `independent` (Eq. 6): a student gets the teacher's activation before its interval, and
     never another student's output. mode `sequential`, the ablation baseline: it gets what the
     students before it make of the input; gradients stay within each student.
     """
     sequence = blocks.block_sequence(transformer)
-    family = family_of(type(transformer).__name__)
-    intervals, rows = list(students), reader.rows(heldout=False)
+    family = blocks.family(transformer)
+    parts, rows = list(students), reader.rows(heldout=False)
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         drawn = reader.draw(rows, options["batch_size"], (seed, step))
-        part = share(drawn, accelerator)
+        mine = share(drawn, accelerator)
         # Shares differ by a row where the batch does not divide evenly; the loop averages them.
-        weight = len(part) * accelerator.num_processes / len(drawn)
-        batch = reader.batch(part).to(accelerator.device)
+        weight = len(mine) * accelerator.num_processes / len(drawn)
+        batch = reader.batch(mine).to(accelerator.device)
         masks = blocks.token_masks(family, batch.arguments)
         with accelerator.autocast():
-            inputs, targets = teacher_states(transformer, intervals, batch.arguments)
+            lessons = teacher_states(transformer, parts, batch.arguments)
         if options["mode"] == "sequential":
             inputs = sequential_inputs(transformer, students, batch.arguments, accelerator)
-        for interval, student in students.items():
+            for part, bound in inputs.items():
+                lessons[part].bound = bound
+        for part, student in students.items():
+            lesson = lessons.pop(part)
+            if part.last == sequence[-1].index:
+                read = {s: v for s, v in lesson.target.items() if s not in family.unread}
+                lesson.target = read
             # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
-            bound = tree_map(calls.as_float32, inputs.pop(interval))
+            lesson.bound = fitting(lesson.bound, student)
             with accelerator.autocast():
-                returned = _call(student, bound, options["gradient_checkpointing"])
-            output = sequence[interval.first].outputs(returned)
-            loss, metrics = interval_losses(output, targets.pop(interval), masks, options)
-            yield interval.name, weight * loss, {k: weight * m for k, m in metrics.items()}
+                returned = _call(student, lesson.bound, options["gradient_checkpointing"])
+                output = sequence[part.first].outputs(returned)
+                # A source returns its carry; its own text stream comes first in it.
+                output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
+                loss, metrics = interval_losses(output, lesson.target, masks, options)
+                linear = linear_loss(part, student, output, lesson, masks)
+            if linear is not None:
+                metrics["linear"] = linear
+                loss = loss + options["linear_weight"] * linear
+            yield part.name, weight * loss, {k: weight * m for k, m in metrics.items()}
 
     return losses_of_step
 
 
-def plugged(
-    transformer: nn.Module, students: Students
-) -> tuple[nn.Module, dict[Interval, nn.Module]]:
-    """The teacher with students in place of their intervals, and those students as they run there.
+def plugged(transformer: nn.Module, students: Students) -> tuple[nn.Module, Students]:
+    """The teacher with students in place of their blocks, and those students as they run there.
 
     A teacher of another dtype than the students' float32 gets copies in its own, as an exported
     model has them.
     """
     dtype = transformer.dtype
     fitting = {
-        interval: student
+        part: student
         if all(p.dtype == dtype for p in student.parameters())
         else copy.deepcopy(student).to(dtype)
-        for interval, student in students.items()
+        for part, student in students.items()
     }
-    model, _ = blocks.assembled(transformer, {i.key: m for i, m in fitting.items()})
+    model, _ = blocks.assembled(transformer, {part.key: m for part, m in fitting.items()})
     return model, fitting
 
 
@@ -182,13 +283,14 @@ def output_distillation(
 
 def any_subset(
     transformer: nn.Module,
+    units: Sequence[Unit],
     students: Students,
     reader: calls.Reader,
     options: dict,
     seed: int,
     accelerator: Accelerator,
 ):
-    """Step losses of output distillation with a random subset of the students plugged in.
+    """Step losses of output distillation with a random subset of the units plugged in.
 
     Students of Eq. 6 never see each other's errors. Here they do, and since every step plugs
     another subset, they stay pluggable: one set of students serves every budget. The size of the
@@ -196,11 +298,12 @@ def any_subset(
     """
     if options["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()
-    fitting = {interval: _InFloat32(student) for interval, student in students.items()}
+    fitting = {part: _InFloat32(student) for part, student in students.items()}
 
     def model_at(step: int) -> nn.Module:
-        chosen = random_subset(list(fitting), (seed, step))
-        return blocks.assembled(transformer, {i.key: fitting[i] for i in chosen})[0]
+        chosen = random_subset(units, (seed, step))
+        modules = {part.key: fitting[part] for unit in chosen for part in unit.parts}
+        return blocks.assembled(transformer, modules)[0]
 
     return output_distillation(
         model_at, "students", reader, options, seed, accelerator, in_float32=False
@@ -232,10 +335,10 @@ class _InFloat32(nn.Module):
 @torch.no_grad()
 def sequential_inputs(
     transformer: nn.Module, students: Students, arguments: dict[str, Any], accelerator: Accelerator
-) -> dict[Interval, dict[str, Any]]:
-    """Per interval the bound arguments that its student gets inside the assembled model."""
+) -> dict[Part, dict[str, Any]]:
+    """Per part the bound arguments that its student gets inside the assembled model."""
     model, fitting = plugged(transformer, students)
-    owner = {id(m): i for i, m in fitting.items()}
+    owner = {id(m): part for part, m in fitting.items()}
     inputs = {}
 
     def before(block, bound):
@@ -272,8 +375,7 @@ def plugged_error(
 
 def plugged_errors(
     transformer: nn.Module,
-    intervals: Sequence[Interval],
-    students_of: Callable[[Interval], Students],
+    students_of: Mapping[str, Callable[[], Students]],
     reader: calls.Reader,
     rows,
     batch_size: int,
@@ -281,12 +383,12 @@ def plugged_errors(
     state: Path | None = None,
     identity: str = "",
 ) -> list[float]:
-    """`plugged_error` of each interval alone, the intervals shared out over the processes.
+    """`plugged_error` of each of several sets of students, shared out over the processes.
 
-    Every process gets all errors back, in the order of `intervals`.
+    Every process gets all errors back, in the order of `students_of`.
 
     Args:
-        students_of: gives the student of an interval when its turn comes.
+        students_of: by name, what makes the set of students when its turn comes.
         state: folder in which finished errors wait for a killed run to go on, one file per process.
         identity: digest of what decides the errors; files with another one are not used.
 
@@ -297,31 +399,33 @@ def plugged_errors(
     done = _finished(state, identity) if state else {}
     if state and count > 1:
         accelerator.wait_for_everyone()  # all must share out the same rest
-    found = torch.zeros(len(intervals), dtype=torch.float64)
-    for number, interval in enumerate(intervals):
+    names = list(students_of)
+    found = torch.zeros(len(names), dtype=torch.float64)
+    for number, name in enumerate(names):
         if rank == 0:  # the sum over processes counts an error once
-            found[number] = done.get(interval.name, 0.0)
-    rest = [number for number, interval in enumerate(intervals) if interval.name not in done]
-    for number in tqdm(rest[rank::count], desc="plugging", unit="interval", disable=rank > 0):
-        fitting = students_of(intervals[number])
+            found[number] = done.get(name, 0.0)
+    rest = [number for number, name in enumerate(names) if name not in done]
+    for number in tqdm(rest[rank::count], desc="plugging", unit="set", disable=rank > 0):
+        name = names[number]
+        fitting = students_of[name]()
         error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
         found[number] = error
         if state and math.isfinite(error):
-            done[intervals[number].name] = error
+            done[name] = error
             texts.write_json(state / f"{rank}.json", {"identity": identity, "errors": done})
     if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
-    for interval, error in zip(intervals, found.tolist(), strict=True):
+    for name, error in zip(names, found.tolist(), strict=True):
         if not math.isfinite(error):
             raise UserError(
-                f"velocity error with a student for {interval.name} is {error}; its weights or the "
+                f"velocity error with a student for {name} is {error}; its weights or the "
                 "teacher's activations overflow: set teacher.dtype: float32 or bfloat16"
             )
     return found.tolist()
 
 
 def _finished(state: Path, identity: str) -> dict[str, float]:
-    """Errors by interval that earlier runs of the same identity left, of whatever process."""
+    """Errors by name that earlier runs of the same identity left, of whatever process."""
     found = {}
     for path in sorted(state.glob("*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -332,25 +436,26 @@ def _finished(state: Path, identity: str) -> dict[str, float]:
 
 def cost_table(
     transformer: nn.Module,
+    units: Sequence[Unit],
     students: Students,
-    plan: dict,
+    entries: Sequence[dict],
     reader: calls.Reader,
     options: dict,
     seed: int,
     accelerator: Accelerator,
 ) -> pd.DataFrame:
-    """Rows of errors.parquet: what every student costs, plugged in alone, on held-out rows.
+    """Rows of errors.parquet: what every unit costs, plugged in alone, on held-out rows.
 
-    options: the stage's, with heldout_rows and batch_size.
+    Args:
+        entries: the plan's, one per unit.
+        options: the stage's, with heldout_rows and batch_size.
     """
     judged = reader.sample_heldout("select", options["heldout_rows"], seed)
-    saved = {(i["first"], i["last"]): i["saved_parameters"] for i in plan["intervals"]}
     for student in students.values():
         student.eval()
     costs = plugged_errors(
         transformer,
-        list(students),
-        lambda interval: {interval: students[interval]},
+        {unit.name: lambda u=unit: {part: students[part] for part in u.parts} for unit in units},
         reader,
         judged,
         options["batch_size"],
@@ -358,14 +463,16 @@ def cost_table(
     )
     return pd.DataFrame(
         {
-            "interval": interval.name,
-            "first": interval.first,
-            "last": interval.last,
-            "saved_parameters": saved[interval.key],
+            "unit": unit.name,
+            "first": unit.first,
+            "last": unit.last,
+            "removed_blocks": unit.removed_blocks,
+            "saved_parameters": entry["saved_parameters"],
+            "saved_seconds": math.nan if entry["saved_seconds"] is None else entry["saved_seconds"],
             "velocity_error": cost,
             "rows": len(judged),
         }
-        for interval, cost in zip(students, costs, strict=True)
+        for unit, entry, cost in zip(units, entries, costs, strict=True)
     )
 
 

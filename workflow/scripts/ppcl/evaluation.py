@@ -23,10 +23,14 @@ from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
 from torch import nn
+from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ppcl import calls, devices, metrics, pipelines, provenance, schemas, tables
+from ppcl import assembly, blocks, calls, devices, metrics, pipelines, provenance, schemas, tables
 from ppcl.errors import UserError
+from ppcl.metrics import TEACHER, Estimate
+
+Found = dict[str, dict[str, Estimate]]  # model -> metric -> estimate
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,9 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
             raise UserError(f"--models: {folder} is not a pipeline folder; run assemble first")
         if folder.name in {model.name for model in found}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
-        source = teacher | {"path": str(folder), "revision": None, "variant": None}
+        # Code beside the weights is ours, whatever is trusted of the teacher's.
+        own = {"revision": None, "variant": None, "trust_remote_code": assembly.own_code(folder)}
+        source = teacher | own | {"path": str(folder)}
         found.append(Model(folder.name, source))
     return found
 
@@ -165,7 +171,7 @@ def generate(
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
     images = np.asarray(pipelines.run(pipe, prompts, seeds, settings, output_type="np").images)
     if not np.isfinite(images).all():
-        raise _broken(model, "a picture")
+        raise _broken(model.name, "a picture")
     pictures = (images * 255).round().astype(np.uint8)
     columns = {
         "variant": [model.name] * len(batch),
@@ -190,9 +196,9 @@ def from_png(data: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def _broken(model: Model, what: str) -> UserError:
+def _broken(name: str, what: str) -> UserError:
     return UserError(
-        f"variant '{model.name}': {what} holds NaN or infinity; its weights are numerically broken "
+        f"variant '{name}': {what} holds NaN or infinity; its weights are numerically broken "
         "in this dtype: try teacher.dtype float32, or a lower learning rate for its training"
     )
 
@@ -202,7 +208,7 @@ def _broken(model: Model, what: str) -> UserError:
 
 @torch.no_grad()
 def velocity_errors(
-    model: Model,
+    name: str,
     transformer: nn.Module,
     reader: calls.Reader,
     rows: np.ndarray,
@@ -223,13 +229,67 @@ def velocity_errors(
         batch = recorded.to(device)
         output = transformer(**batch.arguments)[0].cpu().double().numpy()
         if not np.isfinite(output).all():
-            raise _broken(model, "the transformer's output")
+            raise _broken(name, "the transformer's output")
         error, norm = metrics.squared_errors(output, recorded.output.double().numpy())
         found = {"error": error, "norm": norm}
         found |= {name: recorded.rows[name] for name in ("prompt_index", "sigma")}
-        for name, values in found.items():
-            columns.setdefault(name, []).append(values)
+        for column, values in found.items():
+            columns.setdefault(column, []).append(values)
     return {name: np.concatenate(values) for name, values in columns.items()}
+
+
+def measure_transformers(
+    transformers: Mapping[str, nn.Module],
+    reader: calls.Reader,
+    timed: np.ndarray,
+    settings: dict,
+    device: torch.device,
+) -> Found:
+    """Size, velocity error and latency of every transformer, all in this process.
+
+    Args:
+        transformers: by name; one is the teacher.
+        timed: rows of the batch whose time is measured.
+    """
+    options, seed = settings["evaluate"], settings["seed"]
+    resamples = options["bootstrap"]
+    whole = blocks.parameter_count(transformers[TEACHER])
+    found: Found = {}
+    for name, transformer in transformers.items():
+        count = blocks.parameter_count(transformer)
+        found[name] = {
+            "parameters": Estimate(float(count)),
+            "parameter_fraction": Estimate(count / whole),
+        }
+
+    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed))
+    compared = {}
+    others = {name: module for name, module in transformers.items() if name != TEACHER}
+    for name, transformer in tqdm(others.items(), desc="comparing velocities", unit="model"):
+        compared[name] = velocity_errors(
+            name, transformer, reader, rows, options["batch_size"], device
+        )
+    # The teacher's answers are the recorded ones, so its error is zero by definition.
+    one = next(iter(compared.values()))
+    compared[TEACHER] = one | {"error": np.zeros(len(rows))}
+    for name, columns in compared.items():
+        buckets = metrics.sigma_buckets(columns["sigma"])
+        masks = {"": np.ones(len(rows), bool)} | {f"_{key}": m for key, m in buckets.items()}
+        for suffix, mask in masks.items():
+            picked = [columns[key][mask] for key in ("error", "norm", "prompt_index")]
+            found[name][f"velocity_error{suffix}"] = metrics.ratio(*picked, resamples, seed)
+
+    arguments = reader.batch(timed).to(device).arguments
+    with torch.no_grad():
+        runs = {n: lambda t=t: t(**arguments) for n, t in transformers.items()}
+        times = interleaved_times(runs, options["latency_repeats"], device)
+    for name, seconds in times.items():
+        one = np.ones_like(seconds)
+        found[name]["latency_seconds"] = metrics.median_ratio(seconds, one, resamples, seed)
+        found[name]["latency_ratio"] = metrics.median_ratio(
+            seconds, times[TEACHER], resamples, seed
+        )
+    return found
 
 
 def interleaved_times(

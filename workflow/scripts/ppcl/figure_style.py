@@ -198,14 +198,15 @@ def shade(ax: Axes, spans: Iterable[tuple[int, int]], colour: str = SELECTED) ->
         ax.axvspan(first - 0.45, last + 0.45, color=colour, lw=0, zorder=0)
 
 
-def log_axis(ax: Axes) -> None:
-    """A logarithmic y axis with a few plain labels, drawn after the data: 0.02, 500, 10⁶."""
-    ax.set_yscale("log")
-    low, high = ax.get_ylim()
+def log_axis(ax: Axes, name: str = "y") -> None:
+    """A logarithmic axis with a few plain labels, drawn after the data: 0.02, 500, 10⁶."""
+    ax.set(**{f"{name}scale": "log"})
+    axis = ax.xaxis if name == "x" else ax.yaxis
+    low, high = axis.get_view_interval()
     decades = np.log10(high / low)
-    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1,), numticks=6))
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.yaxis.set_major_formatter(_power)
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1,), numticks=6))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(_power)
 
 
 def _power(value: float, _: object = None) -> str:

@@ -32,6 +32,14 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
     return _mean_over_tokens(error / target.square().sum(-1).clamp_min(1e-24), mask)
 
 
+def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """L_linear: || output - target ||^2 per token, averaged over tokens and over channels.
+
+    Arguments and result as in `normalised_error`.
+    """
+    return _mean_over_tokens((output.float() - target.float()).square().mean(-1), mask)
+
+
 def velocity_error(output: Tensor, target: Tensor, power: Tensor | None = None) -> Tensor:
     """|| output - target ||^2 / || target ||^2 over the whole batch: float32 scalar.
 

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 
-from ppcl import devices
+from ppcl import blocks, devices
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
@@ -46,7 +47,7 @@ def load(
         ) from error
     if getattr(pipe, "transformer", None) is None:
         raise UserError(f"{key}: {path} is a {type(pipe).__name__} without a transformer")
-    family_of(type(pipe.transformer).__name__)
+    blocks.family(pipe.transformer)
     refuse_incomplete(pipe.transformer, f"{path}/transformer")
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
@@ -61,22 +62,31 @@ def load_transformer(
         index = DiffusionPipeline.load_config(path, revision=teacher["revision"])
     except OSError as error:
         raise UserError(f"{key}: {path} is not a diffusers pipeline: {error}") from error
-    library, family = index.get("transformer") or (None, None)
-    if library != "diffusers":
-        raise UserError(f"{key}: {path}: its transformer is not a class of diffusers")
-    family_of(family)
+    library, name = index.get("transformer") or (None, None)
+    if library == "diffusers":
+        family_of(name)
+    elif not (name and teacher["trust_remote_code"]):
+        raise UserError(
+            f"{key}: {path}: its transformer is not a class of diffusers; if its code is beside "
+            "its weights and you trust it, set trust_remote_code: true"
+        )
+    options = {"subfolder": "transformer", "revision": teacher["revision"]}
     import diffusers
 
     try:
-        transformer = getattr(diffusers, family).from_pretrained(
-            path,
-            subfolder="transformer",
-            revision=teacher["revision"],
-            variant=teacher["variant"],
-            dtype=devices.dtype(teacher["dtype"]),
+        made_by = (
+            getattr(diffusers, name)
+            if library == "diffusers"
+            else get_class_from_dynamic_module(
+                path, f"{library}.py", class_name=name, trust_remote_code=True, **options
+            )
+        )
+        transformer = made_by.from_pretrained(
+            path, variant=teacher["variant"], dtype=devices.dtype(teacher["dtype"]), **options
         )
     except Exception as error:
         raise UserError(f"{key}: {path}/transformer can't be loaded: {error}") from error
+    blocks.family(transformer)
     refuse_incomplete(transformer, f"{path}/transformer")
     return transformer.requires_grad_(False).eval().to(device)
 

@@ -9,6 +9,8 @@ import re
 import struct
 from pathlib import Path
 
+from ppcl import pins
+from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of
 from ppcl.prompts import JUDGE_COLUMNS, read
@@ -50,17 +52,52 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
             f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
         )
-    if min(variant["budget"] for variant in config["variants"]) == 1:
-        raise UserError(f"{source}: variants: a budget of 1 prunes nothing; lower one of them")
-    smallest = _smallest_fraction(config, source)
+    blocks, total = _parameters(Path(config["teacher"]["path"]))
+    try:
+        pins.wishes(config, len(blocks) or None)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    _check_budgets(config, blocks, total, source)
+
+
+def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> None:
+    """Raises UserError if no budget prunes anything, or if one can't be met.
+
+    Args:
+        blocks: parameters of every block of a local teacher, in ascending order; empty if unknown.
+        total: parameters of its transformer.
+    """
+    if not any(_prunes(variant["budget"], blocks, total) for variant in config["variants"]):
+        raise UserError(
+            f"{source}: variants: a budget of {config['variants'][0]['budget']} prunes nothing; "
+            "lower one of them"
+        )
+    if not blocks:
+        return
+    fewest, least = _least(config, blocks, total, source)
     for variant in config["variants"]:
-        if smallest is not None and variant["budget"] < smallest:
+        for kind, value in limits(variant["budget"]).items():
+            left = {"fraction": least / total, "parameters": least, "blocks": fewest}.get(kind, 0)
+            if value >= left:
+                continue
+            shown = f"{left:.3f} of this teacher's parameters"
+            if kind != "fraction":
+                shown = f"{left:,} of this teacher's {kind}"
             raise UserError(
                 f"{source}: variants: budget {variant['budget']} of '{variant['name']}' is "
                 f"impossible: even the fewest students in place of all unprotected blocks leave "
-                f"{smallest:.3f} of this teacher's parameters; choose a larger budget, or raise "
-                f"sensitivity.longest or lower intervals.protect_first and protect_last"
+                f"{shown}; choose a larger budget, or raise sensitivity.longest or lower "
+                "intervals.protect_first and protect_last"
             )
+
+
+def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
+    """Whether a budget asks for less than the whole teacher."""
+    whole = {"parameters": total, "blocks": len(blocks)}
+    return any(
+        value < whole.get(kind, 1) or not blocks and kind in whole
+        for kind, value in limits(budget).items()
+    )
 
 
 def _check_teacher(teacher: str, source: str) -> None:
@@ -97,29 +134,32 @@ def _check_teacher(teacher: str, source: str) -> None:
         safetensors_header(weights)
 
 
-def _smallest_fraction(config: dict, source: str) -> float | None:
-    """The smallest fraction of a local teacher's parameters that pruning can leave, or None.
-
-    As few students as may be in place of all unprotected blocks, counted from the safetensors
-    headers alone: one, or with measured costs one for every sensitivity.longest blocks.
-    """
-    folder, intervals = Path(config["teacher"]["path"]), config["intervals"]
+def _parameters(teacher: Path) -> tuple[list[int], int]:
+    """Parameters of every block of a local teacher, ascending, and of its whole transformer, from
+    the safetensors headers alone."""
     blocks: dict[tuple[str, int], int] = {}
     total = 0
-    for path in sorted((folder / "transformer").glob("*.safetensors")):
+    for path in sorted((teacher / "transformer").glob("*.safetensors")):
         for name, entry in safetensors_header(path).items():
             if name == "__metadata__":
                 continue
-            count = 1
-            for length in entry["shape"]:
-                count *= length
+            count = math.prod(entry["shape"])
             total += count
             match = re.match(r"([\w.]*blocks)\.(\d+)\.", name)
             if match:
                 key = (match[1], int(match[2]))
                 blocks[key] = blocks.get(key, 0) + count
-    if not blocks:
-        return None
+    return sorted(blocks.values()), total
+
+
+def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[int, int]:
+    """The fewest blocks and parameters that pruning can leave.
+
+    As few students as may be in place of all unprotected blocks: one, or with measured costs one
+    for every sensitivity.longest blocks (or as many as a pinned interval has). Narrow blocks count
+    as nothing with width.enabled, since how much of them stays is not known here.
+    """
+    intervals = config["intervals"]
     protected = intervals["protect_first"] + intervals["protect_last"]
     if protected > len(blocks) - 2:
         raise UserError(
@@ -127,8 +167,10 @@ def _smallest_fraction(config: dict, source: str) -> float | None:
             f"teacher's {len(blocks)} blocks, which leaves nothing to prune; lower them"
         )
     longest = len(blocks) if intervals["cost"] == "cka" else config["sensitivity"]["longest"]
+    longest = max([longest, *(last - first + 1 for first, last in intervals["pin"])])
     students = math.ceil((len(blocks) - protected) / longest)
-    return 1 - sum(sorted(blocks.values())[protected + students :]) / total
+    whole = protected if config["width"]["enabled"] else protected + students
+    return protected + students, total - sum(blocks[whole:])
 
 
 def safetensors_header(path: Path) -> dict:

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ppcl import blocks, calls, pipelines
 from ppcl.errors import UserError
-from ppcl.families import family_of
 
 
 class _Recorder:
@@ -78,7 +77,7 @@ def record_batch(
             ) from error
     schedule = pipe.scheduler
     sigmas = getattr(schedule, "sigmas", None)
-    shared = family_of(type(pipe.transformer).__name__).shared
+    shared = blocks.family(pipe.transformer).shared
     found = []
     for call in recorder.calls:
         step = call["step"]

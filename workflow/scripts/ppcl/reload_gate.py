@@ -1,6 +1,7 @@
-"""Run in a fresh process by `assembly.prove`: loads a folder with stock diffusers and checks it.
+"""Run in a fresh process by `assembly.prove`: loads a folder with diffusers alone and checks it.
 
-It imports nothing of this package, so that what it proves holds on a machine without it.
+It imports nothing of this package, so that what it proves holds on a machine without it. Only a
+transformer that model_index.json does not name as diffusers' own is loaded with its code.
 """
 
 import json
@@ -13,8 +14,9 @@ from safetensors import safe_open
 
 folder, probe = Path(sys.argv[1]), Path(sys.argv[2])
 index = json.loads((folder / "model_index.json").read_text())
-pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
-_, info = getattr(diffusers, index["transformer"][1]).from_pretrained(
+trusted = index["transformer"][0] != "diffusers"
+pipe = diffusers.DiffusionPipeline.from_pretrained(folder, trust_remote_code=trusted)
+_, info = type(pipe.transformer).from_pretrained(
     folder, subfolder="transformer", output_loading_info=True
 )
 problems = [f"{kind}: {found}" for kind, found in info.items() if found]

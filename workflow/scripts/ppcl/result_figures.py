@@ -20,6 +20,7 @@ from ppcl import figure_labels
 from ppcl import figure_style as style
 
 TEACHER = "teacher"
+DARK = "#444444"
 ACCURACIES = {
     "digit_accuracy": "digit right",
     "digit_color_accuracy": "digit colour right",
@@ -199,6 +200,71 @@ def tradeoff(metrics: pd.DataFrame) -> Figure:
     figure.align_ylabels(axes[:, 0])
     for ax, points in labels:
         figure_labels.label_points(ax, points)
+    return figure
+
+
+@style.styled
+def pareto(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[str]) -> Figure:
+    """Velocity error of every budget against size and latency, measured and predicted.
+
+    points: units plugged in without further training, as `schemas.POINTS`.
+    finetuned: names of the metrics table's variants that were trained further: the end points.
+    """
+    points = points.sort_values("budget")
+    others = [name for name in dict.fromkeys(metrics["variant"]) if name != TEACHER]
+    looks = dict(zip(others, _series(len(others)), strict=True))
+    ends = [name for name in others if name in finetuned]
+    cells = metrics.set_index(["variant", "metric"])
+    figure = style.new_figure(
+        f"{len(points)} sizes of one set of students, plugged in without further training"
+        + ("; fine-tuned ones lie apart" if ends else ""),
+        4.05,
+        note="Bars: 95 % bootstrap intervals, of the error by prompt, of latency by round.",
+    )
+    figure.set_layout_engine(None)
+    left, gap, top, high = 0.85, 0.3, 1.0, 2.5
+    across = (style.WIDTH - left - gap - 0.15) / 2
+    labels = []
+    for number, (cost, words) in enumerate(COSTS.items()):
+        shared = {"sharey": figure.axes[0]} if number else {}
+        ax = style.axes_at(figure, left + number * (across + gap), top, across, high, **shared)
+        x = points[cost]
+        ax.plot(x, points["predicted_error"], color=style.GREY, lw=0.9, ls="--", zorder=2)
+        columns = {"value": "velocity_error"}
+        columns |= {"ci_low": "velocity_error_low", "ci_high": "velocity_error_high"}
+        for row in points.to_dict("records"):
+            y = pd.Series({name: row[column] for name, column in columns.items()})
+            place = {"value": row[cost], "ci_low": row.get(f"{cost}_low", np.nan)}
+            place["ci_high"] = row.get(f"{cost}_high", np.nan)
+            _point(ax, pd.Series(place), y, DARK, ".")
+        ax.plot(x, points["velocity_error"], color=DARK, lw=1.3, zorder=2)
+        named = [(1.0, 0.0, TEACHER, style.BLACK)]
+        ax.plot(1, 0, "*", color=style.BLACK, ms=9, clip_on=False, zorder=5)
+        for name in ends:
+            if {(name, cost), (name, "velocity_error")} <= set(cells.index):
+                colour, marker, _ = looks[name]
+                x_cell, y_cell = cells.loc[(name, cost)], cells.loc[(name, "velocity_error")]
+                _point(ax, x_cell, y_cell, colour, marker)
+                named.append((x_cell["value"], y_cell["value"], f"{name}, fine-tuned", colour))
+        labels.append((ax, named))
+        ax.margins(x=0.06)
+        ax.set_ylim(bottom=0)
+        ax.xaxis.set_major_locator(MaxNLocator(6))
+        ax.yaxis.set_major_locator(MaxNLocator(5))
+        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.set_xlabel(words)
+        if number:
+            ax.tick_params(labelleft=False)
+    figure.axes[0].set_ylabel("relative velocity error")
+    for ax, named in labels:
+        figure_labels.label_points(ax, named)
+    handles = [
+        Line2D([], [], color=DARK, marker=".", lw=1.3, ms=6, label="measured"),
+        Line2D(
+            [], [], color=style.GREY, lw=0.9, ls="--", label="predicted: sum of each unit's own error"
+        ),
+    ]
+    style.legend_at(figure, 0.66, handles)
     return figure
 
 

@@ -103,6 +103,50 @@ SENSITIVITY = pa.schema(
     ]
 )
 
+
+def _width(unmeasured: bool) -> list[pa.Field]:
+    return [
+        column("kind", pa.string(), "`text`: a run on its first text stream; `ffn`: a linear FFN"),
+        column("first", pa.int32(), "first block"),
+        column("last", pa.int32(), "last block"),
+        _STREAM,
+        column(
+            "fit_error_heldout",
+            pa.float64(),
+            "1 - R^2 of the least-squares maps, the worst of a run, held-out prompts",
+            nan=unmeasured,
+        ),
+        column("cka", pa.float64(), "text: least CKA of a block's text with the first's", nan=True),
+        column("parameters_saved", pa.int64(), "parameters saved if no interval shares its blocks"),
+        column(
+            "velocity_error",
+            pa.float64(),
+            "relative squared velocity error of the teacher with only these maps",
+            nan=unmeasured,
+        ),
+    ]
+
+
+WIDTH_MEASURED = pa.schema(
+    [*_width(unmeasured=False), column("rows", pa.int64(), "recorded calls measured on")]
+)
+
+WIDTH_CANDIDATES = pa.schema(
+    [
+        *_width(unmeasured=True),
+        column("selected", pa.bool_(), "becomes linear"),
+        column("reason", pa.string(), "why it was selected or not"),
+    ]
+)
+
+LATENCY = pa.schema(
+    [
+        column("block", pa.int32(), "block"),
+        column("part", pa.string(), "`block`, `text`, `ffn_image` or `ffn_text`"),
+        column("seconds", pa.float64(), "time per call that is saved if it goes or is linear"),
+    ]
+)
+
 INTERVALS = pa.schema(
     [
         column("first", pa.int32(), "first replaced block"),
@@ -124,22 +168,30 @@ DISTILL_LOG = pa.schema(
         _STREAM,
         column("loss_normalised", pa.float64(), "Eq. 6, one stream"),
         column("loss_relative", pa.float64(), "squared error over the target's squared norm"),
+        column("loss_linear", pa.float64(), "L_linear of the block's new linear maps", nan=True),
         column("lr", pa.float64(), "learning rate"),
         column("seconds", pa.float64(), "training time so far"),
-        column("loss", pa.float64(), "the loss that was trained, one stream"),
+        column("loss", pa.float64(), "the loss that was trained, of all streams and maps"),
     ]
 )
 
-STUDENT_ERRORS = pa.schema(
+UNIT_ERRORS = pa.schema(
     [
-        column("interval", pa.string(), "first-last block, such as `03-04`"),
-        column("first", pa.int32(), "first block of the interval"),
-        column("last", pa.int32(), "last block of the interval"),
-        column("saved_parameters", pa.int64(), "parameters that the student saves"),
+        column("unit", pa.string(), "first-last block, such as `03-04`"),
+        column("first", pa.int32(), "first block of the unit"),
+        column("last", pa.int32(), "last block of the unit"),
+        column("removed_blocks", pa.int32(), "blocks that the unit saves"),
+        column("saved_parameters", pa.int64(), "parameters that the unit saves"),
+        column(
+            "saved_seconds",
+            pa.float64(),
+            "time that it saves per call; NaN without a latency budget",
+            nan=True,
+        ),
         column(
             "velocity_error",
             pa.float64(),
-            "relative squared velocity error of the teacher with only this student, held out",
+            "relative squared velocity error of the teacher with only this unit, held out",
         ),
         column("rows", pa.int64(), "recorded calls measured on"),
     ]
@@ -152,6 +204,40 @@ VELOCITY_LOG = pa.schema(
         column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
         column("lr", pa.float64(), "learning rate"),
         column("seconds", pa.float64(), "training time so far"),
+    ]
+)
+
+POINTS = pa.schema(
+    [
+        column("budget", pa.float64(), "fraction of the teacher's transformer parameters allowed"),
+        column("units", pa.string(), "JSON of the units that are plugged in"),
+        column("predicted_error", pa.float64(), "sum of these units' errors (errors.parquet)"),
+        column("parameters", pa.float64(), "of the transformer"),
+        column("parameter_fraction", pa.float64(), "of the teacher's"),
+        column("latency_seconds", pa.float64(), "median of one batch through the transformer"),
+        column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
+        column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt"),
+        column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt"),
+        column("latency_ratio", pa.float64(), "latency over the teacher's"),
+        column("latency_ratio_low", pa.float64(), "2.5 % of the bootstrap by round"),
+        column("latency_ratio_high", pa.float64(), "97.5 % of the bootstrap by round"),
+    ]
+)
+
+# Of an ablation (which price foretells a trained student's error), so not among TABLES.
+CALIBRATION = pa.schema(
+    [
+        column("kind", pa.string(), "`depth`, `text`, `ffn_image` or `ffn_text`"),
+        column("first", pa.int32(), "first block"),
+        column("last", pa.int32(), "last block"),
+        column("cost_cka", pa.float64(), "1 - CKA; NaN for an FFN", nan=True),
+        column("cost_probe", pa.float64(), "velocity error with composed probes", nan=True),
+        column(
+            "cost_untrained",
+            pa.float64(),
+            "velocity error with the untrained student or the least-squares maps",
+        ),
+        column("trained", pa.float64(), "velocity error after training"),
     ]
 )
 
@@ -187,12 +273,18 @@ TABLES = {
     "similarity/cka.parquet": CKA,
     "similarity/blocks.parquet": BLOCKS,
     "sensitivity/intervals.parquet": SENSITIVITY,
+    "width/measured.parquet": WIDTH_MEASURED,
+    "latency/blocks.parquet": LATENCY,
     "intervals/intervals.parquet": INTERVALS,
+    "width/candidates.parquet": WIDTH_CANDIDATES,
     "distill/log.parquet": DISTILL_LOG,
-    "distill/errors.parquet": STUDENT_ERRORS,
+    "distill/errors.parquet": UNIT_ERRORS,
+    "narrow/log.parquet": DISTILL_LOG,
+    "narrow/errors.parquet": UNIT_ERRORS,
     "subsets/log.parquet": VELOCITY_LOG,
-    "subsets/errors.parquet": STUDENT_ERRORS,
+    "subsets/errors.parquet": UNIT_ERRORS,
     "finetune/<variant>.parquet": VELOCITY_LOG,
+    "pareto/points.parquet": POINTS,
     "evaluation/metrics.parquet": METRICS,
     "evaluation/images.parquet": IMAGES,
 }
@@ -208,23 +300,30 @@ ARTIFACTS = {
     "similarity/cka.parquet": "CKA of every run of probes with the teacher",
     "similarity/blocks.parquet": "CKA between the outputs of all pairs of blocks",
     "sensitivity/intervals.parquet": "what every run of blocks costs before any training",
+    "width/measured.parquet": "what text runs and linear FFNs cost (if width.enabled)",
+    "latency/blocks.parquet": "what parts of blocks take (if a budget is a latency)",
     "intervals/intervals.parquet": "candidate intervals and the selection",
+    "width/candidates.parquet": "the selection of text runs and FFNs (if width.enabled)",
     "prune/plan.json": "what each student replaces and starts from",
     "prune/students.safetensors": "start weights of the students",
     "distill/students.safetensors": "students trained one by one",
     "distill/errors.parquet": "what each trained student costs, plugged into the teacher alone",
     "distill/log.parquet": "losses of the students during distillation",
+    "narrow/students.safetensors": "made narrow and trained again (width.schedule: staged)",
+    "narrow/errors.parquet": "what each unit costs now, plugged into the teacher alone",
+    "narrow/log.parquet": "losses of the narrow blocks",
     "subsets/students.safetensors": "trained in random subsets (unless subsets.steps is 0)",
     "subsets/errors.parquet": "what each of them costs, plugged into the teacher alone",
     "subsets/log.parquet": "velocity error while random subsets are trained",
     "finetune/<variant>.safetensors": "all weights of a fine-tuned variant",
     "finetune/<variant>.parquet": "losses during fine-tuning",
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",
+    "pareto/points.parquet": "the sizes between: quality and speed without further training",
     "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
     "evaluation/images.parquet": "every image behind the metrics",
-    "plots/intervals/": "`search`, `heatmap`, `probes`, each .svg and .png",
+    "plots/intervals/": "`search`, `heatmap`, `probes`, `width` (if enabled), each .svg and .png",
     "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",
-    "plots/quality/": "`tradeoff`, `images`, each .svg and .png",
+    "plots/quality/": "`pareto`, `tradeoff`, `images`, each .svg and .png",
     "logs/": "what every stage printed",
     "benchmarks/": "time and memory of every stage, as Snakemake measured them",
     "state/": "what interrupted stages resume from; may be deleted after a finished run",

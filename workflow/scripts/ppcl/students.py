@@ -1,35 +1,25 @@
-"""Students: one block per interval. Their plan, their start weights and their file."""
+"""Students: the new blocks of a plan. Their start weights, their plan and their file."""
 
 import copy
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, tensors
+from ppcl import blocks, narrow, tensors
 from ppcl.errors import UserError
+from ppcl.plans import Part, Unit
+
+Students = dict[Part, nn.Module]
 
 
-@dataclass(frozen=True)
-class Interval:
-    """Blocks first..last (inclusive), replaced by one student."""
-
-    first: int
-    last: int
-
-    @property
-    def name(self) -> str:
-        """Such as 03-05; the key of its student in files and logs."""
-        return f"{self.first:02d}-{self.last:02d}"
-
-    @property
-    def key(self) -> tuple[int, int]:
-        return self.first, self.last
-
-
-Students = dict[Interval, nn.Module]
+def parts_of(units: Iterable[Unit]) -> list[Part]:
+    """The parts of all units, in order."""
+    return [part for unit in units for part in unit.parts]
 
 
 def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
@@ -56,65 +46,128 @@ def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
     }
 
 
-def start(transformer: nn.Module, intervals: list[Interval], how: str) -> Students:
-    """Students with their start weights, float32, on the CPU."""
+def start(transformer: nn.Module, parts: Iterable[Part], how: str) -> Students:
+    """A block of the teacher's kind for every part, with its start weights, float32, on the CPU.
+
+    They are whole blocks still: `width.narrowed` makes the narrow ones, whose linear maps need
+    activations to start from.
+    """
     sequence = blocks.block_sequence(transformer)
     found = {}
-    for interval in intervals:
-        modules = [sequence[i].module for i in range(interval.first, interval.last + 1)]
+    for part in parts:
+        modules = [sequence[i].module for i in range(part.first, part.last + 1)]
         student = copy.deepcopy(modules[0]).float().cpu().requires_grad_(True)
         student.load_state_dict(start_weights(modules, how))
-        found[interval] = student
+        found[part] = student
     return found
+
+
+def whole(transformer: nn.Module, parts: Iterable[Part], distilled: Students) -> Students:
+    """Whole blocks for the parts: distilled students, and copies of the teacher's kept blocks."""
+    trained = {part.key: student for part, student in distilled.items()}
+    kept = start(transformer, [part for part in parts if part.key not in trained], "first")
+    return {part: trained[part.key] if part.key in trained else kept[part] for part in parts}
+
+
+def shaped(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
+    """The whole block, made as narrow as its part; new linear maps are zero. In place."""
+    if part.narrow:
+        layout = blocks.block_sequence(transformer)[part.first].list.layout()
+        role = {} if part.text == "own" else {"text": part.text}
+        narrow.narrow(student, layout, {"linear_ffn": list(part.linear_ffn)} | role)
+    return student
 
 
 def save(path: Path, students: Students, metadata: dict[str, str]) -> None:
-    """Writes all students to one file, parameters named `<interval>/<parameter>`."""
-    state = {f"{i.name}/{k}": v for i, m in students.items() for k, v in m.state_dict().items()}
+    """Writes all students to one file, parameters named `<part>/<parameter>`."""
+    state = {f"{p.name}/{k}": v for p, m in students.items() for k, v in m.state_dict().items()}
     tensors.write(path, state, metadata)
 
 
-def load(path: Path, transformer: nn.Module, intervals: list[Interval]) -> Students:
-    """Reads students; their architecture is that of the teacher's block at the interval's start.
+def load(path: Path, transformer: nn.Module, parts: Iterable[Part]) -> Students:
+    """Reads students; each has the shape of its part, cut from the teacher's block at its start.
 
     Raises:
-        UserError: the file lacks an interval, or holds other shapes, or NaN.
+        UserError: the file lacks a part, or holds other shapes, or NaN.
     """
     state, _ = tensors.read(path)
     sequence, found = blocks.block_sequence(transformer), {}
-    for interval in intervals:
-        student = copy.deepcopy(sequence[interval.first].module).float().cpu().requires_grad_(True)
-        part = {
-            k.split("/", 1)[1]: v for k, v in state.items() if k.startswith(interval.name + "/")
-        }
+    for part in parts:
+        whole = copy.deepcopy(sequence[part.first].module).float().cpu()
+        student = shaped(transformer, part, whole).requires_grad_(True)
+        own = {k.split("/", 1)[1]: v for k, v in state.items() if k.startswith(part.name + "/")}
         try:
-            student.load_state_dict(part)
+            student.load_state_dict(own)
         except RuntimeError as error:
             raise UserError(
-                f"{path} does not fit interval {interval.name} of this teacher; delete it and "
+                f"{path} does not fit part {part.name} of this plan and teacher; delete it and "
                 f"rerun. {error}"
             ) from error
-        for key, value in part.items():
+        for key, value in own.items():
             if not torch.isfinite(value).all():
-                raise UserError(f"{path}: '{interval.name}/{key}' holds NaN or infinity; delete it")
-        found[interval] = student
+                raise UserError(f"{path}: '{part.name}/{key}' holds NaN or infinity; delete it")
+        found[part] = student
     return found
 
 
-def read_plan(path: Path) -> tuple[list[Interval], dict]:
-    """The plan's intervals, and the whole plan.
+def plan_entry(unit: Unit, saved_parameters: int, saved_seconds: float) -> dict:
+    """A unit as plan.json holds it."""
+    return {
+        "name": unit.name,
+        "removed_blocks": unit.removed_blocks,
+        "saved_parameters": saved_parameters,
+        "saved_seconds": None if math.isnan(saved_seconds) else saved_seconds,
+        "parts": [asdict(part) for part in unit.parts],
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json.
+
+    Attributes:
+        units: the whole selection.
+        distilled: what distill trains of it.
+        facts: the file's content; its `units` and `distilled` tell what each saves.
+    """
+
+    units: list[Unit]
+    distilled: list[Unit]
+    facts: dict
+
+    def named(self, names: Iterable[str]) -> list[Unit]:
+        """The units with these names, in order of depth."""
+        wanted = set(names)
+        return [unit for unit in self.units if unit.name in wanted]
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan that `prune` wrote.
 
     Raises:
-        UserError: the plan is missing or not one that `prune` wrote.
+        UserError: it is missing, or not a whole one.
     """
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
-        found = [Interval(i["first"], i["last"]) for i in plan["intervals"]]
-        for entry in plan["intervals"]:
-            int(entry["saved_parameters"])
-        int(plan["transformer_parameters"])
-        return found, plan
+        facts = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("transformer_parameters", "blocks"):
+            int(facts[key])
+        return Plan(_units(facts["units"]), _units(facts["distilled"]), facts)
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}); run the prune stage") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a whole plan ({error}); delete it and rerun") from error
+
+
+def _units(entries: list[dict]) -> list[Unit]:
+    found = [Unit(tuple(_part(part) for part in entry["parts"])) for entry in entries]
+    for entry, unit in zip(entries, found, strict=True):
+        if entry["name"] != unit.name:
+            raise ValueError(f"unit {entry['name']} has the parts of {unit.name}")
+        int(entry["saved_parameters"])
+        float(entry["saved_seconds"] or 0)
+    return found
+
+
+def _part(entry: dict) -> Part:
+    source = entry["source"] and tuple(entry["source"])
+    return Part(**entry | {"linear_ffn": tuple(entry["linear_ffn"]), "source": source})

@@ -64,6 +64,7 @@ def train(
     accelerator: Accelerator,
     checkpoint: Path,
     identity: str,
+    lr_scales: Mapping[str, float] | None = None,
 ) -> list[dict]:
     """Trains modules in place and returns the log.
 
@@ -76,6 +77,8 @@ def train(
         checkpoint: the resume file; written every `checkpoint_every` steps by the main process.
         identity: digest of everything that decides the result. A checkpoint that carries another
             identity belongs to another run and is not used.
+        lr_scales: start of a parameter's name, `<module>/<path>` -> what its learning rate is
+            multiplied by, if not 1.
 
     Returns:
         One row per module every `log_every` steps: step (1-based), name, lr, seconds (training time
@@ -90,8 +93,12 @@ def train(
         for key, p in module.named_parameters()
         if p.requires_grad
     }
+    groups: dict[float, list[nn.Parameter]] = {}
+    for key, parameter in parameters.items():
+        scale = next((s for start, s in (lr_scales or {}).items() if key.startswith(start)), 1.0)
+        groups.setdefault(scale, []).append(parameter)
     optimizer = torch.optim.AdamW(
-        list(parameters.values()),
+        [{"params": members, "scale": scale} for scale, members in groups.items()],
         lr=options.lr,
         betas=options.betas,
         weight_decay=options.weight_decay,
@@ -120,7 +127,7 @@ def train(
             norm = nn.utils.clip_grad_norm_(module.parameters(), options.clip_norm)
             sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
         for group in optimizer.param_groups:
-            group["lr"] = options.lr_at(step)
+            group["lr"] = group["scale"] * options.lr_at(step)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         bar.update()

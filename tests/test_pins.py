@@ -1,0 +1,88 @@
+"""Pins and forbids: every contradiction is one message that names the key."""
+
+import pytest
+
+from ppcl import config, pins
+from ppcl.errors import UserError
+from ppcl.families import IMAGE, TEXT
+
+
+def given(**keys):
+    """A complete config; keys such as text__pin are those of width, others those of intervals."""
+    wanted = {"intervals": {}, "width": {}}
+    for key, value in keys.items():
+        section, _, verb = key.rpartition("__")
+        place = wanted["width"].setdefault(section, {}) if section else wanted["intervals"]
+        place[verb] = value
+    return config.complete(wanted, "mine.yaml")
+
+
+def test_lists_are_read_by_kind():
+    settings = given(
+        pin=[[3, 5]], forbid=[[3, 4]], text__pin=[[2, 7]], ffn_image__pin=[3], ffn_text__forbid=[0]
+    )
+    pinned, forbidden = pins.wishes(settings, 8)
+    assert (pinned.intervals, pinned.runs, pinned.ffns) == ({(3, 5)}, {(2, 7)}, {(3, IMAGE)})
+    assert (forbidden.intervals, forbidden.runs) == ({(3, 4)}, set())
+    assert forbidden.ffns == {(0, TEXT)}
+    settings["width"]["enabled"] = False
+    assert pins.wishes(settings, 8)[0] == pins.Named(frozenset({(3, 5)}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"pin": [[5, 3]]}, r"intervals\.pin: \[5,3\] has to be \[first, last\]"),
+        ({"forbid": [[4, 4]]}, r"intervals\.forbid: \[4,4\] has to be"),
+        ({"text__pin": [[4, 4]]}, r"width\.text\.pin: \[4,4\] has to be"),
+        ({"pin": [[3, 10]]}, r"intervals\.pin: \[3,10\] is beyond this teacher's blocks 0 to 9"),
+        ({"ffn_text__forbid": [10]}, r"width\.ffn_text\.forbid: block 10 is beyond"),
+        ({"pin": [[3, 5]], "forbid": [[3, 5]]}, r"intervals\.pin: \[3,5\] is also in interv"),
+        ({"ffn_image__pin": [3], "ffn_image__forbid": [3]}, r"width\.ffn_image\.pin: block 3 is a"),
+        ({"pin": [[3, 5], [5, 7]]}, r"intervals\.pin: \[3,5\] and \[5,7\] overlap"),
+        ({"text__pin": [[3, 5], [0, 9]]}, r"width\.text\.pin: \[0,9\] and \[3,5\] overlap"),
+        ({"pin": [[3, 5]], "text__pin": [[4, 8]]}, r"width\.text\.pin: \[4,8\] and \[3,5\] of"),
+        (
+            {"pin": [[3, 5]], "text__pin": [[3, 5]]},
+            r"width\.text\.pin: .* whole intervals and more",
+        ),
+        ({"pin": [[3, 5]], "ffn_text__pin": [4]}, r"width\.ffn_text\.pin: 4 goes with \[3,5\]"),
+        ({"text__pin": [[3, 5]], "ffn_text__pin": [5]}, r"width\.ffn_text\.pin: 5 has no text FFN"),
+        ({"pin": [[0, 2]], "protect_first": 1}, r"intervals\.pin: \[0,2\] holds block 0, which"),
+        ({"ffn_image__pin": [9], "protect_last": 1}, r"width\.ffn_image\.pin: block 9 holds block"),
+    ],
+)
+def test_contradictions(keys, message):
+    with pytest.raises(UserError, match=message) as raised:
+        pins.wishes(given(**keys), 10)
+    assert "\n" not in str(raised.value)
+
+
+def test_what_looks_like_a_contradiction_but_is_none():
+    settings = given(
+        pin=[[3, 5], [6, 8]],
+        text__pin=[[3, 8]],
+        ffn_image__pin=[3, 6],
+        ffn_text__pin=[3],
+        protect_first=3,
+        protect_last=1,
+    )
+    assert len(pins.wishes(settings, 10)[0].ffns) == 3
+    assert pins.wishes(given(pin=[[80, 90]]))[0].intervals  # a depth that is not known
+
+
+def test_pins_of_a_teacher():
+    settings = given(pin=[[3, 5]], text__pin=[[0, 2]], ffn_image__pin=[1])
+    pinned, _ = pins.wishes(settings, 6)
+    fitting = {"seams": [0], "untouchable": (), "unseen": (), "ffns": {(1, IMAGE)}}
+    pins.check(pinned, **fitting, text_saved=[5] * 6)
+    for changed, message in (
+        ({"seams": [0, 4]}, r"intervals\.pin: \[3,5\] .* of another kind from block 4 on"),
+        ({"seams": [0, 2]}, r"width\.text\.pin: \[0,2\] .* of another kind from block 2 on"),
+        ({"untouchable": [1]}, r"width\.text\.pin: \[0,2\] .* block 1 of this teacher can't be"),
+        ({"unseen": [1, 4]}, r"intervals\.pin: \[3,5\] .* block 4 does not pass the stream"),
+        ({"text_saved": [0, 5, 5, 5, 5, 5]}, r"width\.text\.pin: .* text stream of their own"),
+        ({"ffns": {(1, TEXT)}}, r"width\.ffn_image\.pin: block 1 can't be had"),
+    ):
+        with pytest.raises(UserError, match=message):
+            pins.check(pinned, **{**fitting, "text_saved": [5] * 6, **changed})

@@ -1,0 +1,85 @@
+"""Units: which blocks go in together, whatever a selection holds."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ppcl.plans import Part, Unit, units
+
+DEPTH = 14
+
+
+@st.composite
+def selections(draw):
+    """Disjoint intervals, runs that cut none, linear FFNs of kept blocks and of intervals' starts,
+    and the depth's end, after which nothing may read text."""
+    cuts = draw(st.lists(st.booleans(), min_size=DEPTH - 1, max_size=DEPTH - 1))
+    pieces, start = [], 0
+    for block in range(DEPTH):
+        if block == DEPTH - 1 or cuts[block]:
+            pieces.append((start, block))
+            start = block + 1
+    runs, at = [], 0
+    while at < len(pieces):
+        length = draw(st.integers(1, 4))
+        if length > 1 and at + length <= len(pieces):
+            runs.append((pieces[at][0], pieces[at + length - 1][1]))
+        at += length
+    offered = [(first, stream) for first, _ in pieces for stream in ("image", "text")]
+    linear = draw(st.lists(st.sampled_from(offered), unique=True))
+    return pieces, draw(st.permutations(runs)), linear, draw(st.sampled_from([None, DEPTH - 1]))
+
+
+@given(selections())
+def test_units_of_any_selection(selection):
+    pieces, runs, linear, unread = selection
+    intervals = [piece for piece in reversed(pieces) if piece[1] > piece[0]]
+    found = units(intervals, runs, linear, unread)
+    every = [part for unit in found for part in unit.parts]
+
+    # In order, apart, and named after their ends.
+    blocks = [block for part in every for block in range(part.first, part.last + 1)]
+    assert blocks == sorted(set(blocks))
+    assert [unit.name for unit in found] == [f"{u.first:02d}-{u.last:02d}" for u in found]
+
+    # Every interval, every run and every linear FFN is there, and nothing else.
+    assert {part.key for part in every if part.last > part.first} == set(intervals)
+    assert {(unit.first, unit.last) for unit in found if len(unit.parts) > 1} == set(runs)
+    for unit in found:
+        assert len(unit.parts) > 1 or unit.parts[0].narrow or unit.first < unit.last
+        assert unit.removed_blocks == sum(part.last - part.first for part in unit.parts)
+    borrowing = {part.first for part in every if part.borrows}
+    wanted = {(b, s) for b, s in linear if not (s == "text" and b in borrowing)}
+    assert {(part.first, s) for part in every for s in part.linear_ffn} == wanted
+
+    for unit in found:
+        head, *others = unit.parts
+        assert head.source is None and head.text == ("source" if others else "own")
+        end = unit.first - 1
+        for part in unit.parts:  # the parts of a run cover it
+            assert part.first == end + 1
+            end = part.last
+        assert all(part.source == head.key and part.borrows for part in others)
+        closing = [part for part in others if part.text == "close"]
+        assert closing == ([] if unit.last == unread else others[-1:])
+
+
+def test_a_selection_with_everything():
+    found = units([(8, 9), (1, 3)], [(5, 9)], [(0, "text"), (1, "image"), (8, "text")])
+    source = (5, 5)
+    run = (
+        Part(5, 5, text="source"),
+        *(Part(block, block, text="borrow", source=source) for block in (6, 7)),
+        Part(8, 9, text="close", source=source),
+    )
+    kept, student = Part(0, 0, ("text",)), Part(1, 3, ("image",))
+    assert found == [Unit((kept,)), Unit((student,)), Unit(run)]
+    assert [unit.name for unit in found] == ["00-00", "01-03", "05-09"]
+    assert [unit.removed_blocks for unit in found] == [0, 2, 1]
+    assert units([(8, 9)], [(5, 9)], unread_after=9)[0].parts[-1].text == "borrow"
+    assert units([]) == []
+
+
+@pytest.mark.parametrize("streams", [["image", "text"], ["text", "image"]])
+def test_a_part_is_the_same_in_whatever_order_its_streams_are_named(streams):
+    assert units([], [], [(2, s) for s in streams]) == [Unit((Part(2, 2, ("image", "text")),))]

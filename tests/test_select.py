@@ -1,0 +1,350 @@
+"""The program that selects: its tables, reasons, and what it refuses."""
+
+import itertools
+import json
+import runpy
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ppcl import intervals, schemas, selection, similarity, tables
+from ppcl.intervals import Interval
+
+
+def random_cka(seed, depth):
+    """[first, last]: falls with every added block, unevenly; NaN below the diagonal."""
+    generator = np.random.default_rng(seed)
+    falls = generator.exponential(0.05, size=(depth, depth))
+    falls[np.tril_indices(depth, -1)] = 0
+    cka = 1 - np.cumsum(falls, axis=1)
+    cka[np.tril_indices(depth, -1)] = np.nan
+    return cka
+
+
+def write_cka(path, cka, **facts):
+    first, last = np.nonzero(np.isfinite(cka))
+    delta = similarity.differences(cka)[first, last]
+    values = {"cka": cka[first, last], "delta": delta}
+    for name in ("cka", "delta"):
+        values |= {f"{name}_low": values[name], f"{name}_high": values[name]}
+    table = pd.DataFrame({"stream": "mean", "start": first - 1, "end": last, **values})
+    depth = len(cka)
+    facts = {
+        "block_parameters": [100] * depth,
+        "transformer_parameters": 100 * depth + 50,
+        "seams": [0],
+        "untouchable": [],
+        "delta_noise": {"mean": 0.0},
+        **facts,
+    }
+    tables.write(path, table, schemas.CKA, {key: json.dumps(value) for key, value in facts.items()})
+
+
+def write_costs(path, costs):
+    """The table of `sensitivity` from costs [first, last]; NaN is not measured."""
+    first, last = np.nonzero(np.isfinite(costs))
+    table = {"first": first, "last": last, "velocity_error": costs[first, last], "rows": 8}
+    tables.write(path, pd.DataFrame(table), schemas.SENSITIVITY, {})
+
+
+def write_widths(path, depth, saved=30, output=6):
+    """The table of `width` for a model whose last block's text nobody reads; cost grows with b."""
+    rows = [
+        {"kind": "text", "first": a, "last": b, "stream": "text", "cka": 0.99 - 0.05 * (b - a)}
+        | {"parameters_saved": saved * (b - a) - output * (b < depth - 1)}
+        | {"velocity_error": 0.01 * (b - a) + a / 10_000}
+        for a, b in itertools.combinations(range(depth), 2)
+        if b - a < 4
+    ]
+    rows += [
+        {"kind": "ffn", "first": b, "last": b, "stream": stream, "cka": float("nan")}
+        | {"parameters_saved": 20, "velocity_error": 0.006 + b / 5000}
+        for b in range(depth)
+        for stream in ("image", "text")
+    ]
+    table = pd.DataFrame(rows).assign(fit_error_heldout=0.1, rows=8)
+    facts = {
+        "text_saved": json.dumps([saved] * depth),
+        "text_output": json.dumps([output] * (depth - 1) + [0]),
+    }
+    tables.write(path, table, schemas.WIDTH_MEASURED, facts)
+
+
+def run_stage(
+    monkeypatch, folder, stream="mean", width=None, variants=None, latency=False, **chosen
+):
+    """The stage's program in this process; the rows that it wrote."""
+    choices = {
+        "seed": 0,
+        "similarity": {"streams": stream},
+        "intervals": {"segmentation": "trend", "cost": "cka", **chosen},
+        "width": {"enabled": False} if width is None else width,
+        "variants": variants
+        or [{"name": "small", "budget": 0.6}, {"name": "large", "budget": 0.9}],
+    }
+    script = Path(intervals.__file__).parents[1] / "intervals.py"
+    arguments = ["--config", json.dumps(choices)]
+    used = ["cka", "sensitivity", "intervals"]
+    used += [] if width is None else ["width", "candidates"]
+    for table in used + ["latency"] * latency:
+        arguments += [f"--{table}", str(folder / f"{table}.parquet")]
+    monkeypatch.setattr("sys.argv", [str(script), *arguments])
+    runpy.run_path(str(script), run_name="__main__")
+    return tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
+
+
+def subsets_without_overlap(choices, after=-1):
+    """Every set of disjoint intervals, as tuples in order of depth."""
+    yield ()
+    for it in choices:
+        if it.first > after:
+            for rest in subsets_without_overlap(choices, it.last):
+                yield (it, *rest)
+
+
+def test_stage_lists_the_chain_and_the_selection_with_reasons(tmp_path, monkeypatch):
+    cka = random_cka(3, 12)
+    write_cka(tmp_path / "cka.parquet", cka)
+    found = run_stage(monkeypatch, tmp_path, cka_floor=0.2, protect_first=1)
+    chain = intervals.trend_chain(cka, [range(12)])
+    trend = found[found["source"] == "trend"]
+    assert list(zip(trend["first"], trend["last"], strict=True)) == chain
+    assert found["cost"].tolist() == pytest.approx(1 - found["cka"])
+    selected = found[found["selected"]]
+    assert selected["removed_blocks"].sum() == 5  # 1250 parameters, at most 750 stay: 500 go
+    blocks = [b for row in selected.itertuples() for b in range(row.first, row.last + 1)]
+    assert len(set(blocks)) == len(blocks)
+    assert 0 not in blocks
+    assert (selected["cka"] >= 0.2).all()
+    assert found["reason"].str.len().min() > 10
+    assert "protected block 0" in found["reason"][0]
+    assert not any(found.duplicated(["first", "last"]))
+
+
+def test_stage_keeps_untouchable_blocks_and_blocks_without_cka(tmp_path, monkeypatch):
+    cka = random_cka(4, 12)
+    cka[5, :] = cka[:5, 5:] = np.nan
+    write_cka(tmp_path / "cka.parquet", cka, untouchable=[9], seams=[0, 3])
+    found = run_stage(monkeypatch, tmp_path, segmentation="optimal")
+    for row in found.itertuples():
+        assert not {5, 9} & set(range(row.first, row.last + 1))
+        assert not row.first < 3 <= row.last
+    assert found.loc[found["selected"], "removed_blocks"].sum() == 5
+
+
+@pytest.mark.parametrize(("tolerance", "used"), [("bootstrap", 0.037), (0.5, 0.5)])
+def test_stage_tolerance(tmp_path, monkeypatch, tolerance, used):
+    cka = random_cka(5, 12)
+    write_cka(tmp_path / "cka.parquet", cka, delta_noise={"mean": 0.037})
+    found = run_stage(monkeypatch, tmp_path, tolerance=tolerance)
+    assert (found["tolerance"] == used).all()
+    chain = intervals.trend_chain(cka, [range(12)], used)
+    assert len(chain) == (found["source"] == "trend").sum()
+    assert len(chain) < len(intervals.trend_chain(cka, [range(12)]))
+
+
+def test_stage_names_the_streams_that_there_are(tmp_path, monkeypatch, capsys):
+    write_cka(tmp_path / "cka.parquet", random_cka(6, 4))
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(monkeypatch, tmp_path, stream="text")
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "similarity.streams 'text'; set it to one of mean" in message
+
+
+def test_stage_refuses_a_table_without_the_models_facts(tmp_path, monkeypatch, capsys):
+    write_cka(tmp_path / "cka.parquet", random_cka(6, 4))
+    table = tables.read(tmp_path / "cka.parquet", schemas.CKA)
+    tables.write(tmp_path / "cka.parquet", table, schemas.CKA, {"seed": "0"})
+    with pytest.raises(SystemExit):
+        run_stage(monkeypatch, tmp_path)
+    assert "cka.parquet: its provenance lacks 'block_parameters'" in capsys.readouterr().err
+
+
+def test_stage_takes_what_was_measured_to_cost_least(tmp_path, monkeypatch):
+    depth, longest = 9, 4
+    cka, costs = random_cka(7, depth), np.random.default_rng(8).exponential(size=(depth, depth))
+    costs[np.tril_indices(depth)] = costs[np.triu_indices(depth, longest)] = np.nan
+    write_cka(tmp_path / "cka.parquet", cka)
+    write_costs(tmp_path / "sensitivity.parquet", costs)
+    found = run_stage(monkeypatch, tmp_path, segmentation="optimal", cost="velocity", tolerance=0.2)
+    selected = found[found["selected"]]
+    assert selected["removed_blocks"].sum() == 4  # 950 parameters, at most 570 stay: 380 go
+    measured = [
+        Interval(first, last, 1.0, costs[first, last])
+        for first, last in itertools.combinations(range(depth), 2)
+        if last - first < longest
+    ]
+    best = min(
+        sum(it.cost for it in subset)
+        for subset in subsets_without_overlap(measured)
+        if sum(it.removed for it in subset) == 4
+    )
+    assert selected["cost"].sum() == pytest.approx(best)
+    np.testing.assert_array_equal(found["cost"], costs[found["first"], found["last"]])
+    # Eq. 5's runs that are longer than what was measured have no cost, and say so.
+    without = found[found["removed_blocks"] >= longest]
+    assert len(without) and without["cost"].isna().all() and not without["selected"].any()
+    assert (without["reason"] == "has no measured cost: longer than sensitivity.longest").all()
+    assert len(without) == found["cost"].isna().sum()
+
+    cheapest = selected[["first", "last"]].to_numpy().tolist()
+    by_cka = run_stage(monkeypatch, tmp_path, segmentation="optimal")
+    assert by_cka.query("selected")[["first", "last"]].to_numpy().tolist() != cheapest
+
+
+def test_stage_refuses_costs_of_a_deeper_model(tmp_path, monkeypatch, capsys):
+    write_cka(tmp_path / "cka.parquet", random_cka(6, 5))
+    write_costs(tmp_path / "sensitivity.parquet", random_cka(6, 6))
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(monkeypatch, tmp_path, cost="velocity")
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert "sensitivity.parquet names blocks that this teacher lacks" in message
+    assert not (tmp_path / "intervals.parquet").exists()
+
+
+# ---- width, latency, pins
+
+
+def candidates(folder):
+    return tables.read(folder / "candidates.parquet", schemas.WIDTH_CANDIDATES).to_pandas()
+
+
+def test_stage_chooses_depth_and_width_together(tmp_path, monkeypatch, capsys):
+    write_cka(tmp_path / "cka.parquet", random_cka(3, 8))
+    write_widths(tmp_path / "width.parquet", 8)
+    first, last = np.indices((8, 8))
+    costs = np.where(last > first, 0.07 * (last - first) + first / 1000, np.nan)
+    write_costs(tmp_path / "sensitivity.parquet", costs)
+    found = run_stage(
+        monkeypatch, tmp_path, width={}, segmentation="optimal", cost="velocity", protect_first=1
+    )
+    wide = candidates(tmp_path)
+    assert len(wide) == len(tables.read(tmp_path / "width.parquet"))
+    assert wide["reason"].str.len().min() > 10
+    taken, chosen = found[found["selected"]], wide[wide["selected"]]
+    assert len(taken) and set(chosen["kind"]) == {"text", "ffn"}
+    # 850 parameters, of which 510 may stay.
+    pairs = [
+        list(zip(t["first"], t["last"], strict=True))
+        for t in (taken, chosen[chosen["kind"] == "text"])
+    ]
+    ffns = chosen[chosen["kind"] == "ffn"]
+    ffns = list(zip(ffns["first"], ffns["stream"], strict=True))
+    counted = selection.Weights(
+        [100] * 8,
+        [30] * 8,
+        [6] * 7 + [0],
+        {(b, s): 20 for b in range(8) for s in ("image", "text")},
+    )
+    assert selection.saved(*pairs, ffns, counted) >= 340
+    assert min(first for first, _ in [*pairs[0], *pairs[1], *ffns]) >= 1
+    protected = wide[wide["first"] == 0]
+    assert protected["reason"].str.contains("protected block 0").all()
+    stamp = tables.provenance(tmp_path / "candidates.parquet")
+    assert int(stamp["removed_parameters"]) == selection.saved(*pairs, ffns, counted)
+    assert "no set that is enough costs less" in capsys.readouterr().out
+
+
+def test_stage_says_why_a_width_is_not_used(tmp_path, monkeypatch):
+    write_cka(tmp_path / "cka.parquet", random_cka(3, 8))
+    write_widths(tmp_path / "width.parquet", 8)
+    width = {
+        "cka_floor": 0.9,
+        "text": {"pin": [[4, 6]], "forbid": [[0, 1]]},
+        "ffn_image": {"pin": [2], "forbid": [1]},
+    }
+    lists = {"pin": [[2, 3], [5, 6]], "forbid": [[0, 1]]}
+    variants = [{"name": "small", "budget": {"parameters": 850 - 200 - 24 - 20}}]
+    found = run_stage(
+        monkeypatch, tmp_path, width=width, variants=variants, segmentation="optimal", **lists
+    )
+    taken = found[found["selected"]]
+    assert list(zip(taken["first"], taken["last"], strict=True)) == [(2, 3), (5, 6)]
+    assert taken["reason"].str.startswith("pinned by intervals.pin").all()
+    why = {(r.kind, r.first, r.last, r.stream): r.reason for r in candidates(tmp_path).itertuples()}
+    assert why["text", 4, 6, "text"] == "pinned by width.text.pin"
+    assert why["ffn", 2, 2, "image"] == "pinned by width.ffn_image.pin"
+    assert why["text", 0, 1, "text"] == "forbidden by width.text.forbid"
+    assert why["ffn", 1, 1, "image"] == "forbidden by width.ffn_image.forbid"
+    assert why["text", 0, 2, "text"] == "text cka 0.8900 is below width.cka_floor 0.9"
+    assert why["text", 1, 2, "text"] == "would cut the selected interval [2,3]"
+    assert why["text", 2, 3, "text"] == "inside the selected interval [2,3], it is one block"
+    assert why["text", 6, 7, "text"] == "costs more at this budget than [4,6] on its blocks"
+    assert why["ffn", 6, 6, "image"] == "goes with its block in the selected interval [5,6]"
+    assert why["ffn", 5, 5, "text"].startswith("gone: its text stream is borrowed")
+    assert why["ffn", 7, 7, "text"] == "not needed for the budget: other choices cost less"
+    chosen = candidates(tmp_path).query("selected")
+    assert len(chosen) == 2
+
+
+def test_stage_takes_pins_that_nobody_measured_as_free(tmp_path, monkeypatch):
+    write_cka(tmp_path / "cka.parquet", random_cka(3, 12))
+    write_widths(tmp_path / "width.parquet", 12)
+    costs = random_cka(4, 12)
+    costs[np.triu_indices(12, 3)] = np.nan
+    write_costs(tmp_path / "sensitivity.parquet", costs)
+    found = run_stage(
+        monkeypatch,
+        tmp_path,
+        width={"text": {"pin": [[0, 6]]}},
+        variants=[{"name": "small", "budget": {"blocks": 9}}],
+        cost="velocity",
+        pin=[[8, 11]],
+    )
+    taken = found[found["selected"]]
+    assert list(zip(taken["first"], taken["last"], strict=True)) == [(8, 11)]
+    assert taken["reason"].str.startswith("pinned by intervals.pin; not measured").all()
+    run = candidates(tmp_path).query("selected").iloc[0]
+    assert (run["first"], run["last"], run["parameters_saved"]) == (0, 6, 6 * 30 - 6)
+    assert np.isnan(run["velocity_error"]) and "it counts as free" in run["reason"]
+
+
+def test_stage_meets_a_latency_budget(tmp_path, monkeypatch, capsys):
+    write_cka(tmp_path / "cka.parquet", random_cka(3, 8))
+    times = pd.DataFrame({"block": range(8), "part": "block", "seconds": [0.1] * 4 + [0.2] * 4})
+    tables.write(
+        tmp_path / "latency.parquet", times, schemas.LATENCY, {"transformer_seconds": "1.3"}
+    )
+    variants = [{"name": "fast", "budget": {"latency": 0.6}}, {"name": "p90", "budget": 0.9}]
+    found = run_stage(
+        monkeypatch, tmp_path, variants=variants, latency=True, segmentation="optimal"
+    )
+    gone = [
+        b for r in found[found["selected"]].itertuples() for b in range(r.first + 1, r.last + 1)
+    ]
+    assert sum(times["seconds"][gone]) >= 0.4 * 1.3 and len(gone) >= 1
+    assert "520 ms per call" in found.query("selected")["reason"].iloc[0]
+    with pytest.raises(SystemExit):
+        run_stage(monkeypatch, tmp_path, variants=variants)
+    assert "name the block times, --latency" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"pin": [[2, 3]]}, "intervals.pin: [2,3] can't be had: the teacher's blocks are of anoth"),
+        ({"pin": [[5, 6]]}, "intervals.pin: [5,6] can't be had: block 6 of this teacher can't be"),
+        ({"pin": [[6, 8]]}, "intervals.pin: [6,8] is beyond this teacher's blocks 0 to 7"),
+        ({"width": {"text": {"pin": [[0, 4]]}}}, "width.text.pin: [0,4] can't be had"),
+        ({"width": {"text": {"pin": [[3, 5]]}}}, "not all of these blocks have a text stream"),
+        ({"width": {"ffn_text": {"pin": [4]}}}, "width.ffn_text.pin: block 4 can't be had: this"),
+    ],
+)
+def test_stage_refuses_pins_that_this_teacher_cannot_have(
+    tmp_path, monkeypatch, capsys, chosen, message
+):
+    write_cka(tmp_path / "cka.parquet", random_cka(3, 8), seams=[0, 3], untouchable=[6])
+    write_widths(tmp_path / "width.parquet", 8)
+    measured = tables.read(tmp_path / "width.parquet").to_pandas()
+    measured = measured[(measured["kind"] == "ffn") & (measured["first"] < 3)]
+    facts = {"text_saved": json.dumps([30] * 3 + [0] * 5), "text_output": json.dumps([6] * 8)}
+    tables.write(tmp_path / "width.parquet", measured, schemas.WIDTH_MEASURED, facts)
+    with pytest.raises(SystemExit) as stopped:
+        run_stage(monkeypatch, tmp_path, **{"width": {}, **chosen})
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "intervals.parquet").exists()

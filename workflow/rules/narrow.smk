@@ -1,0 +1,56 @@
+# Stage 2 after stage 1: distilled students and kept blocks become narrow, and learn once more.
+#
+# in:  the teacher, record/calls.parquet, prune/plan.json and distill/students.safetensors
+# out: narrow/students.safetensors; the loss curves, narrow/log.parquet; and what each unit costs
+#      now, narrow/errors.parquet
+#
+# Only with width.enabled and width.schedule: staged; with joint, distill trains narrow blocks from
+# the start. Checkpoints live in state/narrow, as in distill.smk.
+
+
+rule narrow:
+    input:
+        script=program("narrow.py"),
+        launcher=program("launch.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+        plan=result("prune/plan.json"),
+        students=result("distill/students.safetensors"),
+    output:
+        students=result("narrow/students.safetensors"),
+        log=result("narrow/log.parquet"),
+        errors=result("narrow/errors.parquet"),
+    log:
+        result("logs/narrow.log"),
+    benchmark:
+        result("benchmarks/narrow.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+        processes=config["processes"],
+        device=config["device"],
+    params:
+        config=subset(
+            "seed",
+            "device",
+            "teacher",
+            "distill",
+            "width.steps",
+            "width.linear_weight",
+            "width.lr_scale",
+            *WIDTH_FITS,
+        ),
+        state=result("state/narrow"),
+        code=code("narrow.py"),
+    message:
+        "Distilling narrow blocks"
+    shell:
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
+        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--state {params.state} --output {output.students} --log-table {output.log} "
+        "--errors {output.errors} 2>&1 | tee {log}"

@@ -1,0 +1,96 @@
+"""How long the blocks take, and what removing them or making them narrow saves.
+
+    python workflow/scripts/latency.py --config config/digits.yaml \
+        --calls results/digits/record/calls.parquet --table results/digits/latency/blocks.parquet
+
+Only needed for variants with a latency budget. One batch of recorded calls; every block, whole and
+narrow in each way, runs in turn, round after round, so that all share the machine's ups and downs.
+Blocks of one list do the same work, so each is given the median over its list. Reads of the config:
+seed, device, teacher, evaluate.batch_size and evaluate.latency_repeats.
+"""
+
+import argparse
+import copy
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+
+from ppcl import (
+    blocks,
+    calls,
+    config,
+    devices,
+    distillation,
+    errors,
+    evaluation,
+    pipelines,
+    provenance,
+    schemas,
+    students,
+    tables,
+)
+from ppcl.families import TEXT
+from ppcl.plans import Part
+
+
+def narrow_parts(block: blocks.Block) -> dict[str, Part]:
+    """What of a block can go -> the part without it."""
+    here, width = (block.index, block.index), block.list.width
+    found = {f"ffn_{stream}": Part(*here, (stream,)) for stream in (width.ffn if width else ())}
+    if width and width.text:
+        found[TEXT] = Part(*here, text="borrow", source=here)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
+    parser.add_argument("--table", type=Path, required=True, help="blocks.parquet to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options = settings["evaluate"]
+
+    device = devices.choose(settings["device"])
+    reader = calls.Reader(args.calls)
+    transformer = pipelines.load_transformer(settings["teacher"], device)
+    rows = reader.draw(reader.heldout_rows("select"), options["batch_size"], (settings["seed"],))
+    arguments = reader.batch(rows).to(device).arguments
+    sequence = blocks.block_sequence(transformer)
+    whole = {block.index: Part(block.index, block.index) for block in sequence}
+    runs = {"transformer": partial(transformer, **arguments)}
+    narrow = {block.index: narrow_parts(block) for block in sequence}
+    every = [*whole.values(), *(p for parts in narrow.values() for p in parts.values())]
+    lessons = distillation.teacher_states(transformer, every, arguments)
+    for block in sequence:
+        named = {"block": whole[block.index]} | narrow[block.index]
+        for name, part in named.items():
+            module = students.shaped(transformer, part, copy.deepcopy(block.module))
+            runs[f"{block.index} {name}"] = partial(module, **lessons[part].bound)
+    with torch.no_grad():
+        times = evaluation.interleaved_times(runs, options["latency_repeats"], device)
+    seconds = {name: float(np.median(values)) for name, values in times.items()}
+
+    found = []
+    for block in sequence:
+        alike = [b.index for b in sequence if b.list is block.list]
+        for name in ("block", *narrow[block.index]):
+            # What a block saves when it goes is all of its time; a narrow one, the difference.
+            saved = [
+                seconds[f"{i} block"] - (0 if name == "block" else seconds[f"{i} {name}"])
+                for i in alike
+            ]
+            saving = max(0.0, float(np.median(saved)))
+            found.append({"block": block.index, "part": name, "seconds": saving})
+    stamp = provenance.stamp(settings, rows=len(rows))
+    stamp["transformer_seconds"] = repr(seconds["transformer"])
+    tables.write(args.table, pd.DataFrame(found), schemas.LATENCY, stamp)
+
+
+if __name__ == "__main__":
+    errors.run(main)

@@ -1,0 +1,113 @@
+"""What pruning does to a model, in words that need no torch: parts, and the units they form.
+
+A part is one new block. A unit is what is plugged into the teacher together or not at all; units
+never overlap, so every set of them is a model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ppcl.families import IMAGE, TEXT
+
+
+@dataclass(frozen=True)
+class Part:
+    """One new block in place of teacher blocks first..last (inclusive).
+
+    With first == last it is a kept block that is narrower; otherwise a student, narrow or not.
+
+    Attributes:
+        linear_ffn: streams whose FFN is a residual linear map (Eq. 9).
+        text: its role in a text run (Eq. 8). `own`: none; `source`: it keeps its text stream and
+            lends it; `borrow`: it has none of its own; `close`: nor has it, and it ends the run,
+            which makes a text stream for the blocks that follow.
+        source: ends of the part that it borrows from.
+    """
+
+    first: int
+    last: int
+    linear_ffn: tuple[str, ...] = ()
+    text: str = "own"
+    source: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """Such as 03-05; the key of its weights in files and logs."""
+        return f"{self.first:02d}-{self.last:02d}"
+
+    @property
+    def key(self) -> tuple[int, int]:
+        return self.first, self.last
+
+    @property
+    def borrows(self) -> bool:
+        """Whether it has no text stream of its own."""
+        return self.text in ("borrow", "close")
+
+    @property
+    def narrow(self) -> bool:
+        """Whether it is anything but a stock block."""
+        return bool(self.linear_ffn) or self.text != "own"
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parts in a row that go in together: one part, or those of a text run."""
+
+    parts: tuple[Part, ...]
+
+    @property
+    def first(self) -> int:
+        return self.parts[0].first
+
+    @property
+    def last(self) -> int:
+        return self.parts[-1].last
+
+    @property
+    def name(self) -> str:
+        """Such as 03-05; unique, since units do not overlap."""
+        return f"{self.first:02d}-{self.last:02d}"
+
+    @property
+    def removed_blocks(self) -> int:
+        return self.last - self.first + 1 - len(self.parts)
+
+
+def units(
+    intervals: Iterable[tuple[int, int]],
+    runs: Iterable[tuple[int, int]] = (),
+    linear: Iterable[tuple[int, str]] = (),
+    unread_after: int | None = None,
+) -> list[Unit]:
+    """The units that a selection means, in order of depth.
+
+    Args:
+        intervals: (first, last) of depth students; disjoint.
+        runs: (first, last) of text runs; disjoint, and none cuts an interval.
+        linear: (block, stream) of FFNs that become linear; the block is kept or starts an interval.
+            A borrowed text stream has no FFN, so there its entry says nothing.
+        unread_after: the block after which nothing reads the text stream, if there is one: a run
+            that ends there makes no text stream.
+    """
+    intervals = sorted(intervals)
+    ffns: dict[int, set[str]] = {}
+    for block, stream in linear:
+        ffns.setdefault(block, set()).add(stream)
+    inside = {block for first, last in runs for block in range(first, last + 1)}
+    single = [(b, b) for b in inside | set(ffns) if not any(f <= b <= t for f, t in intervals)]
+    pieces = sorted([*intervals, *single])
+
+    def part(ends: tuple[int, int], text: str = "own", source: tuple[int, int] | None = None):
+        linear_here = ffns.get(ends[0], set()) - ({TEXT} if source else set())
+        return Part(*ends, tuple(s for s in (IMAGE, TEXT) if s in linear_here), text, source)
+
+    found = [Unit((part(ends),)) for ends in pieces if ends[0] not in inside]
+    for first, last in runs:
+        source, *others = (ends for ends in pieces if first <= ends[0] and ends[1] <= last)
+        parts = [part(source, "source")]
+        for ends in others:
+            closes = ends[1] == last and last != unread_after
+            parts.append(part(ends, "close" if closes else "borrow", source))
+        found.append(Unit(tuple(parts)))
+    return sorted(found, key=lambda unit: unit.first)

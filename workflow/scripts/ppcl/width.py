@@ -1,0 +1,275 @@
+"""Stage 2: which text streams and FFNs may become linear maps, and where those maps start.
+
+Eq. 8: in a run of blocks a..b, block a keeps its text stream; the later ones' attention gets
+l_p^z(z_a) as text, and after block b the text stream is l^h(h_a). Eq. 9: the FFN of block q becomes
+a residual linear map of the stream after attention. All maps start from least squares, as probes
+do: their sums over tokens are added up while the teacher runs. PPCL, arXiv 2511.16156, stage 2.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from ppcl import (
+    activations,
+    blocks,
+    calls,
+    distillation,
+    intervals,
+    narrow,
+    plans,
+    probes,
+    students,
+)
+from ppcl.families import TEXT
+from ppcl.plans import Part, Unit
+from ppcl.students import Students
+
+Ends = tuple[int, int]
+INPUT, OUTPUT = "text/input", "text/output"
+# Sums of one pass over the calls: x x^T and x y^T in float64, of fitted and of held-out tokens.
+SUMS_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Map:
+    """One residual linear map: from an activation at `source` to one at `part` (ends of parts).
+
+    kind: `ffn/<stream>` (stream after attention -> stream after the part), `text/input`
+    (z_a -> z_p) or `text/output` (h_a -> text stream after the run).
+    """
+
+    kind: str
+    source: Ends
+    part: Ends
+
+    @property
+    def ends(self) -> str:
+        """Names it in sums and errors."""
+        return "{:02d}-{:02d}>{:02d}-{:02d}".format(*self.source, *self.part)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted map, and 1 - R^2 of its residual on held-out tokens."""
+
+    probe: probes.Probe
+    error_heldout: float
+
+
+def maps_of(part: Part) -> list[Map]:
+    """The new linear maps of a part."""
+    found = [Map(f"ffn/{stream}", part.key, part.key) for stream in part.linear_ffn]
+    if part.source:
+        found.append(Map(INPUT, part.source, part.key))
+        if part.text == "close":
+            found.append(Map(OUTPUT, part.source, part.key))
+    return found
+
+
+def unread_after(transformer: nn.Module) -> int | None:
+    """The last block, if nothing reads its text stream."""
+    last = blocks.block_sequence(transformer)[-1]
+    return last.index if TEXT in blocks.family(transformer).unread else None
+
+
+# ---- least squares
+
+
+@torch.no_grad()
+def fit(
+    transformer: nn.Module,
+    wholes: Mapping[Ends, nn.Module],
+    maps: Iterable[Map],
+    reader: calls.Reader,
+    rows: tuple[np.ndarray, np.ndarray],
+    options: dict,
+    device: torch.device,
+) -> dict[Map, Fit]:
+    """Least squares for every map (Eq. 1, with other ends), and its error on held-out calls.
+
+    Args:
+        wholes: the un-narrowed block of every part that `maps` names, on the device; it runs on
+            the teacher's activation before the part.
+        rows: numbers of the calls to fit on, and of those to judge on.
+        options: batch_size, ridge.
+
+    Raises:
+        UserError: NaN or infinity in an activation.
+    """
+    found = {}
+    for group in _groups(list(dict.fromkeys(maps)), transformer):
+        sums = [activations.Moments(device) for _ in rows]
+        for numbers, moments in zip(rows, sums, strict=True):
+            for batch in reader.batches(numbers, options["batch_size"]):
+                _add(transformer, wholes, group, batch.to(device), moments)
+        for one in group:
+            fitted, judged = (
+                activations.stored_moments(moments.sums, one.kind, one.ends) for moments in sums
+            )
+            probe = probes.solve(fitted, options["ridge"], one.ends, one.kind)
+            found[one] = Fit(probe, 1 - probes.fit_r2(probe, judged))
+    return found
+
+
+def _groups(maps: list[Map], transformer: nn.Module) -> Iterator[list[Map]]:
+    """As many maps as their sums fit in memory; each group costs a pass over the calls."""
+    shapes = (p.shape for b in blocks.block_sequence(transformer) for p in b.module.parameters())
+    channels = max(min(shape) for shape in shapes if len(shape) == 2)
+    size = max(1, SUMS_BYTES // (4 * 8 * channels**2))
+    for start in range(0, len(maps), size):
+        yield maps[start : start + size]
+
+
+def _add(
+    transformer: nn.Module,
+    wholes: Mapping[Ends, nn.Module],
+    maps: list[Map],
+    batch: calls.Batch,
+    moments: activations.Moments,
+) -> None:
+    """Adds one batch's tokens to the sums of all maps."""
+    sequence = blocks.block_sequence(transformer)
+    masks = blocks.token_masks(blocks.family(transformer), batch.arguments)
+    parts = {ends: Part(*ends) for one in maps for ends in (one.source, one.part)}
+    lessons = distillation.teacher_states(transformer, list(parts.values()), batch.arguments)
+    inside: dict[Ends, blocks.Streams] = {}
+    for ends in {e for one in maps if one.kind != OUTPUT for e in (one.source, one.part)}:
+        block = blocks.Block(ends[0], wholes[ends], sequence[ends[0]].list)
+        bound = distillation.fitting(lessons[parts[ends]].bound, block.module)
+        with blocks.taps(block) as seen:
+            block.module(**bound)
+        inside[ends] = seen
+    for one in maps:
+        stream = one.kind.removeprefix("ffn/") if one.kind.startswith("ffn/") else TEXT
+        after = lessons[parts[one.part]].target[stream]
+        if one.kind == OUTPUT:
+            before = lessons[parts[one.source]].target[stream]
+        else:
+            before = inside[one.source][one.kind]
+        if one.kind == INPUT:
+            after = inside[one.part][one.kind]
+        if stream in masks:
+            before, after = before[masks[stream]], after[masks[stream]]
+        x, y = before.flatten(0, -2).double(), after.flatten(0, -2).double()
+        moments.add(one.kind, one.ends, x, y - x)
+
+
+def narrowed(transformer: nn.Module, wholes: Students, fits: Mapping[Map, Fit]) -> Students:
+    """The whole blocks of some parts, made as narrow as these, with fitted maps. In place."""
+    for part, student in wholes.items():
+        students.shaped(transformer, part, student)
+        layers = narrow.maps(student)
+        with torch.no_grad():
+            for one in maps_of(part):
+                layers[one.kind].weight.copy_(torch.from_numpy(fits[one].probe.weight))
+                layers[one.kind].bias.copy_(torch.from_numpy(fits[one].probe.bias))
+    return wholes
+
+
+def start(
+    transformer: nn.Module,
+    wholes: Students,
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    device: torch.device,
+) -> Students:
+    """Students as narrow as their parts, their maps fitted on recorded calls; in place, on the CPU.
+
+    Args:
+        transformer: the teacher, on the device.
+        options: the config's `width`.
+    """
+    maps = [one for part in wholes for one in maps_of(part)]
+    if maps:
+        for student in wholes.values():
+            student.to(device)
+        by_ends = {part.key: student for part, student in wholes.items()}
+        rows = fit_rows(reader, options, seed)
+        fits = fit(transformer, by_ends, maps, reader, rows, options, device)
+        narrowed(transformer, wholes, fits)
+    return {part: student.cpu() for part, student in wholes.items()}
+
+
+def fit_rows(reader: calls.Reader, options: dict, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Calls to fit maps on, and a quarter as many held-out ones to judge them on."""
+    fitted = np.random.default_rng(seed).permutation(reader.rows(heldout=False))
+    count = options["fit_rows"]
+    return fitted[:count], reader.sample_heldout("select", max(1, count // 4), seed)
+
+
+# ---- candidates
+
+
+def ffn_candidates(transformer: nn.Module) -> list[Unit]:
+    """One linear FFN each, of every block and stream that has one."""
+    untouchable = blocks.untouchable(transformer)
+    return [
+        Unit((Part(block.index, block.index, (stream,)),))
+        for block in blocks.block_sequence(transformer)
+        if block.list.width and block.index not in untouchable
+        for stream in block.list.width.ffn
+    ]
+
+
+def text_candidates(
+    transformer: nn.Module, cka: np.ndarray, longest: int, floor: float
+) -> list[Unit]:
+    """Runs of up to `longest` kept blocks whose text outputs are alike.
+
+    Args:
+        cka: [blocks, blocks] of the blocks' text outputs; NaN where there is none.
+        floor: the least CKA of any block of a run with the first.
+    """
+    sequence = blocks.block_sequence(transformer)
+    without = {b.index for b in sequence if not (b.list.width and b.list.width.text)}
+    without |= set(blocks.untouchable(transformer))
+    runs = intervals.spans(len(sequence), blocks.seams(transformer), without)
+    return [
+        unit
+        for first, last in intervals.all_within(runs, longest)
+        if np.nan_to_num(cka[first, first : last + 1]).min() >= floor
+        for unit in plans.units([], [(first, last)], (), unread_after(transformer))
+    ]
+
+
+def whole_blocks(transformer: nn.Module, unit: Unit) -> Students:
+    """Copies of the teacher's blocks for the parts of a candidate."""
+    sequence = blocks.block_sequence(transformer)
+    return {part: copy.deepcopy(sequence[part.first].module) for part in unit.parts}
+
+
+def saved_parameters(transformer: nn.Module, unit: Unit) -> int:
+    """How many parameters fewer a model with the unit has."""
+    sequence = blocks.block_sequence(transformer)
+    before = sum(
+        blocks.parameter_count(sequence[i].module) for i in range(unit.first, unit.last + 1)
+    )
+    for part in unit.parts:
+        empty = copy.deepcopy(sequence[part.first].module).to("meta")
+        before -= blocks.parameter_count(students.shaped(transformer, part, empty))
+    return before
+
+
+def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
+    """Per block: parameters that it saves as a borrower (`text_saved`), and those of the map with
+    which a run that ends there makes a text stream again (`text_output`); 0 where there is none."""
+    found: dict[str, list[int]] = {"text_saved": [], "text_output": []}
+    for block in blocks.block_sequence(transformer):
+        here = (block.index, block.index)
+        saved = output = 0
+        if block.list.width and block.list.width.text:
+            lender = (-1, -1)
+            borrower = Unit((Part(*here, text="borrow", source=lender),))
+            closing = Unit((Part(*here, text="close", source=lender),))
+            saved = saved_parameters(transformer, borrower)
+            if block.index != unread_after(transformer):
+                output = saved - saved_parameters(transformer, closing)
+        found["text_saved"].append(saved)
+        found["text_output"].append(output)
+    return found

@@ -1,0 +1,126 @@
+"""Stage 2: what every text run and every linear FFN costs, before any training.
+
+One process:        python workflow/scripts/width.py --config config/digits.yaml ...
+Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
+    workflow/scripts/width.py --config config/digits.yaml \
+    --calls results/digits/record/calls.parquet \
+    --blocks results/digits/similarity/blocks.parquet \
+    --state results/digits/state/width --table results/digits/width/measured.parquet
+
+Candidates are the FFNs, image and text each for itself, and the runs of blocks whose text outputs
+are alike (CKA). Their linear maps are fitted by least squares on recorded calls, judged on held-out
+ones, and plugged into the teacher: the velocity error is what selection counts. Reads of the
+config: seed, device, teacher, width. A killed run goes on with what is not measured yet.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ppcl import (
+    blocks,
+    calls,
+    config,
+    devices,
+    distillation,
+    errors,
+    pipelines,
+    provenance,
+    schemas,
+    tables,
+    training,
+    width,
+)
+from ppcl.families import TEXT
+
+
+def text_cka(path: Path, depth: int) -> np.ndarray:
+    """CKA [blocks, blocks] of text outputs (NaN where there is none)."""
+    table = tables.read(path, schemas.BLOCKS).to_pandas()
+    rows = table[table["stream"] == TEXT]
+    values = np.full((depth, depth), np.nan)
+    values[rows["block_a"], rows["block_b"]] = rows["cka"]
+    return values
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
+    parser.add_argument("--blocks", type=Path, required=True, help="CKA of pairs of blocks")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
+    parser.add_argument("--table", type=Path, required=True, help="measured.parquet to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    options, seed = settings["width"], settings["seed"]
+
+    accelerator = devices.accelerator(settings["device"])
+    reader = calls.Reader(args.calls)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    sequence = blocks.block_sequence(transformer)
+    cka = text_cka(args.blocks, len(sequence))
+    units = {
+        f"ffn {u.parts[0].linear_ffn[0]} {u.name}": u for u in width.ffn_candidates(transformer)
+    }
+    runs = width.text_candidates(transformer, cka, options["longest"], options["cka_floor"])
+    units |= {f"text {unit.name}": unit for unit in runs}
+
+    wholes = {(block.index, block.index): block.module for block in sequence}
+    maps = {name: [m for p in u.parts for m in width.maps_of(p)] for name, u in units.items()}
+    fits = width.fit(
+        transformer,
+        wholes,
+        [one for found in maps.values() for one in found],
+        reader,
+        width.fit_rows(reader, options, seed),
+        options,
+        accelerator.device,
+    )
+    judged = reader.sample_heldout("select", options["rows"], seed)
+    costs = distillation.plugged_errors(
+        transformer,
+        {
+            name: lambda u=unit: width.narrowed(
+                transformer, width.whole_blocks(transformer, u), fits
+            )
+            for name, unit in units.items()
+        },
+        reader,
+        judged,
+        options["batch_size"],
+        accelerator,
+        args.state,
+        training.identity(Path(__file__), settings, [args.calls, args.blocks]),
+    )
+    if accelerator.is_main_process:
+        table = pd.DataFrame(
+            {
+                "kind": name.split()[0],
+                "first": unit.first,
+                "last": unit.last,
+                "stream": name.split()[1] if name.startswith("ffn") else TEXT,
+                "fit_error_heldout": max(fits[one].error_heldout for one in maps[name]),
+                "cka": cka[unit.first, unit.first : unit.last + 1].min()
+                if name.startswith("text")
+                else np.nan,
+                "parameters_saved": width.saved_parameters(transformer, unit),
+                "velocity_error": cost,
+                "rows": len(judged),
+            }
+            for (name, unit), cost in zip(units.items(), costs, strict=True)
+        )
+        sizes = {k: json.dumps(v) for k, v in width.text_sizes(transformer).items()}
+        stamp = provenance.stamp(settings, judged=len(judged)) | sizes
+        tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp)
+    devices.finish(accelerator)
+    if accelerator.is_main_process:
+        training.forget(args.state)
+
+
+if __name__ == "__main__":
+    errors.run(main)
