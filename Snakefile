@@ -3,6 +3,7 @@
 #   snakemake --cores all                                    the embedded default, config/digits.yaml
 #   snakemake --cores all --configfile config/mine.yaml      your model
 #   snakemake --cores all interval_plots                     figures of the search, from parquet only
+#   snakemake --cores all ablation                           the method against its alternatives
 #   snakemake --cores all train_teacher                      remake the embedded teacher
 
 from snakemake.utils import min_version
@@ -57,11 +58,13 @@ if not interval_plots_only():
     include: "workflow/rules/assemble.smk"
     include: "workflow/rules/pareto.smk"
     include: "workflow/rules/evaluate.smk"
+    include: "workflow/rules/ablation.smk"
     include: "workflow/rules/train_teacher.smk"
 
 
 localrules:
     all,
+    ablation,
     interval_plots,
 
 
@@ -71,6 +74,12 @@ rule all:
         artifacts=artifacts(),
         models=models(),
         plots=plots("intervals", "training", "quality"),
+
+
+rule ablation:
+    input:
+        results=result("ablation/results.parquet"),
+        plots=plots("ablation"),
 
 
 rule interval_plots:

@@ -9,7 +9,7 @@ import pandas as pd
 import plot
 import pytest
 
-from ppcl import schemas, tables
+from ppcl import figures, schemas, tables
 
 
 def chain_of(blocks: int, searches: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -79,6 +79,59 @@ def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.Dat
         "probes": pd.DataFrame(linear, columns=schemas.PROBES.names),
         "intervals": intervals,
     }
+
+
+def width_table(intervals: pd.DataFrame, blocks: int, seed: int = 0) -> pd.DataFrame:
+    """Candidates with protected blocks, a CKA floor and a selection of what costs least."""
+    rng = np.random.default_rng(seed)
+    spans = figures.selected_spans(intervals)
+    gone = {block for first, last in spans for block in range(first + 1, last + 1)}
+    run = (blocks // 2, blocks // 2 + 3)
+    rows = []
+
+    def add(kind, first, last, stream, level, fit, cka, saved):
+        error = level * rng.lognormal(0, 0.8) * (1 + 30 * np.exp(-first / 2))
+        fit *= rng.lognormal(0, 0.5)
+        reason, selected = "not needed for the budget: other choices cost less", False
+        if first < 2:
+            reason = "holds protected block 0 (intervals.protect_first, protect_last)"
+        elif cka < 0.6:
+            reason = f"text cka {cka:.4f} is below width.cka_floor 0.6"
+        elif kind == "text":
+            selected = (first, last) == run
+        else:
+            borrowed = stream == "text" and run[0] < first <= run[1]
+            selected = error < 4e-4 and first not in gone and not borrowed
+        rows.append([kind, first, last, stream, fit, cka, saved, error, selected, reason])
+
+    for block in range(blocks):
+        add("ffn", block, block, "image", 3e-4, 0.15, np.nan, 4e4)
+        if block < blocks - 1:
+            add("ffn", block, block, "text", 2e-7 if block % 5 else 3e-5, 0.7, np.nan, 4e4)
+    # Nothing reads the last block's text stream.
+    add("ffn", blocks - 1, blocks - 1, "text", 0.0, 0.0, np.nan, 4e4)
+    for first in range(blocks):
+        for last in range(first + 1, min(first + 4, blocks)):
+            cka = 0.9 if first == run[0] else rng.uniform(0.5, 1)
+            add("text", first, last, "text", 2e-4 * (last - first), 0.5, cka, 5e4 * (last - first))
+    return pd.DataFrame(rows, columns=schemas.WIDTH_CANDIDATES.names)
+
+
+def calibration_table(seed: int = 0) -> pd.DataFrame:
+    """Prices of which the untrained student's foretells most, and CKA least."""
+    rng = np.random.default_rng(seed)
+    kinds = {"depth": (0.02, 40), "text": (3e-3, 16), "ffn_image": (1e-3, 20)}
+    kinds["ffn_text"] = (2e-5, 20)
+    rows = []
+    for kind, (level, count) in kinds.items():
+        ffn = kind.startswith("ffn")
+        for first in range(count):
+            trained = level * rng.lognormal(0, 1)
+            cka = np.nan if ffn else 0.3 * trained**0.5 * rng.lognormal(0, 1)
+            probe, untrained = 3 * rng.lognormal(0, 0.9), 4 * rng.lognormal(0, 0.4)
+            last = first if ffn else first + 1 + first % 3
+            rows.append([kind, first, last, cka, probe * trained, untrained * trained, trained])
+    return pd.DataFrame(rows, columns=schemas.CALIBRATION.names)
 
 
 def write(folder: Path, name: str, table: pd.DataFrame) -> Path:

@@ -10,9 +10,9 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from plotting import draw, search_tables, svg_text, write
+from plotting import draw, search_tables, svg_text, width_table, write
 
-from ppcl import figure_labels, figure_style, figures
+from ppcl import figure_labels, figure_style, figures, pins, reasons
 from ppcl.errors import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "workflow" / "scripts"
@@ -29,6 +29,9 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
 
 def interval_arguments(folder: Path, data: dict[str, pd.DataFrame], output: Path) -> list:
     inputs = [x for name, table in data.items() for x in (f"--{name}", write(folder, name, table))]
+    blocks = len(data["probes"]["block"].unique())
+    width = write(folder, "width-candidates", width_table(data["intervals"], blocks))
+    inputs += ["--width", width]
     return ["intervals", "--config", INTERVALS_CONFIG, *inputs, "--output", output]
 
 
@@ -40,7 +43,8 @@ def test_interval_plots_are_quick_and_repeatable(tmp_path, blocks, searches):
     seconds = sum(os.times()[2:4]) - begin
     # Processor time: the limit is 10 seconds of an idle machine, and this one may be busy.
     assert seconds < 10
-    names = {f"{n}.{s}" for n in ("search", "heatmap", "probes") for s in ("svg", "png")}
+    figures_made = ("search", "heatmap", "probes", "width")
+    names = {f"{n}.{s}" for n in figures_made for s in ("svg", "png")}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
 
     run(*arguments[:-1], tmp_path / "b")
@@ -112,6 +116,97 @@ def test_probes_of_a_stream_that_ends_early_and_of_a_useless_one():
     texts = {text.get_text(): text for text in figure.axes[0].texts}
     assert set(texts) == {"image", "text", "-40.0 ↓"}
     assert texts["image"].xy[0] == 1 and texts["text"].xy[0] < 0.5, "named where the curve ends"
+
+
+def width_panels(table: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> dict:
+    """Panels of the width figure by the first words of their titles."""
+    figure = figures.width(table, intervals, blocks)
+    panels = {ax.get_title(loc="left").split(":")[0].split(" of ")[0]: ax for ax in figure.axes}
+    return panels | {"figure": figure}
+
+
+def test_width_shows_every_candidate_where_it_is_and_full_if_selected():
+    intervals = search_tables(24, 6)["intervals"]
+    table = width_table(intervals, 24)
+    panels = width_panels(table, intervals, 24)
+    for stream in ("image", "text"):
+        rows = table.query("kind == 'ffn' and stream == @stream")
+        ax = panels[f"{stream} FFNs"]
+        assert f"{rows['selected'].sum()} of 24 selected" in ax.get_title(loc="left")
+        points = {int(line.get_xdata()[0]): line for line in ax.lines}
+        assert set(points) == set(range(24))
+        for row in rows.itertuples():
+            point = points[row.first]
+            lowest = table["velocity_error"].max() * 1e-5
+            np.testing.assert_allclose(point.get_ydata()[0], max(row.velocity_error, lowest))
+            assert point.get_marker() == "x" or (
+                (point.get_markerfacecolor() != "white") == row.selected
+                and (point.get_marker() == "v") == (row.velocity_error < lowest)
+            )
+    runs = table.query("kind == 'text'")
+    for title, column in (("text runs", "velocity_error"), ("Fit", "fit_error_heldout")):
+        drawn = [line for line in panels[title].lines if np.ptp(line.get_xdata()) > 1]
+        spans = sorted((line.get_ydata()[0], line.get_xdata()[0] + 0.3) for line in drawn)
+        expected = sorted(zip(runs[column], runs["first"], strict=True))
+        if title == "Fit":
+            spans = [span for span in spans if span[0] != 1]  # the line of no map at all
+        np.testing.assert_allclose(spans, expected, atol=1e-9)
+    thick = [line for line in panels["text runs"].lines if line.get_linewidth() > 2]
+    (run,) = runs[runs["selected"]].itertuples()
+    assert [(n.get_xdata()[0], n.get_xdata()[1]) for n in thick] == [
+        (run.first - 0.3, run.last + 0.3)
+    ]
+
+
+def test_width_crosses_what_selection_could_not_take():
+    fields = {"stream": "image", "fit_error": 0.1, "saved": 1, "cost": 0.01}
+    ffns = [reasons.Width("ffn", q, q, cka=np.nan, **fields) for q in range(3)]
+    run = reasons.Width("text", 4, 5, cka=0.2, **fields | {"stream": "text"})
+    forbidden = pins.Named(set(), set(), {(1, "image")})
+    words = [reasons.width_obstacle(w, forbidden, 0.5, {0}) for w in [*ffns, run]]
+    table = width_table(search_tables(24, 6)["intervals"], 24).query("not selected").iloc[:4].copy()
+    table["kind"], table["stream"] = ["ffn"] * 3 + ["text"], ["image"] * 3 + ["text"]
+    table["first"], table["last"] = [0, 1, 2, 4], [0, 1, 2, 5]
+    table["reason"] = [word or "not needed" for word in words]
+    panels = width_panels(table, search_tables(24, 6)["intervals"].iloc[:0], 24)
+    assert [line.get_marker() for line in panels["image FFNs"].lines] == ["x", "x", "o"]
+    assert [line.get_linestyle() for line in panels["text runs"].lines] == [":"]
+    legend = [text.get_text() for text in panels["figure"].legends[0].get_texts()]
+    assert "ruled out (dotted: run)" in legend and "selected depth interval" not in legend
+
+
+def test_width_strip_shows_the_pruned_model():
+    intervals = search_tables(24, 6)["intervals"]
+    table = width_table(intervals, 24)
+    strip = width_panels(table, intervals, 24)["figure"].axes[-1]
+    rows = [label.get_text() for label in strip.get_yticklabels()]
+    assert rows == ["text runs", "linear text FFNs", "linear image FFNs", "depth intervals"]
+    # Filled bars follow the empty cells of their row, from top to bottom.
+    bars = [bar for bar in strip.collections if len(bar.get_paths()) == 1]
+    found = {row: [] for row in rows}
+    for bar in bars:
+        corners = bar.get_paths()[0].get_extents()
+        row = rows[round((corners.y0 + corners.y1) / 2)]
+        found[row].append((round(corners.x0 + 0.45), round(corners.x1 - 0.45)))
+    spans = dict(figures.selected_spans(intervals))
+    assert found["depth intervals"] == sorted(spans.items())
+    for stream in ("image", "text"):
+        chosen = table.query("kind == 'ffn' and stream == @stream and selected")["first"]
+        assert found[f"linear {stream} FFNs"] == [(q, spans.get(q, q)) for q in sorted(chosen)]
+    assert found["text runs"] == [(12, 15)]
+
+
+def test_width_of_one_stream_of_free_ffns_and_of_nothing():
+    intervals = search_tables(24, 6)["intervals"]
+    table = width_table(intervals, 24).query("stream == 'image'").copy()
+    table["velocity_error"] = 0.0
+    panels = width_panels(table, intervals, 24)
+    assert "text FFNs" not in panels and "text runs" not in panels
+    table.loc[table.index[:2], ["velocity_error", "fit_error_heldout"]] = np.nan
+    notes = "".join(text.get_text() for text in figures.width(table, intervals, 24).texts)
+    assert "not drawn: 2" in notes
+    nothing = figures.width(table.iloc[:0], intervals, 24)
+    assert "no FFN or text stream" in "".join(text.get_text() for text in nothing.texts)
 
 
 def test_a_stream_that_the_table_lacks_and_a_missing_file_are_named(tmp_path):

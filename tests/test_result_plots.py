@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from matplotlib.text import Text
 from PIL import Image
-from plotting import draw, search_tables, svg_text, write
+from plotting import calibration_table, draw, search_tables, svg_text, write
 
-from ppcl import figure_style, figures, result_figures, schemas
+from ppcl import ablation_figures, figure_style, figures, result_figures, schemas
 
 TRAINING_CONFIG = json.dumps(
     {
@@ -78,6 +78,17 @@ def metrics_table(judged: bool = True, variants: dict = VARIANTS) -> pd.DataFram
     return pd.DataFrame(rows, columns=schemas.METRICS.names)
 
 
+def points_table(budgets: int = 10) -> pd.DataFrame:
+    """Budgets from half of the teacher to nearly all of it; units cost more together than alone."""
+    fraction = np.linspace(0.54, 0.96, budgets)
+    predicted = 0.028 * ((1 - fraction) / 0.46) ** 1.7
+    error = predicted * (1 + 1.2 * (1 - fraction))
+    latency = 0.03 + 0.97 * fraction
+    columns = [fraction, ["[]"] * budgets, predicted, 2e7 * fraction, fraction, 0.4 * latency]
+    columns += [error, 0.9 * error, 1.12 * error, latency, latency - 0.01, latency + 0.012]
+    return pd.DataFrame(dict(zip(schemas.POINTS.names, columns, strict=True)))
+
+
 COLOURS = {
     "red": (210, 40, 40),
     "blue": (40, 70, 200),
@@ -137,17 +148,14 @@ def test_velocity_shows_every_logged_step_of_error_and_learning_rate():
 def test_quality_plots(tmp_path, judged):
     metrics = write(tmp_path, "metrics", metrics_table(judged))
     pictures = write(tmp_path, "images", images_table(judged))
-    draw(
-        "quality",
-        "--config",
-        "{}",
-        "--metrics",
-        metrics,
-        "--images",
-        pictures,
-        "--output",
-        tmp_path,
-    )
+    points = write(tmp_path, "points", points_table())
+    inputs = ["--metrics", metrics, "--images", pictures, "--points", points]
+    tuned = [{"name": "p55", "budget": 0.55, "finetune_steps": 5}, {"name": "p70", "budget": 0.7}]
+    settings = json.dumps({"variants": tuned})
+    draw("quality", "--config", settings, *inputs, "--output", tmp_path)
+    pareto = svg_text(tmp_path / "pareto.svg").split("\n")
+    assert pareto.count("p55") == pareto.count("teacher") == 2 and "p70" not in pareto
+    assert "were fine-tuned" in "".join(pareto)
     lines = svg_text(tmp_path / "tradeoff.svg").split("\n")
     panels = 8 if judged else 6
     assert lines.count("p55") == lines.count("p85") == panels
@@ -195,3 +203,80 @@ def test_a_variant_has_one_colour_in_all_figures():
     points = result_figures.tradeoff(metrics_table()).axes[0].texts
     (colour,) = {text.get_color() for text in points if text.get_text() == "p55"}
     assert [text.get_color() for text in curves] == [colour]
+
+
+def test_pareto_shows_every_budget_measured_and_predicted():
+    table = points_table().sample(frac=1, random_state=0)  # in any order
+    figure = result_figures.pareto(table, metrics_table(), [])
+    table = table.sort_values("budget")
+    for ax, cost in zip(figure.axes, ("parameter_fraction", "latency_ratio"), strict=True):
+        curves = {line.get_linestyle(): line for line in ax.lines if len(line.get_xdata()) == 10}
+        curves.pop("None")  # the caps of the bars
+        for dashes, column in (("-", "velocity_error"), ("--", "predicted_error")):
+            np.testing.assert_array_equal(curves[dashes].get_xdata(), table[cost])
+            np.testing.assert_array_equal(curves[dashes].get_ydata(), table[column])
+        bars = [c for c in ax.collections if np.ptp(c.get_segments()[0][:, 1]) > 0]
+        ends = [segment[:, 1] for segment in bars[0].get_segments()]
+        np.testing.assert_allclose(ends, table[["velocity_error_low", "velocity_error_high"]])
+        assert ax.get_ylim()[0] == 0
+        assert [text.get_text() for text in ax.texts] == ["teacher"]
+        (star,) = (line for line in ax.lines if line.get_marker() == "*")
+        assert (star.get_xdata()[0], star.get_ydata()[0]) == (1, 0)
+    assert "fine-tuned" not in "".join(text.get_text() for text in figure.texts)
+
+
+def test_a_fine_tuned_variant_has_the_colour_of_other_figures():
+    points = result_figures.tradeoff(metrics_table()).axes[0].texts
+    ends = result_figures.pareto(points_table(), metrics_table(), ["p55"]).axes[0].texts
+    colour = {text.get_text(): text.get_color() for text in points}
+    assert {text.get_text(): text.get_color() for text in ends} == {
+        name: colour[name] for name in ("teacher", "p55")
+    }
+
+
+def test_names_keep_off_curves():
+    figure = result_figures.pareto(points_table(), metrics_table(), ["p55", "p70"])
+    for ax in figure.axes:
+        curve = next(n for n in ax.lines if n.get_linestyle() == "-" and len(n.get_xdata()) == 10)
+        corners = curve.get_transform().transform_path(curve.get_path())
+        for name in ax.texts:
+            name.update_positions(figure.canvas.get_renderer())
+            assert not corners.intersects_bbox(Text.get_window_extent(name), filled=False)
+
+
+def test_calibration_plot(tmp_path):
+    table = calibration_table()
+    path = write(tmp_path, "calibration", table)
+    draw("calibration", "--config", "{}", "--calibration", path, "--output", tmp_path)
+    text = svg_text(tmp_path / "calibration.svg")
+    assert "ranked best by velocity error before training" in text
+    for column in ("cost_cka", "cost_probe", "cost_untrained"):
+        for rows in (table, table.query("kind == 'depth'")):
+            rows = rows[rows[column].notna()]
+            # Spearman's own formula, which holds without ties.
+            a, b = (rows[name].to_numpy().argsort().argsort() for name in (column, "trained"))
+            n = len(rows)
+            rho = 1 - 6 * ((a - b) ** 2).sum() / (n * (n**2 - 1))
+            assert f"ρ = {rho:.2f} (n = {n})" in text
+    assert {"depth interval", "image FFN", "text FFN", "text run"} <= set(text.split("\n"))
+
+
+def test_rank_correlation_with_ties_and_gaps():
+    a = pd.Series([1.0, 1.0, 2.0, np.nan, 5.0])
+    b = pd.Series([3.0, 4.0, 4.0, 9.0, 7.0])
+    ranks = [1.5, 1.5, 3, 4], [1, 2.5, 2.5, 4]
+    expected = np.corrcoef(*ranks)[0, 1]
+    np.testing.assert_allclose(ablation_figures.rank_correlation(a, b), expected)
+    assert np.isnan(ablation_figures.rank_correlation(a, b * 0))
+
+
+def test_calibration_of_free_candidates_of_one_price_and_of_none():
+    table = calibration_table().query("kind == 'ffn_text'").reset_index(drop=True)
+    table["cost_probe"] = np.nan
+    table.loc[0, ["cost_untrained", "trained"]] = 0.0
+    (ax,) = ablation_figures.calibration(table).axes
+    x = ax.lines[["s" == line.get_marker() for line in ax.lines].index(True)].get_xdata()
+    assert x[0] == table["cost_untrained"][1:].min() / 2
+    table["cost_untrained"] = np.nan
+    empty = ablation_figures.calibration(table)
+    assert "holds no prices" in "".join(text.get_text() for text in empty.texts)

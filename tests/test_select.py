@@ -79,7 +79,7 @@ def run_stage(
     choices = {
         "seed": 0,
         "similarity": {"streams": stream},
-        "intervals": {"segmentation": "trend", "cost": "cka", **chosen},
+        "intervals": {"segmentation": "trend", "cost": "cka", "training_leaves": 1, **chosen},
         "width": {"enabled": False} if width is None else width,
         "variants": variants
         or [{"name": "small", "budget": 0.6}, {"name": "large", "budget": 0.9}],
@@ -169,7 +169,8 @@ def test_stage_takes_what_was_measured_to_cost_least(tmp_path, monkeypatch):
     costs[np.tril_indices(depth)] = costs[np.triu_indices(depth, longest)] = np.nan
     write_cka(tmp_path / "cka.parquet", cka)
     write_costs(tmp_path / "sensitivity.parquet", costs)
-    found = run_stage(monkeypatch, tmp_path, segmentation="optimal", cost="velocity", tolerance=0.2)
+    chosen = {"segmentation": "optimal", "cost": "velocity", "tolerance": 0.2}
+    found = run_stage(monkeypatch, tmp_path, **chosen)
     selected = found[found["selected"]]
     assert selected["removed_blocks"].sum() == 4  # 950 parameters, at most 570 stay: 380 go
     measured = [
@@ -184,6 +185,10 @@ def test_stage_takes_what_was_measured_to_cost_least(tmp_path, monkeypatch):
     )
     assert selected["cost"].sum() == pytest.approx(best)
     np.testing.assert_array_equal(found["cost"], costs[found["first"], found["last"]])
+    # What training is expected to leave of them is the same for all of these: the same choice.
+    scaled = run_stage(monkeypatch, tmp_path, **chosen, training_leaves=0.1)
+    np.testing.assert_array_equal(scaled["selected"], found["selected"])
+    np.testing.assert_allclose(scaled["cost"], 0.1 * found["cost"])
     # Eq. 5's runs that are longer than what was measured have no cost, and say so.
     without = found[found["removed_blocks"] >= longest]
     assert len(without) and without["cost"].isna().all() and not without["selected"].any()

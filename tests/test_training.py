@@ -182,6 +182,31 @@ def test_resumed_is_uninterrupted_to_the_bit(train):
         assert untimed == [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
+def test_a_resumed_log_has_only_the_metrics_that_a_module_had(train, accelerator, tmp_path):
+    """As where one part of a text run has a text stream and another has none."""
+
+    def losses(stop):
+        modules = parts("a", "b")
+
+        def each(step):
+            stop(step)
+            for name, loss, metrics in losses_of(modules, SCALES)(step):
+                yield name, loss, metrics if name == "a" else {}
+
+        return modules, each
+
+    logs = []
+    for stop in (stop_at(9), lambda _step: None):
+        try:
+            modules, each = losses(stop)
+            path = tmp_path / "c.safetensors"
+            logs.append(training.train(modules, each, OPTIONS, accelerator, path, "one"))
+        except Stop:
+            pass
+    ((*rows,),) = logs
+    assert len(rows) == 12 and all(("twice" in row) == (row["name"] == "a") for row in rows)
+
+
 def test_a_foreign_checkpoint_is_ignored(train, tmp_path, caplog):
     with pytest.raises(Stop):
         train(parts("a"), identity="other", before=stop_at(6))

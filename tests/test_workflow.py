@@ -5,12 +5,13 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import subprocess
 import sys
 
 import pytest
 import yaml
-from plotting import search_tables
+from plotting import search_tables, width_table
 from readme_tables import ROOT
 
 from ppcl import schemas, tables
@@ -99,7 +100,7 @@ def test_formatting_and_lint(snakemake):
 
 
 @pytest.mark.parametrize(
-    ("config", "assembled", "finetuned"), [("digits", 3, 1), ("digits-full", 3, 1), ("test", 2, 1)]
+    ("config", "assembled", "finetuned"), [("digits", 3, 1), ("digits-full", 4, 2), ("test", 2, 1)]
 )
 def test_dry_run_resolves_every_stage_without_torch(
     snakemake, tmp_path, config, assembled, finetuned
@@ -113,7 +114,8 @@ def test_dry_run_resolves_every_stage_without_torch(
         "-n", "-F", config=config, variables={"PYTHONPATH": str(tmp_path / "blocked")}
     )
     found = counts(printed)
-    assert found.keys() == STAGES | {"finetune", "all"}
+    timed = set() if config == "test" else {"latency"}  # the others have a latency budget
+    assert found.keys() == STAGES | {"finetune", "all"} | timed
     assert (found["assemble"], found["finetune"]) == (assembled, finetuned)
 
 
@@ -125,8 +127,8 @@ def test_variants_without_finetuning_train_nothing_of_their_own(snakemake):
 @pytest.mark.parametrize(
     ("keys", "more", "less"),
     [
-        ({"width": {"enabled": False}}, set(), {"width"}),
-        ({"width": {"enabled": False, "schedule": "staged"}}, set(), {"width"}),
+        ({"width": {"enabled": False}}, {"latency"}, {"width"}),
+        ({"width": {"enabled": False, "schedule": "staged"}}, {"latency"}, {"width"}),
         (
             {
                 "width": {"schedule": "staged"},
@@ -158,7 +160,7 @@ def test_only_what_the_config_asks_for_runs(snakemake, keys, more, less):
 
 def test_without_subsets_variants_are_made_of_distilled_students(snakemake):
     printed = snakemake("-n", "-F", "-p", subsets={"steps": 0})
-    assert counts(printed).keys() == STAGES - {"subsets"} | {"finetune", "all"}
+    assert counts(printed).keys() == STAGES - {"subsets"} | {"finetune", "latency", "all"}
     assert "results/digits/subsets/" not in printed
     for program, jobs in (("assemble", 3), ("finetune", 1)):
         lines = [line for line in printed.splitlines() if f"scripts/{program}.py --" in line]
@@ -170,6 +172,15 @@ def test_without_subsets_variants_are_made_of_distilled_students(snakemake):
 
 def test_catalog_entry_has_the_same_default_target(snakemake):
     assert counts(snakemake("-n", "-F", "-s", "workflow/Snakefile"))["all"] == 1
+
+
+def test_the_ablation_is_a_target_of_its_own(snakemake):
+    found = counts(snakemake("-n", "-F", "ablation"))
+    shared = {"record", "extract", "probe", "similarity", "sensitivity", "width"}
+    own = {"ablate", "rank_rivals", "gather_ablation", "calibrate", "plot_ablation", "ablation"}
+    assert found.keys() == shared | own
+    # The teacher; 12 rungs with 3 seeds; 9 choices and 10 rivals; which run again shows later.
+    assert found["ablate"] == 1 + 36 + 19
 
 
 def test_train_teacher_stands_alone(snakemake):
@@ -187,7 +198,7 @@ CHANGES = [
     (
         {"probe": {"ridge": 0.5}, "prune": {"start": "middle"}, "finetune": {"lr": 0.5}},
         # Untrained students are what sensitivity measures.
-        {"probe", "prune", "sensitivity", "finetune p55"},
+        {"probe", "prune", "sensitivity", "finetune p50"},
     ),
     (
         {"similarity": {"bootstrap": 7}, "processes": 1, "subsets": {"lr": 0.5}},
@@ -211,19 +222,23 @@ CHANGES = [
     (
         {
             "variants": [
-                {"name": "p55", "budget": 0.55, "finetune_steps": 7},
+                {
+                    "name": "p50",
+                    "budget": {"fraction": 0.5, "latency": 0.55},
+                    "finetune_steps": 7,
+                },
                 {"name": "p70", "budget": 0.75},
                 {"name": "p85", "budget": 0.85},
             ]
         },
-        {"finetune p55", "assemble p55", "assemble p70", "plot_training"},
+        {"finetune p50", "assemble p50", "assemble p70", "plot_training", "plot_quality"},
     ),
 ]
 
 
 def test_changed_key_changes_exactly_the_stages_that_read_it(snakemake):
     before = settings_of_jobs(snakemake("-n", "-F", "-p"))
-    assert len(before) == 19
+    assert len(before) == 20
     for keys, affected in CHANGES:
         after = settings_of_jobs(snakemake("-n", "-F", "-p", **keys))
         assert {name for name in before if before[name] != after.get(name)} == affected, keys
@@ -236,6 +251,9 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
         schema = getattr(schemas, name.upper())
         path = work / f"results/digits/{places.get(name, 'intervals')}/{name}.parquet"
         tables.write(path, frame, schema, {})
+    found = width_table(search_tables(12, 3)["intervals"], 12)
+    candidates = work / "results/digits/width/candidates.parquet"
+    tables.write(candidates, found, schemas.WIDTH_CANDIDATES, {})
     blocked = tmp_path / "blocked/torch"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('torch was imported')")
@@ -248,10 +266,17 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
     )
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     made = {path.name for path in (work / "results/digits/plots/intervals").iterdir()}
-    assert made == {f"{n}.{e}" for n in ("search", "heatmap", "probes") for e in ("svg", "png")}
+    names = ("search", "heatmap", "probes", "width")
+    assert made == {f"{n}.{e}" for n in names for e in ("svg", "png")}
     # 10 seconds are promised; on a busy machine only the processor's time can be tested.
     assert used.ru_utime + used.ru_stime - began.ru_utime - began.ru_stime < 10
     assert "Nothing to be done" in snakemake(*arguments, "-n")
+    # Without width pruning there is no such table and no such figure.
+    shutil.rmtree(candidates.parent)
+    shutil.rmtree(work / "results/digits/plots")
+    snakemake(*arguments, teacher={"path": "resources/nowhere"}, width={"enabled": False})
+    made = {path.name for path in (work / "results/digits/plots/intervals").iterdir()}
+    assert made == {f"{n}.{e}" for n in names[:3] for e in ("svg", "png")}
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
-from ppcl import preflight, schemas
+from ppcl import methods, preflight, schemas
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest
 
@@ -29,9 +29,10 @@ THREADS = 8
 WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
 WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
 PLOTS = {
-    "intervals": ["search", "heatmap", "probes"],
+    "intervals": ["search", "heatmap", "probes", "width"],
     "training": ["distill", "subsets", "finetune"],
-    "quality": ["tradeoff", "images"],
+    "quality": ["pareto", "tradeoff", "images"],
+    "ablation": ["ablation", "calibration"],
 }
 
 
@@ -41,7 +42,7 @@ def targets():
     Snakemake parses rules before it knows its targets (workflow.dag_settings is still None), so
     the arguments are all there is to look at.
     """
-    return {"all", "interval_plots", "train_teacher"} & set(sys.argv[1:])
+    return {"all", "interval_plots", "train_teacher", "ablation"} & set(sys.argv[1:])
 
 
 def validate():
@@ -158,6 +159,7 @@ def artifacts():
         "width/": config["width"]["enabled"],
         "latency/": latency(),
         "narrow/": staged(),
+        "ablation/": False,  # a target of its own
     }
     left_out = tuple(folder for folder, needed in wanted.items() if not needed)
     named = [
@@ -183,6 +185,7 @@ def plots(*groups):
         result(f"plots/{group}/{name}.{extension}")
         for group in groups
         for name in PLOTS[group]
+        if name != "width" or config["width"]["enabled"]
         for extension in ("svg", "png")
     ]
 
@@ -190,9 +193,34 @@ def plots(*groups):
 def interval_plots_only():
     """Whether nothing but the interval plots is asked for, and their tables exist."""
     tables = [
-        "similarity/cka.parquet",
-        "similarity/blocks.parquet",
-        "probes/probes.parquet",
-        "intervals/intervals.parquet",
+        result("similarity/cka.parquet"),
+        result("similarity/blocks.parquet"),
+        result("probes/probes.parquet"),
+        result("intervals/intervals.parquet"),
+        *widths("candidates.parquet"),
     ]
-    return targets() == {"interval_plots"} and all(Path(result(t)).is_file() for t in tables)
+    return targets() == {"interval_plots"} and all(Path(table).is_file() for table in tables)
+
+
+def ablation_runs(names, seeds):
+    """Tables of the first runs of some methods."""
+    return [
+        result(f"ablation/runs/{name}-{number}.parquet")
+        for name in names
+        for number in range(seeds)
+    ]
+
+
+def known_ablation_runs():
+    """Tables of the runs that are made in any case."""
+    found = ablation_runs(["teacher"], 1)
+    found += ablation_runs(methods.of_group("ladder"), config["ablation"]["seeds"])
+    for group in ("choice", "rival"):
+        found += ablation_runs(methods.of_group(group), config["ablation"]["other_seeds"])
+    return found
+
+
+def more_ablation_runs(wildcards):
+    """Tables of further runs, of the rivals that did best once each has been run."""
+    best = Path(checkpoints.rank_rivals.get().output.best).read_text().split()
+    return sorted({*ablation_runs(best, config["ablation"]["seeds"])} - {*known_ablation_runs()})

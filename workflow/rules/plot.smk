@@ -11,6 +11,7 @@ rule plot_intervals:
         blocks=result("similarity/blocks.parquet"),
         probes=result("probes/probes.parquet"),
         intervals=result("intervals/intervals.parquet"),
+        width=widths("candidates.parquet"),
     output:
         search=report(
             result("plots/intervals/search.svg"),
@@ -30,9 +31,20 @@ rule plot_intervals:
             category="Intervals",
             labels={"figure": "Probe error along depth"},
         ),
+        width=(
+            report(
+                result("plots/intervals/width.svg"),
+                caption="../report/width.rst",
+                category="Intervals",
+                labels={"figure": "Linear FFNs and text runs"},
+            )
+            if config["width"]["enabled"]
+            else []
+        ),
         search_png=result("plots/intervals/search.png"),
         heatmap_png=result("plots/intervals/heatmap.png"),
         probes_png=result("plots/intervals/probes.png"),
+        width_png=result("plots/intervals/width.png") if config["width"]["enabled"] else [],
     log:
         result("logs/plot-intervals.log"),
     benchmark:
@@ -45,6 +57,7 @@ rule plot_intervals:
         runtime=30,
     params:
         config=subset("similarity"),
+        width=optional("width"),
         output=lambda wildcards, output: os.path.dirname(output.search),
         code=code("plot.py"),
     message:
@@ -52,7 +65,7 @@ rule plot_intervals:
     shell:
         "python {input.script} intervals --config {params.config:q} "
         "--cka {input.cka} --blocks {input.blocks} --probes {input.probes} "
-        "--intervals {input.intervals} "
+        "--intervals {input.intervals} {params.width} "
         "--output {params.output} 2>&1 | tee {log}"
 
 
@@ -112,7 +125,14 @@ rule plot_quality:
         script=program("plot.py"),
         metrics=result("evaluation/metrics.parquet"),
         images=result("evaluation/images.parquet"),
+        points=result("pareto/points.parquet"),
     output:
+        pareto=report(
+            result("plots/quality/pareto.svg"),
+            caption="../report/pareto.rst",
+            category="Quality",
+            labels={"figure": "Every budget from one set of students"},
+        ),
         tradeoff=report(
             result("plots/quality/tradeoff.svg"),
             caption="../report/tradeoff.rst",
@@ -125,6 +145,7 @@ rule plot_quality:
             category="Quality",
             labels={"figure": "Images"},
         ),
+        pareto_png=result("plots/quality/pareto.png"),
         tradeoff_png=result("plots/quality/tradeoff.png"),
         images_png=result("plots/quality/images.png"),
     log:
@@ -138,12 +159,12 @@ rule plot_quality:
         mem_mb=2000,
         runtime=30,
     params:
-        config=subset(),
+        config=subset("variants"),
         output=lambda wildcards, output: os.path.dirname(output.tradeoff),
         code=code("plot.py"),
     message:
         "Drawing quality against cost"
     shell:
         "python {input.script} quality --config {params.config:q} "
-        "--metrics {input.metrics} --images {input.images} "
+        "--metrics {input.metrics} --images {input.images} --points {input.points} "
         "--output {params.output} 2>&1 | tee {log}"

@@ -2,7 +2,7 @@
 
     python workflow/scripts/evaluate.py --config config/digits.yaml \
         --calls results/digits/record/calls.parquet \
-        --models results/digits/models/p55 results/digits/models/p70 \
+        --models results/digits/models/p50 results/digits/models/p70 \
         --metrics results/digits/evaluation/metrics.parquet \
         --images results/digits/evaluation/images.parquet --state results/digits/state/evaluate
 
@@ -53,8 +53,6 @@ from ppcl.errors import UserError
 from ppcl.evaluation import Found, Model
 from ppcl.metrics import TEACHER, Estimate
 
-FIRST_SEED = 1_000_000_000  # far from record's, which count up from the config's seed
-
 
 def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[dict]:
     """Pictures to make: none shares its prompt or its noise with a recorded calibration sample.
@@ -62,7 +60,7 @@ def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[d
     Raises:
         UserError: an evaluation prompt was recorded for calibration.
     """
-    first = max(FIRST_SEED, int(reader.index["seed"].max()) + 1)
+    first = max(evaluation.FIRST_SEED, int(reader.index["seed"].max()) + 1)
     recorded = set(reader.index["prompt"])
     samples = [
         {"sample": number, "prompt_index": index, "prompt": prompt, "seed": noise}

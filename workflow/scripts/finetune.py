@@ -1,12 +1,12 @@
 """Fine-tunes one assembled variant: all its parameters, towards the teacher's recorded velocity.
 
-One process:        python workflow/scripts/finetune.py --variant p55 --config ...
+One process:        python workflow/scripts/finetune.py --variant p50 --config ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
-    workflow/scripts/finetune.py --config config/digits.yaml --variant p55 \
+    workflow/scripts/finetune.py --config config/digits.yaml --variant p50 \
     --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
     --students results/digits/subsets/students.safetensors \
-    --errors results/digits/subsets/errors.parquet --state results/digits/state/finetune-p55 \
-    --output results/digits/finetune/p55.safetensors --log-table results/digits/finetune/p55.parquet
+    --errors results/digits/subsets/errors.parquet --state results/digits/state/finetune-p50 \
+    --output results/digits/finetune/p50.safetensors --log-table results/digits/finetune/p50.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends
 with the same weights.

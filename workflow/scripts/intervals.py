@@ -11,71 +11,27 @@ variants for the smallest budgets: larger ones use subsets of the same students.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ppcl import config, errors, intervals, pins, provenance, reasons, schemas, selection, tables
+from ppcl import (
+    config,
+    errors,
+    intervals,
+    measured,
+    pins,
+    provenance,
+    reasons,
+    schemas,
+    selection,
+    tables,
+)
 from ppcl.errors import UserError
 from ppcl.pins import Named
 from ppcl.reasons import Width
 from ppcl.selection import Choices, Weights
-
-
-def grid(table: pd.DataFrame, stream: str, depth: int, path: Path) -> np.ndarray:
-    """cka [first, last] of one stream (NaN where the table has no row)."""
-    rows = table[table["stream"] == stream]
-    if rows.empty:
-        raise UserError(
-            f"{path}: no rows for similarity.streams '{stream}'; "
-            f"set it to one of {', '.join(sorted(set(table['stream'])))}"
-        )
-    values = np.full((depth, depth), np.nan)
-    values[rows["start"] + 1, rows["end"]] = rows["cka"]
-    return values
-
-
-def measured_costs(path: Path | None, depth: int) -> np.ndarray:
-    """velocity_error [first, last] (NaN where nobody measured)."""
-    if path is None:
-        raise UserError("intervals.cost is velocity: name the measured costs, --sensitivity")
-    table = tables.read(path, schemas.SENSITIVITY).to_pandas()
-    selection.check_depth(path, table["last"], depth)
-    values = np.full((depth, depth), np.nan)
-    values[table["first"], table["last"]] = table["velocity_error"]
-    return values
-
-
-def facts_of(path: Path, *names: str) -> dict:
-    """Facts that an earlier stage left in the provenance of its table."""
-    stamp = tables.provenance(path)
-    try:
-        return {name: json.loads(stamp[name]) for name in names}
-    except KeyError as error:
-        raise UserError(
-            f"{path}: its provenance lacks {error}; delete it and activations/, and rerun"
-        ) from error
-
-
-def measured_widths(path: Path, depth: int) -> list[Width]:
-    """The rows of width/measured.parquet."""
-    table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
-    selection.check_depth(path, table["last"], depth)
-    return [
-        Width(
-            row.kind,
-            int(row.first),
-            int(row.last),
-            row.stream,
-            row.fit_error_heldout,
-            row.cka,
-            int(row.parameters_saved),
-            row.velocity_error,
-        )
-        for row in table.itertuples()
-    ]
 
 
 def with_pinned_runs(widths: list[Width], pinned: Named, counted: Weights) -> list[Width]:
@@ -116,20 +72,20 @@ def main() -> None:
         raise UserError("width.enabled is true: name the tables --width and --candidates")
 
     names = "block_parameters", "transformer_parameters", "seams", "untouchable", "delta_noise"
-    facts = facts_of(options.cka, *names)
+    facts = measured.facts(options.cka, *names)
     depth = len(facts["block_parameters"])
     facts["blocks"] = depth
-    cka = grid(tables.read(options.cka, schemas.CKA).to_pandas(), stream, depth, options.cka)
+    cka = measured.cka(options.cka, stream, depth)
     costs = 1 - cka
     if chosen["cost"] == "velocity":
-        costs = chosen["training_leaves"] * measured_costs(options.sensitivity, depth)
+        costs = chosen["training_leaves"] * measured.costs(options.sensitivity, depth)
     noise = facts["delta_noise"][stream]
     tolerance = noise if chosen["tolerance"] == "bootstrap" else chosen["tolerance"]
     text = {"text_saved": [0] * depth, "text_output": [0] * depth}
     widths = []
     if wide:
-        text = facts_of(options.width, *text)
-        widths = measured_widths(options.width, depth)
+        text = measured.facts(options.width, *text)
+        widths = measured.widths(options.width, depth)
     ffns = {width.ffn: width.saved for width in widths if width.kind == "ffn"}
     weights = {
         "blocks": selection.by_blocks(depth),

@@ -1,8 +1,10 @@
 """Draw the figures of a run from its parquet files (no model, no torch).
 
-    plot.py intervals  search, heatmap, probes: which blocks went, and why
-    plot.py training   distill, subsets, finetune: loss curves
-    plot.py quality    tradeoff, images: what the variants reach and what they cost
+    plot.py intervals    search, heatmap, probes, width: what went, and why
+    plot.py training     distill, subsets, finetune: loss curves
+    plot.py quality      pareto, tradeoff, images: what the variants reach and what they cost
+    plot.py ablation     ablation: the method against its alternatives
+    plot.py calibration  calibration: which price foretells the error after training
 
 Each figure is written as SVG and PNG to --output; the same tables give the same files.
 """
@@ -13,7 +15,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import config, errors, figure_style, figures, result_figures, schemas, tables
+from ppcl import (
+    ablation_figures,
+    comparison_figure,
+    config,
+    errors,
+    figure_style,
+    figures,
+    result_figures,
+    schemas,
+    tables,
+)
 
 
 def read(path: Path, schema) -> pd.DataFrame:
@@ -36,6 +48,10 @@ def intervals(options: argparse.Namespace, settings: dict) -> None:
         "heatmap": (figures.heatmap(blocks, chosen), options.blocks),
         "probes": (figures.probes(probes, chosen), options.probes),
     }
+    if options.width:
+        candidates = read(options.width, schemas.WIDTH_CANDIDATES)
+        depth = int(cka["end"].max()) + 1
+        drawn["width"] = (figures.width(candidates, chosen, depth), options.width)
     save(drawn, options.output)
 
 
@@ -72,10 +88,26 @@ def training(options: argparse.Namespace, settings: dict) -> None:
 def quality(options: argparse.Namespace, settings: dict) -> None:
     """Quality against cost, and pictures."""
     metrics, pictures = read(options.metrics, schemas.METRICS), read(options.images, schemas.IMAGES)
+    points = read(options.points, schemas.POINTS)
+    tuned = [variant["name"] for variant in settings["variants"] if variant["finetune_steps"]]
     drawn = {
+        "pareto": (result_figures.pareto(points, metrics, tuned), options.points),
         "tradeoff": (result_figures.tradeoff(metrics), options.metrics),
         "images": (result_figures.images(pictures, metrics), options.images),
     }
+    save(drawn, options.output)
+
+
+def ablation(options: argparse.Namespace, settings: dict) -> None:
+    """Every method at the same size."""
+    table = read(options.results, schemas.ABLATION)
+    save({"ablation": (comparison_figure.comparison(table), options.results)}, options.output)
+
+
+def calibration(options: argparse.Namespace, settings: dict) -> None:
+    """Prices before training against errors after it."""
+    table = read(options.calibration, schemas.CALIBRATION)
+    drawn = {"calibration": (ablation_figures.calibration(table), options.calibration)}
     save(drawn, options.output)
 
 
@@ -94,7 +126,9 @@ def main() -> None:
     inputs = {
         intervals: ("cka", "blocks", "probes", "intervals"),
         training: ("distill-log",),
-        quality: ("metrics", "images"),
+        quality: ("metrics", "images", "points"),
+        ablation: ("results",),
+        calibration: ("calibration",),
     }
     for draw, names in inputs.items():
         group = groups.add_parser(draw.__name__, help=draw.__doc__, description=draw.__doc__)
@@ -102,6 +136,8 @@ def main() -> None:
         group.add_argument("--config", required=True, help="config file, or JSON")
         for name in names:
             group.add_argument(f"--{name}", type=Path, required=True, metavar="PARQUET")
+        if draw is intervals:
+            group.add_argument("--width", type=Path, metavar="PARQUET", help="for figure width")
         if draw is training:
             group.add_argument(
                 "--subsets-log", type=Path, nargs="*", default=[], metavar="PARQUET", help="or none"

@@ -11,16 +11,14 @@ of Delta's rise, per stream, is written into cka.parquet's provenance as `delta_
 
 import argparse
 import json
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ppcl import config, errors, provenance, schemas, similarity, tables, tensors
+from ppcl import config, errors, probes, provenance, schemas, similarity, tables, tensors
 from ppcl.activations import TokenReader
-from ppcl.probes import Probe
 
 
 def cka_rows(stream: str, draws: np.ndarray) -> tuple[pd.DataFrame, float]:
@@ -57,23 +55,6 @@ def block_rows(stream: str, blocks: list[int], values: np.ndarray) -> pd.DataFra
     )
 
 
-def stream_probes(weights: dict, stream: str, depth: int) -> list[Probe | None]:
-    """The stream's probe of every block; None for a block that the stream does not pass."""
-    return [
-        Probe(weights[f"{stream}.{i}.weight"].numpy(), weights[f"{stream}.{i}.bias"].numpy())
-        if f"{stream}.{i}.weight" in weights
-        else None
-        for i in range(depth)
-    ]
-
-
-def heldout_tokens(
-    tokens: TokenReader, stream: str, heldout: np.ndarray, boundary: int
-) -> np.ndarray:
-    """Tokens [n, d] at a boundary that no probe was fitted on."""
-    return tokens.values(boundary, stream)[heldout]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -93,22 +74,13 @@ def main() -> None:
     depth = tokens.boundaries - 1
     draws, blocks = {}, []
     for stream in tokens.streams:
-        probes = stream_probes(weights, stream, depth)
-        heldout = tokens.heldout(stream)
-        read = partial(heldout_tokens, tokens, stream, heldout)
-        # The same seed for every stream: a resample draws the same prompts in each, so that the
-        # mean over streams has resamples of its own.
-        plan = similarity.resamples(
-            tokens.prompts(stream)[heldout],
-            chosen["bootstrap"],
-            settings["seed"],
-            chosen["estimator"],
-        )
+        fitted = probes.of_stream(weights, stream, depth)
+        read, plan = similarity.heldout(tokens, stream, chosen, settings["seed"])
         progress = tqdm(range(depth), desc=f"runs, {stream}", unit="block")
         draws[stream] = similarity.surrogate_cka(
-            read, probes, plan, reference=chosen["reference"], stream=stream, steps=progress, **how
+            read, fitted, plan, reference=chosen["reference"], stream=stream, steps=progress, **how
         )
-        present = [i for i, probe in enumerate(probes) if probe is not None]
+        present = [i for i, probe in enumerate(fitted) if probe is not None]
         values = similarity.block_cka(read, present, plan, stream=stream, **how)
         blocks.append(block_rows(stream, present, values))
     draws["mean"] = similarity.mean_of_streams(list(draws.values()))

@@ -30,6 +30,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    selection,
     tables,
     training,
     width,
@@ -41,6 +42,7 @@ def text_cka(path: Path, depth: int) -> np.ndarray:
     """CKA [blocks, blocks] of text outputs (NaN where there is none)."""
     table = tables.read(path, schemas.BLOCKS).to_pandas()
     rows = table[table["stream"] == TEXT]
+    selection.check_depth(path, rows["block_a"], depth)
     values = np.full((depth, depth), np.nan)
     values[rows["block_a"], rows["block_b"]] = rows["cka"]
     return values

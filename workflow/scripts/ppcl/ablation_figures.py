@@ -5,18 +5,17 @@ Tables are pandas DataFrames with the columns of `ppcl.schemas`. No torch: plots
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ppcl import figure_style as style
-from ppcl.figure_style import DASH, MINUS
+from ppcl.figure_style import MINUS
 from ppcl.figures import KINDS
 
-COSTS = {  # column -> what it is, before any training
+PRICES = {  # column -> what it is, before any training
     "cost_cka": f"1 {MINUS} CKA",
-    "cost_probe": "velocity error, composed probes",
-    "cost_untrained": "velocity error, untrained",
+    "cost_probe": "velocity error with probes",
+    "cost_untrained": "velocity error before training",
 }
 
 
@@ -25,38 +24,87 @@ def calibration(table: pd.DataFrame) -> Figure:
     """Each price that selection may go by against the error after training, with rank correlations.
 
     table: as `schemas.CALIBRATION`. A price or error that is not positive (an FFN that nothing
-    reads; the debiased CKA) is drawn at the frame and ranked as it is.
+    reads, CKA of 1) is drawn below the smallest positive one, and ranked as it is.
     """
-    shown = {column: words for column, words in COSTS.items() if table[column].notna().any()}
-    kinds = [kind for kind in KINDS if (table["kind"] == kind).any()]
-    if not shown:
+    prices = {column: words for column, words in PRICES.items() if table[column].notna().any()}
+    if not prices:
         return style.message("Prices before training", "The calibration table holds no prices.")
-    left, gap, top, high = 0.85, 0.35, 1.32, 2.55  # inches
-    across = min((style.WIDTH - left - gap * (len(shown) - 1) - 0.15) / len(shown), 3.6)
+    left, gap, top, high = 0.85, 0.35, 1.4, 2.5  # inches
+    across = min((style.WIDTH - left - gap * (len(prices) - 1) - 0.15) / len(prices), 3.6)
     figure = style.new_figure(
-        _best(table, shown),
+        _best(table, prices),
         top + high + 0.55,
-        note="One point per interval, text run or FFN, plugged into the teacher alone. ρ: Spearman "
-        "rank correlation. Dotted: training changes nothing.",
+        note="Each point: one interval, text run or FFN, plugged into the teacher alone. "
+        "ρ: Spearman's rank correlation.",
     )
     figure.set_layout_engine(None)
-    for number, (column, words) in enumerate(shown.items()):
+    after = _positive(table["trained"])
+    for number, (column, words) in enumerate(prices.items()):
         shared = {"sharey": figure.axes[0]} if number else {}
         ax = style.axes_at(figure, left + number * (across + gap), top, across, high, **shared)
         rows = table[table[column].notna()]
-        x, y = _positive(rows[column]), _positive(table["trained"])[rows.index]
-        for kind in kinds:
-            here = rows["kind"] == kind
-            _, colour, marker, _ = KINDS[kind]
-            look = {"color": colour, "mec": "white", "mew": 0.4, "ms": 5, "alpha": 0.85}
-            ax.plot(x[here], y[here], marker, clip_on=False, **look)
-        title = [f"ρ = {_words(rows)}   all, {len(rows)}"]
+        before = _positive(rows[column])
+        for kind, (_, colour, marker, _) in KINDS.items():
+            here = rows.index[rows["kind"] == kind]
+            look = {"color": colour, "mec": "white", "mew": 0.4, "ms": 5, "alpha": 0.8}
+            ax.plot(before[here], after[here], marker, **look)
         depth = rows[rows["kind"] == "depth"]
+        title = [f"all: ρ = {_correlation(rows, column)}"]
         if 0 < len(depth) < len(rows):
-            title.append(f"ρ = {_words(depth)}   depth only, {len(depth)}")
-        ax.set_title("\n".join(title), pad=6)
+            title.append(f"depth: ρ = {_correlation(depth, column)}")
+        ax.set_title("\n".join(title), pad=5)
         style.log_axis(ax, "x")
         ax.set_xlabel(words)
-        if number:
-            ax.tick_params(labelleft=False)
+        ax.tick_params(labelleft=not number)
+    first = figure.axes[0]
+    style.log_axis(first)
+    first.set_ylabel("velocity error after training")
+    limits = [ax.get_xlim() for ax in figure.axes]
+    for ax in figure.axes:
+        ax.set(autoscale_on=False)
+    for ax, column, (low, high) in zip(figure.axes, prices, limits, strict=True):
+        if column != "cost_cka":
+            ax.plot([low, high], [low, high], color=style.GREY, lw=0.9, ls=":", zorder=0)
+    present = [kind for kind in KINDS if (table["kind"] == kind).any()]
+    looks = {kind: KINDS[kind] for kind in present}
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ms=5, lw=0, label=name)
+        for name, colour, marker, _ in looks.values()
+    ]
+    if {"cost_probe", "cost_untrained"} & set(prices):
+        line = {"color": style.GREY, "lw": 0.9, "ls": ":"}
+        handles.append(Line2D([], [], label="training changes nothing", **line))
+    style.legend_at(figure, 0.68, handles)
     return figure
+
+
+def _best(table: pd.DataFrame, prices: dict[str, str]) -> str:
+    """Which price ranks depth intervals best, judged on those that have them all."""
+    rows = table[(table["kind"] == "depth") & table[[*prices]].notna().all(axis=1)]
+    ranks = {column: rank_correlation(rows[column], rows["trained"]) for column in prices}
+    ranks = {column: value for column, value in ranks.items() if np.isfinite(value)}
+    if len(ranks) < 2:
+        return "Prices before training against the error after it"
+    best = max(ranks, key=ranks.__getitem__)
+    return f"What depth intervals cost after training is ranked best by {prices[best]}"
+
+
+def rank_correlation(a: pd.Series, b: pd.Series) -> float:
+    """Spearman's, over rows that have both (ties share their mean rank); NaN if undefined."""
+    both = a.notna() & b.notna()
+    a, b = a[both].rank(), b[both].rank()
+    return float(a.corr(b)) if min(a.nunique(), b.nunique()) > 1 else float("nan")
+
+
+def _correlation(rows: pd.DataFrame, column: str) -> str:
+    return f"{_number(rank_correlation(rows[column], rows['trained']))} (n = {len(rows)})"
+
+
+def _number(value: float) -> str:
+    return "undefined" if np.isnan(value) else f"{value:.2f}".replace("-", MINUS)
+
+
+def _positive(values: pd.Series) -> pd.Series:
+    """For a logarithmic axis: what is not positive becomes half of the smallest positive value."""
+    positive = values[values > 0]
+    return values.clip(lower=positive.min() / 2 if len(positive) else 1.0)

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ppcl import blocks, calls, losses, narrow, texts
+from ppcl import blocks, calls, losses, narrow, schemas, texts
 from ppcl.errors import UserError
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
@@ -134,7 +134,7 @@ def linear_loss(
 
 def log_table(rows: list[dict]) -> pd.DataFrame:
     """The log of `independent` as one row per step, part and stream."""
-    return pd.DataFrame(
+    found = [
         {
             "step": row["step"],
             "interval": row["name"],
@@ -148,7 +148,8 @@ def log_table(rows: list[dict]) -> pd.DataFrame:
         }
         for row in rows
         for stream in sorted(key.split("/")[0] for key in row if key.endswith("/normalised"))
-    )
+    ]
+    return pd.DataFrame(found, columns=schemas.DISTILL_LOG.names)
 
 
 def lr_scales(parts: Iterable[Part], kept: float, name: str = "{}/") -> dict[str, float]:
@@ -184,16 +185,20 @@ def independent(
     options: dict,
     seed: int,
     accelerator: Accelerator,
+    names: Mapping[Part, str] | None = None,
 ):
     """Step losses of all students (see training.Losses): Eq. 6, and L_linear of narrow ones.
 
     mode `independent` (Eq. 6): a student gets the teacher's activation before its interval, and
     never another student's output. mode `sequential`, the ablation baseline: it gets what the
     students before it make of the input; gradients stay within each student.
+
+    names: of the parts in the log, for students of overlapping units; `Part.name` otherwise.
     """
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
     parts, rows = list(students), reader.rows(heldout=False)
+    names = names or {part: part.name for part in parts}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         drawn = reader.draw(rows, options["batch_size"], (seed, step))
@@ -225,7 +230,7 @@ def independent(
             if linear is not None:
                 metrics["linear"] = linear
                 loss = loss + options["linear_weight"] * linear
-            yield part.name, weight * loss, {k: weight * m for k, m in metrics.items()}
+            yield names[part], weight * loss, {k: weight * m for k, m in metrics.items()}
 
     return losses_of_step
 
@@ -298,7 +303,7 @@ def any_subset(
     """
     if options["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()
-    fitting = {part: _InFloat32(student) for part, student in students.items()}
+    fitting = {part: InFloat32(student) for part, student in students.items()}
 
     def model_at(step: int) -> nn.Module:
         chosen = random_subset(units, (seed, step))
@@ -318,7 +323,7 @@ def random_subset(members: Sequence, seed: tuple[int, ...]) -> list:
     return [members[i] for i in sorted(rng.permutation(len(members))[:size])]
 
 
-class _InFloat32(nn.Module):
+class InFloat32(nn.Module):
     """A float32 student between blocks of another dtype; gradients reach the student."""
 
     def __init__(self, student: nn.Module):
@@ -461,7 +466,7 @@ def cost_table(
         options["batch_size"],
         accelerator,
     )
-    return pd.DataFrame(
+    found = [
         {
             "unit": unit.name,
             "first": unit.first,
@@ -473,7 +478,8 @@ def cost_table(
             "rows": len(judged),
         }
         for unit, entry, cost in zip(units, entries, costs, strict=True)
-    )
+    ]
+    return pd.DataFrame(found, columns=schemas.UNIT_ERRORS.names)
 
 
 def _call(module: nn.Module, bound: dict[str, Any], recompute: bool) -> Any:

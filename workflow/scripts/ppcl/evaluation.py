@@ -30,6 +30,7 @@ from ppcl import assembly, blocks, calls, devices, metrics, pipelines, provenanc
 from ppcl.errors import UserError
 from ppcl.metrics import TEACHER, Estimate
 
+FIRST_SEED = 1_000_000_000  # of pictures; far from record's, which count up from the config's
 Found = dict[str, dict[str, Estimate]]  # model -> metric -> estimate
 
 
@@ -70,9 +71,11 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
             raise UserError(f"--models: {folder} is not a pipeline folder; run assemble first")
         if folder.name in {model.name for model in found}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
-        # Code beside the weights is ours, whatever is trusted of the teacher's.
-        own = {"revision": None, "variant": None, "trust_remote_code": assembly.own_code(folder)}
-        source = teacher | own | {"path": str(folder)}
+        source = teacher | {"path": str(folder), "revision": None, "variant": None}
+        if assembly.own_code(folder):
+            # diffusers copies it to one place for all; once it is there, processes only read it.
+            source["trust_remote_code"] = True
+            pipelines.code_beside(source)
         found.append(Model(folder.name, source))
     return found
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.text import Annotation
+from matplotlib.transforms import Bbox
 
 from ppcl.figure_style import freeze
 
@@ -74,8 +75,13 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
     scale = ax.figure.dpi / 72  # pixels per point of type
     frame = ax.get_window_extent(renderer).extents[None]
     centres = ax.transData.transform([(x, y) for x, y, _, _ in points])
-    # Error bars are collections, the teacher's level is a line.
-    drawn = [line.get_window_extent(renderer) for line in ax.lines]
+    # Error bars are collections, curves and the teacher's level are lines: boxes of short pieces,
+    # as the box of a whole curve says nothing of where there is room beside it.
+    drawn = []
+    for line in ax.lines:
+        corners = line.get_transform().transform_path(line.get_path()).interpolated(8).vertices
+        ends = corners if line.get_linestyle() == "None" else corners[1:]
+        drawn += [Bbox(np.sort(pair, axis=0)) for pair in zip(corners, ends, strict=False)]
     for bars in ax.collections:
         paths = map(bars.get_transform().transform_path, bars.get_paths())
         drawn += [path.get_extents() for path in paths]

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ppcl import figure_labels
 from ppcl import figure_style as style
 from ppcl.errors import UserError
-from ppcl.figure_style import DASH, MINUS
+from ppcl.figure_style import MINUS
 
 _STREAM_WORDS = {"image": "image stream", "text": "text stream", "mean": "mean of both streams"}
 
@@ -288,7 +288,7 @@ def _floor(ax: Axes, table: pd.DataFrame, column: str, least: float) -> None:
 def width(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Figure:
     """What every linear FFN and text run costs along the depth, what went, and the model it makes.
 
-    The kinds share one error axis, as selection compares them; it ends six decades below the
+    The kinds share one error axis, as selection compares them; it ends five decades below the
     largest error, with what is smaller (an FFN that nothing reads has 0) marked at its edge.
 
     blocks: the teacher's; not all need have candidates.
@@ -303,7 +303,7 @@ def width(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Fig
     spans = selected_spans(intervals)
     unmeasured = int(table["velocity_error"].isna().sum())
     # Sizes in inches.
-    left, top, across, high, pitch = 1.15, 1.14, style.WIDTH - 1.27, 1.12, 1.38
+    left, top, across, high, pitch = 1.15, 1.07, style.WIDTH - 1.27, 1.1, 1.39
     bottom = top + pitch * (len(kinds) + 1) + 0.02
     strip_height = 0.26 * (len(kinds) + 1)
     figure = style.new_figure(
@@ -317,7 +317,7 @@ def width(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Fig
     figure.set_layout_engine(None)
     errors = table["velocity_error"]
     largest = errors.max() if (errors > 0).any() else 1.0
-    floor = max(largest * 1e-6, errors[errors > 0].min() / 2 if (errors > 0).any() else 0)
+    floor = max(largest * 1e-5, errors[errors > 0].min() / 2 if (errors > 0).any() else 0)
     first = None
     for number, kind in enumerate(kinds):
         shared = {"sharey": first} if first else {}
@@ -328,7 +328,7 @@ def width(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Fig
         if kind == "ffn_text":
             style.shade(ax, [(begin + 1, end) for begin, end in runs], KINDS["text"][3])
         chosen = int(rows["selected"].sum())
-        ax.set_title(f"{KINDS[kind][0]}s: {chosen} of {len(rows)} selected", y=1.02, pad=0)
+        ax.set_title(f"{KINDS[kind][0]}s: {chosen} of {len(rows)} selected", pad=4)
     first.set_ylim(floor / 1.6, largest * 1.9)
     style.log_axis(first)
     ax = style.axes_at(figure, left, top + len(kinds) * pitch, across, high)
@@ -336,15 +336,15 @@ def width(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Fig
     least = fits[fits > 0].min() if (fits > 0).any() else 1.0
     for kind in reversed(kinds):  # points over runs
         _candidates(ax, kind, table[table["kind"] == kind], "fit_error_heldout", least / 1.3)
-    ax.axhline(1, color=style.BLACK, lw=0.8, ls=":", zorder=1)
+    ax.axhline(1, color=style.BLACK, lw=0.8, ls="--", zorder=1)
     ax.set_ylim(least / 1.6, max(fits.max(), 1) * 1.5)
     style.log_axis(ax)
     ax.set_title(
-        f"Fit of the same maps on held-out prompts (dotted: 1, no better than none; worst of a run)",
-        y=1.02,
-        pad=0,
+        "Fit of these maps on held-out prompts (of a run: the worst map); dashed: no map at all",
+        pad=4,
     )
-    for ax, label in zip(figure.axes, [*["velocity\nerror"] * len(kinds), f"1 {MINUS} R²"]):
+    labels = [*["velocity\nerror"] * len(kinds), f"1 {MINUS} R²"]
+    for ax, label in zip(figure.axes, labels, strict=True):
         style.shade(ax, spans)
         style.block_ticks(ax, blocks)
         ax.tick_params(labelbottom=False)
@@ -372,11 +372,14 @@ def _candidates(ax: Axes, kind: str, rows: pd.DataFrame, column: str, floor: flo
         value = max(getattr(row, column), floor)
         out = row.reason.startswith(_RULED_OUT)
         look = {"color": colour if row.selected else "#9A9A9A" if out else colour}
-        look |= {"zorder": 3 if row.selected else 2, "alpha": 1 if row.selected else 0.6}
+        look |= {"zorder": 3 if row.selected else 2}
         if kind == "text":
-            wide, dashes = (2.6, "-") if row.selected else (0.9, ":" if out else "-")
             ends = [row.first - 0.3, row.last + 0.3]
-            ax.plot(ends, [value] * 2, lw=wide, ls=dashes, solid_capstyle="butt", **look)
+            look |= {"lw": 0.9, "alpha": 0.5, "ls": ":" if out else "-"}
+            if row.selected:
+                look |= {"lw": 2.8, "alpha": 1, "solid_capstyle": "butt"}
+                look["path_effects"] = [withStroke(linewidth=5, foreground="white")]
+            ax.plot(ends, [value] * 2, **look)
             continue
         shape = "x" if out else "v" if getattr(row, column) < floor else marker
         fill = colour if row.selected else "white"
@@ -387,9 +390,7 @@ def _narrow_model(picked: pd.DataFrame, spans: list, kinds: list[str]) -> dict[s
     """Rows of the strip: what stands in the pruned model along the teacher's depth."""
     last = {first: end for first, end in spans}
     bars = {
-        "depth intervals": [
-            (*span, KINDS["depth"][3], style.span_name(*span)) for span in spans
-        ]
+        "depth intervals": [(*span, KINDS["depth"][3], style.span_name(*span)) for span in spans]
     }
     for kind in kinds:
         name, _, _, fill = KINDS[kind]

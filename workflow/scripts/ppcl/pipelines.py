@@ -74,13 +74,7 @@ def load_transformer(
     import diffusers
 
     try:
-        made_by = (
-            getattr(diffusers, name)
-            if library == "diffusers"
-            else get_class_from_dynamic_module(
-                path, f"{library}.py", class_name=name, trust_remote_code=True, **options
-            )
-        )
+        made_by = getattr(diffusers, name) if library == "diffusers" else code_beside(teacher)
         transformer = made_by.from_pretrained(
             path, variant=teacher["variant"], dtype=devices.dtype(teacher["dtype"]), **options
         )
@@ -89,6 +83,20 @@ def load_transformer(
     blocks.family(transformer)
     refuse_incomplete(transformer, f"{path}/transformer")
     return transformer.requires_grad_(False).eval().to(device)
+
+
+def code_beside(teacher: dict) -> type:
+    """The transformer's class from the code beside its weights, which the caller trusts."""
+    path, revision = teacher["path"], teacher["revision"]
+    library, name = DiffusionPipeline.load_config(path, revision=revision)["transformer"]
+    return get_class_from_dynamic_module(
+        path,
+        f"{library}.py",
+        class_name=name,
+        trust_remote_code=True,
+        subfolder="transformer",
+        revision=revision,
+    )
 
 
 def refuse_incomplete(module: torch.nn.Module, where: str) -> None:

@@ -89,6 +89,9 @@ def units(
             A borrowed text stream has no FFN, so there its entry says nothing.
         unread_after: the block after which nothing reads the text stream, if there is one: a run
             that ends there makes no text stream.
+
+    Raises:
+        ValueError: a run of one part, which would lend its text to nobody.
     """
     intervals = sorted(intervals)
     ffns: dict[int, set[str]] = {}
@@ -105,6 +108,8 @@ def units(
     found = [Unit((part(ends),)) for ends in pieces if ends[0] not in inside]
     for first, last in runs:
         source, *others = (ends for ends in pieces if first <= ends[0] and ends[1] <= last)
+        if not others:
+            raise ValueError(f"the text run [{first},{last}] has a single part")
         parts = [part(source, "source")]
         for ends in others:
             closes = ends[1] == last and last != unread_after

@@ -9,6 +9,7 @@ and the ridge term does that job in closed form.
 PPCL, arXiv 2511.16156, section on linear probes. NumPy float64 throughout.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,6 +129,17 @@ def _condition_number(covariance: np.ndarray) -> float:
     if largest <= 0:
         return 1 / EPSILON
     return largest / max(float(values[0]), EPSILON * largest)
+
+
+def of_stream(weights: Mapping, stream: str, depth: int) -> list[Probe | None]:
+    """The stream's probe of every block from the tensors of probes.safetensors; None for a block
+    that the stream does not pass."""
+    return [
+        Probe(weights[f"{stream}.{i}.weight"].numpy(), weights[f"{stream}.{i}.bias"].numpy())
+        if f"{stream}.{i}.weight" in weights
+        else None
+        for i in range(depth)
+    ]
 
 
 def fit_r2(probe: Probe, moments: Moments) -> float:

@@ -216,10 +216,10 @@ def pareto(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[str]) ->
     ends = [name for name in others if name in finetuned]
     cells = metrics.set_index(["variant", "metric"])
     figure = style.new_figure(
-        f"{len(points)} sizes of one set of students, plugged in without further training"
-        + ("; fine-tuned ones lie apart" if ends else ""),
+        f"One set of students gives every size: {len(points)} budgets, without further training",
         4.05,
-        note="Bars: 95 % bootstrap intervals, of the error by prompt, of latency by round.",
+        note="Bars: 95 % bootstrap intervals, of the error by prompt, of latency by round."
+        + (" Coloured: variants that were fine-tuned." if ends else ""),
     )
     figure.set_layout_engine(None)
     left, gap, top, high = 0.85, 0.3, 1.0, 2.5
@@ -230,14 +230,9 @@ def pareto(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[str]) ->
         ax = style.axes_at(figure, left + number * (across + gap), top, across, high, **shared)
         x = points[cost]
         ax.plot(x, points["predicted_error"], color=style.GREY, lw=0.9, ls="--", zorder=2)
-        columns = {"value": "velocity_error"}
-        columns |= {"ci_low": "velocity_error_low", "ci_high": "velocity_error_high"}
-        for row in points.to_dict("records"):
-            y = pd.Series({name: row[column] for name, column in columns.items()})
-            place = {"value": row[cost], "ci_low": row.get(f"{cost}_low", np.nan)}
-            place["ci_high"] = row.get(f"{cost}_high", np.nan)
-            _point(ax, pd.Series(place), y, DARK, ".")
-        ax.plot(x, points["velocity_error"], color=DARK, lw=1.3, zorder=2)
+        bars = {"xerr": _reach(points, cost), "yerr": _reach(points, "velocity_error")}
+        look = {"ecolor": style.GREY, "elinewidth": 0.7, "capsize": 1.5, "zorder": 3}
+        ax.errorbar(x, points["velocity_error"], **bars, color=DARK, marker="o", **look)
         named = [(1.0, 0.0, TEACHER, style.BLACK)]
         ax.plot(1, 0, "*", color=style.BLACK, ms=9, clip_on=False, zorder=5)
         for name in ends:
@@ -245,7 +240,7 @@ def pareto(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[str]) ->
                 colour, marker, _ = looks[name]
                 x_cell, y_cell = cells.loc[(name, cost)], cells.loc[(name, "velocity_error")]
                 _point(ax, x_cell, y_cell, colour, marker)
-                named.append((x_cell["value"], y_cell["value"], f"{name}, fine-tuned", colour))
+                named.append((x_cell["value"], y_cell["value"], name, colour))
         labels.append((ax, named))
         ax.margins(x=0.06)
         ax.set_ylim(bottom=0)
@@ -259,13 +254,26 @@ def pareto(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[str]) ->
     for ax, named in labels:
         figure_labels.label_points(ax, named)
     handles = [
-        Line2D([], [], color=DARK, marker=".", lw=1.3, ms=6, label="measured"),
+        Line2D([], [], color=DARK, marker="o", label="measured"),
         Line2D(
-            [], [], color=style.GREY, lw=0.9, ls="--", label="predicted: sum of each unit's own error"
+            [],
+            [],
+            color=style.GREY,
+            lw=0.9,
+            ls="--",
+            label="predicted: sum of each unit's own error",
         ),
     ]
     style.legend_at(figure, 0.66, handles)
     return figure
+
+
+def _reach(points: pd.DataFrame, column: str) -> np.ndarray | None:
+    """How far the intervals of a column reach below and above it, [2, rows]; None without any."""
+    if f"{column}_low" not in points:
+        return None
+    below = points[column] - points[f"{column}_low"]
+    return np.maximum([below, points[f"{column}_high"] - points[column]], 0)
 
 
 def _point(ax: Axes, x: pd.Series, y: pd.Series, colour: str, marker: str) -> None:

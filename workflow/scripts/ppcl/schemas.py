@@ -224,7 +224,41 @@ POINTS = pa.schema(
     ]
 )
 
-# Of an ablation (which price foretells a trained student's error), so not among TABLES.
+_MEASURED = [
+    column("seed", pa.int64(), "seed of the run: of its draws and batches"),
+    column("state", pa.string(), "`plugged`, or `finetuned` after that"),
+    column("removed_blocks", pa.int32(), "blocks that went"),
+    column("removed_parameters", pa.int64(), "parameters that went"),
+    column("parameter_fraction", pa.float64(), "of the teacher's transformer"),
+    column("intervals", pa.string(), "JSON of [first, last] of every student"),
+    column("text_runs", pa.string(), "JSON of [first, last] of every text run"),
+    column("linear_ffns", pa.string(), "JSON of [block, stream] of every linear FFN"),
+    column("steps", pa.int64(), "training steps up to this state, those of masks included"),
+    column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
+    column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt"),
+    column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt"),
+    column("digit_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
+    column("digit_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
+    column("background_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
+    column("all_correct", pa.float64(), "share of pictures, all three right", nan=True),
+    column("latency_ratio", pa.float64(), "median time of a batch over the teacher's"),
+    column("seconds", pa.float64(), "of this job's training up to this state, one thread"),
+]
+_METHOD = column("method", pa.string(), "name of the method (`ppcl/methods.py`)")
+
+# One run of the ablation: a method with one seed.
+ABLATION_RUN = pa.schema([_METHOD, *_MEASURED])
+
+ABLATION = pa.schema(
+    [
+        _METHOD,
+        column("group", pa.string(), "`teacher`, `ladder`, `choice` or `rival`"),
+        column("label", pa.string(), "the method in words"),
+        column("order", pa.int32(), "place in the figure"),
+        *_MEASURED,
+    ]
+)
+
 CALIBRATION = pa.schema(
     [
         column("kind", pa.string(), "`depth`, `text`, `ffn_image` or `ffn_text`"),
@@ -285,6 +319,8 @@ TABLES = {
     "subsets/errors.parquet": UNIT_ERRORS,
     "finetune/<variant>.parquet": VELOCITY_LOG,
     "pareto/points.parquet": POINTS,
+    "ablation/results.parquet": ABLATION,
+    "ablation/calibration.parquet": CALIBRATION,
     "evaluation/metrics.parquet": METRICS,
     "evaluation/images.parquet": IMAGES,
 }
@@ -319,11 +355,14 @@ ARTIFACTS = {
     "finetune/<variant>.parquet": "losses during fine-tuning",
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",
     "pareto/points.parquet": "the sizes between: quality and speed without further training",
+    "ablation/results.parquet": "every method at one size and training (target `ablation` only)",
+    "ablation/calibration.parquet": "which price foretells an error (target `ablation` only)",
     "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
     "evaluation/images.parquet": "every image behind the metrics",
     "plots/intervals/": "`search`, `heatmap`, `probes`, `width` (if enabled), each .svg and .png",
     "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",
     "plots/quality/": "`pareto`, `tradeoff`, `images`, each .svg and .png",
+    "plots/ablation/": "`ablation`, `calibration`, each .svg and .png (target `ablation` only)",
     "logs/": "what every stage printed",
     "benchmarks/": "time and memory of every stage, as Snakemake measured them",
     "state/": "what interrupted stages resume from; may be deleted after a finished run",

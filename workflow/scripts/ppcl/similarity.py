@@ -78,6 +78,18 @@ def resamples(prompts: np.ndarray, draws: int, seed: int, estimator: str) -> Res
     return Resamples(order, offsets, weights)
 
 
+def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Resamples]:
+    """How `surrogate_cka` reads one stream of an activations.TokenReader, and its resamples.
+
+    options: the config's `similarity`. The same seed for every stream: a resample draws the same
+    prompts in each, so that the mean over streams has resamples of its own.
+    """
+    mask = tokens.heldout(stream)
+    draws = options["bootstrap"], seed, options["estimator"]
+    plan = resamples(tokens.prompts(stream)[mask], *draws)
+    return lambda boundary: tokens.values(boundary, stream)[mask], plan
+
+
 def linear_cka(x: np.ndarray, y: np.ndarray, estimator: str = "plain") -> float:
     """Linear CKA of x [n, d_x] and y [n, d_y], rows being the same n tokens.
 

@@ -136,8 +136,17 @@ class Plan:
     facts: dict
 
     def named(self, names: Iterable[str]) -> list[Unit]:
-        """The units with these names, in order of depth."""
+        """The units with these names, in order of depth.
+
+        Raises:
+            UserError: the plan has no such unit.
+        """
         wanted = set(names)
+        if unknown := wanted - {unit.name for unit in self.units}:
+            raise UserError(
+                f"the plan has no unit {min(unknown)}, of which errors.parquet tells: it is of "
+                "another plan; delete it and rerun"
+            )
         return [unit for unit in self.units if unit.name in wanted]
 
 

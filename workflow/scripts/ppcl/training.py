@@ -93,6 +93,8 @@ def train(
         for key, p in module.named_parameters()
         if p.requires_grad
     }
+    if not parameters:
+        return []  # as with depth students of a selection that is of width alone
     groups: dict[float, list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
         scale = next((s for start, s in (lr_scales or {}).items() if key.startswith(start)), 1.0)
@@ -221,7 +223,11 @@ def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict
     names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
     rows = [
         {"name": names[int(values[0])]}
-        | {c: (int(v) if c == "step" else v) for c, v in zip(columns, values[1:], strict=True)}
+        | {
+            c: (int(v) if c == "step" else v)
+            for c, v in zip(columns, values[1:], strict=True)
+            if not math.isnan(v)  # which stands for a metric that the row's module lacks
+        }
         for values in state["log"].tolist()
     ]
     log.warning("resuming %s at step %s", checkpoint, metadata["step"])

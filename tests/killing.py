@@ -1,0 +1,53 @@
+"""Programs that are killed while they train, and what they end with when they are run again."""
+
+import signal
+import subprocess
+import sys
+
+import pandas as pd
+import tiny
+import torch
+
+from ppcl import tables, tensors
+
+# Ends the process with SIGKILL when it is about to put its second checkpoint in place, so the
+# first one, and half a file beside it, are what the next run finds.
+KILLER = """
+import os, runpy, signal, sys
+replace, seen = os.replace, []
+def kill(source, target):
+    if "checkpoint" in str(target):
+        seen.append(target)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+    replace(source, target)
+os.replace = kill
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def kill_and_resume(program, settings, paths):
+    """Runs a program until the kill, then again to its end in this process."""
+    script = str(tiny.SCRIPTS / f"{program}.py")
+    command = [sys.executable, "-c", KILLER, script, *tiny.options(settings, paths)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = sorted(file.name for file in paths["state"].iterdir())
+    assert "checkpoint.safetensors" in left and len(left) == 2  # and half of the second one
+    assert tensors.read(paths["state"] / "checkpoint.safetensors")[1]["step"] == "2"
+    assert not paths["output"].exists() and not paths["log_table"].exists()
+    tiny.stage(program, settings, **paths)
+    assert not paths["state"].exists()
+
+
+def equal(one, other):
+    one, other = tensors.read(one)[0], tensors.read(other)[0]
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def assert_same_log(one, other, schema):
+    one, other = (tables.read(p, schema).to_pandas().drop(columns="seconds") for p in (one, other))
+    pd.testing.assert_frame_equal(one, other, check_exact=True)

@@ -1,0 +1,398 @@
+"""The comparison: its table of methods, equal sizes, every method end to end, resume, figures."""
+
+import copy
+import itertools
+import json
+import math
+
+import comparison_tables
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ppcl import (
+    ablation,
+    ablation_run,
+    blocks,
+    calibration,
+    calls,
+    chain,
+    comparison_figure,
+    config,
+    distillation,
+    methods,
+    probes,
+    schemas,
+    students,
+    tables,
+    training,
+)
+from ppcl.errors import UserError
+from ppcl.plans import Part
+
+BLOCKS, REMOVED = 8, 4
+SHARED = {
+    "tokens": "tokens.parquet",
+    "probes": "probes.safetensors",
+    "cka": "cka.parquet",
+    "sensitivity": "sensitivity.parquet",
+    "width": "width.parquet",
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Settings and shared artifacts of a tiny run, by the stages' own programs."""
+    folder = tmp_path_factory.mktemp("ablation")
+    teacher = tiny.pipeline(folder / "teacher", blocks=BLOCKS)
+    tiny.record(teacher, folder / "calls.parquet")
+    given_ = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": tiny.source(teacher),
+        "pipeline": tiny.SETTINGS,
+        "extract": {"rows": 24, "batch_size": 4},
+        "similarity": {"bootstrap": 4},
+        "sensitivity": {"rows": 2},
+        "width": {"rows": 2, "fit_rows": 8, "longest": 3, "cka_floor": 0.0},
+        "evaluate": {"judge": "none", "bootstrap": 4, "latency_repeats": 1, "batch_size": 2},
+        "ablation": {
+            "removed_fraction": 0.4,
+            "distill_steps": 4,
+            "subsets_steps": 2,
+            "finetune_steps": 1,
+            "batch_size": 2,
+            "velocity_rows": 4,
+        },
+    }
+    whole = config.complete(given_, "test")
+    at = {name: folder / file for name, file in SHARED.items()} | {
+        "calls": folder / "calls.parquet"
+    }
+    moments, map_ = folder / "moments.safetensors", folder / "blocks.parquet"
+    state, quality = folder / "state", folder / "quality.parquet"
+    stages = {
+        "extract": {"calls": at["calls"], "moments": moments, "tokens": at["tokens"]},
+        "probe": {
+            "moments": moments,
+            "tokens": at["tokens"],
+            "probes_table": quality,
+            "probes": at["probes"],
+        },
+        "similarity": {
+            "tokens": at["tokens"],
+            "probes": at["probes"],
+            "cka": at["cka"],
+            "blocks": map_,
+        },
+        "sensitivity": {"calls": at["calls"], "state": state, "table": at["sensitivity"]},
+        "width": {"calls": at["calls"], "blocks": map_, "state": state, "table": at["width"]},
+    }
+    for name, paths in stages.items():
+        tiny.stage(name, whole, **paths)
+    return whole, at
+
+
+@pytest.fixture(scope="module")
+def pipe(run):
+    return tiny.load(run[0]["teacher"]["path"])
+
+
+def material(run, pipe, job, tmp_path, accelerator) -> ablation.Material:
+    whole, at = run
+    shared = {name: at[name] for name in SHARED}
+    more = {"reader": calls.Reader(at["calls"]), "paths": shared, "seed": 0}
+    more |= {"accelerator": accelerator, "state": tmp_path, "identity": "x"}
+    return ablation_run.material_of(whole, pipe, job, **more)
+
+
+def ablate(run, job: str, folder) -> pd.DataFrame:
+    whole, at = run
+    paths = {"state": folder / "state", "output": folder / "run.parquet", "number": 0}
+    tiny.stage("ablate", whole, method=job, **at, **paths)
+    return tables.read(folder / "run.parquet", schemas.ABLATION_RUN).to_pandas()
+
+
+# ---- the table
+
+
+def test_every_rung_choice_and_rival_of_the_comparison_is_there():
+    ladder = methods.of_group("ladder")
+    assert ladder[0] == "sensitivity" and ladder[-1] == "joint" and len(ladder) == 12
+    assert len(methods.of_group("choice")) == 9 and len(methods.of_group("rival")) == 10
+    assert {m.group for m in methods.METHODS.values()} == set(methods.GROUPS)
+    assert len({m.label for m in methods.METHODS.values() if m.group == "rival"}) == 10
+    assert {m.select["by"] for m in methods.METHODS.values()} == set(ablation.SELECTIONS)
+    for name in methods.METHODS:
+        assert set(json.loads(methods.job(name))) == {"name", "select", "train"}
+    known = {"mode", "subsets", "schedule", "start", "loss"}
+    assert all(set(m.train) <= known for m in methods.METHODS.values())
+
+
+@given(st.integers(4, 500), st.integers(2, 500))
+def test_every_method_trains_for_the_same_number_of_steps(distill, subsets):
+    options = {"distill_steps": distill, "subsets_steps": subsets}
+    for method in methods.METHODS.values():
+        found = methods.phases(method.select, method.train, options)
+        assert sum(found.values()) == distill + subsets and found["distill"] > 0
+        assert bool(found["narrow"]) == (method.train.get("schedule") == "staged")
+        assert bool(found["masks"]) == (method.select["by"] == "learned_masks")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 7), st.integers(1, 5), st.integers(0, 2**32 - 1))
+def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
+    rng = np.random.default_rng(seed)
+    every = list(itertools.combinations(range(depth), 2))
+    costs = {ends: float(rng.random()) for ends in every if rng.random() < 0.7}
+    best = math.inf
+    for size in range(len(costs) + 1):
+        for chosen in itertools.combinations(costs, size):
+            blocks_ = [b for f, t in chosen for b in range(f, t + 1)]
+            if len(blocks_) == len(set(blocks_)) and sum(t - f for f, t in chosen) == removed:
+                best = min(best, sum(costs[ends] for ends in chosen))
+        if size > depth // 2:
+            break
+    if math.isinf(best):
+        with pytest.raises(UserError, match="ablation.removed_fraction"):
+            ablation.exactly(costs, removed, depth)
+    else:
+        found = ablation.exactly(costs, removed, depth)
+        assert sum(costs[ends] for ends in found) == pytest.approx(best)
+        assert sum(t - f for f, t in found) == removed
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("name", methods.METHODS)
+def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accelerator):
+    job = json.loads(methods.job(name))
+    given_ = material(run, pipe, job, tmp_path, accelerator)
+    found = ablation_run.run(given_, pipe, job, ablation.choose(given_, job["select"]))
+    found = pd.DataFrame(found)[schemas.ABLATION_RUN.names]
+    if name == "teacher":
+        assert found["velocity_error"].max() < 1e-9 and found["parameter_fraction"].item() == 1
+        return
+    assert found["state"].tolist() == ["plugged", "finetuned"]
+    assert found["steps"].tolist() == [6, 7]
+    assert (found["velocity_error"] > 0).all() and found["all_correct"].isna().all()
+    saved = found["removed_parameters"].iloc[0]
+    block = blocks.parameter_count(tiny.transformer(1).transformer_blocks[0])
+    if methods.METHODS[name].select["by"] == "depth_and_width":
+        assert REMOVED * block <= saved < (REMOVED + 1) * block
+    else:
+        assert saved == REMOVED * block and (found["removed_blocks"] == REMOVED).all()
+    whole = blocks.parameter_count(tiny.transformer(BLOCKS))
+    np.testing.assert_allclose(found["parameter_fraction"], 1 - saved / whole)
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
+    job = methods.job("ffn")
+    straight = ablate(run, job, tmp_path / "straight")
+    train, begun = training.train, []
+
+    def stops_in_finetune(modules, *args, **kwargs):
+        begun.append(set(modules))
+        if "transformer" in modules:
+            raise KeyboardInterrupt
+        return train(modules, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train", stops_in_finetune)
+        with pytest.raises(KeyboardInterrupt):
+            ablate(run, job, tmp_path / "killed")
+    assert len(begun) == 4  # distill, narrow, subsets, finetune
+    seen = []
+    monkeypatch.setattr(
+        training, "train", lambda m, *a, **k: [seen.append(set(m)), train(m, *a, **k)]
+    )
+    again = ablate(run, job, tmp_path / "killed")
+    assert not (tmp_path / "killed/state").exists()
+    assert seen == [{"transformer"}]
+    timed = ["seconds", "latency_ratio"]
+    pd.testing.assert_frame_equal(straight.drop(columns=timed), again.drop(columns=timed))
+
+
+# ---- gradients through the chain
+
+
+def test_chain_losses_and_gradients_are_those_of_the_literal_chain(teacher, reader, accelerator):
+    parts = [Part(1, 2), Part(4, 5)]
+    made = students.start(teacher, parts, "first")
+    for student in made.values():
+        for parameter in student.parameters():
+            parameter.data += 0.02 * torch.randn(
+                parameter.shape, generator=torch.Generator().manual_seed(0)
+            )
+    options = {"batch_size": 3, "loss": "normalised", "gradient_checkpointing": False}
+    step = chain.through_chain(teacher, made, reader, options, 5, accelerator)
+    ((name, loss, _),) = step(7)
+    assert name == "students"
+    loss.backward()
+    found = {p: [x.grad for x in made[p].parameters()] for p in parts}
+
+    literal = copy.deepcopy(teacher)
+    twins = {p: copy.deepcopy(made[p]) for p in parts}
+    for twin in twins.values():
+        twin.zero_grad()
+    own = teacher.transformer_blocks
+    literal.transformer_blocks = nn.ModuleList([own[0], twins[parts[0]], own[3], twins[parts[1]]])
+    batch = reader.batch(reader.draw(reader.rows(heldout=False), 3, (5, 7)))
+    seen, wanted = {}, {}
+    handles = [
+        module.register_forward_hook(lambda _m, _a, out, at=at, kept=kept: kept.update({at: out}))
+        for module, at, kept in (
+            (twins[parts[0]], 0, seen),
+            (twins[parts[1]], 1, seen),
+            (own[2], 0, wanted),
+            (own[5], 1, wanted),
+        )
+    ]
+    literal(**batch.arguments)
+    with torch.no_grad():
+        teacher(**batch.arguments)
+    for handle in handles:
+        handle.remove()
+    mask = batch.arguments["encoder_hidden_states_mask"].bool()
+    total = 0.0
+    for at, keep in itertools.product((0, 1), (mask, None)):  # text, then image
+        position = 0 if keep is not None else 1
+        unit = [
+            side[at][position] / side[at][position].norm(dim=-1, keepdim=True)
+            for side in (seen, wanted)
+        ]
+        each = (unit[0] - unit[1]).square().sum(-1)
+        total = total + (each[keep].mean() if keep is not None else each.mean())
+    torch.testing.assert_close(loss, total)
+    total.backward()
+    for part in parts:
+        for mine, twin in zip(found[part], twins[part].parameters(), strict=True):
+            if mine is None:
+                assert twin.grad is None or not twin.grad.any()
+            else:
+                torch.testing.assert_close(mine, twin.grad, rtol=1e-3, atol=1e-6)
+
+
+# ---- calibration
+
+
+def test_composed_probes_do_what_the_probes_do_in_a_row():
+    rng = np.random.default_rng(0)
+    every = [probes.Probe(rng.normal(size=(5, 5)), rng.normal(size=5)) for _ in range(3)]
+    x = rng.normal(size=(7, 5))
+    expected = x
+    for probe in every:
+        expected = probe(expected)
+    np.testing.assert_allclose(calibration.composed(every)(x), expected)
+
+
+def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
+    whole, at = run
+    paths = {name: path for name, path in at.items() if name != "tokens"}
+    output = tmp_path / "calibration.parquet"
+    tiny.stage("calibrate", whole, **paths, state=tmp_path / "state", table=output)
+    table = tables.read(output, schemas.CALIBRATION).to_pandas()
+    assert set(table["kind"]) == {"depth", "text", "ffn_image", "ffn_text"}
+    depth = table[table["kind"] == "depth"]
+    assert set(depth["last"] - depth["first"] + 1) == set(calibration.LENGTHS)
+    assert not table.duplicated(["kind", "first", "last"]).any()
+    assert table.loc[table["kind"] != "depth", "cost_probe"].isna().all()
+    assert table.loc[table["kind"].str.startswith("ffn"), "cost_cka"].isna().all()
+
+    accelerator = Accelerator(cpu=True)  # the stage's own is gone
+    held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
+    cka = pd.read_parquet(at["cka"]).set_index(["stream", "start", "end"])["cka"]
+    weights, _ = ablation.tensors.read(at["probes"])
+    judged = held.reader.sample_heldout("report", whole["distill"]["heldout_rows"], 0)
+    row = depth.iloc[-1]
+    first, last = int(row["first"]), int(row["last"])
+    assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])
+    made = students.start(pipe.transformer, [Part(first, last)], "first")
+    args = held.reader, judged, 2, accelerator
+    untrained = distillation.plugged_error(pipe.transformer, made, *args)
+    assert row["cost_untrained"] == pytest.approx(untrained, rel=1e-4)
+
+    literal = copy.deepcopy(pipe.transformer)  # every block of the interval, one probe each
+    for index in range(first, last + 1):
+        by_stream = {
+            stream: [
+                torch.from_numpy(weights[f"{stream}.{index}.{k}"].numpy()).float()
+                for k in ("weight", "bias")
+            ]
+            for stream in ("text", "image")
+            if f"{stream}.{index}.weight" in weights
+        }
+
+        def forward(hidden_states, encoder_hidden_states, *_a, maps=by_stream, **_k):
+            given_ = {"text": encoder_hidden_states, "image": hidden_states}
+            for stream, (w, b) in maps.items():
+                given_[stream] = given_[stream] + given_[stream] @ w.T + b
+            return given_["text"], given_["image"]
+
+        literal.transformer_blocks[index].forward = forward
+    error = power = 0.0
+    for batch in held.reader.batches(judged, 2):
+        error += float((literal(**batch.arguments)[0] - batch.output).double().square().sum())
+        power += float(batch.output.double().square().sum())
+    assert row["cost_probe"] == pytest.approx(error / power, rel=1e-3)
+
+
+def test_calibration_draws_no_part_twice():
+    widths = [
+        width_row("text", first, last) for first in range(8) for last in range(first + 1, first + 4)
+    ]
+    drawn = calibration.sample([range(12)], widths, None, 0)
+    parts = [part for _, unit in drawn for part in unit.parts]
+    assert len(parts) == len(set(parts))
+
+
+def width_row(kind, first, last):
+    return calibration.Width(kind, first, last, "text", 0.1, 0.9, 1, 0.1)
+
+
+# ---- gathering and the figure
+
+
+def test_gathered_rows_carry_groups_and_order_and_the_best_rivals(tmp_path):
+    import gather
+
+    table = comparison_tables.table()
+    runs = table[schemas.ABLATION_RUN.names].sample(frac=1, random_state=0)
+    again = gather.labelled(runs)
+    assert again["order"].is_monotonic_increasing
+    assert again["method"].drop_duplicates().tolist() == list(methods.METHODS)
+    rivals = runs[runs["method"].isin(methods.of_group("rival")) & (runs["state"] == "finetuned")]
+    means = rivals.groupby("method")["velocity_error"].mean().sort_values()
+    assert gather.best(runs[runs["method"].isin(means.index)]) == means.index[:2].tolist()
+
+
+def test_intervals_over_seeds_are_students(tmp_path):
+    table = comparison_tables.table()
+    found = comparison_figure.summary(table, "velocity_error")
+    ladder = found.loc[("joint", "plugged")]
+    values = table[(table["method"] == "joint") & (table["state"] == "plugged")]["velocity_error"]
+    logs = np.log(values)
+    reach = 4.302653 * logs.std(ddof=1) / 3**0.5  # t with 2 degrees of freedom
+    assert ladder["seeds"] == 3 and ladder["mean"] == pytest.approx(np.exp(logs.mean()))
+    assert ladder["high"] == pytest.approx(np.exp(logs.mean() + reach))
+
+
+@pytest.mark.parametrize("judged", [True, False])
+def test_the_figure_names_every_method(tmp_path, judged):
+    from plotting import draw, svg_text
+
+    table = comparison_tables.table(judged)
+    path = tmp_path / "results.parquet"
+    tables.write(path, table, schemas.ABLATION, {"commit": "0", "created": "now"})
+    draw("ablation", "--config", "{}", "--results", path, "--output", tmp_path)
+    text = svg_text(tmp_path / "ablation.svg")
+    for method in methods.METHODS.values():
+        assert method.group == "teacher" or method.label in text
+    assert ("all three right" in text) == judged

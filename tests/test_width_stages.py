@@ -1,0 +1,306 @@
+"""The programs of stage 2, from measured prices to a folder that meets a latency budget."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from killing import assert_same_log, equal, kill_and_resume
+
+from ppcl import blocks, calls, distillation, pipelines, schemas, students, tables, tensors
+
+TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
+EVALUATE = {"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 3}
+
+
+def settings_of(teacher, **changed):
+    how = TRAINING | {"steps": 6, "heldout_rows": 4}
+    width = {"rows": 3, "fit_rows": 8, "batch_size": 4, "longest": 3, "steps": 6}
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"path": str(teacher)},
+        "prune": {"start": "first"},
+        "width": width | {"schedule": "staged"},
+        "distill": how,
+        "subsets": how,
+        "finetune": TRAINING,
+        "pareto": {"budgets": 4},
+        "evaluate": EVALUATE,
+        "variants": [{"name": "fast", "budget": {"latency": 0.99}}],
+    }
+    return settings | changed
+
+
+def refused(capsys, name, settings, **paths):
+    """The one message that a program ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        tiny.stage(name, settings, **paths)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in printed
+    return printed
+
+
+# ---- prices
+
+
+def similar(path, depth=5, text=0.9):
+    rows = [
+        [stream, a, b, 1.0 if a == b else text]
+        for stream in ("image", "text")
+        for a in range(depth)
+        for b in range(depth)
+    ]
+    frame = pd.DataFrame(rows, columns=schemas.BLOCKS.names)
+    # Block 3's text is unlike that of block 1.
+    unlike = (frame["stream"] == "text") & (frame["block_a"] == 1) & (frame["block_b"] == 3)
+    tables.write(path, frame.assign(cka=frame["cka"].mask(unlike, 0.1)), schemas.BLOCKS, {})
+    return path
+
+
+def measure(tiny_teacher, tiny_calls, folder, name="w", **options):
+    settings = settings_of(tiny_teacher)
+    settings["width"] |= options
+    pairs = similar(folder / "blocks.parquet")
+    path = folder / f"{name}.parquet"
+    paths = {"calls": tiny_calls, "blocks": pairs, "state": folder / "state", "table": path}
+    tiny.stage("width", settings, **paths)
+    return tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
+
+
+def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
+    found = measure(tiny_teacher, tiny_calls, tmp_path)
+    ffns, runs = found[found["kind"] == "ffn"], found[found["kind"] == "text"]
+    both = [(block, stream) for block in range(5) for stream in ("image", "text")]
+    assert list(zip(ffns["first"], ffns["stream"], strict=True)) == both
+    assert (ffns["first"] == ffns["last"]).all() and ffns["cka"].isna().all()
+    ends = [tuple(pair) for pair in runs[["first", "last"]].to_numpy().tolist()]
+    # Up to three blocks; none holds both 1, as its first, and 3.
+    assert ends == [(0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4)]
+    assert runs["cka"].tolist() == [0.9] * 6
+    # A random teacher's text after the last block is not read: its FFN is free.
+    free = (found["first"] == 4) & (found["stream"] == "text")
+    assert found.loc[free, "velocity_error"].max() < 1e-9
+    assert found.loc[~free, "velocity_error"].min() > 1e-9 and (found["rows"] == 3).all()
+    assert (found["parameters_saved"] > 0).all()
+    sizes = tables.provenance(tmp_path / "w.parquet")
+    assert json.loads(sizes["text_output"]) == [32 * 32 + 32] * 4 + [0]
+
+
+def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path, monkeypatch):
+    whole = measure(tiny_teacher, tiny_calls, tmp_path, "whole")
+    assert not (tmp_path / "state").exists()
+    asked, plugged_error = [], distillation.plugged_error
+
+    def stopping(transformer, taught, *rest):
+        asked.append(taught)
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        return plugged_error(transformer, taught, *rest)
+
+    monkeypatch.setattr(distillation, "plugged_error", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
+    assert not (tmp_path / "stopped.parquet").exists()
+    found = measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    assert len(asked) == len(whole) + 1
+
+
+# ---- from block times to a folder
+
+
+@pytest.fixture(scope="module")
+def world(tiny_teacher, tiny_calls, tmp_path_factory):
+    """Paths of a staged run: times, plan, distilled and narrow students; and its settings."""
+    folder = tmp_path_factory.mktemp("stages")
+    settings = settings_of(tiny_teacher)
+    tiny.stage("latency", settings, calls=tiny_calls, table=folder / "latency.parquet")
+    tiny.stage(
+        "prune",
+        settings,
+        intervals=tiny.intervals(folder / "i.parquet", [(0, 1)]),
+        candidates=tiny.candidates(folder / "c.parquet", [(2, 3)], [(0, "image"), (4, "text")]),
+        latency=folder / "latency.parquet",
+        calls=tiny_calls,
+        plan=folder / "plan.json",
+        students=folder / "start.safetensors",
+    )
+    common = {"calls": tiny_calls, "plan": folder / "plan.json"}
+    tiny.stage("distill", settings, **common, **outputs(folder, "distill", "start"))
+    tiny.stage("narrow", settings, **common, **outputs(folder, "narrow", "distill"))
+    return folder, settings, common
+
+
+def outputs(folder, name, students_of):
+    return {
+        "students": folder / f"{students_of}.safetensors",
+        "state": folder / name / "state",
+        "output": folder / f"{name}.safetensors",
+        "log_table": folder / f"{name}-log.parquet",
+        "errors": folder / f"{name}-errors.parquet",
+    }
+
+
+def test_times_are_of_every_part(world):
+    folder, _, _ = world
+    table = tables.read(folder / "latency.parquet", schemas.LATENCY).to_pandas()
+    parts = ["block", "ffn_image", "ffn_text", "text"]
+    assert sorted(zip(table["block"], table["part"], strict=True)) == [
+        (block, part) for block in range(5) for part in parts
+    ]
+    assert (table.groupby("part")["seconds"].nunique() == 1).all()  # all blocks are alike
+    seconds = table[table["block"] == 0].set_index("part")["seconds"]
+    whole = float(tables.provenance(folder / "latency.parquet")["transformer_seconds"])
+    assert 0 < 3 * seconds["block"] < whole * 2 and seconds.min() >= 0
+
+
+def test_a_staged_plan_trains_depth_first(world):
+    folder, _, _ = world
+    plan = students.read_plan(folder / "plan.json")
+    assert [unit.name for unit in plan.units] == ["00-01", "02-03", "04-04"]
+    assert [unit.name for unit in plan.distilled] == ["00-01"]
+    assert not plan.distilled[0].parts[0].narrow and plan.units[0].parts[0].narrow
+    seconds = tables.read(folder / "latency.parquet", schemas.LATENCY).to_pandas()
+    seconds = seconds[seconds["block"] == 0].set_index("part")["seconds"]
+    found = [entry["saved_seconds"] for entry in plan.facts["units"]]
+    expected = [seconds["block"] + seconds["ffn_image"], seconds["text"], seconds["ffn_text"]]
+    assert found == pytest.approx(expected)
+    distilled, narrow = (
+        tensors.read(folder / f"{n}.safetensors")[0] for n in ("distill", "narrow")
+    )
+    assert {key.split("/")[0] for key in distilled} == {"00-01"}
+    assert {key.split("/")[0] for key in narrow} == {"00-01", "02-02", "03-03", "04-04"}
+    log = tables.read(folder / "narrow-log.parquet", schemas.DISTILL_LOG).to_pandas()
+    linear = log.groupby("interval")["loss_linear"].min()
+    assert np.isnan(linear["02-02"]) and (linear[["00-01", "03-03"]] > 0).all()
+
+
+def test_a_killed_narrowing_ends_with_the_same_students(world):
+    folder, settings, common = world
+    (folder / "killed").mkdir()
+    paths = common | outputs(folder / "killed", "narrow", "distill")
+    paths["students"] = folder / "distill.safetensors"
+    kill_and_resume("narrow", settings, paths)
+    assert equal(paths["output"], folder / "narrow.safetensors")
+    assert_same_log(paths["log_table"], folder / "narrow-log.parquet", schemas.DISTILL_LOG)
+
+
+def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
+    folder, settings, common = world
+    made = {"students": folder / "narrow.safetensors", "errors": folder / "narrow-errors.parquet"}
+    points = folder / "points.parquet"
+    tiny.stage("pareto", settings, **common, **made, points=points)
+    table = tables.read(points, schemas.POINTS).to_pandas()
+    assert len(table) == 4 and table["budget"].is_monotonic_increasing
+    assert table["parameters"].is_monotonic_increasing
+    assert (table["parameter_fraction"] <= table["budget"] + 1e-4).all()
+    assert (table["velocity_error_low"] <= table["velocity_error"]).all()
+
+    plan, reader = students.read_plan(folder / "plan.json"), calls.Reader(tiny_calls)
+    errors = tables.read(made["errors"], schemas.UNIT_ERRORS).to_pandas().set_index("unit")
+    for row in table.itertuples():
+        predicted = errors.loc[json.loads(row.units), "velocity_error"].sum()
+        assert row.predicted_error == pytest.approx(predicted)
+    smallest = table.iloc[0]
+    assert json.loads(smallest["units"]) == [unit.name for unit in plan.units]
+    teacher = tiny.load(tiny_teacher).transformer
+    trained = students.load(made["students"], teacher, students.parts_of(plan.units))
+    model, _ = blocks.assembled(teacher, {part.key: s for part, s in trained.items()})
+    assert smallest["parameters"] == blocks.parameter_count(model)
+    error = power = 0.0
+    for row in reader.sample_heldout("report", 4, 0):
+        one = reader.batch(np.array([row]))
+        with torch.no_grad():
+            answer = model(**one.arguments)[0].double()
+        error += (answer - one.output.double()).square().sum().item()
+        power += one.output.double().square().sum().item()
+    assert smallest["velocity_error"] == pytest.approx(error / power, rel=1e-3)
+
+
+def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
+    folder, settings, common = world
+    plan = students.read_plan(folder / "plan.json").facts
+    saved = {entry["name"]: entry["saved_seconds"] for entry in plan["units"]}
+    # What 00-01 saves and nothing else does.
+    assert saved["00-01"] > saved["02-03"] + saved["04-04"]
+    budget = 1 - 0.99 * saved["00-01"] / plan["transformer_seconds"]
+    settings = settings | {"variants": [{"name": "fast", "budget": {"latency": budget}}]}
+    made = {"students": folder / "narrow.safetensors", "errors": folder / "narrow-errors.parquet"}
+    paths = common | made | {"variant": "fast", "output": tmp_path / "fast"}
+    monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_narrow_export has it
+    tiny.stage("assemble", settings, **paths)
+    card = json.loads((tmp_path / "fast" / "pruning.json").read_text())
+    assert "00-01" in {unit["name"] for unit in card["units"]}
+    source = tiny.source(tmp_path / "fast") | {"trust_remote_code": True}
+    transformer = pipelines.load_transformer(source, torch.device("cpu"))
+    assert blocks.parameter_count(transformer) == card["parameters"]
+    assert len(transformer.transformer_blocks) == 4
+
+
+# ---- bad input
+
+
+def test_prune_refuses_what_is_not_a_selection(world, tiny_calls, tmp_path, capsys):
+    folder, settings, _ = world
+    paths = {
+        "intervals": folder / "i.parquet",
+        "candidates": folder / "c.parquet",
+        "calls": tiny_calls,
+        "plan": tmp_path / "plan.json",
+        "students": tmp_path / "start.safetensors",
+    }
+    none = tiny.candidates(tmp_path / "none.parquet", [], [])
+    beyond = tiny.candidates(tmp_path / "beyond.parquet", [], [(7, "image")])
+    nothing = tiny.intervals(tmp_path / "i.parquet", [])
+    for given, message in (
+        ({"intervals": nothing, "candidates": none}, "i.parquet: nothing is selected"),
+        ({"candidates": beyond}, "names blocks that this teacher lacks"),
+        ({"candidates": tmp_path / "no.parquet"}, "no.parquet: no such file"),
+        ({"candidates": folder / "i.parquet"}, "i.parquet"),
+        ({"latency": tmp_path / "no.parquet"}, "no.parquet: no such file"),
+    ):
+        assert message in refused(capsys, "prune", settings, **paths | given)
+        assert not paths["plan"].exists()
+
+
+def test_width_and_latency_refuse_what_they_cannot_read(world, tiny_calls, tmp_path, capsys):
+    _, settings, _ = world
+    paths = {"calls": tiny_calls, "state": tmp_path / "state", "table": tmp_path / "w.parquet"}
+    missing = tmp_path / "no.parquet"
+    assert "no.parquet: no such file" in refused(capsys, "width", settings, blocks=missing, **paths)
+    deeper = similar(tmp_path / "deeper.parquet", depth=7)
+    printed = refused(capsys, "width", settings, blocks=deeper, **paths)
+    assert "deeper.parquet names blocks that this teacher lacks" in printed
+    printed = refused(capsys, "latency", settings, calls=missing, table=paths["table"])
+    assert "no.parquet: no such file" in printed
+
+
+def test_narrow_and_pareto_refuse_students_that_do_not_fit(world, tmp_path, capsys):
+    folder, settings, common = world
+    paths = common | outputs(tmp_path, "narrow", "x")
+    paths["students"] = folder / "narrow.safetensors"  # narrow already
+    assert "does not fit part 00-01" in refused(capsys, "narrow", settings, **paths)
+    made = {"students": folder / "distill.safetensors", "points": tmp_path / "points.parquet"}
+    made["errors"] = folder / "narrow-errors.parquet"
+    assert "does not fit part 00-01" in refused(capsys, "pareto", settings, **common, **made)
+
+
+def test_a_staged_selection_without_depth_only_narrows(world, tiny_calls, tmp_path):
+    _, settings, _ = world
+    tiny.stage(
+        "prune",
+        settings,
+        intervals=tiny.intervals(tmp_path / "i.parquet", []),
+        candidates=tiny.candidates(tmp_path / "c.parquet", [(2, 3)], []),
+        calls=tiny_calls,
+        plan=tmp_path / "plan.json",
+        students=tmp_path / "start.safetensors",
+    )
+    common = {"calls": tiny_calls, "plan": tmp_path / "plan.json"}
+    tiny.stage("distill", settings, **common, **outputs(tmp_path, "distill", "start"))
+    tiny.stage("narrow", settings, **common, **outputs(tmp_path, "narrow", "distill"))
+    made = tensors.read(tmp_path / "narrow.safetensors")[0]
+    assert {key.split("/")[0] for key in made} == {"02-02", "03-03"}

@@ -1,0 +1,214 @@
+# The comparison: every method of ppcl/methods.py at the same size, with the same training.
+#
+# in:  shared artifacts of the run: calls, tokens, probes, CKA, and what intervals and widths cost
+# out: ablation/runs/<method>-<number>.parquet, one run each; ablation/results.parquet, all of them;
+#      ablation/calibration.parquet, prices against errors after training; plots/ablation/
+#
+# A job uses one core, so that as many methods train at once as there are cores. A run depends on
+# its own entry of the table alone: a new method, or more seeds, redoes nothing. Checkpoints live in
+# state/ablation-<method>-<number>, as in distill.smk.
+
+# What a run depends on; how long the main run trains is not among it.
+ABLATION_KEYS = [
+    *(f"intervals.{k}" for k in ("tolerance", "training_leaves", "protect_first", "protect_last")),
+    *(f"width.{key}" for key in ("cka_floor", "linear_weight", "lr_scale")),
+    *WIDTH_FITS,
+    *(
+        f"{stage}.{key}"
+        for stage in ("distill", "subsets", "finetune")
+        for key in config[stage]
+        if key not in ("steps", "batch_size", "heldout_rows", "loss", "mode")
+    ),
+    *(
+        f"evaluate.{key}"
+        for key in ("prompts", "judge", "batch_size", "bootstrap", "latency_repeats")
+    ),
+    *(f"ablation.{key}" for key in config["ablation"] if not key.endswith("seeds")),
+]
+SHARED = {
+    "calls": "record/calls.parquet",
+    "tokens": "activations/tokens.parquet",
+    "probes": "probes/probes.safetensors",
+    "cka": "similarity/cka.parquet",
+    "sensitivity": "sensitivity/intervals.parquet",
+    "width": "width/measured.parquet",
+}
+
+
+rule ablate:
+    input:
+        **{name: result(path) for name, path in SHARED.items()},
+        script=program("ablate.py"),
+        teacher=teacher_files(),
+        prompts=config["evaluate"]["prompts"],
+    output:
+        run=result("ablation/runs/{method}-{number}.parquet"),
+    log:
+        result("logs/ablation-{method}-{number}.log"),
+    benchmark:
+        result("benchmarks/ablation-{method}-{number}.tsv")
+    wildcard_constraints:
+        method="|".join(map(re.escape, methods.METHODS)),
+        number=r"\d+",
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+    params:
+        config=subset(
+            "seed",
+            "device",
+            "teacher",
+            "pipeline",
+            "similarity",
+            "sensitivity",
+            *ABLATION_KEYS,
+        ),
+        method=lambda wildcards: methods.job(wildcards.method),
+        shared=lambda wildcards, input: " ".join(f"--{name} {input[name]}" for name in SHARED),
+        state=lambda wildcards: result(f"state/ablation-{wildcards.method}-{wildcards.number}"),
+        code=code("ablate.py"),
+    message:
+        "Ablation: {wildcards.method}, run {wildcards.number}"
+    shell:
+        "python {input.script} --config {params.config:q} --method {params.method:q} "
+        "--number {wildcards.number} {params.shared} --state {params.state} "
+        "--output {output.run} 2>&1 | tee {log}"
+
+
+checkpoint rank_rivals:
+    input:
+        script=program("gather.py"),
+        runs=ablation_runs(methods.of_group("rival"), config["ablation"]["other_seeds"]),
+    output:
+        best=result("ablation/best_rivals.txt"),
+    log:
+        result("logs/rank-rivals.log"),
+    benchmark:
+        result("benchmarks/rank-rivals.tsv")
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        code=code("gather.py"),
+    message:
+        "Ranking the rivals"
+    shell:
+        "python {input.script} best --runs {input.runs} --output {output.best} 2>&1 | tee {log}"
+
+
+rule gather_ablation:
+    input:
+        script=program("gather.py"),
+        runs=known_ablation_runs(),
+        more=more_ablation_runs,
+    output:
+        table=result("ablation/results.parquet"),
+    log:
+        result("logs/gather-ablation.log"),
+    benchmark:
+        result("benchmarks/gather-ablation.tsv")
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=1000,
+        runtime=10,
+    params:
+        code=code("gather.py"),
+    message:
+        "Gathering the runs of the ablation"
+    shell:
+        "python {input.script} table --runs {input.runs} {input.more} --output {output.table} 2>&1 | tee {log}"
+
+
+rule calibrate:
+    input:
+        **{name: result(path) for name, path in SHARED.items() if name != "tokens"},
+        script=program("calibrate.py"),
+        teacher=teacher_files(),
+    output:
+        table=result("ablation/calibration.parquet"),
+    log:
+        result("logs/calibrate.log"),
+    benchmark:
+        result("benchmarks/calibrate.tsv")
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+    params:
+        config=subset(
+            "seed",
+            "device",
+            "teacher",
+            "similarity.streams",
+            "intervals",
+            "width",
+            "distill",
+            "ablation.distill_steps",
+            "ablation.subsets_steps",
+            "ablation.batch_size",
+        ),
+        shared=lambda wildcards, input: " ".join(
+            f"--{name} {input[name]}" for name in SHARED if name != "tokens"
+        ),
+        state=result("state/calibrate"),
+        code=code("calibrate.py"),
+    message:
+        "Training students of every length for the prices' calibration"
+    shell:
+        "python {input.script} --config {params.config:q} {params.shared} "
+        "--state {params.state} --table {output.table} 2>&1 | tee {log}"
+
+
+rule plot_ablation:
+    input:
+        script=program("plot.py"),
+        results=result("ablation/results.parquet"),
+        calibration=result("ablation/calibration.parquet"),
+    output:
+        ablation=report(
+            result("plots/ablation/ablation.svg"),
+            caption="../report/ablation.rst",
+            category="Ablation",
+            labels={"figure": "The method against its alternatives"},
+        ),
+        calibration=report(
+            result("plots/ablation/calibration.svg"),
+            caption="../report/calibration.rst",
+            category="Ablation",
+            labels={"figure": "Prices against errors after training"},
+        ),
+        ablation_png=result("plots/ablation/ablation.png"),
+        calibration_png=result("plots/ablation/calibration.png"),
+    log:
+        result("logs/plot-ablation.log"),
+    benchmark:
+        result("benchmarks/plot-ablation.tsv")
+    conda:
+        ENVIRONMENT
+    threads: 1
+    resources:
+        mem_mb=2000,
+        runtime=30,
+    params:
+        config=subset(),
+        output=lambda wildcards, output: os.path.dirname(output.ablation),
+        code=code("plot.py"),
+    message:
+        "Drawing the ablation"
+    shell:
+        "python {input.script} ablation --config {params.config:q} --results {input.results} "
+        "--output {params.output} 2>&1 | tee {log}; "
+        "python {input.script} calibration --config {params.config:q} "
+        "--calibration {input.calibration} --output {params.output} 2>&1 | tee -a {log}"

@@ -1,0 +1,132 @@
+"""Prices before training against errors after it, for a sample of intervals, FFNs and text runs.
+
+    python workflow/scripts/calibrate.py --config config/digits.yaml \
+        --calls results/digits/record/calls.parquet \
+        --probes results/digits/probes/probes.safetensors \
+        --cka results/digits/similarity/cka.parquet \
+        --sensitivity results/digits/sensitivity/intervals.parquet \
+        --width results/digits/width/measured.parquet --state results/digits/state/calibrate \
+        --table results/digits/ablation/calibration.parquet
+
+All are trained at once, each alone (Eq. 6), for as many steps as the methods of the ablation. A
+killed run goes on from the last checkpoint in --state. Runs in one process.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from ppcl import (
+    ablation,
+    ablation_run,
+    calibration,
+    calls,
+    config,
+    devices,
+    distillation,
+    errors,
+    measured,
+    methods,
+    pipelines,
+    provenance,
+    schemas,
+    students,
+    tables,
+    tensors,
+    training,
+    width,
+)
+from ppcl.plans import Part
+
+SHARED = ("probes", "cka", "sensitivity", "width")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
+    for name in SHARED:
+        parser.add_argument(f"--{name}", type=Path, required=True, help="shared artifact")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
+    parser.add_argument("--table", type=Path, required=True, help="calibration.parquet to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    wide, seed = settings["width"], settings["seed"]
+
+    accelerator = devices.accelerator(settings["device"])
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    shared = {name: getattr(args, name) for name in SHARED}
+    material = ablation.Material(
+        transformer,
+        calls.Reader(args.calls),
+        accelerator,
+        settings,
+        shared,
+        seed,
+        args.state,
+        training.identity(Path(__file__), settings, [args.calls, *shared.values()]),
+    )
+    reader, depth = material.reader, material.depth
+    cka = measured.cka(args.cka, settings["similarity"]["streams"], depth)
+    widths = measured.widths(args.width, depth)
+    drawn = calibration.sample(material.runs, widths, width.unread_after(transformer), seed)
+    weights, _ = tensors.read(args.probes)
+
+    # One unit at a time: two may stand for the same blocks, which least squares could not tell.
+    taught = [
+        width.start(
+            transformer,
+            students.start(transformer, unit.parts, "first"),
+            reader,
+            wide,
+            seed,
+            accelerator.device,
+        )
+        for _, unit in tqdm(drawn, desc="starting", unit="unit")
+    ]
+    judged = reader.sample_heldout("report", settings["distill"]["heldout_rows"], seed)
+    size = settings["ablation"]["batch_size"]
+
+    def cost(plugged: students.Students) -> float:
+        for student in plugged.values():
+            student.to(accelerator.device).eval()
+        return distillation.plugged_error(transformer, plugged, reader, judged, size, accelerator)
+
+    found = {"kind": [kind for kind, _ in drawn]}
+    found |= {"first": [u.first for _, u in drawn], "last": [u.last for _, u in drawn]}
+    found["cost_cka"] = [calibration.cka_price(*one, cka, widths) for one in drawn]
+    found["cost_probe"] = [
+        cost({Part(u.first, u.last): calibration.probe_block(transformer, weights, u.parts[0].key)})
+        if kind == "depth"
+        else np.nan
+        for kind, u in drawn
+    ]
+    found["cost_untrained"] = [cost(each) for each in taught]
+
+    every = {part: student for each in taught for part, student in each.items()}
+    names = {part: f"{number} {part.name}" for number, part in enumerate(every)}
+    steps = sum(methods.phases({"by": "ppcl"}, {}, settings["ablation"]).values())
+    options = ablation_run.stage_options(
+        material, "distill", steps, linear_weight=wide["linear_weight"], mode="independent"
+    )
+    ablation_run.phase(
+        material,
+        "calibration",
+        {names[part]: student for part, student in every.items()},
+        distillation.independent(transformer, every, reader, options, seed, accelerator, names),
+        options,
+        {f"{names[p]}/": wide["lr_scale"] for p in every if p.first == p.last},
+    )
+    found["trained"] = [cost(each) for each in taught]
+    stamp = provenance.stamp(settings, judged=len(judged), steps=steps)
+    tables.write(args.table, pd.DataFrame(found), schemas.CALIBRATION, stamp)
+    training.forget(args.state)
+
+
+if __name__ == "__main__":
+    errors.run(main)

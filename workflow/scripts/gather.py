@@ -1,0 +1,55 @@
+"""Puts the runs of the ablation together.
+
+gather.py best --runs results/digits/ablation/runs/*.parquet --output .../best_rivals.txt
+gather.py table --runs results/digits/ablation/runs/*.parquet --output .../results.parquet
+
+best: names of the two methods with the least velocity error after the fine-tune, one per line;
+table: all rows, with the methods' groups, labels and order in the figure. Needs no torch.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from ppcl import errors, methods, provenance, schemas, tables
+
+BEST = 2
+
+
+def best(runs: pd.DataFrame) -> list[str]:
+    """The methods of least mean error, best first."""
+    tuned = runs[runs["state"] == "finetuned"]
+    means = tuned.groupby("method")["velocity_error"].mean()
+    return means.sort_values().index[:BEST].tolist()
+
+
+def labelled(runs: pd.DataFrame) -> pd.DataFrame:
+    """Rows of results.parquet, in the order of the table of methods."""
+    order = {name: place for place, name in enumerate(methods.METHODS)}
+    found = runs.assign(order=runs["method"].map(order))
+    for column in ("group", "label"):
+        found[column] = [getattr(methods.METHODS[name], column) for name in found["method"]]
+    found = found.sort_values(["order", "seed", "state"], ascending=[True, True, False])
+    return found[schemas.ABLATION.names]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=("best", "table"))
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="tables of ablate.py")
+    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    args = parser.parse_args()
+    read = [tables.read(path, schemas.ABLATION_RUN).to_pandas() for path in args.runs]
+    runs = pd.concat(read, ignore_index=True)
+    if args.what == "best":
+        args.output.write_text("\n".join(best(runs)) + "\n", encoding="utf-8")
+        return
+    stamp = provenance.stamp({}, runs=len(args.runs))
+    tables.write(args.output, labelled(runs), schemas.ABLATION, stamp)
+
+
+if __name__ == "__main__":
+    errors.run(main)

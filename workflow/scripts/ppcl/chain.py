@@ -1,0 +1,56 @@
+"""Sequential distillation with gradients through the chain of students: an ablation baseline."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ppcl import blocks, calls, distillation
+from ppcl.students import Students
+
+
+def through_chain(
+    transformer: nn.Module,
+    students: Students,
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+):
+    """Step losses (see training.Losses) of all stock students at once, as one module `students`.
+
+    One forward of the teacher with all of them plugged in; Eq. 6 at every student's output against
+    the teacher's activation there; one backward, so that a student also learns from what those
+    after it make of its output. options: as `distillation.independent`.
+    """
+    family, parts, rows = blocks.family(transformer), list(students), reader.rows(heldout=False)
+    inside = {part: distillation.InFloat32(student) for part, student in students.items()}
+    model, _ = blocks.assembled(transformer, {part.key: m for part, m in inside.items()})
+    owner = {id(module): part for part, module in inside.items()}
+    watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
+
+    def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        drawn = reader.draw(rows, options["batch_size"], (seed, step))
+        batch = reader.batch(distillation.share(drawn, accelerator)).to(accelerator.device)
+        masks = blocks.token_masks(family, batch.arguments)
+        outputs: dict = {}
+
+        def keep(block, streams):
+            outputs[owner[id(block.module)]] = streams
+
+        with accelerator.autocast():
+            lessons = distillation.teacher_states(transformer, parts, batch.arguments)
+            with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
+                run(model, batch.arguments)
+            found = [
+                distillation.interval_losses(outputs[part], lessons[part].target, masks, options)
+                for part in parts
+            ]
+        total: dict[str, Tensor] = {}
+        for _, metrics in found:
+            for key, value in metrics.items():
+                total[key] = total.get(key, torch.zeros_like(value)) + value
+        yield "students", sum(loss for loss, _ in found), total
+
+    return losses_of_step

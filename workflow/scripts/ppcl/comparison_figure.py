@@ -1,0 +1,127 @@
+"""The figure of the ablation: every method at one size, before and after the same fine-tune.
+
+Tables are pandas DataFrames with the columns of `schemas.ABLATION`. No torch: plots take seconds.
+"""
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from scipy import stats
+
+from ppcl import figure_style as style
+
+TITLES = {
+    "ladder": "The ladder (+ keeps what came before)",
+    "choice": "Open choices",
+    "rival": "Rivals, with the training of the rung “+ any-subset phase”",
+}
+STATES = {
+    "plugged": (style.SKY, "o", "before the fine-tune"),
+    "finetuned": (style.BLUE, "D", "after"),
+}
+APART = {"plugged": 0.17, "finetuned": -0.17}  # rows between the two states of a method
+
+
+def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """Mean over seeds of each method and state, with a 95 % interval: mean, low, high, seeds.
+
+    Student's t over seeds, of logarithms for velocity_error, whose mean is then the geometric one.
+    With one seed: the bootstrap over prompts for velocity_error, none for shares.
+    """
+    rows = []
+    log = column == "velocity_error"
+    for (method, state), found in table.groupby(["method", "state"], sort=False):
+        values = found[column].to_numpy(float)
+        mean = low = high = float(values[0])
+        if len(values) > 1:
+            scaled = np.log(values) if log else values
+            reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(scaled)
+            mean, low, high = scaled.mean() + np.array([0, -reach, reach])
+            mean, low, high = np.exp([mean, low, high]) if log else (mean, low, high)
+        elif log:
+            low, high = found[f"{column}_low"].iloc[0], found[f"{column}_high"].iloc[0]
+        rows.append([method, state, mean, low, high, len(values)])
+    names = ["method", "state", "mean", "low", "high", "seeds"]
+    return pd.DataFrame(rows, columns=names).set_index(["method", "state"])
+
+
+@style.styled
+def comparison(table: pd.DataFrame) -> Figure:
+    """Velocity error, and accuracy where it was judged, of all methods in order."""
+    methods = table[table["group"] != "teacher"].drop_duplicates("method").sort_values("order")
+    if methods.empty:
+        return style.message("Ablation", "The table holds no method.")
+    judged = table["all_correct"].notna().any()
+    place, heads, y = {}, {}, 0.0
+    for group, title in TITLES.items():
+        inside = methods[methods["group"] == group]
+        if len(inside):
+            heads[title] = y
+            for number, name in enumerate(inside["method"]):
+                place[name] = y + 1 + number
+            y += len(inside) + 1.6
+    left, gap, top, pitch, below = 2.45, 0.25, 0.95, 0.215, 0.55  # inches
+    high = pitch * y
+    fraction = table.loc[table["group"] != "teacher", "parameter_fraction"]
+    low, most = (f"{100 * value:.1f}" for value in (fraction.min(), fraction.max()))
+    size = f"{low} %" if low == most else f"{low} to {most} %"
+    figure = style.new_figure(
+        f"The same training and fine-tune, {size} of the transformer's parameters left",
+        top + high + below,
+        note="Bars: 95 % over seeds (small dots) where there are several; else over prompts,"
+        " for the velocity error.",
+    )
+    figure.set_layout_engine(None)
+    panels = {"velocity_error": "relative velocity error"}
+    panels |= {"all_correct": "pictures with all three right"} if judged else {}
+    across = (style.WIDTH - left - gap * (len(panels) - 1) - 0.2) / len(panels)
+    for number, (column, words) in enumerate(panels.items()):
+        at = left + number * (across + gap)
+        ax = style.axes_at(figure, at, top, across, high)
+        _panel(ax, table, column, place)
+        ax.set_ylim(y - 0.6, -0.6)
+        ax.set_xlabel(words)
+        ax.tick_params(axis="y", length=0, labelleft=not number)
+        ax.spines["left"].set_visible(False)
+        for title, where in heads.items():
+            if not number:
+                edge = -(left - 0.1) / across
+                ax.text(edge, where, title, transform=ax.get_yaxis_transform(), weight="bold")
+    first = figure.axes[0]
+    labels = methods.set_index("method")["label"]
+    for ax in figure.axes:
+        ax.set_yticks(list(place.values()), [labels[name] for name in place])
+    style.log_axis(first, "x")
+    if judged:
+        ax = figure.axes[1]
+        teacher = table.loc[table["group"] == "teacher", "all_correct"]
+        if len(teacher):
+            ax.axvline(teacher.iloc[0], color=style.GREY, lw=0.9, ls=":", zorder=0)
+        ax.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.4g} %")
+    handles = [
+        Line2D([], [], color=colour, marker=marker, ms=5, lw=0, label=words)
+        for colour, marker, words in STATES.values()
+    ]
+    if judged:
+        handles.append(Line2D([], [], color=style.GREY, lw=0.9, ls=":", label="teacher"))
+    style.legend_at(figure, 0.66, handles)
+    return figure
+
+
+def _panel(ax: Axes, table: pd.DataFrame, column: str, place: dict[str, float]) -> None:
+    found = summary(table, column)
+    for name, y in place.items():
+        ax.axhline(y, color="#E8E8E8", lw=0.6, zorder=0)
+        for state, (colour, marker, _) in STATES.items():
+            if (name, state) not in found.index:
+                continue
+            row, at = found.loc[name, state], y - APART[state]
+            if not np.isfinite(row["mean"]):
+                continue
+            ax.plot([row["low"], row["high"]], [at, at], color=colour, lw=1.1)
+            ax.plot(row["mean"], at, marker, color=colour, ms=5, mec="white", mew=0.5)
+            if row["seeds"] > 1:
+                mine = table[(table["method"] == name) & (table["state"] == state)][column]
+                ax.plot(mine, [at] * len(mine), ".", color=colour, ms=2.5, zorder=1)
