@@ -29,4 +29,9 @@ def table(judged: bool = True, seed: int = 0) -> pd.DataFrame:
                 if name == "teacher":
                     rows[-1] |= {"velocity_error": 0.0, "all_correct": 0.98 if judged else np.nan}
                     break
+            for part in range(1, 8) if method.group == "schedule" else ():
+                smaller = {"state": "part", "removed_parameters": part * 10**6 // 8}
+                smaller |= {"parameter_fraction": 1 - 0.41 * part / 8, "latency_ratio": np.nan}
+                smaller |= {"velocity_error": error * part / 8 * rng.lognormal(0, 0.15)}
+                rows.append(row | smaller)
     return pd.DataFrame(rows)[schemas.ABLATION.names]

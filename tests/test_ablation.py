@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import math
+import shutil
 
 import comparison_tables
 import numpy as np
@@ -18,6 +19,7 @@ from torch import nn
 
 from ppcl import (
     ablation,
+    ablation_figures,
     ablation_run,
     blocks,
     calibration,
@@ -28,9 +30,12 @@ from ppcl import (
     distillation,
     methods,
     probes,
+    provenance,
+    schedules,
     schemas,
     students,
     tables,
+    tensors,
     training,
 )
 from ppcl.errors import UserError
@@ -131,7 +136,9 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
     assert {m.select["by"] for m in methods.METHODS.values()} == set(ablation.SELECTIONS)
     for name in methods.METHODS:
         assert set(json.loads(methods.job(name))) == {"name", "select", "train"}
-    known = {"mode", "subsets", "schedule", "start", "loss"}
+    known = {"mode", "subsets", "schedule", "start", "loss", "share", "draw", "mixed", "budgets"}
+    draws = {m.train.get("draw", "uniform") for m in methods.METHODS.values()}
+    assert draws == set(schedules.DRAWS)
     assert all(set(m.train) <= known for m in methods.METHODS.values())
 
 
@@ -139,8 +146,11 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
 def test_every_method_trains_for_the_same_number_of_steps(distill, subsets):
     options = {"distill_steps": distill, "subsets_steps": subsets}
     for method in methods.METHODS.values():
-        found = methods.phases(method.select, method.train, options)
-        assert sum(found.values()) == distill + subsets and found["distill"] > 0
+        found = ablation_run.phases(method.select, method.train, options)
+        assert sum(found.values()) - found["masks"] == distill + subsets
+        assert found["distill"] > 0 or method.train.get("share") in (0.5, 0.7, 1.0)
+        if "share" in method.train:
+            assert found["subsets"] == round(method.train["share"] * (distill + subsets))
         assert bool(found["narrow"]) == (method.train.get("schedule") == "staged")
         assert bool(found["masks"]) == (method.select["by"] == "learned_masks")
 
@@ -180,9 +190,17 @@ def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accel
     if name == "teacher":
         assert found["velocity_error"].max() < 1e-9 and found["parameter_fraction"].item() == 1
         return
+    parts = found[found["state"] == "part"]
+    assert len(parts) == (7 if "budgets" in job["train"] else 0)
+    found = found.drop(parts.index)
     assert found["state"].tolist() == ["plugged", "finetuned"]
-    assert found["steps"].tolist() == [6, 7]
+    masks = 1 if name == "tinyfusion" else 0
+    assert found["steps"].tolist() == [6 + masks, 7 + masks]
     assert (found["velocity_error"] > 0).all() and found["all_correct"].isna().all()
+    if len(parts):
+        wanted = found["removed_parameters"].iloc[0] * np.arange(1, 8) / 8
+        assert (parts["removed_parameters"] >= wanted).all()
+        assert (parts["velocity_error"] > 0).all() and (parts["steps"] == 6).all()
     saved = found["removed_parameters"].iloc[0]
     block = blocks.parameter_count(tiny.transformer(1).transformer_blocks[0])
     if methods.METHODS[name].select["by"] == "depth_and_width":
@@ -191,6 +209,29 @@ def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accel
         assert saved == REMOVED * block and (found["removed_blocks"] == REMOVED).all()
     whole = blocks.parameter_count(tiny.transformer(BLOCKS))
     np.testing.assert_allclose(found["parameter_fraction"], 1 - saved / whole)
+
+
+@pytest.mark.parametrize("script", ["ablate.py", "calibrate.py"])
+def test_a_run_does_not_depend_on_the_table_of_methods(tmp_path, script):
+    # Else a new method, or a mended label, would redo all runs.
+    shutil.copytree(tiny.SCRIPTS, tmp_path / "scripts")
+    before = provenance.code_digest(tmp_path / "scripts" / script)
+    for name, same in (("methods", True), ("ablation_run", False)):
+        with open(tmp_path / "scripts/ppcl" / f"{name}.py", "a") as file:
+            file.write("# edited\n")
+        assert (provenance.code_digest(tmp_path / "scripts" / script) == before) == same
+
+
+def test_seconds_are_those_of_finished_trainings_of_this_run(tmp_path, run, pipe, accelerator):
+    job = json.loads(methods.job("joint"))
+    held = material(run, pipe, job, tmp_path, accelerator)
+    for name, identity, seconds in (("distill", "x distill", 2.5), ("subsets", "x subsets", 4.0)):
+        path = tmp_path / f"{name}.safetensors"
+        metadata = {"identity": identity, "seconds": repr(seconds)}
+        tensors.write(path, {"a": torch.zeros(1)}, metadata)
+    tensors.write(tmp_path / "old.safetensors", {}, {"identity": "y z", "seconds": "9.0"})
+    tensors.write(tmp_path / "finetune-checkpoint.safetensors", {}, {"identity": "x finetune"})
+    assert ablation_run.seconds_of(held) == 6.5
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
@@ -211,13 +252,54 @@ def test_a_killed_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
     assert len(begun) == 4  # distill, narrow, subsets, finetune
     seen = []
     monkeypatch.setattr(
-        training, "train", lambda m, *a, **k: [seen.append(set(m)), train(m, *a, **k)]
+        training, "train", lambda m, *a, **k: [seen.append(set(m)), train(m, *a, **k)][1]
     )
     again = ablate(run, job, tmp_path / "killed")
     assert not (tmp_path / "killed/state").exists()
     assert seen == [{"transformer"}]
     timed = ["seconds", "latency_ratio"]
     pd.testing.assert_frame_equal(straight.drop(columns=timed), again.drop(columns=timed))
+
+
+# ---- schedules
+
+
+@given(st.integers(1, 9), st.integers(0, 2**32 - 1), st.integers(0, 10**6))
+def test_every_draw_is_a_set_of_the_units_in_order(count, seed, step):
+    rng = np.random.default_rng(seed)
+    members = list(range(count))
+    prices = rng.random(count).tolist(), rng.integers(1, 9, count).tolist()
+    for draw in schedules.DRAWS.values():
+        found = draw(members, prices)((seed, step))
+        assert found and found == sorted(set(found)) and set(found) <= set(members)
+        assert found == draw(members, prices)((seed, step))
+    assert schedules.everything(members, prices)((seed, step)) == members
+
+
+def test_large_sets_are_drawn_as_often_as_they_are_large():
+    draw = schedules.large(list("abcd"), ([], []))
+    sizes = np.bincount([len(draw((0, step))) for step in range(4000)], minlength=5)
+    np.testing.assert_allclose(sizes / 4000, np.array([0, 1, 2, 3, 4]) / 10, atol=0.03)
+
+
+def test_half_of_the_budget_draws_are_the_cheapest_of_their_size():
+    costs, savings = [4.0, 1.0, 3.0, 2.0], [1, 1, 1, 1]
+    draw = schedules.budgets(list("abcd"), (costs, savings))
+    found = ["".join(draw((1, step))) for step in range(4000)]
+    # A budget asks for one to four units with equal chance; so do the uniform draws.
+    for size, (cheapest, sets) in enumerate([("b", 4), ("bd", 6), ("bcd", 4), ("abcd", 1)], 1):
+        expected = 0.125 + 0.125 / sets
+        assert found.count(cheapest) / 4000 == pytest.approx(expected, abs=0.025), size
+
+
+def test_a_mixture_has_the_gradient_of_the_weighted_sum():
+    weight = torch.tensor(2.0, requires_grad=True)
+    first = lambda step: iter([("students", weight * step, {"velocity_error": weight})])  # noqa: E731
+    second = lambda step: iter([("a", weight**2, {}), ("b", 3 * weight, {})])  # noqa: E731
+    yielded = list(schedules.mixed(first, second, "students", 0.5)(4))
+    assert [name for name, _, _ in yielded] == ["students"] * 3
+    sum(loss for _, loss, _ in yielded).backward()
+    assert weight.grad == 4 + 0.5 * (2 * 2 + 3)
 
 
 # ---- gradients through the chain
@@ -264,6 +346,8 @@ def test_chain_losses_and_gradients_are_those_of_the_literal_chain(teacher, read
     total = 0.0
     for at, keep in itertools.product((0, 1), (mask, None)):  # text, then image
         position = 0 if keep is not None else 1
+        if at == 1 and position == 0:
+            continue  # nothing reads the last block's text
         unit = [
             side[at][position] / side[at][position].norm(dim=-1, keepdim=True)
             for side in (seen, wanted)
@@ -310,12 +394,11 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
     cka = pd.read_parquet(at["cka"]).set_index(["stream", "start", "end"])["cka"]
     weights, _ = ablation.tensors.read(at["probes"])
-    judged = held.reader.sample_heldout("report", whole["distill"]["heldout_rows"], 0)
     row = depth.iloc[-1]
     first, last = int(row["first"]), int(row["last"])
     assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])
     made = students.start(pipe.transformer, [Part(first, last)], "first")
-    args = held.reader, judged, 2, accelerator
+    args = held.reader, held.judged, 2, accelerator
     untrained = distillation.plugged_error(pipe.transformer, made, *args)
     assert row["cost_untrained"] == pytest.approx(untrained, rel=1e-4)
 
@@ -338,7 +421,7 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
 
         literal.transformer_blocks[index].forward = forward
     error = power = 0.0
-    for batch in held.reader.batches(judged, 2):
+    for batch in held.reader.batches(held.judged, 2):
         error += float((literal(**batch.arguments)[0] - batch.output).double().square().sum())
         power += float(batch.output.double().square().sum())
     assert row["cost_probe"] == pytest.approx(error / power, rel=1e-3)
@@ -380,6 +463,7 @@ def test_intervals_over_seeds_are_students(tmp_path):
     values = table[(table["method"] == "joint") & (table["state"] == "plugged")]["velocity_error"]
     logs = np.log(values)
     reach = 4.302653 * logs.std(ddof=1) / 3**0.5  # t with 2 degrees of freedom
+    reach = (reach**2 + math.log(1.1) ** 2) ** 0.5  # and what the table says of prompts
     assert ladder["seeds"] == 3 and ladder["mean"] == pytest.approx(np.exp(logs.mean()))
     assert ladder["high"] == pytest.approx(np.exp(logs.mean() + reach))
 
@@ -393,6 +477,25 @@ def test_the_figure_names_every_method(tmp_path, judged):
     tables.write(path, table, schemas.ABLATION, {"commit": "0", "created": "now"})
     draw("ablation", "--config", "{}", "--results", path, "--output", tmp_path)
     text = svg_text(tmp_path / "ablation.svg")
+    other = svg_text(tmp_path / "schedules.svg")
     for method in methods.METHODS.values():
-        assert method.group == "teacher" or method.label in text
+        assert method.group == "teacher" or method.label in (
+            other if method.group == "schedule" else text
+        )
     assert ("all three right" in text) == judged
+
+
+def test_the_figure_of_schedules_divides_by_the_first(tmp_path):
+    table = comparison_tables.table()
+    ax = ablation_figures.schedules(table).axes[0]
+    mine = table[table["group"] == "schedule"].sort_values("removed_parameters")
+    of = {name: rows for name, rows in mine.groupby("method")}
+    first, third = of["schedule-default"], of["schedule-whole"]
+    shown = [text.get_text() for text in ax.texts]
+    columns = 9  # seven parts, plugged, fine-tuned
+    assert len(shown) == columns * len(of)
+    for state, place in (("plugged", 7), ("finetuned", 8)):
+        ratio = [rows[rows["state"] == state]["velocity_error"].item() for rows in (third, first)]
+        assert shown[2 * columns + place] == f"{ratio[0] / ratio[1]:.2f}"
+    parts = [rows[rows["state"] == "part"]["velocity_error"].to_numpy() for rows in (third, first)]
+    assert shown[2 * columns : 2 * columns + 7] == [f"{r:.2f}" for r in parts[0] / parts[1]]

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import assembly, blocks, calls, schemas, selection, students, tables
+from ppcl import assembly, blocks, calls, pins, schemas, selection, students, tables
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -73,6 +73,33 @@ def test_variants_take_what_costs_least(tmp_path):
     assert chosen(0.5) == ["00-01", "03-04", "06-07", "09-10"]
     with pytest.raises(UserError, match=r"'v': all .* save 50 parameters, .*0\.49 needs 51 param"):
         chosen(0.49)
+
+
+def test_variants_hold_what_is_pinned(tmp_path):
+    path = errors_table(tmp_path / "errors.parquet", [0.3, 0.1, 0.05, 0.2], [10, 10, 10, 20])
+
+    def chosen(budget):
+        return assembly.choose(path, PLAN, {"name": "v", "budget": budget}, {"00-01"})
+
+    assert chosen(1.0) == chosen(0.9) == ["00-01"]
+    assert chosen(0.8) == ["00-01", "06-07"]
+    assert chosen(0.6) == ["00-01", "06-07", "09-10"]
+
+
+def test_a_unit_is_pinned_by_anything_that_it_holds():
+    from prune import pinned_in
+
+    run = Unit((Part(3, 3, (), "source"), Part(4, 6, ("image",), "close", (3, 3))))
+    for named, expected in (
+        (pins.Named(intervals=frozenset({(4, 6)})), True),
+        (pins.Named(intervals=frozenset({(4, 5), (3, 6)})), False),
+        (pins.Named(runs=frozenset({(3, 6)})), True),
+        (pins.Named(runs=frozenset({(2, 6)})), False),
+        (pins.Named(ffns=frozenset({(4, "image")})), True),
+        (pins.Named(ffns=frozenset({(4, "text"), (5, "image")})), False),
+        (pins.NOTHING, False),
+    ):
+        assert pinned_in(run, named) == expected
 
 
 def test_variants_by_blocks_and_by_time(tmp_path):

@@ -24,6 +24,7 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         "seed": 0,
         "device": "cpu",
         "teacher": {"path": str(tiny_teacher)},
+        "intervals": {},
         "prune": {"start": "first"},
         "width": {},
         # 5 samples do not divide evenly among two processes.

@@ -22,6 +22,7 @@ def settings_of(teacher, **changed):
         "seed": 0,
         "device": "cpu",
         "teacher": {"path": str(teacher)},
+        "intervals": {},
         "prune": {"start": "first"},
         "width": width | {"schedule": "staged"},
         "distill": how,

@@ -179,8 +179,9 @@ def test_the_ablation_is_a_target_of_its_own(snakemake):
     shared = {"record", "extract", "probe", "similarity", "sensitivity", "width"}
     own = {"ablate", "rank_rivals", "gather_ablation", "calibrate", "plot_ablation", "ablation"}
     assert found.keys() == shared | own
-    # The teacher; 12 rungs with 3 seeds; 9 choices and 10 rivals; which run again shows later.
-    assert found["ablate"] == 1 + 36 + 19
+    # The teacher; 12 rungs with 3 seeds; 9 choices, 8 schedules and 10 rivals; which of these run
+    # again shows later.
+    assert found["ablate"] == 1 + 36 + 27
 
 
 def test_train_teacher_stands_alone(snakemake):
@@ -213,7 +214,8 @@ CHANGES = [
             "width": {"rows": 5, "linear_weight": 0.5, "text": {"pin": [[1, 2]]}, "steps": 7},
             "pareto": {"budgets": 3},
         },
-        {"width", "distill", "intervals", "pareto"},  # steps are only those of a staged schedule
+        # Steps are only those of a staged schedule.
+        {"width", "distill", "intervals", "prune", "pareto"},
     ),
     (
         {"width": {"schedule": "staged", "ridge": 0.5}, "evaluate": {"samples": 5}},

@@ -4,9 +4,10 @@
 # out: ablation/runs/<method>-<number>.parquet, one run each; ablation/results.parquet, all of them;
 #      ablation/calibration.parquet, prices against errors after training; plots/ablation/
 #
-# A job uses one core, so that as many methods train at once as there are cores. A run depends on
-# its own entry of the table alone: a new method, or more seeds, redoes nothing. Checkpoints live in
-# state/ablation-<method>-<number>, as in distill.smk.
+# A job uses one core. Without a GPU, `--resources gpu=<cores>` lets as many run at once; the default
+# profile starts one per GPU. A run depends on its own entry of the table alone: a new method, or
+# more seeds, redoes nothing. Checkpoints live in state/ablation-<method>-<number>, as in
+# distill.smk.
 
 # What a run depends on; how long the main run trains is not among it.
 ABLATION_KEYS = [
@@ -152,6 +153,7 @@ rule calibrate:
             "device",
             "teacher",
             "similarity.streams",
+            "sensitivity",
             "intervals",
             "width",
             "distill",
@@ -183,6 +185,12 @@ rule plot_ablation:
             category="Ablation",
             labels={"figure": "The method against its alternatives"},
         ),
+        schedules=report(
+            result("plots/ablation/schedules.svg"),
+            caption="../report/schedules.rst",
+            category="Ablation",
+            labels={"figure": "Schedules of training, at every budget"},
+        ),
         calibration=report(
             result("plots/ablation/calibration.svg"),
             caption="../report/calibration.rst",
@@ -190,6 +198,7 @@ rule plot_ablation:
             labels={"figure": "Prices against errors after training"},
         ),
         ablation_png=result("plots/ablation/ablation.png"),
+        schedules_png=result("plots/ablation/schedules.png"),
         calibration_png=result("plots/ablation/calibration.png"),
     log:
         result("logs/plot-ablation.log"),

@@ -32,7 +32,7 @@ PLOTS = {
     "intervals": ["search", "heatmap", "probes", "width"],
     "training": ["distill", "subsets", "finetune"],
     "quality": ["pareto", "tradeoff", "images"],
-    "ablation": ["ablation", "calibration"],
+    "ablation": ["ablation", "schedules", "calibration"],
 }
 
 
@@ -215,7 +215,7 @@ def known_ablation_runs():
     """Tables of the runs that are made in any case."""
     found = ablation_runs(["teacher"], 1)
     found += ablation_runs(methods.of_group("ladder"), config["ablation"]["seeds"])
-    for group in ("choice", "rival"):
+    for group in ("choice", "schedule", "rival"):
         found += ablation_runs(methods.of_group(group), config["ablation"]["other_seeds"])
     return found
 

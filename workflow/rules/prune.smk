@@ -28,7 +28,15 @@ rule prune:
         mem_mb=16000,
         runtime=30,
     params:
-        config=subset("seed", "device", "teacher", "prune", "width.schedule", *WIDTH_FITS),
+        config=subset(
+            "seed",
+            "device",
+            "teacher",
+            "prune",
+            "intervals.pin",
+            *(f"width.{key}" for key in ("enabled", "schedule", "text", "ffn_image", "ffn_text")),
+            *WIDTH_FITS,
+        ),
         optional=optional("candidates", "latency"),
         code=code("prune.py"),
     message:

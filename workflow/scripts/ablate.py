@@ -52,7 +52,7 @@ def main() -> None:
     args = parser.parse_args()
     settings, job = config.load(args.config), json.loads(args.method)
 
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
     pipe = pipelines.load(settings["teacher"], accelerator.device)
     shared = {name: getattr(args, name) for name in SHARED}
     identity = training.identity(Path(__file__), settings, [args.calls, *shared.values()])

@@ -44,7 +44,7 @@ def main() -> None:
     variant = assembly.variant(settings, args.variant)
 
     plan = students.read_plan(args.plan)
-    chosen = plan.named(assembly.choose(args.errors, plan.facts, variant))
+    chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
     pipe = pipelines.load(settings["teacher"], torch.device("cpu"))
     taught = students.load(args.students, pipe.transformer, students.parts_of(chosen))
     whole = blocks.parameter_count(pipe.transformer)

@@ -29,7 +29,6 @@ from ppcl import (
     distillation,
     errors,
     measured,
-    methods,
     pipelines,
     provenance,
     schemas,
@@ -58,7 +57,7 @@ def main() -> None:
     settings = config.load(args.config)
     wide, seed = settings["width"], settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
     transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
     shared = {name: getattr(args, name) for name in SHARED}
     material = ablation.Material(
@@ -89,28 +88,31 @@ def main() -> None:
         )
         for _, unit in tqdm(drawn, desc="starting", unit="unit")
     ]
-    judged = reader.sample_heldout("report", settings["distill"]["heldout_rows"], seed)
+    reported = reader.sample_heldout("report", settings["distill"]["heldout_rows"], seed)
     size = settings["ablation"]["batch_size"]
 
-    def cost(plugged: students.Students) -> float:
+    def cost(plugged: students.Students, rows: np.ndarray) -> float:
         for student in plugged.values():
             student.to(accelerator.device).eval()
-        return distillation.plugged_error(transformer, plugged, reader, judged, size, accelerator)
+        return distillation.plugged_error(transformer, plugged, reader, rows, size, accelerator)
 
     found = {"kind": [kind for kind, _ in drawn]}
     found |= {"first": [u.first for _, u in drawn], "last": [u.last for _, u in drawn]}
     found["cost_cka"] = [calibration.cka_price(*one, cka, widths) for one in drawn]
     found["cost_probe"] = [
-        cost({Part(u.first, u.last): calibration.probe_block(transformer, weights, u.parts[0].key)})
+        cost(
+            {Part(u.first, u.last): calibration.probe_block(transformer, weights, u.parts[0].key)},
+            material.judged,
+        )
         if kind == "depth"
         else np.nan
         for kind, u in drawn
     ]
-    found["cost_untrained"] = [cost(each) for each in taught]
+    found["cost_untrained"] = [cost(each, material.judged) for each in taught]
 
     every = {part: student for each in taught for part, student in each.items()}
     names = {part: f"{number} {part.name}" for number, part in enumerate(every)}
-    steps = sum(methods.phases({"by": "ppcl"}, {}, settings["ablation"]).values())
+    steps = sum(ablation_run.phases({"by": "ppcl"}, {}, settings["ablation"]).values())
     options = ablation_run.stage_options(
         material, "distill", steps, linear_weight=wide["linear_weight"], mode="independent"
     )
@@ -122,8 +124,8 @@ def main() -> None:
         options,
         {f"{names[p]}/": wide["lr_scale"] for p in every if p.first == p.last},
     )
-    found["trained"] = [cost(each) for each in taught]
-    stamp = provenance.stamp(settings, judged=len(judged), steps=steps)
+    found["trained"] = [cost(each, reported) for each in taught]
+    stamp = provenance.stamp(settings, judged=len(reported), steps=steps)
     tables.write(args.table, pd.DataFrame(found), schemas.CALIBRATION, stamp)
     training.forget(args.state)
 

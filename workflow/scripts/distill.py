@@ -12,7 +12,6 @@ Killed at any point, the same command resumes from the last checkpoint in --stat
 same weights.
 """
 
-import argparse
 from pathlib import Path
 
 from ppcl import (
@@ -22,27 +21,15 @@ from ppcl import (
     distillation,
     errors,
     pipelines,
-    provenance,
     schemas,
+    student_stage,
     students,
-    tables,
     training,
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="start weights")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--output", type=Path, required=True, help="trained students to write")
-    parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
-    parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
-    args = parser.parse_args()
+    args = student_stage.arguments(__doc__, "start weights")
     settings = config.load(args.config)
     options = settings["distill"] | {"linear_weight": settings["width"]["linear_weight"]}
     seed = settings["seed"]
@@ -54,34 +41,30 @@ def main() -> None:
     taught = students.load(args.students, transformer, students.parts_of(plan.distilled))
     for student in taught.values():
         student.train().to(accelerator.device)
+    identity = training.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
     rows = training.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(transformer, taught, reader, options, seed, accelerator),
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
-        training.identity(Path(__file__), settings, [args.calls, args.plan, args.students]),
+        identity,
         distillation.lr_scales(taught, settings["width"]["lr_scale"]),
     )
-    costs = distillation.cost_table(
+    student_stage.finish(
+        args,
+        settings,
+        options,
         transformer,
         plan.distilled,
-        taught,
         plan.facts["distilled"],
+        taught,
+        distillation.log_table(rows),
+        schemas.DISTILL_LOG,
         reader,
-        options,
-        seed,
         accelerator,
+        identity,
     )
-    if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, rows=len(reader))
-        students.save(args.output, taught, stamp)
-        log = distillation.log_table(rows)
-        tables.write(args.log_table, log, schemas.DISTILL_LOG, stamp)
-        tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
-    devices.finish(accelerator)
-    if accelerator.is_main_process:
-        training.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     reader = calls.Reader(args.calls)
     plan = students.read_plan(args.plan)
-    chosen = plan.named(assembly.choose(args.errors, plan.facts, variant))
+    chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
     transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
     taught = students.load(args.students, transformer, students.parts_of(chosen))
     model, _ = blocks.assembled(

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch import nn
 
 from ppcl import (
     blocks,
@@ -45,6 +46,11 @@ def narrow_parts(block: blocks.Block) -> dict[str, Part]:
     return found
 
 
+def _sharing(module: nn.Module) -> nn.Module:
+    """A copy that shares all weights: to make a block narrow only replaces what goes."""
+    return copy.deepcopy(module, {id(w): w for w in [*module.parameters(), *module.buffers()]})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -70,7 +76,7 @@ def main() -> None:
     for block in sequence:
         named = {"block": whole[block.index]} | narrow[block.index]
         for name, part in named.items():
-            module = students.shaped(transformer, part, copy.deepcopy(block.module))
+            module = students.shaped(transformer, part, _sharing(block.module))
             runs[f"{block.index} {name}"] = partial(module, **lessons[part].bound)
     with torch.no_grad():
         times = evaluation.interleaved_times(runs, options["latency_repeats"], device)

@@ -13,7 +13,6 @@ students and in kept blocks; then all of them learn L_width and L_linear. Killed
 same command resumes from the last checkpoint in --state and ends with the same weights.
 """
 
-import argparse
 from pathlib import Path
 
 from ppcl import (
@@ -23,28 +22,16 @@ from ppcl import (
     distillation,
     errors,
     pipelines,
-    provenance,
     schemas,
+    student_stage,
     students,
-    tables,
     training,
     width,
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="students of distill")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--output", type=Path, required=True, help="trained students to write")
-    parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
-    parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
-    args = parser.parse_args()
+    args = student_stage.arguments(__doc__, "students of distill")
     settings = config.load(args.config)
     width_options = settings["width"]
     changed = {key: width_options[key] for key in ("steps", "linear_weight")}
@@ -60,27 +47,30 @@ def main() -> None:
     taught = width.start(transformer, whole, reader, width_options, seed, accelerator.device)
     for student in taught.values():
         student.train().to(accelerator.device)
+    identity = training.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
     rows = training.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(transformer, taught, reader, options, seed, accelerator),
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
-        training.identity(Path(__file__), settings, [args.calls, args.plan, args.students]),
+        identity,
         distillation.lr_scales(taught, settings["width"]["lr_scale"]),
     )
-    costs = distillation.cost_table(
-        transformer, plan.units, taught, plan.facts["units"], reader, options, seed, accelerator
+    student_stage.finish(
+        args,
+        settings,
+        options,
+        transformer,
+        plan.units,
+        plan.facts["units"],
+        taught,
+        distillation.log_table(rows),
+        schemas.DISTILL_LOG,
+        reader,
+        accelerator,
+        identity,
     )
-    if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, rows=len(reader))
-        students.save(args.output, taught, stamp)
-        log = distillation.log_table(rows)
-        tables.write(args.log_table, log, schemas.DISTILL_LOG, stamp)
-        tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
-    devices.finish(accelerator)
-    if accelerator.is_main_process:
-        training.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -57,14 +57,16 @@ def main() -> None:
     plan = students.read_plan(args.plan)
     trained = students.load(args.students, teacher, students.parts_of(plan.units))
     for student in trained.values():
-        student.requires_grad_(False).eval().to(device)
+        # In the teacher's dtype at once, or each budget would hold copies of its own.
+        student.requires_grad_(False).eval().to(device, teacher.dtype)
     table = tables.read(args.errors, schemas.UNIT_ERRORS).to_pandas().set_index("unit")
     whole = blocks.parameter_count(teacher)
     smallest = 1 - table["saved_parameters"].sum() / whole
     transformers, chosen = {TEACHER: teacher}, {}
     # Without 1 itself, which is the teacher.
-    for budget in np.linspace(smallest, 1, settings["pareto"]["budgets"], endpoint=False):
-        name = f"{budget:.4f}"
+    budgets = np.linspace(smallest, 1, settings["pareto"]["budgets"], endpoint=False)
+    for number, budget in enumerate(budgets):
+        name = f"budget {number}"
         # Upwards, so that rounding does not leave the smallest budget out of reach.
         wanted = {"name": name, "budget": min(1.0, float(budget) + 1e-9)}
         chosen[name] = plan.named(assembly.choose(args.errors, plan.facts, wanted))
@@ -74,9 +76,9 @@ def main() -> None:
     timed = reader.draw(reader.heldout_rows("report"), settings["evaluate"]["batch_size"], (seed,))
     found = evaluation.measure_transformers(transformers, reader, timed, settings, device)
     rows = []
-    for name, picked in chosen.items():
+    for budget, (name, picked) in zip(budgets, chosen.items(), strict=True):
         names = [unit.name for unit in picked]
-        row = {"budget": float(name), "units": json.dumps(names)}
+        row = {"budget": float(budget), "units": json.dumps(names)}
         row["predicted_error"] = float(table.loc[names, "velocity_error"].sum())
         for metric in ("parameters", "parameter_fraction", "latency_seconds"):
             row[metric] = found[name][metric].value

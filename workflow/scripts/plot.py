@@ -101,7 +101,11 @@ def quality(options: argparse.Namespace, settings: dict) -> None:
 def ablation(options: argparse.Namespace, settings: dict) -> None:
     """Every method at the same size."""
     table = read(options.results, schemas.ABLATION)
-    save({"ablation": (comparison_figure.comparison(table), options.results)}, options.output)
+    drawn = {
+        "ablation": (comparison_figure.comparison(table), options.results),
+        "schedules": (ablation_figures.schedules(table), options.results),
+    }
+    save(drawn, options.output)
 
 
 def calibration(options: argparse.Namespace, settings: dict) -> None:

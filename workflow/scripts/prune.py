@@ -22,6 +22,7 @@ from ppcl import (
     config,
     devices,
     errors,
+    pins,
     pipelines,
     plans,
     provenance,
@@ -58,6 +59,14 @@ def planned(args: argparse.Namespace, unread_after: int | None) -> tuple[list[Un
     return every, plans.units(intervals)
 
 
+def pinned_in(unit: Unit, pinned: pins.Named) -> bool:
+    """Whether a unit holds anything that the config pins."""
+    ffns = {(part.first, stream) for part in unit.parts for stream in part.linear_ffn}
+    within = [run for run in pinned.runs if pins.within(run, (unit.first, unit.last))]
+    ends = {(part.first, part.last) for part in unit.parts}
+    return bool(ffns & pinned.ffns or ends & pinned.intervals or within)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -88,14 +97,18 @@ def main() -> None:
     stamp = provenance.stamp(settings, units=len(every))
     students.save(args.students, made, stamp)
 
+    depth = len(blocks.block_sequence(transformer))
+    pinned, _ = pins.wishes(settings, depth)
+
     def entries(units: list[Unit]) -> list[dict]:
         seconds = selection.saved_seconds(units, args.latency)
         return [
-            students.plan_entry(unit, width.saved_parameters(transformer, unit), saved)
+            students.plan_entry(
+                unit, width.saved_parameters(transformer, unit), saved, pinned_in(unit, pinned)
+            )
             for unit, saved in zip(units, seconds, strict=True)
         ]
 
-    depth = len(blocks.block_sequence(transformer))
     timed = (
         {"transformer_seconds": selection.timing(args.latency, depth)[1]} if args.latency else {}
     )

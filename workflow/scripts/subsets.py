@@ -13,7 +13,6 @@ whole model. Killed at any point, the same command resumes from the last checkpo
 ends with the same weights.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -26,27 +25,15 @@ from ppcl import (
     distillation,
     errors,
     pipelines,
-    provenance,
     schemas,
+    student_stage,
     students,
-    tables,
     training,
 )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="students so far")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--output", type=Path, required=True, help="trained students to write")
-    parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
-    parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
-    args = parser.parse_args()
+    args = student_stage.arguments(__doc__, "students so far")
     settings = config.load(args.config)
     options, seed = settings["subsets"], settings["seed"]
 
@@ -57,6 +44,7 @@ def main() -> None:
     taught = students.load(args.students, transformer, students.parts_of(plan.units))
     together = nn.ModuleDict({part.name: student for part, student in taught.items()})
     together.train().to(accelerator.device)
+    identity = training.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
     rows = training.train(
         {"students": together},
         distillation.any_subset(
@@ -65,21 +53,23 @@ def main() -> None:
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
-        training.identity(Path(__file__), settings, [args.calls, args.plan, args.students]),
+        identity,
         distillation.lr_scales(taught, settings["width"]["lr_scale"], "students/{}."),
     )
-    costs = distillation.cost_table(
-        transformer, plan.units, taught, plan.facts["units"], reader, options, seed, accelerator
+    student_stage.finish(
+        args,
+        settings,
+        options,
+        transformer,
+        plan.units,
+        plan.facts["units"],
+        taught,
+        pd.DataFrame(rows)[schemas.VELOCITY_LOG.names],
+        schemas.VELOCITY_LOG,
+        reader,
+        accelerator,
+        identity,
     )
-    if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, rows=len(reader))
-        students.save(args.output, taught, stamp)
-        log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
-        tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
-        tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
-    devices.finish(accelerator)
-    if accelerator.is_main_process:
-        training.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main() -> None:
         training.identity(Path(__file__), settings, [args.calls, args.blocks]),
     )
     if accelerator.is_main_process:
-        table = pd.DataFrame(
+        rows = [
             {
                 "kind": name.split()[0],
                 "first": unit.first,
@@ -115,7 +115,8 @@ def main() -> None:
                 "rows": len(judged),
             }
             for (name, unit), cost in zip(units.items(), costs, strict=True)
-        )
+        ]
+        table = pd.DataFrame(rows, columns=schemas.WIDTH_MEASURED.names)
         sizes = {k: json.dumps(v) for k, v in width.text_sizes(transformer).items()}
         stamp = provenance.stamp(settings, judged=len(judged)) | sizes
         tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp)

@@ -5,10 +5,12 @@ exactly `removed` blocks; those with width save at least as many parameters, as 
 """
 
 import functools
+import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
@@ -27,6 +29,7 @@ from ppcl import (
     selection,
     similarity,
     tensors,
+    texts,
 )
 from ppcl.errors import UserError
 from ppcl.pins import Ends, Ffn
@@ -34,8 +37,8 @@ from ppcl.rivals import Starts
 from ppcl.selection import Choices, Weights
 
 # Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
-# the rank of the update that is learned beside the masks.
-TIMESTEP_GROUPS, LOCAL_GROUP, RANK = 4, 4, 8
+# the rank of the update that is learned beside the masks, and their learning rate.
+TIMESTEP_GROUPS, LOCAL_GROUP, RANK, MASKS_LR = 4, 4, 8, 0.01
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Material:
     Attributes:
         transformer: the teacher's, frozen. paths: of the shared artifacts: tokens, probes, cka,
             sensitivity, width. seed: of this run. state, identity: as in `training.train`.
-        steps: `methods.phases` of the method.
+        steps: `ablation_run.phases` of the method.
     """
 
     transformer: nn.Module
@@ -87,6 +90,17 @@ class Material:
         """Those that rivals judge by: of an unread one, the last blocks' output means nothing."""
         unread = blocks.family(self.transformer).unread
         return [stream for stream in self.tokens.streams if stream not in unread]
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What `make` returns, kept as JSON, or what it returned in an earlier, killed run."""
+        path = self.state / f"{name}.json"
+        if path.exists():
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            if kept["identity"] == self.identity:
+                return kept["found"]
+        found = make()
+        texts.write_json(path, {"identity": self.identity, "found": found})
+        return found
 
     @functools.cached_property
     def judged(self) -> np.ndarray:
@@ -208,7 +222,8 @@ def _seen(runs: list[range], cka: np.ndarray) -> list[range]:
 def depth_and_width(
     material: Material, removed: int, kinds: Collection[str] = ("text", "ffn")
 ) -> Chosen:
-    """The workflow's own selection: any runs of blocks, text runs and FFNs, by measured costs."""
+    """The workflow's own selection, with segmentation `optimal`: any runs of blocks, text runs and
+    FFNs, by measured costs."""
     settings, paths, depth = material.settings, material.paths, material.depth
     facts = material.tokens.facts
     text = measured.facts(paths["width"], "text_saved", "text_output")
@@ -271,11 +286,13 @@ def _learned_masks(m: Material, removed: int) -> list[int]:
         "rank": RANK,
         "batch_size": m.settings["ablation"]["batch_size"],
         "steps": m.steps["masks"],
-        "warmup_steps": m.steps["masks"] // 4,
+        "warmup_steps": 0,
+        "lr": MASKS_LR,
     }
     groups = rivals.local_groups(removed, m.runs, LOCAL_GROUP)
     shared = m.transformer, groups, m.reader, options, m.seed, m.accelerator
-    return rivals.learned_masks(*shared, m.state / "masks.safetensors", m.identity)
+    path = m.state / "masks-checkpoint.safetensors"
+    return m.once("masks", lambda: rivals.learned_masks(*shared, path, m.identity))
 
 
 SELECTIONS: dict[str, Callable[..., Chosen | Starts]] = {

@@ -3,12 +3,9 @@
 import copy
 import json
 import math
-import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import numpy as np
-import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
@@ -18,15 +15,14 @@ from ppcl import (
     digits,
     distillation,
     evaluation,
-    methods,
     metrics,
     pipelines,
     plans,
     prompts,
     rivals,
+    schedules,
     students,
     tensors,
-    texts,
     training,
     width,
 )
@@ -35,7 +31,31 @@ from ppcl.metrics import TEACHER
 from ppcl.plans import Unit
 from ppcl.students import Students
 
+BUDGETS = 8  # sizes at which students are measured that are to serve every budget
 ACCURACIES = tuple(f"{name}_accuracy" for name in prompts.JUDGE_COLUMNS) + ("all_correct",)
+
+
+def phases(select: Mapping, train: Mapping, options: Mapping) -> dict[str, int]:
+    """Steps of each phase of a method; their sum is the same for all, apart from those of masks.
+
+    Masks are learned before the training of the rest, for half of the any-subset steps, as no
+    other selection takes steps from it. A staged schedule spends a quarter of
+    distillation on narrow blocks, as the paper does (6000 and 2000 steps).
+
+    Args:
+        options: the config's `ablation`.
+    """
+    distill, subsets = options["distill_steps"], options["subsets_steps"]
+    masks = subsets // 2 if select["by"] == "learned_masks" else 0
+    if not train.get("subsets", True):
+        distill, subsets = distill + subsets, 0
+    if "share" in train:
+        total = distill + subsets
+        subsets = round(train["share"] * total)
+        distill = total - subsets
+    staged = train.get("schedule") == "staged" and select["by"] == "depth_and_width"
+    narrow = distill // 4 if staged else 0
+    return {"masks": masks, "distill": distill - narrow, "narrow": narrow, "subsets": subsets}
 
 
 def phase(
@@ -63,7 +83,7 @@ def phase(
             return
     for module in modules.values():
         module.train()
-    training.train(
+    rows = training.train(
         modules,
         losses,
         training.Optimisation.from_settings(options),
@@ -73,7 +93,16 @@ def phase(
         scales,
     )
     state = {f"{key}/{k}": v for key, m in modules.items() for k, v in m.state_dict().items()}
-    tensors.write(path, state, {"identity": identity})
+    seconds = rows[-1]["seconds"] if rows else 0.0
+    tensors.write(path, state, {"identity": identity, "seconds": repr(seconds)})
+
+
+def seconds_of(material: Material) -> float:
+    """Time of all trainings that this run has finished, those before it was killed included."""
+    paths = sorted(material.state.glob("*.safetensors"))
+    kept = [tensors.metadata(path) for path in paths if not path.stem.endswith("-checkpoint")]
+    mine = [each for each in kept if each["identity"].startswith(f"{material.identity} ")]
+    return sum(float(each["seconds"]) for each in mine)
 
 
 def stage_options(material: Material, stage: str, steps: int, **changed) -> dict:
@@ -130,17 +159,78 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         distil("narrow", steps["narrow"], taught)
     else:
         taught = narrowed(taught)
-        distil("distill", steps["distill"], taught)
+        if steps["distill"]:
+            distil("distill", steps["distill"], taught)
     if steps["subsets"]:
         options = stage_options(material, "subsets", steps["subsets"])
         shared = material.reader, options, material.seed, material.accelerator
-        losses = distillation.any_subset(transformer, units, taught, *shared)
+        draw = schedules.DRAWS[train.get("draw", "uniform")]
+        prices = _prices(material, units, taught) if draw is schedules.budgets else ((), ())
+        losses = distillation.any_subset(
+            transformer, units, taught, *shared, draw=draw(units, prices)
+        )
+        if "mixed" in train:
+            also = options | {"linear_weight": wide["linear_weight"], "mode": "independent"}
+            also |= {"loss": "normalised"}
+            others = distillation.independent(
+                transformer, taught, material.reader, also, material.seed, material.accelerator
+            )
+            losses = schedules.mixed(losses, others, "students", train["mixed"])
         together = nn.ModuleDict({part.name: student for part, student in taught.items()})
         scales = distillation.lr_scales(taught, wide["lr_scale"], "students/{}.")
         phase(material, "subsets", {"students": together.to(device)}, losses, options, scales)
     for student in taught.values():
         student.requires_grad_(False).eval()
     return units, taught
+
+
+def _prices(material: Material, units: list[Unit], taught: Students) -> schedules.Prices:
+    """Of each unit: its error when plugged in alone, on the rows of selection; what it saves."""
+    for student in taught.values():
+        student.eval()
+    sets = {unit.name: lambda u=unit: {part: taught[part] for part in u.parts} for unit in units}
+    size = material.settings["sensitivity"]["batch_size"]
+    errors = distillation.plugged_errors(
+        material.transformer, sets, material.reader, material.judged, size, material.accelerator
+    )
+    return errors, [width.saved_parameters(material.transformer, unit) for unit in units]
+
+
+def _reported(material: Material) -> np.ndarray:
+    """Rows behind the velocity errors of the table."""
+    count, seed = material.settings["ablation"]["velocity_rows"], material.settings["seed"]
+    return np.sort(material.reader.sample_heldout("report", count, seed))
+
+
+def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[dict]:
+    """Columns of each smaller set that saves k / BUDGETS of the whole, the cheapest of its size."""
+    settings, reader = material.settings, material.reader
+    costs, savings = _prices(material, units, taught)
+    rows = _reported(material)
+    size, whole = settings["evaluate"]["batch_size"], blocks.parameter_count(material.transformer)
+    found = []
+    for share in range(1, BUDGETS):
+        picked = schedules.cheapest(costs, savings, share / BUDGETS * sum(savings))
+        plugged = {part: taught[part] for i in picked for part in units[i].parts}
+        model, _ = distillation.plugged(material.transformer, plugged)
+        compared = evaluation.velocity_errors(
+            "ablation", model, reader, rows, size, material.accelerator.device
+        )
+        columns = (compared[key] for key in ("error", "norm", "prompt_index"))
+        error = metrics.ratio(*columns, settings["evaluate"]["bootstrap"], settings["seed"])
+        removed = sum(savings[i] for i in picked)
+        found.append(
+            {
+                "removed_blocks": sum(units[i].removed_blocks for i in picked),
+                "removed_parameters": removed,
+                "parameter_fraction": 1 - removed / whole,
+                "velocity_error": error.value,
+                "velocity_error_low": error.low,
+                "velocity_error_high": error.high,
+                "latency_ratio": math.nan,
+            }
+        )
+    return found
 
 
 def finetuned(material: Material, taught: Students) -> nn.Module:
@@ -164,30 +254,24 @@ def finetuned(material: Material, taught: Students) -> nn.Module:
 def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> dict:
     """Size, velocity error, latency and, with the judge, accuracies of a model, by column."""
     settings, reader = material.settings, material.reader
-    options, seed, device = settings["evaluate"], settings["seed"], material.accelerator.device
-    whole = blocks.parameter_count(material.transformer)
+    options = settings["evaluate"] | {"velocity_rows": settings["ablation"]["velocity_rows"]}
+    measured = evaluation.measure_transformers(
+        {TEACHER: material.transformer, "ablation": model},
+        reader,
+        reader.draw(_reported(material), options["batch_size"], (settings["seed"],)),
+        {**settings, "evaluate": options},
+        material.accelerator.device,
+    )
+    of_model, error = measured["ablation"], measured["ablation"]["velocity_error"]
     found = {
-        "removed_parameters": whole - blocks.parameter_count(model),
-        "parameter_fraction": blocks.parameter_count(model) / whole,
+        "removed_parameters": round(
+            measured[TEACHER]["parameters"].value - of_model["parameters"].value
+        ),
+        "velocity_error": error.value,
+        "velocity_error_low": error.low,
+        "velocity_error_high": error.high,
     }
-    count = settings["ablation"]["velocity_rows"]
-    rows = np.sort(reader.sample_heldout("report", count, seed))
-    size = options["batch_size"]
-    compared = evaluation.velocity_errors("ablation", model, reader, rows, size, device)
-    columns = (compared[key] for key in ("error", "norm", "prompt_index"))
-    error = metrics.ratio(*columns, options["bootstrap"], seed)
-    found |= {"velocity_error": error.value}
-    found |= {"velocity_error_low": error.low, "velocity_error_high": error.high}
-
-    arguments = reader.batch(reader.draw(rows, size, (seed,))).to(device).arguments
-    with torch.no_grad():
-        runs = {
-            name: lambda one=one: one(**arguments)
-            for name, one in ((TEACHER, material.transformer), ("model", model))
-        }
-        times = evaluation.interleaved_times(runs, options["latency_repeats"], device)
-    ratio = metrics.median_ratio(times["model"], times[TEACHER], options["bootstrap"], seed)
-    found["latency_ratio"] = ratio.value
+    found |= {key: of_model[key].value for key in ("parameter_fraction", "latency_ratio")}
     return found | accuracies(pipe, model, settings)
 
 
@@ -219,7 +303,8 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> 
 
 
 def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chosen) -> list[dict]:
-    """Rows of a run: its states `plugged` and `finetuned`; the teacher's alone without a choice."""
+    """Rows of a run: its states `plugged` and `finetuned`, and `part` where smaller budgets are
+    asked for; the teacher's alone without a choice."""
     steps = sum(material.steps.values())
     extra = material.settings["ablation"]["finetune_steps"]
     intervals = json.dumps(sorted(chosen.starts))
@@ -230,36 +315,26 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     if not chosen.starts and not chosen.runs and not chosen.ffns:
         found = measure(material, pipe, material.transformer)
         return [common | found | {"state": "plugged", "steps": 0, "seconds": 0.0}]
-    began = time.perf_counter()
-    _, taught = teach(material, chosen, job["train"])
-    trained = time.perf_counter() - began
+    units, taught = teach(material, chosen, job["train"])
+    trained = seconds_of(material)
     model, _ = distillation.plugged(material.transformer, taught)
-    plugged = _once(material, "plugged", lambda: measure(material, pipe, model))
-    began = time.perf_counter()
+    plugged = material.once("plugged", lambda: measure(material, pipe, model))
     tuned = finetuned(material, taught)
-    seconds = {"plugged": trained, "finetuned": trained + time.perf_counter() - began}
+    seconds = {"plugged": trained, "finetuned": seconds_of(material)}
     found = {"plugged": plugged, "finetuned": measure(material, pipe, tuned)}
     done = {"plugged": steps, "finetuned": steps + extra}
-    return [
+    rows = [
         common | found[state] | {"state": state, "steps": done[state], "seconds": seconds[state]}
         for state in found
     ]
-
-
-def _once(material: Material, name: str, make: Callable[[], dict]) -> dict:
-    """What `make` returns, or what it returned in an earlier, killed run."""
-    path: Path = material.state / f"{name}.json"
-    if path.exists():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["identity"] == material.identity:
-            return kept["found"]
-    found = make()
-    texts.write_json(path, {"identity": material.identity, "found": found})
-    return found
+    if job["train"].get("budgets"):
+        same = {"state": "part", "steps": steps, "seconds": trained}
+        rows += [common | part | same for part in at_budgets(material, units, taught)]
+    return rows
 
 
 def material_of(settings: Mapping, pipe, job: Mapping, **given) -> Material:
     """The material of one job."""
-    steps = methods.phases(job["select"], job["train"], settings["ablation"])
+    steps = phases(job["select"], job["train"], settings["ablation"])
     transformer = pipe.transformer.requires_grad_(False).eval()
     return Material(transformer, settings=settings, steps=steps, **given)

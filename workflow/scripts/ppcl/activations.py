@@ -130,7 +130,8 @@ def collect(
                 kept[stream].append(_sample(out, positions[stream][1]))
                 x, after = before[stream][fit], _gather(out, positions[stream][0])[fit]
                 if len(x):
-                    x, after = x.flatten(0, 1).double(), after.flatten(0, 1).double()
+                    where = devices.statistics_device(x.device)
+                    x, after = (z.flatten(0, 1).to(where).double() for z in (x, after))
                     moments.add(stream, block.index, x, after - x)
 
         with blocks.watch(sequence, look, learn, stop_after=sequence[-1].index) as run:

@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import diffusers
@@ -29,7 +29,9 @@ def variant(settings: dict, name: str) -> dict:
     raise UserError(f"--variant: the config has no variant '{name}'; it has {known}")
 
 
-def choose(errors: Path, plan: dict, wanted: dict) -> list[str]:
+def choose(
+    errors: Path, plan: dict, wanted: dict, pinned: Collection[str] = frozenset()
+) -> list[str]:
     """Names of a variant's units, in order of depth: those that cost least and meet its budget.
 
     The cost of a set is the sum of its units' measured velocity errors, each plugged in alone.
@@ -38,6 +40,7 @@ def choose(errors: Path, plan: dict, wanted: dict) -> list[str]:
         errors: errors.parquet of the units' last training.
         plan: holds transformer_parameters, blocks, and transformer_seconds for latency.
         wanted: the variant's mapping in the config.
+        pinned: names of units that go in whatever they cost.
 
     Raises:
         UserError: all units together do not meet the budget, or what they save was not measured.
@@ -54,7 +57,10 @@ def choose(errors: Path, plan: dict, wanted: dict) -> list[str]:
     if savings.isna().any(axis=None):
         raise UserError(f"{errors}: holds no saved_seconds; delete prune/ and latency/, and rerun")
     chosen = cheapest(
-        found["velocity_error"].tolist(), savings.to_numpy().tolist(), list(needs.values())
+        found["velocity_error"].tolist(),
+        savings.to_numpy().tolist(),
+        list(needs.values()),
+        [index for index, name in enumerate(found["unit"]) if name in pinned],
     )
     if chosen is None:
         reached = dict(zip(needs, savings.sum(), strict=True))
@@ -67,21 +73,26 @@ def choose(errors: Path, plan: dict, wanted: dict) -> list[str]:
 
 
 def cheapest(
-    costs: Sequence[float], savings: Sequence[Sequence[float]], needed: Sequence[float]
+    costs: Sequence[float],
+    savings: Sequence[Sequence[float]],
+    needed: Sequence[float],
+    forced: Collection[int] = (),
 ) -> list[int] | None:
     """Indices with the least total cost whose savings add up to what is needed, exactly.
 
     Args:
         savings: of each, in every measure.
+        forced: indices that are chosen in any case.
 
     None when all together do not suffice.
     """
     if max(needed) <= 0:
-        return []
+        return sorted(forced)
     nothing = (0.0,) * len(needed)
     arcs = []
     for index, (cost, saved) in enumerate(zip(costs, savings, strict=True)):
-        arcs.append(Arc(index, index + 1, 0.0, nothing))
+        if index not in forced:
+            arcs.append(Arc(index, index + 1, 0.0, nothing))
         arcs.append(Arc(index, index + 1, cost, tuple(saved), (index,)))
     route = routes.cheapest(arcs, list(needed)) if arcs else None
     return list(route.chosen) if route else None

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ppcl import blocks, calls, distillation
+from ppcl.plans import Part
 from ppcl.students import Students
 
 
@@ -30,6 +31,12 @@ def through_chain(
     owner = {id(module): part for part, module in inside.items()}
     watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
 
+    last = blocks.block_sequence(transformer)[-1].index
+
+    def read(part: Part, lesson: distillation.Lesson) -> dict[str, Tensor]:
+        gone = family.unread if part.last == last else ()
+        return {stream: x for stream, x in lesson.target.items() if stream not in gone}
+
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         drawn = reader.draw(rows, options["batch_size"], (seed, step))
         batch = reader.batch(distillation.share(drawn, accelerator)).to(accelerator.device)
@@ -44,8 +51,8 @@ def through_chain(
             with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
                 run(model, batch.arguments)
             found = [
-                distillation.interval_losses(outputs[part], lessons[part].target, masks, options)
-                for part in parts
+                distillation.interval_losses(outputs[part], read(part, lesson), masks, options)
+                for part, lesson in lessons.items()
             ]
         total: dict[str, Tensor] = {}
         for _, metrics in found:

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ppcl import blocks, calls, losses, narrow, schemas, texts
+from ppcl import blocks, calls, devices, losses, narrow, schemas, texts
 from ppcl.errors import UserError
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
@@ -294,19 +294,23 @@ def any_subset(
     options: dict,
     seed: int,
     accelerator: Accelerator,
+    draw: Callable[[tuple[int, ...]], Sequence[Unit]] | None = None,
 ):
     """Step losses of output distillation with a random subset of the units plugged in.
 
     Students of Eq. 6 never see each other's errors. Here they do, and since every step plugs
-    another subset, they stay pluggable: one set of students serves every budget. The size of the
-    subset is uniform, then its members. Needs `transformer` without gradients of its own.
+    another subset, they stay pluggable: one set of students serves every budget. Needs
+    `transformer` without gradients of its own.
+
+    Args:
+        draw: what a step plugs in, by (seed, step); `random_subset` unless told.
     """
     if options["gradient_checkpointing"]:
         transformer.enable_gradient_checkpointing()
     fitting = {part: InFloat32(student) for part, student in students.items()}
 
     def model_at(step: int) -> nn.Module:
-        chosen = random_subset(units, (seed, step))
+        chosen = draw((seed, step)) if draw else random_subset(units, (seed, step))
         modules = {part.key: fitting[part] for unit in chosen for part in unit.parts}
         return blocks.assembled(transformer, modules)[0]
 
@@ -371,8 +375,9 @@ def plugged_error(
     for batch in reader.batches(rows, batch_size):
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
-            output = model(**batch.arguments)[0].double()
-        target = batch.output.double()
+            output = model(**batch.arguments)[0]
+        where = devices.statistics_device(output.device)
+        output, target = (x.to(where).double() for x in (output, batch.output))
         error += float((output - target).square().sum())
         power += float(target.square().sum())
     return error / power
@@ -448,12 +453,15 @@ def cost_table(
     options: dict,
     seed: int,
     accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
 ) -> pd.DataFrame:
     """Rows of errors.parquet: what every unit costs, plugged in alone, on held-out rows.
 
     Args:
         entries: the plan's, one per unit.
         options: the stage's, with heldout_rows and batch_size.
+        state, identity: as of `plugged_errors`.
     """
     judged = reader.sample_heldout("select", options["heldout_rows"], seed)
     for student in students.values():
@@ -465,6 +473,8 @@ def cost_table(
         judged,
         options["batch_size"],
         accelerator,
+        state,
+        identity,
     )
     found = [
         {

@@ -6,10 +6,9 @@ data; an entry says only what it does differently from the rest. To add a method
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-GROUPS = ("teacher", "ladder", "choice", "rival")
+GROUPS = ("teacher", "ladder", "choice", "schedule", "rival")
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,9 @@ class Method:
         train: what differs from the best training: `mode` (independent | sequential: block-local |
             chain: gradients go through the chain of students), `subsets` (false: no any-subset
             phase, its steps go to distillation), `schedule` (joint | staged, of narrow blocks),
-            `start` and `loss` (as in the config's prune and distill).
+            `start` and `loss` (as in the config's prune and distill), and of the any-subset phase
+            `share` (of all steps), `draw` (of `schedules.DRAWS`) and `mixed` (weight of Eq. 6 in
+            it). `budgets` (true): smaller sets of the students are measured as well.
     """
 
     group: str
@@ -39,6 +40,10 @@ def _choice(label: str, select: dict, **train) -> Method:
     return Method("choice", label, select, train)
 
 
+def _schedule(label: str, **train) -> Method:
+    return Method("schedule", label, _OPTIMAL, train | {"budgets": True})
+
+
 def _rival(label: str, by: str, **train) -> Method:
     return Method("rival", label, {"by": by}, train)
 
@@ -49,9 +54,12 @@ _OPTIMAL = {"by": "ppcl", "segmentation": "optimal", "cost": "velocity"}
 _WIDTH = {"by": "depth_and_width"}
 
 
+_CKA = {"reference": "end", "streams": "image", "estimator": "plain", "normalise_tokens": False}
+
+
 def _cka(label: str, **similarity) -> Method:
     """A choice of how CKA is measured shows where CKA alone decides: Eq. 5 and its cost."""
-    return _choice(f"CKA: {label}", _TREND | {"similarity": similarity})
+    return _choice(f"CKA: {label}", _TREND | {"similarity": _CKA | similarity})
 
 
 METHODS = {
@@ -67,7 +75,7 @@ METHODS = {
         "a CKA threshold instead of Eq. 5", {"by": "cka_threshold"}, **_SEQUENTIAL
     ),
     "longer": _ladder(
-        "intervals of 4 blocks or more",
+        "any intervals of 4 blocks or more, by CKA",
         {"by": "ppcl", "segmentation": "optimal", "cost": "cka", "shortest": 4},
         **_SEQUENTIAL,
     ),
@@ -78,23 +86,35 @@ METHODS = {
     "text": _ladder("+ text width", _WIDTH | {"kinds": ["text"]}, schedule="staged"),
     "ffn": _ladder("+ FFN width", _WIDTH, schedule="staged"),
     "joint": _ladder("joint instead of staged", _WIDTH),
-    # Choices that METHOD.md leaves open, each against `joint`, or `cka-default` for those of CKA.
-    "start-middle": _choice("start: middle block", _WIDTH, start="middle"),
-    "start-average": _choice("start: weighted average", _WIDTH, start="average"),
-    "loss-relative": _choice("loss: relative", _WIDTH, loss="relative"),
-    "loss-mixed": _choice("loss: normalised and relative", _WIDTH, loss="mixed"),
-    "cka-default": _cka("at the end, image, plain", reference="end", streams="image"),
-    "cka-start": _cka("reference at the start", reference="start", streams="image"),
+    # Choices that METHOD.md leaves open, each against `cka-default`: there intervals carry it all,
+    # and nothing that was measured with start `first` chose them.
+    "start-middle": _choice("start: middle block", _TREND, start="middle"),
+    "start-average": _choice("start: weighted average", _TREND, start="average"),
+    "loss-relative": _choice("loss: relative", _TREND, loss="relative"),
+    "loss-mixed": _choice("loss: normalised and relative", _TREND, loss="mixed"),
+    "cka-default": _cka("at the end, image, plain"),
+    "cka-start": _cka("reference at the start", reference="start"),
     "cka-text": _cka("text stream", streams="text"),
     "cka-mean": _cka("mean of streams", streams="mean"),
-    "cka-debiased": _cka("debiased", streams="image", estimator="debiased"),
+    "cka-debiased": _cka("debiased", estimator="debiased"),
+    # How the steps are spent on students that are to serve every budget.
+    "schedule-default": _schedule("30 % Eq. 6, 70 % any subset", share=0.7),
+    "schedule-independent": _schedule("Eq. 6 alone", subsets=False),
+    "schedule-whole": _schedule("30 % Eq. 6, 70 % all plugged in", share=0.7, draw="everything"),
+    "schedule-half": _schedule("half Eq. 6, half any subset", share=0.5),
+    "schedule-late": _schedule("any subset alone", share=1.0),
+    "schedule-large": _schedule("as the first, more often large sets", share=0.7, draw="large"),
+    "schedule-budgets": _schedule(
+        "as the first, half of the sets as budgets choose", share=0.7, draw="budgets"
+    ),
+    "schedule-mixed": _schedule("as the first, Eq. 6 goes on (weight 0.05)", share=0.7, mixed=0.05),
     # Other ways to choose blocks, with the training of `subsets`: only the selection differs.
     "every-nth": _rival("every n-th block", "every_nth"),
     "random-blocks": _rival("random blocks", "random_blocks"),
     "random-run": _rival("a random run", "random_run"),
     "shortgpt": _rival("ShortGPT block influence", "block_influence"),
     "one-out": _rival("one block out (FLUX.1 Lite)", "one_out"),
-    "tinyfusion": _rival("TinyFusion learned masks", "learned_masks"),
+    "tinyfusion": _rival("TinyFusion learned masks (more steps)", "learned_masks"),
     "streamline": _rival("LLM-Streamline, one run", "streamline"),
     "amber": _rival("Amber-Image", "over_timesteps", start="average"),
     "cka-change": _rival("CKA sensitivity", "cka_change"),
@@ -111,22 +131,3 @@ def job(name: str) -> str:
     """JSON of what decides the result of a method's run: not its group, nor its label."""
     method = METHODS[name]
     return json.dumps({"name": name, "select": method.select, "train": method.train})
-
-
-def phases(select: Mapping, train: Mapping, options: Mapping) -> dict[str, int]:
-    """Steps of each phase of a method; their sum is the same for all.
-
-    Learning masks takes half of the any-subset phase. A staged schedule spends a quarter of
-    distillation on narrow blocks, as the paper does (6000 and 2000 steps).
-
-    Args:
-        options: the config's `ablation`.
-    """
-    distill, subsets = options["distill_steps"], options["subsets_steps"]
-    masks = subsets // 2 if select["by"] == "learned_masks" else 0
-    subsets -= masks
-    if not train.get("subsets", True):
-        distill, subsets = distill + subsets, 0
-    staged = train.get("schedule") == "staged" and select["by"] == "depth_and_width"
-    narrow = distill // 4 if staged else 0
-    return {"masks": masks, "distill": distill - narrow, "narrow": narrow, "subsets": subsets}

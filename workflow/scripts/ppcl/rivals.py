@@ -92,10 +92,10 @@ def lowest(scores: Sequence[float], removed: int, runs: Sequence[range]) -> list
 
 
 def every_nth(removed: int, runs: Sequence[range]) -> list[int]:
-    """Evenly spread blocks: every n-th, counted from 1, where n = depth / removed is whole."""
+    """Evenly spread blocks, each in the middle of its share of the depth."""
     check(removed, sum(len(run) - 1 for run in runs))
     offered = [block for run in runs for block in run[1:]]
-    return [offered[(i + 1) * len(offered) // removed - 1] for i in range(removed)]
+    return [offered[(2 * i + 1) * len(offered) // (2 * removed)] for i in range(removed)]
 
 
 def random_blocks(removed: int, runs: Sequence[range], seed: int) -> list[int]:

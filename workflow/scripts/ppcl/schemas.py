@@ -226,7 +226,11 @@ POINTS = pa.schema(
 
 _MEASURED = [
     column("seed", pa.int64(), "seed of the run: of its draws and batches"),
-    column("state", pa.string(), "`plugged`, or `finetuned` after that"),
+    column(
+        "state",
+        pa.string(),
+        "`plugged`, `finetuned` after that, or `part` of the students plugged in",
+    ),
     column("removed_blocks", pa.int32(), "blocks that went"),
     column("removed_parameters", pa.int64(), "parameters that went"),
     column("parameter_fraction", pa.float64(), "of the teacher's transformer"),
@@ -241,7 +245,7 @@ _MEASURED = [
     column("digit_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
     column("background_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
     column("all_correct", pa.float64(), "share of pictures, all three right", nan=True),
-    column("latency_ratio", pa.float64(), "median time of a batch over the teacher's"),
+    column("latency_ratio", pa.float64(), "median batch time over the teacher's", nan=True),
     column("seconds", pa.float64(), "of this job's training up to this state, one thread"),
 ]
 _METHOD = column("method", pa.string(), "name of the method (`ppcl/methods.py`)")
@@ -252,7 +256,7 @@ ABLATION_RUN = pa.schema([_METHOD, *_MEASURED])
 ABLATION = pa.schema(
     [
         _METHOD,
-        column("group", pa.string(), "`teacher`, `ladder`, `choice` or `rival`"),
+        column("group", pa.string(), "`teacher`, `ladder`, `choice`, `schedule` or `rival`"),
         column("label", pa.string(), "the method in words"),
         column("order", pa.int32(), "place in the figure"),
         *_MEASURED,
@@ -362,7 +366,7 @@ ARTIFACTS = {
     "plots/intervals/": "`search`, `heatmap`, `probes`, `width` (if enabled), each .svg and .png",
     "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",
     "plots/quality/": "`pareto`, `tradeoff`, `images`, each .svg and .png",
-    "plots/ablation/": "`ablation`, `calibration`, each .svg and .png (target `ablation` only)",
+    "plots/ablation/": "`ablation`, `schedules`, `calibration`, .svg and .png (target `ablation`)",
     "logs/": "what every stage printed",
     "benchmarks/": "time and memory of every stage, as Snakemake measured them",
     "state/": "what interrupted stages resume from; may be deleted after a finished run",

@@ -110,12 +110,15 @@ def load(path: Path, transformer: nn.Module, parts: Iterable[Part]) -> Students:
     return found
 
 
-def plan_entry(unit: Unit, saved_parameters: int, saved_seconds: float) -> dict:
+def plan_entry(
+    unit: Unit, saved_parameters: int, saved_seconds: float, pinned: bool = False
+) -> dict:
     """A unit as plan.json holds it."""
     return {
         "name": unit.name,
         "removed_blocks": unit.removed_blocks,
         "saved_parameters": saved_parameters,
+        "pinned": pinned,
         "saved_seconds": None if math.isnan(saved_seconds) else saved_seconds,
         "parts": [asdict(part) for part in unit.parts],
     }
@@ -134,6 +137,11 @@ class Plan:
     units: list[Unit]
     distilled: list[Unit]
     facts: dict
+
+    @property
+    def pinned(self) -> set[str]:
+        """Names of the units that every variant has."""
+        return {entry["name"] for entry in self.facts["units"] if entry["pinned"]}
 
     def named(self, names: Iterable[str]) -> list[Unit]:
         """The units with these names, in order of depth.
@@ -173,6 +181,7 @@ def _units(entries: list[dict]) -> list[Unit]:
         if entry["name"] != unit.name:
             raise ValueError(f"unit {entry['name']} has the parts of {unit.name}")
         int(entry["saved_parameters"])
+        bool(entry["pinned"])
         float(entry["saved_seconds"] or 0)
     return found
 

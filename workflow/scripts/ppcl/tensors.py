@@ -33,6 +33,12 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         temporary.unlink(missing_ok=True)
 
 
+def metadata(path: str | Path) -> dict[str, str]:
+    """The metadata of a file that is known to be whole."""
+    with safetensors.safe_open(path, framework="pt") as file:
+        return dict(file.metadata() or {})
+
+
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, and the metadata.
 

@@ -134,8 +134,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         bar.update()
         done, steps_since_log = step + 1, steps_since_log + 1
-        last = done == options.steps
-        save = done % options.checkpoint_every == 0 or last
+        save = done % options.checkpoint_every == 0 or done == options.steps
         # A checkpoint must never hold weights that a NaN has touched, so it is preceded by a check.
         if done % options.log_every == 0 or save:
             seconds = time.perf_counter() - began
@@ -153,7 +152,7 @@ def train(
                 )
             bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}")
             sums, steps_since_log = {}, 0
-        if save and not last and accelerator.is_main_process:
+        if save and accelerator.is_main_process:  # the last one too: what follows may be killed
             _save(checkpoint, identity, done, parameters, optimizer, rows, seconds)
     bar.close()
     return rows

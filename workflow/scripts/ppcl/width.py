@@ -18,6 +18,7 @@ from ppcl import (
     activations,
     blocks,
     calls,
+    devices,
     distillation,
     intervals,
     narrow,
@@ -155,7 +156,8 @@ def _add(
             after = inside[one.part][one.kind]
         if stream in masks:
             before, after = before[masks[stream]], after[masks[stream]]
-        x, y = before.flatten(0, -2).double(), after.flatten(0, -2).double()
+        where = devices.statistics_device(before.device)
+        x, y = (z.flatten(0, -2).to(where).double() for z in (before, after))
         moments.add(one.kind, one.ends, x, y - x)
 
 
@@ -251,9 +253,15 @@ def saved_parameters(transformer: nn.Module, unit: Unit) -> int:
         blocks.parameter_count(sequence[i].module) for i in range(unit.first, unit.last + 1)
     )
     for part in unit.parts:
-        empty = copy.deepcopy(sequence[part.first].module).to("meta")
+        empty = _empty(sequence[part.first].module)
         before -= blocks.parameter_count(students.shaped(transformer, part, empty))
     return before
+
+
+def _empty(module: nn.Module) -> nn.Module:
+    """A copy on the meta device, made without a copy of the weights on the way."""
+    weights = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(weight): weight.to("meta") for weight in weights})
 
 
 def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
