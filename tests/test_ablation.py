@@ -136,6 +136,7 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
     assert {m.select["by"] for m in methods.METHODS.values()} == set(ablation.SELECTIONS)
     for name in methods.METHODS:
         assert set(json.loads(methods.job(name))) == {"name", "select", "train"}
+    assert {m.repeated for m in methods.METHODS.values() if m.group == "ladder"} == {True}
     known = {"mode", "subsets", "schedule", "start", "loss", "share", "draw", "mixed", "budgets"}
     draws = {m.train.get("draw", "uniform") for m in methods.METHODS.values()}
     assert draws == set(schedules.DRAWS)
@@ -194,7 +195,7 @@ def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accel
     assert len(parts) == (7 if "budgets" in job["train"] else 0)
     found = found.drop(parts.index)
     assert found["state"].tolist() == ["plugged", "finetuned"]
-    masks = 1 if name == "tinyfusion" else 0
+    masks = 2 if name == "tinyfusion" else 0
     assert found["steps"].tolist() == [6 + masks, 7 + masks]
     assert (found["velocity_error"] > 0).all() and found["all_correct"].isna().all()
     if len(parts):
@@ -230,8 +231,8 @@ def test_seconds_are_those_of_finished_trainings_of_this_run(tmp_path, run, pipe
         metadata = {"identity": identity, "seconds": repr(seconds)}
         tensors.write(path, {"a": torch.zeros(1)}, metadata)
     tensors.write(tmp_path / "old.safetensors", {}, {"identity": "y z", "seconds": "9.0"})
-    tensors.write(tmp_path / "finetune-checkpoint.safetensors", {}, {"identity": "x finetune"})
-    assert ablation_run.seconds_of(held) == 6.5
+    assert ablation_run.seconds_of(held, "distill", "subsets", "old", "finetune") == 6.5
+    assert ablation_run.seconds_of(held, "distill", "finetune") == 2.5
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):

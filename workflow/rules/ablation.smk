@@ -83,7 +83,7 @@ rule ablate:
 checkpoint rank_rivals:
     input:
         script=program("gather.py"),
-        runs=ablation_runs(methods.of_group("rival"), config["ablation"]["other_seeds"]),
+        runs=ablation_runs(methods.of_group("rival")),
     output:
         best=result("ablation/best_rivals.txt"),
     log:

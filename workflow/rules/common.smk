@@ -202,22 +202,18 @@ def interval_plots_only():
     return targets() == {"interval_plots"} and all(Path(table).is_file() for table in tables)
 
 
-def ablation_runs(names, seeds):
-    """Tables of the first runs of some methods."""
+def ablation_runs(names, seeds=None):
+    """Tables of the first runs of some methods, as many as each has in any case."""
     return [
         result(f"ablation/runs/{name}-{number}.parquet")
         for name in names
-        for number in range(seeds)
+        for number in range(seeds or methods.seeds(name, config["ablation"]))
     ]
 
 
 def known_ablation_runs():
     """Tables of the runs that are made in any case."""
-    found = ablation_runs(["teacher"], 1)
-    found += ablation_runs(methods.of_group("ladder"), config["ablation"]["seeds"])
-    for group in ("choice", "schedule", "rival"):
-        found += ablation_runs(methods.of_group(group), config["ablation"]["other_seeds"])
-    return found
+    return ablation_runs(methods.METHODS)
 
 
 def more_ablation_runs(wildcards):

@@ -220,10 +220,14 @@ def _seen(runs: list[range], cka: np.ndarray) -> list[range]:
 
 
 def depth_and_width(
-    material: Material, removed: int, kinds: Collection[str] = ("text", "ffn")
+    material: Material, removed: int, kinds: Collection[str] = ("text", "ffn"), depth_share=0.5
 ) -> Chosen:
     """The workflow's own selection, with segmentation `optimal`: any runs of blocks, text runs and
-    FFNs, by measured costs."""
+    FFNs, by measured costs.
+
+    depth_share: how many of the `removed` blocks go at least. Linear maps alone may save as many
+    parameters, but not the time.
+    """
     settings, paths, depth = material.settings, material.paths, material.depth
     facts = material.tokens.facts
     text = measured.facts(paths["width"], "text_saved", "text_output")
@@ -249,7 +253,10 @@ def depth_and_width(
             *reasons.usable_widths(widths, pins.NOTHING, limits),
         ),
         weights,
-        {"parameters": math.ceil(removed * float(np.mean(sizes)))},
+        {
+            "parameters": math.ceil(removed * float(np.mean(sizes))),
+            "blocks": math.ceil(depth_share * removed),
+        },
     )
     return Chosen({ends: "first" for ends in plan.intervals}, plan.runs, plan.ffns)
 

@@ -38,15 +38,15 @@ ACCURACIES = tuple(f"{name}_accuracy" for name in prompts.JUDGE_COLUMNS) + ("all
 def phases(select: Mapping, train: Mapping, options: Mapping) -> dict[str, int]:
     """Steps of each phase of a method; their sum is the same for all, apart from those of masks.
 
-    Masks are learned before the training of the rest, for half of the any-subset steps, as no
-    other selection takes steps from it. A staged schedule spends a quarter of
+    Masks are learned before the training of the rest, for as many steps as the any-subset phase
+    has, since no other selection takes steps from it. A staged schedule spends a quarter of
     distillation on narrow blocks, as the paper does (6000 and 2000 steps).
 
     Args:
         options: the config's `ablation`.
     """
     distill, subsets = options["distill_steps"], options["subsets_steps"]
-    masks = subsets // 2 if select["by"] == "learned_masks" else 0
+    masks = subsets if select["by"] == "learned_masks" else 0
     if not train.get("subsets", True):
         distill, subsets = distill + subsets, 0
     if "share" in train:
@@ -97,10 +97,10 @@ def phase(
     tensors.write(path, state, {"identity": identity, "seconds": repr(seconds)})
 
 
-def seconds_of(material: Material) -> float:
-    """Time of all trainings that this run has finished, those before it was killed included."""
-    paths = sorted(material.state.glob("*.safetensors"))
-    kept = [tensors.metadata(path) for path in paths if not path.stem.endswith("-checkpoint")]
+def seconds_of(material: Material, *phases: str) -> float:
+    """Time of these trainings, as far as this run has finished them, even before it was killed."""
+    paths = [material.state / f"{name}.safetensors" for name in phases]
+    kept = [tensors.metadata(path) for path in paths if path.exists()]
     mine = [each for each in kept if each["identity"].startswith(f"{material.identity} ")]
     return sum(float(each["seconds"]) for each in mine)
 
@@ -128,9 +128,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
 
     def narrowed(whole: Students) -> Students:
         every = students.whole(transformer, parts, whole)
-        return width.start(
-            transformer, every, material.reader, wide, material.settings["seed"], device
-        )
+        return width.start(transformer, every, material.reader, wide, material.seed, device)
 
     def distil(name: str, count: int, taught: Students) -> None:
         options = stage_options(
@@ -153,10 +151,11 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             phase(material, name, modules, distillation.independent(*shared), options, scales)
 
     if steps["narrow"]:
-        if taught:
-            distil("distill", steps["distill"], taught)
+        first = steps["distill"] if taught else 0  # without intervals, narrow blocks get all steps
+        if first:
+            distil("distill", first, taught)
         taught = narrowed(taught)
-        distil("narrow", steps["narrow"], taught)
+        distil("narrow", steps["distill"] - first + steps["narrow"], taught)
     else:
         taught = narrowed(taught)
         if steps["distill"]:
@@ -238,7 +237,8 @@ def finetuned(material: Material, taught: Students) -> nn.Module:
     modules = {part.key: student for part, student in taught.items()}
     model, _ = blocks.assembled(material.transformer, modules)
     model = copy.deepcopy(model).float().requires_grad_(True)
-    options = stage_options(material, "finetune", material.settings["ablation"]["finetune_steps"])
+    steps, lr = (material.settings["ablation"][f"finetune_{key}"] for key in ("steps", "lr"))
+    options = stage_options(material, "finetune", steps, lr=lr)
     if options["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()
     shared = material.reader, options, material.seed, material.accelerator
@@ -316,11 +316,11 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
         found = measure(material, pipe, material.transformer)
         return [common | found | {"state": "plugged", "steps": 0, "seconds": 0.0}]
     units, taught = teach(material, chosen, job["train"])
-    trained = seconds_of(material)
+    trained = seconds_of(material, "distill", "narrow", "subsets")
     model, _ = distillation.plugged(material.transformer, taught)
     plugged = material.once("plugged", lambda: measure(material, pipe, model))
     tuned = finetuned(material, taught)
-    seconds = {"plugged": trained, "finetuned": seconds_of(material)}
+    seconds = {"plugged": trained, "finetuned": trained + seconds_of(material, "finetune")}
     found = {"plugged": plugged, "finetuned": measure(material, pipe, tuned)}
     done = {"plugged": steps, "finetuned": steps + extra}
     rows = [

@@ -16,7 +16,7 @@ class Method:
     """One row of the comparison.
 
     Attributes:
-        group: of `GROUPS`. label: in the figure.
+        group: of `GROUPS`. label: in the figure. repeated: it has as many seeds as the ladder.
         select: `by`, the name of a function of `ablation.SELECTIONS`, and its keyword arguments.
         train: what differs from the best training: `mode` (independent | sequential: block-local |
             chain: gradients go through the chain of students), `subsets` (false: no any-subset
@@ -30,22 +30,24 @@ class Method:
     label: str
     select: dict = field(default_factory=dict)
     train: dict = field(default_factory=dict)
+    repeated: bool = False
 
 
 def _ladder(label: str, select: dict, **train) -> Method:
-    return Method("ladder", label, select, train)
+    return Method("ladder", label, select, train, repeated=True)
 
 
 def _choice(label: str, select: dict, **train) -> Method:
     return Method("choice", label, select, train)
 
 
-def _schedule(label: str, **train) -> Method:
-    return Method("schedule", label, _OPTIMAL, train | {"budgets": True})
+def _schedule(label: str, repeated: bool = False, **train) -> Method:
+    return Method("schedule", label, _OPTIMAL, train | {"budgets": True}, repeated)
 
 
-def _rival(label: str, by: str, **train) -> Method:
-    return Method("rival", label, {"by": by}, train)
+def _rival(label: str, by: str, repeated: bool = False, **train) -> Method:
+    # One unit or ten: all are plugged in at every step, or those with few would see more of it.
+    return Method("rival", label, {"by": by}, {"draw": "everything"} | train, repeated)
 
 
 _SEQUENTIAL = {"mode": "sequential", "subsets": False}
@@ -86,6 +88,7 @@ METHODS = {
     "text": _ladder("+ text width", _WIDTH | {"kinds": ["text"]}, schedule="staged"),
     "ffn": _ladder("+ FFN width", _WIDTH, schedule="staged"),
     "joint": _ladder("joint instead of staged", _WIDTH),
+    "any-depth": _ladder("width without a least depth", _WIDTH | {"depth_share": 0.0}),
     # Choices that METHOD.md leaves open, each against `cka-default`: there intervals carry it all,
     # and nothing that was measured with start `first` chose them.
     "start-middle": _choice("start: middle block", _TREND, start="middle"),
@@ -98,9 +101,11 @@ METHODS = {
     "cka-mean": _cka("mean of streams", streams="mean"),
     "cka-debiased": _cka("debiased", estimator="debiased"),
     # How the steps are spent on students that are to serve every budget.
-    "schedule-default": _schedule("30 % Eq. 6, 70 % any subset", share=0.7),
+    "schedule-default": _schedule("30 % Eq. 6, 70 % any subset", repeated=True, share=0.7),
     "schedule-independent": _schedule("Eq. 6 alone", subsets=False),
-    "schedule-whole": _schedule("30 % Eq. 6, 70 % all plugged in", share=0.7, draw="everything"),
+    "schedule-whole": _schedule(
+        "30 % Eq. 6, 70 % all plugged in", repeated=True, share=0.7, draw="everything"
+    ),
     "schedule-half": _schedule("half Eq. 6, half any subset", share=0.5),
     "schedule-late": _schedule("any subset alone", share=1.0),
     "schedule-large": _schedule("as the first, more often large sets", share=0.7, draw="large"),
@@ -108,15 +113,16 @@ METHODS = {
         "as the first, half of the sets as budgets choose", share=0.7, draw="budgets"
     ),
     "schedule-mixed": _schedule("as the first, Eq. 6 goes on (weight 0.05)", share=0.7, mixed=0.05),
-    # Other ways to choose blocks, with the training of `subsets`: only the selection differs.
+    # Other ways to choose blocks, with the training that suits a model of one size best. What they
+    # draw by chance, they draw anew for every seed.
     "every-nth": _rival("every n-th block", "every_nth"),
-    "random-blocks": _rival("random blocks", "random_blocks"),
-    "random-run": _rival("a random run", "random_run"),
+    "random-blocks": _rival("random blocks", "random_blocks", repeated=True),
+    "random-run": _rival("a random run", "random_run", repeated=True),
     "shortgpt": _rival("ShortGPT block influence", "block_influence"),
-    "one-out": _rival("one block out (FLUX.1 Lite)", "one_out"),
-    "tinyfusion": _rival("TinyFusion learned masks (more steps)", "learned_masks"),
+    "one-out": _rival("one block out, output error", "one_out"),
+    "tinyfusion": _rival("TinyFusion learned masks (more steps)", "learned_masks", repeated=True),
     "streamline": _rival("LLM-Streamline, one run", "streamline"),
-    "amber": _rival("Amber-Image", "over_timesteps", start="average"),
+    "amber": _rival("Amber-Image (score assumed)", "over_timesteps", start="average"),
     "cka-change": _rival("CKA sensitivity", "cka_change"),
     "cka-threshold": _rival("CKA threshold", "cka_threshold"),
 }
@@ -125,6 +131,13 @@ METHODS = {
 def of_group(group: str) -> list[str]:
     """Names of a group's methods, in order."""
     return [name for name, method in METHODS.items() if method.group == group]
+
+
+def seeds(name: str, options: dict) -> int:
+    """How many runs a method has in any case. options: the config's `ablation`."""
+    if METHODS[name].group == "teacher":
+        return 1
+    return options["seeds" if METHODS[name].repeated else "other_seeds"]
 
 
 def job(name: str) -> str:
