@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import stats
 from torch import nn
 
 from ppcl import (
@@ -130,7 +131,7 @@ def ablate(run, job: str, folder) -> pd.DataFrame:
 def test_every_rung_choice_and_rival_of_the_comparison_is_there():
     ladder = methods.of_group("ladder")
     assert ladder[0] == "sensitivity" and ladder[-1] == "joint" and len(ladder) == 12
-    assert len(methods.of_group("choice")) == 9 and len(methods.of_group("rival")) == 10
+    assert len(methods.of_group("choice")) == 10 and len(methods.of_group("rival")) == 10
     assert {m.group for m in methods.METHODS.values()} == set(methods.GROUPS)
     assert len({m.label for m in methods.METHODS.values() if m.group == "rival"}) == 10
     assert {m.select["by"] for m in methods.METHODS.values()} == set(ablation.SELECTIONS)
@@ -154,6 +155,25 @@ def test_every_method_trains_for_the_same_number_of_steps(distill, subsets):
             assert found["subsets"] == round(method.train["share"] * (distill + subsets))
         assert bool(found["narrow"]) == (method.train.get("schedule") == "staged")
         assert bool(found["masks"]) == (method.select["by"] == "learned_masks")
+
+
+def test_a_staged_selection_without_intervals_gives_its_maps_all_steps(
+    run, pipe, tmp_path, accelerator, monkeypatch
+):
+    held = material(run, pipe, json.loads(methods.job("ffn")), tmp_path, accelerator)
+    given = []
+    monkeypatch.setattr(
+        ablation_run, "phase", lambda _m, name, _x, _l, how, *_: given.append((name, how["steps"]))
+    )
+    ablation_run.teach(held, ablation.Chosen({}, ffns=((1, "image"),)), {"schedule": "staged"})
+    assert given == [("narrow", 4), ("subsets", 2)]
+
+
+def test_width_keeps_half_of_the_depth_cuts_unless_told_otherwise(run, pipe, tmp_path, accelerator):
+    held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
+    for share, least in ((1.0, 4), (0.5, 2), (0.0, 0)):
+        found = ablation.depth_and_width(held, 4, depth_share=share)
+        assert sum(last - first for first, last in found.starts) >= least
 
 
 @settings(max_examples=60, deadline=None)
@@ -457,16 +477,26 @@ def test_gathered_rows_carry_groups_and_order_and_the_best_rivals(tmp_path):
     assert gather.best(runs[runs["method"].isin(means.index)]) == means.index[:2].tolist()
 
 
-def test_intervals_over_seeds_are_students(tmp_path):
+def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     table = comparison_tables.table()
+    table = table[table["state"] != "part"]
+    table.loc[(table["method"] == "amber") & (table["seed"] == 1), "intervals"] = "[[1, 2]]"
     found = comparison_figure.summary(table, "velocity_error")
-    ladder = found.loc[("joint", "plugged")]
-    values = table[(table["method"] == "joint") & (table["state"] == "plugged")]["velocity_error"]
-    logs = np.log(values)
-    reach = 4.302653 * logs.std(ddof=1) / 3**0.5  # t with 2 degrees of freedom
-    reach = (reach**2 + math.log(1.1) ** 2) ** 0.5  # and what the table says of prompts
-    assert ladder["seeds"] == 3 and ladder["mean"] == pytest.approx(np.exp(logs.mean()))
-    assert ladder["high"] == pytest.approx(np.exp(logs.mean() + reach))
+    logs = np.log(table["velocity_error"].clip(1e-12)).groupby([table["method"], table["state"]])
+    several = logs.var()[logs.count() > 1].drop("amber", level="method")
+    several = several.xs("plugged", level="state")
+    spread, freedom = several.mean() ** 0.5, 2 * len(several)  # three seeds each
+    for method, seeds in (("joint", 3), ("loss-mixed", 1)):
+        row = found.loc[method, "plugged"]
+        reach = stats.t.ppf(0.975, freedom) * spread / seeds**0.5
+        reach = (reach**2 + math.log(1.1) ** 2) ** 0.5  # and what the table says of prompts
+        mean = logs.mean()[method, "plugged"]
+        assert row["seeds"] == seeds and row["mean"] == pytest.approx(np.exp(mean))
+        assert row["high"] == pytest.approx(np.exp(mean + reach))
+    chance = found.loc["amber", "plugged"]  # its seeds chose different blocks
+    own = 4.302653 * logs.std()["amber", "plugged"] / 3**0.5  # t with 2 degrees of freedom
+    own = (own**2 + math.log(1.1) ** 2) ** 0.5
+    assert chance["high"] == pytest.approx(chance["mean"] * np.exp(own))
 
 
 @pytest.mark.parametrize("judged", [True, False])

@@ -3,6 +3,8 @@
 Tables are pandas DataFrames with the columns of `schemas.ABLATION`. No torch: plots take seconds.
 """
 
+from collections.abc import Iterable
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -15,7 +17,7 @@ from ppcl import figure_style as style
 TITLES = {
     "ladder": "The ladder (+ keeps what came before)",
     "choice": "Open choices",
-    "rival": "Rivals, with the training of the rung “+ any-subset phase”",
+    "rival": "Rivals, all students plugged in at every step",
 }
 STATES = {
     "plugged": (style.SKY, "o", "before the fine-tune"),
@@ -28,28 +30,47 @@ APART = {"plugged": 0.17, "finetuned": -0.17}  # rows between the two states of 
 def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean over seeds of each method and state, with a 95 % interval: mean, low, high, seeds.
 
-    Student's t over seeds, of logarithms for velocity_error, whose mean is then the geometric one.
-    For velocity_error the bootstrap over prompts comes on top, which is all there is with one seed;
-    the two are independent, so their squares add. For shares, none with one seed.
+    Of logarithms for velocity_error, whose mean is then the geometric one. Student's t over seeds:
+    how far two trainings of one selection lie apart is taken to be alike for all methods, and
+    pooled over those with several seeds (per state), so that one seed has an interval too. Where
+    the seed decides the selection as well, the method's own spread counts. For velocity_error the
+    bootstrap over prompts comes on top; the two are independent, so their squares add.
     """
-    rows = []
     log = column == "velocity_error"
-    for (method, state), found in table.groupby(["method", "state"], sort=False):
-        values = found[column].to_numpy(float)
-        scaled = np.log(np.maximum(values, TINY)) if log else values
-        reach = 0.0
-        if len(values) > 1:
-            reach = stats.t.ppf(0.975, len(values) - 1) * stats.sem(scaled)
-        below = above = reach
+    scaled = table[column].astype(float)
+    table = table.assign(scaled=np.log(np.maximum(scaled, TINY)) if log else scaled)
+    groups = dict(list(table.groupby(["method", "state"], sort=False)))
+    pooled = {
+        state: _spread(g for key, g in groups.items() if key[1] == state and not _by_chance(g))
+        for state in table["state"].unique()
+    }
+    rows = []
+    for (method, state), found in groups.items():
+        deviation, freedom = _spread([found]) if _by_chance(found) else pooled[state]
+        reach = stats.t.ppf(0.975, freedom) * deviation / len(found) ** 0.5 if freedom else 0.0
+        below = above = reach if found["group"].iloc[0] != "teacher" else 0.0
         if log:
             ends = np.maximum(found[[f"{column}_low", f"{column}_high"]].to_numpy(float), TINY)
-            by_prompt = np.abs(np.log(ends) - scaled[:, None]).mean(axis=0)
-            below, above = np.hypot(reach, by_prompt)
-        mean, low, high = scaled.mean() + np.array([0, -below, above])
+            by_prompt = np.abs(np.log(ends) - found[["scaled"]].to_numpy()).mean(axis=0)
+            below, above = np.hypot([below, above], by_prompt)
+        mean, low, high = found["scaled"].mean() + np.array([0, -below, above])
         mean, low, high = np.exp([mean, low, high]) if log else (mean, low, high)
-        rows.append([method, state, mean, low, high, len(values)])
+        rows.append([method, state, mean, low, high, len(found)])
     names = ["method", "state", "mean", "low", "high", "seeds"]
     return pd.DataFrame(rows, columns=names).set_index(["method", "state"])
+
+
+def _by_chance(found: pd.DataFrame) -> bool:
+    """Whether the seeds of a method chose different blocks."""
+    return bool(found[["intervals", "text_runs", "linear_ffns"]].nunique().gt(1).any())
+
+
+def _spread(groups: Iterable[pd.DataFrame]) -> tuple[float, int]:
+    """Standard deviation of `scaled` within the groups, and its degrees of freedom."""
+    every = [found["scaled"] for found in groups]
+    freedom = sum(len(values) - 1 for values in every)
+    squares = sum(((values - values.mean()) ** 2).sum() for values in every)
+    return (float(squares / freedom) ** 0.5 if freedom else 0.0), freedom
 
 
 @style.styled
@@ -76,13 +97,13 @@ def comparison(table: pd.DataFrame) -> Figure:
     figure = style.new_figure(
         f"The same training and fine-tune, {size} of the transformer's parameters left",
         top + high + below,
-        note="Bars: 95 % over prompts (velocity error), and over seeds (small dots) where there are"
-        " several.",
+        note="Bars: 95 % over seeds (small dots), by the spread pooled over methods, and over "
+        "prompts for the velocity error.\nRight: latency, the teacher's is 1.",
     )
     figure.set_layout_engine(None)
     panels = {"velocity_error": "relative velocity error"}
     panels |= {"all_correct": "pictures with all three right"} if judged else {}
-    across = (style.WIDTH - left - gap * (len(panels) - 1) - 0.2) / len(panels)
+    across = (style.WIDTH - left - gap * (len(panels) - 1) - 0.5) / len(panels)
     for number, (column, words) in enumerate(panels.items()):
         at = left + number * (across + gap)
         ax = style.axes_at(figure, at, top, across, high)
@@ -95,6 +116,10 @@ def comparison(table: pd.DataFrame) -> Figure:
             if not number:
                 edge = -(left - 0.1) / across
                 ax.text(edge, where, title, transform=ax.get_yaxis_transform(), weight="bold")
+    latency = table[table["state"] == "finetuned"].groupby("method")["latency_ratio"].mean()
+    for name, where in place.items():
+        right = ax.get_yaxis_transform()
+        ax.text(1.03, where, f"{latency[name]:.2f}", transform=right, va="center", size=8)
     first = figure.axes[0]
     labels = methods.set_index("method")["label"]
     for ax in figure.axes:

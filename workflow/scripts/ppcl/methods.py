@@ -88,9 +88,8 @@ METHODS = {
     "text": _ladder("+ text width", _WIDTH | {"kinds": ["text"]}, schedule="staged"),
     "ffn": _ladder("+ FFN width", _WIDTH, schedule="staged"),
     "joint": _ladder("joint instead of staged", _WIDTH),
-    "any-depth": _ladder("width without a least depth", _WIDTH | {"depth_share": 0.0}),
     # Choices that METHOD.md leaves open, each against `cka-default`: there intervals carry it all,
-    # and nothing that was measured with start `first` chose them.
+    # and nothing that was measured with start `first` chose them. The last is against `joint`.
     "start-middle": _choice("start: middle block", _TREND, start="middle"),
     "start-average": _choice("start: weighted average", _TREND, start="average"),
     "loss-relative": _choice("loss: relative", _TREND, loss="relative"),
@@ -100,6 +99,7 @@ METHODS = {
     "cka-text": _cka("text stream", streams="text"),
     "cka-mean": _cka("mean of streams", streams="mean"),
     "cka-debiased": _cka("debiased", estimator="debiased"),
+    "any-depth": _choice("+ width, no least depth", _WIDTH | {"depth_share": 0.0}),
     # How the steps are spent on students that are to serve every budget.
     "schedule-default": _schedule("30 % Eq. 6, 70 % any subset", repeated=True, share=0.7),
     "schedule-independent": _schedule("Eq. 6 alone", subsets=False),
