@@ -1,4 +1,4 @@
-# What every budget would get from the same students, without further training.
+# What every budget would get from the same students, pins aside, without further training.
 #
 # in:  the teacher, record/calls.parquet, the plan, the trained students and their errors
 # out: pareto/points.parquet, quality, size and speed at evenly spaced budgets

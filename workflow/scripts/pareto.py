@@ -7,9 +7,10 @@
         --points results/digits/pareto/points.parquet
 
 Nothing is trained: for `pareto.budgets` sizes, evenly spaced from all units plugged in to none, the
-cheapest set by measured errors goes into the teacher. Velocity errors are of held-out calls that
-chose nothing; times are measured in rounds, all models in turn. Reads of the config: seed, device,
-teacher, pareto, and of evaluate velocity_rows, batch_size, bootstrap and latency_repeats.
+cheapest set by measured errors, pins aside, goes into the teacher. Velocity errors are of held-out
+calls that chose nothing; times are measured in rounds, all models in turn. Reads of the config:
+seed, device, teacher, pareto, and of evaluate velocity_rows, batch_size, bootstrap and
+latency_repeats.
 """
 
 import argparse
