@@ -34,7 +34,8 @@ def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
     how far two trainings of one selection lie apart is taken to be alike for all methods, and
     pooled over those with several seeds (per state), so that one seed has an interval too. Where
     the seed decides the selection as well, the method's own spread counts. For velocity_error the
-    bootstrap over prompts comes on top; the two are independent, so their squares add.
+    bootstrap over prompts comes on top; the two are independent, so their squares add. A share's
+    interval ends at 0 and 1.
     """
     log = column == "velocity_error"
     scaled = table[column].astype(float)
@@ -54,7 +55,7 @@ def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
             by_prompt = np.abs(np.log(ends) - found[["scaled"]].to_numpy()).mean(axis=0)
             below, above = np.hypot([below, above], by_prompt)
         mean, low, high = found["scaled"].mean() + np.array([0, -below, above])
-        mean, low, high = np.exp([mean, low, high]) if log else (mean, low, high)
+        mean, low, high = np.exp([mean, low, high]) if log else np.clip([mean, low, high], 0, 1)
         rows.append([method, state, mean, low, high, len(found)])
     names = ["method", "state", "mean", "low", "high", "seeds"]
     return pd.DataFrame(rows, columns=names).set_index(["method", "state"])
