@@ -20,7 +20,7 @@ lint: $(READY)
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
 
-# Renews the tables of config/README.md and results/README.md.
+# Renews the tables of config/README.md, results/README.md and docs/families.md.
 tables: $(READY)
 	$(BIN)/python tests/readme_tables.py
 

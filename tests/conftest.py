@@ -85,6 +85,6 @@ def reader(teacher, tmp_path_factory):
     for heldout, lengths, seed in ((False, (5, 3) * 4, 0), (True, (5, 5, 4, 5), 1)):
         given = tiny.arguments(lengths, seed)
         rows = tiny.places(len(lengths), heldout=heldout)
-        found.append(calls.to_table(given, teacher(**given)[0], rows, ()))
+        found += calls.to_tables(given, teacher(**given)[0], rows)
     calls.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)

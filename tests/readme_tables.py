@@ -1,4 +1,4 @@
-"""The tables of config/README.md and results/README.md; run as a program, it renews them."""
+"""The tables that are made from schemas and the registry; run as a program, it renews them."""
 
 import sys
 from pathlib import Path
@@ -6,10 +6,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
 
-from ppcl import config, schemas  # noqa: E402  (the path has to be set first)
+from ppcl import config, families, schemas  # noqa: E402  (the path has to be set first)
 
 MARK = "<!-- made by: make tables -->\n"
-TABLES = {"config/README.md": config.table, "results/README.md": schemas.table}
+TABLES = {
+    "config/README.md": config.table,
+    "results/README.md": schemas.table,
+    "docs/families.md": families.table,
+}
 
 
 def renewed(name: str) -> str:

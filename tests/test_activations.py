@@ -5,7 +5,7 @@ import pytest
 import tiny
 import torch
 
-from ppcl import activations, blocks, calls, schemas, tables
+from ppcl import activations, calls, schemas, tables
 from ppcl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def test_padding_is_left_out(world):
         here = text["token"][text["prompt"] == reader.index["prompt_index"][row]]
         assert len(here) == len(set(here)) == 3 and here.max() < length
     positions = activations.pick_tokens(
-        blocks.token_masks(blocks.family_of("QwenImageTransformer2DModel"), batch.arguments),
+        {"text": batch.arguments["encoder_hidden_states_mask"].bool()},
         "text", (4, max(real)), 99, rows, 0,
     )  # fmt: skip
     assert positions.shape == (4, shortest)
@@ -223,8 +223,14 @@ def test_a_truncated_token_file_is_named(sampled, tmp_path):
         activations.TokenReader(path)
 
 
-def test_streams_of_two_widths_are_refused(sampled, tmp_path):
+def test_a_narrower_stream_keeps_its_width(sampled, tmp_path):
+    """As Mochi's text has; the table is as wide as the widest."""
     _, samples = sampled
     narrow = samples["text"] | {"value": samples["text"]["value"][..., :8]}
-    with pytest.raises(UserError, match="different widths"):
-        activations.write_sample(tmp_path / "t.parquet", samples | {"text": narrow}, {})
+    path = tmp_path / "t.parquet"
+    facts = {"block_parameters": "[1]"}
+    activations.write_sample(path, samples | {"text": narrow}, facts)
+    tokens = activations.TokenReader(path)
+    for stream, expected in (("image", samples["image"]), ("text", narrow)):
+        for boundary, value in enumerate(expected["value"]):
+            np.testing.assert_array_equal(tokens.values(boundary, stream), value)

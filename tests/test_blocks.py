@@ -48,7 +48,7 @@ def test_order_seams_and_untouchable_blocks(model, monkeypatch):
 
 
 def test_an_unknown_class_is_refused():
-    with pytest.raises(UserError, match=r"Linear, which can't be pruned.*families\.py"):
+    with pytest.raises(UserError, match=r"a Linear, which has no entry.*no list of.*families\.py"):
         blocks.block_sequence(nn.Linear(2, 2))
 
 
@@ -179,6 +179,7 @@ def test_interval_of_identities_is_its_first_block():
 
 def test_token_masks(model):
     family = families.family_of(NAME)
-    assert blocks.token_masks(family, tiny.arguments()) == {}
-    masks = blocks.token_masks(family, tiny.arguments((5, 3)))
+    streams = {"image": torch.ones(2, 16, 4), "text": torch.ones(2, 5, 4)}
+    assert blocks.token_masks(family, tiny.arguments(), streams) == {}
+    masks = blocks.token_masks(family, tiny.arguments((5, 3)), streams)
     assert masks["text"].dtype == torch.bool and masks["text"].sum(1).tolist() == [5, 3]

@@ -13,7 +13,11 @@ from ppcl.errors import UserError
 
 def store(path, *every, shared=()):
     """Writes (arguments, output) calls; returns their reader."""
-    found = [calls.to_table(given, out, tiny.places(len(out)), shared) for given, out in every]
+    found = [
+        t
+        for given, out in every
+        for t in calls.to_tables(given, out, tiny.places(len(out)), shared)
+    ]
     calls.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 
@@ -84,7 +88,7 @@ def nested(inner):
 @settings(max_examples=25, deadline=None)
 @given(st.recursive(plain, nested, max_leaves=6))
 def test_other_arguments_survive_json(value):
-    assert calls._decode(calls._encode(value, "a")) == value
+    assert calls._decode(calls._encode(value, "a", None), {}) == value
 
 
 def test_calls_with_other_shared_values_are_not_batched(tmp_path):
@@ -99,9 +103,43 @@ def test_calls_with_other_shared_values_are_not_batched(tmp_path):
     assert reader.batch(np.array([3])).arguments["scale"] == 2
 
 
-def test_tensors_in_containers_are_refused():
-    with pytest.raises(UserError, match="Tensor inside the transformer argument 'controls'"):
-        calls.to_table({"controls": [torch.ones(1)] * 3}, torch.ones(2, 1), tiny.places(2), ())
+def test_tensors_in_containers_come_back(tmp_path):
+    """A list of the samples' tensors, which may differ in shape (Z-Image); a tuple that all share
+    (CogVideoX); a mapping (PixArt); and a tensor whose batch is its second dimension (HiDream)."""
+    given = {
+        "x": [torch.full((2, 3), float(i)) for i in range(3)],
+        "texts": [torch.full((n, 2), float(n)) for n in (1, 4, 1)],
+        "rotary": (torch.arange(3.0), torch.arange(6.0).view(3, 2)),
+        "more": {"size": torch.arange(6).view(3, 2), "ratio": None},
+        "layers": torch.arange(24.0).view(2, 3, 4),
+        "scale": 2,
+    }
+    answer = torch.arange(3.0)[:, None]
+    found = calls.to_tables(given, answer, tiny.places(3), ("rotary",), {"layers": 1})
+    assert [len(table) for table in found] == [2, 1]
+    path = tmp_path / "c.parquet"
+    calls.write(path, [table.schema for table in found], found, {})
+    reader = calls.Reader(path)
+    for bucket, members in zip(reader.buckets, ([0, 2], [1]), strict=True):
+        batch = reader.batch(bucket)
+        assert torch.equal(batch.output, answer[members])
+        assert batch.arguments["scale"] == 2
+        assert isinstance(batch.arguments["rotary"], tuple)
+        for name in ("x", "texts"):
+            for one, member in zip(batch.arguments[name], members, strict=True):
+                assert torch.equal(one, given[name][member])
+        for one, other in zip(batch.arguments["rotary"], given["rotary"], strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(batch.arguments["more"]["size"], given["more"]["size"][members])
+        assert batch.arguments["more"]["ratio"] is None
+        assert torch.equal(batch.arguments["layers"], given["layers"][:, members])
+
+
+def test_what_is_no_tensor_text_or_number_is_refused():
+    with pytest.raises(
+        UserError, match="of type object inside the transformer argument 'controls'"
+    ):
+        calls.to_tables({"controls": {"a": object()}}, torch.ones(2, 1), tiny.places(2))
 
 
 def test_parts_are_merged_in_order(tmp_path):

@@ -82,7 +82,7 @@ def qwen_block(w, bound, image, text, linear=(), attended=None):
         weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
         h = h + mods[name][2] * map_of(output, weights @ v)
         if stream in linear:
-            return h + map_of(f"{name}_mlp", h)
+            return h + map_of(f"linear_ffn.{stream}", h)
         x = layer_norm(h) * (1 + mods[name][4]) + mods[name][3]
         x = map_of(f"{name}_mlp.net.0.proj", x)
         x = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
@@ -461,7 +461,7 @@ def test_what_cannot_be_narrowed_is_refused(stock, spec, message):
 
 def test_a_family_without_the_part_is_refused(stock):
     bare = families.BlockList("b", "n", {"image": "x"}, ("image",))
-    assert bare.layout() == {"ffn": {}, "text": None}
+    assert bare.layout() == {"outputs": ["image"], "ffn": {}, "text": None}
     whole = copy.deepcopy(stock.transformer_blocks[0])
     with pytest.raises(ValueError, match="no text stream that could be borrowed"):
         narrow.narrow(whole, bare.layout(), {"text": "source"})
@@ -514,5 +514,5 @@ def test_subclasses_are_of_the_family_and_strangers_are_not(case, stock):
     other = copy.copy(stock)
     other.__class__ = Theirs
     assert blocks.family(other) is families.FAMILIES[case.name]
-    with pytest.raises(UserError, match="is a Linear, which can't be pruned"):
+    with pytest.raises(UserError, match="is a Linear, which has no entry"):
         blocks.family(nn.Linear(1, 1))

@@ -85,7 +85,9 @@ def folder(tiny_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("planted")
     pipe = tiny.load(tiny_teacher)
     pipe.register_modules(transformer=planted_transformer())
-    found = recording.record_batch(pipe, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0)
+    found = recording.record_batch(
+        pipe, pipe.transformer, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0
+    )
     calls.write(folder / "calls.parquet", [table.schema for table in found], found, {})
     reader = calls.Reader(folder / "calls.parquet")
     blocks.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)

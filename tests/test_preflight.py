@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ppcl import config, preflight, prompts
+from ppcl import config, families, preflight, prompts
 from ppcl.errors import UserError
 
 
@@ -113,10 +113,69 @@ def test_a_comma_outside_quotes_is_refused(inputs, tmp_path):
     assert "put prompts with commas in double quotes" in refused(inputs)
 
 
-def test_a_family_without_an_entry_is_refused(inputs):
+def test_a_family_that_cannot_be_pruned_is_refused(inputs):
     index = Path(inputs["teacher"]["path"]) / "model_index.json"
-    index.write_text(index.read_text().replace("QwenImageT", "UnheardOfT"))
-    assert "UnheardOfTransformer2DModel, which can't be pruned" in refused(inputs)
+    name = next(iter(families.REFUSED))
+    index.write_text(index.read_text().replace("QwenImageTransformer2DModel", name))
+    assert f"{name}, which can't be pruned" in refused(inputs)
+
+
+def test_the_component_that_is_pruned_must_be_there(inputs):
+    inputs["teacher"]["component"] = "transformer_2"
+    message = refused(inputs)
+    assert "teacher.component" in message and "names no transformer_2; set it to one of" in message
+    folder = Path(inputs["teacher"]["path"])
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace('"transformer"', '"transformer_2"'))
+    (folder / "transformer").rename(folder / "transformer_2")
+    preflight.check(inputs, "mine.yaml")
+    inputs["variants"] = [{"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0}]
+    assert "leave 2 of this teacher's blocks" in refused(inputs)
+
+
+def test_a_pipeline_in_a_folder_of_the_path(inputs):
+    folder = Path(inputs["teacher"]["path"])
+    inputs["teacher"] |= {"path": str(folder.parent), "subfolder": folder.name}
+    preflight.check(inputs, "mine.yaml")
+    inputs["teacher"]["subfolder"] = "elsewhere"
+    assert "elsewhere does not exist" in refused(inputs)
+
+
+def test_weights_of_one_variant_are_counted(inputs):
+    """Beside the plain weights there are those of a variant: 10 blocks all the same."""
+    weights = Path(inputs["teacher"]["path"]) / "transformer/model.safetensors"
+    shutil.copy(weights, weights.with_name("model.fp16.safetensors"))
+    inputs["variants"] = [{"name": "tiny", "budget": {"parameters": 35}, "finetune_steps": 0}]
+    assert "leave 36 of this" in refused(inputs)
+    inputs["teacher"]["variant"] = "fp16"
+    assert "leave 36 of this" in refused(inputs)
+
+
+def test_a_streamed_teacher_passes_no_gradients(inputs):
+    inputs["teacher"]["offload"] = "stream"
+    assert "set subsets.steps to 0, or teacher.offload to none" in refused(inputs)
+    inputs["subsets"]["steps"] = 0
+    preflight.check(inputs, "mine.yaml")
+    inputs["variants"][0]["finetune_steps"] = 1
+    assert "set variants: finetune_steps to 0" in refused(inputs)
+
+
+def test_pictures_of_prompts(tmp_path, monkeypatch):
+    """Relative to the file's folder or to the working directory."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    (folder / "a.png").touch()
+    (tmp_path / "b.png").touch()
+    table = folder / "edits.csv"
+    table.write_text("prompt,image\nred,a.png\nblue,b.png\n")
+    assert [row["image"] for row in prompts.read(table)] == [str(folder / "a.png"), "b.png"]
+    table.write_text("prompt,image\nred,c.png\n")
+    with pytest.raises(UserError, match=r"edits.csv: the image c.png of 'red' is neither in"):
+        prompts.read(table)
+    table.write_text("prompt,image\nred,a.png\nblue,\n")
+    with pytest.raises(UserError, match="'blue' has no image; name one in every row"):
+        prompts.read(table)
 
 
 def test_prompts_as_written(tmp_path):

@@ -121,7 +121,9 @@ def test_both_branches_see_the_same_renoised_state(recorded):
 def test_bfloat16_timesteps_are_the_sigmas(tiny_teacher, tmp_path):
     """The quotient of two bfloat16 timesteps is off by up to 1 %; sigma must not be."""
     pipe = tiny.load(tiny_teacher).to(torch.bfloat16)
-    found = recording.record_batch(pipe, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0)
+    found = recording.record_batch(
+        pipe, pipe.transformer, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0
+    )
     path = tmp_path / "calls.parquet"
     calls.write(path, [table.schema for table in found], found, {})
     reader = calls.Reader(path)
@@ -140,9 +142,16 @@ def test_bfloat16_timesteps_are_the_sigmas(tiny_teacher, tmp_path):
 
 def test_one_step_can_not_be_renoised(pipe):
     once = tiny.SETTINGS | {"num_inference_steps": 1}
-    assert len(recording.record_batch(pipe, tiny.samples(PROMPTS[:1]), once, 0, seed=0)) == 2
+    assert (
+        len(
+            recording.record_batch(
+                pipe, pipe.transformer, tiny.samples(PROMPTS[:1]), once, 0, seed=0
+            )
+        )
+        == 2
+    )
     with pytest.raises(UserError, match="record.renoised_per_sample: one denoising step"):
-        recording.record_batch(pipe, tiny.samples(PROMPTS[:1]), once, 1, seed=0)
+        recording.record_batch(pipe, pipe.transformer, tiny.samples(PROMPTS[:1]), once, 1, seed=0)
 
 
 def test_nan_weights_are_named(tiny_teacher):
@@ -151,12 +160,12 @@ def test_nan_weights_are_named(tiny_teacher):
     with torch.no_grad():
         pipe.transformer.proj_out.bias[0] = torch.nan
     with pytest.raises(UserError, match="the transformer's 'output' holds NaN"):
-        recording.record_batch(pipe, one, tiny.SETTINGS, 0, seed=0)
+        recording.record_batch(pipe, pipe.transformer, one, tiny.SETTINGS, 0, seed=0)
     with torch.no_grad():
         pipe.transformer.proj_out.bias[0] = 0
         pipe.text_encoder.get_input_embeddings().weight.fill_(torch.nan)
     with pytest.raises(UserError, match="the transformer's 'encoder_hidden_states' holds NaN"):
-        recording.record_batch(pipe, one, tiny.SETTINGS, 0, seed=0)
+        recording.record_batch(pipe, pipe.transformer, one, tiny.SETTINGS, 0, seed=0)
 
 
 # ---- the split

@@ -60,7 +60,7 @@ def record(transformer, path, timesteps=(LOW, HIGH)):
         given_ = tiny.arguments((5,) * count, seed=number)
         given_["timestep"] = torch.full((count,), timestep)
         rows = tiny.places(count, heldout=heldout, timestep=timestep)
-        found.append(calls.to_table(given_, transformer(**given_)[0], rows, ()))
+        found += calls.to_tables(given_, transformer(**given_)[0], rows)
     calls.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 

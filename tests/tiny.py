@@ -129,7 +129,7 @@ def record(
     every = samples(prompts)
     for start in range(0, len(every), batch):
         part = every[start : start + batch]
-        tables += recording.record_batch(pipe, part, SETTINGS, renoised, seed=0)
+        tables += recording.record_batch(pipe, pipe.transformer, part, SETTINGS, renoised, seed=0)
     calls.write(path, [table.schema for table in tables], tables, {})
     return path
 

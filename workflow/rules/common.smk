@@ -42,7 +42,7 @@ def targets():
     Snakemake parses rules before it knows its targets (workflow.dag_settings is still None), so
     the arguments are all there is to look at.
     """
-    return {"all", "interval_plots", "train_teacher", "ablation"} & set(sys.argv[1:])
+    return {"all", "interval_plots", "train_teacher", "ablation", "plan"} & set(sys.argv[1:])
 
 
 def validate():
@@ -50,10 +50,11 @@ def validate():
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
     try:
         config.update(settings.complete(config, source))
-        # The teacher may be missing where it is about to be made, or where only figures are drawn.
+        # The teacher may be missing where it is about to be made, or where only figures are drawn
+        # or a plan is.
         if (
             workflow.is_main_process
-            and targets() != {"train_teacher"}
+            and targets() not in ({"train_teacher"}, {"plan"})
             and not interval_plots_only()
         ):
             preflight.check(config, source)
@@ -159,7 +160,8 @@ def artifacts():
         "width/": config["width"]["enabled"],
         "latency/": latency(),
         "narrow/": staged(),
-        "ablation/": False,  # a target of its own
+        "ablation/": False,  # a target of its own, as is the next
+        "plan/": False,
     }
     left_out = tuple(folder for folder, needed in wanted.items() if not needed)
     named = [
@@ -200,6 +202,19 @@ def interval_plots_only():
         *widths("candidates.parquet"),
     ]
     return targets() == {"interval_plots"} and all(Path(table).is_file() for table in tables)
+
+
+def plan_inputs():
+    """What a plan takes if it is there."""
+    teacher = config["teacher"]
+    own = Path(teacher["path"], teacher["subfolder"] or "", teacher["component"], "config.json")
+    names = {
+        "architecture": config["plan"]["transformer_config"] or str(own),
+        "intervals": result("intervals/intervals.parquet"),
+        "candidates": result("width/candidates.parquet") if config["width"]["enabled"] else "",
+        "calls": result("record/calls.parquet"),
+    }
+    return {name: path for name, path in names.items() if Path(path).is_file()}
 
 
 def ablation_runs(names, seeds=None):

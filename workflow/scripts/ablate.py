@@ -53,7 +53,9 @@ def main() -> None:
     settings, job = config.load(args.config), json.loads(args.method)
 
     accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
-    pipe = pipelines.load(settings["teacher"], accelerator.device)
+    # Everything is trained here, which needs the whole teacher on the device.
+    teacher = settings["teacher"] | {"offload": "none"}
+    pipe = pipelines.load(teacher, accelerator.device)
     shared = {name: getattr(args, name) for name in SHARED}
     identity = training.identity(Path(__file__), settings, [args.calls, *shared.values()])
     material = ablation_run.material_of(

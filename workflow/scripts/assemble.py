@@ -19,6 +19,7 @@ from ppcl import (
     config,
     devices,
     errors,
+    hub,
     pipelines,
     provenance,
     students,
@@ -45,13 +46,18 @@ def main() -> None:
 
     plan = students.read_plan(args.plan)
     chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
-    pipe = pipelines.load(settings["teacher"], torch.device("cpu"))
-    taught = students.load(args.students, pipe.transformer, students.parts_of(chosen))
-    whole = blocks.parameter_count(pipe.transformer)
+    teacher = settings["teacher"] | {"offload": "none"}
+    source = hub.folder(teacher)
+    # What is only copied need not be in memory, unless its files have a variant in their names.
+    copied = () if teacher["variant"] else assembly.copied(source)
+    pipe = pipelines.load(teacher, torch.device("cpu"), without=copied)
+    transformer = pipelines.denoiser(pipe, teacher)
+    taught = students.load(args.students, transformer, students.parts_of(chosen))
+    whole = blocks.parameter_count(transformer)
     model, block_map = blocks.assembled(
-        pipe.transformer, {part.key: student for part, student in taught.items()}
+        transformer, {part.key: student for part, student in taught.items()}
     )
-    model = model.to(devices.dtype(settings["teacher"]["dtype"])).eval()
+    model = model.to(devices.dtype(teacher["dtype"])).eval()
     if args.finetuned:
         weights, metadata = tensors.read(args.finetuned)
         if json.loads(metadata["units"]) != [unit.name for unit in chosen]:
@@ -69,7 +75,16 @@ def main() -> None:
         "parameter_fraction": blocks.parameter_count(model) / whole,
         "provenance": provenance.stamp(settings),
     }
-    assembly.export(pipe, model, block_map, args.output, card, example.arguments)
+    assembly.export(
+        pipe,
+        model,
+        block_map,
+        args.output,
+        card,
+        example.arguments,
+        hub.component(teacher),
+        source,
+    )
 
 
 if __name__ == "__main__":

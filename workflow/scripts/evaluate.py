@@ -62,12 +62,7 @@ def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[d
     """
     first = max(evaluation.FIRST_SEED, int(reader.index["seed"].max()) + 1)
     recorded = set(reader.index["prompt"])
-    samples = [
-        {"sample": number, "prompt_index": index, "prompt": prompt, "seed": noise}
-        for number, (index, prompt, noise) in enumerate(
-            pipelines.sample_prompts(rows, count, first)
-        )
-    ]
+    samples = pipelines.samples(rows, count, first)
     for sample in samples:
         if sample["prompt"] in recorded:
             raise UserError(
@@ -223,7 +218,8 @@ def main() -> None:
     )
     state = args.state / identity[:16]
     parts, readings, judge = make_pictures(models, samples, settings, device, state)
-    transformers = {model.name: model.transformer(device) for model in models}
+    together = evaluation.side_by_side(models, device)
+    transformers = {model.name: model.transformer(device) for model in together}
     measured = evaluation.measure_transformers(transformers, reader, timed, settings, device)
 
     stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))

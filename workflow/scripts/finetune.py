@@ -59,7 +59,9 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     plan = students.read_plan(args.plan)
     chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    transformer = pipelines.load_transformer(
+        settings["teacher"], accelerator.device, gradients=True
+    )
     taught = students.load(args.students, transformer, students.parts_of(chosen))
     model, _ = blocks.assembled(
         transformer, {part.key: student for part, student in taught.items()}

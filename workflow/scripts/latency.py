@@ -39,9 +39,9 @@ from ppcl.plans import Part
 
 def narrow_parts(block: blocks.Block) -> dict[str, Part]:
     """What of a block can go -> the part without it."""
-    here, width = (block.index, block.index), block.list.width
-    found = {f"ffn_{stream}": Part(*here, (stream,)) for stream in (width.ffn if width else ())}
-    if width and width.text:
+    here, width = (block.index, block.index), block.width
+    found = {f"ffn_{stream}": Part(*here, (stream,)) for stream in width.ffn}
+    if width.text:
         found[TEXT] = Part(*here, text="borrow", source=here)
     return found
 

@@ -44,18 +44,8 @@ def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
         )
     count = min(max(1, round(len(used) * settings["heldout_fraction"])), len(used) - 1)
     heldout = {used[i] for i in np.random.default_rng(seed).permutation(len(used))[:count]}
-    return [
-        {
-            "sample": number,
-            "prompt_index": index,
-            "prompt": prompt,
-            "seed": noise,
-            "heldout": prompt in heldout,
-        }
-        for number, (index, prompt, noise) in enumerate(
-            pipelines.sample_prompts(rows, settings["samples"], seed)
-        )
-    ]
+    found = pipelines.samples(rows, settings["samples"], seed)
+    return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
 
 
 def main() -> None:
@@ -72,6 +62,7 @@ def main() -> None:
     rows = prompts.read(options["prompts"], "record.prompts")
     accelerator = devices.accelerator(settings["device"])
     pipe = pipelines.load(settings["teacher"], accelerator.device)
+    transformer = pipelines.denoiser(pipe, settings["teacher"])
     samples = choose_samples(rows, options, seed)
     batches = pipelines.in_batches(pipe, samples, options["batch_size"])
     teacher = provenance.fingerprint(settings["teacher"]["path"])
@@ -86,13 +77,13 @@ def main() -> None:
     for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
         if not part.exists():
             found = recording.record_batch(
-                pipe, batch, settings["pipeline"], options["renoised_per_sample"], seed
+                pipe, transformer, batch, settings["pipeline"], options["renoised_per_sample"], seed
             )
             calls.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)
             first = reader.batch(reader.buckets[0][:1]).to(accelerator.device)
-            blocks.verify(pipe.transformer, first.arguments)
+            blocks.verify(transformer, first.arguments)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))

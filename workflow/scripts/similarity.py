@@ -83,7 +83,7 @@ def main() -> None:
         present = [i for i, probe in enumerate(fitted) if probe is not None]
         values = similarity.block_cka(read, present, plan, stream=stream, **how)
         blocks.append(block_rows(stream, present, values))
-    draws["mean"] = similarity.mean_of_streams(list(draws.values()))
+    draws = similarity.with_joint(draws)
 
     frames, noise = [], {}
     for stream, values in draws.items():

@@ -40,7 +40,9 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    transformer = pipelines.load_transformer(
+        settings["teacher"], accelerator.device, gradients=True
+    )
     taught = students.load(args.students, transformer, students.parts_of(plan.units))
     together = nn.ModuleDict({part.name: student for part, student in taught.items()})
     together.train().to(accelerator.device)

@@ -32,6 +32,7 @@ from ppcl import (
     texts,
 )
 from ppcl.errors import UserError
+from ppcl.families import JOINT
 from ppcl.pins import Ends, Ffn
 from ppcl.rivals import Starts
 from ppcl.selection import Choices, Weights
@@ -195,7 +196,7 @@ def similarities(material: Material, changed: Mapping) -> tuple[np.ndarray, floa
         return measured.cka(path, stream, material.depth), noise[stream]
     weights, _ = tensors.read(material.paths["probes"])
     tokens, draws = material.tokens, {}
-    for name in tokens.streams if stream == "mean" else [stream]:
+    for name in (s for s in tokens.streams if stream in (s, "mean") or s == JOINT):
         read, plan = similarity.heldout(tokens, name, options, material.settings["seed"])
         draws[name] = similarity.surrogate_cka(
             read,

@@ -284,7 +284,7 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> 
     drawn = pipelines.sample_prompts(rows, settings["ablation"]["samples"], evaluation.FIRST_SEED)
     names = ("prompt_index", "prompt", "seed")
     items = [{"sample": n, **dict(zip(names, at, strict=True))} for n, at in enumerate(drawn)]
-    judge, teacher = digits.Judge(), pipe.transformer
+    judge, teacher = digits.Judge(), pipelines.denoiser(pipe, settings["teacher"])
     right: list[list[float]] = []
     pipe.register_modules(transformer=model)
     try:
@@ -336,5 +336,5 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
 def material_of(settings: Mapping, pipe, job: Mapping, **given) -> Material:
     """The material of one job."""
     steps = phases(job["select"], job["train"], settings["ablation"])
-    transformer = pipe.transformer.requires_grad_(False).eval()
+    transformer = pipelines.denoiser(pipe, settings["teacher"]).requires_grad_(False).eval()
     return Material(transformer, settings=settings, steps=steps, **given)

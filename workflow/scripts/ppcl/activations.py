@@ -95,33 +95,36 @@ def collect(
 
     Returns:
         The moments (rows of the fit split only), and per stream the sample: `value`
-        [boundaries, n, d] float32 and n-vectors `prompt`, `step`, `timestep`, `token`, `heldout`.
+        [boundaries, n, d] float32, the number of its `first` boundary, and n-vectors `prompt`,
+        `step`, `timestep`, `token`, `heldout`.
 
     Raises:
         UserError: an activation is NaN or infinite; says the block and the stream.
     """
     sequence = blocks.block_sequence(transformer)
-    moments, samples = Moments(device), {}
+    moments, samples, first = Moments(device), {}, {}
     for batch in reader.batches(rows, settings["batch_size"]):
         numbers = batch.numbers
         batch = batch.to(device)
         fit = torch.from_numpy(~batch.rows["heldout"]).to(device)
-        masks = blocks.token_masks(blocks.family(transformer), batch.arguments)
+        family = blocks.family(transformer)
         before: blocks.Streams = {}
         positions: dict[str, tuple[Tensor, np.ndarray]] = {}
         kept: dict[str, list[Tensor]] = {}
 
         def look(block, bound):
             before.clear()
-            for stream, x in block.inputs(bound).items():
+            streams = block.inputs(bound)
+            masks = blocks.token_masks(family, batch.arguments, streams)
+            for stream, x in streams.items():
                 if stream not in positions:
                     many = pick_tokens(
                         masks, stream, x.shape[:2], settings["moment_tokens"], numbers, seed
                     )
                     few = many[:, : settings["sample_tokens"]]
                     positions[stream] = (torch.from_numpy(many).to(device), few)
-                if block.index == 0:
-                    kept[stream] = [_sample(x, positions[stream][1])]
+                    kept[stream] = [_sample(x, few)]
+                    first[stream] = block.index
                 before[stream] = _gather(x, positions[stream][0])
 
         def learn(block, returned):
@@ -153,6 +156,7 @@ def collect(
             k: np.concatenate([p[k] for p in parts], axis=1 if k == "value" else 0)
             for k in parts[0]
         }
+        | {"first": first[stream]}
         for stream, parts in samples.items()
     }
     return moments, joined
@@ -176,15 +180,18 @@ def _refuse_nonfinite(x: Tensor, block: int, stream: str) -> None:
 
 
 def write_sample(path: Path, samples: dict[str, dict], provenance: dict[str, str]) -> None:
-    """Writes tokens.parquet: a row group per boundary and stream, tokens in one order in all."""
-    widths = {s["value"].shape[-1] for s in samples.values()}
-    if len(widths) > 1:
-        raise UserError(f"streams of different widths ({widths}) can't share one token table")
-    schema = schemas.tokens(widths.pop())
+    """Writes tokens.parquet: a row group per boundary and stream, tokens in one order in all.
+
+    Streams of fewer channels than others are filled up with zeros; the metadata has their widths.
+    """
+    widths = {stream: s["value"].shape[-1] for stream, s in samples.items()}
+    widest = max(widths.values())
+    schema = schemas.tokens(widest)
     kind = schema.field("value").type
-    with tables.writer(path, schema, provenance) as out:
+    with tables.writer(path, schema, provenance | {"widths": json.dumps(widths)}) as out:
         for stream, sample in samples.items():
-            for boundary, value in enumerate(sample["value"]):
+            for boundary, value in enumerate(sample["value"], start=sample.get("first", 0)):
+                value = np.pad(value, ((0, 0), (0, widest - value.shape[1])))
                 storage = pa.FixedSizeListArray.from_arrays(value.ravel(), value.shape[1])
                 columns = {
                     "boundary": pa.array(np.full(len(value), boundary, np.int32)),
@@ -214,6 +221,8 @@ class TokenReader:
             head = self._file.read_row_group(group, columns=["stream", "boundary"])
             self._groups[head["stream"][0].as_py(), head["boundary"][0].as_py()] = group
         self.streams = list(dict.fromkeys(stream for stream, _ in self._groups))
+        self._first = {s: min(b for stream, b in self._groups if stream == s) for s in self.streams}
+        self._widths = json.loads(self.provenance["widths"])
         self.boundaries = 1 + max(boundary for _, boundary in self._groups)
 
     @property
@@ -225,15 +234,15 @@ class TokenReader:
     def values(self, boundary: int, stream: str) -> np.ndarray:
         """Tokens [n, d], float32."""
         column = self._column(boundary, stream, "value").combine_chunks()
-        return column.to_numpy_ndarray()
+        return column.to_numpy_ndarray()[:, : self._widths[stream]]
 
     def heldout(self, stream: str) -> np.ndarray:
         """Which tokens [n] come from prompts that no probe was fitted on."""
-        return self._column(0, stream, "heldout").to_numpy(zero_copy_only=False)
+        return self._column(self._first[stream], stream, "heldout").to_numpy(zero_copy_only=False)
 
     def prompts(self, stream: str) -> np.ndarray:
         """Prompt index [n] of every token."""
-        return self._column(0, stream, "prompt").to_numpy()
+        return self._column(self._first[stream], stream, "prompt").to_numpy()
 
     def _column(self, boundary: int, stream: str, name: str):
         group = self._groups[stream, boundary]

@@ -8,13 +8,14 @@ import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ppcl import blocks, narrow, routes, schemas, selection, tables, tensors, texts
+from ppcl import blocks, hub, narrow, routes, schemas, selection, tables, tensors, texts
 from ppcl.errors import UserError
 from ppcl.families import family_of
 from ppcl.routes import Arc
@@ -105,6 +106,8 @@ def export(
     folder: Path,
     card: dict,
     call: dict,
+    component: str = "transformer",
+    source: Path | None = None,
 ) -> None:
     """Writes a pipeline folder and proves, in a fresh process, that diffusers alone loads it.
 
@@ -113,6 +116,9 @@ def export(
 
     Args:
         pipe: the teacher's pipeline; everything but the transformer is saved as it is.
+        component: the pipeline's component that the transformer is.
+        source: folder of the teacher's pipeline; components that `pipe` was loaded without are
+            copied from there.
         block_map: new block -> the old blocks that it stands for; saved beside the weights, since
             LoRA and ControlNet files carry the old numbers.
         card: provenance and choices, saved as pruning.json.
@@ -126,22 +132,40 @@ def export(
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        pipe.register_modules(transformer=transformer)
+        pipe.register_modules(**{component: transformer})
         pipe.save_pretrained(temporary)
-        texts.write_json(temporary / "transformer" / "block_map.json", block_map)
+        if source is not None:
+            copy_missing(source, temporary)
+        texts.write_json(temporary / component / "block_map.json", block_map)
         texts.write_json(temporary / "pruning.json", card)
-        prove(temporary, transformer, call)
+        prove(temporary, transformer, call, component)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def own_code(folder: Path) -> bool:
+def copied(source: Path) -> tuple[str, ...]:
+    """Components of a pipeline's folder that are large, and that its class starts without: text
+    encoders."""
+    named = hub.read_index(source).items()
+    return tuple(k for k, v in named if k.startswith("text_encoder") and isinstance(v, list))
+
+
+def copy_missing(source: Path, folder: Path) -> None:
+    """Copies the components that a pipeline's folder names no class for from another's."""
+    whole, index = hub.read_index(source), hub.read_index(folder)
+    for name, made_as in whole.items():
+        if isinstance(made_as, list) and made_as[0] and not (index.get(name) or [None])[0]:
+            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(".*"))
+            index[name] = made_as
+    texts.write_json(folder / hub.INDEX, index)
+
+
+def own_code(folder: Path, component: str = "transformer") -> bool:
     """Whether a pipeline's transformer has the code that `export` writes, to the letter."""
-    index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
-    module, name = index["transformer"]
-    path = folder / "transformer" / f"{narrow.MODULE}.py"
+    module, name = hub.read_index(folder)[component]
+    path = folder / component / f"{narrow.MODULE}.py"
     if module != narrow.MODULE or not path.is_file():
         return False
     base = name.removeprefix("Pruned")
@@ -150,13 +174,20 @@ def own_code(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def prove(folder: Path, transformer: nn.Module, call: dict) -> None:
-    """The reload gate: a fresh process that knows only diffusers must get the same answer."""
-    expected = transformer(**call)[0]
-    held = {k: v for k, v in call.items() if isinstance(v, torch.Tensor)}
-    other = {k: v for k, v in call.items() if not isinstance(v, torch.Tensor)}
+def prove(folder: Path, transformer: nn.Module, call: dict, component: str = "transformer") -> None:
+    """The reload gate: a fresh process that knows only diffusers must get the same answer.
+
+    Raises:
+        UserError: it gets another, or weights are missing.
+    """
+    held = {"expected": blocks.answer(transformer, call)}
+    about = {
+        "arguments": json.dumps(_skeleton(call, held)),
+        "component": component,
+        "dtype": str(next(transformer.parameters()).dtype).removeprefix("torch."),
+    }
     probe = folder / ".call.safetensors"
-    tensors.write(probe, held | {"expected": expected}, {"arguments": json.dumps(other)})
+    tensors.write(probe, held, about)
     gate = Path(__file__).with_name("reload_gate.py")
     with tempfile.TemporaryDirectory() as modules:  # where diffusers copies and compiles code to
         done = subprocess.run(
@@ -171,3 +202,19 @@ def prove(folder: Path, transformer: nn.Module, call: dict) -> None:
             f"{folder.name.strip('.')}: the exported pipeline does not reload as it was written, "
             f"so it was not kept:\n{done.stdout.strip()}\n{done.stderr.strip()[-2000:]}"
         )
+
+
+def _skeleton(value: Any, held: dict[str, torch.Tensor]) -> Any:
+    """JSON of a call's arguments, in which names stand for tensors, which it adds to `held`.
+
+    `reload_gate.filled` is its inverse.
+    """
+    if isinstance(value, torch.Tensor):
+        name = str(len(held))
+        held[name] = value
+        return {"tensor": name}
+    if isinstance(value, dict):
+        return {"mapping": {key: _skeleton(item, held) for key, item in value.items()}}
+    if isinstance(value, tuple):
+        return {"tuple": [_skeleton(item, held) for item in value]}
+    return [_skeleton(item, held) for item in value] if isinstance(value, list) else value

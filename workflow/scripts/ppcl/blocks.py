@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ppcl import discovery
 from ppcl.errors import UserError
-from ppcl.families import FAMILIES, BlockList, Family, family_of
+from ppcl.families import BlockList, Family, Width, family_of
 
 Streams = dict[str, Tensor]
 
@@ -53,7 +54,23 @@ class Block:
                 f"the family registry says {len(self.list.outputs)} "
                 "(workflow/scripts/ppcl/families.py)"
             )
-        return dict(zip(self.list.outputs, values, strict=True))
+        pairs = zip(self.list.outputs, values, strict=True)
+        return {stream: value for stream, value in pairs if value is not None}
+
+    @property
+    def width(self) -> Width:
+        """What can be narrowed in this block: a last one may lack what the others have."""
+        listed = self.list.width or Width({})
+
+        def has(path: str) -> bool:
+            try:
+                return self.module.get_submodule(path) is not None
+            except AttributeError:  # no such path, or None or a function at its end
+                return False
+
+        ffn = {stream: parts for stream, parts in listed.ffn.items() if has(parts.ffn)}
+        text = listed.text if listed.text and has(listed.text.output) else None
+        return Width(ffn, text)
 
 
 def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
@@ -62,13 +79,16 @@ def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[st
 
 
 def family(transformer: nn.Module) -> Family:
-    """The registry entry of a transformer; a subclass of a registered class is of that family.
+    """The registry entry of a transformer, or what inspection finds of a class without one; a
+    subclass of a registered class is of that family.
 
     Raises:
-        UserError: there is none.
+        UserError: its class can't be pruned; says why.
     """
-    names = [c.__name__ for c in type(transformer).__mro__]
-    return family_of(next((name for name in names if name in FAMILIES), names[0]))
+    for base in type(transformer).__mro__:
+        if found := family_of(base.__name__):
+            return found
+    return discovery.inspected(transformer)
 
 
 def block_sequence(transformer: nn.Module) -> list[Block]:
@@ -81,9 +101,25 @@ def block_sequence(transformer: nn.Module) -> list[Block]:
 
 
 def seams(transformer: nn.Module) -> list[int]:
-    """Index of the first block of every block list; no interval may cross one."""
+    """Index of the first block of every run of blocks that one could stand for all of, the same
+    list and the same weights' shapes; no interval may cross one."""
     every = block_sequence(transformer)
-    return [b.index for b in every if b.index == 0 or b.list is not every[b.index - 1].list]
+    kinds = [(b.list.attribute, _shapes(b.module)) for b in every]
+    return [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+
+
+def _shapes(module: nn.Module) -> list[tuple]:
+    return [(name, p.shape) for name, p in module.named_parameters()]
+
+
+def answer(transformer: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """What a transformer answers to a call, [batch, ...]; some give a list of the samples'."""
+    return stacked(transformer(**arguments)[0])
+
+
+def stacked(output: Tensor | list[Tensor]) -> Tensor:
+    """One tensor of what a transformer gives for a batch."""
+    return output if isinstance(output, Tensor) else torch.stack(list(output))
 
 
 def untouchable(transformer: nn.Module) -> dict[int, str]:
@@ -148,15 +184,15 @@ def taps(block: Block):
     stream after attention (what l_q of Eq. 9 maps).
     """
     seen: Streams = {}
-    handles, width = [], block.list.width
-    if width and width.text:
+    handles, width = [], block.width
+    if width.text:
 
         def attend(module, args, kwargs):
             seen["text/input"] = signature_arguments(module, args, kwargs)[width.text.argument]
 
         attention = block.module.get_submodule(width.text.attention)
         handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
-    for stream, ffn in width.ffn.items() if width else ():
+    for stream, ffn in width.ffn.items():
 
         def normalise(_module, args, key=f"ffn/{stream}"):
             seen[key] = args[0]
@@ -173,25 +209,33 @@ def taps(block: Block):
 @torch.no_grad()
 def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
     """Checks the registry's claims on one real call: what a block returns as a stream is what the
-    next block of its list gets as that stream, to the bit.
+    next block of its list gets as that stream, to the bit, at its real tokens.
 
     Raises:
         UserError: a stream is missing, changes its shape, or comes back in another place.
     """
     returned: Streams = {}
-    name = type(transformer).__name__
+    name, of = type(transformer).__name__, family(transformer)
+    firsts = {block_list.attribute for block_list in of.lists}
 
     def before(block: Block, bound: dict[str, Any]) -> None:
         streams = block.inputs(bound)
         if missing := set(block.list.inputs) - set(streams):
             raise UserError(f"{name}: block {block.index} got no {missing.pop()} stream")
-        if block.index not in seams(transformer):
-            for stream, value in streams.items():
-                if not torch.equal(value, returned[stream]):
-                    raise UserError(
-                        f"{name}: block {block.index - 1} does not return its {stream} stream "
-                        "where the family registry says (workflow/scripts/ppcl/families.py)"
-                    )
+        if block.list.attribute in firsts:
+            firsts.discard(block.list.attribute)
+            return
+        masks = token_masks(of, arguments, streams)
+        for stream, value in streams.items():
+            before = returned.get(stream)
+            same = before is not None and before.shape == value.shape
+            if same and stream in masks:
+                value, before = value[masks[stream]], before[masks[stream]]
+            if not same or not torch.equal(value, before):
+                raise UserError(
+                    f"{name}: block {block.index - 1} does not return its {stream} stream "
+                    "where the family registry says (workflow/scripts/ppcl/families.py)"
+                )
 
     with watch(
         block_sequence(transformer), before, lambda _block, streams: returned.update(streams)
@@ -199,9 +243,18 @@ def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
         run(transformer, arguments)
 
 
-def token_masks(family: Family, arguments: dict[str, Any]) -> Streams:
-    """Stream -> boolean mask [batch, tokens] of real tokens, for streams that have padding."""
-    found = {s: arguments.get(a) for s, a in family.masks.items()}
+def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> Streams:
+    """Stream -> boolean mask [batch, tokens] of real tokens, for streams that have padding.
+
+    Args:
+        arguments: of the transformer's call.
+        streams: those wanted, [batch, tokens, channels] each.
+    """
+    found = {
+        stream: family.masks[stream](arguments, value.shape[1])
+        for stream, value in streams.items()
+        if stream in family.masks
+    }
     return {s: mask.bool() for s, mask in found.items() if mask is not None}
 
 
@@ -222,24 +275,40 @@ def assembled(
     """
     first = {interval[0]: interval for interval in students}
     inside = {i for u, v in students for i in range(u + 1, v + 1)}
+    of, every = family(transformer), block_sequence(transformer)
     block_map: list[list[int]] = []
-    lists: dict[str, list[nn.Module]] = {}
-    depth_keys = {}
-    for block in block_sequence(transformer):
-        kept = lists.setdefault(block.list.attribute, [])
-        depth_keys[block.list.attribute] = block.list.depth_key
-        if block.index in first:
-            u, v = first[block.index]
-            kept.append(students[u, v])
-            block_map.append(list(range(u, v + 1)))
-        elif block.index not in inside:
-            kept.append(block.module)
-            block_map.append([block.index])
+    lists: dict[str, list[nn.Module]] = {listed.attribute: [] for listed in of.lists}
+    starts = {listed.attribute: None for listed in of.lists}
+    origins: dict[str, list[int]] = {listed.attribute: [] for listed in of.lists}
+    for block in every:
+        attribute = block.list.attribute
+        if starts[attribute] is None:
+            starts[attribute] = block.index
+        if block.index in inside:
+            continue
+        interval = first.get(block.index, (block.index, block.index))
+        lists[attribute].append(students.get(interval, block.module))
+        origins[attribute].append(block.index - starts[attribute])
+        block_map.append(list(range(interval[0], interval[1] + 1)))
     copied = copy.copy(transformer)
+    copied.__dict__.pop("forward", None)  # an offloading hook's, which runs the original
     copied._modules = dict(transformer._modules)  # a shallow copy would share this mapping
-    for attribute, modules in lists.items():
-        setattr(copied, attribute, nn.ModuleList(modules))
-    copied.register_to_config(**{depth_keys[a]: len(modules) for a, modules in lists.items()})
+    changed: dict[str, Any] = {}
+    for listed in of.lists:
+        setattr(copied, listed.attribute, nn.ModuleList(lists[listed.attribute]))
+        changed[listed.depth_key] = len(lists[listed.attribute])
+    kept = [members[0] for members in block_map]
+    for key in of.index_keys:  # numbers of blocks, of families that have one list
+        (numbers,) = origins.values()
+        marked = set(transformer.config[key] or ())
+        changed[key] = [new for new, old in enumerate(numbers) if old in marked]
+    for key in of.per_block:
+        changed[key] = [transformer.config[key][index] for index in kept]
+    for attribute in of.companions:
+        members = list(getattr(transformer, attribute))
+        chosen = [members[index] for index in kept] + members[len(every) :]
+        setattr(copied, attribute, nn.ModuleList(chosen))
+    copied.register_to_config(**changed)
     return copied, block_map
 
 

@@ -7,7 +7,7 @@ needs neither text encoder nor scheduler, and works for any family.
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from ppcl import schemas, tables
 from ppcl.errors import UserError
@@ -56,12 +57,14 @@ class Batch:
 
     def to_float32(self) -> "Batch":
         """The batch for a float32 model, whatever the dtype of the teacher that was recorded."""
-        arguments = {k: as_float32(v) for k, v in self.arguments.items()}
+        arguments = tree_map(as_float32, self.arguments)
         return Batch(arguments, self.output.float(), self.rows, self.numbers)
 
     def to(self, device: torch.device) -> "Batch":
         """The batch with its tensors on a device."""
-        moved = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
+        moved = tree_map(
+            lambda value: value.to(device) if isinstance(value, Tensor) else value, self.arguments
+        )
         return Batch(moved, self.output.to(device), self.rows, self.numbers)
 
 
@@ -75,77 +78,131 @@ def as_float32(value: Any) -> Any:
 # ---- one call to rows
 
 
-def split_arguments(arguments: dict[str, Any], batch: int, shared: tuple[str, ...]):
-    """Sorts a call's arguments into (tensors per sample, shared tensors, other values per sample).
+@dataclass
+class _Split:
+    """A call's arguments, sorted.
 
-    A tensor whose leading dimension is the batch is cut into samples unless the family calls it
-    shared; a list as long as the batch is cut as well; None and `return_dict` are dropped.
+    Attributes:
+        cut: column name -> the samples' tensors.
+        whole: column name -> a tensor that all samples share.
+        other: per sample, JSON of what is no tensor, with the places of nested tensors.
+    """
+
+    cut: dict[str, list[Tensor]]
+    whole: dict[str, Tensor]
+    other: list[dict]
+
+
+def split_arguments(
+    arguments: dict[str, Any],
+    batch: int,
+    shared: tuple[str, ...] = (),
+    batch_dims: Mapping[str, int] | None = None,
+) -> _Split:
+    """Sorts a call's arguments into those of each sample and those that all share.
+
+    A tensor whose batch dimension is as long as the batch is cut into samples unless the family
+    calls it shared; a list as long as the batch is cut as well, be it of tensors; tensors in
+    tuples, lists and mappings are taken out of them; None and `return_dict` are dropped.
 
     Raises:
-        UserError: an argument holds tensors inside a list or a mapping.
+        UserError: an argument holds something else than tensors, texts and numbers.
     """
-    cut, whole, other = {}, {}, [{} for _ in range(batch)]
+    found = _Split({}, {}, [{} for _ in range(batch)])
+    dims = batch_dims or {}
+
+    def keep(path: str, tensor: Tensor) -> None:
+        root, tensor = path.split(".")[0], tensor.detach().cpu()
+        dim = dims.get(root, 0)
+        if root not in shared and tensor.ndim > dim and tensor.shape[dim] == batch:
+            # A copy for each: a view would be stored with the whole.
+            found.cut[f"{path}@{dim}" if dim else path] = list(tensor.movedim(dim, 0))
+        else:
+            found.whole[path] = tensor
+
     for name, value in arguments.items():
         if value is None or name == "return_dict":
             continue
+        listed = isinstance(value, list) and len(value) == batch and name not in shared
         if isinstance(value, Tensor):
-            if name not in shared and value.ndim > 0 and value.shape[0] == batch:
-                cut[name] = value.detach().cpu()
-            else:
-                whole[name] = value.detach().cpu()
-        elif isinstance(value, list) and len(value) == batch:
-            for row, item in zip(other, value, strict=True):
-                row[name] = {"each": _encode(item, name)}
+            keep(name, value)
+        elif listed and all(isinstance(item, Tensor) for item in value):
+            found.cut[f"*{name}"] = [item.detach().cpu() for item in value]
+        elif listed:
+            for row, item in zip(found.other, value, strict=True):
+                row[name] = {"each": _encode(item, name, None)}
         else:
-            for row in other:
-                row[name] = {"all": _encode(value, name)}
-    return cut, whole, other
+            encoded = _encode(value, name, keep)
+            for row in found.other:
+                row[name] = {"all": encoded}
+    return found
 
 
-def _encode(value: Any, name: str) -> Any:
-    """JSON that keeps tuples apart from lists."""
+def _encode(value: Any, path: str, keep: Callable[[str, Tensor], None] | None) -> Any:
+    """JSON that keeps tuples apart from lists; tensors go to `keep`, by their place."""
+    if isinstance(value, Tensor) and keep is not None:
+        keep(path, value)
+        return {"tensor": path}
     if isinstance(value, (list, tuple)):
-        items = [_encode(v, name) for v in value]
+        items = [_encode(v, f"{path}.{i}", keep) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, dict):
-        return {"mapping": {k: _encode(v, name) for k, v in value.items()}}
+        return {"mapping": {k: _encode(v, f"{path}.{k}", keep) for k, v in value.items()}}
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     raise UserError(
-        f"the pipeline passes a {type(value).__name__} inside the transformer argument '{name}'; "
-        "such calls can't be recorded yet"
+        f"the pipeline passes a value of type {type(value).__name__} inside the transformer "
+        f"argument '{path.split('.')[0]}'; such calls can't be recorded yet"
     )
 
 
-def _decode(value: Any) -> Any:
+def _decode(value: Any, found: dict[str, Any]) -> Any:
+    """The value again; its tensors are taken out of `found`."""
     if isinstance(value, list):
-        return [_decode(v) for v in value]
+        return [_decode(v, found) for v in value]
     if isinstance(value, dict):
+        if "tensor" in value:
+            return found.pop(value["tensor"])
         if "tuple" in value:
-            return tuple(_decode(v) for v in value["tuple"])
-        return {k: _decode(v) for k, v in value["mapping"].items()}
+            return tuple(_decode(v, found) for v in value["tuple"])
+        return {k: _decode(v, found) for k, v in value["mapping"].items()}
     return value
 
 
-def to_table(
-    arguments: dict[str, Any], output: Tensor, rows: dict[str, list], shared: tuple[str, ...]
-) -> pa.Table:
-    """A batched call as a table, one row per sample.
+def to_tables(
+    arguments: dict[str, Any],
+    output: Tensor,
+    rows: dict[str, list],
+    shared: tuple[str, ...] = (),
+    batch_dims: Mapping[str, int] | None = None,
+) -> list[pa.Table]:
+    """A batched call as tables, one row per sample; samples of other shapes have another table.
 
-    A tensor argument becomes a column `<argument>/<shape>/<dtype>` of Arrow's fixed-shape tensors;
-    shared ones get a leading `=` and are repeated. The shape is in the name because a prompt's
-    length varies: a row fills the column of its shape and leaves the others null.
+    A tensor argument becomes a column `<argument>/<shape>/<dtype>` of Arrow's fixed-shape tensors.
+    The shape is in the name because a prompt's length varies: a row fills the column of its shape
+    and leaves the others null. Before the name, `=` says that all samples share the tensor, which
+    is repeated, and `*` that the argument is a list of the samples' tensors; after it, `@1` that
+    the batch is its dimension 1. `a.0` is the first in the tuple, list or mapping `a`.
     """
-    cut, whole, other = split_arguments(arguments, len(output), shared)
-    columns = {name: pa.array(values) for name, values in rows.items()}
-    columns["arguments"] = pa.array([json.dumps(o, sort_keys=True) for o in other])
-    for name, tensor in (cut | {OUTPUT: output.detach().cpu()}).items():
-        key, column = _tensor_column(name, tensor)
-        columns[key] = column
-    for name, tensor in whole.items():
-        key, column = _tensor_column(f"={name}", tensor.expand(len(output), *tensor.shape))
-        columns[key] = column
-    return pa.table(columns)
+    split = split_arguments(arguments, len(output), shared, batch_dims)
+    columns = split.cut | {OUTPUT: list(output.detach().cpu())}
+    groups: dict[tuple, list[int]] = {}
+    for sample in range(len(output)):
+        shapes = tuple((name, values[sample].shape) for name, values in columns.items())
+        groups.setdefault(shapes, []).append(sample)
+    found = []
+    for members in groups.values():
+        table = {name: pa.array([values[i] for i in members]) for name, values in rows.items()}
+        texts = [json.dumps(split.other[i], sort_keys=True) for i in members]
+        table["arguments"] = pa.array(texts)
+        for name, values in columns.items():
+            key, column = _tensor_column(name, torch.stack([values[i] for i in members]))
+            table[key] = column
+        for name, tensor in split.whole.items():
+            key, column = _tensor_column(f"={name}", tensor.expand(len(members), *tensor.shape))
+            table[key] = column
+        found.append(pa.table(table))
+    return found
 
 
 def _tensor_column(name: str, tensor: Tensor) -> tuple[str, pa.Array]:
@@ -282,17 +339,24 @@ class Reader:
             group = int(np.searchsorted(self._first, row, side="right")) - 1
             for name, values in self._group(group).items():
                 picked.setdefault(name, []).append(values[row - self._first[group]])
-        arguments: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         for key, values in picked.items():
-            name = key.split("/")[0]
-            arguments[name.lstrip("=")] = values[0] if name.startswith("=") else torch.stack(values)
-        output = arguments.pop(OUTPUT)
+            name, _, dim = key.split("/")[0].partition("@")
+            if name.startswith("="):
+                found[name[1:]] = values[0]
+            elif name.startswith("*"):
+                found[name[1:]] = values
+            else:
+                found[name] = torch.stack(values, int(dim or 0))
+        output = found.pop(OUTPUT)
         encoded = [json.loads(self.index["arguments"][row]) for row in rows]
+        arguments: dict[str, Any] = {}
         for name, value in encoded[0].items():
             if "all" in value:
-                arguments[name] = _decode(value["all"])
+                arguments[name] = _decode(value["all"], found)
             else:
-                arguments[name] = [_decode(e[name]["each"]) for e in encoded]
+                arguments[name] = [_decode(e[name]["each"], {}) for e in encoded]
+        arguments |= found
         meta = {k: v[rows] for k, v in self.index.items() if k != "arguments"}
         return Batch(arguments | {"return_dict": False}, output, meta, np.asarray(rows))
 

@@ -40,7 +40,6 @@ def through_chain(
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         drawn = reader.draw(rows, options["batch_size"], (seed, step))
         batch = reader.batch(distillation.share(drawn, accelerator)).to(accelerator.device)
-        masks = blocks.token_masks(family, batch.arguments)
         outputs: dict = {}
 
         def keep(block, streams):
@@ -51,7 +50,12 @@ def through_chain(
             with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
                 run(model, batch.arguments)
             found = [
-                distillation.interval_losses(outputs[part], read(part, lesson), masks, options)
+                distillation.interval_losses(
+                    outputs[part],
+                    (target := read(part, lesson)),
+                    blocks.token_masks(family, batch.arguments, target),
+                    options,
+                )
                 for part, lesson in lessons.items()
             ]
         total: dict[str, Tensor] = {}

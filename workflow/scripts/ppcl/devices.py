@@ -2,11 +2,14 @@
 
 import resource
 import sys
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from diffusers.hooks import apply_group_offloading
+from torch import nn
 
 from ppcl.errors import UserError
 
@@ -85,3 +88,95 @@ def peak_memory(device: torch.device) -> int:
         return torch.mps.driver_allocated_memory()
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- models that do not fit on the device
+
+ROOM = 0.7  # the share of a device's free memory that weights may take; the rest is activations'
+
+
+def size(module: nn.Module) -> int:
+    """Bytes of a module's parameters and buffers."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that are free on a device with memory of its own, else None."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+def offload(setting: str, sizes: Mapping[str, int], device: torch.device) -> str:
+    """How components get to the device: `none` (all stay), `model` (in turn), `stream` (by block).
+
+    Args:
+        setting: the config's `teacher.offload`; `auto` takes the first for which there is room.
+        sizes: bytes of every component.
+    """
+    if setting != "auto":
+        return setting
+    free = free_memory(device)
+    if free is None or sum(sizes.values()) <= ROOM * free:
+        return "none"
+    return "model" if max(sizes.values()) <= ROOM * free else "stream"
+
+
+class _Move:
+    """A hook that brings a block's weights to the device, or back to where they rest.
+
+    diffusers' own group offloading replaces `forward` of the whole transformer, so that a shallow
+    copy with other blocks (`blocks.assembled`) would run the original; and its prefetching expects
+    every block in one order, while stages stop early and run blocks alone.
+    """
+
+    def __init__(self, device: torch.device | None, resting: dict[torch.Tensor, torch.Tensor]):
+        self.device, self.resting = device, resting
+
+    def __call__(self, module: nn.Module, *_call) -> None:
+        if self.device is None:
+            for tensor, data in self.resting.items():
+                tensor.data = data
+            self.resting.clear()
+            return
+        for tensor in (*module.parameters(), *module.buffers()):
+            # Weights never change here, so there is nothing to copy back; see `stream`.
+            self.resting.setdefault(tensor, tensor.data)
+            tensor.data = tensor.data.to(self.device, non_blocking=True)
+
+    def __deepcopy__(self, _memo) -> "_Stay":
+        return _Stay()
+
+
+class _Stay:
+    """The hook of a copied block: a student stays where it is put."""
+
+    def __call__(self, *_call) -> None:
+        pass
+
+
+def stream(transformer: nn.Module, block_modules: Iterable[nn.Module], device: torch.device):
+    """Keeps blocks in CPU memory, each on the device only while it runs; the rest stays there.
+
+    In place. Without gradients only: autograd would find the weights gone. Blocks may run in any
+    order, and deep copies of them are not streamed.
+    """
+    block_modules = list(block_modules)
+    inside = {t for m in block_modules for t in (*m.parameters(), *m.buffers())}
+    for tensor in (*transformer.parameters(), *transformer.buffers()):
+        if tensor not in inside:
+            tensor.data = tensor.data.to(device)
+        elif device.type == "cuda":
+            tensor.data = tensor.data.pin_memory()  # for fast transfers that need no waiting
+    for module in block_modules:
+        resting: dict[torch.Tensor, torch.Tensor] = {}
+        module.register_forward_pre_hook(_Move(device, resting))
+        module.register_forward_hook(_Move(None, resting), always_call=True)
+
+
+def stream_leaves(module: nn.Module, device: torch.device) -> None:
+    """As `stream` for any module, layer by layer: stock group offloading. In place."""
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+    )

@@ -206,7 +206,6 @@ def independent(
         # Shares differ by a row where the batch does not divide evenly; the loop averages them.
         weight = len(mine) * accelerator.num_processes / len(drawn)
         batch = reader.batch(mine).to(accelerator.device)
-        masks = blocks.token_masks(family, batch.arguments)
         with accelerator.autocast():
             lessons = teacher_states(transformer, parts, batch.arguments)
         if options["mode"] == "sequential":
@@ -218,6 +217,7 @@ def independent(
             if part.last == sequence[-1].index:
                 read = {s: v for s, v in lesson.target.items() if s not in family.unread}
                 lesson.target = read
+            masks = blocks.token_masks(family, batch.arguments, lesson.target)
             # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
             lesson.bound = fitting(lesson.bound, student)
             with accelerator.autocast():
@@ -278,7 +278,7 @@ def output_distillation(
         if in_float32:
             batch = batch.to_float32()
         with accelerator.autocast():
-            output = model_at(step)(**batch.arguments)[0]
+            output = blocks.answer(model_at(step), batch.arguments)
         power = accelerator.reduce(batch.output.float().square().sum(), reduction="mean")
         error = losses.velocity_error(output, batch.output, power)
         yield name, error, {"velocity_error": error}
@@ -375,7 +375,7 @@ def plugged_error(
     for batch in reader.batches(rows, batch_size):
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
-            output = model(**batch.arguments)[0]
+            output = blocks.answer(model, batch.arguments)
         where = devices.statistics_device(output.device)
         output, target = (x.to(where).double() for x in (output, batch.output))
         error += float((output - target).square().sum())

@@ -26,7 +26,18 @@ from torch import nn
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from ppcl import assembly, blocks, calls, devices, metrics, pipelines, provenance, schemas, tables
+from ppcl import (
+    assembly,
+    blocks,
+    calls,
+    devices,
+    hub,
+    metrics,
+    pipelines,
+    provenance,
+    schemas,
+    tables,
+)
 from ppcl.errors import UserError
 from ppcl.metrics import TEACHER, Estimate
 
@@ -71,13 +82,24 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
             raise UserError(f"--models: {folder} is not a pipeline folder; run assemble first")
         if folder.name in {model.name for model in found}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
-        source = teacher | {"path": str(folder), "revision": None, "variant": None}
-        if assembly.own_code(folder):
+        where = {"path": str(folder), "revision": None, "variant": None, "subfolder": None}
+        source = teacher | where
+        if assembly.own_code(folder, hub.component(teacher)):
             # diffusers copies it to one place for all; once it is there, processes only read it.
             source["trust_remote_code"] = True
             pipelines.code_beside(source)
         found.append(Model(folder.name, source))
     return found
+
+
+def side_by_side(found: list[Model], device: torch.device) -> list[Model]:
+    """The models, to be on the device at once: where teacher.offload is auto, all their
+    transformers stay there or all are streamed, so that times compare."""
+    if found[0].source.get("offload") != "auto":
+        return found
+    sizes = {model.name: pipelines.transformer_size(model.source) for model in found}
+    how = "none" if devices.offload("auto", sizes, device) == "none" else "stream"
+    return [Model(model.name, model.source | {"offload": how}) for model in found]
 
 
 # ---- processes
@@ -172,19 +194,29 @@ def generate(
         return
     pipe = _pipeline(model, device)
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
-    images = np.asarray(pipelines.run(pipe, prompts, seeds, settings, output_type="np").images)
+    images = [item.get("image") for item in batch]
+    images = pictures(pipelines.run(pipe, prompts, seeds, settings, images, output_type="np"))
     if not np.isfinite(images).all():
         raise _broken(model.name, "a picture")
-    pictures = (images * 255).round().astype(np.uint8)
+    rounded = (images * 255).round().astype(np.uint8)
     columns = {
         "variant": [model.name] * len(batch),
         "prompt": prompts,
         "seed": seeds,
-        "png": [to_png(picture) for picture in pictures],
+        "png": [to_png(picture) for picture in rounded],
         "read": [""] * len(batch),
         "prompt_index": [item["prompt_index"] for item in batch],
     }
     tables.write(part, pa.table(columns), schemas.IMAGES, {})
+
+
+def pictures(made) -> np.ndarray:
+    """What a pipeline made with output_type "np", float [batch, height, width, 3]; of a video the
+    frames one below the other."""
+    if hasattr(made, "images"):
+        return np.asarray(made.images)
+    frames = np.asarray(made.frames)  # [batch, frames, height, width, 3]
+    return frames.reshape(len(frames), -1, *frames.shape[3:])
 
 
 def to_png(picture: np.ndarray) -> bytes:
@@ -230,7 +262,7 @@ def velocity_errors(
     columns: dict[str, list[np.ndarray]] = {}
     for recorded in reader.batches(rows, batch_size):
         batch = recorded.to(device)
-        output = transformer(**batch.arguments)[0].cpu().double().numpy()
+        output = blocks.answer(transformer, batch.arguments).cpu().double().numpy()
         if not np.isfinite(output).all():
             raise _broken(name, "the transformer's output")
         error, norm = metrics.squared_errors(output, recorded.output.double().numpy())

@@ -2,28 +2,33 @@
 
 No other module asks which model it works on. An entry names the block lists in the order in which
 data flows through them, and which argument and which output of a block is which stream.
-`blocks.verify` checks the claims numerically before anything long runs.
+`blocks.verify` checks the claims numerically before anything long runs. A class without an entry is
+inspected (discovery.py), unless it is among those that are known not to work: REFUSED.
 """
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from ppcl.errors import UserError
 
-IMAGE, TEXT = "image", "text"
+# `joint`: text and image tokens in one sequence, where the blocks before have two. Where all blocks
+# have one sequence it is called `image`, text tokens or not.
+IMAGE, TEXT, JOINT = "image", "text", "joint"
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Paths in a block of what computes h + gate * ffn((1 + scale) * norm(h) + shift).
+    """Paths in a block of a stream's last step, h + gate * ffn(modulated(norm(h))).
 
     Attributes:
-        modulation: the last of an nn.Sequential: a Linear that gives shift, scale and gate of the
-            attention, then the same of the FFN.
+        norm: gets the stream after attention, h.
+        modulation: a Linear whose second half only the FFN uses; None if there is no such.
     """
 
     norm: str
     ffn: str
-    modulation: str
+    modulation: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,18 +36,23 @@ class TextPath:
     """Paths in a block of the text stream's way through the attention.
 
     Attributes:
-        norm, modulation: what makes the attention's text input from the stream.
+        norm: makes the attention's text input from the stream, with `modulation` or by itself.
+        modulation: gives that norm's shift and scale, and all gates; None if the norm does.
+        extras: values that the norm returns beside its result: gates, shifts and scales.
         attention, argument: the attention, and its argument that gets that input.
         output: the projection of the attention's text output.
         keywords: the block's argument whose items it hands to the attention.
+        others: further modules that get these items.
     """
 
     norm: str
-    modulation: str
+    modulation: str | None
+    extras: int
     attention: str
     argument: str
     output: str
     keywords: str
+    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,11 +89,17 @@ class BlockList:
     def layout(self) -> dict:
         """Where its blocks' parts are, as `narrow.narrow` wants it: JSON, for exported code."""
         width = self.width or Width({})
-        text = width.text and asdict(width.text) | {
-            "stream": self.inputs[TEXT],
-            "position": self.outputs.index(TEXT),
+        text = width.text and asdict(width.text) | {"stream": self.inputs[TEXT]}
+        return {
+            "outputs": list(self.outputs),
+            "ffn": {s: asdict(parts) for s, parts in width.ffn.items()},
+            "text": text,
         }
-        return {"ffn": {s: asdict(parts) for s, parts in width.ffn.items()}, "text": text}
+
+
+# A mask of a stream's real tokens [batch, tokens], True or 1, from the transformer's arguments and
+# the stream's number of tokens; None if all are real.
+Mask = Callable[[dict[str, Any], int], Any]
 
 
 @dataclass(frozen=True)
@@ -92,32 +108,130 @@ class Family:
 
     Attributes:
         lists: its block lists in data-flow order.
-        masks: stream -> the transformer argument that marks its real tokens (1) and padding (0).
+        masks: stream -> what tells its real tokens from padding.
         shared: tensor arguments of the transformer that have no batch dimension.
+        batch_dims: argument -> the dimension of its tensor that is the batch, if not the first.
         untouchable: (block list, index from either end) -> why that block can't be pruned.
         unread: streams that nothing reads after the last block.
+        state, time: arguments with the latents and the timestep, for fresh noise.
+        index_keys: config keys that list numbers of blocks.
+        per_block: config keys that list a value per block, over all lists.
+        companions: ModuleLists that hold a module per block, over all lists, and then others.
+        limits: what a user should know, for the table in the docs.
     """
 
     lists: tuple[BlockList, ...]
-    masks: dict[str, str] = field(default_factory=dict)
+    masks: dict[str, Mask] = field(default_factory=dict)
     shared: tuple[str, ...] = ()
+    batch_dims: dict[str, int] = field(default_factory=dict)
     untouchable: dict[tuple[str, int], str] = field(default_factory=dict)
     unread: tuple[str, ...] = ()
+    state: str = "hidden_states"
+    time: str = "timestep"
+    index_keys: tuple[str, ...] = ()
+    per_block: tuple[str, ...] = ()
+    companions: tuple[str, ...] = ()
+    limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
         """Name of each block list -> its layout."""
         return {blocks.attribute: blocks.layout() for blocks in self.lists}
 
 
+# ---- masks
+
+
+def marked(argument: str) -> Mask:
+    """The tokens that an argument of the transformer marks."""
+    return lambda arguments, tokens: arguments.get(argument)
+
+
+def _first(counts, tokens: int):
+    """Mask [batch, tokens] of the first counts[i] tokens of each sample."""
+    places = counts.new_ones(tokens).cumsum(0) - 1
+    return places[None] < counts[:, None]
+
+
+def _lumina(arguments: dict, tokens: int):
+    # Each sample's text, without padding, then its image; then padding.
+    text = arguments["encoder_attention_mask"].sum(1).long()
+    return _first(text + tokens - text.max(), tokens)
+
+
+def _hunyuan_image(arguments: dict, tokens: int):
+    # Real tokens of both encoders come first, then the padding of both.
+    mask = arguments.get("encoder_attention_mask")
+    second = arguments.get("encoder_attention_mask_2")
+    if mask is None or second is None:
+        return mask
+    return _first(mask.sum(1).long() + second.sum(1).long(), tokens)
+
+
+def _z_image(arguments: dict, tokens: int):
+    # Image and text, each filled up to a multiple of 32 with tokens that count, then padding.
+    texts = [-(-len(text) // 32) * 32 for text in arguments["cap_feats"]]
+    counts = arguments["t"].new_tensor(texts).long()
+    return _first(counts + tokens - counts.max(), tokens)
+
+
+def _hidream(arguments: dict, tokens: int):
+    # The last ones are a layer of the text encoder, which every block gets anew.
+    states = arguments["encoder_hidden_states_llama3"]
+    kept = tokens - states.shape[2]
+    return _first(states.new_full((states.shape[1],), kept).long(), tokens)
+
+
+# ---- what many classes have in common
+
+
+def single(
+    stream: str,
+    attribute: str,
+    depth_key: str,
+    width: Width | None = None,
+    argument: str = "hidden_states",
+) -> BlockList:
+    """Blocks that take and return one sequence."""
+    return BlockList(attribute, depth_key, {stream: argument}, (stream,), width)
+
+
+def dual(
+    outputs: tuple[str, ...], attribute: str, depth_key: str, width: Width | None = None
+) -> BlockList:
+    """Blocks that take and return image and text as hidden_states and encoder_hidden_states."""
+    inputs = {IMAGE: "hidden_states", TEXT: "encoder_hidden_states"}
+    return BlockList(attribute, depth_key, inputs, outputs, width)
+
+
+IMAGE_TEXT, TEXT_IMAGE = (IMAGE, TEXT), (TEXT, IMAGE)
+DOUBLE = ("transformer_blocks", "num_layers")
+SINGLE = ("single_transformer_blocks", "num_single_layers")
+
+# Blocks whose norms, AdaLayerNormZero, hold their own modulation.
+_ZERO_FFN = {
+    IMAGE: FeedForward("norm2", "ff", "norm1.linear"),
+    TEXT: FeedForward("norm2_context", "ff_context", "norm1_context.linear"),
+}
+_ZERO_TEXT = TextPath(
+    norm="norm1_context",
+    modulation=None,
+    extras=4,
+    attention="attn",
+    argument="encoder_hidden_states",
+    output="attn.to_add_out",
+    keywords="joint_attention_kwargs",
+    others=("attn2",),
+)
+_ZERO = Width(_ZERO_FFN, _ZERO_TEXT)
+_FFN = FeedForward("norm2", "ff")
+
 FAMILIES: dict[str, Family] = {
     "QwenImageTransformer2DModel": Family(
         lists=(
-            BlockList(
-                attribute="transformer_blocks",
-                depth_key="num_layers",
-                inputs={IMAGE: "hidden_states", TEXT: "encoder_hidden_states"},
-                outputs=(TEXT, IMAGE),
-                width=Width(
+            dual(
+                TEXT_IMAGE,
+                *DOUBLE,
+                Width(
                     ffn={
                         IMAGE: FeedForward("img_norm2", "img_mlp", "img_mod.1"),
                         TEXT: FeedForward("txt_norm2", "txt_mlp", "txt_mod.1"),
@@ -125,6 +239,7 @@ FAMILIES: dict[str, Family] = {
                     text=TextPath(
                         norm="txt_norm1",
                         modulation="txt_mod",
+                        extras=0,
                         attention="attn",
                         argument="encoder_hidden_states",
                         output="attn.to_add_out",
@@ -133,22 +248,205 @@ FAMILIES: dict[str, Family] = {
                 ),
             ),
         ),
-        masks={TEXT: "encoder_hidden_states_mask"},
+        masks={TEXT: marked("encoder_hidden_states_mask")},
         unread=(TEXT,),
+    ),
+    "FluxTransformer2DModel": Family(
+        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO), dual(TEXT_IMAGE, *SINGLE)),
+        shared=("img_ids", "txt_ids"),
+        unread=(TEXT,),
+    ),
+    "Flux2Transformer2DModel": Family(
+        lists=(
+            dual(
+                TEXT_IMAGE,
+                *DOUBLE,
+                Width({IMAGE: _FFN, TEXT: FeedForward("norm2_context", "ff_context")}),
+            ),
+            single(JOINT, *SINGLE),
+        ),
+        limits="one modulation serves all blocks, so text streams can't be shared",
+    ),
+    "SD3Transformer2DModel": Family(
+        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO),),
+        untouchable={
+            ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
+        },
+        index_keys=("dual_attention_layers",),
+        limits="intervals don't cross from blocks with two attentions to others",
+    ),
+    "PixArtTransformer2DModel": Family(
+        lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
+        limits="not flow matching: record.renoised_per_sample must be 0",
+    ),
+    "SanaTransformer2DModel": Family(lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),)),
+    "Lumina2Transformer2DModel": Family(
+        lists=(
+            single(
+                IMAGE,
+                "layers",
+                "num_layers",
+                Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
+            ),
+        ),
+        masks={IMAGE: _lumina},
+        limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
+    ),
+    "ZImageTransformer2DModel": Family(
+        lists=(
+            single(
+                IMAGE,
+                "layers",
+                "n_layers",
+                Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
+                argument="x",
+            ),
+        ),
+        masks={IMAGE: _z_image},
+        state="x",
+        time="t",
+        limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
+    ),
+    "HunyuanImageTransformer2DModel": Family(
+        lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
+        masks={TEXT: _hunyuan_image},
+        unread=(TEXT,),
+        limits="the attention gets no keywords, so text streams can't be shared",
+    ),
+    "HiDreamImageTransformer2DModel": Family(
+        lists=(
+            dual(IMAGE_TEXT, "double_stream_blocks", "num_layers"),
+            single(JOINT, "single_stream_blocks", "num_single_layers"),
+        ),
+        masks={TEXT: _hidream, JOINT: _hidream},
+        batch_dims={"encoder_hidden_states_llama3": 1},
+        untouchable={
+            ("single_stream_blocks", -1): "its layer of the text encoder starts the text stream"
+        },
+        time="timesteps",
+        per_block=("llama_layers",),
+        companions=("caption_projection",),
+        limits="FFNs are mixtures of experts, which stay",
+    ),
+    "WanTransformer3DModel": Family(
+        lists=(single(IMAGE, "blocks", "num_layers", Width({IMAGE: FeedForward("norm3", "ffn")})),),
+        limits="with two transformers, prune one run after the other (teacher.component)",
+    ),
+    "HunyuanVideoTransformer3DModel": Family(
+        lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
+        masks={TEXT: marked("encoder_attention_mask")},
+        unread=(TEXT,),
+        limits="the attention gets no keywords, so text streams can't be shared",
+    ),
+    "LTXVideoTransformer3DModel": Family(
+        lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
+        shared=("video_coords",),
+    ),
+    "CogVideoXTransformer3DModel": Family(
+        lists=(dual(IMAGE_TEXT, *DOUBLE),),
+        shared=("image_rotary_emb",),
+        limits="one FFN serves both streams, so it stays; not flow matching: "
+        "record.renoised_per_sample must be 0",
+    ),
+    "MochiTransformer3DModel": Family(
+        lists=(
+            dual(
+                IMAGE_TEXT,
+                *DOUBLE,
+                Width(
+                    {
+                        IMAGE: FeedForward("norm3", "ff"),
+                        TEXT: FeedForward("norm3_context", "ff_context"),
+                    }
+                ),
+            ),
+        ),
+        masks={TEXT: marked("encoder_attention_mask")},
+        untouchable={
+            ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
+        },
     ),
 }
 
+_SOUND = "it makes sound, and results here are pictures and videos"
+_CACHE = "its calls share a cache of keys and values by block, so none can be replayed alone"
+_PART = "it is no denoiser of a pipeline by itself"
+_UNSEEN = "its blocks carry other sequences than images and texts"
+REFUSED: dict[str, str] = {
+    "AceStepTransformer1DModel": _SOUND,
+    "BriaFibo2Transformer2DModel": "texts enter blocks that the config lists by number",
+    "BriaFiboTransformer2DModel": "every block gets a projection of its own of another text layer",
+    "ChromaTransformer2DModel": "its modulations come from one table that is made by depth, so a "
+    "pruned model loads clean and computes wrong",
+    "ConsisIDTransformer3DModel": "faces enter at every n-th block, counted by number",
+    "Cosmos3OmniTransformer": _UNSEEN,
+    "CosmosTransformer3DModel": "what its blocks return depends on the call",
+    "DreamLiteTransformer2DModel": _PART,
+    "EasyAnimateTransformer3DModel": "its first blocks are of another kind, counted by number",
+    "GlmImageTransformer2DModel": _CACHE,
+    "HunyuanDiT2DModel": "skip connections join blocks of its first and its second half",
+    "Kandinsky5Transformer3DModel": _UNSEEN,
+    "Kandinsky6SRTransformer3DModel": _UNSEEN,
+    "Kandinsky6Transformer3DModel": _UNSEEN,
+    "LTX2VideoTransformer3DModel": "guidance skips blocks by number, and sound passes them too",
+    "LatteTransformer3DModel": "its forward pairs blocks of two lists",
+    "LongCatAudioDiTTransformer": _SOUND,
+    "MiniMaxMusic3RVQDepthDecoder": _SOUND,
+    "MiniMaxMusic3Transformer1DModel": _SOUND,
+    "MotifVideoTransformer3DModel": "how a block is made depends on its number",
+    "NucleusMoEImageTransformer2DModel": "which blocks are mixtures of experts goes by number",
+    "PriorTransformer": "it makes embeddings, no pictures",
+    "QwenImage21Transformer2DModel": _CACHE,
+    "RFD4ProteinaTransformer": "it makes proteins, no pictures",
+    "SanaWMLTX2RefinerTransformer3DModel": _CACHE,
+    "SanaWMTransformer3DModel": "how a block is made depends on its number",
+    "StableAudio3DiTModel": _SOUND,
+    "StableAudioDiTModel": _SOUND,
+    "T5FilmDecoder": _SOUND,
+    "Transformer2DModel": _PART,
+    "TransformerTemporalModel": _PART,
+    "WanAnimate2Transformer3DModel": "what its forward does with block 9 goes by number",
+    "WanAnimateTransformer3DModel": "faces enter at every fifth block, counted by number",
+    "WanVACETransformer3DModel": "the config lists by number the blocks that control enters",
+}
 
-def family_of(class_name: str) -> Family:
-    """The registry entry of a transformer class.
+
+def family_of(class_name: str) -> Family | None:
+    """The registry entry of a transformer class; None if it has none and must be inspected.
 
     Raises:
-        UserError: the class has no entry.
+        UserError: the class is known not to work; says why.
     """
-    if class_name not in FAMILIES:
+    if class_name in REFUSED:
         raise UserError(
-            f"teacher: its transformer is a {class_name}, which can't be pruned yet. "
-            f"Supported: {', '.join(sorted(FAMILIES))}. To add it, write its entry in "
-            "workflow/scripts/ppcl/families.py."
+            f"teacher: its transformer is a {class_name}, which can't be pruned: "
+            f"{REFUSED[class_name]}. Supported: {', '.join(sorted(FAMILIES))}"
         )
-    return FAMILIES[class_name]
+    return FAMILIES.get(class_name)
+
+
+def table() -> str:
+    """The registry as Markdown: what works on which class, and what does not and why."""
+    lines = [
+        "| transformer class | blocks, in order of data flow | streams | width | limits |",
+        "|---|---|---|---|---|",
+    ]
+    for name, family in sorted(FAMILIES.items()):
+        lists = [f"`{listed.attribute}` (`{listed.depth_key}`)" for listed in family.lists]
+        streams = dict.fromkeys(", ".join(listed.inputs) for listed in family.lists)
+        limits = [f"{where[0]}[{where[1]}]: {why}" for where, why in family.untouchable.items()]
+        limits += [family.limits] if family.limits else []
+        cells = [f"`{name}`", " + ".join(lists), "; ".join(streams), _width_words(family)]
+        lines.append("| " + " | ".join([*cells, "; ".join(limits)]) + " |")
+    lines += ["", "| refused | because |", "|---|---|"]
+    lines += [f"| `{name}` | {why} |" for name, why in sorted(REFUSED.items())]
+    return "\n".join(lines) + "\n"
+
+
+def _width_words(family: Family) -> str:
+    found = []
+    for listed in family.lists:
+        width = listed.width or Width({})
+        found += [f"{stream} FFN" for stream in width.ffn]
+        found += ["text runs"] if width.text else []
+    return ", ".join(found) or "none"

@@ -27,6 +27,7 @@ DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 STREAMS = {  # stream -> colour, marker
     "image": (BLUE, "o"),
     "text": (VERMILION, "s"),
+    "joint": (GREEN, "^"),
     "mean": (BLACK, "D"),
 }
 SERIES = [  # colour, marker and line style of the first, second, ... variant; the teacher is black

@@ -20,7 +20,12 @@ from ppcl import figure_style as style
 from ppcl.errors import UserError
 from ppcl.figure_style import MINUS
 
-_STREAM_WORDS = {"image": "image stream", "text": "text stream", "mean": "mean of both streams"}
+_STREAM_WORDS = {
+    "image": "image stream",
+    "text": "text stream",
+    "joint": "joint stream",
+    "mean": "mean of both streams",
+}
 
 # Kinds of pruning -> name, colour, marker, pale fill.
 KINDS = {

@@ -1,6 +1,7 @@
 """Narrow blocks: stock diffusers blocks with some submodules swapped (PPCL, arXiv 2511.16156).
 
-A linear FFN (Eq. 9) is a residual linear map of the post-attention stream. A text run (Eq. 8) is a
+A linear FFN (Eq. 9) is a residual linear map of the post-attention stream, which is what a stock
+block returns if its FFN returns zeros. A text run (Eq. 8) is a
 row of blocks of which the first, the `source`, has a text stream; the others `borrow` its input of
 the attention, and the last may `close` the run by making the text stream that follows it. In
 between, the text stream of the blocks is a carry: the source's text output and that attention
@@ -14,9 +15,11 @@ There it ends with lines that `module_text` adds, which define the class to load
 import copy
 import functools
 import inspect
+import json
 import os
 import pprint
 import sys  # noqa: F401  the added lines use it
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,13 +43,23 @@ class Residual(nn.Module):
         return x + self.linear(x)
 
 
+class Borrowed(nn.Module):
+    """Stands for a norm that also returns gates, shifts and scales: x + W x + b, and zeros."""
+
+    def __init__(self, linear: nn.Linear, extras: int):
+        super().__init__()
+        self.linear, self.extras = linear, extras
+
+    def forward(self, x: Tensor, *_args, **_kwargs) -> tuple[Tensor, ...]:
+        mapped = x + self.linear(x)
+        return (mapped, *[mapped.new_zeros(len(x), x.shape[-1])] * self.extras)
+
+
 class Open(nn.Module):
-    """Adds the second half of a modulation [..., 3d]: shift 0, scale 0, gate 1."""
+    """Adds the second half of a modulation [..., 3d]: zeros, which nothing reads any more."""
 
     def forward(self, first_half: Tensor) -> Tensor:
-        *batch, width = first_half.shape
-        nothing = first_half.new_zeros(*batch, 2 * width // 3)
-        return torch.cat([first_half, nothing, first_half.new_ones(*batch, width // 3)], dim=-1)
+        return torch.cat([first_half, torch.zeros_like(first_half)], dim=-1)
 
 
 class Shut(nn.Module):
@@ -83,17 +96,21 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
         raise ValueError("blocks of this class have no text stream that could be borrowed")
     if role in ("borrow", "close") and "text" in streams:
         raise ValueError("a borrowed text stream has no FFN that could be linear")
+    if streams:
+        ffns = {s: block.get_submodule(layout["ffn"][s]["ffn"]) for s in streams}
+        block.linear_ffn = nn.ModuleDict({s: _in_place_of(ffn) for s, ffn in ffns.items()})
     for stream in streams:
-        _linear_ffn(block, layout["ffn"][stream])
+        _drop_ffn(block, layout["ffn"][stream])
     if role != "own":
         _text_run(block, layout, role)
     block.narrowed = {"linear_ffn": list(streams), "text": role}
-    paths = {f"ffn/{s}": layout["ffn"][s]["ffn"] for s in streams}
+    paths = {f"ffn/{s}": f"linear_ffn.{s}" for s in streams}
     if role in ("borrow", "close"):
         paths["text/input"] = f"{layout['text']['norm']}.linear"
     if role == "close":
         paths["text/output"] = "text_output.linear"
     block.map_paths = paths
+    block.__class__ = _narrowed(type(block), role, tuple(streams), json.dumps(layout))
     return block
 
 
@@ -108,45 +125,68 @@ def maps(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: block.get_submodule(path) for name, path in paths.items()}
 
 
-def _linear_ffn(block: nn.Module, parts: dict) -> None:
-    modulation = block.get_submodule(parts["modulation"])
-    width = modulation.out_features // 6
+def _drop_ffn(block: nn.Module, parts: dict) -> None:
+    # Without an FFN the stock forward returns the stream after attention, which the map gets.
+    _drop(block, parts["norm"], _same)
+    _drop(block, parts["ffn"], _nothing)
+    modulation = parts["modulation"] and block.get_submodule(parts["modulation"])
+    if not modulation or modulation.out_features != 6 * modulation.in_features:
+        return  # shared by all blocks, or laid out in another way
+    width = modulation.in_features
     for name, whole in list(modulation.named_parameters()):
         half = whole.detach()[: 3 * width].clone()
         setattr(modulation, name, nn.Parameter(half, requires_grad=whole.requires_grad))
     modulation.out_features = 3 * width
-    block.get_submodule(parts["modulation"].rpartition(".")[0]).append(Open())
-    _drop(block, parts["norm"])
-    block.set_submodule(parts["ffn"], _zero_linear(width, modulation.weight))
+    parent, _, name = parts["modulation"].rpartition(".")
+    holder = block.get_submodule(parent)
+    if isinstance(holder, nn.Sequential):
+        holder.append(Open())
+    else:
+        setattr(holder, name, nn.Sequential(modulation, Open()))
 
 
 def _text_run(block: nn.Module, layout: dict, role: str) -> None:
     text, ffn = layout["text"], layout["ffn"]["text"]
     if role == "source":
+        attention = block.get_submodule(text["attention"])
         hook = functools.partial(_capture, text["argument"])
-        block.get_submodule(text["attention"]).register_forward_pre_hook(hook, with_kwargs=True)
-    else:
-        modulation = block.get_submodule(ffn["modulation"])
-        width = modulation.out_features // 6
+        attention.register_forward_pre_hook(hook, with_kwargs=True)
+        for path in text["others"]:
+            if getattr(block, path, None) is not None:
+                block.get_submodule(path).register_forward_pre_hook(_ignore, with_kwargs=True)
+        return
+    output = block.get_submodule(text["output"])
+    width, like = output.out_features, output.weight
+    if text["modulation"]:
         block.set_submodule(text["modulation"], Shut(6 * width))
-        for path in (ffn["norm"], ffn["ffn"], text["output"]):
-            _drop(block, path)
-        block.set_submodule(text["norm"], Residual(_zero_linear(width, modulation.weight)))
-        if role == "close":
-            block.text_output = Residual(_zero_linear(width, modulation.weight))
-    names = (text["stream"], text["position"], text["keywords"])
-    block.__class__ = _carrier(type(block), role, *names)
+    for path in (ffn["norm"], ffn["ffn"], text["output"]):
+        _drop(block, path, _same)
+    linear = _zero_linear(width, like)
+    made = Borrowed(linear, text["extras"]) if text["extras"] else Residual(linear)
+    block.set_submodule(text["norm"], made)
+    if role == "close":
+        block.text_output = Residual(_zero_linear(width, like))
 
 
-def _drop(block: nn.Module, path: str) -> None:
+def _drop(block: nn.Module, path: str, instead: Callable) -> None:
     # A function and no module, which adapters (LoRA) made for stock blocks would find and wrap.
     parent, _, name = path.rpartition(".")
     delattr(block.get_submodule(parent), name)
-    setattr(block.get_submodule(parent), name, _same)
+    setattr(block.get_submodule(parent), name, instead)
 
 
-def _same(x: Tensor) -> Tensor:
+def _same(x: Tensor, *_args, **_kwargs) -> Tensor:
     return x
+
+
+def _nothing(x: Tensor, *_args, **_kwargs) -> Tensor:
+    return torch.zeros_like(x)
+
+
+def _in_place_of(ffn: nn.Module) -> nn.Linear:
+    """A zero map between an FFN's channels: the shorter side of its matrices, as it widens."""
+    matrix = next(p for p in ffn.parameters() if p.ndim > 1)
+    return _zero_linear(min(matrix.shape[:2]), matrix)
 
 
 def _zero_linear(width: int, like: Tensor) -> nn.Linear:
@@ -163,30 +203,45 @@ def _capture(argument: str, _attention: nn.Module, args: tuple, kwargs: dict):
     return args, kwargs
 
 
+def _ignore(_module: nn.Module, args: tuple, kwargs: dict):
+    kwargs.pop(_CAPTURE, None)
+    return args, kwargs
+
+
 @functools.cache
-def _carrier(base: type, role: str, stream: str, position: int, keywords: str) -> type:
-    """A subclass, by the same name, of a block's class: its text stream is a carry.
+def _narrowed(base: type, role: str, linear: tuple[str, ...], layout: str) -> type:
+    """A subclass, by the same name, of a block's class: adds its linear FFNs' maps; in a text run,
+    its text stream is a carry.
 
     A subclass, since hooks on the block should see what passes between blocks; by the same name,
     since diffusers finds the blocks to compile and not to split by name.
     """
-    stock = base.forward
+    stock, where = base.forward, json.loads(layout)
     names = list(inspect.signature(stock).parameters)[1:]
+    streams, text = where["outputs"], where["text"]
 
     @functools.wraps(stock)
     def forward(self, *args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs  # checkpointing gives positions
+        taken: list[Tensor] = []  # local, so that recomputed and compiled calls have their own
         if role == "source":
-            taken: list[Tensor] = []  # local, so that recomputed and compiled calls have their own
+            keywords = text["keywords"]
             given[keywords] = (given.get(keywords) or {}) | {_CAPTURE: taken}
-            outputs = list(stock(self, **given))
-            outputs[position] = torch.cat([outputs[position], taken[0]], dim=-1)
-        else:
-            carry = given[stream]
-            text, attended = carry.chunk(2, dim=-1)
-            outputs = list(stock(self, **given | {stream: attended}))
-            outputs[position] = self.text_output(text) if role == "close" else carry
-        return tuple(outputs)
+        elif role != "own":
+            carry = given[text["stream"]]
+            own, attended = carry.chunk(2, dim=-1)
+            given |= {text["stream"]: attended}
+        returned = stock(self, **given)
+        outputs = list(returned) if isinstance(returned, tuple) else [returned]
+        for stream in linear:
+            place = streams.index(stream)
+            outputs[place] = outputs[place] + self.linear_ffn[stream](outputs[place])
+        if role == "source":
+            place = streams.index("text")
+            outputs[place] = torch.cat([outputs[place], taken[0]], dim=-1)
+        elif role != "own":
+            outputs[streams.index("text")] = self.text_output(own) if role == "close" else carry
+        return tuple(outputs) if isinstance(returned, tuple) else outputs[0]
 
     body = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return type(base.__name__, (base,), body)
@@ -242,6 +297,7 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
 def from_stock(transformer: nn.Module, layouts: dict[str, dict]) -> nn.Module:
     """A transformer that holds narrow blocks, as one of the class `pruned`; shares all modules."""
     made = copy.copy(transformer)
+    made.__dict__.pop("forward", None)  # an offloading hook's, which runs the original
     made._modules = dict(transformer._modules)  # a shallow copy would share this mapping
     made.__class__ = pruned(getattr(type(transformer), "stock", type(transformer)), layouts)
     made.register_to_config(narrow_blocks=specs(transformer))

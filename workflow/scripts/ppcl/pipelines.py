@@ -1,18 +1,36 @@
 """Loading stock pipelines and transformers, and running them on prompts."""
 
 import inspect
-import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
+from PIL import Image
 
-from ppcl import blocks, devices
+from ppcl import blocks, devices, hub, preflight
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
-log = logging.getLogger(__name__)
+
+def denoiser(pipe: DiffusionPipeline, teacher: dict) -> torch.nn.Module:
+    """The transformer that is pruned: the pipeline's component that `teacher.component` names.
+
+    Raises:
+        UserError: the pipeline has no such component.
+    """
+    name = hub.component(teacher)
+    found = getattr(pipe, name, None)
+    if not isinstance(found, torch.nn.Module):
+        raise UserError(
+            f"teacher.component: {teacher['path']} is a {type(pipe).__name__} without a {name}; "
+            f"it has {', '.join(sorted(pipe.components))}"
+        )
+    return found
 
 
 def load(
@@ -21,7 +39,9 @@ def load(
     without: tuple[str, ...] = (),
     key: str = "teacher.path",
 ) -> DiffusionPipeline:
-    """A teacher's pipeline, on a device, in evaluation mode, with progress bars off.
+    """A teacher's pipeline, in evaluation mode, with progress bars off.
+
+    It is on the device, or brought there in parts as `teacher.offload` says.
 
     Args:
         teacher: the config's `teacher` mapping.
@@ -31,11 +51,10 @@ def load(
     Raises:
         UserError: not a pipeline, not reachable, damaged weights, or a family we can't prune.
     """
-    path = teacher["path"]
+    path, folder = teacher["path"], hub.folder(teacher, key, without=without)
     try:
         pipe = DiffusionPipeline.from_pretrained(
-            path,
-            revision=teacher["revision"],
+            folder,
             variant=teacher["variant"],
             dtype=devices.dtype(teacher["dtype"]),
             trust_remote_code=teacher["trust_remote_code"],
@@ -45,57 +64,106 @@ def load(
         raise UserError(
             f"{key}: {path} can't be loaded as a diffusers pipeline: {error}"
         ) from error
-    if getattr(pipe, "transformer", None) is None:
-        raise UserError(f"{key}: {path} is a {type(pipe).__name__} without a transformer")
-    blocks.family(pipe.transformer)
-    refuse_incomplete(pipe.transformer, f"{path}/transformer")
+    transformer = denoiser(pipe, teacher)
+    blocks.family(transformer)
+    refuse_incomplete(transformer, f"{path}/{hub.component(teacher)}")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    sizes = {name: devices.size(module) for name, module in modules.items()}
+    how = devices.offload(teacher.get("offload", "none"), sizes, device)
+    if how == "none":
+        return pipe.to(device)
+    if how == "model":
+        try:
+            pipe.enable_model_cpu_offload(device=device)
+        except ValueError as error:  # of a pipeline that does not say in which order it uses them
+            raise UserError(
+                f"teacher.offload: model does not work with {type(pipe).__name__} ({error}); set "
+                "it to none or stream"
+            ) from error
+        return pipe
+    for module in modules.values():
+        if isinstance(module, type(transformer)):
+            devices.stream(module, [b.module for b in blocks.block_sequence(module)], device)
+        else:
+            devices.stream_leaves(module, device)
+    return pipe
 
 
 def load_transformer(
-    teacher: dict, device: torch.device, key: str = "teacher.path"
+    teacher: dict,
+    device: torch.device,
+    key: str = "teacher.path",
+    gradients: bool = False,
 ) -> torch.nn.Module:
-    """The teacher's transformer alone, frozen and in evaluation mode; arguments as in `load`."""
-    path = teacher["path"]
-    try:
-        index = DiffusionPipeline.load_config(path, revision=teacher["revision"])
-    except OSError as error:
-        raise UserError(f"{key}: {path} is not a diffusers pipeline: {error}") from error
-    library, name = index.get("transformer") or (None, None)
+    """The teacher's transformer alone, frozen and in evaluation mode; arguments as in `load`.
+
+    Nothing else of the pipeline is read, or downloaded.
+
+    Args:
+        gradients: it will be trained, or gradients will pass through it: autograd needs its
+            weights where they were, so it can't be streamed.
+
+    Raises:
+        UserError: as `load`; or it has to be streamed and gradients are wanted.
+    """
+    path, name = teacher["path"], hub.component(teacher)
+    where = f"{path}/{name}"
+    folder = hub.folder(teacher, key, only=(name,))
+    index = hub.read_index(folder, key)
+    library, made_as = index.get(name) or (None, None)
+    if made_as is None:
+        raise UserError(f"{key}: {path} has no {name}; set teacher.component to one that it has")
     if library == "diffusers":
-        family_of(name)
-    elif not (name and teacher["trust_remote_code"]):
+        family_of(made_as)
+    elif not teacher["trust_remote_code"]:
         raise UserError(
-            f"{key}: {path}: its transformer is not a class of diffusers; if its code is beside "
+            f"{key}: {path}: its {name} is not a class of diffusers; if its code is beside "
             "its weights and you trust it, set trust_remote_code: true"
         )
-    options = {"subfolder": "transformer", "revision": teacher["revision"]}
-    import diffusers
-
     try:
-        made_by = getattr(diffusers, name) if library == "diffusers" else code_beside(teacher)
+        made_by = getattr(diffusers, made_as) if library == "diffusers" else code_beside(teacher)
         transformer = made_by.from_pretrained(
-            path, variant=teacher["variant"], dtype=devices.dtype(teacher["dtype"]), **options
+            folder,
+            subfolder=name,
+            variant=teacher["variant"],
+            dtype=devices.dtype(teacher["dtype"]),
         )
     except Exception as error:
-        raise UserError(f"{key}: {path}/transformer can't be loaded: {error}") from error
+        raise UserError(f"{key}: {where} can't be loaded: {error}") from error
     blocks.family(transformer)
-    refuse_incomplete(transformer, f"{path}/transformer")
-    return transformer.requires_grad_(False).eval().to(device)
+    refuse_incomplete(transformer, where)
+    transformer.requires_grad_(False).eval()
+    how = devices.offload(teacher.get("offload", "none"), {name: devices.size(transformer)}, device)
+    if how != "stream":
+        return transformer.to(device)
+    if gradients:
+        raise UserError(
+            f"teacher.offload: {where} would be streamed, but this stage sends gradients through "
+            "it, which needs all its weights on the device; set teacher.offload to none, or leave "
+            "the stage out (subsets.steps: 0, finetune_steps: 0)"
+        )
+    devices.stream(transformer, [b.module for b in blocks.block_sequence(transformer)], device)
+    return transformer
+
+
+def transformer_size(teacher: dict) -> int:
+    """Bytes of the transformer's weights in the dtype that it runs in, read from their headers."""
+    part = hub.folder(teacher, only=(hub.component(teacher),)) / hub.component(teacher)
+    files = hub.of_variant([str(f) for f in part.glob("*.safetensors")], teacher["variant"])
+    headers = [preflight.safetensors_header(Path(file)) for file in files]
+    entries = [v for header in headers for k, v in header.items() if k != "__metadata__"]
+    count = sum(math.prod(entry["shape"]) for entry in entries)
+    return count * devices.dtype(teacher["dtype"]).itemsize
 
 
 def code_beside(teacher: dict) -> type:
     """The transformer's class from the code beside its weights, which the caller trusts."""
-    path, revision = teacher["path"], teacher["revision"]
-    library, name = DiffusionPipeline.load_config(path, revision=revision)["transformer"]
+    part = hub.component(teacher)
+    folder = hub.folder(teacher, only=(part,))
+    library, name = hub.read_index(folder)[part]
     return get_class_from_dynamic_module(
-        path,
-        f"{library}.py",
-        class_name=name,
-        trust_remote_code=True,
-        subfolder="transformer",
-        revision=revision,
+        folder, f"{library}.py", class_name=name, trust_remote_code=True, subfolder=part
     )
 
 
@@ -120,9 +188,22 @@ def call_arguments(pipe: DiffusionPipeline, settings: dict[str, Any]) -> dict[st
     Raises:
         UserError: a key is no argument of this pipeline, or one that the workflow sets itself.
     """
-    ours = {"prompt", "generator", "output_type", "callback_on_step_end", "return_dict", "latents"}
+    ours = {
+        "prompt",
+        "image",
+        "generator",
+        "output_type",
+        "callback_on_step_end",
+        "return_dict",
+        "latents",
+    }
     known = set(inspect.signature(pipe.__call__).parameters) - ours
     for key in settings:
+        if key == "image":
+            raise UserError(
+                "config key 'pipeline.image' is set by the workflow: name the picture of every "
+                "prompt in a column 'image' of the prompts file (.csv)"
+            )
         if key not in known:
             raise UserError(
                 f"config key 'pipeline.{key}' is not an argument of {type(pipe).__name__}; "
@@ -136,13 +217,27 @@ def sample_prompts(rows: list[dict], samples: int, seed: int) -> list[tuple[int,
     return [(i % len(rows), rows[i % len(rows)]["prompt"], seed + i) for i in range(samples)]
 
 
+def samples(rows: list[dict], count: int, seed: int) -> list[dict]:
+    """As `sample_prompts`: sample, prompt_index, prompt, seed; and image, if rows have one."""
+    return [
+        {"sample": number, "prompt_index": index, "prompt": prompt, "seed": noise}
+        | {key: rows[index][key] for key in ("image",) if key in rows[index]}
+        for number, (index, prompt, noise) in enumerate(sample_prompts(rows, count, seed))
+    ]
+
+
 def in_batches(pipe: DiffusionPipeline, items: list[dict], size: int) -> list[list[dict]]:
     """Items of like prompt length together: less padding, which costs time and needs a mask.
+
+    Items with a picture are batches of their own: how a pipeline spreads one picture over several
+    prompts, or whether it can, differs.
 
     Args:
         items: each with its `prompt` and its number, `sample`, which orders items of one length.
         size: most items in a batch.
     """
+    if any("image" in item for item in items):
+        size = 1
     tokenizer = getattr(pipe, "tokenizer", None)
     if tokenizer is None:
         lengths = {item["prompt"]: len(item["prompt"]) for item in items}
@@ -159,16 +254,59 @@ def run(
     prompts: list[str],
     seeds: list[int],
     settings: dict[str, Any],
+    images: Sequence[str | None] | None = None,
     **more: Any,
 ):
     """Runs the stock pipeline; an image depends on its prompt and seed, not on its batch.
 
     Noise is drawn on the CPU, so a seed gives the same start on every device. A string
     `negative_prompt` is repeated for the batch.
+
+    Args:
+        images: path of the picture of every prompt (all the same), or None, for pipelines that
+            take one besides the prompt.
+
+    Raises:
+        UserError: a key of the settings is no argument of this pipeline; a picture can't be read,
+            the pipeline takes none, or it needs one.
     """
     arguments = dict(call_arguments(pipe, settings))
     if isinstance(arguments.get("negative_prompt"), str):
         arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    with torch.no_grad():
-        return pipe(prompt=prompts, generator=generators, **arguments, **more)
+    picture = _picture(pipe, images or ())
+    if picture is not None:
+        arguments["image"] = picture
+    try:
+        with torch.no_grad():
+            # A copy, since Z-Image's pipeline writes into the list.
+            return pipe(prompt=list(prompts), generator=generators, **arguments, **more)
+    except (TypeError, ValueError, AttributeError, UnboundLocalError) as error:
+        if picture is not None or "image" not in inspect.signature(pipe.__call__).parameters:
+            raise
+        raise UserError(
+            f"{type(pipe).__name__} takes a picture besides the prompt, got none, and failed with: "
+            f"{error}. Name the picture of every prompt in a column 'image' of the prompts file "
+            "(.csv)"
+        ) from error
+
+
+def _picture(pipe: DiffusionPipeline, images: Sequence[str | None]) -> Image.Image | None:
+    """The one picture of a call; None if there is none."""
+    named = set(images) - {None}
+    if not named:
+        return None
+    if len(set(images)) > 1:
+        raise ValueError("a call of a pipeline takes one picture for all of its prompts")
+    if "image" not in inspect.signature(pipe.__call__).parameters:
+        raise UserError(
+            f"the prompts file has a column 'image', but {type(pipe).__name__} takes no picture; "
+            "remove the column, or choose a pipeline that edits pictures (teacher.path)"
+        )
+    path = named.pop()
+    try:
+        return Image.open(path).convert("RGB")
+    except OSError as error:
+        raise UserError(
+            f"the prompts file names the image {path}, which can't be read ({error}); replace it"
+        ) from error

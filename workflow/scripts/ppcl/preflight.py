@@ -9,7 +9,7 @@ import re
 import struct
 from pathlib import Path
 
-from ppcl import pins
+from ppcl import hub, pins
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of
@@ -21,7 +21,7 @@ def check(config: dict, source: str = "config") -> None:
 
     Raises UserError naming the key, the file and the fix.
     """
-    _check_teacher(config["teacher"]["path"], source)
+    _check_teacher(config["teacher"], source)
     used = []
     for stage in ("record", "evaluate"):
         rows = read(config[stage]["prompts"], f"{source}: {stage}.prompts")
@@ -52,7 +52,8 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
             f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
         )
-    blocks, total = _parameters(Path(config["teacher"]["path"]))
+    _check_offload(config, source)
+    blocks, total = _parameters(config["teacher"])
     try:
         pins.wishes(config, len(blocks) or None)
     except UserError as error:
@@ -100,47 +101,67 @@ def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
     )
 
 
-def _check_teacher(teacher: str, source: str) -> None:
-    folder = Path(teacher)
-    if not folder.exists():
-        if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", teacher) and not folder.parent.exists():
-            return  # a repository name on the Hub, which only the download can check
+def _check_offload(config: dict, source: str) -> None:
+    """Raises UserError if gradients would pass through a teacher whose weights come and go."""
+    trained = [variant for variant in config["variants"] if variant["finetune_steps"]]
+    if config["teacher"]["offload"] == "stream" and (config["subsets"]["steps"] or trained):
+        name = "subsets.steps" if config["subsets"]["steps"] else "variants: finetune_steps"
         raise UserError(
-            f"{source}: teacher.path: {teacher} does not exist; give the folder of a diffusers "
+            f"{source}: teacher.offload is stream, but gradients of {name.split('.')[0]} pass "
+            f"through the teacher, which needs all its weights on the device; set {name} to 0, or "
+            "teacher.offload to none, model or auto"
+        )
+
+
+def _folder(teacher: dict) -> Path:
+    return Path(teacher["path"]) / (teacher["subfolder"] or "")
+
+
+def _check_teacher(teacher: dict, source: str) -> None:
+    path = teacher["path"]
+    if hub.is_name(path):
+        return  # only the download can check it
+    folder, component = _folder(teacher), hub.component(teacher)
+    if not folder.exists():
+        raise UserError(
+            f"{source}: teacher.path: {folder} does not exist; give the folder of a diffusers "
             f"pipeline or the name of a repository on the Hub (owner/name)"
         )
-    index_path = folder / "model_index.json"
-    if not index_path.is_file():
+    index, index_path = hub.read_index(folder, f"{source}: teacher.path"), folder / hub.INDEX
+    transformers = [
+        name
+        for name, made_as in index.items()
+        if isinstance(made_as, list) and "Transformer" in str(made_as[-1:]) and name[0] != "_"
+    ]
+    if "_class_name" not in index or not (component in index or transformers):
         raise UserError(
-            f"{source}: teacher.path: {teacher} is not a diffusers pipeline (it has no "
-            f"model_index.json); give the folder that save_pretrained wrote"
-        )
-    try:
-        index = json.loads(index_path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{index_path}: not valid JSON ({error}); restore the file") from error
-    if "_class_name" not in index or "transformer" not in index:
-        raise UserError(
-            f"{source}: teacher.path: {index_path} names no transformer; only pipelines whose "
+            f"{source}: teacher.path: {index_path} names no {component}; only pipelines whose "
             f"denoiser is a transformer can be pruned"
         )
-    family_of(index["transformer"][1])
-    if not (folder / "transformer" / "config.json").is_file():
+    if not (index.get(component) or [None])[-1]:
         raise UserError(
-            f"{source}: teacher.path: {folder / 'transformer'} has no config.json; restore the "
-            f"transformer's folder"
+            f"{source}: teacher.component: {index_path} names no {component}; set it to one of "
+            f"{', '.join(transformers)}"
+        )
+    family_of(index[component][1])
+    if not (folder / component / "config.json").is_file():
+        raise UserError(
+            f"{source}: teacher.path: {folder / component} has no config.json; restore the "
+            f"{component}'s folder"
         )
     for weights in sorted(folder.glob("*/*.safetensors")):
         safetensors_header(weights)
 
 
-def _parameters(teacher: Path) -> tuple[list[int], int]:
+def _parameters(teacher: dict) -> tuple[list[int], int]:
     """Parameters of every block of a local teacher, ascending, and of its whole transformer, from
     the safetensors headers alone."""
     blocks: dict[tuple[str, int], int] = {}
     total = 0
-    for path in sorted((teacher / "transformer").glob("*.safetensors")):
-        for name, entry in safetensors_header(path).items():
+    folder = _folder(teacher) / hub.component(teacher)
+    files = sorted(str(path) for path in folder.glob("*.safetensors"))
+    for path in hub.of_variant(files, teacher["variant"]):
+        for name, entry in safetensors_header(Path(path)).items():
             if name == "__metadata__":
                 continue
             count = math.prod(entry["shape"])

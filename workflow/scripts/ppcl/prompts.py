@@ -13,7 +13,11 @@ def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
     """The rows of a prompts file: each has `prompt`, a CSV keeps its other columns too.
 
     A .csv needs a header with `prompt`; any other file holds one prompt per line (empty lines
-    are skipped). Raises UserError if it is missing, empty, not UTF-8 or has no prompt column.
+    are skipped). A column `image` names a picture for pipelines that take one, relative to the
+    file's folder or to the working directory; rows hold the path that was found.
+
+    Raises UserError if the file is missing, empty, not UTF-8 or has no prompt column, or if a
+    picture is missing.
     """
     try:
         # utf-8-sig: spreadsheets prefix a byte order mark, which would become part of a prompt.
@@ -38,8 +42,26 @@ def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
                     "has; put prompts with commas in double quotes"
                 )
         rows = [row for row in rows if (row["prompt"] or "").strip()]
+        for row in rows:
+            if "image" in row:
+                row["image"] = _picture(row["image"] or "", Path(path), key, row["prompt"])
     else:
         rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
     if not rows:
         raise UserError(f"{key}: {path} is empty; write at least one prompt, one per line")
     return rows
+
+
+def _picture(name: str, file: Path, key: str, prompt: str) -> str:
+    """Where a picture is; UserError if nowhere."""
+    if not name.strip():
+        raise UserError(
+            f"{key}: {file}: '{prompt}' has no image; name one in every row, or drop the column"
+        )
+    for path in (file.parent / name.strip(), Path(name.strip())):
+        if path.is_file():
+            return str(path)
+    raise UserError(
+        f"{key}: {file}: the image {name.strip()} of '{prompt}' is neither in {file.parent} nor in "
+        "the working directory; add the picture or correct its name"
+    )

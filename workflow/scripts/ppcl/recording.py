@@ -1,33 +1,35 @@
 """Runs the stock pipeline and records what it asks of the transformer."""
 
+import inspect
 from typing import Any
 
 import pyarrow as pa
 import torch
 from diffusers import DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from ppcl import blocks, calls, pipelines
 from ppcl.errors import UserError
+from ppcl.families import Family
 
 
 class _Recorder:
     """Hooks a transformer for one run of a pipeline and collects its calls."""
 
-    def __init__(self, pipe: DiffusionPipeline):
-        self.pipe, self.step, self.branch = pipe, 0, 0
+    def __init__(self, transformer: nn.Module):
+        self.transformer, self.step, self.branch = transformer, 0, 0
         self.calls: list[dict[str, Any]] = []
         self.latents: list[Tensor] = []
 
     def __enter__(self) -> "_Recorder":
         def hook(module, args, kwargs, returned):
-            output = returned[0] if isinstance(returned, tuple) else returned.sample
+            output = blocks.stacked(returned[0] if isinstance(returned, tuple) else returned.sample)
             bound = blocks.signature_arguments(module, args, kwargs)
             here = {"arguments": bound, "output": output, "step": self.step, "branch": self.branch}
             self.calls.append(here)
             self.branch += 1
 
-        self._handle = self.pipe.transformer.register_forward_hook(hook, with_kwargs=True)
+        self._handle = self.transformer.register_forward_hook(hook, with_kwargs=True)
         return self
 
     def __exit__(self, *_exception) -> None:
@@ -39,9 +41,30 @@ class _Recorder:
         self.step, self.branch = self.step + 1, 0
         return {}
 
+    def callback(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Arguments of a pipeline's call that let it tell the end of each step.
+
+        Raises:
+            UserError: it can't.
+        """
+        known = inspect.signature(pipe.__call__).parameters
+        if "callback_on_step_end" in known:
+            return {"callback_on_step_end": self.end_of_step}
+        if {"callback", "callback_steps"} <= set(known):  # as older pipelines have it
+
+            def old(step: int, timestep: Tensor, latents: Tensor) -> None:
+                self.end_of_step(pipe, step, timestep, {"latents": latents})
+
+            return {"callback": old, "callback_steps": 1}
+        raise UserError(
+            f"{type(pipe).__name__} can't be recorded: it tells nobody when a step ends "
+            "(callback_on_step_end)"
+        )
+
 
 def record_batch(
     pipe: DiffusionPipeline,
+    transformer: nn.Module,
     samples: list[dict],
     settings: dict[str, Any],
     renoised: int,
@@ -50,7 +73,9 @@ def record_batch(
     """Every transformer call of one batch of samples, one table per call.
 
     Args:
-        samples: per sample: sample, prompt_index, prompt, seed, heldout.
+        transformer: the component of the pipeline whose calls are recorded.
+        samples: per sample: sample, prompt_index, prompt, seed, heldout; and image, a picture's
+            path, if the prompts have one.
         settings: the config's `pipeline` mapping.
         renoised: fresh states per sample and branch: the pipeline's final latent, noised again at a
             sigma drawn uniformly between the schedule's ends, and the teacher's answer to it.
@@ -60,15 +85,18 @@ def record_batch(
         UserError: the pipeline has no step callback, or its states can't be renoised.
     """
     prompts, seeds = [s["prompt"] for s in samples], [s["seed"] for s in samples]
-    with _Recorder(pipe) as recorder:
+    images = [s["image"] for s in samples] if "image" in samples[0] else None
+    samples = [{key: value for key, value in s.items() if key != "image"} for s in samples]
+    with _Recorder(transformer) as recorder:
         try:
             pipelines.run(
                 pipe,
                 prompts,
                 seeds,
                 settings,
+                images,
                 output_type="latent",
-                callback_on_step_end=recorder.end_of_step,
+                **recorder.callback(pipe),
             )
         except TypeError as error:
             raise UserError(
@@ -77,7 +105,7 @@ def record_batch(
             ) from error
     schedule = pipe.scheduler
     sigmas = getattr(schedule, "sigmas", None)
-    shared = blocks.family(pipe.transformer).shared
+    family = blocks.family(transformer)
     found = []
     for call in recorder.calls:
         step = call["step"]
@@ -89,26 +117,32 @@ def record_batch(
             "timestep": float(schedule.timesteps[step]),
             "sigma": sigma,
         }
-        found.append(_table(call["arguments"], call["output"], samples, place, shared))
+        found += _tables(call["arguments"], call["output"], samples, place, family)
+    if not found:
+        raise UserError(
+            f"{type(pipe).__name__} never called its transformer teacher.component; with these "
+            "pipeline settings there is nothing to record"
+        )
     if renoised:
-        found += _renoise(pipe, recorder, samples, renoised, seed, shared)
+        found += _renoise(pipe, recorder, samples, renoised, seed, family)
     return found
 
 
-def _table(arguments, output, samples, place, shared) -> pa.Table:
+def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]:
     # A pipeline that joins both guidance branches in one batch repeats the samples.
     repeats = len(output) // len(samples)
     every = samples * repeats
     rows = {key: [s[key] for s in every] for key in samples[0]}
     rows |= {k: v if isinstance(v, list) else [v] * len(every) for k, v in place.items()}
-    return calls.to_table(arguments, output, rows, shared)
+    return calls.to_tables(arguments, output, rows, family.shared, family.batch_dims)
 
 
 @torch.no_grad()
-def _renoise(pipe, recorder, samples, renoised, seed, shared) -> list[pa.Table]:
+def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa.Table]:
     """x = (1 - sigma) x_0 + sigma noise, the interpolation that flow matching trains on."""
     schedule = pipe.scheduler
-    if "FlowMatch" not in type(schedule).__name__:
+    flow = "FlowMatch" in type(schedule).__name__ or schedule.config.get("use_flow_sigmas")
+    if not flow:
         raise UserError(
             f"record.renoised_per_sample: states of {type(schedule).__name__} can't be renoised "
             "(only flow-matching schedulers yet); set it to 0"
@@ -118,9 +152,17 @@ def _renoise(pipe, recorder, samples, renoised, seed, shared) -> list[pa.Table]:
             "record.renoised_per_sample: one denoising step does not show how this pipeline hands "
             "its latents to the transformer; set it to 0, or pipeline.num_inference_steps to 2"
         )
-    second = [c for c in recorder.calls if c["step"] == 1]
-    before, clean = recorder.latents[0], recorder.latents[-1]
-    low, high = float(schedule.sigmas[schedule.sigmas > 0].min()), float(schedule.sigmas.max())
+    later = [call["step"] for call in recorder.calls if call["step"] > 0]
+    second = [call for call in recorder.calls if later and call["step"] == min(later)]
+    if not second:
+        raise UserError(
+            "record.renoised_per_sample: the pipeline calls this transformer in its first step "
+            "only, which does not show how it hands over its latents; set it to 0"
+        )
+    before, clean = recorder.latents[min(later) - 1], recorder.latents[-1]
+    # Of two transformers, each knows its own noise levels.
+    called = [float(schedule.sigmas[call["step"]]) for call in recorder.calls]
+    low, high = min(called), max(called)
     found = []
     for round_ in range(renoised):
         generator = torch.Generator().manual_seed(
@@ -130,23 +172,33 @@ def _renoise(pipe, recorder, samples, renoised, seed, shared) -> list[pa.Table]:
             len(samples), generator=generator, dtype=torch.float64
         )
         noise = torch.randn(clean.shape, generator=generator).to(clean)
-        weight = sigma.to(clean).view(-1, *[1] * (clean.ndim - 1))
+        # Mochi counts its noise levels the other way round.
+        share = 1 - sigma if schedule.config.get("invert_sigmas") else sigma
+        weight = share.to(clean).view(-1, *[1] * (clean.ndim - 1))
         state = torch.lerp(clean, noise, weight)
         for call in second:
             arguments = dict(call["arguments"])
             repeats = len(call["output"]) // len(samples)
-            hidden = arguments["hidden_states"]
-            if not torch.equal(hidden, torch.cat([before] * repeats).to(hidden)):
+            hidden = arguments[family.state]
+            given = torch.cat([before] * repeats)
+            as_it_is = isinstance(hidden, Tensor) and hidden.shape == given.shape
+            if not as_it_is or not torch.equal(hidden, given.to(hidden)):
                 raise UserError(
                     "record.renoised_per_sample: the transformer of this pipeline does not get the "
                     "latents as they are, so its states can't be renoised; set it to 0"
                 )
             timestep = sigma * schedule.config.num_train_timesteps
-            given = float(arguments["timestep"].flatten()[0])
+            given = float(arguments[family.time].flatten()[0])
             scaled = timestep * _timestep_scale(given, schedule, call["step"])
-            arguments["hidden_states"] = torch.cat([state] * repeats).to(hidden)
-            arguments["timestep"] = scaled.repeat(repeats).to(arguments["timestep"])
-            output = pipe.transformer(**arguments)[0]
+            times = arguments[family.time]
+            if times.ndim > 1:
+                raise UserError(
+                    "record.renoised_per_sample: this pipeline gives every token a timestep of its "
+                    "own, so its states can't be renoised; set it to 0"
+                )
+            arguments[family.state] = torch.cat([state] * repeats).to(hidden)
+            arguments[family.time] = scaled.repeat(repeats).to(times)
+            output = blocks.answer(recorder.transformer, arguments | {"return_dict": False})
             place = {
                 "kind": "renoised",
                 "step": -1,
@@ -154,7 +206,7 @@ def _renoise(pipe, recorder, samples, renoised, seed, shared) -> list[pa.Table]:
                 "timestep": timestep.tolist() * repeats,
                 "sigma": sigma.tolist() * repeats,
             }
-            found.append(_table(arguments, output, samples, place, shared))
+            found += _tables(arguments, output, samples, place, family)
     return found
 
 

@@ -12,8 +12,8 @@ def column(name: str, kind: pa.DataType, description: str, nan: bool = False) ->
     return pa.field(name, kind, metadata=metadata)
 
 
-_STREAM = column("stream", pa.string(), "`image` or `text`")
-_CKA_STREAM = column("stream", pa.string(), "`image`, `text` or `mean` (of both)")
+_STREAM = column("stream", pa.string(), "`image`, `text`, or `joint`: both in one sequence")
+_CKA_STREAM = column("stream", pa.string(), "`image`, `text`, `joint` (counts for each) or `mean`")
 
 
 def tokens(width: int) -> pa.Schema:
@@ -304,7 +304,26 @@ IMAGES = pa.schema(
     ]
 )
 
+# What a run needs, before it runs. One number per row; `item` says what a row is about.
+PLAN = pa.schema(
+    [
+        column("item", pa.string(), "`variant`, `block`, `stage`, `gpu` or `artifact`"),
+        column(
+            "name",
+            pa.string(),
+            "variant (also of a `block`), stage (also of a `gpu`), or path below `results/<run>/`",
+        ),
+        column("block", pa.int32(), "number of a `block` in its variant; -1 otherwise"),
+        column("gpu_gib", pa.float64(), "size of a `gpu` in GiB; NaN otherwise", nan=True),
+        column("measure", pa.string(), "what the value is, such as `parameters`"),
+        column("value", pa.float64(), "NaN where it can't be told; `fits` is 1 or 0", nan=True),
+        column("unit", pa.string(), "`parameters`, `bytes`, `blocks`, `FLOPs`, `share` or `fits`"),
+        column("note", pa.string(), "what it rests on; may be empty"),
+    ]
+)
+
 TABLES = {
+    "plan/plan.parquet": PLAN,
     "record/calls.parquet": CALLS,
     "activations/tokens.parquet": tokens(1),
     "probes/probes.parquet": PROBES,
@@ -332,6 +351,7 @@ TABLES = {
 shown with one channel: both follow the teacher's transformer."""
 
 ARTIFACTS = {
+    "plan/plan.parquet": "sizes, memory and disk that a run needs, before it runs (target `plan`)",
     "record/calls.parquet": "the transformer's own calls on the calibration prompts",
     "activations/tokens.parquet": "a sample of tokens at every block boundary",
     "activations/moments.safetensors": "sums for the probes' least squares, float64, fit prompts",

@@ -28,6 +28,7 @@ from itertools import pairwise
 import numpy as np
 
 from ppcl.errors import UserError
+from ppcl.families import IMAGE, JOINT, TEXT
 from ppcl.probes import Probe
 
 MAX_GROUPS = 32
@@ -226,6 +227,17 @@ def mean_of_streams(draws: Sequence[np.ndarray]) -> np.ndarray:
     number = present.sum(0)
     total = np.where(present, stacked, 0).sum(0)
     return np.where(number > 0, total / np.maximum(number, 1), np.nan)
+
+
+def with_joint(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The streams' [1 + draws, first, last] where blocks that have one joint sequence count for
+    image and for text, and the streams' mean."""
+    found = dict(draws)
+    if JOINT in draws:
+        for stream in (IMAGE, TEXT):
+            own = draws.get(stream, np.full_like(draws[JOINT], np.nan))
+            found[stream] = np.where(np.isfinite(own), own, draws[JOINT])
+    return found | {"mean": mean_of_streams(list(draws.values()))}
 
 
 def rise_noise(delta: np.ndarray) -> float:

@@ -135,7 +135,7 @@ def _add(
 ) -> None:
     """Adds one batch's tokens to the sums of all maps."""
     sequence = blocks.block_sequence(transformer)
-    masks = blocks.token_masks(blocks.family(transformer), batch.arguments)
+    family = blocks.family(transformer)
     parts = {ends: Part(*ends) for one in maps for ends in (one.source, one.part)}
     lessons = distillation.teacher_states(transformer, list(parts.values()), batch.arguments)
     inside: dict[Ends, blocks.Streams] = {}
@@ -154,6 +154,7 @@ def _add(
             before = inside[one.source][one.kind]
         if one.kind == INPUT:
             after = inside[one.part][one.kind]
+        masks = blocks.token_masks(family, batch.arguments, {stream: before})
         if stream in masks:
             before, after = before[masks[stream]], after[masks[stream]]
         where = devices.statistics_device(before.device)
@@ -214,8 +215,8 @@ def ffn_candidates(transformer: nn.Module) -> list[Unit]:
     return [
         Unit((Part(block.index, block.index, (stream,)),))
         for block in blocks.block_sequence(transformer)
-        if block.list.width and block.index not in untouchable
-        for stream in block.list.width.ffn
+        if block.index not in untouchable
+        for stream in block.width.ffn
     ]
 
 
@@ -229,7 +230,7 @@ def text_candidates(
         floor: the least CKA of any block of a run with the first.
     """
     sequence = blocks.block_sequence(transformer)
-    without = {b.index for b in sequence if not (b.list.width and b.list.width.text)}
+    without = {b.index for b in sequence if not b.width.text}
     without |= set(blocks.untouchable(transformer))
     runs = intervals.spans(len(sequence), blocks.seams(transformer), without)
     return [
@@ -271,7 +272,7 @@ def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
     for block in blocks.block_sequence(transformer):
         here = (block.index, block.index)
         saved = output = 0
-        if block.list.width and block.list.width.text:
+        if block.width.text:
             lender = (-1, -1)
             borrower = Unit((Part(*here, text="borrow", source=lender),))
             closing = Unit((Part(*here, text="close", source=lender),))

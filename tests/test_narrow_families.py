@@ -1,0 +1,176 @@
+"""Width in every family: what a narrow block computes, against the stock block under hooks."""
+
+import copy
+
+import pytest
+import torch
+import zoo_images
+import zoo_videos
+from PIL import Image
+
+from ppcl import blocks, families, narrow
+from ppcl.families import TEXT
+
+ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
+ONE_EACH = {one.family: name for name, one in ZOO.items() if one.family in families.FAMILIES}
+FFN = [
+    (name, listed.attribute, stream)
+    for family, name in ONE_EACH.items()
+    for listed in families.FAMILIES[family].lists
+    if listed.width
+    for stream in listed.width.ffn
+]
+SHARED_TEXT = [
+    name
+    for family, name in ONE_EACH.items()
+    if any(listed.width and listed.width.text for listed in families.FAMILIES[family].lists)
+]
+
+
+@pytest.fixture(scope="module")
+def calls_of():
+    """name -> a transformer of 4 blocks per list, and the arguments of one real call of it."""
+    found = {}
+
+    def make(name: str):
+        if name not in found:
+            one, seen = ZOO[name], []
+            pipe = one.make(4)
+            transformer = getattr(pipe, one.component)
+
+            def look(module, args, kwargs):
+                seen.append(blocks.signature_arguments(module, args, kwargs))
+
+            handle = transformer.register_forward_pre_hook(look, with_kwargs=True)
+            pipe.set_progress_bar_config(disable=True)
+            more = {}
+            if one.image:
+                more["image"] = Image.new("RGB", (64, 64))
+            with torch.no_grad():
+                pipe(
+                    prompt=["a red 1"],
+                    generator=[torch.Generator().manual_seed(0)],
+                    output_type="latent",
+                    **one.settings,
+                    **more,
+                )
+            handle.remove()
+            found[name] = transformer, seen[0]
+        return found[name]
+
+    return make
+
+
+def seen_by(transformer, arguments, block):
+    """The bound arguments and outputs of one block in a call."""
+    given, returned = {}, {}
+    with (
+        torch.no_grad(),
+        blocks.watch(
+            [block],
+            lambda _block, bound: given.update(bound),
+            lambda _block, streams: returned.update(streams),
+            stop_after=block.index,
+        ) as run,
+    ):
+        run(transformer, arguments)
+    return given, returned
+
+
+def random_maps(block) -> None:
+    generator = torch.Generator().manual_seed(1)
+    for linear in narrow.maps(block).values():
+        for parameter in linear.parameters():
+            parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize(("name", "attribute", "stream"), FFN)
+def test_a_linear_ffn_is_equation_9(calls_of, name, attribute, stream):
+    """The stream is x + W x + b of what the stock block's norm before the FFN gets; what the FFN
+    does not touch stays as it is; and the FFN's parameters are gone."""
+    transformer, arguments = calls_of(name)
+    block = next(b for b in blocks.block_sequence(transformer) if b.list.attribute == attribute)
+    bound, stock = seen_by(transformer, arguments, block)
+    with torch.no_grad(), blocks.taps(block) as tapped:
+        block.module(**bound)
+    made = narrow.narrow(copy.deepcopy(block.module), block.list.layout(), {"linear_ffn": [stream]})
+    random_maps(made)
+    with torch.no_grad():
+        output = block.outputs(made(**bound))
+    linear, h = narrow.maps(made)[f"ffn/{stream}"], tapped[f"ffn/{stream}"].double()
+    expected = h + h @ linear.weight.double().T + linear.bias.double()
+    torch.testing.assert_close(output[stream].double(), expected, rtol=1e-5, atol=1e-5)
+    for other in set(stock) - {stream}:
+        torch.testing.assert_close(output[other], stock[other], rtol=1e-5, atol=1e-6)
+    parts = block.width.ffn[stream]
+    assert not [key for key in made.state_dict() if key.startswith(f"{parts.ffn}.")]
+    dropped = [block.module.get_submodule(path) for path in (parts.ffn, parts.norm)]
+    gone = sum(p.numel() for module in dropped for p in module.parameters())
+    new = sum(p.numel() for p in linear.parameters())
+    kept = blocks.parameter_count(block.module) - gone + new
+    if parts.modulation and (half := block.module.get_submodule(parts.modulation)):
+        if half.out_features == 6 * half.in_features:  # of shift, scale and gate, twice each
+            kept -= sum(p.numel() for p in half.parameters()) // 2
+    assert blocks.parameter_count(made) == kept
+
+
+@pytest.mark.parametrize("name", SHARED_TEXT)
+def test_a_text_run_is_equation_8(calls_of, name):
+    """Block 1 borrows from block 0 and closes: the image is that of a stock block whose attention
+    gets z_a + W z_a + b as text; the text is h_a + W h_a + b."""
+    transformer, arguments = calls_of(name)
+    # Blocks of one kind: SD3.5's first ones have a second attention.
+    first = next(
+        b
+        for b in blocks.block_sequence(transformer)
+        if b.width.text and b.index + 1 not in blocks.seams(transformer)
+    )
+    second = blocks.block_sequence(transformer)[first.index + 1]
+    path = first.width.text
+    layout = first.list.layout()
+    bound, stock_first = seen_by(transformer, arguments, first)
+    source = narrow.narrow(copy.deepcopy(first.module), layout, {"text": "source"})
+    closing = narrow.narrow(copy.deepcopy(second.module), layout, {"text": "close"})
+    random_maps(closing)
+    with torch.no_grad():
+        carried = first.outputs(source(**bound))
+        text, z_a = carried[TEXT].chunk(2, dim=-1)
+        assert torch.equal(text, stock_first[TEXT])
+        assert torch.equal(carried["image"], stock_first["image"])
+        given = bound | {
+            second.list.inputs["image"]: carried["image"],
+            second.list.inputs[TEXT]: carried[TEXT],
+        }
+        output = second.outputs(closing(**given))
+
+    maps = narrow.maps(closing)
+    z = z_a + maps["text/input"](z_a)
+
+    def instead(_module, args, kwargs):
+        return args, kwargs | {path.argument: z}
+
+    handle = second.module.get_submodule(path.attention).register_forward_pre_hook(
+        instead, with_kwargs=True
+    )
+    with torch.no_grad():
+        stock = second.outputs(second.module(**given | {second.list.inputs[TEXT]: text}))
+    handle.remove()
+    torch.testing.assert_close(output["image"], stock["image"], rtol=1e-5, atol=1e-5)
+    expected = text + maps["text/output"](text)
+    torch.testing.assert_close(output[TEXT], expected, rtol=1e-5, atol=1e-6)
+    kept = {key for key in closing.state_dict() if key.startswith(f"{path.attention}.add_")}
+    assert any("add_k_proj" in key for key in kept)
+    assert not [key for key in closing.state_dict() if key.startswith(path.output)]
+
+
+@pytest.mark.parametrize("name", SHARED_TEXT)
+def test_z_a_is_what_the_attention_of_the_source_gets(calls_of, name):
+    transformer, arguments = calls_of(name)
+    first = next(b for b in blocks.block_sequence(transformer) if b.width.text)
+    bound, _ = seen_by(transformer, arguments, first)
+    with torch.no_grad(), blocks.taps(first) as tapped:
+        first.module(**bound)
+    source = narrow.narrow(copy.deepcopy(first.module), first.list.layout(), {"text": "source"})
+    with torch.no_grad():
+        carried = first.outputs(source(**bound))[TEXT]
+    assert torch.equal(carried.chunk(2, dim=-1)[1], tapped["text/input"])

@@ -1,0 +1,503 @@
+"""The planner: exact counts, FLOPs in closed form, memory against measured runs, the target."""
+
+import json
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+import yaml
+from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from ppcl import (
+    blocks,
+    calls,
+    config,
+    devices,
+    distillation,
+    example_calls,
+    families,
+    planner,
+    schemas,
+    tables,
+    width,
+)
+from ppcl.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERVALS = [[3, 4], [5, 7], [8, 10], [11, 12], [15, 24], [25, 27], [29, 30], [42, 43], [45, 47]]
+INTERVALS += [[48, 49], [52, 53], [54, 55], [56, 57]]
+GROUPS = [[13, 14], [31, 32], [33, 34], [36, 37], [40, 41], [50, 59]]
+QWEN, QWEN_DEPTH, FLUX = 20_430_401_088, 11_934_618_688, 11_901_408_320
+SMALL = {"num_layers": 3, "attention_head_dim": 64, "num_attention_heads": 8}
+SMALL |= {"joint_attention_dim": 256, "in_channels": 64, "axes_dims_rope": (16, 24, 24)}
+SMALL_FLUX = SMALL | {"num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": 64}
+
+
+def architecture(path: Path, class_name: str, **values) -> Path:
+    path.write_text(json.dumps({"_class_name": class_name, **values}))
+    return path
+
+
+def plan(table: Path, settings: dict, **paths) -> pd.DataFrame:
+    """plan.parquet of a config, made by the program."""
+    file = table.with_suffix(".yaml")
+    file.write_text(yaml.safe_dump(settings))
+    given = [f"--{name}={value}" for name, value in paths.items()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["plan", f"--config={file}", f"--table={table}", *given])
+        runpy.run_path(str(tiny.SCRIPTS / "plan.py"), run_name="__main__")
+    return tables.read(table, schemas.PLAN).to_pandas()
+
+
+def values(table: pd.DataFrame, item: str, measure: str) -> dict[str, float]:
+    found = table[(table["item"] == item) & (table["measure"] == measure)]
+    return found.set_index("name")["value"].to_dict()
+
+
+# ---- counts
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
+    """The published selection on Qwen-Image."""
+    folder = tmp_path_factory.mktemp("plan")
+    settings = {
+        "teacher": {"path": "nobody/nothing", "dtype": "bfloat16"},
+        "plan": {
+            "transformer_config": str(
+                architecture(folder / "config.json", "QwenImageTransformer2DModel")
+            ),
+            "gpus": [24, 80],
+        },
+        "intervals": {"pin": INTERVALS},
+        "width": {
+            "text": {"pin": GROUPS},
+            "ffn_image": {"pin": [2, 58, 59]},
+            "ffn_text": {"pin": [2]},
+            "batch_size": 1,
+        },
+        **{name: {"batch_size": 1} for name in ("record", "extract", "sensitivity", "evaluate")},
+        # One of the trainings, for time; small models below have all.
+        "subsets": {"steps": 0},
+        "distill": {"batch_size": 1, "mixed_precision": "bf16"},
+        "finetune": {"batch_size": 1, "mixed_precision": "bf16", "gradient_checkpointing": True},
+    }
+    return plan(folder / "plan.parquet", settings), folder / "plan.parquet"
+
+
+def test_published_counts(qwen):
+    found = values(qwen[0], "variant", "parameters")
+    assert (found["teacher"], found["depth"]) == (QWEN, QWEN_DEPTH)
+    assert values(qwen[0], "variant", "blocks") == {"teacher": 60, "depth": 35, "depth+width": 35}
+    assert values(qwen[0], "variant", "size")["depth"] == 2 * QWEN_DEPTH
+
+
+def test_width_counts_by_hand(qwen):
+    d = 3072
+    linear = d * d + d  # a square projection with its bias
+    mlp = (d * 4 * d + 4 * d) + (4 * d * d + d)
+    # An FFN goes with the second half of its modulation, for one map.
+    ffn = mlp + 3 * linear - linear
+    # A borrowed text stream: modulation, MLP and output projection go, for the map of its input.
+    text = 6 * linear + mlp + linear - linear
+    # Students and kept blocks in each group, less its source; [50,59] holds four students and two
+    # kept blocks, and ends where nothing reads the text stream.
+    borrowers = {(13, 14): 1, (31, 32): 1, (33, 34): 1, (36, 37): 1, (40, 41): 1, (50, 59): 6}
+    closing = 5 * linear  # all groups but the last make a text stream again
+    saved = 4 * ffn + sum(borrowers.values()) * text - closing
+    found = values(qwen[0], "variant", "parameters")
+    assert found["depth+width"] == QWEN_DEPTH - saved
+
+
+def test_flux_count():
+    config_ = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
+    made = planner.on_meta(config_, torch.bfloat16, "here")
+    assert blocks.parameter_count(made) == FLUX
+    assert {p.device.type for p in made.parameters()} == {"meta"}
+
+
+def test_counts_are_those_of_the_code_that_prunes():
+    made = planner.on_meta({"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here")
+    settings = config.complete({"intervals": {"pin": [[3, 4]]}, "width": {}}, "test")
+    settings["width"] |= {"text": {"pin": [[13, 14]], "forbid": []}}
+    _, every = planner.selection(settings, made)
+    model, block_map = planner.plugged(made, planner.new_blocks(made, every))
+    saved = sum(width.saved_parameters(made, unit) for unit in every)
+    assert blocks.parameter_count(model) == QWEN - saved
+    assert len(block_map) == 59 and blocks.parameter_count(made) == QWEN
+
+
+# ---- FLOPs
+
+
+def test_flops_of_qwen_in_closed_form(qwen):
+    image, text, d = 4096, 512, 3072
+    tokens = image + text
+    per_block = 2 * tokens * (4 * d * d + 8 * d * d)  # q, k, v, out, and the MLP
+    per_block += 2 * 2 * 6 * d * d  # both modulations, of one vector
+    per_block += 4 * tokens**2 * d  # attention: scores, and their sum over values
+    ends = 2 * (image * 64 * d + text * 3584 * d + image * d * 64)
+    ends += 2 * (256 * d + d * d + 2 * d * d)  # timestep, and the last norm
+    table = qwen[0]
+    found = table[(table["item"] == "block") & (table["name"] == "teacher")]
+    assert (found[found["measure"] == "flops"]["value"] == per_block).all()
+    total = values(table, "variant", "flops")["teacher"]
+    assert total == 60 * per_block + ends
+    shares = found[found["measure"] == "latency share"]["value"]
+    assert np.isclose(shares.sum(), 60 * per_block / total)
+    assert values(table, "variant", "latency share")["depth"] == pytest.approx(
+        (35 * per_block + ends) / total
+    )
+
+
+# ---- memory
+
+
+def measured(step) -> int:
+    """Most bytes that the CPU's allocator had given at once since the step began."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+        step()
+    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    return int(np.cumsum([e.nbytes() for e in events]).max())
+
+
+def real(arguments: dict) -> dict:
+    """The same call with content."""
+    return {
+        k: torch.rand(v.shape, dtype=v.dtype) if isinstance(v, torch.Tensor) else v
+        for k, v in arguments.items()
+    }
+
+
+def step_of(model: nn.Module, arguments: dict):
+    def step():
+        output = model(**arguments)[0].float()
+        torch.autograd.backward((output - torch.zeros_like(output)).square().mean())
+
+    return step
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize(
+    "made_by, shape", [(QwenImageTransformer2DModel, SMALL), (FluxTransformer2DModel, SMALL_FLUX)]
+)
+def test_memory_of_a_training_step_is_as_measured(made_by, shape, recompute):
+    pipeline = example_calls.PIPELINES[made_by.__name__]
+    model = made_by(**shape).requires_grad_(True).train()
+    with torch.device("meta"):
+        empty = made_by(**shape).requires_grad_(True).train()
+    for one in (model, empty):
+        if recompute:
+            one.enable_gradient_checkpointing()
+    size = example_calls.Size(384, 384, 1, 64)
+    arguments = pipeline.make(empty.config, 2, size, torch.float32)
+    expected = planner.footprint(step_of(empty, arguments), [empty])
+    peak = measured(step_of(model, real(arguments)))
+    assert expected.peak == pytest.approx(peak, rel=0.15)
+    gradients = 4 * blocks.parameter_count(model)
+    assert expected.peak > expected.activations > 0.2 * gradients
+    assert all(p.grad is None for p in empty.parameters())
+
+
+def test_memory_without_gradients_is_as_measured():
+    model = QwenImageTransformer2DModel(**SMALL).eval()
+    with torch.device("meta"):
+        empty = QwenImageTransformer2DModel(**SMALL).eval()
+    size = example_calls.Size(384, 384, 1, 64)
+    arguments = example_calls.qwen_image(empty.config, 2, size, torch.float32)
+    given = real(arguments)
+    with torch.no_grad():
+        expected = planner.footprint(lambda: empty(**arguments))
+        assert expected.peak == pytest.approx(measured(lambda: model(**given)), rel=0.15)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny pipeline and calls of it."""
+    folder = tmp_path_factory.mktemp("recorded")
+    return (
+        tiny.pipeline(folder / "teacher", blocks=6),
+        tiny.record(folder / "teacher", folder / "calls.parquet"),
+    )
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
+    reader = calls.Reader(recorded[1])
+    transformer = tiny.load(recorded[0]).transformer.requires_grad_(False)
+    options = {"batch_size": 32, "mixed_precision": "no", "gradient_checkpointing": recompute}
+    settings = config.complete(
+        {
+            "intervals": {"pin": [[1, 2]]},
+            "width": {"text": {"pin": [[3, 4]]}, "ffn_image": {"pin": [0]}},
+            **{name: options for name in ("distill", "subsets", "finetune")},
+        },
+        "test",
+    )
+    empty = planner.on_meta(dict(transformer.config), torch.float32, "here")
+    depth, every = planner.selection(settings, empty)
+    # Steps draw calls of any length; so that this does not matter, they draw the same one.
+    row = reader.rows(heldout=False)[0]
+    reader.draw = lambda _rows, count, _seed: np.array([row] * count)
+    example = example_calls.recorded(recorded[1])
+    made = planner.Planner(settings, empty, depth, every, example, None)
+    accelerator = devices.accelerator("cpu")
+    weights = planner.weight_bytes(transformer)
+
+    students = planner.new_blocks(transformer, every, torch.float32)
+    for student in students.values():
+        student.requires_grad_(True).train()
+    whole = planner.plugged(transformer, planner.new_blocks(transformer, every))[0]
+    whole.requires_grad_(True).train()
+    if recompute:
+        whole.enable_gradient_checkpointing()
+    both = settings["distill"] | {"linear_weight": 1.0}
+    losses = {
+        "distill": distillation.independent(transformer, students, reader, both, 0, accelerator),
+        "subsets": distillation.any_subset(
+            transformer,
+            every,
+            students,
+            reader,
+            settings["subsets"],
+            0,
+            accelerator,
+            lambda _: every,
+        ),
+        "finetune": distillation.output_distillation(
+            lambda _: whole, "", reader, settings["finetune"], 0, accelerator, True
+        ),
+    }
+    stages = {stage.name: stage for stage in made.stages()}
+    for name, of_step in losses.items():
+        trained = [whole] if name == "finetune" else list(students.values())
+
+        def step(of_step=of_step):
+            for _, loss, _ in of_step(0):
+                torch.autograd.backward(loss)
+
+        peak = measured(step)
+        for module in trained:
+            module.zero_grad(set_to_none=True)
+        parts = stages[name].parts
+        found = stages[name].resident - weights - parts["students"] - parts["optimizer 32-bit"]
+        assert found == pytest.approx(peak, rel=0.15), name
+
+
+def test_optimizer_states_are_those_of_adamw():
+    model = nn.Sequential(nn.Linear(64, 128), nn.Linear(128, 32))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(2, 64)).sum().backward()
+    optimizer.step()
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    count = blocks.parameter_count(model)
+    moments = sum(t.nbytes for t in states if t.ndim)
+    assert planner.optimizer_bytes(count, 32) == moments
+    assert 2 * count < planner.optimizer_bytes(count, 8) < 0.26 * moments
+
+
+def test_stages_and_gpus(qwen):
+    table = qwen[0]
+    parts = table[table["item"] == "stage"].pivot(index="name", columns="measure", values="value")
+    stages = {"record", "extract", "sensitivity", "width", "distill", "finetune", "evaluate"}
+    assert set(parts.index) == stages
+    distill = parts.loc["distill"]
+    assert distill["teacher"] == 2 * QWEN
+    assert distill["optimizer 32-bit"] == 2 * distill["gradients"] == 2 * distill["students"]
+    assert distill["teacher offloaded"] < 0.1 * distill["teacher"]
+    assert distill["peak least"] < distill["peak offloaded"] < distill["peak resident"]
+    # One block at a time: to compute all of it again takes what keeping it took.
+    assert distill["activations checkpointed"] <= distill["activations"]
+    finetune = parts.loc["finetune"]
+    assert finetune["activations checkpointed"] < 0.1 * finetune["activations"]
+    assert (
+        parts.loc["finetune", "students"]
+        == 4 * values(table, "variant", "parameters")["depth+width"]
+    )
+    assert finetune["casts"] == 0.5 * finetune["students"]
+    assert finetune["peak offloaded"] == finetune["peak resident"]  # gradients pass through it
+    fits = table[table["item"] == "gpu"].set_index(["name", "gpu_gib", "measure"])["value"]
+    for name in stages:
+        for gpu in (24, 80):
+            for kind in ("resident", "offloaded"):
+                free = gpu * 2**30 - planner.RESERVED
+                expected = parts.loc[name, f"peak {kind}"] <= free
+                assert fits[name, gpu, f"fits {kind}"] == expected
+    assert not fits["record", 24, "fits resident"] and fits["record", 24, "fits offloaded"]
+
+
+def test_disk(qwen, recorded, tmp_path):
+    sizes = values(qwen[0], "artifact", "size")
+    d, blocks_, streams = 3072, 60, 2
+    assert sizes["activations/moments.safetensors"] == (
+        8 * blocks_ * streams * (2 * d * d + 2 * d + 2)
+    )
+    # 640 samples, 50 steps and 12 renoised states; no negative prompt, so one branch.
+    row = 2 * (2 * 4096 * 64 + 512 * 3584 + 1)
+    assert sizes["record/calls.parquet"] == 640 * 62 * row
+    parameters = values(qwen[0], "variant", "parameters")
+    assert sizes["models/p50/"] == 2 * max(parameters["depth+width"], int(0.5 * QWEN))
+    assert sizes["models/p85/"] == 2 * int(0.85 * QWEN)
+    students = sizes["distill/students.safetensors"]
+    assert sizes["state/distill/"] == 3 * students
+
+
+# ---- the program and the target
+
+
+def test_provenance(qwen):
+    stamp = tables.provenance(qwen[1])
+    assert stamp["blocks"] == "60" and stamp["commit"] and stamp["seed"] == "0"
+    assert {"torch", "diffusers", "settings", "created"} <= set(stamp)
+
+
+def test_detected_selection_and_recorded_calls_are_taken(recorded, tmp_path, capsys):
+    settings = {"teacher": {"path": str(recorded[0])}, "intervals": {"pin": [[4, 5]]}}
+    settings |= {name: {"batch_size": 2} for name in ("distill", "subsets", "finetune")}
+    found = plan(
+        tmp_path / "plan.parquet",
+        settings,
+        intervals=tiny.intervals(tmp_path / "intervals.parquet", [(1, 3)]),
+        candidates=tiny.candidates(tmp_path / "candidates.parquet", [], [(0, "image")]),
+        calls=recorded[1],
+    )
+    assert values(found, "variant", "blocks") == {"teacher": 6, "depth": 4, "depth+width": 4}
+    notes = found[(found["item"] == "block") & (found["name"] == "depth")]
+    assert list(notes[notes["measure"] == "parameters"]["note"])[1] == "for 1 to 3"
+    longest = max(b.arguments["encoder_hidden_states"].shape[1] for b in _batches(recorded[1]))
+    _, total = planner.flops(tiny.transformer(6).to("meta"), _call(longest))
+    assert values(found, "variant", "flops")["teacher"] == total
+    out = capsys.readouterr().out
+    assert "teacher" in out and "finetune" in out and "80 GiB" in out
+
+
+def _batches(path: Path):
+    reader = calls.Reader(path)
+    return [reader.batch(bucket[:1]) for bucket in reader.buckets]
+
+
+def _call(tokens: int) -> dict:
+    size = example_calls.Size(32, 32, 1, tokens, scale=4)
+    known = {"in_channels": 4 * tiny.Z_DIM, "joint_attention_dim": tiny.TEXT_WIDTH}
+    return example_calls.qwen_image(known, 1, size, torch.float32)
+
+
+def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_path):
+    settings = {"teacher": {"path": str(recorded[0])}}
+    settings |= {"pipeline": {"height": 64, "width": 32, "max_sequence_length": 7}}
+    found = plan(tmp_path / "plan.parquet", settings)
+    given = _call(7) | {"hidden_states": torch.empty(1, 32, 16, device="meta")}
+    given["img_shapes"] = [[(1, 8, 4)]]
+    _, total = planner.flops(tiny.transformer(6).to("meta"), given)
+    assert values(found, "variant", "flops") == {"teacher": total}
+    assert {"record", "evaluate"} <= set(found[found["item"] == "stage"]["name"])
+    assert "distill" not in set(found["name"])
+
+
+def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
+    monkeypatch.delitem(example_calls.PIPELINES, "QwenImageTransformer2DModel")
+    file = architecture(tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL)
+    settings = {"plan": {"transformer_config": str(file)}, "intervals": {"pin": [[0, 1]]}}
+    found = plan(tmp_path / "plan.parquet", settings)
+    assert "calls of QwenImageTransformer2DModel are not known" in caplog.text
+    assert values(found, "variant", "parameters")["depth"] > 0
+    assert np.isnan(values(found, "variant", "flops")["depth"])
+    assert np.isnan(values(found, "stage", "peak resident")["finetune"])
+    assert values(found, "stage", "optimizer 32-bit")["finetune"] > 0
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"teacher": {"path": "owner/name"}}, "teacher.path: owner/name: its transformer/config"),
+        ({"teacher": {"path": "."}}, "teacher.path: transformer/config.json can't be read"),
+        ({"plan": {"transformer_config": "gone.json"}}, "gone.json can't be read"),
+        ({"plan": {"transformer_config": "torn.json"}}, "torn.json is not JSON"),
+        ({"plan": {"transformer_config": "list.json"}}, "list.json is not the config of a model"),
+        ({"plan": {"transformer_config": "odd.json"}}, "has no model OddTransformer"),
+        ({"plan": {"transformer_config": "vae.json"}}, "AutoencoderKL"),
+        ({"plan": {"transformer_config": "bad.json"}}, "can't be made of this config"),
+        (
+            {"plan": {"transformer_config": "ok.json"}, "intervals": {"pin": [[2, 3]]}},
+            "beyond this teacher's blocks 0 to 2",
+        ),
+    ],
+)
+def test_errors(settings, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(planner.constants, "ENDPOINT", "http://localhost:9")
+    Path("torn.json").write_text("{")
+    Path("list.json").write_text("[1]")
+    architecture(Path("odd.json"), "OddTransformer")
+    architecture(Path("vae.json"), "AutoencoderKL")
+    name = "QwenImageTransformer2DModel"
+    architecture(Path("bad.json"), name, num_layers="many")
+    architecture(Path("ok.json"), name, **SMALL)
+    complete = config.complete(settings, "test")
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        found, where = planner.architecture(
+            complete["teacher"], complete["plan"]["transformer_config"]
+        )
+        made = planner.on_meta(found, torch.float32, where)
+        planner.selection(complete, made)
+
+
+def test_every_example_runs():
+    shapes = {
+        "QwenImageTransformer2DModel": SMALL,
+        "FluxTransformer2DModel": SMALL_FLUX,
+        "SD3Transformer2DModel": {"num_layers": 2, "sample_size": 32},
+        "WanTransformer3DModel": {"num_layers": 1, "num_attention_heads": 2},
+    }
+    assert set(shapes) == set(example_calls.PIPELINES) & set(families.FAMILIES)
+    for name, shape in shapes.items():
+        made = planner.on_meta({"_class_name": name, **shape}, torch.bfloat16, "here")
+        size = example_calls.Size(64, 64, 5, 16)
+        arguments = example_calls.PIPELINES[name].make(made.config, 2, size, torch.bfloat16)
+        with torch.no_grad():
+            assert len(made(**arguments)[0]) == 2, name
+        per_block, total = planner.flops(made, arguments)
+        assert 0 < sum(per_block) < total
+
+
+def test_the_target_runs_without_weights(tmp_path):
+    folder = tmp_path / "repo"
+    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "*cache*")
+    for name in ("workflow", "Snakefile", "environment.yml", "config"):
+        source = ROOT / name
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=ignore)
+        else:
+            shutil.copy(source, folder / name)
+    architecture(folder / "config.json", "QwenImageTransformer2DModel", **SMALL)
+    settings = {
+        "run": "planned",
+        "teacher": {"path": "no/weights"},
+        "record": {"prompts": "none.txt"},
+        "plan": {"transformer_config": "config.json", "gpus": [8]},
+        "pipeline": {"height": 64, "width": 64},
+        "intervals": {"pin": [[0, 1]]},
+    }
+    (folder / "mine.yaml").write_text(yaml.safe_dump(settings))
+    command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "1", "plan"]
+    command += ["--configfile", "mine.yaml"]
+
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env=os.environ.copy()
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "8 GiB" in done.stdout + done.stderr
+    found = tables.read(folder / "results/planned/plan/plan.parquet", schemas.PLAN).to_pandas()
+    assert values(found, "variant", "blocks") == {"teacher": 3, "depth": 2}
+    assert not (folder / "results/planned/record").exists()

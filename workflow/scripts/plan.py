@@ -1,0 +1,157 @@
+"""What a run needs, before it runs: parameters, FLOPs, memory per stage, disk. No weights needed.
+
+    python workflow/scripts/plan.py --config config/mine.yaml --table results/mine/plan/plan.parquet
+
+The transformer's stock class is built without weights, from plan.transformer_config, else from the
+teacher's folder, else from the Hub. What is plugged in is the detected selection (--intervals,
+--candidates) or, without one, what the config pins. Shapes of a call come from recorded ones
+(--calls), or from the config's `pipeline`.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+
+import pandas as pd
+
+from ppcl import (
+    blocks,
+    config,
+    devices,
+    errors,
+    example_calls,
+    planner,
+    provenance,
+    schemas,
+    tables,
+)
+
+log = logging.getLogger(__name__)
+
+
+def detected(args: argparse.Namespace) -> dict:
+    """The selection that the run's tables hold, as `planner.selection` takes it."""
+    found = {}
+    if args.intervals:
+        table = tables.read(args.intervals, schemas.INTERVALS).to_pandas()
+        table = table[table["selected"]]
+        found["intervals"] = list(zip(table["first"].tolist(), table["last"].tolist(), strict=True))
+    if args.candidates:
+        table = tables.read(args.candidates, schemas.WIDTH_CANDIDATES).to_pandas()
+        table = table[table["selected"]]
+        texts, ffns = (table[table["kind"] == kind] for kind in ("text", "ffn"))
+        found["narrower"] = (
+            list(zip(texts["first"].tolist(), texts["last"].tolist(), strict=True)),
+            list(zip(ffns["first"].tolist(), ffns["stream"].tolist(), strict=True)),
+        )
+    return found
+
+
+def latent_scale(teacher: dict) -> int | None:
+    """Pixels per latent of a local teacher's autoencoder, if its config tells."""
+    file = Path(teacher["path"], teacher.get("subfolder") or "", "vae", "config.json")
+    if not file.is_file():
+        return None
+    vae = json.loads(file.read_text(encoding="utf-8"))
+    if "scale_factor_spatial" in vae:
+        return vae["scale_factor_spatial"]
+    if "temperal_downsample" in vae:
+        return 2 ** len(vae["temperal_downsample"])
+    levels = vae.get("block_out_channels")
+    return 2 ** (len(levels) - 1) if levels else None
+
+
+def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
+    """The planner of a config and of what its run has found so far."""
+    teacher = settings["teacher"]
+    found, where = planner.architecture(teacher, settings["plan"]["transformer_config"])
+    transformer = planner.on_meta(found, devices.dtype(teacher["dtype"]), where)
+    depth, every = planner.selection(settings, transformer, **detected(args))
+    pipeline = example_calls.PIPELINES.get(type(transformer).__name__)
+    example = None
+    if args.calls:
+        example = example_calls.recorded(args.calls)
+    elif pipeline:
+        size = example_calls.size_of(pipeline.size, settings["pipeline"], latent_scale(teacher))
+
+        def example(batch, dtype):
+            return pipeline.make(transformer.config, batch, size, dtype)
+
+    else:
+        log.warning(
+            "calls of %s are not known: no FLOPs and no memory of activations until the run has "
+            "recorded some (record/calls.parquet)",
+            type(transformer).__name__,
+        )
+    made = planner.Planner(settings, transformer, depth, every, example, pipeline)
+    made.forget_unusable()
+    return made
+
+
+def _gib(value: float) -> str:
+    return "?" if pd.isna(value) else f"{value / planner.GIB:,.1f}"
+
+
+def printed(table: pd.DataFrame) -> str:
+    """The plan for people: variants, then stages in GiB with what they fit on, then disk."""
+    variants = table[table["item"] == "variant"].pivot(
+        index="name", columns="measure", values="value"
+    )
+    lines = [f"{'variant':<14}{'blocks':>8}{'parameters':>18}{'GiB':>9}{'TFLOPs':>10}{'share':>8}"]
+    for name in table[table["item"] == "variant"]["name"].unique():
+        one = variants.loc[name]
+        spent = "?" if pd.isna(one["flops"]) else f"{one['flops'] / 1e12:,.3f}"
+        share = "?" if pd.isna(one["latency share"]) else f"{one['latency share']:.3f}"
+        lines.append(
+            f"{name:<14}{one['blocks']:>8.0f}{one['parameters']:>18,.0f}{_gib(one['size']):>9}"
+            f"{spent:>10}{share:>8}"
+        )
+    gpus = sorted(table[table["item"] == "gpu"]["gpu_gib"].unique())
+    heads = "".join(f"{f'{gpu:g} GiB':>12}" for gpu in gpus)
+    lines += ["", f"{'peak GiB of':<14}{'resident':>10}{'offloaded':>11}{'least':>9}{heads}"]
+    stages = table[table["item"] == "stage"].pivot(index="name", columns="measure", values="value")
+    fits = table[table["item"] == "gpu"].set_index(["name", "gpu_gib", "measure"])["value"]
+    for name in table[table["item"] == "stage"]["name"].unique():
+        peaks = [_gib(stages.loc[name, f"peak {k}"]) for k in ("resident", "offloaded", "least")]
+        cells = "".join(f"{_fit(fits[name][gpu]):>12}" for gpu in gpus)
+        lines.append(f"{name:<14}{peaks[0]:>10}{peaks[1]:>11}{peaks[2]:>9}{cells}")
+    lines += ["", f"{'on disk, at most':<40}{'GiB':>10}"]
+    for row in table[table["item"] == "artifact"].itertuples():
+        lines.append(f"{row.name:<40}{_gib(row.value):>10}")
+    return "\n".join(lines)
+
+
+def _fit(fits: pd.Series) -> str:
+    if fits.isna().any():
+        return "?"
+    if fits["fits resident"]:
+        return "resident"
+    return "offloaded" if fits["fits offloaded"] else "-"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--intervals", type=Path, help="intervals.parquet, if there is one")
+    parser.add_argument("--candidates", type=Path, help="width/candidates.parquet, if there is one")
+    parser.add_argument("--calls", type=Path, help="calls.parquet, if there is one")
+    parser.add_argument("--table", type=Path, required=True, help="plan.parquet to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+
+    made = made_for(args, settings)
+    table = pd.DataFrame(planner.rows(made, settings["plan"]["gpus"]))
+    stamp = provenance.stamp(
+        settings,
+        blocks=len(blocks.block_sequence(made.transformer)),
+        units=len(made.every),
+    )
+    tables.write(args.table, table[schemas.PLAN.names], schemas.PLAN, stamp)
+    print(printed(table))
+
+
+if __name__ == "__main__":
+    errors.run(main)

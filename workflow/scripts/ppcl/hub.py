@@ -1,0 +1,159 @@
+"""Where a teacher's files are: in a local folder, or in the local cache of the Hub.
+
+Imports nothing heavy, so that Snakefiles can.
+"""
+
+import json
+import re
+from collections.abc import Collection
+from pathlib import Path
+
+from ppcl.errors import UserError
+
+PATIENCE = 10  # seconds to wait for the Hub
+INDEX = "model_index.json"
+
+
+def component(teacher: dict) -> str:
+    """Name of the pipeline's component that is pruned, such as `transformer_2` of Wan 2.2."""
+    return teacher.get("component") or "transformer"
+
+
+def is_name(path: str) -> bool:
+    """Whether a teacher's path is the name of a repository on the Hub and no local folder."""
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path)
+    return bool(named) and not Path(path).exists() and not Path(path).parent.exists()
+
+
+def folder(
+    teacher: dict,
+    key: str = "teacher.path",
+    only: Collection[str] | None = None,
+    without: Collection[str] = (),
+) -> Path:
+    """The pipeline's folder on this machine; a repository on the Hub is downloaded, if need be.
+
+    A token is taken from HF_TOKEN or from `hf auth login`. Without a network, or with
+    HF_HUB_OFFLINE=1, what the local cache holds is used.
+
+    Args:
+        teacher: the config's `teacher` mapping: path, revision, variant, subfolder, ...
+        key: what names the folder in messages.
+        only: components to download; None for all.
+        without: components not to download.
+
+    Raises:
+        UserError: there is no such folder or repository, or it can't be reached.
+    """
+    path, subfolder = teacher["path"], teacher.get("subfolder") or ""
+    if not is_name(path):
+        found = Path(path) / subfolder
+        if not found.is_dir():
+            raise UserError(
+                f"{key}: {found} can't be loaded: there is no such folder; give the folder of a "
+                "diffusers pipeline, or the name of a repository on the Hub (owner/name)"
+            )
+        return found
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    revision, prefix = teacher.get("revision"), f"{subfolder}/" if subfolder else ""
+    try:
+        listed = HfApi().model_info(path, revision=revision, timeout=PATIENCE)
+    except RevisionNotFoundError as error:
+        raise UserError(f"teacher.revision: {path} on the Hub has no '{revision}'") from error
+    except RepositoryNotFoundError as error:
+        raise UserError(
+            f"{key}: {path} is neither a local folder nor a repository that the Hub shows you; "
+            "check the name, or, if it is private or gated, accept its terms there and set "
+            "HF_TOKEN to your token"
+        ) from error
+    except Exception as error:  # all kinds of missing or broken connections
+        return _cached(path, revision, prefix, key, error)
+    names = wanted([f.rfilename for f in listed.siblings], prefix, only, without, teacher)
+    try:
+        root = snapshot_download(path, revision=revision, allow_patterns=names)
+    except Exception as error:
+        raise UserError(
+            f"{key}: {path} can't be downloaded: {error}. If it is gated, accept its terms on the "
+            "Hub and set HF_TOKEN to your token"
+        ) from error
+    return Path(root) / subfolder
+
+
+def _cached(path: str, revision: str | None, prefix: str, key: str, error: Exception) -> Path:
+    """The snapshot in the local cache; UserError if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+
+    index = try_to_load_from_cache(path, f"{prefix}{INDEX}", revision=revision)
+    if not isinstance(index, str):
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{key}: {path} is no local folder, the Hub can't be reached ({reason}), and its cache "
+            f"on this machine does not hold {path} at revision {revision or 'main'}; set {key} to "
+            "a local folder, or download it where there is a network (`hf download "
+            f"{path}`) and set HF_HOME to that cache here, with HF_HUB_OFFLINE=1"
+        ) from error
+    return Path(index).parent
+
+
+def wanted(
+    names: Collection[str],
+    prefix: str,
+    only: Collection[str] | None,
+    without: Collection[str],
+    teacher: dict,
+) -> list[str]:
+    """Which files of a repository to download: of every component, one set of weights.
+
+    Safetensors if there are any, of the variant if there are any.
+
+    Args:
+        names: all files of the repository.
+        prefix: of the pipeline's files, empty or ending with a slash.
+    """
+    found, weights = [], {}
+    for name in (n.removeprefix(prefix) for n in names if n.startswith(prefix)):
+        part, _, file = name.partition("/")
+        if not file:
+            if name == INDEX or (name.endswith(".py") and teacher["trust_remote_code"]):
+                found.append(name)
+        elif part in without or (only is not None and part not in only):
+            continue
+        elif re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", file):
+            weights.setdefault(part, []).append(name)
+        elif re.search(r"\.(json|jsonl|txt|model|jinja|py|spm|vocab|tiktoken)$", file):
+            found.append(name)
+    for files in weights.values():
+        found += of_variant(
+            [f for f in files if ".safetensors" in f] or files, teacher.get("variant")
+        )
+    return [prefix + name for name in found]
+
+
+def of_variant(files: list[str], variant: str | None) -> list[str]:
+    """The weight files of a variant, such as fp16; the plain ones if there are none."""
+    if variant:
+        mark = re.compile(rf"\.{re.escape(variant)}[.-]")
+        if chosen := [f for f in files if mark.search(f.split("/")[-1])]:
+            return chosen
+    # diffusion_pytorch_model-00001-of-00002.safetensors, model.safetensors.index.json, model.bin
+    plain = re.compile(r"[^.]+\.(safetensors|bin)(\.index\.json)?$")
+    return [f for f in files if plain.fullmatch(f.split("/")[-1])]
+
+
+def read_index(path: Path, key: str = "teacher.path") -> dict:
+    """model_index.json of a pipeline's folder.
+
+    Raises:
+        UserError: it is missing, or not JSON.
+    """
+    try:
+        return json.loads((path / INDEX).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{key}: {path} is not a diffusers pipeline (it has no {INDEX}); give the folder that "
+            "save_pretrained wrote, or set teacher.subfolder to where it is"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{path / INDEX}: not valid JSON ({error}); restore the file") from error

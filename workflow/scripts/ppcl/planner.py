@@ -1,0 +1,931 @@
+"""What a run needs, worked out on the meta device: sizes, FLOPs, memory per stage, disk.
+
+The teacher's stock class is built from its config, without weights. Variants come from the code
+that prunes, so their counts are exact. Memory is that of the stages' own steps, run on tensors that
+have shapes and no content: every storage that PyTorch would allocate is counted from its birth to
+its end, and attention is taken for a fused kernel, as GPUs have it. What only a device knows (its
+context, fragmentation) is left to `RESERVED`; the text encoder and the autoencoder are not counted.
+"""
+
+import copy
+import json
+import logging
+import math
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ppcl import blocks, devices, distillation, example_calls, hub, pins, plans, students, width
+from ppcl.config import limits
+from ppcl.errors import UserError
+from ppcl.plans import Part, Unit
+
+log = logging.getLogger(__name__)
+
+GIB = 1 << 30
+# Of every GPU, for its context and what the allocator can't use.
+RESERVED = 1 * GIB
+META = torch.device("meta")
+# What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
+# for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
+BITS_8_BLOCK = 256
+
+
+# ---- the teacher, without weights
+
+
+class _Config(ConfigMixin):
+    """Reads the config of a model of any class."""
+
+    config_name = "config.json"
+
+
+def _from_hub(teacher: Mapping, place: str) -> dict:
+    """The config of a component of a pipeline on the Hub, and nothing else of it."""
+    name, file, revision = teacher["path"], f"{place}/{_Config.config_name}", teacher["revision"]
+    try:
+        if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            # Asked once: a download would try for half a minute without a network.
+            get_session().head(constants.ENDPOINT, timeout=hub.PATIENCE)
+        return _Config.load_config(name, subfolder=place, revision=revision)
+    except Exception as error:  # offline, no such repository, no token: of many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"teacher.path: {name}: its {file} can't be had from the Hub ({reason[0]}); without a "
+            "network, give a local folder, or a config.json as plan.transformer_config"
+        ) from error
+
+
+def architecture(teacher: Mapping, path: str | None) -> tuple[dict, str]:
+    """The config of the transformer to plan for, and where it is from.
+
+    Args:
+        teacher: the config's `teacher`.
+        path: the config's `plan.transformer_config`.
+
+    Raises:
+        UserError: there is no such file, it is no config, or the Hub can't be reached.
+    """
+    place = "/".join(filter(None, (teacher.get("subfolder"), hub.component(teacher))))
+    key, file = "plan.transformer_config", Path(path or "")
+    if path is None:
+        if hub.is_name(teacher["path"]):
+            return _from_hub(teacher, place), f"{teacher['path']}/{place}"
+        key, file = "teacher.path", Path(teacher["path"], place, _Config.config_name)
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{key}: {file} can't be read ({error.strerror}); give the config.json of a "
+            "transformer as plan.transformer_config"
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{key}: {file} is not JSON ({error}); restore the file") from error
+    if not isinstance(found, dict) or "_class_name" not in found:
+        raise UserError(f"{key}: {file} is not the config of a model (it has no _class_name)")
+    return found, str(file)
+
+
+def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
+    """The transformer of a config, frozen, without weights.
+
+    What its class keeps in float32 is float32, as after `from_pretrained`.
+
+    Raises:
+        UserError: diffusers has no such class, it can't be made of this config, or it can't be
+            pruned.
+    """
+    import diffusers
+
+    name = config["_class_name"]
+    made_by = getattr(diffusers, name, None)
+    if not (isinstance(made_by, type) and issubclass(made_by, ModelMixin)):
+        raise UserError(
+            f"{where}: diffusers {diffusers.__version__} has no model {name}; only its own "
+            "classes can be planned"
+        )
+    try:
+        with META:
+            made = made_by.from_config(dict(config))
+    except Exception as error:  # whatever a constructor makes of odd values
+        raise UserError(f"{where}: {name} can't be made of this config: {error}") from error
+    blocks.family(made)
+    kept = () if dtype == torch.float32 else made_by._keep_in_fp32_modules or ()
+    for path, parameter in made.named_parameters():
+        if not any(part in path.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    for path, buffer in made.named_buffers():
+        if buffer.is_floating_point() and not any(part in path.split(".") for part in kept):
+            buffer.data = buffer.data.to(dtype)
+    return made.requires_grad_(False).eval()
+
+
+def selection(
+    settings: Mapping,
+    transformer: nn.Module,
+    intervals: Iterable[tuple[int, int]] | None = None,
+    narrower: tuple[list[tuple[int, int]], list[tuple[int, str]]] | None = None,
+) -> tuple[list[Unit], list[Unit]]:
+    """Units of depth alone, and of depth and width: detected ones, or else those that are pinned.
+
+    Args:
+        intervals: detected ones, if there are.
+        narrower: detected text runs and linear FFNs, if there are.
+
+    Raises:
+        UserError: pins that this teacher can't have, or blocks that it lacks.
+    """
+    sequence = blocks.block_sequence(transformer)
+    pinned, _ = pins.wishes(settings, len(sequence))
+    ffns = {
+        (part.first, stream)
+        for unit in width.ffn_candidates(transformer)
+        for part in unit.parts
+        for stream in part.linear_ffn
+    }
+    pins.check(
+        pinned,
+        blocks.seams(transformer),
+        blocks.untouchable(transformer),
+        (),
+        ffns,
+        width.text_sizes(transformer)["text_saved"] if pinned.runs else [0] * len(sequence),
+    )
+    chosen = sorted(pinned.intervals if intervals is None else intervals)
+    runs, linear = narrower or (sorted(pinned.runs), sorted(pinned.ffns))
+    ends = [*(last for _, last in (*chosen, *runs)), *(block for block, _ in linear)]
+    if max(ends, default=0) >= len(sequence):
+        raise UserError(
+            f"the selection names block {max(ends)}, but this teacher has {len(sequence)}: it is "
+            "of another teacher; delete intervals.parquet and width/candidates.parquet"
+        )
+    every = plans.units(chosen, runs, linear, width.unread_after(transformer))
+    return plans.units(chosen), every
+
+
+def new_blocks(
+    transformer: nn.Module, units: Iterable[Unit], dtype: torch.dtype | None = None
+) -> students.Students:
+    """The new blocks of units, as narrow as they are planned, without weights.
+
+    dtype: of their parameters; None for the teacher's.
+    """
+    sequence = blocks.block_sequence(transformer)
+    found = {}
+    for part in students.parts_of(units):
+        whole = copy.deepcopy(sequence[part.first].module)
+        found[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
+    return found
+
+
+def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module, list[list[int]]]:
+    """The teacher with new blocks in place of its own, and its block map."""
+    return blocks.assembled(transformer, {part.key: module for part, module in made.items()})
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def optimizer_bytes(parameters: int, bits: int) -> int:
+    """Bytes of the states that AdamW keeps of so many parameters, with 32 or 8 bits each."""
+    if bits == 32:
+        return 2 * 4 * parameters
+    return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK))
+
+
+# ---- running without content
+
+
+@contextmanager
+def _fused_attention():
+    """Attention as one kernel. For tensors without content PyTorch picks the other one, which
+    keeps every weight [tokens, tokens]."""
+    stock = F.scaled_dot_product_attention
+    # No TorchFunctionMode: what checkpointing computes again would pass it by.
+    F.scaled_dot_product_attention = _fused
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = stock
+
+
+def _fused(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    if enable_gqa:
+        times = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
+    # Its shapes and what it keeps for the backward pass are those of the CUDA kernels.
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        query, key, value, dropout_p, is_causal, scale=scale
+    )[0]
+
+
+_ATTENTION_FLOPS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda query, key, value, *_args, out_shape=None, **_kwargs: sdpa_flop_count(
+            query, key, value
+        )
+    )
+}
+
+
+class Meter(TorchDispatchMode):
+    """Follows the storages that operations make, from birth to end."""
+
+    # (operation, shapes and types of what it gets) -> how what it makes is laid out. PyTorch works
+    # shapes out in Python, step by step; blocks that are alike need that once.
+    _known: ClassVar[dict] = {}
+
+    def __init__(self):
+        super().__init__()
+        self._alive: dict[int, tuple[int, int, weakref.ref]] = {}
+        self._events: list[tuple[int, int]] = []  # (number of a storage, its bytes or minus those)
+        self._born = 0
+
+    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
+        given: set[int] = set()
+        key = (func, _signature(args, given), _signature(kwargs or {}, given))
+        if layouts := self._known.get(key):
+            made = [torch.empty_strided(a, b, dtype=c, device=META) for a, b, c in layouts]
+            returned = made[0] if len(made) == 1 else tuple(made)
+        else:
+            returned = func(*args, **(kwargs or {}))
+            made = returned if isinstance(returned, tuple | list) else [returned]
+            made = [t for t in made if isinstance(t, Tensor)]
+            if _all_new(func, returned, made, given):
+                self._known[key] = [(t.shape, t.stride(), t.dtype) for t in made]
+        for tensor in made:
+            if _storage(tensor) not in given:
+                self._see(tensor)
+        return returned
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+        number = self._born = self._born + 1
+
+        def end(_reference):
+            del self._alive[key]
+            self._events.append((number, -size))
+
+        self._alive[key] = (number, size, weakref.ref(storage, end))
+        self._events.append((number, size))
+
+    def peak(self, gradients: Iterable[Tensor] = (), times: float = 1.0) -> int:
+        """Most bytes that were alive at once.
+
+        Args:
+            gradients: tensors, alive still, whose bytes count so many times.
+        """
+        special = {self._alive[k][0] for k in map(_storage, gradients) if k in self._alive}
+        alive = most = 0.0
+        for number, change in self._events:
+            alive += change * (times if number in special else 1)
+            most = max(most, alive)
+        return int(most)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _signature(value: Any, storages: set[int]) -> Any:
+    """What of an operation's arguments decides its result's layout; adds tensors' storages."""
+    if isinstance(value, Tensor):
+        storages.add(_storage(value))
+        return value.shape, value.stride(), value.dtype, value.device.type
+    if isinstance(value, tuple | list):
+        return tuple(_signature(v, storages) for v in value)
+    if isinstance(value, dict):
+        return tuple((k, _signature(v, storages)) for k, v in value.items())
+    return type(value), value
+
+
+def _all_new(func, returned: Any, made: list[Tensor], given: set[int]) -> bool:
+    """Whether an operation returns nothing but one or several new tensors."""
+    results = func._schema.returns
+    storages = {_storage(t) for t in made}
+    return (
+        bool(made)
+        and not func._schema.is_mutable
+        and all(one.alias_info is None for one in results)
+        and len(results) == len(made) == len(storages)
+        and isinstance(returned, Tensor | tuple)
+        and not storages & given
+        and all(t.is_meta and t.storage_offset() == 0 for t in made)
+    )
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that a step needs beside weights and optimizer states.
+
+    Attributes:
+        activations: most at once, gradients of weights left out.
+        peak: most at once, with the gradients that are there by then.
+    """
+
+    activations: int
+    peak: int
+
+    def beside(self, others: int) -> "Footprint":
+        """With so many bytes that are there all along."""
+        return Footprint(self.activations + others, self.peak + others)
+
+
+def footprint(
+    run: Callable[[], Any], trained: Iterable[nn.Module] = (), times: float = 1.0
+) -> Footprint:
+    """What a step needs, whose modules and inputs are on the meta device.
+
+    Args:
+        run: the step; it differentiates its losses itself, with `torch.autograd.backward`.
+        trained: what gets gradients.
+        times: bytes of a real gradient over those of the run's.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(_fused_attention())
+        stack.enter_context(META)
+        meter = stack.enter_context(Meter())
+        kept = run()  # what a step returns is there until its end
+    gradients = [p.grad for m in trained for p in m.parameters() if p.grad is not None]
+    found = Footprint(meter.peak(gradients, 0), meter.peak(gradients, times))
+    del kept
+    for module in trained:
+        module.zero_grad(set_to_none=True)
+    return found
+
+
+def flops(transformer: nn.Module, arguments: dict[str, Any]) -> tuple[list[int], int]:
+    """Floating-point operations of one call: of every block, and of all.
+
+    A multiply and an add are two; only products of matrices, attention and convolutions count.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
+    sequence = blocks.block_sequence(transformer)
+    found = [0] * len(sequence)
+
+    def before(block, _bound):
+        found[block.index] -= counter.get_total_flops()
+
+    def after(block, _streams):
+        found[block.index] += counter.get_total_flops()
+
+    with torch.no_grad(), blocks.watch(sequence, before, after) as run, META:
+        with _fused_attention(), Meter(), counter:
+            run(transformer, arguments)
+    return found, counter.get_total_flops()
+
+
+# ---- stages
+
+
+@dataclass
+class Stage:
+    """What a stage needs on one device.
+
+    Attributes:
+        parts: bytes by what they are for; None where they can't be told.
+        resident, offloaded, least: peak bytes with the whole teacher on the device, with one block
+            of it at a time where the stage can (teacher.offload: stream), and so with
+            checkpointing and 8-bit AdamW too, which no stage has yet; None if unknown.
+        note: what the numbers rest on.
+    """
+
+    name: str
+    parts: dict[str, float | None]
+    resident: float | None
+    offloaded: float | None
+    least: float | None
+    note: str = ""
+
+    def fits(self, gib: float, offloaded: bool) -> bool | None:
+        """Whether a GPU of this size is enough; None if unknown."""
+        peak = self.offloaded if offloaded else self.resident
+        return None if peak is None else peak + RESERVED <= gib * GIB
+
+
+@dataclass
+class Planner:
+    """All that is asked of one teacher and its selection.
+
+    Attributes:
+        settings: the config.
+        transformer: the teacher, on the meta device.
+        depth, every: units of depth alone, and of the whole selection.
+        example: (batch, dtype) -> arguments of a call; None if nothing tells its shapes.
+        pipeline: how its stock pipeline calls it, if known.
+    """
+
+    settings: Mapping
+    transformer: nn.Module
+    depth: list[Unit]
+    every: list[Unit]
+    example: Callable[[int, torch.dtype], dict[str, Any]] | None
+    pipeline: example_calls.Pipeline | None
+    _kept: dict = field(default_factory=dict)
+
+    @cached_property
+    def variants(self) -> dict[str, tuple[nn.Module, list[list[int]]]]:
+        """Name -> model in the teacher's dtype, and its block map; the last one is the smallest."""
+        chosen = {"teacher": []}
+        if self.depth:
+            chosen["depth"] = self.depth
+        if any(part.narrow for part in students.parts_of(self.every)):
+            chosen["depth+width" if self.depth else "width"] = self.every
+        return {
+            name: plugged(self.transformer, new_blocks(self.transformer, units))
+            for name, units in chosen.items()
+        }
+
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return devices.dtype(self.settings["teacher"]["dtype"])
+
+    @cached_property
+    def weights(self) -> int:
+        """Bytes of the whole teacher."""
+        return weight_bytes(self.transformer)
+
+    @cached_property
+    def offloaded(self) -> int:
+        """Bytes of the teacher on the device with one block at a time: that block and the rest."""
+        sizes = [weight_bytes(b.module) for b in blocks.block_sequence(self.transformer)]
+        return self.weights - sum(sizes) + max(sizes)
+
+    def flops(self, model: nn.Module) -> tuple[list[int], int] | None:
+        """Of one call with a batch of one."""
+        return self.example and flops(model, self.example(1, self.dtype))
+
+    def inference(self, batch: int) -> int | None:
+        """Activations of the teacher without gradients."""
+        if self.example is None:
+            return None
+        if batch not in self._kept:
+            arguments = self.example(batch, self.dtype)
+
+            @torch.no_grad()
+            def run():
+                return self.transformer(**arguments)
+
+            self._kept[batch] = footprint(run).peak + _bytes_of(arguments)
+        return self._kept[batch]
+
+    def forget_unusable(self) -> None:
+        """Does without an example call, and says so, if the transformer needs content to run."""
+        if self.example is None:
+            return
+        try:
+            self._look()
+        except Exception as error:  # of many kinds: a value is asked for that is not there
+            log.warning(
+                "%s can't run without content (%s): no FLOPs and no memory of activations",
+                type(self.transformer).__name__,
+                str(error).splitlines()[0] if str(error) else type(error).__name__,
+            )
+            self.example = None
+
+    @torch.no_grad()
+    def _look(self) -> None:
+        """Runs one call and keeps what its shapes tell: channels, and the size of the answer."""
+        sequence = blocks.block_sequence(self.transformer)
+        found: list[dict[str, int]] = [{} for _ in sequence]
+
+        def after(block, streams):
+            found[block.index] = {s: x.shape[-1] for s, x in streams.items()}
+
+        with _fused_attention(), META, Meter(), blocks.watch(sequence, after=after) as run:
+            output = run(self.transformer, self.example(1, self.dtype))[0]
+        self._kept["channels"], self._kept["answer"] = found, _bytes_of({"output": output})
+
+    # -- the stages
+
+    def stages(self) -> Iterator[Stage]:
+        """Every stage that runs the teacher's transformer, in order."""
+        settings = self.settings
+        joined = self.pipeline is not None and self.pipeline.joined
+        doubled = 2 if joined and example_calls.guided(self.pipeline, settings["pipeline"]) else 1
+        alone = "transformer alone: text encoder and autoencoder come on top"
+        yield self._still("record", settings["record"]["batch_size"] * doubled, note=alone)
+        yield self._still(
+            "extract", settings["extract"]["batch_size"], statistics=sum(self.moments())
+        )
+        largest = max(
+            blocks.parameter_count(b.module) for b in blocks.block_sequence(self.transformer)
+        )
+        # A float32 student, and its copy in the teacher's dtype if that is another one.
+        plugged_in = largest * (4 + (self.dtype.itemsize if self.dtype != torch.float32 else 0))
+        yield self._still("sensitivity", settings["sensitivity"]["batch_size"], students=plugged_in)
+        if settings["width"]["enabled"]:
+            yield self._width(settings["width"]["batch_size"], plugged_in)
+        if self.every:
+            staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
+            units = self.depth if staged else self.every
+            if units:
+                yield self._distill("distill", units)
+            if staged:
+                yield self._distill("narrow", self.every)
+            if settings["subsets"]["steps"]:
+                yield self._subsets()
+            yield self._finetune()
+        yield self._still("evaluate", settings["evaluate"]["batch_size"] * doubled, note=alone)
+
+    def moments(self) -> list[int]:
+        """Bytes of the sums that `extract` keeps, float64, of every block and stream."""
+        return [
+            8 * (2 * channels**2 + 2 * channels + 2)
+            for block in blocks.block_sequence(self.transformer)
+            for channels in self.channels(block).values()
+        ]
+
+    def channels(self, block: blocks.Block) -> dict[str, int]:
+        """Stream -> channels of a block; without an example call, the transformer's least width."""
+        if "channels" not in self._kept and self.example is not None:
+            self._look()
+        if "channels" not in self._kept:
+            sequence = blocks.block_sequence(self.transformer)
+            shapes = [p.shape for b in sequence for p in b.module.parameters() if p.ndim == 2]
+            least = min(min(shape) for shape in shapes if min(shape) > 1)
+            self._kept["channels"] = [dict.fromkeys(b.list.inputs, least) for b in sequence]
+        return self._kept["channels"][block.index]
+
+    def _still(
+        self, name: str, batch: int, note: str = "", statistics: int = 0, students: int = 0
+    ) -> Stage:
+        """A stage that trains nothing."""
+        activations = self.inference(batch)
+        return self._stage(
+            name,
+            {"students": students, "statistics": statistics, "activations": activations},
+            None if activations is None else students + statistics + activations,
+            note=f"batch {batch}{'; ' if note else ''}{note}",
+        )
+
+    def _stage(
+        self,
+        name: str,
+        parts: dict[str, float | None],
+        beside: float | None,
+        least: float | None = None,
+        note: str = "",
+    ) -> Stage:
+        """beside, least: peak bytes beside the teacher's, as configured and with all savings."""
+        least = beside if least is None else least
+        parts = {"teacher": self.weights, "teacher offloaded": self.offloaded} | parts
+        if beside is None:
+            return Stage(name, parts, None, None, None, note)
+        return Stage(
+            name,
+            parts,
+            self.weights + beside,
+            self.offloaded + beside,
+            self.offloaded + least,
+            note,
+        )
+
+    def _width(self, batch: int, students: int) -> Stage:
+        """Sums of as many maps as fit in a pass, and what the teacher shows of their blocks."""
+        candidates = width.ffn_candidates(self.transformer)
+        maps = [one for unit in candidates for p in unit.parts for one in width.maps_of(p)]
+        sequence = blocks.block_sequence(self.transformer)
+        texts = sum(block.width.text is not None for block in sequence)
+        channels = max(max(self.channels(block).values()) for block in sequence)
+        one = 4 * 8 * channels**2
+        # Every block may borrow the text of one before it and end a run, in as many ways as runs
+        # are long.
+        wanted = len(maps) + 2 * texts * (self.settings["width"]["longest"] - 1)
+        at_once = min(wanted, max(1, width.SUMS_BYTES // one))
+        statistics = at_once * one
+        activations = None
+        if self.example is not None:
+            parts = [Part(*ends) for ends in dict.fromkeys(m.part for m in maps[:at_once])]
+            arguments = self.example(batch, self.dtype)
+
+            def run():
+                return distillation.teacher_states(self.transformer, parts, arguments)
+
+            activations = self.inference(batch)
+            if parts:
+                activations = max(activations, footprint(run).peak + _bytes_of(arguments))
+        return self._stage(
+            "width",
+            {"students": students, "statistics": statistics, "activations": activations},
+            None if activations is None else students + statistics + activations,
+            note=f"batch {batch}",
+        )
+
+    def _distill(self, name: str, units: list[Unit]) -> Stage:
+        """Eq. 6: the teacher once, then one student's graph after the other."""
+        options = self.settings["distill"]
+        batch, made = self._batch(options), new_blocks(self.transformer, units, torch.float32)
+
+        def measured(recompute: bool) -> Footprint | None:
+            if self.example is None:
+                return None
+            dtype, times = _precision(options)
+            running = {p: copy.deepcopy(m).to(dtype) for p, m in made.items()}
+            for module in running.values():
+                module.requires_grad_(True).train()
+            arguments = self.example(batch, self.dtype)
+            used = options | {"gradient_checkpointing": recompute}
+
+            def run():
+                self._distillation_step(running, arguments, used, dtype)
+
+            return footprint(run, running.values(), times).beside(_bytes_of(arguments))
+
+        modules = list(made.values())
+        largest = max(modules, key=blocks.parameter_count)
+        return self._trained(name, options, batch, modules, measured, [largest])
+
+    def _distillation_step(
+        self, running: students.Students, arguments: dict, options: Mapping, dtype: torch.dtype
+    ) -> None:
+        """A step of `distillation.independent`, on meta."""
+        sequence = blocks.block_sequence(self.transformer)
+        unread = blocks.family(self.transformer).unread
+        lessons = distillation.teacher_states(self.transformer, list(running), arguments)
+        for part, student in running.items():
+            lesson = lessons.pop(part)
+            if part.last == sequence[-1].index:
+                lesson.target = {s: t for s, t in lesson.target.items() if s not in unread}
+            lesson.bound = tree_map(lambda v: _cast(v, dtype), lesson.bound)
+            returned = distillation._call(student, lesson.bound, options["gradient_checkpointing"])
+            output = sequence[part.first].outputs(returned)
+            output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
+            loss, _ = distillation.interval_losses(output, lesson.target, {}, options)
+            torch.autograd.backward(loss)
+
+    def _subsets(self) -> Stage:
+        """Any-subset distillation at its most: with all units plugged in."""
+        options = self.settings["subsets"]
+        batch, made = self._batch(options), new_blocks(self.transformer, self.every, torch.float32)
+
+        def measured(recompute: bool) -> Footprint | None:
+            dtype, times = _precision(options)
+            running = {p: copy.deepcopy(m).to(dtype) for p, m in made.items()}
+            for module in running.values():
+                module.requires_grad_(True).train()
+            wrapped = {p: distillation.InFloat32(m) for p, m in running.items()}
+            model, _ = plugged(self.transformer, wrapped if times == 1 else running)
+            return self._velocity(
+                model, batch, self.dtype, recompute, list(running.values()), times
+            )
+
+        modules = list(made.values())
+        return self._trained("subsets", options, batch, modules, measured, modules, stream=False)
+
+    def _finetune(self) -> Stage:
+        """All parameters of the smallest model, in float32, beside the teacher."""
+        options = self.settings["finetune"]
+        batch = self._batch(options)
+        model, _ = next(reversed(self.variants.values()))
+        model = nn.Module.to(copy.deepcopy(model), torch.float32)  # diffusers' own would warn
+
+        def measured(recompute: bool) -> Footprint | None:
+            dtype, times = _precision(options)
+            running = nn.Module.to(copy.deepcopy(model), dtype).requires_grad_(True).train()
+            return self._velocity(running, batch, dtype, recompute, [running], times)
+
+        return self._trained("finetune", options, batch, [model], measured, [model], stream=False)
+
+    def _velocity(
+        self,
+        model: nn.Module,
+        batch: int,
+        dtype: torch.dtype,
+        recompute: bool,
+        trained: list[nn.Module],
+        times: float,
+    ) -> Footprint | None:
+        """A step of `distillation.output_distillation`, on meta."""
+        if self.example is None:
+            return None
+        arguments = self.example(batch, dtype)
+        if recompute:
+            model.enable_gradient_checkpointing()
+
+        def run():
+            output = model(**arguments)[0].float()
+            torch.autograd.backward((output - torch.zeros_like(output)).square().mean())
+
+        try:
+            found = footprint(run, trained, times)
+        finally:
+            if recompute:
+                model.disable_gradient_checkpointing()
+        return found.beside(_bytes_of(arguments))
+
+    def _batch(self, options: Mapping) -> int:
+        """Samples per device; with processes: auto, all on one."""
+        processes = self.settings["processes"]
+        return math.ceil(options["batch_size"] / (1 if processes == "auto" else processes))
+
+    def _trained(
+        self,
+        name: str,
+        options: Mapping,
+        batch: int,
+        modules: list[nn.Module],
+        measured: Callable[[bool], Footprint | None],
+        cast: list[nn.Module],
+        stream: bool = True,
+    ) -> Stage:
+        """A stage that trains float32 modules with AdamW.
+
+        Args:
+            measured: with or without checkpointing -> what a step needs.
+            cast: modules of which autocast keeps casts at the same time, with mixed precision.
+            stream: the teacher can be there a block at a time: no gradients pass through it.
+        """
+        count = sum(map(blocks.parameter_count, modules))
+        held = sum(map(weight_bytes, modules))
+        plain, again = measured(False), measured(True)
+        states, small = (optimizer_bytes(count, bits) for bits in (32, 8))
+        lowered = options["mixed_precision"] == "bf16"
+        casts = 2 * sum(map(blocks.parameter_count, cast)) if lowered else 0
+        parts = {
+            "students": held,
+            "casts": casts,
+            "gradients": 4 * count,
+            "optimizer 32-bit": states,
+            "optimizer 8-bit": small,
+            "activations": plain and plain.activations,
+            "activations checkpointed": again and again.activations,
+        }
+        note = f"batch {batch}, {options['mixed_precision']} mixed precision"
+        note += ", checkpointed" if options["gradient_checkpointing"] else ""
+        if plain is None:
+            return self._stage(name, parts, None, note=note)
+        used = again if options["gradient_checkpointing"] else plain
+        # All gradients are there when the optimizer steps, whatever there was before.
+        beside = held + states + max(used.peak + casts, 4 * count)
+        least = held + small + max(again.peak + casts, 4 * count)
+        stage = self._stage(name, parts, beside, least, note)
+        if not stream:
+            stage.offloaded, stage.least = stage.resident, self.weights + least
+            stage.parts["teacher offloaded"] = self.weights
+            stage.note += "; the teacher can't be offloaded (pipelines.load_transformer)"
+        return stage
+
+    # -- disk
+
+    def disk(self) -> dict[str, float | None]:
+        """Bytes of every artifact that is large, uncompressed; path -> bytes."""
+        settings, count = self.settings, blocks.parameter_count
+        sequence = blocks.block_sequence(self.transformer)
+        extract, record = settings["extract"], settings["record"]
+        per_token = sum(
+            channels * (1 + (block is sequence[0]))
+            for block in sequence
+            for channels in self.channels(block).values()
+        )
+        found: dict[str, float | None] = {
+            "record/calls.parquet": self._calls(record),
+            "activations/tokens.parquet": 4
+            * extract["rows"]
+            * extract["sample_tokens"]
+            * per_token,
+            "activations/moments.safetensors": sum(self.moments()),
+            "probes/probes.safetensors": sum(
+                8 * (channels**2 + channels)
+                for block in sequence
+                for channels in self.channels(block).values()
+            ),
+        }
+        if not self.every:
+            return found
+        staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
+        whole = sum(map(count, new_blocks(self.transformer, self.every).values()))
+        first = whole
+        if staged:
+            first = sum(map(count, new_blocks(self.transformer, self.depth).values()))
+        found["prune/students.safetensors"] = 4 * first
+        trained = {"distill": first}
+        trained |= {"narrow": whole} if staged else {}
+        trained |= {"subsets": whole} if settings["subsets"]["steps"] else {}
+        for stage, parameters in trained.items():
+            found[f"{stage}/students.safetensors"] = 4 * parameters
+            found[f"state/{stage}/"] = 3 * 4 * parameters
+        for variant in settings["variants"]:
+            parameters = self._variant_parameters(variant["budget"])
+            if variant["finetune_steps"]:
+                found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
+                found[f"state/finetune-{variant['name']}/"] = 3 * 4 * parameters
+            found[f"models/{variant['name']}/"] = self.dtype.itemsize * parameters
+        return found
+
+    def _variant_parameters(self, budget: float | Mapping) -> int:
+        """At most: what its budget allows, and no less than the whole selection leaves."""
+        total = blocks.parameter_count(self.transformer)
+        least = blocks.parameter_count(next(reversed(self.variants.values()))[0])
+        allowed = [
+            {"fraction": int(value * total), "parameters": int(value)}.get(kind, total)
+            for kind, value in limits(budget).items()
+        ]
+        return max(least, min([*allowed, total]))
+
+    def _calls(self, options: Mapping) -> float | None:
+        """Rows of calls.parquet: of every step and branch, then the renoised ones."""
+        if self.example is None or self.pipeline is None:
+            return None
+        asked = self.settings["pipeline"]
+        steps = asked.get("num_inference_steps", self.pipeline.steps)
+        branches = 2 if example_calls.guided(self.pipeline, asked) else 1
+        rows = options["samples"] * branches * (steps + options["renoised_per_sample"])
+        return rows * (_bytes_of(self.example(1, self.dtype)) + self._kept["answer"])
+
+
+def _precision(options: Mapping) -> tuple[torch.dtype, float]:
+    """What a step computes in, and how much larger gradients of float32 weights are than its."""
+    return (torch.bfloat16, 2.0) if options["mixed_precision"] == "bf16" else (torch.float32, 1.0)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _bytes_of(arguments: Mapping[str, Any]) -> int:
+    return sum(v.nbytes for v in tree_leaves(dict(arguments)) if isinstance(v, Tensor))
+
+
+# ---- the table
+
+
+def rows(planner: Planner, gpus: Sequence[float]) -> Iterator[dict]:
+    """The rows of plan.parquet."""
+
+    def row(item, name, measure, value, unit, note="", block=-1, gpu=math.nan):
+        number = math.nan if value is None else float(value)
+        return {
+            "item": item,
+            "name": name,
+            "block": block,
+            "gpu_gib": float(gpu),
+            "measure": measure,
+            "value": number,
+            "unit": unit,
+            "note": note,
+        }
+
+    whole = None
+    for name, (model, block_map) in planner.variants.items():
+        counted = planner.flops(model)
+        per_block, total = counted or ([None] * len(block_map), None)
+        whole = whole or total
+        share = "by FLOPs, of the teacher's call"
+        for measure, value, unit, note in (
+            ("parameters", blocks.parameter_count(model), "parameters", ""),
+            ("size", weight_bytes(model), "bytes", f"in {planner.settings['teacher']['dtype']}"),
+            ("blocks", len(block_map), "blocks", ""),
+            ("flops", total, "FLOPs", "of one call, batch 1"),
+            ("latency share", total and total / whole, "share", share),
+        ):
+            yield row("variant", name, measure, value, unit, note)
+        for block, spent in zip(blocks.block_sequence(model), per_block, strict=True):
+            ends = block_map[block.index]
+            stands = f"for {ends[0]}" + (f" to {ends[-1]}" if len(ends) > 1 else "")
+            at = {"note": stands, "block": block.index}
+            count = blocks.parameter_count(block.module)
+            yield row("block", name, "parameters", count, "parameters", **at)
+            yield row("block", name, "flops", spent, "FLOPs", **at)
+            at["note"] += "; by FLOPs, of this variant's call"
+            yield row("block", name, "latency share", spent and spent / total, "share", **at)
+    for stage in planner.stages():
+        for part, value in stage.parts.items():
+            yield row("stage", stage.name, part, value, "bytes", stage.note)
+        for kind in ("resident", "offloaded", "least"):
+            yield row(
+                "stage", stage.name, f"peak {kind}", getattr(stage, kind), "bytes", stage.note
+            )
+        for gpu in gpus:
+            for kind in ("resident", "offloaded"):
+                fits = stage.fits(gpu, kind == "offloaded")
+                yield row("gpu", stage.name, f"fits {kind}", fits, "fits", gpu=gpu)
+    for path, value in planner.disk().items():
+        yield row("artifact", path, "size", value, "bytes", "at most, uncompressed")
