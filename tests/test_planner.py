@@ -26,6 +26,7 @@ from ppcl import (
     distillation,
     example_calls,
     families,
+    footprint,
     planner,
     schemas,
     tables,
@@ -202,7 +203,7 @@ def test_memory_of_a_training_step_is_as_measured(made_by, shape, recompute):
             one.enable_gradient_checkpointing()
     size = example_calls.Size(384, 384, 1, 64)
     arguments = pipeline.make(empty.config, 2, size, torch.float32)
-    expected = planner.footprint(step_of(empty, arguments), [empty])
+    expected = footprint.measured(step_of(empty, arguments), [empty])
     peak = measured(step_of(model, real(arguments)))
     assert expected.peak == pytest.approx(peak, rel=0.15)
     gradients = 4 * blocks.parameter_count(model)
@@ -218,7 +219,7 @@ def test_memory_without_gradients_is_as_measured():
     arguments = example_calls.qwen_image(empty.config, 2, size, torch.float32)
     given = real(arguments)
     with torch.no_grad():
-        expected = planner.footprint(lambda: empty(**arguments))
+        expected = footprint.measured(lambda: empty(**arguments))
         assert expected.peak == pytest.approx(measured(lambda: model(**given)), rel=0.15)
 
 
@@ -253,7 +254,6 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
     example = example_calls.recorded(recorded[1])
     made = planner.Planner(settings, empty, depth, every, example, None)
     accelerator = devices.accelerator("cpu")
-    weights = planner.weight_bytes(transformer)
 
     students = planner.new_blocks(transformer, every, torch.float32)
     for student in students.values():
@@ -291,7 +291,9 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
         for module in trained:
             module.zero_grad(set_to_none=True)
         parts = stages[name].parts
-        found = stages[name].resident - weights - parts["students"] - parts["optimizer 32-bit"]
+        found = (
+            stages[name].resident - parts["teacher"] - parts["students"] - parts["optimizer 32-bit"]
+        )
         assert found == pytest.approx(peak, rel=0.15), name
 
 
@@ -326,7 +328,8 @@ def test_stages_and_gpus(qwen):
         == 4 * values(table, "variant", "parameters")["depth+width"]
     )
     assert finetune["casts"] == 0.5 * finetune["students"]
-    assert finetune["peak offloaded"] == finetune["peak resident"]  # gradients pass through it
+    assert finetune["peak offloaded"] == finetune["peak resident"]
+    assert finetune["teacher"] == 0  # it never runs
     fits = table[table["item"] == "gpu"].set_index(["name", "gpu_gib", "measure"])["value"]
     for name in stages:
         for gpu in (24, 80):
@@ -376,7 +379,7 @@ def test_detected_selection_and_recorded_calls_are_taken(recorded, tmp_path, cap
     notes = found[(found["item"] == "block") & (found["name"] == "depth")]
     assert list(notes[notes["measure"] == "parameters"]["note"])[1] == "for 1 to 3"
     longest = max(b.arguments["encoder_hidden_states"].shape[1] for b in _batches(recorded[1]))
-    _, total = planner.flops(tiny.transformer(6).to("meta"), _call(longest))
+    _, total = footprint.flops(tiny.transformer(6).to("meta"), _call(longest))
     assert values(found, "variant", "flops")["teacher"] == total
     out = capsys.readouterr().out
     assert "teacher" in out and "finetune" in out and "80 GiB" in out
@@ -399,7 +402,7 @@ def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_
     found = plan(tmp_path / "plan.parquet", settings)
     given = _call(7) | {"hidden_states": torch.empty(1, 32, 16, device="meta")}
     given["img_shapes"] = [[(1, 8, 4)]]
-    _, total = planner.flops(tiny.transformer(6).to("meta"), given)
+    _, total = footprint.flops(tiny.transformer(6).to("meta"), given)
     assert values(found, "variant", "flops") == {"teacher": total}
     assert {"record", "evaluate"} <= set(found[found["item"] == "stage"]["name"])
     assert "distill" not in set(found["name"])
@@ -467,7 +470,7 @@ def test_every_example_runs():
         arguments = example_calls.PIPELINES[name].make(made.config, 2, size, torch.bfloat16)
         with torch.no_grad():
             assert len(made(**arguments)[0]) == 2, name
-        per_block, total = planner.flops(made, arguments)
+        per_block, total = footprint.flops(made, arguments)
         assert 0 < sum(per_block) < total
 
 

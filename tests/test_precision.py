@@ -78,4 +78,4 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     assert narrow == ([True] * 3 if schedule else [False] * 2)
     assert {key for key in weights if "text_output" in key} == set()  # nothing reads it
     linear = [key for key in weights if "txt_norm1.linear" in key or "linear_ffn" in key]
-    assert len(linear) == (3 if schedule else 0)
+    assert len(linear) == (4 if schedule else 0)

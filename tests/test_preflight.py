@@ -155,9 +155,8 @@ def test_a_streamed_teacher_passes_no_gradients(inputs):
     inputs["teacher"]["offload"] = "stream"
     assert "set subsets.steps to 0, or teacher.offload to none" in refused(inputs)
     inputs["subsets"]["steps"] = 0
+    inputs["variants"][0]["finetune_steps"] = 1  # which goes without the teacher
     preflight.check(inputs, "mine.yaml")
-    inputs["variants"][0]["finetune_steps"] = 1
-    assert "set variants: finetune_steps to 0" in refused(inputs)
 
 
 def test_pictures_of_prompts(tmp_path, monkeypatch):

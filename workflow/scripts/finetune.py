@@ -18,6 +18,7 @@ import json
 from pathlib import Path
 
 import pandas as pd
+import torch
 
 from ppcl import (
     assembly,
@@ -59,14 +60,16 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     plan = students.read_plan(args.plan)
     chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
+    # The record has the teacher's answers, so it never runs, nor is on the device.
     transformer = pipelines.load_transformer(
-        settings["teacher"], accelerator.device, gradients=True
+        settings["teacher"] | {"offload": "none"}, torch.device("cpu"), gradients=True
     )
     taught = students.load(args.students, transformer, students.parts_of(chosen))
     model, _ = blocks.assembled(
         transformer, {part.key: student for part, student in taught.items()}
     )
     model = copy.deepcopy(model).float().requires_grad_(True).train().to(accelerator.device)
+    del transformer, taught
     if options["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()
     rows = training.train(

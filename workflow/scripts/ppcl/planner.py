@@ -1,34 +1,39 @@
 """What a run needs, worked out on the meta device: sizes, FLOPs, memory per stage, disk.
 
 The teacher's stock class is built from its config, without weights. Variants come from the code
-that prunes, so their counts are exact. Memory is that of the stages' own steps, run on tensors that
-have shapes and no content: every storage that PyTorch would allocate is counted from its birth to
-its end, and attention is taken for a fused kernel, as GPUs have it. What only a device knows (its
-context, fragmentation) is left to `RESERVED`; the text encoder and the autoencoder are not counted.
+that prunes, so their counts are exact. Memory is that of the stages' own steps (footprint.py). What
+only a device knows (its context, fragmentation) is left to `RESERVED`; the text encoder and the
+autoencoder are not counted.
 """
 
 import copy
 import json
 import logging
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ppcl import blocks, devices, distillation, example_calls, hub, pins, plans, students, width
+from ppcl import (
+    blocks,
+    devices,
+    distillation,
+    example_calls,
+    footprint,
+    hub,
+    pins,
+    plans,
+    students,
+    width,
+)
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
@@ -38,7 +43,6 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 # Of every GPU, for its context and what the allocator can't use.
 RESERVED = 1 * GIB
-META = torch.device("meta")
 # What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
 # for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
 BITS_8_BLOCK = 256
@@ -118,7 +122,7 @@ def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
             "classes can be planned"
         )
     try:
-        with META:
+        with footprint.META:
             made = made_by.from_config(dict(config))
     except Exception as error:  # whatever a constructor makes of odd values
         raise UserError(f"{where}: {name} can't be made of this config: {error}") from error
@@ -208,200 +212,6 @@ def optimizer_bytes(parameters: int, bits: int) -> int:
     return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK))
 
 
-# ---- running without content
-
-
-@contextmanager
-def _fused_attention():
-    """Attention as one kernel. For tensors without content PyTorch picks the other one, which
-    keeps every weight [tokens, tokens]."""
-    stock = F.scaled_dot_product_attention
-    # No TorchFunctionMode: what checkpointing computes again would pass it by.
-    F.scaled_dot_product_attention = _fused
-    try:
-        yield
-    finally:
-        F.scaled_dot_product_attention = stock
-
-
-def _fused(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> Tensor:
-    if enable_gqa:
-        times = query.shape[1] // key.shape[1]
-        key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    # Its shapes and what it keeps for the backward pass are those of the CUDA kernels.
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, dropout_p, is_causal, scale=scale
-    )[0]
-
-
-_ATTENTION_FLOPS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
-        lambda query, key, value, *_args, out_shape=None, **_kwargs: sdpa_flop_count(
-            query, key, value
-        )
-    )
-}
-
-
-class Meter(TorchDispatchMode):
-    """Follows the storages that operations make, from birth to end."""
-
-    # (operation, shapes and types of what it gets) -> how what it makes is laid out. PyTorch works
-    # shapes out in Python, step by step; blocks that are alike need that once.
-    _known: ClassVar[dict] = {}
-
-    def __init__(self):
-        super().__init__()
-        self._alive: dict[int, tuple[int, int, weakref.ref]] = {}
-        self._events: list[tuple[int, int]] = []  # (number of a storage, its bytes or minus those)
-        self._born = 0
-
-    def __torch_dispatch__(self, func, _types, args=(), kwargs=None):
-        given: set[int] = set()
-        key = (func, _signature(args, given), _signature(kwargs or {}, given))
-        if layouts := self._known.get(key):
-            made = [torch.empty_strided(a, b, dtype=c, device=META) for a, b, c in layouts]
-            returned = made[0] if len(made) == 1 else tuple(made)
-        else:
-            returned = func(*args, **(kwargs or {}))
-            made = returned if isinstance(returned, tuple | list) else [returned]
-            made = [t for t in made if isinstance(t, Tensor)]
-            if _all_new(func, returned, made, given):
-                self._known[key] = [(t.shape, t.stride(), t.dtype) for t in made]
-        for tensor in made:
-            if _storage(tensor) not in given:
-                self._see(tensor)
-        return returned
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
-            return
-        number = self._born = self._born + 1
-
-        def end(_reference):
-            del self._alive[key]
-            self._events.append((number, -size))
-
-        self._alive[key] = (number, size, weakref.ref(storage, end))
-        self._events.append((number, size))
-
-    def peak(self, gradients: Iterable[Tensor] = (), times: float = 1.0) -> int:
-        """Most bytes that were alive at once.
-
-        Args:
-            gradients: tensors, alive still, whose bytes count so many times.
-        """
-        special = {self._alive[k][0] for k in map(_storage, gradients) if k in self._alive}
-        alive = most = 0.0
-        for number, change in self._events:
-            alive += change * (times if number in special else 1)
-            most = max(most, alive)
-        return int(most)
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _signature(value: Any, storages: set[int]) -> Any:
-    """What of an operation's arguments decides its result's layout; adds tensors' storages."""
-    if isinstance(value, Tensor):
-        storages.add(_storage(value))
-        return value.shape, value.stride(), value.dtype, value.device.type
-    if isinstance(value, tuple | list):
-        return tuple(_signature(v, storages) for v in value)
-    if isinstance(value, dict):
-        return tuple((k, _signature(v, storages)) for k, v in value.items())
-    return type(value), value
-
-
-def _all_new(func, returned: Any, made: list[Tensor], given: set[int]) -> bool:
-    """Whether an operation returns nothing but one or several new tensors."""
-    results = func._schema.returns
-    storages = {_storage(t) for t in made}
-    return (
-        bool(made)
-        and not func._schema.is_mutable
-        and all(one.alias_info is None for one in results)
-        and len(results) == len(made) == len(storages)
-        and isinstance(returned, Tensor | tuple)
-        and not storages & given
-        and all(t.is_meta and t.storage_offset() == 0 for t in made)
-    )
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes that a step needs beside weights and optimizer states.
-
-    Attributes:
-        activations: most at once, gradients of weights left out.
-        peak: most at once, with the gradients that are there by then.
-    """
-
-    activations: int
-    peak: int
-
-    def beside(self, others: int) -> "Footprint":
-        """With so many bytes that are there all along."""
-        return Footprint(self.activations + others, self.peak + others)
-
-
-def footprint(
-    run: Callable[[], Any], trained: Iterable[nn.Module] = (), times: float = 1.0
-) -> Footprint:
-    """What a step needs, whose modules and inputs are on the meta device.
-
-    Args:
-        run: the step; it differentiates its losses itself, with `torch.autograd.backward`.
-        trained: what gets gradients.
-        times: bytes of a real gradient over those of the run's.
-    """
-    with ExitStack() as stack:
-        stack.enter_context(_fused_attention())
-        stack.enter_context(META)
-        meter = stack.enter_context(Meter())
-        kept = run()  # what a step returns is there until its end
-    gradients = [p.grad for m in trained for p in m.parameters() if p.grad is not None]
-    found = Footprint(meter.peak(gradients, 0), meter.peak(gradients, times))
-    del kept
-    for module in trained:
-        module.zero_grad(set_to_none=True)
-    return found
-
-
-def flops(transformer: nn.Module, arguments: dict[str, Any]) -> tuple[list[int], int]:
-    """Floating-point operations of one call: of every block, and of all.
-
-    A multiply and an add are two; only products of matrices, attention and convolutions count.
-    """
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
-    sequence = blocks.block_sequence(transformer)
-    found = [0] * len(sequence)
-
-    def before(block, _bound):
-        found[block.index] -= counter.get_total_flops()
-
-    def after(block, _streams):
-        found[block.index] += counter.get_total_flops()
-
-    with torch.no_grad(), blocks.watch(sequence, before, after) as run, META:
-        with _fused_attention(), Meter(), counter:
-            run(transformer, arguments)
-    return found, counter.get_total_flops()
-
-
 # ---- stages
 
 
@@ -480,7 +290,7 @@ class Planner:
 
     def flops(self, model: nn.Module) -> tuple[list[int], int] | None:
         """Of one call with a batch of one."""
-        return self.example and flops(model, self.example(1, self.dtype))
+        return self.example and footprint.flops(model, self.example(1, self.dtype))
 
     def inference(self, batch: int) -> int | None:
         """Activations of the teacher without gradients."""
@@ -493,7 +303,7 @@ class Planner:
             def run():
                 return self.transformer(**arguments)
 
-            self._kept[batch] = footprint(run).peak + _bytes_of(arguments)
+            self._kept[batch] = footprint.measured(run).peak + _bytes_of(arguments)
         return self._kept[batch]
 
     def forget_unusable(self) -> None:
@@ -519,7 +329,7 @@ class Planner:
         def after(block, streams):
             found[block.index] = {s: x.shape[-1] for s, x in streams.items()}
 
-        with _fused_attention(), META, Meter(), blocks.watch(sequence, after=after) as run:
+        with footprint.without_content(), blocks.watch(sequence, after=after) as run:
             output = run(self.transformer, self.example(1, self.dtype))[0]
         self._kept["channels"], self._kept["answer"] = found, _bytes_of({"output": output})
 
@@ -631,7 +441,7 @@ class Planner:
 
             activations = self.inference(batch)
             if parts:
-                activations = max(activations, footprint(run).peak + _bytes_of(arguments))
+                activations = max(activations, footprint.measured(run).peak + _bytes_of(arguments))
         return self._stage(
             "width",
             {"students": students, "statistics": statistics, "activations": activations},
@@ -644,7 +454,7 @@ class Planner:
         options = self.settings["distill"]
         batch, made = self._batch(options), new_blocks(self.transformer, units, torch.float32)
 
-        def measured(recompute: bool) -> Footprint | None:
+        def measured(recompute: bool) -> footprint.Footprint | None:
             if self.example is None:
                 return None
             dtype, times = _precision(options)
@@ -657,7 +467,7 @@ class Planner:
             def run():
                 self._distillation_step(running, arguments, used, dtype)
 
-            return footprint(run, running.values(), times).beside(_bytes_of(arguments))
+            return footprint.measured(run, running.values(), times).beside(_bytes_of(arguments))
 
         modules = list(made.values())
         largest = max(modules, key=blocks.parameter_count)
@@ -686,7 +496,7 @@ class Planner:
         options = self.settings["subsets"]
         batch, made = self._batch(options), new_blocks(self.transformer, self.every, torch.float32)
 
-        def measured(recompute: bool) -> Footprint | None:
+        def measured(recompute: bool) -> footprint.Footprint | None:
             dtype, times = _precision(options)
             running = {p: copy.deepcopy(m).to(dtype) for p, m in made.items()}
             for module in running.values():
@@ -698,21 +508,23 @@ class Planner:
             )
 
         modules = list(made.values())
-        return self._trained("subsets", options, batch, modules, measured, modules, stream=False)
+        return self._trained("subsets", options, batch, modules, measured, modules, teacher="stays")
 
     def _finetune(self) -> Stage:
-        """All parameters of the smallest model, in float32, beside the teacher."""
+        """All parameters of the smallest model; the record has the teacher's answers."""
         options = self.settings["finetune"]
         batch = self._batch(options)
         model, _ = next(reversed(self.variants.values()))
         model = nn.Module.to(copy.deepcopy(model), torch.float32)  # diffusers' own would warn
 
-        def measured(recompute: bool) -> Footprint | None:
+        def measured(recompute: bool) -> footprint.Footprint | None:
             dtype, times = _precision(options)
             running = nn.Module.to(copy.deepcopy(model), dtype).requires_grad_(True).train()
             return self._velocity(running, batch, dtype, recompute, [running], times)
 
-        return self._trained("finetune", options, batch, [model], measured, [model], stream=False)
+        return self._trained(
+            "finetune", options, batch, [model], measured, [model], teacher="absent"
+        )
 
     def _velocity(
         self,
@@ -722,7 +534,7 @@ class Planner:
         recompute: bool,
         trained: list[nn.Module],
         times: float,
-    ) -> Footprint | None:
+    ) -> footprint.Footprint | None:
         """A step of `distillation.output_distillation`, on meta."""
         if self.example is None:
             return None
@@ -735,7 +547,7 @@ class Planner:
             torch.autograd.backward((output - torch.zeros_like(output)).square().mean())
 
         try:
-            found = footprint(run, trained, times)
+            found = footprint.measured(run, trained, times)
         finally:
             if recompute:
                 model.disable_gradient_checkpointing()
@@ -752,16 +564,17 @@ class Planner:
         options: Mapping,
         batch: int,
         modules: list[nn.Module],
-        measured: Callable[[bool], Footprint | None],
+        measured: Callable[[bool], footprint.Footprint | None],
         cast: list[nn.Module],
-        stream: bool = True,
+        teacher: str = "streams",
     ) -> Stage:
         """A stage that trains float32 modules with AdamW.
 
         Args:
             measured: with or without checkpointing -> what a step needs.
             cast: modules of which autocast keeps casts at the same time, with mixed precision.
-            stream: the teacher can be there a block at a time: no gradients pass through it.
+            teacher: `streams` if it can be there a block at a time, `stays` if it can't, since
+                gradients pass through it, `absent` if it is not on the device.
         """
         count = sum(map(blocks.parameter_count, modules))
         held = sum(map(weight_bytes, modules))
@@ -787,10 +600,12 @@ class Planner:
         beside = held + states + max(used.peak + casts, 4 * count)
         least = held + small + max(again.peak + casts, 4 * count)
         stage = self._stage(name, parts, beside, least, note)
-        if not stream:
-            stage.offloaded, stage.least = stage.resident, self.weights + least
-            stage.parts["teacher offloaded"] = self.weights
-            stage.note += "; the teacher can't be offloaded (pipelines.load_transformer)"
+        if teacher != "streams":
+            there = self.weights if teacher == "stays" else 0
+            stage.parts |= {"teacher": there, "teacher offloaded": there}
+            stage.resident = stage.offloaded = there + beside
+            stage.least = there + least
+            stage.note += "; gradients pass through the teacher" if there else "; without teacher"
         return stage
 
     # -- disk

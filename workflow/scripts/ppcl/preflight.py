@@ -103,12 +103,10 @@ def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
 
 def _check_offload(config: dict, source: str) -> None:
     """Raises UserError if gradients would pass through a teacher whose weights come and go."""
-    trained = [variant for variant in config["variants"] if variant["finetune_steps"]]
-    if config["teacher"]["offload"] == "stream" and (config["subsets"]["steps"] or trained):
-        name = "subsets.steps" if config["subsets"]["steps"] else "variants: finetune_steps"
+    if config["teacher"]["offload"] == "stream" and config["subsets"]["steps"]:
         raise UserError(
-            f"{source}: teacher.offload is stream, but gradients of {name.split('.')[0]} pass "
-            f"through the teacher, which needs all its weights on the device; set {name} to 0, or "
+            f"{source}: teacher.offload is stream, but gradients of subsets pass through the "
+            "teacher, which needs all its weights on the device; set subsets.steps to 0, or "
             "teacher.offload to none, model or auto"
         )
 
