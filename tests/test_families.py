@@ -10,6 +10,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from ppcl import (
     config,
     evaluation,
     families,
+    narrow,
     pipelines,
     reload_gate,
     schemas,
@@ -39,7 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
 SPECIMENS = {name: one for name, one in ZOO.items() if one.family in families.FAMILIES}
 DEPTH, PLANTED = 6, (3, 4)  # blocks per list, and which of each do nothing
-FRESH = ("sd3", "flux2", "wan22-low")  # through Snakemake in CI: two streams, a joint one, one
+FRESH = ("flux2", "sd3", "wan22-low")  # through Snakemake in CI: a joint stream, two, one
 WIDE = [
     name for name in SPECIMENS if any(b.width for b in families.FAMILIES[ZOO[name].family].lists)
 ]
@@ -314,14 +316,78 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
-def through_snakemake(folder: Path, settings: dict) -> Path:
-    """Runs the whole workflow in a folder of its own; returns that of the results."""
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """diffusers copies code to a cache; here to one of the test's own, and forgets it after."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    for name in [n for n in sys.modules if n.startswith((narrow.MODULE, "diffusers_modules"))]:
+        del sys.modules[name]
+
+
+def narrowed(transformer) -> tuple[torch.nn.Module, list[list[int]]]:
+    """A text run in the first two blocks that can have one, and all FFNs of block 5 linear; maps
+    drawn at random."""
+    specs = {}
+    sequence = blocks.block_sequence(transformer)
+    runs = [a.index for a, b in pairwise(sequence) if a.width.text and b.width.text]
+    if runs:
+        specs = {runs[0]: {"text": "source"}, runs[0] + 1: {"text": "close"}}
+    wide = [b for b in sequence if b.width.ffn and b.index not in specs][-1]
+    specs[wide.index] = {"linear_ffn": list(wide.width.ffn)}
+    made, generator = {}, torch.Generator().manual_seed(0)
+    for index, spec in specs.items():
+        block = sequence[index]
+        one = narrow.narrow(copy.deepcopy(block.module), block.list.layout(), spec)
+        for linear in narrow.maps(one).values():
+            linear.weight.data = 0.2 * torch.randn(linear.weight.shape, generator=generator)
+        made[index, index] = one
+    return blocks.assembled(transformer, made)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WIDE)
+def test_a_narrow_pipeline_brings_its_code(name, tmp_path, modules, monkeypatch):
+    one = ZOO[name]
+    folder = tmp_path / "teacher"
+    one.make(DEPTH).save_pretrained(folder)
+    source = tiny.source(folder) | {"component": one.component}
+    pipe = pipelines.load(source, torch.device("cpu"))
+    recorder, seen = getattr(pipe, one.component), []
+
+    def look(module, args, kwargs):
+        seen.append(blocks.signature_arguments(module, args, kwargs))
+
+    handle = recorder.register_forward_pre_hook(look, with_kwargs=True)
+    image = {"image": Image.new("RGB", (64, 64))} if one.image else {}
+    noise = [torch.Generator().manual_seed(0)]
+    pipe(prompt=["a red 1"], generator=noise, output_type="latent", **one.settings, **image)
+    handle.remove()
+    call = seen[0] | {"return_dict": False}
+    model, block_map = narrowed(recorder)
+    before = blocks.answer(recorder, call)
+    expected = blocks.answer(model, call)
+    assert not torch.allclose(before, expected)
+    monkeypatch.setattr(assembly.subprocess, "run", gate_here)
+    assembly.export(pipe, model, block_map, tmp_path / "p50", {}, call, one.component)
+    assert assembly.own_code(tmp_path / "p50", one.component)
+    again = DiffusionPipeline.from_pretrained(tmp_path / "p50", trust_remote_code=True)
+    answer = blocks.answer(getattr(again, one.component), call)
+    torch.testing.assert_close(answer, expected, rtol=1e-5, atol=1e-5)
+
+
+def through_snakemake(folder: Path, settings: dict, *targets: str) -> Path:
+    """Runs the workflow in a folder of its own, all of it or what targets need; returns that of
+    the results."""
     config_file = folder / "config.yaml"
     config_file.write_text(yaml.safe_dump(settings))
     done = subprocess.run(
         [
             *(sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile"),
             *("--directory", folder, "--configfile", config_file, "--cores", "2", "--quiet", "all"),
+            "--",
+            *targets,
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -340,7 +406,12 @@ def test_snakemake_prunes_a_family_and_a_fresh_process_loads_it(name, tmp_path):
     """`assemble` itself reloads in a fresh process, and compares answers; here stock diffusers
     makes pictures of the pruned folder in another."""
     settings = make(name, tmp_path)
-    results = through_snakemake(tmp_path, settings)
+    targets = [f"results/{name}/evaluation/metrics.parquet"]
+    if name == FRESH[0]:
+        targets = ["all"]  # figures too
+    else:
+        settings["width"]["enabled"], settings["subsets"]["steps"] = False, 0
+    results = through_snakemake(tmp_path, settings, *targets)
     model = results / "models" / "spare"
     metrics = tables.read(results / "evaluation/metrics.parquet", schemas.METRICS).to_pandas()
     values = metrics[metrics["variant"] == "spare"].set_index("metric")["value"]
