@@ -110,7 +110,9 @@ def make(name: str, folder: Path) -> dict:
             "distill": training | {"steps": 2, "lr": 1e-9, "heldout_rows": 4},
             "subsets": training | {"steps": 2, "lr": 1e-9, "heldout_rows": 4},
             "finetune": training | {"lr": 1e-9},
-            "variants": [{"name": "spare", "budget": {"blocks": depth - spare}}],
+            "variants": [
+                {"name": "spare", "budget": {"blocks": depth - spare}, "finetune_steps": 2}
+            ],
             "pareto": {"budgets": 2},
             "evaluate": {
                 "prompts": str(folder / "evaluation.csv"),
@@ -190,17 +192,12 @@ def train(folder: Path, settings: dict, at: dict[str, Path]) -> dict[str, Path]:
         common = {key: at[key] for key in ("calls", "plan", "state")}
         stage(name, settings, students=before, **common, **found)
         before = found["output"]
-    at |= {"taught": before, "errors": found["errors"], "model": folder / "spare"}
-    stage(
-        "assemble",
-        settings,
-        variant="spare",
-        calls=at["calls"],
-        plan=at["plan"],
-        students=at["taught"],
-        errors=at["errors"],
-        output=at["model"],
-    )
+    at |= {"errors": found["errors"], "model": folder / "spare"}
+    of_variant = {key: at[key] for key in ("calls", "plan", "errors")}
+    of_variant |= {"variant": "spare", "students": before}
+    tuned, log = folder / "tuned.safetensors", folder / "tuned.parquet"
+    stage("finetune", settings, **of_variant, state=at["state"], output=tuned, log_table=log)
+    stage("assemble", settings, **of_variant, finetuned=tuned, output=at["model"])
     return at
 
 

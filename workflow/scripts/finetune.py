@@ -68,7 +68,8 @@ def main() -> None:
     model, _ = blocks.assembled(
         transformer, {part.key: student for part, student in taught.items()}
     )
-    model = copy.deepcopy(model).float().requires_grad_(True).train().to(accelerator.device)
+    # In evaluation mode, as the teacher was: some classes answer in another shape in training.
+    model = copy.deepcopy(model).float().eval().requires_grad_(True).to(accelerator.device)
     del transformer, taught
     if options["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()

@@ -110,6 +110,7 @@ def collect(
         family = blocks.family(transformer)
         before: blocks.Streams = {}
         positions: dict[str, tuple[Tensor, np.ndarray]] = {}
+        lengths: dict[str, int] = {}
         kept: dict[str, list[Tensor]] = {}
 
         def look(block, bound):
@@ -124,7 +125,13 @@ def collect(
                     few = many[:, : settings["sample_tokens"]]
                     positions[stream] = (torch.from_numpy(many).to(device), few)
                     kept[stream] = [_sample(x, few)]
-                    first[stream] = block.index
+                    first[stream], lengths[stream] = block.index, x.shape[1]
+                elif x.shape[1] != lengths[stream]:
+                    raise UserError(
+                        f"extract: block {block.index} gets another number of {stream} tokens than "
+                        "the blocks before; give its list a stream of its own in "
+                        "workflow/scripts/ppcl/families.py"
+                    )
                 before[stream] = _gather(x, positions[stream][0])
 
         def learn(block, returned):

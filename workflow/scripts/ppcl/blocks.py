@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ppcl import discovery
 from ppcl.errors import UserError
@@ -209,12 +210,15 @@ def taps(block: Block):
 @torch.no_grad()
 def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
     """Checks the registry's claims on one real call: what a block returns as a stream is what the
-    next block of its list gets as that stream, to the bit, at its real tokens.
+    next block of its list gets as that stream, to the bit, at its real tokens; and whatever else a
+    block gets, all blocks of its list get.
 
     Raises:
-        UserError: a stream is missing, changes its shape, or comes back in another place.
+        UserError: a stream is missing, changes its shape, or comes back in another place; or
+            blocks get something each of its own, which would be another's after pruning.
     """
     returned: Streams = {}
+    others: dict[str, dict[str, Any]] = {}
     name, of = type(transformer).__name__, family(transformer)
     firsts = {block_list.attribute for block_list in of.lists}
 
@@ -222,6 +226,14 @@ def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
         streams = block.inputs(bound)
         if missing := set(block.list.inputs) - set(streams):
             raise UserError(f"{name}: block {block.index} got no {missing.pop()} stream")
+        rest = {k: v for k, v in bound.items() if k not in block.list.inputs.values()}
+        before_it = others.setdefault(block.list.attribute, rest)
+        for argument, (one, other) in _pairs(before_it, rest).items():
+            if not _same(one, other):
+                raise UserError(
+                    f"{name}: block {block.index} gets another '{argument}' than the first of its "
+                    "list; blocks that get something of their own can't be removed"
+                )
         if block.list.attribute in firsts:
             firsts.discard(block.list.attribute)
             return
@@ -241,6 +253,18 @@ def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
         block_sequence(transformer), before, lambda _block, streams: returned.update(streams)
     ) as run:
         run(transformer, arguments)
+
+
+def _pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (one.get(name), other.get(name)) for name in {*one, *other}}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments hold equal tensors; what is no tensor counts as equal."""
+    ones, others = (
+        [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in (one, other)
+    )
+    return len(ones) == len(others) and all(map(torch.equal, ones, others))
 
 
 def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> Streams:

@@ -5,6 +5,7 @@ A recorded row is one sample of one call: its tensors, its other arguments, the 
 needs neither text encoder nor scheduler, and works for any family.
 """
 
+import hashlib
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -181,7 +182,7 @@ def to_tables(
     A tensor argument becomes a column `<argument>/<shape>/<dtype>` of Arrow's fixed-shape tensors.
     The shape is in the name because a prompt's length varies: a row fills the column of its shape
     and leaves the others null. Before the name, `=` says that all samples share the tensor, which
-    is repeated, and `*` that the argument is a list of the samples' tensors; after it, `@1` that
+    the first row holds, and `*` that the argument is a list of the samples' tensors; after it, `@1` that
     the batch is its dimension 1. `a.0` is the first in the tuple, list or mapping `a`.
     """
     split = split_arguments(arguments, len(output), shared, batch_dims)
@@ -199,8 +200,8 @@ def to_tables(
             key, column = _tensor_column(name, torch.stack([values[i] for i in members]))
             table[key] = column
         for name, tensor in split.whole.items():
-            key, column = _tensor_column(f"={name}", tensor.expand(len(members), *tensor.shape))
-            table[key] = column
+            key, column = _tensor_column(f"={name}", tensor[None])
+            table[key] = pa.concat_arrays([column, _nulls(column.type, len(members) - 1)])
         found.append(pa.table(table))
     return found
 
@@ -338,7 +339,8 @@ class Reader:
         for row in rows:
             group = int(np.searchsorted(self._first, row, side="right")) - 1
             for name, values in self._group(group).items():
-                picked.setdefault(name, []).append(values[row - self._first[group]])
+                at = 0 if name.startswith("=") else row - self._first[group]
+                picked.setdefault(name, []).append(values[at])
         found: dict[str, Any] = {}
         for key, values in picked.items():
             name, _, dim = key.split("/")[0].partition("@")
@@ -368,7 +370,8 @@ class Reader:
         table = self._file.read_row_group(group, columns=self._present(group))
         found = {}
         for name in table.column_names:
-            found[name] = _decode_column(table.column(name).combine_chunks(), name)
+            column = table.column(name).combine_chunks()
+            found[name] = _decode_column(column[:1] if name.startswith("=") else column, name)
         self._groups[group] = found
         self._held += sum(t.nbytes for t in found.values())
         while self._held > self._memory and len(self._groups) > 1:
@@ -406,7 +409,11 @@ class Reader:
         if not names:
             return ""
         table = self._file.read_row_group(group, columns=names)
-        return str([table.column(name).chunk(0).storage[0].as_py() for name in names])
+        digest = hashlib.sha256()
+        for name in names:
+            column = table.column(name).combine_chunks()[:1]
+            digest.update(column.storage.flatten().to_numpy(zero_copy_only=False))
+        return digest.hexdigest()
 
 
 def _decode_column(column: pa.Array, name: str) -> Tensor:

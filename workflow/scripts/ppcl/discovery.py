@@ -11,11 +11,12 @@ import functools
 import inspect
 import logging
 import textwrap
+from dataclasses import replace
 
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.families import IMAGE, TEXT, BlockList, Family
+from ppcl.families import IMAGE, JOINT, TEXT, BlockList, Family
 
 log = logging.getLogger(__name__)
 _STATES = ("hidden_states", "x")
@@ -45,14 +46,18 @@ def _inspected(shape: "_Shape") -> Family:
         raise _refusal(name, why)
     source = _source(shape.made_by.forward)
     ordered = sorted(shape.lists, key=lambda found: source.find(f"self.{found[0]}"))
-    lists = tuple(_block_list(name, *found) for found in ordered)
+    lists = [_block_list(name, *found) for found in ordered]
+    if (
+        TEXT in lists[0].inputs
+    ):  # where texts came beside, they are in the one sequence that follows
+        lists = [b if TEXT in b.inputs else _joint(b) for b in lists]
     log.warning(
         "%s has no entry in the family registry; inspection found %s. Every claim is checked on a "
-        "real call before anything long runs",
+        "real call before anything long runs; but tokens that pad prompts count as any",
         name,
         "; ".join(f"{b.attribute} ({', '.join(b.outputs)})" for b in lists),
     )
-    return Family(lists=lists)
+    return Family(lists=tuple(lists))
 
 
 class _Shape:
@@ -108,6 +113,10 @@ def _block_list(name: str, attribute: str, depth_key: str, block: type) -> Block
     return BlockList(attribute, depth_key, inputs, outputs)
 
 
+def _joint(listed: BlockList) -> BlockList:
+    return replace(listed, inputs={JOINT: listed.inputs[IMAGE]}, outputs=(JOINT,))
+
+
 def _known_order(block: type) -> tuple[str, ...] | None:
     """The streams that a block returns, by diffusers' own registry, which is private."""
     try:
@@ -140,21 +149,31 @@ def _returned(block: type) -> tuple[str, ...] | None:
 
 
 def _numbered(made_by: type, attributes: list[str]) -> str | None:
-    """Why blocks can't be renumbered: their constructor or the forward reads their number."""
-    for node in ast.walk(ast.parse(_source(made_by.forward))):
-        if not isinstance(node, (ast.For, ast.comprehension)):
-            continue
-        over = ast.unparse(node.iter)
-        if not any(f"self.{attribute}" in over for attribute in attributes):
-            continue
-        if "zip(" in over:
+    """Why blocks can't be renumbered: something but the order of their list tells them apart."""
+    named = [f"self.{attribute}" for attribute in attributes]
+    whole = ast.parse(_source(made_by)).body[0]
+    for node in ast.walk(whole):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in named:
+            return "its code picks blocks by number"
+    forward = ast.parse(_source(made_by.forward))
+    loops = [
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.For) and any(name in ast.unparse(node.iter) for name in named)
+    ]
+    found = {name for name in named for loop in loops if name in ast.unparse(loop.iter)}
+    if found != set(named):
+        return "its forward does not go through all of its lists of blocks itself"
+    for loop in loops:
+        if "zip(" in ast.unparse(loop.iter):
             return "its forward pairs the blocks with something else"
-        counters = [n for n in ast.walk(node) if isinstance(n, ast.AugAssign) and _one(n.value)]
-        if counters:
-            return "its forward counts the blocks"
-        if "enumerate(" in over and isinstance(node, ast.For):
-            number = ast.unparse(node.target.elts[0])
-            if _reads(node.body, number):
+        if "range(" in ast.unparse(loop.iter):
+            return "its code picks blocks by number"
+        if _counts(loop):
+            return "its forward counts the blocks, or keeps what they return"
+        if "enumerate(" in ast.unparse(loop.iter):
+            number = ast.unparse(loop.target.elts[0])
+            if _reads(loop.body, number):
                 return "what its forward does with a block depends on the block's number"
     for node in ast.walk(ast.parse(_source(made_by.__init__))):
         if isinstance(node, (ast.ListComp, ast.GeneratorExp)) and "Block" in ast.unparse(node.elt):
@@ -162,6 +181,18 @@ def _numbered(made_by: type, attributes: list[str]) -> str | None:
             if number != "_" and _reads([node.elt], number):
                 return "how its constructor makes a block depends on the block's number"
     return None
+
+
+def _counts(loop: ast.For) -> bool:
+    """Whether a loop adds one to anything, or changes a list, beside residuals of a ControlNet."""
+    for node in ast.walk(loop):
+        adds = isinstance(node, (ast.AugAssign, ast.BinOp)) and isinstance(node.op, ast.Add)
+        if adds and any(_one(side) for side in ast.iter_child_nodes(node)):
+            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("append", "pop", "insert"):
+                return True
+    return False
 
 
 def _one(node: ast.AST) -> bool:

@@ -115,6 +115,7 @@ class Family:
         unread: streams that nothing reads after the last block.
         state, time: arguments with the latents and the timestep, for fresh noise.
         index_keys: config keys that list numbers of blocks.
+        numbered: arguments that list numbers of blocks, which pruning would turn into others.
         per_block: config keys that list a value per block, over all lists.
         companions: ModuleLists that hold a module per block, over all lists, and then others.
         limits: what a user should know, for the table in the docs.
@@ -129,6 +130,7 @@ class Family:
     state: str = "hidden_states"
     time: str = "timestep"
     index_keys: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ()
     per_block: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
     limits: str = ""
@@ -154,7 +156,7 @@ def _first(counts, tokens: int):
 
 def _lumina(arguments: dict, tokens: int):
     # Each sample's text, without padding, then its image; then padding.
-    text = arguments["encoder_attention_mask"].sum(1).long()
+    text = arguments["encoder_attention_mask"].bool().sum(1)
     return _first(text + tokens - text.max(), tokens)
 
 
@@ -164,21 +166,21 @@ def _hunyuan_image(arguments: dict, tokens: int):
     second = arguments.get("encoder_attention_mask_2")
     if mask is None or second is None:
         return mask
-    return _first(mask.sum(1).long() + second.sum(1).long(), tokens)
+    return _first(mask.bool().sum(1) + second.bool().sum(1), tokens)
 
 
 def _z_image(arguments: dict, tokens: int):
     # Image and text, each filled up to a multiple of 32 with tokens that count, then padding.
     texts = [-(-len(text) // 32) * 32 for text in arguments["cap_feats"]]
-    counts = arguments["t"].new_tensor(texts).long()
+    counts = arguments["t"].double().new_tensor(texts).long()  # bfloat16 can't hold them
     return _first(counts + tokens - counts.max(), tokens)
 
 
 def _hidream(arguments: dict, tokens: int):
     # The last ones are a layer of the text encoder, which every block gets anew.
     states = arguments["encoder_hidden_states_llama3"]
-    kept = tokens - states.shape[2]
-    return _first(states.new_full((states.shape[1],), kept).long(), tokens)
+    nothing = states[0, :, 0, 0].bool().long() * 0  # bfloat16 can't hold the counts
+    return _first(nothing + tokens - states.shape[2], tokens)
 
 
 # ---- what many classes have in common
@@ -273,7 +275,9 @@ FAMILIES: dict[str, Family] = {
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
         },
         index_keys=("dual_attention_layers",),
-        limits="intervals don't cross from blocks with two attentions to others",
+        numbered=("skip_layers",),
+        limits="no skip-layer guidance, which names blocks by number; intervals don't cross from "
+        "blocks with two attentions to others",
     ),
     "PixArtTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
@@ -340,11 +344,11 @@ FAMILIES: dict[str, Family] = {
     ),
     "LTXVideoTransformer3DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
-        shared=("video_coords",),
     ),
     "CogVideoXTransformer3DModel": Family(
         lists=(dual(IMAGE_TEXT, *DOUBLE),),
         shared=("image_rotary_emb",),
+        unread=(TEXT,),
         limits="one FFN serves both streams, so it stays; not flow matching: "
         "record.renoised_per_sample must be 0",
     ),
@@ -365,6 +369,7 @@ FAMILIES: dict[str, Family] = {
         untouchable={
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
         },
+        unread=(TEXT,),
     ),
 }
 
@@ -374,6 +379,7 @@ _PART = "it is no denoiser of a pipeline by itself"
 _UNSEEN = "its blocks carry other sequences than images and texts"
 REFUSED: dict[str, str] = {
     "AceStepTransformer1DModel": _SOUND,
+    "AnyFlowFARTransformer3DModel": _CACHE,
     "BriaFibo2Transformer2DModel": "texts enter blocks that the config lists by number",
     "BriaFiboTransformer2DModel": "every block gets a projection of its own of another text layer",
     "ChromaTransformer2DModel": "its modulations come from one table that is made by depth, so a "
@@ -381,8 +387,10 @@ REFUSED: dict[str, str] = {
     "ConsisIDTransformer3DModel": "faces enter at every n-th block, counted by number",
     "Cosmos3OmniTransformer": _UNSEEN,
     "CosmosTransformer3DModel": "what its blocks return depends on the call",
+    "DiTTransformer2DModel": "its output is modulated by the first block's embedding",
     "DreamLiteTransformer2DModel": _PART,
     "EasyAnimateTransformer3DModel": "its first blocks are of another kind, counted by number",
+    "ErnieImageTransformer2DModel": "its blocks have the batch in the second dimension",
     "GlmImageTransformer2DModel": _CACHE,
     "HunyuanDiT2DModel": "skip connections join blocks of its first and its second half",
     "Kandinsky5Transformer3DModel": _UNSEEN,
@@ -391,6 +399,7 @@ REFUSED: dict[str, str] = {
     "LTX2VideoTransformer3DModel": "guidance skips blocks by number, and sound passes them too",
     "LatteTransformer3DModel": "its forward pairs blocks of two lists",
     "LongCatAudioDiTTransformer": _SOUND,
+    "MiniMaxH3Transformer3DModel": _SOUND,
     "MiniMaxMusic3RVQDepthDecoder": _SOUND,
     "MiniMaxMusic3Transformer1DModel": _SOUND,
     "MotifVideoTransformer3DModel": "how a block is made depends on its number",

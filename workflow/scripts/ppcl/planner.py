@@ -519,7 +519,7 @@ class Planner:
 
         def measured(recompute: bool) -> footprint.Footprint | None:
             dtype, times = _precision(options)
-            running = nn.Module.to(copy.deepcopy(model), dtype).requires_grad_(True).train()
+            running = nn.Module.to(copy.deepcopy(model), dtype).requires_grad_(True)
             return self._velocity(running, batch, dtype, recompute, [running], times)
 
         return self._trained(

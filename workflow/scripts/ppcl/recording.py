@@ -109,6 +109,17 @@ def record_batch(
     found = []
     for call in recorder.calls:
         step = call["step"]
+        if step >= len(schedule.timesteps):
+            raise UserError(
+                f"{type(pipe).__name__} denoises in several rounds, which can't be recorded yet; "
+                "make a shorter video, or a smaller picture, that takes one"
+            )
+        if listed := [name for name in family.numbered if call["arguments"].get(name)]:
+            raise UserError(
+                f"these pipeline settings give the transformer '{listed[0]}', numbers of blocks, "
+                "which would be other blocks after pruning; leave that guidance out of the "
+                "config's pipeline"
+            )
         sigma = float(sigmas[step]) if sigmas is not None else float("nan")
         place = {
             "kind": "pipeline",
