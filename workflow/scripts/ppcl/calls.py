@@ -182,8 +182,8 @@ def to_tables(
     A tensor argument becomes a column `<argument>/<shape>/<dtype>` of Arrow's fixed-shape tensors.
     The shape is in the name because a prompt's length varies: a row fills the column of its shape
     and leaves the others null. Before the name, `=` says that all samples share the tensor, which
-    the first row holds, and `*` that the argument is a list of the samples' tensors; after it, `@1` that
-    the batch is its dimension 1. `a.0` is the first in the tuple, list or mapping `a`.
+    the first row holds, and `*` that the argument is a list of the samples' tensors; after it, `@1`
+    that the batch is its dimension 1. `a.0` is the first in the tuple, list or mapping `a`.
     """
     split = split_arguments(arguments, len(output), shared, batch_dims)
     columns = split.cut | {OUTPUT: list(output.detach().cpu())}
