@@ -1,6 +1,7 @@
 """Makes the workflow's library package importable; imports no torch."""
 
 import json
+import os
 import struct
 import sys
 from math import prod
@@ -8,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+# Two processes share the cores (pyproject.toml); small matrices gain nothing from a second thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
 
 

@@ -42,6 +42,7 @@ ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
 SPECIMENS = {name: one for name, one in ZOO.items() if one.family in families.FAMILIES}
 DEPTH, PLANTED = 6, (3, 4)  # blocks per list, and which of each do nothing
 FRESH = ("flux2", "sd3", "wan22-low")  # through Snakemake in CI: a joint stream, two, one
+LOW = ("flux", "wan22")  # in bfloat16; Wan keeps some of its weights in float32
 WIDE = [
     name for name in SPECIMENS if any(b.width for b in families.FAMILIES[ZOO[name].family].lists)
 ]
@@ -85,7 +86,11 @@ def make(name: str, folder: Path) -> dict:
             "run": name,
             "device": "cpu",
             "processes": 1,
-            "teacher": {"path": str(folder / "teacher"), "component": one.component},
+            "teacher": {
+                "path": str(folder / "teacher"),
+                "component": one.component,
+                "dtype": "bfloat16" if name in LOW else "float32",
+            },
             "pipeline": one.settings,
             "record": {
                 "prompts": str(folder / "calibration.csv"),
@@ -218,6 +223,12 @@ def ran(made):
     return name, folder, settings, at
 
 
+def close(settings: dict) -> dict[str, float]:
+    """How close answers in batches of other sizes are."""
+    low = settings["teacher"]["dtype"] == "bfloat16"
+    return {"rtol": 0.05, "atol": 0.02} if low else {"rtol": 1e-3, "atol": 1e-5}
+
+
 def recorded(at: dict[str, Path]) -> calls.Batch:
     reader = calls.Reader(at["calls"])
     return reader.batch(reader.buckets[0][:2])
@@ -231,7 +242,7 @@ def test_recorded_calls_replay_to_the_bit(ran):
     for batch in reader.batches(reader.rows(), 2):
         blocks.verify(transformer, batch.arguments)
         torch.testing.assert_close(
-            blocks.answer(transformer, batch.arguments), batch.output, rtol=1e-4, atol=1e-5
+            blocks.answer(transformer, batch.arguments), batch.output, **close(settings)
         )
 
 
@@ -274,7 +285,7 @@ def test_all_teachers_plugged_back_equal_the_teacher_to_the_bit(ran):
     assert torch.equal(blocks.answer(whole, batch.arguments), before)
     assert block_map == [[b.index] for b in blocks.block_sequence(transformer)]
     whole.save_pretrained(folder / "back")
-    again = type(transformer).from_pretrained(folder / "back")
+    again = type(transformer).from_pretrained(folder / "back", dtype=pipe.dtype)
     assert torch.equal(blocks.answer(again, batch.arguments), before)
     assert dict(again.config) == dict(transformer.config) | {
         "_name_or_path": again.config._name_or_path
@@ -286,19 +297,20 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     """As few blocks as asked for, no answer changed, pictures as the teacher's."""
     name, _, settings, at = ran
     trust = assembly.own_code(at["model"], ZOO[name].component)
-    pipe = DiffusionPipeline.from_pretrained(at["model"], trust_remote_code=trust)
+    dtype = getattr(torch, settings["teacher"]["dtype"])
+    pipe = DiffusionPipeline.from_pretrained(at["model"], dtype=dtype, trust_remote_code=trust)
     transformer = getattr(pipe, ZOO[name].component)
     assert len(blocks.block_sequence(transformer)) == settings["variants"][0]["budget"]["blocks"]
     batch = recorded(at)
     torch.testing.assert_close(
-        blocks.answer(transformer, batch.arguments), batch.output, rtol=1e-3, atol=1e-4
+        blocks.answer(transformer, batch.arguments), batch.output, **close(settings)
     )
     models = evaluation.models(settings["teacher"], [at["model"]])
     loaded = {m.name: m.transformer(torch.device("cpu")) for m in models}
     reader = calls.Reader(at["calls"])
     timed = reader.draw(reader.heldout_rows("report"), 2, (0,))
     found = evaluation.measure_transformers(loaded, reader, timed, settings, torch.device("cpu"))
-    assert found["spare"]["velocity_error"].value < 1e-6
+    assert found["spare"]["velocity_error"].value < (1e-4 if name in LOW else 1e-6)
     assert found["spare"]["parameter_fraction"].value < 1
     item = {"sample": 0, "prompt_index": 0, "prompt": "a red 1 on blue", "seed": 5}
     if ZOO[name].image:

@@ -12,7 +12,7 @@ SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
-from ppcl import methods, preflight, schemas
+from ppcl import methods, preflight, prompts, schemas
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest
 
@@ -150,6 +150,13 @@ def teacher_files():
     folder = Path(config["teacher"]["path"])
     parts = (path for path in folder.glob("[!.]*/**/*") if path.is_file())
     return [str(path) for path in sorted([*folder.glob("model_index.json"), *parts])]
+
+
+def pictures(stage):
+    """Pictures that a stage's prompts name: a changed one reruns it."""
+    if not Path(config[stage]["prompts"]).is_file():
+        return []  # which preflight reports
+    return prompts.pictures(prompts.read(config[stage]["prompts"], f"{stage}.prompts"))
 
 
 def artifacts():

@@ -12,6 +12,7 @@ rule evaluate:
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         prompts=config["evaluate"]["prompts"],
+        pictures=pictures("evaluate"),
         models=models(),
     output:
         metrics=result("evaluation/metrics.parquet"),

@@ -13,6 +13,7 @@ rule record:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         prompts=config["record"]["prompts"],
+        pictures=pictures("record"),
     output:
         calls=result("record/calls.parquet"),
     log:

@@ -17,7 +17,6 @@ from ppcl import (
     blocks,
     calls,
     config,
-    devices,
     errors,
     hub,
     pipelines,
@@ -55,9 +54,10 @@ def main() -> None:
     taught = students.load(args.students, transformer, students.parts_of(chosen))
     whole = blocks.parameter_count(transformer)
     model, block_map = blocks.assembled(
-        transformer, {part.key: student for part, student in taught.items()}
+        transformer,
+        {p.key: students.as_teacher(transformer, p, student) for p, student in taught.items()},
     )
-    model = model.to(devices.dtype(teacher["dtype"])).eval()
+    model.eval()
     if args.finetuned:
         weights, metadata = tensors.read(args.finetuned)
         if json.loads(metadata["units"]) != [unit.name for unit in chosen]:

@@ -213,6 +213,7 @@ def main() -> None:
             settings["teacher"],
             settings["pipeline"],
             [samples, options["batch_size"], device.type],
+            provenance.stamps(prompts.pictures(rows)),
             provenance.code_digest(Path(__file__)),
         ]
     )

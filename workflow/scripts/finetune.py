@@ -13,7 +13,6 @@ with the same weights.
 """
 
 import argparse
-import copy
 import json
 from pathlib import Path
 
@@ -68,9 +67,9 @@ def main() -> None:
     model, _ = blocks.assembled(
         transformer, {part.key: student for part, student in taught.items()}
     )
+    del transformer, taught  # what the model has of them is its own now
     # In evaluation mode, as the teacher was: some classes answer in another shape in training.
-    model = copy.deepcopy(model).float().eval().requires_grad_(True).to(accelerator.device)
-    del transformer, taught
+    model = model.to(accelerator.device).float().eval().requires_grad_(True)
     if options["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()
     rows = training.train(

@@ -67,7 +67,8 @@ def main() -> None:
     batches = pipelines.in_batches(pipe, samples, options["batch_size"])
     teacher = provenance.fingerprint(settings["teacher"]["path"])
     code = provenance.code_digest(Path(__file__))
-    identity = provenance.digest([settings, rows, teacher, code])
+    pictures = provenance.stamps(prompts.pictures(rows))
+    identity = provenance.digest([settings, rows, pictures, teacher, code])
     folder = args.state / identity[:16]
     parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
     mine = list(zip(parts, batches, strict=True))[

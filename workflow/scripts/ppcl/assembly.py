@@ -15,7 +15,18 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ppcl import blocks, hub, narrow, routes, schemas, selection, tables, tensors, texts
+from ppcl import (
+    blocks,
+    hub,
+    narrow,
+    reload_gate,
+    routes,
+    schemas,
+    selection,
+    tables,
+    tensors,
+    texts,
+)
 from ppcl.errors import UserError
 from ppcl.families import family_of
 from ppcl.routes import Arc
@@ -136,6 +147,7 @@ def export(
         pipe.save_pretrained(temporary)
         if source is not None:
             copy_missing(source, temporary)
+        _forget_paths(temporary)
         texts.write_json(temporary / component / "block_map.json", block_map)
         texts.write_json(temporary / "pruning.json", card)
         prove(temporary, transformer, call, component)
@@ -162,6 +174,15 @@ def copy_missing(source: Path, folder: Path) -> None:
     texts.write_json(folder / hub.INDEX, index)
 
 
+def _forget_paths(folder: Path) -> None:
+    """Takes the places that components were loaded from out of their configs: nobody else's
+    business, and nowhere on another machine."""
+    for path in (folder / hub.INDEX, *folder.glob("*/*config.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.pop("_name_or_path", None) is not None:
+            texts.write_json(path, found)
+
+
 def own_code(folder: Path, component: str = "transformer") -> bool:
     """Whether a pipeline's transformer has the code that `export` writes, to the letter."""
     module, name = hub.read_index(folder)[component]
@@ -184,7 +205,8 @@ def prove(folder: Path, transformer: nn.Module, call: dict, component: str = "tr
     about = {
         "arguments": json.dumps(_skeleton(call, held)),
         "component": component,
-        "dtype": str(next(transformer.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(_main_dtype(transformer)).removeprefix("torch."),
+        "weights": json.dumps(reload_gate.digests(transformer)),
     }
     probe = folder / ".call.safetensors"
     tensors.write(probe, held, about)
@@ -202,6 +224,14 @@ def prove(folder: Path, transformer: nn.Module, call: dict, component: str = "tr
             f"{folder.name.strip('.')}: the exported pipeline does not reload as it was written, "
             f"so it was not kept:\n{done.stdout.strip()}\n{done.stderr.strip()[-2000:]}"
         )
+
+
+def _main_dtype(module: nn.Module) -> torch.dtype:
+    """The type of most of a module's weights; a class may keep some in float32."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=counts.get)
 
 
 def _skeleton(value: Any, held: dict[str, torch.Tensor]) -> Any:

@@ -27,7 +27,7 @@ from ppcl import blocks, calls, devices, losses, narrow, schemas, texts
 from ppcl.errors import UserError
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
-from ppcl.students import Students
+from ppcl.students import Students, as_teacher
 
 
 @dataclass
@@ -241,11 +241,10 @@ def plugged(transformer: nn.Module, students: Students) -> tuple[nn.Module, Stud
     A teacher of another dtype than the students' float32 gets copies in its own, as an exported
     model has them.
     """
-    dtype = transformer.dtype
     fitting = {
         part: student
-        if all(p.dtype == dtype for p in student.parameters())
-        else copy.deepcopy(student).to(dtype)
+        if transformer.dtype == torch.float32
+        else as_teacher(transformer, part, copy.deepcopy(student))
         for part, student in students.items()
     }
     model, _ = blocks.assembled(transformer, {part.key: m for part, m in fitting.items()})

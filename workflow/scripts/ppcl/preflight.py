@@ -147,6 +147,19 @@ def _check_teacher(teacher: dict, source: str) -> None:
             f"{source}: teacher.path: {folder / component} has no config.json; restore the "
             f"{component}'s folder"
         )
+    for name, made_as in index.items():
+        beside = isinstance(made_as, list) and (folder / name / f"{made_as[0]}.py").is_file()
+        if beside and name != component and not teacher["trust_remote_code"]:
+            raise UserError(
+                f"{source}: teacher.path: {folder / name} brings code of its own, as a pruned "
+                "transformer with narrow blocks does; if you trust it, set "
+                "teacher.trust_remote_code: true"
+            )
+    if not list((folder / component).glob("*.safetensors")):
+        raise UserError(
+            f"{source}: teacher.path: {folder / component} holds no .safetensors file, the only "
+            "weights that are read here; load the pipeline and save it again with save_pretrained"
+        )
     for weights in sorted(folder.glob("*/*.safetensors")):
         safetensors_header(weights)
 
@@ -157,6 +170,10 @@ def _parameters(teacher: dict) -> tuple[list[int], int]:
     blocks: dict[tuple[str, int], int] = {}
     total = 0
     folder = _folder(teacher) / hub.component(teacher)
+    if not folder.is_dir():
+        return [], 0  # on the Hub
+    family = family_of(hub.read_index(_folder(teacher))[hub.component(teacher)][1])
+    names = "|".join(listed.attribute for listed in family.lists) if family else r"\w*blocks"
     files = sorted(str(path) for path in folder.glob("*.safetensors"))
     for path in hub.of_variant(files, teacher["variant"]):
         for name, entry in safetensors_header(Path(path)).items():
@@ -164,7 +181,7 @@ def _parameters(teacher: dict) -> tuple[list[int], int]:
                 continue
             count = math.prod(entry["shape"])
             total += count
-            match = re.match(r"([\w.]*blocks)\.(\d+)\.", name)
+            match = re.match(rf"({names})\.(\d+)\.", name)
             if match:
                 key = (match[1], int(match[2]))
                 blocks[key] = blocks.get(key, 0) + count

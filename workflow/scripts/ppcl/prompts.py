@@ -52,6 +52,11 @@ def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
     return rows
 
 
+def pictures(rows: list[dict[str, str]]) -> list[str]:
+    """Paths of the pictures that rows name, each once."""
+    return list(dict.fromkeys(row["image"] for row in rows if "image" in row))
+
+
 def _picture(name: str, file: Path, key: str, prompt: str) -> str:
     """Where a picture is; UserError if nowhere."""
     if not name.strip():

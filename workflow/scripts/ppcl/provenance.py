@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import subprocess
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -68,6 +69,11 @@ def fingerprint(folder: str | Path) -> str:
     files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
     stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
     return digest([str(folder), [(n, s.st_size, s.st_mtime_ns) for n, s in stats]])
+
+
+def stamps(paths: Iterable[str]) -> list[tuple]:
+    """Names, sizes and times of files, for digests."""
+    return [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
 
 
 def code_digest(script: str | Path) -> str:

@@ -78,6 +78,17 @@ def shaped(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
     return student
 
 
+def as_teacher(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
+    """A student as a model holds it, in place: every weight in the type that the teacher's weight
+    of its name has, new ones in the type of most. Some classes keep norms or tables in float32."""
+    like = blocks.block_sequence(transformer)[part.first].module
+    types = {name: tensor.dtype for name, tensor in like.state_dict().items()}
+    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(types.get(name, transformer.dtype))
+    return student
+
+
 def save(path: Path, students: Students, metadata: dict[str, str]) -> None:
     """Writes all students to one file, parameters named `<part>/<parameter>`."""
     state = {f"{p.name}/{k}": v for p, m in students.items() for k, v in m.state_dict().items()}

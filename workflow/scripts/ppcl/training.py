@@ -158,14 +158,22 @@ def train(
     return rows
 
 
+BUCKET = 16 << 20  # gradients reduced at a time: few messages, and little memory for copies
+
+
 def _average_gradients(modules: Mapping[str, nn.Module], accelerator: Accelerator) -> None:
-    """All-reduces gradients in one flat tensor (students are called outside any DDP wrapper)."""
+    """All-reduces gradients in flat buckets (students are called outside any DDP wrapper)."""
     if accelerator.num_processes == 1:
         return
     grads = [p.grad for m in modules.values() for p in m.parameters() if p.grad is not None]
-    flat = accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
-    for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
-        grad.copy_(mean.view_as(grad))
+    while grads:
+        bucket, size = [], 0
+        while grads and (not bucket or size + grads[0].numel() <= BUCKET):
+            bucket.append(grads.pop(0))
+            size += bucket[-1].numel()
+        flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), reduction="mean")
+        for grad, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
+            grad.copy_(mean.view_as(grad))
 
 
 def _mean_over_processes(total: dict[str, Tensor], steps: int, accelerator: Accelerator) -> dict:
