@@ -52,6 +52,16 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
             f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
         )
+    if config["distill"]["mode"] == "sequential" and config["distill"]["shards"] != 1:
+        raise UserError(
+            f"{source}: distill.mode is sequential, in which students learn from those before "
+            "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
+        )
+    if config["finetune"]["cpu_offload"] and config["finetune"]["sharding"] == "none":
+        raise UserError(
+            f"{source}: finetune.cpu_offload is of use with finetune.sharding: fsdp alone; set "
+            "that too (one process is enough), or leave cpu_offload out"
+        )
     _check_offload(config, source)
     blocks, total = _parameters(config["teacher"])
     try:
