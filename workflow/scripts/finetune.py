@@ -9,7 +9,7 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --output results/digits/finetune/p50.safetensors --log-table results/digits/finetune/p50.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends
-with the same weights.
+with the same weights. With finetune.sharding: fsdp every process keeps a share of them.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from ppcl import (
     devices,
     distillation,
     errors,
+    fsdp,
     pipelines,
     provenance,
     schemas,
@@ -68,10 +69,15 @@ def main() -> None:
     model, _ = blocks.assembled(
         transformer, {part.key: student for part, student in taught.items()}
     )
-    model = copy.deepcopy(model).float().requires_grad_(True).train().to(accelerator.device)
+    model = copy.deepcopy(model).float().requires_grad_(True).train()
     del transformer, taught
     if options["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()
+    if options["sharding"] == "fsdp" and (accelerator.num_processes > 1 or options["cpu_offload"]):
+        every = [block.module for block in blocks.block_sequence(model)]
+        fsdp.shard(model, every, accelerator, options["cpu_offload"])
+    else:
+        model.to(accelerator.device)
     rows = training.train(
         {"transformer": model},
         distillation.output_distillation(
@@ -84,10 +90,11 @@ def main() -> None:
             Path(__file__), settings, [args.calls, args.plan, args.students, args.errors]
         ),
     )
+    state = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
         names = json.dumps([unit.name for unit in chosen])
-        tensors.write(args.output, model.state_dict(), stamp | {"units": names})
+        tensors.write(args.output, state, stamp | {"units": names})
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppcl import provenance, tensors
+from ppcl import fsdp, provenance, tensors
 from ppcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,8 @@ def train(
     AdamW is element-wise, so a module ends the same whether trained alone or with others.
 
     Args:
-        modules: float32 modules by name, already on the accelerator's device.
+        modules: float32 modules by name, already on the accelerator's device, or shared out over
+            the processes (`fsdp.shard`).
         losses: yields each module's loss for a step, computed on this process's share of the batch.
         checkpoint: the resume file; written every `checkpoint_every` steps by the main process.
         identity: digest of everything that decides the result. A checkpoint that carries another
@@ -106,6 +107,7 @@ def train(
         weight_decay=options.weight_decay,
         fused=True,  # one kernel for all tensors; with tiny blocks the plain loop costs a tenth
     )
+    shared = any(map(fsdp.is_shared, parameters.values()))
     first, rows, seconds = _resume(checkpoint, identity, parameters, optimizer)
     sums: dict[str, dict[str, Tensor]] = {}
     began, steps_since_log = time.perf_counter() - seconds, 0
@@ -124,9 +126,10 @@ def train(
             for key, value in (metrics | {"loss": loss}).items():
                 value = value.detach().float()
                 total[key] = total[key] + value if key in total else value
-        _average_gradients(modules, accelerator)
+        if not shared:  # gradients of shares are averages already
+            _average_gradients(modules, accelerator)
         for name, module in modules.items():
-            norm = nn.utils.clip_grad_norm_(module.parameters(), options.clip_norm)
+            norm = fsdp.clip(module, options.clip_norm, accelerator)
             sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * options.lr_at(step)
@@ -152,8 +155,8 @@ def train(
                 )
             bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}")
             sums, steps_since_log = {}, 0
-        if save and accelerator.is_main_process:  # the last one too: what follows may be killed
-            _save(checkpoint, identity, done, parameters, optimizer, rows, seconds)
+        if save:  # the last one too: what follows may be killed
+            _save(checkpoint, identity, done, parameters, optimizer, rows, seconds, accelerator)
     bar.close()
     return rows
 
@@ -184,10 +187,14 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
             )
 
 
-def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds) -> None:
+def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds, accelerator) -> None:
+    """Writes whole tensors, so that any number of processes can go on from them."""
     state = {f"weight/{k}": p for k, p in parameters.items()}
     for key, p in parameters.items():
         state |= {f"{name}/{key}": value for name, value in optimizer.state[p].items()}
+    state = fsdp.gathered(state, keep=accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return
     columns = sorted({key for row in rows for key in row} - {"name"})
     names = sorted({row["name"] for row in rows})
     table = [[names.index(row["name"])] + [row.get(c, math.nan) for c in columns] for row in rows]
@@ -212,13 +219,11 @@ def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict
         return 0, [], 0.0
     with torch.no_grad():
         for key, p in parameters.items():
-            p.copy_(state[f"weight/{key}"])
+            p.copy_(fsdp.like(state[f"weight/{key}"], p))
             # A parameter that never had a gradient (the last block's text output) has no state.
             if f"step/{key}" in state:
-                optimizer.state[p] = {
-                    name: state[f"{name}/{key}"].to(p.device)
-                    for name in ("step", "exp_avg", "exp_avg_sq")
-                }
+                moments = {n: fsdp.like(state[f"{n}/{key}"], p) for n in ("exp_avg", "exp_avg_sq")}
+                optimizer.state[p] = {"step": state[f"step/{key}"].to(p.device)} | moments
     names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
     rows = [
         {"name": names[int(values[0])]}
