@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppcl import fsdp, provenance, tensors
+from ppcl import fsdp, optimizers, provenance, tensors
 from ppcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Optimisation:
     clip_norm: float = 1.0
     checkpoint_every: int = 200
     log_every: int = 10
+    optimizer: str = "adamw"
 
     @classmethod
     def from_settings(cls, settings: Mapping, **overrides) -> "Optimisation":
@@ -100,12 +101,12 @@ def train(
     for key, parameter in parameters.items():
         scale = next((s for start, s in (lr_scales or {}).items() if key.startswith(start)), 1.0)
         groups.setdefault(scale, []).append(parameter)
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizers.adamw(
+        options.optimizer,
         [{"params": members, "scale": scale} for scale, members in groups.items()],
-        lr=options.lr,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        fused=True,  # one kernel for all tensors; with tiny blocks the plain loop costs a tenth
+        options.lr,
+        options.betas,
+        options.weight_decay,
     )
     shared = any(map(fsdp.is_shared, parameters.values()))
     first, rows, seconds = _resume(checkpoint, identity, parameters, optimizer)
@@ -191,7 +192,8 @@ def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds, acce
     """Writes whole tensors, so that any number of processes can go on from them."""
     state = {f"weight/{k}": p for k, p in parameters.items()}
     for key, p in parameters.items():
-        state |= {f"{name}/{key}": value for name, value in optimizer.state[p].items()}
+        moments = optimizers.state_of(optimizer, p)
+        state |= {f"{name}/{key}": value for name, value in moments.items()}
     state = fsdp.gathered(state, keep=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return
@@ -217,13 +219,17 @@ def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict
     if metadata.get("identity") != identity:
         log.warning("%s belongs to other settings or inputs; starting from step 0", checkpoint)
         return 0, [], 0.0
+    kept: dict[str, dict[str, Tensor]] = {}
+    for place, value in state.items():
+        name, _, key = place.partition("/")
+        if name not in ("weight", "log"):
+            kept.setdefault(key, {})[name] = value
     with torch.no_grad():
         for key, p in parameters.items():
             p.copy_(fsdp.like(state[f"weight/{key}"], p))
             # A parameter that never had a gradient (the last block's text output) has no state.
-            if f"step/{key}" in state:
-                moments = {n: fsdp.like(state[f"{n}/{key}"], p) for n in ("exp_avg", "exp_avg_sq")}
-                optimizer.state[p] = {"step": state[f"step/{key}"].to(p.device)} | moments
+            if key in kept:
+                optimizers.restore(optimizer, p, kept[key])
     names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
     rows = [
         {"name": names[int(values[0])]}
