@@ -130,7 +130,7 @@ def distill_keys():
 
 
 def distill_shards(ending):
-    """For the rule that joins them: one file of every shard, in order of depth."""
+    """For what joins shards: a function that finds one file of each, in order of depth."""
 
     def found(wildcards):
         table = checkpoints.allot.get().output.shards

@@ -46,7 +46,7 @@ def main() -> None:
         inputs.append(args.shards)
     units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
     taught = students.load(args.students, transformer, students.parts_of(units))
     for student in taught.values():
         student.train().to(accelerator.device)
