@@ -48,7 +48,14 @@ if targets() != {"plan"} and not interval_plots_only():
     include: "workflow/rules/latency.smk"
     include: "workflow/rules/intervals.smk"
     include: "workflow/rules/prune.smk"
-    include: "workflow/rules/distill.smk"
+
+    if config["distill"]["shards"] == 1:
+
+        include: "workflow/rules/distill.smk"
+
+    else:
+
+        include: "workflow/rules/distill_shards.smk"
 
     if staged():
 

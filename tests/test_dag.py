@@ -106,6 +106,21 @@ def test_a_deleted_output_is_remade_from_that_stage_on_with_the_same_numbers(fin
     pd.testing.assert_frame_equal(table[~measured], again[~measured])
 
 
+def test_shards_make_the_same_students(finished, tmp_path):
+    folder = tmp_path / "sharded"
+    shutil.copytree(finished, folder)
+    (folder / "sharded.yaml").write_text("distill: {shards: 2}")
+    made = [str(RUN / f"distill/{name}") for name in ("students.safetensors", "errors.parquet")]
+    before = [weights(folder / made[0]), pd.read_parquet(folder / made[1])]
+    snakemake(folder, "sharded.yaml", made[0])
+    assert weights(folder / made[0]) == before[0]
+    pd.testing.assert_frame_equal(pd.read_parquet(folder / made[1]), before[1])
+    left = [path.name for path in (folder / RUN / "distill/shards").iterdir()]
+    assert left == ["shards.json"]
+    assert (folder / RUN / "logs/distill-1.log").is_file()  # there were two
+    assert "Nothing to be done" in snakemake(folder, "sharded.yaml", "-n", made[0])
+
+
 def test_the_report_holds_every_figure(finished):
     snakemake(finished, "--report", "report.zip")
     assert (finished / "report.zip").stat().st_size > 100_000

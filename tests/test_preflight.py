@@ -270,3 +270,20 @@ def test_float16_is_refused_for_gradients_through_the_teacher(inputs):
     assert "set it to bfloat16 or float32, or subsets.steps to 0" in refused(inputs)
     inputs["subsets"]["steps"] = 0
     preflight.check(inputs, "mine.yaml")
+
+
+def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
+    inputs["distill"] |= {"shards": "auto", "mode": "sequential"}
+    assert "distill.mode is sequential" in refused(inputs)
+    inputs["distill"]["mode"] = "independent"
+    inputs["finetune"]["cpu_offload"] = True
+    assert "finetune.cpu_offload is of use with finetune.sharding: fsdp alone" in refused(inputs)
+    inputs["finetune"]["sharding"] = "fsdp"
+    preflight.check(inputs, "mine.yaml")
+    inputs["finetune"]["optimizer"] = "adamw8bit"
+    monkeypatch.setattr(preflight, "find_spec", lambda _name: None)
+    assert "finetune.optimizer is adamw8bit, which needs the package" in refused(inputs)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    assert "can't take weights that are shared out" in refused(inputs)
+    inputs["finetune"] |= {"sharding": "none", "cpu_offload": False}
+    preflight.check(inputs, "mine.yaml")

@@ -158,6 +158,18 @@ def test_only_what_the_config_asks_for_runs(snakemake, keys, more, less):
         assert timed == ("latency" in more)
 
 
+@pytest.mark.parametrize("shards", [2, "auto"])
+def test_a_sharded_distillation_asks_the_plan_how_many_jobs_it_takes(snakemake, shards):
+    sharded = {"distill": {"shards": shards}}
+    found = counts(snakemake("-n", "-F", **sharded))
+    assert {"allot", "join_shards"} <= found.keys() and "distill" not in found
+    printed = snakemake("-n", "-p", "results/digits/distill/shards/1.safetensors", **sharded)
+    assert "--shards results/digits/distill/shards/shards.json --shard 1 " in printed
+    assert "--state results/digits/state/distill-1 " in printed
+    sequential = {"distill": {"shards": shards, "mode": "sequential"}}
+    assert "distill.mode is sequential" in snakemake("-n", code=1, **sequential)
+
+
 def test_without_subsets_variants_are_made_of_distilled_students(snakemake):
     printed = snakemake("-n", "-F", "-p", subsets={"steps": 0})
     assert counts(printed).keys() == STAGES - {"subsets"} | {"finetune", "latency", "all"}

@@ -18,7 +18,17 @@ ABLATION_KEYS = [
         f"{stage}.{key}"
         for stage in ("distill", "subsets", "finetune")
         for key in config[stage]
-        if key not in ("steps", "batch_size", "heldout_rows", "loss", "mode")
+        if key
+        not in (
+            "steps",
+            "batch_size",
+            "heldout_rows",
+            "loss",
+            "mode",
+            "shards",
+            "sharding",
+            "cpu_offload",
+        )
     ),
     *(
         f"evaluate.{key}"
@@ -156,7 +166,7 @@ rule calibrate:
             "sensitivity",
             "intervals",
             "width",
-            "distill",
+            *distill_keys(),
             "ablation.distill_steps",
             "ablation.subsets_steps",
             "ablation.batch_size",

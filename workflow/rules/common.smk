@@ -1,5 +1,6 @@
 # Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
 
+import json
 import os
 import re
 import sys
@@ -121,6 +122,22 @@ def latency():
 def staged():
     """Whether distilled blocks become narrow in a training of their own."""
     return config["width"]["enabled"] and config["width"]["schedule"] == "staged"
+
+
+def distill_keys():
+    """The keys of `distill`, for stages that train as it does; in how many jobs is its own affair."""
+    return [f"distill.{key}" for key in config["distill"] if key != "shards"]
+
+
+def distill_shards(ending):
+    """For what joins shards: a function that finds one file of each, in order of depth."""
+
+    def found(wildcards):
+        table = checkpoints.allot.get().output.shards
+        count = len(json.loads(Path(table).read_text(encoding="utf-8")))
+        return [result(f"distill/shards/{shard}{ending}") for shard in range(count)]
+
+    return found
 
 
 def distilled(name):

@@ -38,7 +38,7 @@ rule narrow:
             "seed",
             "device",
             "teacher",
-            "distill",
+            *distill_keys(),
             "width.steps",
             "width.linear_weight",
             "width.lr_scale",

@@ -58,7 +58,7 @@ def main() -> None:
     wide, seed = settings["width"], settings["seed"]
 
     accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
     shared = {name: getattr(args, name) for name in SHARED}
     material = ablation.Material(
         transformer,

@@ -9,7 +9,8 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --log-table results/digits/distill/log.parquet --errors results/digits/distill/errors.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends with the
-same weights.
+same weights. With --shards and --shard it teaches some of the students alone, and they end as they
+would beside the others; join.py puts the shards' files together.
 """
 
 from pathlib import Path
@@ -22,6 +23,7 @@ from ppcl import (
     errors,
     pipelines,
     schemas,
+    shards,
     student_stage,
     students,
     training,
@@ -29,19 +31,26 @@ from ppcl import (
 
 
 def main() -> None:
-    args = student_stage.arguments(__doc__, "start weights")
+    args = student_stage.arguments(__doc__, "start weights", sharded=True)
     settings = config.load(args.config)
     options = settings["distill"] | {"linear_weight": settings["width"]["linear_weight"]}
     seed = settings["seed"]
 
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     plan = students.read_plan(args.plan)
+    pairs = list(zip(plan.distilled, plan.facts["distilled"], strict=True))
+    inputs = [args.calls, args.plan, args.students]
+    if args.shards:
+        mine = shards.read(args.shards)[args.shard]
+        pairs = [(unit, entry) for unit, entry in pairs if unit.name in mine]
+        inputs.append(args.shards)
+    units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
-    taught = students.load(args.students, transformer, students.parts_of(plan.distilled))
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
+    taught = students.load(args.students, transformer, students.parts_of(units))
     for student in taught.values():
         student.train().to(accelerator.device)
-    identity = training.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
+    identity = training.identity(Path(__file__), settings, inputs)
     rows = training.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(transformer, taught, reader, options, seed, accelerator),
@@ -56,8 +65,8 @@ def main() -> None:
         settings,
         options,
         transformer,
-        plan.distilled,
-        plan.facts["distilled"],
+        units,
+        entries,
         taught,
         distillation.log_table(rows),
         schemas.DISTILL_LOG,

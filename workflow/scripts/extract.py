@@ -48,7 +48,7 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     rows = choose_rows(reader, options["rows"], seed)
     device = devices.choose(settings["device"])
-    transformer = pipelines.load_transformer(settings["teacher"], device)
+    transformer = pipelines.load_transformer(settings["teacher"], device, compiled=True)
     with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
         moments, samples = activations.collect(
             transformer, reader, rows, options, seed, device, bar

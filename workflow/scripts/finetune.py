@@ -9,7 +9,7 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --output results/digits/finetune/p50.safetensors --log-table results/digits/finetune/p50.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends
-with the same weights.
+with the same weights. With finetune.sharding: fsdp every process keeps a share of them.
 """
 
 import argparse
@@ -27,6 +27,7 @@ from ppcl import (
     devices,
     distillation,
     errors,
+    fsdp,
     pipelines,
     provenance,
     schemas,
@@ -68,10 +69,18 @@ def main() -> None:
         transformer, {part.key: student for part, student in taught.items()}
     )
     del transformer, taught  # what the model has of them is its own now
+    shared_out = options["sharding"] == "fsdp" and (
+        accelerator.num_processes > 1 or options["cpu_offload"]
+    )
+    if not shared_out:  # first, so that main memory need not hold it in float32
+        model.to(accelerator.device)
     # In evaluation mode, as the teacher was: some classes answer in another shape in training.
-    model = model.to(accelerator.device).float().eval().requires_grad_(True)
+    model = model.float().eval().requires_grad_(True)
     if options["gradient_checkpointing"]:
         model.enable_gradient_checkpointing()
+    if shared_out:
+        every = [block.module for block in blocks.block_sequence(model)]
+        fsdp.shard(model, every, accelerator, options["cpu_offload"])
     rows = training.train(
         {"transformer": model},
         distillation.output_distillation(
@@ -84,10 +93,11 @@ def main() -> None:
             Path(__file__), settings, [args.calls, args.plan, args.students, args.errors]
         ),
     )
+    state = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
         names = json.dumps([unit.name for unit in chosen])
-        tensors.write(args.output, model.state_dict(), stamp | {"units": names})
+        tensors.write(args.output, state, stamp | {"units": names})
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)

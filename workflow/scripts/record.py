@@ -63,6 +63,8 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"])
     pipe = pipelines.load(settings["teacher"], accelerator.device)
     transformer = pipelines.denoiser(pipe, settings["teacher"])
+    if settings["teacher"]["compile"]:
+        devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
     samples = choose_samples(rows, options, seed)
     batches = pipelines.in_batches(pipe, samples, options["batch_size"])
     teacher = provenance.fingerprint(settings["teacher"]["path"])

@@ -51,7 +51,7 @@ def main() -> None:
 
     accelerator = devices.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
     measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]

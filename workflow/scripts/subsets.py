@@ -41,7 +41,7 @@ def main() -> None:
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
     transformer = pipelines.load_transformer(
-        settings["teacher"], accelerator.device, gradients=True
+        settings["teacher"], accelerator.device, gradients=True, compiled=True
     )
     taught = students.load(args.students, transformer, students.parts_of(plan.units))
     together = nn.ModuleDict({part.name: student for part, student in taught.items()})

@@ -63,7 +63,7 @@ def main() -> None:
 
     accelerator = devices.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device)
+    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
     sequence = blocks.block_sequence(transformer)
     cka = text_cka(args.blocks, len(sequence))
     units = {

@@ -1,8 +1,10 @@
 """All that depends on the device: choice, number format, synchronisation, memory."""
 
+import copy
+import functools
 import resource
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import timedelta
 
 import torch
@@ -180,3 +182,57 @@ def stream_leaves(module: nn.Module, device: torch.device) -> None:
         offload_device=torch.device("cpu"),
         offload_type="leaf_level",
     )
+
+
+# ---- compiled blocks
+
+
+class _Compiled:
+    """What the class of a compiled block has before the block's own class."""
+
+    def __deepcopy__(self, memo: dict) -> nn.Module:
+        # A student starts as a copy of a block; it is trained, and stays as it was written.
+        plain = type(self).__mro__[2]
+        copied = memo[id(self)] = plain.__new__(plain)
+        copied.__setstate__(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def compile_blocks(block_modules: Iterable[nn.Module], backend: str = "inductor") -> None:
+    """Has blocks run as compiled code. In place; deep copies of them are not compiled.
+
+    Blocks of one class share their code, so that is made once for all of them, and again for sizes
+    that change. Hooks of a block itself run as ever, outside of it. A block with hooks on what is
+    inside (`blocks.taps`) runs uncompiled: compiled code would pass over hooks that came after it.
+
+    Args:
+        backend: of torch.compile.
+    """
+    made: dict[type, type] = {}
+    for module in block_modules:
+        plain = type(module)
+        if plain not in made:
+            made[plain] = type(
+                plain.__name__, (_Compiled, plain), {"forward": _forward(plain, backend)}
+            )
+        module.__class__ = made[plain]
+
+
+def _forward(plain: type, backend: str) -> Callable:
+    compiled = torch.compile(plain.forward, backend=backend)
+
+    @functools.wraps(plain.forward)
+    def forward(self, *args, **kwargs):
+        inside = (m for m in self.modules() if m is not self)
+        if any(m._forward_hooks or m._forward_pre_hooks for m in inside):
+            return plain.forward(self, *args, **kwargs)
+        try:
+            return compiled(self, *args, **kwargs)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            raise UserError(
+                f"teacher.compile: {plain.__name__} can't be compiled here "
+                f"({str(error).strip().splitlines()[0]}); set teacher.compile to false, or install "
+                "a C++ compiler (on a CPU) or Triton (on CUDA)"
+            ) from error
+
+    return forward

@@ -95,6 +95,7 @@ def load_transformer(
     device: torch.device,
     key: str = "teacher.path",
     gradients: bool = False,
+    compiled: bool = False,
 ) -> torch.nn.Module:
     """The teacher's transformer alone, frozen and in evaluation mode; arguments as in `load`.
 
@@ -103,6 +104,8 @@ def load_transformer(
     Args:
         gradients: it will be trained, or gradients will pass through it: autograd needs its
             weights where they were, so it can't be streamed.
+        compiled: compile its blocks if the config's `teacher.compile` says so. Not where it is
+            timed, or compared with models that aren't compiled.
 
     Raises:
         UserError: as `load`; or it has to be streamed and gradients are wanted.
@@ -134,6 +137,8 @@ def load_transformer(
     blocks.family(transformer)
     refuse_incomplete(transformer, where)
     transformer.requires_grad_(False).eval()
+    if compiled and teacher["compile"]:
+        devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
     how = devices.offload(teacher.get("offload", "none"), {name: devices.size(transformer)}, device)
     if how != "stream":
         return transformer.to(device)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 
 from ppcl import hub, pins
@@ -51,6 +52,17 @@ def check(config: dict, source: str = "config") -> None:
         raise UserError(
             f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
             f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
+        )
+    _check_optimizers(config, source)
+    if config["distill"]["mode"] == "sequential" and config["distill"]["shards"] != 1:
+        raise UserError(
+            f"{source}: distill.mode is sequential, in which students learn from those before "
+            "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
+        )
+    if config["finetune"]["cpu_offload"] and config["finetune"]["sharding"] == "none":
+        raise UserError(
+            f"{source}: finetune.cpu_offload is of use with finetune.sharding: fsdp alone; set "
+            "that too (one process is enough), or leave cpu_offload out"
         )
     _check_offload(config, source)
     blocks, total = _parameters(config["teacher"])
@@ -99,6 +111,23 @@ def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
         value < whole.get(kind, 1) or not blocks and kind in whole
         for kind, value in limits(budget).items()
     )
+
+
+def _check_optimizers(config: dict, source: str) -> None:
+    """Raises UserError if 8-bit moments are asked for where there can be none."""
+    for stage in ("distill", "subsets", "finetune"):
+        if config[stage]["optimizer"] != "adamw8bit":
+            continue
+        if find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"{source}: {stage}.optimizer is adamw8bit, which needs the package bitsandbytes; "
+                f"install it (pip install bitsandbytes), or set {stage}.optimizer to adamw"
+            )
+        if stage == "finetune" and config[stage]["sharding"] == "fsdp":
+            raise UserError(
+                f"{source}: finetune.optimizer is adamw8bit, which can't take weights that are "
+                "shared out; set finetune.optimizer to adamw, or finetune.sharding to none"
+            )
 
 
 def _check_offload(config: dict, source: str) -> None:

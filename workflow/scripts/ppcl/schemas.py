@@ -369,6 +369,7 @@ ARTIFACTS = {
     "distill/students.safetensors": "students trained one by one",
     "distill/errors.parquet": "what each trained student costs, plugged into the teacher alone",
     "distill/log.parquet": "losses of the students during distillation",
+    "distill/shards/": "which job owns which students; what each left, until it is joined",
     "narrow/students.safetensors": "made narrow and trained again (width.schedule: staged)",
     "narrow/errors.parquet": "what each unit costs now, plugged into the teacher alone",
     "narrow/log.parquet": "losses of the narrow blocks",

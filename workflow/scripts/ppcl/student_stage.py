@@ -14,8 +14,13 @@ from ppcl.plans import Unit
 from ppcl.students import Students
 
 
-def arguments(description: str, start: str) -> argparse.Namespace:
-    """The command line. start: what the students are that the stage begins with."""
+def arguments(description: str, start: str, sharded: bool = False) -> argparse.Namespace:
+    """The command line.
+
+    Args:
+        start: what the students are that the stage begins with.
+        sharded: whether the stage can be one of several jobs, each with some of the units.
+    """
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,6 +32,9 @@ def arguments(description: str, start: str) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, required=True, help="trained students to write")
     parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
     parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
+    if sharded:
+        parser.add_argument("--shards", type=Path, help="shards.json, of a job that is a shard")
+        parser.add_argument("--shard", type=int, default=0, help="and which of them it is")
     return parser.parse_args()
 
 

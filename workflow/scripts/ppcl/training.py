@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppcl import provenance, tensors
+from ppcl import fsdp, optimizers, provenance, tensors
 from ppcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -37,6 +37,7 @@ class Optimisation:
     clip_norm: float = 1.0
     checkpoint_every: int = 200
     log_every: int = 10
+    optimizer: str = "adamw"
 
     @classmethod
     def from_settings(cls, settings: Mapping, **overrides) -> "Optimisation":
@@ -72,7 +73,8 @@ def train(
     AdamW is element-wise, so a module ends the same whether trained alone or with others.
 
     Args:
-        modules: float32 modules by name, already on the accelerator's device.
+        modules: float32 modules by name, already on the accelerator's device, or shared out over
+            the processes (`fsdp.shard`).
         losses: yields each module's loss for a step, computed on this process's share of the batch.
         checkpoint: the resume file; written every `checkpoint_every` steps by the main process.
         identity: digest of everything that decides the result. A checkpoint that carries another
@@ -99,13 +101,14 @@ def train(
     for key, parameter in parameters.items():
         scale = next((s for start, s in (lr_scales or {}).items() if key.startswith(start)), 1.0)
         groups.setdefault(scale, []).append(parameter)
-    optimizer = torch.optim.AdamW(
+    optimizer = optimizers.adamw(
+        options.optimizer,
         [{"params": members, "scale": scale} for scale, members in groups.items()],
-        lr=options.lr,
-        betas=options.betas,
-        weight_decay=options.weight_decay,
-        fused=True,  # one kernel for all tensors; with tiny blocks the plain loop costs a tenth
+        options.lr,
+        options.betas,
+        options.weight_decay,
     )
+    shared = any(map(fsdp.is_shared, parameters.values()))
     first, rows, seconds = _resume(checkpoint, identity, parameters, optimizer)
     sums: dict[str, dict[str, Tensor]] = {}
     began, steps_since_log = time.perf_counter() - seconds, 0
@@ -124,9 +127,10 @@ def train(
             for key, value in (metrics | {"loss": loss}).items():
                 value = value.detach().float()
                 total[key] = total[key] + value if key in total else value
-        _average_gradients(modules, accelerator)
+        if not shared:  # gradients of shares are averages already
+            _average_gradients(modules, accelerator)
         for name, module in modules.items():
-            norm = nn.utils.clip_grad_norm_(module.parameters(), options.clip_norm)
+            norm = fsdp.clip(module, options.clip_norm, accelerator)
             sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
         for group in optimizer.param_groups:
             group["lr"] = group["scale"] * options.lr_at(step)
@@ -152,8 +156,8 @@ def train(
                 )
             bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}")
             sums, steps_since_log = {}, 0
-        if save and accelerator.is_main_process:  # the last one too: what follows may be killed
-            _save(checkpoint, identity, done, parameters, optimizer, rows, seconds)
+        if save:  # the last one too: what follows may be killed
+            _save(checkpoint, identity, done, parameters, optimizer, rows, seconds, accelerator)
     bar.close()
     return rows
 
@@ -192,10 +196,15 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
             )
 
 
-def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds) -> None:
+def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds, accelerator) -> None:
+    """Writes whole tensors, so that any number of processes can go on from them."""
     state = {f"weight/{k}": p for k, p in parameters.items()}
     for key, p in parameters.items():
-        state |= {f"{name}/{key}": value for name, value in optimizer.state[p].items()}
+        moments = optimizers.state_of(optimizer, p)
+        state |= {f"{name}/{key}": value for name, value in moments.items()}
+    state = fsdp.gathered(state, keep=accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return
     columns = sorted({key for row in rows for key in row} - {"name"})
     names = sorted({row["name"] for row in rows})
     table = [[names.index(row["name"])] + [row.get(c, math.nan) for c in columns] for row in rows]
@@ -218,15 +227,17 @@ def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict
     if metadata.get("identity") != identity:
         log.warning("%s belongs to other settings or inputs; starting from step 0", checkpoint)
         return 0, [], 0.0
+    kept: dict[str, dict[str, Tensor]] = {}
+    for place, value in state.items():
+        name, _, key = place.partition("/")
+        if name not in ("weight", "log"):
+            kept.setdefault(key, {})[name] = value
     with torch.no_grad():
         for key, p in parameters.items():
-            p.copy_(state[f"weight/{key}"])
+            p.copy_(fsdp.like(state[f"weight/{key}"], p))
             # A parameter that never had a gradient (the last block's text output) has no state.
-            if f"step/{key}" in state:
-                optimizer.state[p] = {
-                    name: state[f"{name}/{key}"].to(p.device)
-                    for name in ("step", "exp_avg", "exp_avg_sq")
-                }
+            if key in kept:
+                optimizers.restore(optimizer, p, kept[key])
     names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
     rows = [
         {"name": names[int(values[0])]}

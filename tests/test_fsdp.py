@@ -1,0 +1,139 @@
+"""Fine-tuning with the model shared out over processes: the curve of one process, and resuming."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from killing import KILLER, assert_same_log
+
+from ppcl import schemas, tables, tensors
+
+TRAINING = {"batch_size": 5, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
+
+
+@pytest.fixture(scope="module")
+def world(tiny_teacher, tiny_calls, tmp_path_factory):
+    """Settings, a plan and its students, as finetune takes them."""
+    folder = tmp_path_factory.mktemp("fsdp")
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"path": str(tiny_teacher)},
+        "intervals": {},
+        "prune": {"start": "first"},
+        "width": {},
+        "distill": TRAINING | {"steps": 1, "heldout_rows": 4},
+        "finetune": TRAINING,
+        "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
+    }
+    given = {"calls": tiny_calls, "plan": folder / "plan.json"}
+    start, found = folder / "start.safetensors", folder / "intervals.parquet"
+    tiny.stage(
+        "prune",
+        settings,
+        intervals=tiny.intervals(found, [(0, 1), (3, 4)]),
+        **given,
+        students=start,
+    )
+    trained = {"output": folder / "students.safetensors", "errors": folder / "errors.parquet"}
+    more = {"state": folder / "state", "log_table": folder / "log.parquet"}
+    tiny.stage("distill", settings, **given, students=start, **trained, **more)
+    return folder, settings, given | {"students": trained["output"], "errors": trained["errors"]}
+
+
+def finetune(world, name, processes=1, kill=False, **options):
+    """Runs finetune in some processes, or until a kill; options: of the config's finetune."""
+    folder, settings, given = world
+    settings = settings | {"finetune": settings["finetune"] | options}
+    paths = given | {
+        "variant": "p70",
+        "state": folder / name / "state",
+        "output": folder / name / "p70.safetensors",
+        "log_table": folder / name / "p70.parquet",
+    }
+    if processes == 1 and not kill and not options.get("cpu_offload"):
+        tiny.stage("finetune", settings, **paths)
+        return paths
+    script, launcher = (str(tiny.SCRIPTS / f"{name}.py") for name in ("finetune", "launch"))
+    if kill:
+        (folder / "killer.py").write_text(KILLER)
+        script = f"{folder / 'killer.py'} {script}"
+    command = [sys.executable, launcher, "--processes", str(processes), "--threads", "2"]
+    command += ["--device", "cpu", *script.split(" "), *tiny.options(settings, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    assert (done.returncode != 0) == kill, done.stderr
+    if kill:
+        assert tensors.read(paths["state"] / "checkpoint.safetensors")[1]["step"] == "2"
+        assert not paths["output"].exists()
+    return paths
+
+
+def distances(one, other):
+    one, other = tensors.read(one["output"])[0], tensors.read(other["output"])[0]
+    assert {k: v.shape for k, v in one.items()} == {k: v.shape for k, v in other.items()}
+    assert {v.dtype for v in one.values()} == {torch.float32}
+    return torch.cat([(one[key] - other[key]).abs().flatten() for key in one])
+
+
+def curves(*paths):
+    return [tables.read(p["log_table"], schemas.VELOCITY_LOG).to_pandas() for p in paths]
+
+
+def assert_alike(one, other, rtol=1e-4, largest=2e-4):
+    """Sums in another order: as in test_kill.py, but over all of a model's parameters."""
+    assert distances(one, other).max() < largest and distances(one, other).mean() < largest / 50
+    first, second = curves(one, other)
+    assert first["step"].tolist() == second["step"].tolist() == [2, 4, 6]
+    for column in ("loss", "velocity_error", "gradient_norm"):
+        if column in first:
+            np.testing.assert_allclose(first[column], second[column], rtol=rtol)
+
+
+@pytest.fixture(scope="module")
+def alone(world):
+    return finetune(world, "alone")
+
+
+@pytest.fixture(scope="module")
+def shared(world):
+    return finetune(world, "shared", processes=2, sharding="fsdp")
+
+
+def test_shared_out_over_two_processes_is_one_process(world, alone, shared):
+    assert_alike(alone, shared)
+    assert not shared["state"].exists()
+    (loss,) = (curve["loss"] for curve in curves(alone))
+    assert loss.iloc[-1] < 0.99 * loss.iloc[0]
+
+
+def test_with_cpu_offload_and_checkpointing_too(world, alone):
+    options = {"sharding": "fsdp", "cpu_offload": True}
+    assert_alike(alone, finetune(world, "offloaded", 2, gradient_checkpointing=True, **options))
+    assert_alike(alone, finetune(world, "one-offloaded", 1, **options))
+
+
+def test_mixed_precision_is_that_of_one_process(world):
+    """bfloat16 has 8 bits, and sums come in another order."""
+    one = finetune(world, "low", mixed_precision="bf16")
+    shared = finetune(world, "low-shared", 2, mixed_precision="bf16", sharding="fsdp")
+    first, second = curves(one, shared)
+    np.testing.assert_allclose(first["loss"], second["loss"], rtol=0.02)
+
+
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
+def test_killed_with_two_processes_goes_on_with_one(world, alone, sharding):
+    """The checkpoint has whole tensors, and the batch of a step does not depend on the count."""
+    name = f"killed-{sharding}"
+    finetune(world, name, processes=2, kill=True, sharding=sharding)
+    assert_alike(alone, finetune(world, name, processes=1, sharding=sharding))
+
+
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(world, shared):
+    finetune(world, "killed", processes=2, kill=True, sharding="fsdp")
+    resumed = finetune(world, "killed", processes=2, sharding="fsdp")
+    assert distances(resumed, shared).max() == 0
+    assert_same_log(resumed["log_table"], shared["log_table"], schemas.VELOCITY_LOG)

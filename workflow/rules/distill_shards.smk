@@ -1,0 +1,113 @@
+# Stage 1.3 in several jobs: each teaches some of the students (distill.smk has one job for all).
+#
+# in:  the teacher, record/calls.parquet, prune/plan.json and prune/students.safetensors
+# out: as of distill.smk, to the bit; distill/shards/shards.json, which job owns which units
+#
+# Only with distill.shards other than 1. How many jobs there are is known once there is a plan. A job
+# runs the teacher no further than to its last student's end, so jobs are balanced by depth
+# (ppcl/shards.py). Checkpoints live in state/distill-<shard>, as in distill.smk. Jobs that run at
+# the same time on one machine share its devices: shards are for clusters, where each has its own.
+
+
+checkpoint allot:
+    input:
+        script=program("allot.py"),
+        plan=result("prune/plan.json"),
+    output:
+        shards=result("distill/shards/shards.json"),
+    log:
+        result("logs/allot.log"),
+    benchmark:
+        result("benchmarks/allot.tsv")
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=4000,
+        runtime=10,
+    params:
+        config=subset("distill.shards"),
+        code=code("allot.py"),
+    message:
+        "Sharing students out over jobs"
+    shell:
+        "python {input.script} --config {params.config:q} --plan {input.plan} "
+        "--shards {output.shards} 2>&1 | tee {log}"
+
+
+rule distill_shard:
+    input:
+        script=program("distill.py"),
+        launcher=program("launch.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+        plan=result("prune/plan.json"),
+        students=result("prune/students.safetensors"),
+        shards=result("distill/shards/shards.json"),
+    output:
+        students=temp(result("distill/shards/{shard}.safetensors")),
+        log=temp(result("distill/shards/{shard}-log.parquet")),
+        errors=temp(result("distill/shards/{shard}-errors.parquet")),
+    log:
+        result("logs/distill-{shard}.log"),
+    benchmark:
+        result("benchmarks/distill-{shard}.tsv")
+    wildcard_constraints:
+        shard=r"\d+",
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=32000,
+        runtime=2880,
+        processes=config["processes"],
+        device=config["device"],
+    params:
+        config=subset(
+            "seed", "device", "teacher", *distill_keys(), "width.linear_weight", "width.lr_scale"
+        ),
+        state=lambda wildcards: result(f"state/distill-{wildcards.shard}"),
+        code=code("distill.py"),
+    message:
+        "Distilling shard {wildcards.shard} of the students"
+    shell:
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
+        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--shards {input.shards} --shard {wildcards.shard} "
+        "--state {params.state} --output {output.students} --log-table {output.log} "
+        "--errors {output.errors} 2>&1 | tee {log}"
+
+
+rule join_shards:
+    input:
+        script=program("join.py"),
+        plan=result("prune/plan.json"),
+        students=distill_shards(".safetensors"),
+        logs=distill_shards("-log.parquet"),
+        costs=distill_shards("-errors.parquet"),
+    output:
+        students=result("distill/students.safetensors"),
+        log=result("distill/log.parquet"),
+        errors=result("distill/errors.parquet"),
+    log:
+        result("logs/join_shards.log"),
+    benchmark:
+        result("benchmarks/join_shards.tsv")
+    conda:
+        ENVIRONMENT
+    resources:
+        mem_mb=32000,
+        runtime=60,
+    params:
+        config=subset(
+            "seed", "device", "teacher", *distill_keys(), "width.linear_weight", "width.lr_scale"
+        ),
+        code=code("join.py"),
+    message:
+        "Joining the shards of the students"
+    shell:
+        "python {input.script} --config {params.config:q} --plan {input.plan} "
+        "--students {input.students} --logs {input.logs} --costs {input.costs} "
+        "--output {output.students} --log-table {output.log} --errors {output.errors} "
+        "2>&1 | tee {log}"

@@ -1,0 +1,31 @@
+"""Shares the students of distill out over jobs, as balanced as their depth allows.
+
+python workflow/scripts/allot.py --config config/mine.yaml --plan results/mine/prune/plan.json \
+    --shards results/mine/distill/shards/shards.json
+"""
+
+import argparse
+from pathlib import Path
+
+from ppcl import config, errors, shards, students
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
+    parser.add_argument("--shards", type=Path, required=True, help="shards.json to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+    jobs = shards.allot(students.read_plan(args.plan).distilled, settings["distill"]["shards"])
+    shards.write(args.shards, jobs)
+    for number, units in enumerate(jobs):
+        names = ", ".join(unit.name for unit in units)
+        passes = f"{shards.cost(units):g} block passes a step" if units else "nothing to do"
+        print(f"shard {number}: {names or '-'} ({passes})")
+
+
+if __name__ == "__main__":
+    errors.run(main)

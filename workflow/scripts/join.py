@@ -1,0 +1,59 @@
+"""Joins what the shards of distill left: the same files as distill leaves when it is one job.
+
+python workflow/scripts/join.py --config config/mine.yaml --plan results/mine/prune/plan.json \
+    --students results/mine/distill/shards/*.safetensors \
+    --logs results/mine/distill/shards/*-log.parquet \
+    --costs results/mine/distill/shards/*-errors.parquet \
+    --output results/mine/distill/students.safetensors \
+    --log-table results/mine/distill/log.parquet --errors results/mine/distill/errors.parquet
+
+Files are given in the order of the shards, which is that of depth.
+"""
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+from ppcl import config, errors, provenance, schemas, students, tables, tensors
+from ppcl.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, or inline JSON")
+    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
+    parser.add_argument("--students", type=Path, nargs="+", required=True, help="shards' students")
+    parser.add_argument("--logs", type=Path, nargs="+", required=True, help="shards' logs")
+    parser.add_argument("--costs", type=Path, nargs="+", required=True, help="shards' errors")
+    parser.add_argument("--output", type=Path, required=True, help="students to write")
+    parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
+    parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
+    args = parser.parse_args()
+    settings = config.load(args.config)
+
+    costs = _joined(args.costs, schemas.UNIT_ERRORS)
+    wanted = [unit.name for unit in students.read_plan(args.plan).distilled]
+    if costs["unit"].tolist() != wanted:
+        raise UserError(
+            f"{args.costs[0].parent}: the shards hold units {', '.join(costs['unit'])}, but "
+            f"{args.plan} has {', '.join(wanted)}; delete that folder and rerun"
+        )
+    # One job logs a step's students in order of depth, then the next step's.
+    log = _joined(args.logs, schemas.DISTILL_LOG).sort_values("step", kind="stable")
+    state = {key: value for path in args.students for key, value in tensors.read(path)[0].items()}
+    stamp = provenance.stamp(settings, rows=tables.provenance(args.costs[0])["rows"])
+    tensors.write(args.output, state, stamp)
+    tables.write(args.log_table, log, schemas.DISTILL_LOG, stamp)
+    tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
+
+
+def _joined(paths: list[Path], schema) -> pd.DataFrame:
+    found = [tables.read(path, schema).to_pandas() for path in paths]
+    return pd.concat(found, ignore_index=True)
+
+
+if __name__ == "__main__":
+    errors.run(main)

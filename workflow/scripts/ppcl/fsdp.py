@@ -1,0 +1,115 @@
+"""Models too large for every process: parameters, gradients and moments shared out (FSDP2).
+
+Every process keeps its rows of every parameter, gathers a block's when the block runs, and lets go
+of them. What is here is the little that a training loop has to know of that: how a model is
+shared out, and how a parameter is whole again, as files have it.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ppcl.errors import UserError
+
+
+def shard(
+    model: nn.Module,
+    block_modules: Iterable[nn.Module],
+    accelerator: Accelerator,
+    cpu_offload: bool,
+) -> None:
+    """Shares a float32 model out over the processes, in place; it comes to the device in parts.
+
+    With bf16 mixed precision blocks are gathered in bfloat16: autocast alone would keep a cast of
+    every weight until the backward pass, on every device.
+
+    Args:
+        model: the same in every process, on any device.
+        block_modules: its blocks, each gathered by itself; the rest is gathered together.
+        cpu_offload: keep the shares, and what is optimised, in CPU memory. Of use with one process
+            too.
+
+    Raises:
+        UserError: the device can't.
+    """
+    device = accelerator.device
+    if device.type not in ("cuda", "cpu"):
+        raise UserError(
+            f"finetune.sharding: fsdp does not run on {device.type}; set it to none, or device to "
+            "cuda or cpu"
+        )
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        alone = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1)
+    lowered = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
+    how = {
+        "mesh": init_device_mesh(device.type, (accelerator.num_processes,)),
+        "offload_policy": (
+            CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
+        ),
+        # Inputs stay as they are: a timestep in bfloat16 would be another timestep.
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=lowered, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+    }
+    for module in block_modules:
+        fully_shard(module, **how)
+    fully_shard(model, **how)
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether this process has but a share of it."""
+    return isinstance(tensor, DTensor)
+
+
+def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """Whole tensors, as files have them. All processes must ask for the same ones at once.
+
+    Args:
+        keep: whether this process wants them; the others' dict is empty.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        if is_shared(tensor):
+            tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+            tensor = tensor.cpu() if keep else None  # one at a time on the device
+        if keep:
+            found[name] = tensor
+    return found
+
+
+def like(value: Tensor, other: Tensor) -> Tensor:
+    """A whole tensor, on `other`'s device and shared out as it is, without communication."""
+    if not is_shared(other):
+        return value.to(other.device)
+    mesh = other.device_mesh
+    placed = value.to(mesh.device_type)
+    return distribute_tensor(placed, mesh, other.placements, src_data_rank=None).to(other.device)
+
+
+@torch.no_grad()
+def clip(module: nn.Module, largest: float, accelerator: Accelerator) -> Tensor:
+    """Scales gradients down to a norm of `largest`, in place; returns the norm that they had."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    if not any(map(is_shared, grads)):
+        return nn.utils.clip_grad_norm_(module.parameters(), largest)
+    # On the device, wherever the shares are: processes need no way to talk between CPUs.
+    shares = [grad.to_local() for grad in grads]
+    squares = sum(share.square().sum() for share in shares).to(accelerator.device)
+    norm = accelerator.reduce(squares, reduction="sum").sqrt()
+    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
+    for share in shares:
+        share.mul_(scale.to(share.device))
+    return norm
