@@ -36,6 +36,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     tables,
 )
 from ppcl.errors import UserError
@@ -139,6 +140,8 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BrokenProcessPool as error:
+        if stopping.warned():  # and so were they
+            stopping.end()
         raise UserError(
             "a process of the evaluation was killed, most likely for lack of memory; lower "
             "evaluate.batch_size or processes, and rerun: finished pictures are kept"
@@ -148,6 +151,7 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
 
 
 def _start_worker(threads: int) -> None:
+    stopping.heed(worker=True)
     torch.set_num_threads(threads)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -192,6 +196,13 @@ def generate(
     """
     if part.exists():
         return
+    with stopping.part():
+        _generate(model, device, settings, batch, part)
+
+
+def _generate(
+    model: Model, device: torch.device, settings: dict, batch: list[dict], part: Path
+) -> None:
     pipe = _pipeline(model, device)
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
     images = [item.get("image") for item in batch]
