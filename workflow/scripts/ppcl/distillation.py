@@ -6,7 +6,6 @@ the latter is made of, is also how a whole variant is fine-tuned.
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -423,7 +422,7 @@ def plugged_errors(
             found[number] = error
             if state and math.isfinite(error):
                 done[name] = error
-                texts.write_json(state / f"{rank}.json", {"identity": identity, "errors": done})
+                texts.write_sealed(state / f"{rank}.json", {"identity": identity, "errors": done})
     if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
     for name, error in zip(names, found.tolist(), strict=True):
@@ -439,7 +438,7 @@ def _finished(state: Path, identity: str) -> dict[str, float]:
     """Errors by name that earlier runs of the same identity left, of whatever process."""
     found = {}
     for path in sorted(state.glob("*.json")):
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = texts.read_sealed(path)
         if kept["identity"] == identity:
             found |= kept["errors"]
     return found

@@ -81,6 +81,7 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
     for folder in folders:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"--models: {folder} is not a pipeline folder; run assemble first")
+        assembly.verify(folder)
         if folder.name in {model.name for model in found}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
         where = {"path": str(folder), "revision": None, "variant": None, "subfolder": None}
