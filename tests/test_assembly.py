@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import assembly, blocks, calls, pins, schemas, selection, students, tables
+from ppcl import assembly, blocks, calls, pins, schemas, selection, students, tables, texts
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -204,7 +204,8 @@ def test_export_loads_in_stock_diffusers(pruned, call, tmp_path):
     assert picture.size == (32, 32)
     saved = json.loads((folder / "transformer" / "block_map.json").read_text())
     assert saved == [[0], [1, 2, 3], [4]]
-    assert json.loads((folder / "pruning.json").read_text()) == {"variant": "p70"}
+    card = texts.read_sealed(folder / "pruning.json")
+    assert card["variant"] == "p70" and "model_index.json" in card["files"]
     assert not list(folder.rglob(".*"))
 
 
@@ -295,7 +296,7 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     total = blocks.parameter_count(teacher)
     entries = [students.plan_entry(Unit((part,)), size, float("nan")) for part in every]
     plan = {"transformer_parameters": total, "blocks": 5, "units": entries, "distilled": entries}
-    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    texts.write_sealed(tmp_path / "plan.json", plan)
     errors_table(tmp_path / "errors.parquet", [0.3, 0.1], [size, size])
     config = {
         "teacher": {"path": str(tiny_teacher)},

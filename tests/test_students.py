@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from ppcl import students, tensors
+from ppcl import students, tensors, texts
 from ppcl.errors import UserError
 from ppcl.plans import Part
 
@@ -84,11 +84,14 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
         students.load(path, teacher, [FIRST])
 
 
-@pytest.mark.parametrize("text", ["", '{"units": [{"name": "00-01"}]}', "[]", '{"blocks": 3}'])
-def test_a_broken_plan_is_named(tmp_path, text):
+@pytest.mark.parametrize("content", [{}, {"units": [{"name": "00-01"}]}, {"blocks": 3}])
+def test_a_broken_plan_is_named(tmp_path, content):
     path = tmp_path / "plan.json"
-    with pytest.raises(UserError, match=r"plan\.json can't be read.*run the prune stage"):
+    with pytest.raises(UserError, match=r"plan\.json can't be read.*run the stage that writes it"):
         students.read_plan(path)
-    path.write_text(text)
+    texts.write_sealed(path, content)
     with pytest.raises(UserError, match=r"plan\.json is not a whole plan"):
+        students.read_plan(path)
+    path.write_text("[]")
+    with pytest.raises(UserError, match=r"plan\.json is not what was written; delete it and rerun"):
         students.read_plan(path)

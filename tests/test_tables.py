@@ -38,12 +38,8 @@ def test_round_trip_casts_and_documents(tmp_path):
 
 def test_further_columns_are_kept_behind_the_known(tmp_path):
     path = tmp_path / "t.parquet"
-    pq.write_table(
-        pa.table({"extra": [1], **frame().head(1)}).cast(
-            pa.schema([pa.field("extra", pa.int64()), *SCHEMA])
-        ),
-        path,
-    )
+    wider = pa.schema([pa.field("extra", pa.int64()), *SCHEMA])
+    tables.write(path, frame(extra=1), wider, {})
     assert tables.read(path, SCHEMA).column_names == [*SCHEMA.names, "extra"]
 
 
@@ -116,17 +112,21 @@ def test_truncated_file(tmp_path, keep):
     for read in (lambda: tables.read(path, SCHEMA), lambda: tables.provenance(path)):
         with pytest.raises(UserError) as raised:
             read()
-        assert str(path) in str(raised.value) and "delete the file" in str(raised.value)
+        assert str(path) in str(raised.value) and "delete it and rerun" in str(raised.value)
 
 
 def test_wrong_file(tmp_path):
     path = tmp_path / "t.parquet"
     with pytest.raises(UserError, match="no such file"):
         tables.read(path, SCHEMA)
-    pq.write_table(pa.table(frame().drop(columns="cka")), path)
+    pq.write_table(pa.table(frame()), path)
+    with pytest.raises(UserError, match="t.parquet is not what was written; delete it and rerun"):
+        tables.read(path, SCHEMA)
+    other = pa.schema([pa.field("block", pa.int64()), *list(SCHEMA)[1:]])
+    tables.write(path, frame(), other, {})
     with pytest.raises(UserError, match="t.parquet: column 'block' is int64, not int32"):
         tables.read(path, SCHEMA)
-    pq.write_table(pa.table(frame().drop(columns="stream").astype({"block": "int32"})), path)
+    tables.write(path, frame().drop(columns="stream"), SCHEMA.remove(1), {})
     with pytest.raises(UserError, match="column 'stream' is missing"):
         tables.read(path, SCHEMA)
 

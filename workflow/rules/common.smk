@@ -18,9 +18,12 @@ from ppcl.errors import UserError
 from ppcl.provenance import code_digest
 
 # Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
-# of progress bars, which go to the logs too, one line now and then is enough.
+# of progress bars, which go to the logs too, one line now and then is enough. A scheduler's SIGTERM
+# goes to all processes of a job: the shell waits for its program, and tee stays until the program
+# has had its say (ppcl/stopping.py).
 shell.prefix(
-    f"set -euo pipefail; export TQDM_MININTERVAL=10 PATH='{Path(sys.executable).parent}':$PATH; "
+    "set -euo pipefail; trap : TERM; tee() (trap '' TERM; exec tee \"$@\"); "
+    f"export TQDM_MININTERVAL=10 PATH='{Path(sys.executable).parent}':$PATH; "
 )
 
 ENVIRONMENT = "../../environment.yml"

@@ -47,6 +47,7 @@ from ppcl import (
     prompts,
     provenance,
     schemas,
+    stopping,
     tables,
 )
 from ppcl.errors import UserError
@@ -236,6 +237,7 @@ def main() -> None:
     if judge is not None:
         found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
     tables.write(args.metrics, pd.DataFrame(metrics.rows(found)), schemas.METRICS, stamp)
+    stopping.ignore()
     shutil.rmtree(args.state, ignore_errors=True)
 
 

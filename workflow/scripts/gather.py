@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import errors, methods, provenance, schemas, tables
+from ppcl import errors, methods, provenance, schemas, tables, texts
 
 BEST = 2
 
@@ -45,7 +45,7 @@ def main() -> None:
     read = [tables.read(path, schemas.ABLATION_RUN).to_pandas() for path in args.runs]
     runs = pd.concat(read, ignore_index=True)
     if args.what == "best":
-        args.output.write_text("\n".join(best(runs)) + "\n", encoding="utf-8")
+        texts.write(args.output, "\n".join(best(runs)) + "\n")
         return
     stamp = provenance.stamp({}, runs=len(args.runs))
     tables.write(args.output, labelled(runs), schemas.ABLATION, stamp)

@@ -5,18 +5,25 @@ launch.py --processes auto --threads 2 SCRIPT ARGUMENTS...
 What `torchrun --standalone` does, with two differences: a program that stops with an error ends
 with its own message rather than with the launcher's traceback, and `auto` means the cores that
 Snakemake gave to the job. (`accelerate launch` needs MPI to start several processes on a CPU.)
-Inside, accelerate.Accelerator finds the processes.
+Inside, accelerate.Accelerator finds the processes. SIGTERM goes on to the processes, which have
+half a minute to end by themselves (ppcl/stopping.py); their exit code is the launcher's.
 """
 
 import argparse
 import logging
 import os
+import signal
 import sys
 import uuid
 
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from ppcl import stopping
+
+GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
 
 
 def count(processes: str, threads: int, device: str) -> int:
@@ -41,6 +48,7 @@ def main() -> None:
     parser.add_argument("script", help="program to start, followed by its arguments")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
+    stopping.heed()
     processes = count(options.processes, options.threads, options.device)
     # Processes, not threads, share the cores: small models lose more to thread synchronisation.
     # Snakemake sets both to the job's threads, and torch lets MKL's win: every process would start
@@ -49,6 +57,8 @@ def main() -> None:
         os.environ[name] = str(max(1, options.threads // processes))
     command = ["-u", options.script, *options.arguments]
     if processes == 1:
+        # It takes seconds until the program can handle it; until then it must not be lost.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         os.execv(sys.executable, [sys.executable, *command])
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -60,9 +70,12 @@ def main() -> None:
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
         max_restarts=0,
+        shutdown_timeout=GRACE,
     )
     try:
         elastic_launch(launch, sys.executable)(*command)
+    except SignalException as stopped:
+        sys.exit(stopping.EXIT_CODE if stopped.sigval == signal.SIGTERM else 128 + stopped.sigval)
     except ChildFailedError as failed:
         # The program has said why; what is left is to pass on how it ended.
         _, failure = failed.get_first_failure()

@@ -121,7 +121,7 @@ def main() -> None:
         "distilled": entries(distilled),
         "provenance": stamp,
     }
-    texts.write_json(args.plan, plan)
+    texts.write_sealed(args.plan, plan)
 
 
 if __name__ == "__main__":

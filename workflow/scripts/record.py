@@ -25,6 +25,7 @@ from ppcl import (
     prompts,
     provenance,
     recording,
+    stopping,
 )
 from ppcl.errors import UserError
 
@@ -79,10 +80,16 @@ def main() -> None:
     quiet = not accelerator.is_main_process
     for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
         if not part.exists():
-            found = recording.record_batch(
-                pipe, transformer, batch, settings["pipeline"], options["renoised_per_sample"], seed
-            )
-            calls.write(part, [table.schema for table in found], found, {})
+            with stopping.part():
+                found = recording.record_batch(
+                    pipe,
+                    transformer,
+                    batch,
+                    settings["pipeline"],
+                    options["renoised_per_sample"],
+                    seed,
+                )
+                calls.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)
             first = reader.batch(reader.buckets[0][:1]).to(accelerator.device)

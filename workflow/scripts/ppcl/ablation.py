@@ -5,7 +5,6 @@ exactly `removed` blocks; those with width save at least as many parameters, as 
 """
 
 import functools
-import json
 import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -96,11 +95,11 @@ class Material:
         """What `make` returns, kept as JSON, or what it returned in an earlier, killed run."""
         path = self.state / f"{name}.json"
         if path.exists():
-            kept = json.loads(path.read_text(encoding="utf-8"))
+            kept = texts.read_sealed(path)
             if kept["identity"] == self.identity:
                 return kept["found"]
         found = make()
-        texts.write_json(path, {"identity": self.identity, "found": found})
+        texts.write_sealed(path, {"identity": self.identity, "found": found})
         return found
 
     @functools.cached_property

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, devices, probes, schemas, tables
+from ppcl import blocks, calls, devices, probes, schemas, seals, tables
 from ppcl.errors import UserError
 
 
@@ -219,18 +218,32 @@ class TokenReader:
     """
 
     def __init__(self, path: str | Path):
-        self.provenance = tables.provenance(path)
-        self._path, self._file = path, pq.ParquetFile(path)
-        if missing := set(schemas.tokens(1).names) - set(self._file.schema_arrow.names):
+        self._file = tables.File(path)
+        self.provenance = self._file.provenance
+        if missing := set(schemas.tokens(1).names) - set(self._file.schema.names):
             raise UserError(f"{path}: no token table, it lacks column '{min(missing)}'; remake it")
+        if not len(self._file):
+            raise UserError(f"{path}: holds no tokens; {seals.REMAKE}")
         self._groups: dict[tuple[str, int], int] = {}
-        for group in range(self._file.num_row_groups):
-            head = self._file.read_row_group(group, columns=["stream", "boundary"])
+        for group in range(len(self._file)):
+            head = self._file.group(group, ["stream", "boundary"])
             self._groups[head["stream"][0].as_py(), head["boundary"][0].as_py()] = group
         self.streams = list(dict.fromkeys(stream for stream, _ in self._groups))
         self._first = {s: min(b for stream, b in self._groups if stream == s) for s in self.streams}
-        self._widths = json.loads(self.provenance["widths"])
         self.boundaries = 1 + max(boundary for _, boundary in self._groups)
+        try:
+            self._widths = json.loads(self.provenance["widths"])
+            kind = self._file.schema.field("value").type
+            stored = schemas.tokens(*kind.shape)
+            if any(self._file.schema.field(f.name).type != f.type for f in stored):
+                raise ValueError(f"columns {self._file.schema.names}")
+            for stream in self.streams:
+                if not 0 < self._widths[stream] <= kind.shape[0]:
+                    raise ValueError(f"{stream} of {self._widths[stream]} channels")
+                for boundary in range(self._first[stream], self.boundaries):
+                    self._groups[stream, boundary]
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: holds no tokens ({error!r}); {seals.REMAKE}") from error
 
     @property
     def facts(self) -> dict:
@@ -253,4 +266,4 @@ class TokenReader:
 
     def _column(self, boundary: int, stream: str, name: str):
         group = self._groups[stream, boundary]
-        return self._file.read_row_group(group, columns=[name]).column(name)
+        return self._file.group(group, [name]).column(name)

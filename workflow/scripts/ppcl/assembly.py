@@ -22,6 +22,7 @@ from ppcl import (
     reload_gate,
     routes,
     schemas,
+    seals,
     selection,
     tables,
     tensors,
@@ -30,6 +31,8 @@ from ppcl import (
 from ppcl.errors import UserError
 from ppcl.families import family_of
 from ppcl.routes import Arc
+
+CARD = "pruning.json"
 
 
 def variant(settings: dict, name: str) -> dict:
@@ -132,7 +135,7 @@ def export(
             copied from there.
         block_map: new block -> the old blocks that it stands for; saved beside the weights, since
             LoRA and ControlNet files carry the old numbers.
-        card: provenance and choices, saved as pruning.json.
+        card: provenance and choices, saved as pruning.json with the digests of all files.
         call: keyword arguments of one transformer call, for the comparison.
 
     Raises:
@@ -149,12 +152,33 @@ def export(
             copy_missing(source, temporary)
         _forget_paths(temporary)
         texts.write_json(temporary / component / "block_map.json", block_map)
-        texts.write_json(temporary / "pruning.json", card)
         prove(temporary, transformer, call, component)
+        files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
+        texts.write_sealed(temporary / CARD, card | {"files": files})
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError unless every file of an exported folder is what `export` wrote.
+
+    A folder without a card is not of `export`; of it nothing is known.
+    """
+    if not (folder / CARD).exists():
+        return
+    for name, digest in texts.read_sealed(folder / CARD)["files"].items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is gone; delete {folder} and rerun")
+        if seals.file_digest(folder / name) != digest:
+            raise UserError(f"{folder / name} {seals.DAMAGED}; delete {folder} and rerun")
+
+
+def _files(folder: Path) -> list[str]:
+    """All files of a folder, by their paths in it."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def copied(source: Path) -> tuple[str, ...]:

@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ppcl import schemas, tables
+from ppcl import schemas, seals, tables
 from ppcl.errors import UserError
 
 # Arrow has no bfloat16 and its booleans are bits: both are stored as integers of the same bytes.
@@ -246,9 +245,9 @@ def write(
 
 def merge(parts: list[Path], path: Path, provenance: dict[str, str]) -> None:
     """Joins files of recorded calls, one row group in memory at a time."""
-    files = [pq.ParquetFile(part) for part in parts]
-    groups = (f.read_row_group(g) for f in files for g in range(f.num_row_groups))
-    write(path, [f.schema_arrow for f in files], groups, provenance)
+    files = [tables.File(part) for part in parts]
+    groups = (file.group(number) for file in files for number in range(len(file)))
+    write(path, [file.schema for file in files], groups, provenance)
 
 
 def _nulls(kind: pa.DataType, length: int) -> pa.Array:
@@ -273,22 +272,28 @@ class Reader:
 
     def __init__(self, path: str | Path, memory: int = 4 << 30):
         self.path, self._memory = Path(path), memory
-        self.provenance = tables.provenance(path)
+        self._file = tables.File(path)
+        self.provenance = self._file.provenance
         table = tables.read(path, schemas.CALLS, columns=schemas.CALLS.names)
         self.index = {
             name: table.column(name).to_numpy(zero_copy_only=False) for name in schemas.CALLS.names
         }
-        self._file = pq.ParquetFile(path)
-        sizes = [
-            self._file.metadata.row_group(g).num_rows for g in range(self._file.num_row_groups)
-        ]
+        sizes = [self._file.metadata.row_group(g).num_rows for g in range(len(self._file))]
         self._first = np.concatenate([[0], np.cumsum(sizes)])
         self._groups: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._held = 0
-        self._tensor_columns = [
-            f.name for f in self._file.schema_arrow if f.name not in schemas.CALLS.names
-        ]
-        self.buckets = self._find_buckets()
+        tensors = [f for f in self._file.schema if f.name not in schemas.CALLS.names]
+        self._tensor_columns = [field.name for field in tensors]
+        try:
+            for field in tensors:
+                _check_column(field)
+            self.buckets = self._find_buckets()
+            if not len(self):
+                raise ValueError("no rows")
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UserError(
+                f"{path}: holds no recorded calls ({error!r}); {seals.REMAKE}"
+            ) from error
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -367,7 +372,7 @@ class Reader:
         if group in self._groups:
             self._groups.move_to_end(group)
             return self._groups[group]
-        table = self._file.read_row_group(group, columns=self._present(group))
+        table = self._file.group(group, self._present(group))
         found = {}
         for name in table.column_names:
             column = table.column(name).combine_chunks()
@@ -392,12 +397,20 @@ class Reader:
 
     def _find_buckets(self) -> list[np.ndarray]:
         numbers: dict[tuple, int] = {}
+        checked = set()
         self._bucket_of = np.empty(len(self), dtype=np.int64)
-        for group in range(self._file.num_row_groups):
+        for group in range(len(self._file)):
             columns = tuple(self._present(group))
             shared = self._shared_values(group, columns)
+            held = {name.split("/")[0].split("@")[0].lstrip("=*") for name in columns}
+            if OUTPUT not in held:
+                raise ValueError(f"row group {group} has no output")
             for row in range(self._first[group], self._first[group + 1]):
-                other = json.loads(self.index["arguments"][row])
+                text = self.index["arguments"][row]
+                other = json.loads(text)
+                if (columns, text) not in checked:
+                    _check_arguments(other, held)
+                    checked.add((columns, text))
                 alike = {k: v if "all" in v else "each" for k, v in other.items()}
                 key = (columns, shared, json.dumps(alike, sort_keys=True))
                 self._bucket_of[row] = numbers.setdefault(key, len(numbers))
@@ -408,12 +421,47 @@ class Reader:
         names = [name for name in columns if name.startswith("=")]
         if not names:
             return ""
-        table = self._file.read_row_group(group, columns=names)
+        table = self._file.group(group, names)
         digest = hashlib.sha256()
         for name in names:
             column = table.column(name).combine_chunks()[:1]
             digest.update(column.storage.flatten().to_numpy(zero_copy_only=False))
         return digest.hexdigest()
+
+
+def _check_column(field: pa.Field) -> None:
+    """ValueError and the like unless it is a column of `_tensor_column`."""
+    _, shape, dtype = field.name.split("/")
+    kind = getattr(torch, dtype)
+    stored = _ARROW[_STORED_AS.get(kind, kind)]
+    size = [int(n) for n in shape.split("x")] if shape else []
+    if field.type != pa.fixed_shape_tensor(stored, size):
+        raise ValueError(f"column '{field.name}' is {field.type}")
+
+
+def _check_arguments(encoded: dict, held: set[str]) -> None:
+    """ValueError and the like unless they are of `split_arguments`, with tensors that are held."""
+
+    def check(value: Any) -> None:
+        if isinstance(value, list):
+            for item in value:
+                check(item)
+        elif isinstance(value, dict):
+            ((kind, content),) = value.items()
+            if (
+                kind == "tensor"
+                and content not in held
+                or kind not in ("tensor", "tuple", "mapping")
+            ):
+                raise ValueError(f"arguments hold {value}")
+            for item in {"tuple": list, "mapping": dict.values}.get(kind, lambda _: ())(content):
+                check(item)
+
+    for value in encoded.values():
+        ((kind, content),) = value.items()
+        if kind not in ("all", "each"):
+            raise ValueError(f"arguments hold {value}")
+        check(content)
 
 
 def _decode_column(column: pa.Array, name: str) -> Tensor:

@@ -13,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
+from ppcl import stopping
 from ppcl.errors import UserError
 
 
@@ -53,7 +54,8 @@ def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
 
 
 def finish(accelerator: Accelerator) -> None:
-    """Waits for all processes and leaves the process group."""
+    """Waits for all processes and leaves the process group; results must be written before."""
+    stopping.ignore()
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -6,7 +6,6 @@ the latter is made of, is also how a whole variant is fine-tuned.
 """
 
 import copy
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ppcl import blocks, calls, devices, losses, narrow, schemas, texts
+from ppcl import blocks, calls, devices, losses, narrow, schemas, stopping, texts
 from ppcl.errors import UserError
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
@@ -416,12 +415,13 @@ def plugged_errors(
     rest = [number for number, name in enumerate(names) if name not in done]
     for number in tqdm(rest[rank::count], desc="plugging", unit="set", disable=rank > 0):
         name = names[number]
-        fitting = students_of[name]()
-        error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
-        found[number] = error
-        if state and math.isfinite(error):
-            done[name] = error
-            texts.write_json(state / f"{rank}.json", {"identity": identity, "errors": done})
+        with stopping.part():
+            fitting = students_of[name]()
+            error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
+            found[number] = error
+            if state and math.isfinite(error):
+                done[name] = error
+                texts.write_sealed(state / f"{rank}.json", {"identity": identity, "errors": done})
     if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
     for name, error in zip(names, found.tolist(), strict=True):
@@ -437,7 +437,7 @@ def _finished(state: Path, identity: str) -> dict[str, float]:
     """Errors by name that earlier runs of the same identity left, of whatever process."""
     found = {}
     for path in sorted(state.glob("*.json")):
-        kept = json.loads(path.read_text(encoding="utf-8"))
+        kept = texts.read_sealed(path)
         if kept["identity"] == identity:
             found |= kept["errors"]
     return found

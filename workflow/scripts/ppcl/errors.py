@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Callable
 
-from ppcl import provenance
+from ppcl import provenance, stopping
 
 
 class UserError(Exception):
@@ -11,10 +11,15 @@ class UserError(Exception):
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` as a program; a UserError becomes one `error:` line and exit code 2."""
+    """Call `main` as a program.
+
+    A UserError becomes one `error:` line and exit code 2; a program that SIGTERM ended has the exit
+    code `stopping.EXIT_CODE`.
+    """
     provenance.commit()
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+    with stopping.heeded():
+        try:
+            main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(2)

@@ -36,6 +36,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     tables,
 )
 from ppcl.errors import UserError
@@ -80,6 +81,7 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
     for folder in folders:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"--models: {folder} is not a pipeline folder; run assemble first")
+        assembly.verify(folder)
         if folder.name in {model.name for model in found}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
         where = {"path": str(folder), "revision": None, "variant": None, "subfolder": None}
@@ -139,6 +141,8 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BrokenProcessPool as error:
+        if stopping.warned():  # and so were they
+            stopping.end()
         raise UserError(
             "a process of the evaluation was killed, most likely for lack of memory; lower "
             "evaluate.batch_size or processes, and rerun: finished pictures are kept"
@@ -148,6 +152,7 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
 
 
 def _start_worker(threads: int) -> None:
+    stopping.heed(worker=True)
     torch.set_num_threads(threads)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -192,6 +197,13 @@ def generate(
     """
     if part.exists():
         return
+    with stopping.part():
+        _generate(model, device, settings, batch, part)
+
+
+def _generate(
+    model: Model, device: torch.device, settings: dict, batch: list[dict], part: Path
+) -> None:
     pipe = _pipeline(model, device)
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
     images = [item.get("image") for item in batch]

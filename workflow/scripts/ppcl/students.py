@@ -1,7 +1,6 @@
 """Students: the new blocks of a plan. Their start weights, their plan and their file."""
 
 import copy
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, narrow, tensors
+from ppcl import blocks, narrow, tensors, texts
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -175,14 +174,16 @@ def read_plan(path: Path) -> Plan:
     Raises:
         UserError: it is missing, or not a whole one.
     """
+    facts = texts.read_sealed(path)
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
         for key in ("transformer_parameters", "blocks"):
             int(facts[key])
-        return Plan(_units(facts["units"]), _units(facts["distilled"]), facts)
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); run the prune stage") from error
-    except (ValueError, KeyError, TypeError) as error:
+        plan = Plan(_units(facts["units"]), _units(facts["distilled"]), facts)
+        for part in parts_of([*plan.units, *plan.distilled]):
+            if not 0 <= part.first <= part.last < facts["blocks"]:
+                raise ValueError(f"part {part.name} is not of {facts['blocks']} blocks")
+        return plan
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a whole plan ({error}); delete it and rerun") from error
 
 

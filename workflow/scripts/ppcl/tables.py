@@ -1,4 +1,8 @@
-"""Parquet tables with a fixed schema, provenance, and no half-written or non-finite content."""
+"""Parquet tables with a fixed schema, provenance, and no half-written or non-finite content.
+
+The footer holds the digest of every column chunk and a seal of the footer itself, so that a reader
+of some row groups and columns checks these alone, before Arrow sees them.
+"""
 
 import json
 import os
@@ -11,9 +15,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ppcl import seals
 from ppcl.errors import UserError
 
 PROVENANCE_KEY = b"provenance"
+_DIGESTS = b"digests"  # 32 hex digits per column chunk, row group by row group
+_MAGIC = b"PAR1"
 
 
 class Writer:
@@ -21,6 +28,7 @@ class Writer:
 
     def __init__(self, path: Path, sink: pq.ParquetWriter, schema: pa.Schema):
         self._path, self._sink, self._schema, self._rows = path, sink, schema, 0
+        self.groups = 0
 
     def write(self, table: pa.Table | pd.DataFrame) -> None:
         """Cast `table` to the schema, refuse missing or non-finite values, and append it.
@@ -30,6 +38,7 @@ class Writer:
         table = conform(table, self._schema, self._path, first_row=self._rows)
         self._sink.write_table(table, row_group_size=max(1, len(table)))
         self._rows += len(table)
+        self.groups += 1
 
 
 @contextmanager
@@ -43,9 +52,11 @@ def writer(path: str | Path, schema: pa.Schema, provenance: dict[str, str]) -> I
     )
     try:
         with pq.ParquetWriter(partial, stamped, compression="zstd") as sink:
-            yield Writer(path, sink, stamped)
-        with partial.open("rb+") as file:
-            os.fsync(file.fileno())
+            out = Writer(path, sink, stamped)
+            yield out
+            room = b"0" * 32 * out.groups * len(schema)
+            sink.add_key_value_metadata({_DIGESTS: room, seals.KEY: seals.EMPTY})
+        _seal(partial, room)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
@@ -62,6 +73,76 @@ def write(
         sink.write(table)
 
 
+class File:
+    """A parquet file of `writer`, of which any part can be read; what is read is checked first.
+
+    Attributes:
+        metadata: pyarrow's, of the whole file and its row groups.
+        schema: Arrow's.
+        provenance: what was stamped into it.
+
+    Raises:
+        UserError: the file, or a part that is read, is missing, truncated or was changed.
+    """
+
+    def __init__(self, path: str | Path):
+        self._path = Path(path)
+        with self._readable():
+            with open(path, "rb") as file:
+                sealed = seals.sealed(_footer(file.fileno()))
+            if not sealed:
+                raise self._damaged()
+            self._file = pq.ParquetFile(path)
+        self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
+        kept = self.metadata.metadata
+        try:
+            self.provenance: dict[str, str] = json.loads(kept.get(PROVENANCE_KEY, b"{}"))
+        except ValueError as error:
+            raise self._damaged() from error
+        self._digests = kept.get(_DIGESTS, b"").decode()
+
+    def __len__(self) -> int:
+        """The number of row groups."""
+        return self.metadata.num_row_groups
+
+    def group(self, number: int, columns: list[str] | None = None) -> pa.Table:
+        """A row group, or some columns of it."""
+        self._check(range(number, number + 1), columns)
+        with self._readable():
+            return self._file.read_row_group(number, columns=columns)
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """All row groups, or some columns of them."""
+        self._check(range(len(self)), columns)
+        with self._readable():
+            return self._file.read(columns=columns)
+
+    def _check(self, groups: range, columns: list[str] | None) -> None:
+        names = self.schema.names
+        wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
+        with self._readable(), open(self._path, "rb") as file:
+            for group in groups:
+                for column in wanted:
+                    place = 32 * (group * len(names) + column)
+                    start, size = _chunk(self.metadata, group, column)
+                    if seals.digest(file.fileno(), start, size)[:32] != self._digests[place:][:32]:
+                        raise self._damaged()
+
+    def _damaged(self) -> UserError:
+        return UserError(f"{self._path} {seals.DAMAGED}; {_REMAKE}")
+
+    @contextmanager
+    def _readable(self) -> Iterator[None]:
+        if not self._path.is_file():
+            raise UserError(f"{self._path}: no such file; run snakemake to make it")
+        try:
+            yield
+        except (pa.ArrowException, OSError) as error:
+            raise UserError(
+                f"{self._path}: truncated or not parquet ({error}); {_REMAKE}"
+            ) from error
+
+
 def read(
     path: str | Path, schema: pa.Schema | None = None, columns: list[str] | None = None
 ) -> pa.Table:
@@ -71,8 +152,7 @@ def read(
 
     Raises UserError if the file is missing or truncated, or lacks a column or its type.
     """
-    with _readable(path):
-        table = pq.read_table(path, columns=columns)
+    table = File(path).read(columns)
     if schema is None:
         return table
     for field in schema:
@@ -89,9 +169,7 @@ def read(
 
 def provenance(path: str | Path) -> dict[str, str]:
     """The provenance stamped into a parquet file ({} if it has none)."""
-    with _readable(path):
-        metadata = pq.read_schema(path).metadata or {}
-    return json.loads(metadata.get(PROVENANCE_KEY, b"{}"))
+    return File(path).provenance
 
 
 def conform(
@@ -126,17 +204,42 @@ def conform(
     return table
 
 
-_REMAKE = "delete the file and run snakemake again to remake it"
+_REMAKE = "delete it and rerun: snakemake makes it again"
 
 
-@contextmanager
-def _readable(path: str | Path) -> Iterator[None]:
-    if not Path(path).is_file():
-        raise UserError(f"{path}: no such file; run snakemake to make it")
-    try:
-        yield
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: truncated or not parquet ({error}); {_REMAKE}") from error
+def _seal(path: Path, room: bytes) -> None:
+    """Puts digests in the places that a new file keeps for them."""
+    with open(path, "rb+") as file:
+        footer = _footer(file.fileno())
+        metadata = pq.read_metadata(path)
+        chunks = [
+            seals.digest(file.fileno(), *_chunk(metadata, group, column))[:32]
+            for group in range(metadata.num_row_groups)
+            for column in range(metadata.num_columns)
+        ]
+        if 32 * len(chunks) != len(room):
+            raise ValueError(f"{path}: row groups without rows, or columns with several parts")
+        file.seek(-8 - len(footer), os.SEEK_END)
+        file.write(seals.seal(footer.replace(room, "".join(chunks).encode())))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _footer(file: int) -> bytes:
+    """The bytes of an open parquet file's footer."""
+    size = os.fstat(file).st_size
+    end = os.pread(file, 8, max(0, size - 8))
+    length = int.from_bytes(end[:4], "little")
+    if os.pread(file, 4, 0) != _MAGIC or end[4:] != _MAGIC or length + 12 > size:
+        raise OSError("its ends are not those of a parquet file")
+    return os.pread(file, length, size - 8 - length)
+
+
+def _chunk(metadata: pq.FileMetaData, group: int, column: int) -> tuple[int, int]:
+    """Where a column of a row group lies in the file: its first byte, and how many it has."""
+    chunk = metadata.row_group(group).column(column)
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    return start, chunk.total_compressed_size
 
 
 def _first_unusable(column: pa.ChunkedArray) -> int | None:

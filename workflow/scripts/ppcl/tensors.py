@@ -1,5 +1,9 @@
-"""Reading and writing safetensors: whole or not at all, with provenance, and with clear errors."""
+"""Reading and writing safetensors: whole or not at all, with provenance, and as they were written.
 
+The header's metadata holds the digest of the tensors' bytes and a seal of the header itself.
+"""
+
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,10 +12,13 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
+from ppcl import seals
 from ppcl.errors import UserError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
+_DATA = "data"
+_NO_DIGEST = "0" * 64
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -23,9 +30,14 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         safetensors.torch.save_file(
             {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()},
             temporary,
-            metadata=dict(metadata),
+            metadata=dict(metadata) | {_DATA: _NO_DIGEST, seals.KEY: seals.EMPTY},
         )
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
+            header, data = _parts(file.fileno())
+            empty = f'"{_DATA}":"{_NO_DIGEST}"'.encode()
+            header = seals.seal(header.replace(empty, f'"{_DATA}":"{data}"'.encode()))
+            file.write(header)
+            file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that only we can read
         os.replace(temporary, path)
@@ -34,25 +46,52 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a file that is known to be whole."""
-    with safetensors.safe_open(path, framework="pt") as file:
-        return dict(file.metadata() or {})
+    """The metadata; the tensors are not looked at. Raises UserError as `read` does."""
+    return _checked(Path(path), whole=False)
 
 
 def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors on the CPU, and the metadata.
 
     Raises:
-        UserError: the file is missing, truncated, or not safetensors.
+        UserError: the file is missing, truncated, not safetensors, or not what `write` wrote.
     """
-    path = Path(path)
+    found = _checked(Path(path), whole=True)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {k: file.get_tensor(k) for k in file.keys()}, found
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
+
+
+def _checked(path: Path, whole: bool) -> dict[str, str]:
+    """The metadata of a file whose header, and if `whole` whose data, is what was written."""
     if not path.is_file():
         raise UserError(f"{path} does not exist. Run the stage that writes it.")
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, dict(file.metadata() or {})
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is not a whole safetensors file ({error}). Delete it and rerun; "
-            "the stage that writes it will make it again."
-        ) from error
+        with open(path, "rb") as file:
+            header, data = _parts(file.fileno(), whole)
+        content = json.loads(header[8:]) if seals.sealed(header) else {}
+    except (OSError, ValueError) as error:
+        raise _broken(path, error) from error
+    found = content.pop("__metadata__", {})
+    ends = [tensor["data_offsets"][1] for tensor in content.values()]
+    if found and len(header) + max(ends, default=0) != path.stat().st_size:
+        raise _broken(path, "it is too short or too long")
+    if not found or whole and found.get(_DATA) != data:
+        raise UserError(f"{path} {seals.DAMAGED}; {seals.REMAKE}")
+    return {key: value for key, value in found.items() if key not in (_DATA, seals.KEY)}
+
+
+def _parts(file: int, whole: bool = True) -> tuple[bytes, str]:
+    """A file's header, with its length in front, and the digest of the rest."""
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    if size < 8 or 8 + length > size:
+        raise ValueError("it ends within its header")
+    header = os.pread(file, 8 + length, 0)
+    return header, seals.digest(file, 8 + length, size - 8 - length) if whole else ""
+
+
+def _broken(path: str | Path, error: Exception | str) -> UserError:
+    return UserError(f"{path} is not a whole safetensors file ({error}); {seals.REMAKE}")

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppcl import fsdp, optimizers, provenance, tensors
+from ppcl import fsdp, optimizers, provenance, stopping, tensors
 from ppcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,22 @@ class Optimisation:
 Losses = Callable[[int], Iterator[tuple[str, Tensor, dict[str, Tensor]]]]
 
 
+@dataclass
+class _Progress:
+    """Where a training is: what a checkpoint holds beside the weights and the optimizer's state.
+
+    Attributes:
+        seconds: training time since step 0.
+        sums: module -> metric -> this process's sum over the `unlogged` last steps.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    unlogged: int = 0
+
+
 def train(
     modules: Mapping[str, nn.Module],
     losses: Losses,
@@ -71,6 +87,9 @@ def train(
 
     Modules are optimised side by side and independently: each has its own gradient clipping, and
     AdamW is element-wise, so a module ends the same whether trained alone or with others.
+
+    SIGTERM to any of the processes ends them all, with a checkpoint, after the step that they are
+    in (SystemExit with `stopping.EXIT_CODE`).
 
     Args:
         modules: float32 modules by name, already on the accelerator's device, or shared out over
@@ -108,58 +127,102 @@ def train(
         options.betas,
         options.weight_decay,
     )
-    shared = any(map(fsdp.is_shared, parameters.values()))
-    first, rows, seconds = _resume(checkpoint, identity, parameters, optimizer)
-    sums: dict[str, dict[str, Tensor]] = {}
-    began, steps_since_log = time.perf_counter() - seconds, 0
+    progress = _resume(checkpoint, identity, parameters, optimizer, accelerator)
+    began = time.perf_counter() - progress.seconds
+    agreement = _Agreement(accelerator)
     bar = tqdm(
         total=options.steps,
-        initial=first,
+        initial=progress.step,
         desc="training",
         unit="step",
         disable=not accelerator.is_main_process,
         mininterval=2,
     )
-    for step in range(first, options.steps):
-        for name, loss, metrics in losses(step):
-            accelerator.backward(loss)
-            total = sums.setdefault(name, {})
-            for key, value in (metrics | {"loss": loss}).items():
-                value = value.detach().float()
-                total[key] = total[key] + value if key in total else value
-        if not shared:  # gradients of shares are averages already
-            _average_gradients(modules, accelerator)
-        for name, module in modules.items():
-            norm = fsdp.clip(module, options.clip_norm, accelerator)
-            sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
-        for group in optimizer.param_groups:
-            group["lr"] = group["scale"] * options.lr_at(step)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        bar.update()
-        done, steps_since_log = step + 1, steps_since_log + 1
-        save = done % options.checkpoint_every == 0 or done == options.steps
-        # A checkpoint must never hold weights that a NaN has touched, so it is preceded by a check.
-        if done % options.log_every == 0 or save:
-            seconds = time.perf_counter() - began
-            for name, total in sums.items():
-                means = _mean_over_processes(total, steps_since_log, accelerator)
-                _refuse_nonfinite(means, name, done - steps_since_log + 1, done)
-                rows.append(
-                    {
-                        "step": done,
-                        "name": name,
-                        "lr": options.lr_at(step),
-                        "seconds": seconds,
-                        **means,
-                    }
-                )
-            bar.set_postfix(loss=f"{rows[-1]['loss']:.4g}")
-            sums, steps_since_log = {}, 0
-        if save:  # the last one too: what follows may be killed
-            _save(checkpoint, identity, done, parameters, optimizer, rows, seconds, accelerator)
+
+    def save() -> None:
+        # A checkpoint must never hold weights that a NaN has touched.
+        for name, total in progress.sums.items():
+            means = _mean_over_processes(total, progress.unlogged, accelerator)
+            _refuse_nonfinite(means, name, progress.step - progress.unlogged + 1, progress.step)
+        sums = _of_all_processes(progress.sums, accelerator)
+        _save(checkpoint, identity, parameters, optimizer, progress, sums, accelerator)
+
+    with stopping.part():
+        for step in range(progress.step, options.steps):
+            _one_step(step, modules, losses, options, accelerator, optimizer, progress.sums)
+            bar.update()
+            progress.step, progress.unlogged = step + 1, progress.unlogged + 1
+            progress.seconds = time.perf_counter() - began
+            over = progress.step == options.steps
+            regular = progress.step % options.checkpoint_every == 0 or over
+            if progress.step % options.log_every == 0 or regular:
+                _log(progress, options.lr_at(step), accelerator)
+                bar.set_postfix(loss=f"{progress.rows[-1]['loss']:.4g}")
+            warned = agreement.reached()
+            if regular or warned:  # after the last step too: what follows may be killed
+                save()
+            if warned and not over:
+                log.warning("SIGTERM: stopped after step %s; rerun to go on", progress.step)
+                accelerator.wait_for_everyone()  # whoever ends first has the others killed
+                stopping.end()
     bar.close()
-    return rows
+    return progress.rows
+
+
+class _Agreement:
+    """Whether any of the processes was warned, which all of them learn at the same step."""
+
+    def __init__(self, accelerator: Accelerator):
+        # A group of its own on the CPU, so that nobody waits for a GPU to answer.
+        several = accelerator.num_processes > 1
+        self._group = torch.distributed.new_group(backend="gloo") if several else None
+
+    def reached(self) -> bool:
+        """To be called by all processes, once a step."""
+        if self._group is None:
+            return stopping.warned()
+        flag = torch.tensor(int(stopping.warned()))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+
+def _one_step(
+    step: int,
+    modules: Mapping[str, nn.Module],
+    losses: Losses,
+    options: Optimisation,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    sums: dict[str, dict[str, Tensor]],
+) -> None:
+    """Trains one step (0-based) and adds its metrics to `sums`."""
+    for name, loss, metrics in losses(step):
+        accelerator.backward(loss)
+        total = sums.setdefault(name, {})
+        for key, value in (metrics | {"loss": loss}).items():
+            value = value.detach().float()
+            total[key] = total[key] + value if key in total else value
+    if not any(fsdp.is_shared(p) for m in modules.values() for p in m.parameters()):
+        _average_gradients(modules, accelerator)  # gradients of shares are averages already
+    for name, module in modules.items():
+        norm = fsdp.clip(module, options.clip_norm, accelerator)
+        sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * options.lr_at(step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _log(progress: _Progress, lr: float, accelerator: Accelerator) -> None:
+    """Turns the sums into rows of the log. Raises UserError as `train` does."""
+    for name, total in progress.sums.items():
+        means = _mean_over_processes(total, progress.unlogged, accelerator)
+        _refuse_nonfinite(means, name, progress.step - progress.unlogged + 1, progress.step)
+        progress.rows.append(
+            {"step": progress.step, "name": name, "lr": lr, "seconds": progress.seconds, **means}
+        )
+    progress.sums.clear()
+    progress.unlogged = 0
 
 
 BUCKET = 16 << 20  # gradients reduced at a time: few messages, and little memory for copies
@@ -186,6 +249,18 @@ def _mean_over_processes(total: dict[str, Tensor], steps: int, accelerator: Acce
     return dict(zip(keys, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
 
 
+def _of_all_processes(
+    sums: dict[str, dict[str, Tensor]], accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Every process's sums [processes], by module and metric, a line each."""
+    names = [(name, key) for name in sums for key in sorted(sums[name])]
+    if not names:
+        return {}
+    mine = torch.stack([sums[name][key].float() for name, key in names])[None]
+    every = accelerator.gather(mine)
+    return {f"{name}\n{key}": every[:, i] for i, (name, key) in enumerate(names)}
+
+
 def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int) -> None:
     for key, value in means.items():
         if not math.isfinite(value):
@@ -196,7 +271,7 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
             )
 
 
-def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds, accelerator) -> None:
+def _save(checkpoint, identity, parameters, optimizer, progress, sums, accelerator) -> None:
     """Writes whole tensors, so that any number of processes can go on from them."""
     state = {f"weight/{k}": p for k, p in parameters.items()}
     for key, p in parameters.items():
@@ -205,32 +280,35 @@ def _save(checkpoint, identity, step, parameters, optimizer, rows, seconds, acce
     state = fsdp.gathered(state, keep=accelerator.is_main_process)
     if not accelerator.is_main_process:
         return
+    rows = progress.rows
     columns = sorted({key for row in rows for key in row} - {"name"})
     names = sorted({row["name"] for row in rows})
     table = [[names.index(row["name"])] + [row.get(c, math.nan) for c in columns] for row in rows]
     state["log"] = torch.tensor(table, dtype=torch.float64)
+    state |= {f"sum/{key}": value for key, value in sums.items()}
     metadata = {
         "identity": identity,
-        "step": str(step),
-        "seconds": repr(seconds),
+        "step": str(progress.step),
+        "unlogged": str(progress.unlogged),
+        "seconds": repr(progress.seconds),
         "names": "\n".join(names),
         "columns": "\n".join(columns),
     }
     tensors.write(checkpoint, state, metadata)
 
 
-def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict], float]:
-    """Loads the checkpoint into parameters and optimizer: (first step, log rows, seconds)."""
+def _resume(checkpoint, identity, parameters, optimizer, accelerator) -> _Progress:
+    """Loads the checkpoint, if there is one of this run, into parameters and optimizer."""
     if not checkpoint.exists():
-        return 0, [], 0.0
+        return _Progress()
     state, metadata = tensors.read(checkpoint)
     if metadata.get("identity") != identity:
         log.warning("%s belongs to other settings or inputs; starting from step 0", checkpoint)
-        return 0, [], 0.0
+        return _Progress()
     kept: dict[str, dict[str, Tensor]] = {}
     for place, value in state.items():
         name, _, key = place.partition("/")
-        if name not in ("weight", "log"):
+        if name not in ("weight", "log", "sum"):
             kept.setdefault(key, {})[name] = value
     with torch.no_grad():
         for key, p in parameters.items():
@@ -248,8 +326,17 @@ def _resume(checkpoint, identity, parameters, optimizer) -> tuple[int, list[dict
         }
         for values in state["log"].tolist()
     ]
+    sums: dict[str, dict[str, Tensor]] = {}
+    for key in (key for key in state if key.startswith("sum/")):
+        name, metric = key.removeprefix("sum/").split("\n")
+        every = state[key].to(accelerator.device)
+        # Another number of processes can only share out the mean.
+        same = len(every) == accelerator.num_processes
+        mine = every[accelerator.process_index] if same else every.mean()
+        sums.setdefault(name, {})[metric] = mine
     log.warning("resuming %s at step %s", checkpoint, metadata["step"])
-    return int(metadata["step"]), rows, float(metadata["seconds"])
+    seconds, unlogged = float(metadata["seconds"]), int(metadata["unlogged"])
+    return _Progress(int(metadata["step"]), seconds, rows, sums, unlogged)
 
 
 def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
@@ -264,4 +351,5 @@ def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
 
 def forget(state: Path) -> None:
     """Removes the resume folder of a training whose results are written."""
+    stopping.ignore()
     shutil.rmtree(state, ignore_errors=True)

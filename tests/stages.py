@@ -1,0 +1,148 @@
+"""Every stage of one tiny run, in order: what it reads, what it writes, and how it is started."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import tiny
+
+HOW = {"batch_size": 2, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A program, with an artifact's path in the run's folder per option.
+
+    Attributes:
+        state: whether it has a folder to resume from.
+        more: further options.
+    """
+
+    program: str
+    reads: dict[str, str]
+    writes: dict[str, str]
+    state: bool = False
+    more: dict[str, str] = field(default_factory=dict)
+
+    def paths(self, folder: Path) -> dict[str, object]:
+        """All options with the paths in a run's folder."""
+        found = {k: folder / v for k, v in (self.reads | self.writes).items()}
+        if self.state:
+            found["state"] = folder / "state" / self.program
+        return found | self.more
+
+
+CALLS = {"calls": "calls.parquet"}
+PLAN = CALLS | {"plan": "plan.json"}
+TUNED = PLAN | {"students": "subsets.safetensors", "errors": "subsets-errors.parquet"}
+
+
+def _taught(program: str, start: str) -> Stage:
+    made = {
+        "output": f"{program}.safetensors",
+        "log_table": f"{program}-log.parquet",
+        "errors": f"{program}-errors.parquet",
+    }
+    return Stage(program, PLAN | {"students": f"{start}.safetensors"}, made, state=True)
+
+
+STAGES = [
+    Stage("record", {}, CALLS, state=True),
+    Stage("extract", CALLS, {"tokens": "tokens.parquet", "moments": "moments.safetensors"}),
+    Stage(
+        "probe",
+        {"moments": "moments.safetensors", "tokens": "tokens.parquet"},
+        {"probes_table": "probes.parquet", "probes": "probes.safetensors"},
+    ),
+    Stage(
+        "similarity",
+        {"tokens": "tokens.parquet", "probes": "probes.safetensors"},
+        {"cka": "cka.parquet", "blocks": "blocks.parquet"},
+    ),
+    Stage("sensitivity", CALLS, {"table": "sensitivity.parquet"}, state=True),
+    Stage("width", CALLS | {"blocks": "blocks.parquet"}, {"table": "width.parquet"}, state=True),
+    Stage(
+        "intervals",
+        {"cka": "cka.parquet", "sensitivity": "sensitivity.parquet", "width": "width.parquet"},
+        {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
+    ),
+    Stage(
+        "prune",
+        CALLS | {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
+        {"plan": "plan.json", "students": "start.safetensors"},
+    ),
+    _taught("distill", "start"),
+    _taught("narrow", "distill"),
+    _taught("subsets", "narrow"),
+    Stage(
+        "finetune",
+        TUNED,
+        {"output": "small.safetensors", "log_table": "small-log.parquet"},
+        state=True,
+        more={"variant": "small"},
+    ),
+    Stage(
+        "assemble",
+        TUNED | {"finetuned": "small.safetensors"},
+        {"output": "small"},
+        more={"variant": "small"},
+    ),
+    Stage("pareto", TUNED, {"points": "points.parquet"}),
+    Stage(
+        "evaluate",
+        CALLS | {"models": "small"},
+        {"metrics": "metrics.parquet", "images": "images.parquet"},
+        state=True,
+    ),
+]
+NAMED = {stage.program: stage for stage in STAGES}
+
+
+def settings(teacher: Path, folder: Path) -> dict:
+    """The run's config; writes the prompts that it names to the folder."""
+    (folder / "record.txt").write_text("a red 1 on blue\na blue 2 on red\n")
+    (folder / "evaluate.txt").write_text("a green 3 on red\n4 in red\n")
+    return {
+        "seed": 0,
+        "device": "cpu",
+        "processes": 1,
+        "teacher": {"path": str(teacher), "dtype": "float32"},
+        "pipeline": tiny.SETTINGS | {"num_inference_steps": 2},
+        "record": {
+            "prompts": str(folder / "record.txt"),
+            "samples": 4,
+            "batch_size": 1,
+            "renoised_per_sample": 1,
+            "heldout_fraction": 0.5,
+        },
+        "extract": {"rows": 8, "batch_size": 4, "sample_tokens": 8, "moment_tokens": 8},
+        "probe": {"ridge": 0.01},
+        "similarity": {"bootstrap": 2},
+        "sensitivity": {"rows": 3, "longest": 3},
+        "intervals": {},
+        "prune": {"start": "average"},
+        "width": {
+            "enabled": True,
+            "schedule": "staged",
+            "rows": 3,
+            "fit_rows": 4,
+            "batch_size": 2,
+            "longest": 3,
+            "steps": 5,
+        },
+        "distill": HOW | {"steps": 5, "heldout_rows": 3},
+        "subsets": HOW | {"steps": 5, "heldout_rows": 3},
+        "finetune": HOW,
+        "variants": [
+            {"name": "small", "budget": {"fraction": 0.8, "blocks": 4}, "finetune_steps": 5}
+        ],
+        "pareto": {"budgets": 2},
+        "evaluate": {
+            "prompts": str(folder / "evaluate.txt"),
+            "judge": "none",
+            "samples": 2,
+            "batch_size": 1,
+            "velocity_rows": 3,
+            "bootstrap": 10,
+            "latency_repeats": 1,
+        },
+    }

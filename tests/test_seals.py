@@ -1,0 +1,193 @@
+"""What a stage reads is what was written: one flipped byte, anywhere, is refused by name."""
+
+import random
+import shutil
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import stages
+import tiny
+import torch
+from stages import NAMED, STAGES
+
+from ppcl import calls, schemas, seals, tables, tensors, texts
+from ppcl.errors import UserError
+
+RUN = [stage for stage in STAGES if stage.program != "evaluate"]
+# Read by the figures alone, all by tables.read.
+DRAWN = {"probes.parquet", "points.parquet"} | {
+    f"{name}-log.parquet" for name in ("distill", "narrow", "subsets", "small")
+}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_teacher, tmp_path_factory):
+    """The folder of a run, up to its evaluation, and its settings."""
+    folder = tmp_path_factory.mktemp("sealed")
+    settings = stages.settings(tiny_teacher, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has the reload gate
+        for stage in RUN:
+            tiny.stage(stage.program, settings, **stage.paths(folder))
+    return folder, settings
+
+
+def flip(path, generator):
+    """Changes one random bit of a file; returns what it held."""
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
+    path.write_bytes(changed)
+    return content
+
+
+def readers():
+    """(artifact, program that reads it) of the whole run."""
+    for stage in STAGES:
+        for artifact in stage.reads.values():
+            yield artifact, stage.program
+
+
+def test_every_artifact_has_a_reader_here():
+    made = {artifact for stage in RUN for artifact in stage.writes.values()}
+    unread = made - {artifact for artifact, _ in readers()}
+    assert unread - DRAWN == {"distill-errors.parquet", "narrow-errors.parquet"}
+
+
+@pytest.mark.parametrize(("artifact", "program"), [r for r in readers() if r[0] != "small"])
+def test_a_flipped_byte_is_refused_by_the_stage_that_reads_it(
+    finished, tmp_path, capsys, artifact, program
+):
+    folder, settings = finished
+    paths = NAMED[program].paths(folder)
+    for option in NAMED[program].writes:
+        paths[option] = tmp_path / "out" / option  # what is there stays
+    paths |= {"state": tmp_path / "state"} if NAMED[program].state else {}
+    content = flip(folder / artifact, random.Random(artifact + program))
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            tiny.stage(program, settings, **paths)
+    finally:
+        (folder / artifact).write_bytes(content)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and "Traceback" not in printed
+    assert f"error: {folder / artifact}" in printed and "delete it and rerun" in printed
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_flipped_byte_in_any_file_of_a_model_is_refused(finished, capsys):
+    folder, settings = finished
+    files = [path for path in (folder / "small").rglob("*") if path.is_file()]
+    assert len(files) > 8
+    for path in files:
+        content = flip(path, random.Random(path.name))
+        with pytest.raises(SystemExit):
+            tiny.stage("evaluate", settings, **NAMED["evaluate"].paths(folder))
+        printed = capsys.readouterr().err
+        assert f"error: {path} is not what was written; delete" in printed and "rerun" in printed
+        path.unlink()
+        if path.name != "pruning.json":
+            with pytest.raises(SystemExit):
+                tiny.stage("evaluate", settings, **NAMED["evaluate"].paths(folder))
+            assert path.name in capsys.readouterr().err
+        path.write_bytes(content)
+
+
+def read_all(path):
+    """What a reader of this kind of file reads, as a whole."""
+    if path.suffix == ".safetensors":
+        return tensors.read(path)
+    if path.suffix == ".json":
+        return texts.read_sealed(path)
+    if path.name == "calls.parquet":
+        reader = calls.Reader(path)
+        return [reader.batch(np.array([row])) for row in range(len(reader))]
+    return tables.read(path)
+
+
+def test_no_byte_of_any_artifact_goes_unnoticed(finished, tmp_path):
+    """Many flips, of readers alone: they are what every stage reads by."""
+    folder, _ = finished
+    generator, count = random.Random(0), 0
+    for path in sorted(path for path in folder.iterdir() if path.suffix in (".parquet", ".json")):
+        copy = shutil.copy(path, tmp_path)
+        read_all(tmp_path / path.name)
+        for _ in range(30):
+            content = flip(tmp_path / path.name, generator)
+            with pytest.raises(UserError) as refused:
+                read_all(tmp_path / path.name)
+            assert str(copy) in str(refused.value) and "delete it and rerun" in str(refused.value)
+            (tmp_path / path.name).write_bytes(content)
+            count += 1
+    print(f"{count} flipped bits, all refused")
+
+
+def test_every_byte_of_small_files_is_covered(tmp_path):
+    schema = pa.schema([schemas.column("a", pa.int32(), "a"), schemas.column("b", pa.string(), "")])
+    with tables.writer(tmp_path / "t.parquet", schema, {"seed": "0"}) as out:
+        out.write(pa.table({"a": [1, 2], "b": ["x", "y"]}))
+        out.write(pa.table({"a": [3], "b": ["z"]}))
+    tensors.write(tmp_path / "t.safetensors", {"w": torch.arange(5.0)}, {"identity": "x"})
+    texts.write_sealed(tmp_path / "t.json", {"blocks": 3, "units": ["00-01"]})
+    for path in sorted(tmp_path.iterdir()):
+        content = path.read_bytes()
+        for place in range(len(content)):
+            for mask in (1, 0x20, 0xFF):
+                changed = bytearray(content)
+                changed[place] ^= mask
+                path.write_bytes(changed)
+                with pytest.raises(UserError, match=path.name):
+                    read_all(path)
+        path.write_bytes(content)
+        read_all(path)
+
+
+def test_a_reader_of_some_columns_checks_these_alone(tmp_path):
+    """Else a large file would have to be read whole."""
+    path = tmp_path / "t.parquet"
+    schema = pa.schema([schemas.column(name, pa.float64(), name) for name in "ab"])
+    with tables.writer(path, schema, {}) as out:
+        for _ in range(2):
+            out.write(pa.table({"a": np.arange(100.0), "b": np.arange(100.0)}))
+    chunk = pq.ParquetFile(path).metadata.row_group(1).column(1)
+    content = bytearray(path.read_bytes())
+    content[chunk.data_page_offset + 40] ^= 1
+    path.write_bytes(content)
+    file = tables.File(path)
+    assert len(file.group(0)) == len(file.group(1, ["a"])) == 100
+    assert tables.read(path, columns=["a"]).column_names == ["a"]
+    for columns in (["b"], None):
+        with pytest.raises(UserError, match="t.parquet is not what was written"):
+            file.group(1, columns)
+
+
+def test_metadata_is_checked_without_the_tensors(tmp_path):
+    path = tmp_path / "t.safetensors"
+    tensors.write(path, {"w": torch.arange(1000.0)}, {"identity": "x"})
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert tensors.metadata(path) == {"identity": "x"}
+    with pytest.raises(UserError, match="is not what was written"):
+        tensors.read(path)
+
+
+def test_a_text_that_looks_like_a_seal_is_refused_when_it_is_written(tmp_path):
+    texts.write_sealed(tmp_path / "t.json", {"prompt": f'"seal": "{seals.EMPTY}"'})
+    assert texts.read_sealed(tmp_path / "t.json")["prompt"].startswith('"seal')
+    schema = pa.schema([schemas.column("prompt", pa.string(), "")])
+    fake = pa.table({"prompt": [f"seal\x18G{seals.EMPTY}"]})
+    with pytest.raises(UserError, match="looks like a seal"):
+        tables.write(tmp_path / "t.parquet", fake, schema, {})
+
+
+def test_large_files_are_hashed_in_blocks(tmp_path, monkeypatch):
+    (tmp_path / "t").write_bytes(b"0123456789" * 10)
+    whole = seals.file_digest(tmp_path / "t")
+    monkeypatch.setattr(seals, "_BLOCK", 16)
+    assert seals.file_digest(tmp_path / "t") != whole
+    with open(tmp_path / "t", "rb") as file:
+        assert seals.digest(file.fileno(), 0, 100) == seals.file_digest(tmp_path / "t")
+        assert seals.digest(file.fileno(), 10, 40) == seals.digest(file.fileno(), 20, 40)

@@ -1,0 +1,147 @@
+"""SIGTERM to real processes: a checkpoint, exit code 75, and the result of an uninterrupted run."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import tiny
+from killing import assert_same_log, equal
+from test_kill import TRAINING, distill_paths, distilled, finetune_paths, world  # noqa: F401
+
+from ppcl import schemas, stopping, tables, tensors
+
+# Sends itself SIGTERM at the start of a step that is neither logged nor kept otherwise.
+WARNED = """
+import os, runpy, signal, sys
+sys.argv = sys.argv[1:]
+sys.path.insert(0, os.path.dirname(sys.argv[0]))
+from ppcl import training
+step = training._one_step
+def warned(number, *rest):
+    if number == 2 and os.environ.get("RANK", "1") == "1":
+        os.kill(os.getpid(), signal.SIGTERM)
+    step(number, *rest)
+training._one_step = warned
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def command(program, settings, paths, processes=1):
+    """Of a stage that several processes share."""
+    found = [sys.executable, tiny.SCRIPTS / "launch.py", "--processes", processes, "--threads", "2"]
+    found += ["--device", "cpu", tiny.SCRIPTS / f"{program}.py", *tiny.options(settings, paths)]
+    return [str(word) for word in found]
+
+
+def warn_and_resume(program, settings, paths):
+    """Runs a program that is warned in its third step, and then to its end in this process."""
+    script = str(tiny.SCRIPTS / f"{program}.py")
+    given = [sys.executable, "-c", WARNED, script, *tiny.options(settings, paths)]
+    done = subprocess.run(given, capture_output=True, text=True)
+    assert done.returncode == stopping.EXIT_CODE == 75, done.stderr
+    assert "SIGTERM: stopped after step 3" in done.stderr and "Traceback" not in done.stderr
+    assert [file.name for file in paths["state"].iterdir()] == ["checkpoint.safetensors"]
+    about = tensors.read(paths["state"] / "checkpoint.safetensors")[1]
+    assert (about["step"], about["unlogged"]) == ("3", "1")
+    assert not paths["output"].exists()
+    tiny.stage(program, settings, **paths)
+    assert not paths["state"].exists()
+
+
+@pytest.mark.parametrize("program", ["distill", "narrow", "subsets"])
+def test_a_warned_training_ends_with_the_same_students(world, distilled, program):  # noqa: F811
+    settings = world[1] | {"width": {"schedule": "staged", "steps": 6}}
+    start = {} if program == "distill" else {"students": distilled["output"]}
+    whole, paths = (
+        distill_paths(world, f"{program}-{name}") | start for name in ("whole", "warned")
+    )
+    tiny.stage(program, settings, **whole)
+    warn_and_resume(program, settings, paths)
+    assert equal(paths["output"], whole["output"])
+    schema = schemas.VELOCITY_LOG if program == "subsets" else schemas.DISTILL_LOG
+    assert_same_log(paths["log_table"], whole["log_table"], schema)
+    one, other = (tables.read(each["errors"]).to_pandas() for each in (whole, paths))
+    assert one.equals(other)
+
+
+def test_a_warned_finetune_ends_with_the_same_weights(world, distilled):  # noqa: F811
+    whole, paths = (finetune_paths(world, distilled, name) for name in ("p70-whole", "p70-warned"))
+    tiny.stage("finetune", world[1], **whole)
+    warn_and_resume("finetune", world[1], paths)
+    assert equal(paths["output"], whole["output"])
+    assert_same_log(paths["log_table"], whole["log_table"], schemas.VELOCITY_LOG)
+
+
+def test_several_processes_stop_at_one_step(world, tmp_path):  # noqa: F811
+    """Only the second of two is warned; resumed, they end as an undisturbed two do."""
+    wrapped = tmp_path / "warned.py"
+    script = str(tiny.SCRIPTS / "distill.py")
+    wrapped.write_text(WARNED.replace("sys.argv = sys.argv[1:]", f"sys.argv[0] = {script!r}"))
+    whole, paths = (distill_paths(world, f"two-{name}") for name in ("whole", "warned"))
+    run = command("distill", world[1], paths, 2)
+    warned = [str(wrapped) if word == script else word for word in run]
+    assert subprocess.run(warned).returncode == stopping.EXIT_CODE
+    about = tensors.read(paths["state"] / "checkpoint.safetensors")[1]
+    assert (about["step"], about["unlogged"]) == ("3", "1")
+    subprocess.run(run, check=True)
+    subprocess.run(command("distill", world[1], whole, 2), check=True)
+    assert equal(paths["output"], whole["output"])
+    assert_same_log(paths["log_table"], whole["log_table"], schemas.DISTILL_LOG)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_launcher_passes_on_signal_and_code(world, processes):  # noqa: F811
+    many = TRAINING | {"steps": 100_000, "heldout_rows": 4, "checkpoint_every": 20}
+    paths = distill_paths(world, f"launched-{processes}")
+    started = subprocess.Popen(
+        command("distill", world[1] | {"distill": many}, paths, processes),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    checkpoint = paths["state"] / "checkpoint.safetensors"
+    try:
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and started.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        began = time.monotonic()
+        started.send_signal(signal.SIGTERM)
+        printed = started.communicate(timeout=60)[1]
+    finally:
+        started.kill()
+    assert time.monotonic() - began < 30
+    assert started.returncode == stopping.EXIT_CODE, printed
+    assert printed.count("SIGTERM: stopped after step ") == processes
+    assert int(tensors.read(checkpoint)[1]["step"]) > 0
+
+
+def test_a_warning_before_the_program_can_handle_it_is_not_lost(world):  # noqa: F811
+    paths = distill_paths(world, "early")
+    started = subprocess.Popen(command("distill", world[1], paths), stderr=subprocess.DEVNULL)
+    with open(f"/proc/{started.pid}/cmdline", "rb") as file:
+        while b"launch.py" in file.read():  # until it has become the program itself
+            time.sleep(0.01)
+            file.seek(0)
+    started.send_signal(signal.SIGTERM)
+    assert started.wait(60) == stopping.EXIT_CODE
+    assert not paths["output"].exists()
+
+
+def test_a_part_is_finished_and_the_end_is_left_alone():
+    done = []
+    with stopping.heeded():
+        with pytest.raises(SystemExit) as stopped, stopping.part():
+            os.kill(os.getpid(), signal.SIGTERM)
+            with stopping.part():
+                done.append("inner")
+            done.append("outer")
+        assert stopped.value.code == stopping.EXIT_CODE and done == ["inner", "outer"]
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        stopping.ignore()
+        os.kill(os.getpid(), signal.SIGTERM)
+        done.append("state put away")
+    assert len(done) == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
