@@ -102,12 +102,14 @@ class Site:
         env: variables of every command.
         printed: what the run that was interrupted, and the one that finished, said.
         cancelled: exit code of the interrupted run, and jobs that SLURM still had after it.
+        while_saving: state of the job at its time limit while its program had yet to end.
     """
 
     folder: Path
     env: dict[str, str]
     printed: dict[str, str]
     cancelled: tuple[int, list[str]] | None = None
+    while_saving: str | None = None
 
     def slurm(self, *command: str) -> str:
         """What a command of SLURM prints."""
@@ -202,6 +204,9 @@ def finish(site: Site) -> None:
     job = next(job for job in site.jobs() if is_rule(job, "distill"))
     site.slurm("scontrol", "update", f"JobId={job['JobId']}", "EndTime=now")
     until(lambda: any(warned(number) for number in programs), running)
+    # Time for the job's shell, tee and Snakemake to end, had they not been told to wait.
+    time.sleep(3)
+    site.while_saving = next(j for j in site.jobs() if j["JobId"] == job["JobId"])["JobState"]
     for number in programs:
         with contextlib.suppress(ProcessLookupError):
             os.kill(number, signal.SIGCONT)
@@ -277,6 +282,7 @@ def test_jobs_ask_for_what_their_rules_say(site):
 @with_executor
 @on_a_cluster
 def test_a_job_at_its_time_limit_is_submitted_again_and_goes_on(site):
+    assert site.while_saving == "COMPLETING"
     states = [job["JobState"] for job in site.jobs() if is_rule(job, "distill")]
     assert states == ["TIMEOUT", "COMPLETED"]
     log = (site.folder / RUN / "logs/distill.log").read_text()

@@ -18,8 +18,12 @@ from ppcl.provenance import code_digest
 
 # Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
 # of progress bars, which go to the logs too, one line now and then is enough.
+# A scheduler that ends a job sends SIGTERM to all its processes: the shell and tee stay until the
+# program has written its checkpoint, else the job would count as ended, and be killed or submitted
+# again, in the middle of it.
 shell.prefix(
-    f"set -euo pipefail; export TQDM_MININTERVAL=10 PATH='{Path(sys.executable).parent}':$PATH; "
+    "set -euo pipefail; trap : TERM; tee() {{ trap '' TERM; exec tee \"$@\"; }}; "
+    f"export TQDM_MININTERVAL=10 PATH='{Path(sys.executable).parent}':$PATH; "
 )
 
 ENVIRONMENT = "../../environment.yml"
