@@ -103,6 +103,7 @@ class Site:
         printed: what the run that was interrupted, and the one that finished, said.
         cancelled: exit code of the interrupted run, and jobs that SLURM still had after it.
         while_saving: state of the job at its time limit while its program had yet to end.
+        running: the run that was started last.
     """
 
     folder: Path
@@ -110,6 +111,7 @@ class Site:
     printed: dict[str, str]
     cancelled: tuple[int, list[str]] | None = None
     while_saving: str | None = None
+    running: subprocess.Popen | None = None
 
     def slurm(self, *command: str) -> str:
         """What a command of SLURM prints."""
@@ -130,7 +132,7 @@ class Site:
         command += ["--resources", "gpu=1", "--cores", "1"]
         command += ["--configfile", "config/test.yaml", "tests/slurm/config.yaml"]
         with open(self.folder / f"{name}.log", "wb") as log:
-            return subprocess.Popen(
+            self.running = subprocess.Popen(
                 command,
                 cwd=self.folder,
                 env=self.env,
@@ -138,15 +140,21 @@ class Site:
                 stderr=log,
                 start_new_session=True,
             )
+        return self.running
+
+    def kill(self) -> None:
+        """Ends what `start` started, if it still runs, and all its jobs."""
+        if self.running and self.running.poll() is None:
+            os.killpg(self.running.pid, signal.SIGKILL)
+            self.running.wait()
+        numbers = self.slurm("squeue", "-h", "-o", "%A").split()
+        if numbers:
+            self.slurm("scancel", "--full", *numbers)
 
     def end(self, name: str, running: subprocess.Popen, code: int) -> str:
         """Waits for a run's end; what it printed."""
-        try:
-            running.wait(PATIENCE)
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(running.pid, signal.SIGKILL)
-            self.printed[name] = (self.folder / f"{name}.log").read_text()
+        running.wait(PATIENCE)
+        self.printed[name] = (self.folder / f"{name}.log").read_text()
         assert running.returncode == code, self.printed[name][-6000:]
         return self.printed[name]
 
@@ -178,7 +186,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
         finish(made)
         yield made
     finally:
-        subprocess.run(["scancel", "--user", str(os.getuid()), "--full"], env=env, check=False)
+        made.kill()
         cluster.down(place)
         shutil.rmtree(place, ignore_errors=True)
 
