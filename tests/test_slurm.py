@@ -128,8 +128,9 @@ class Site:
         """Snakemake with the profile, asking its jobs' state more often than it does by itself."""
         command = [sys.executable, str(ROOT / "tests/slurm/polling.py"), *arguments]
         command += ["--workflow-profile", "profiles/slurm", "--latency-wait", "5"]
-        # Fewer GPUs than there are, so that the cap shows; and one thread per job.
-        command += ["--resources", "gpu=1", "--cores", "1"]
+        # Fewer GPUs than there are, so that the cap shows. One thread per job, for the sake of two
+        # cores: --cores would not do, as it is not handed on to the jobs.
+        command += ["--resources", "gpu=1", "--max-threads", "1"]
         command += ["--configfile", "config/test.yaml", "tests/slurm/config.yaml"]
         with open(self.folder / f"{name}.log", "wb") as log:
             self.running = subprocess.Popen(
