@@ -46,6 +46,12 @@ SHARED = {
 }
 
 
+# Seconds each, from small tables: not worth a place in a cluster's queue.
+localrules:
+    rank_rivals,
+    gather_ablation,
+
+
 rule ablate:
     input:
         **{name: result(path) for name, path in SHARED.items()},
@@ -66,7 +72,7 @@ rule ablate:
     threads: 1
     resources:
         gpu=1,
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=2880,
     params:
         config=subset(
@@ -155,7 +161,7 @@ rule calibrate:
     threads: 1
     resources:
         gpu=1,
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=2880,
     params:
         config=subset(

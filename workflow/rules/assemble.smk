@@ -28,7 +28,7 @@ rule assemble:
         ENVIRONMENT
     threads: 1  # several variants at once
     resources:
-        mem_mb=16000,
+        mem_mb=memory(16000),
         runtime=30,
     params:
         config=lambda wildcards: subset_for_variant(wildcards.variant, "seed", "teacher"),

@@ -179,6 +179,16 @@ def pictures(stage):
     return prompts.pictures(prompts.read(config[stage]["prompts"], f"{stage}.prompts"))
 
 
+def memory(megabytes):
+    """MB of main memory for a stage that loads the teacher: its own need, and twice the pipeline.
+
+    Weights pass through memory on their way to a GPU, or stay there with teacher.offload. Those of
+    a teacher on the Hub can't be counted before they are here; --set-resources says more.
+    """
+    weights = sum(Path(path).stat().st_size for path in teacher_files())
+    return megabytes + 2 * weights // 10**6
+
+
 def artifacts():
     """Every file of the contract: a stage whose output was deleted is remade, and what follows."""
     wanted = {

@@ -26,7 +26,7 @@ rule evaluate:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=720,
     params:
         config=subset("seed", "device", "processes", "teacher", "pipeline", "evaluate"),

@@ -22,7 +22,7 @@ rule extract:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=16000,
+        mem_mb=memory(16000),
         runtime=120,
     params:
         config=subset("seed", "device", "teacher", "extract"),

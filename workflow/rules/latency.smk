@@ -22,7 +22,7 @@ rule latency:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=16000,
+        mem_mb=memory(16000),
         runtime=60,
     params:
         config=subset(

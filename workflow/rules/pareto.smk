@@ -23,7 +23,7 @@ rule pareto:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=240,
     params:
         config=subset(

@@ -25,7 +25,7 @@ rule prune:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=16000,
+        mem_mb=memory(16000),
         runtime=30,
     params:
         config=subset(

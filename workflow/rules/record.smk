@@ -25,7 +25,7 @@ rule record:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=16000,
+        mem_mb=memory(16000),
         runtime=120,
         processes=config["processes"],
         device=config["device"],

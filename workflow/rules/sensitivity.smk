@@ -21,7 +21,7 @@ rule sensitivity:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=16000,
+        mem_mb=memory(16000),
         runtime=2880,
         processes=config["processes"],
         device=config["device"],

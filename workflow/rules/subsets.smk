@@ -28,7 +28,7 @@ rule subsets:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=32000,
+        mem_mb=memory(32000),
         runtime=2880,
         processes=config["processes"],
         device=config["device"],
