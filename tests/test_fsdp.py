@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -122,6 +123,38 @@ def test_mixed_precision_is_that_of_one_process(world):
     shared = finetune(world, "low-shared", 2, mixed_precision="bf16", sharding="fsdp")
     first, second = curves(one, shared)
     np.testing.assert_allclose(first["loss"], second["loss"], rtol=0.02)
+
+
+SHARES = f"""
+import sys
+sys.path[:0] = {[str(tiny.SCRIPTS), str(Path(__file__).parent)]!r}
+import tiny
+import torch
+from ppcl import blocks, devices, fsdp
+
+accelerator = devices.accelerator("cpu")
+model = tiny.transformer(blocks=2).requires_grad_(True)
+count = blocks.parameter_count(model)
+fsdp.shard(model, list(model.transformer_blocks), accelerator, cpu_offload=False)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+model(**tiny.arguments())[0].square().mean().backward()
+norm = fsdp.clip(model, 1e-3, accelerator)
+after = fsdp.clip(model, 1.0, accelerator)
+assert norm > 1e-3 and abs(after - 1e-3) < 1e-6
+optimizer.step()
+held = sum(p.to_local().numel() for p in model.parameters())
+moments = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
+assert 0.45 * count < held < 0.55 * count and 0 < moments <= held, (held, count)
+devices.finish(accelerator)
+"""
+
+
+def test_a_process_keeps_half(tmp_path):
+    (tmp_path / "shares.py").write_text(SHARES)
+    command = [sys.executable, str(tiny.SCRIPTS / "launch.py"), "--processes", "2", "--threads"]
+    command += ["2", "--device", "cpu", str(tmp_path / "shares.py")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("sharding", ["none", "fsdp"])

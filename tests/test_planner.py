@@ -1,6 +1,7 @@
 """The planner: exact counts, FLOPs in closed form, memory against measured runs, the target."""
 
 import json
+import math
 import os
 import runpy
 import shutil
@@ -305,8 +306,8 @@ def test_optimizer_states_are_those_of_adamw():
     states = [t for state in optimizer.state.values() for t in state.values()]
     count = blocks.parameter_count(model)
     moments = sum(t.nbytes for t in states if t.ndim)
-    assert planner.optimizer_bytes(count, 32) == moments
-    assert 2 * count < planner.optimizer_bytes(count, 8) < 0.26 * moments
+    assert planner.optimizer_bytes(count, "adamw") == moments
+    assert 2 * count < planner.optimizer_bytes(count, "adamw8bit") < 0.26 * moments
 
 
 def test_stages_and_gpus(qwen):
@@ -338,6 +339,62 @@ def test_stages_and_gpus(qwen):
                 expected = parts.loc[name, f"peak {kind}"] <= free
                 assert fits[name, gpu, f"fits {kind}"] == expected
     assert not fits["record", 24, "fits resident"] and fits["record", 24, "fits offloaded"]
+
+
+def test_many_devices_and_8_bit_moments(tmp_path):
+    """Against the plan of the same run in one process, one job, and with float32 moments."""
+    file = architecture(
+        tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL | {"num_layers": 9}
+    )
+    common = {
+        "plan": {"transformer_config": str(file)},
+        "pipeline": {"height": 64, "width": 64},
+        "intervals": {"pin": [[0, 1], [2, 3], [7, 8]]},
+        "width": {"enabled": False},
+        "subsets": {"steps": 0},
+        "processes": 2,
+    }
+
+    def planned(name, **keys):
+        table = plan(tmp_path / f"{name}.parquet", common | keys)
+        stages = table[table["item"] == "stage"]
+        notes = stages.groupby("name")["note"].first()
+        parts = stages.pivot(index="name", columns="measure", values="value")
+        return parts, notes, values(table, "artifact", "size")
+
+    one, _, disk = planned("one")
+    parts, notes, _ = planned("jobs", distill={"shards": 2})
+    assert {"distill/0", "distill/1"} <= set(parts.index) and "distill" not in parts.index
+    assert notes["distill/0"].endswith("; 2 students, teacher to block 3: 10 block passes a step")
+    assert notes["distill/1"].endswith("; 1 students, teacher to block 8: 12 block passes a step")
+    for measure, shares in (("students", (2, 1)), ("optimizer 32-bit", (2, 1))):
+        whole = one.loc["distill", measure]
+        found = [parts.loc[f"distill/{number}", measure] for number in range(2)]
+        assert found == [pytest.approx(whole * share / 3) for share in shares]
+
+    small, notes, less = planned("small", distill={"optimizer": "adamw8bit"})
+    saved = one.loc["distill", "optimizer 32-bit"] - one.loc["distill", "optimizer 8-bit"]
+    peaks = [table.loc["distill", "peak resident"] for table in (one, small)]
+    assert peaks[0] - peaks[1] == saved > 0 and "8-bit AdamW" in notes["distill"]
+    # A checkpoint has weights and both moments.
+    assert disk["state/distill/"] - less["state/distill/"] == saved
+
+    shared, notes, _ = planned("shared", finetune={"sharding": "fsdp"})
+    assert "shared out over 2 processes" in notes["finetune"]
+    before, after = one.loc["finetune"], shared.loc["finetune"]
+    for measure in ("students", "gradients", "optimizer 32-bit"):
+        assert after[measure] == math.ceil(before[measure] / 2)
+    assert after["activations"] == before["activations"]
+    resting = 4 * before["students"] / 2  # weights, gradients and two moments
+    expected = resting + after["gathered"] + after["activations"]
+    assert after["peak resident"] == pytest.approx(expected)
+    # 9 blocks less 3; three of a block's size are whole at once, and what is not of blocks.
+    assert 3 / 6 < after["gathered"] / before["students"] < 0.6
+    options = {"sharding": "fsdp", "cpu_offload": True}
+    offloaded, notes, _ = planned("offloaded", finetune=options)
+    assert "shares in CPU memory" in notes["finetune"]
+    fewer = after["peak resident"] - offloaded.loc["finetune", "peak resident"]
+    assert fewer == pytest.approx(resting)
 
 
 def test_disk(qwen, recorded, tmp_path):

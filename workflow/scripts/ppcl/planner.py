@@ -31,6 +31,7 @@ from ppcl import (
     hub,
     pins,
     plans,
+    shards,
     students,
     width,
 )
@@ -205,9 +206,9 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
-def optimizer_bytes(parameters: int, bits: int) -> int:
-    """Bytes of the states that AdamW keeps of so many parameters, with 32 or 8 bits each."""
-    if bits == 32:
+def optimizer_bytes(parameters: int, kind: str) -> int:
+    """Bytes of the states that `adamw` or `adamw8bit` keeps of so many parameters."""
+    if kind == "adamw":
         return 2 * 4 * parameters
     return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK))
 
@@ -223,7 +224,7 @@ class Stage:
         parts: bytes by what they are for; None where they can't be told.
         resident, offloaded, least: peak bytes with the whole teacher on the device, with one block
             of it at a time where the stage can (teacher.offload: stream), and so with
-            checkpointing and 8-bit AdamW too, which no stage has yet; None if unknown.
+            gradient_checkpointing and optimizer: adamw8bit too; None if unknown.
         note: what the numbers rest on.
     """
 
@@ -238,6 +239,22 @@ class Stage:
         """Whether a GPU of this size is enough; None if unknown."""
         peak = self.offloaded if offloaded else self.resident
         return None if peak is None else peak + RESERVED <= gib * GIB
+
+
+@dataclass(frozen=True)
+class Shares:
+    """A trained model that is shared out over processes (finetune.sharding: fsdp).
+
+    Attributes:
+        processes: their number.
+        gathered: bytes that are whole on every device at once: what is not of blocks, a block
+            that runs and the one fetched meanwhile, and a block's gradients.
+        offloaded: whether shares rest in CPU memory.
+    """
+
+    processes: int
+    gathered: int
+    offloaded: bool
 
 
 @dataclass
@@ -356,8 +373,7 @@ class Planner:
         if self.every:
             staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
             units = self.depth if staged else self.every
-            if units:
-                yield self._distill("distill", units)
+            yield from self._distillations(units)
             if staged:
                 yield self._distill("narrow", self.every)
             if settings["subsets"]["steps"]:
@@ -449,6 +465,21 @@ class Planner:
             note=f"batch {batch}",
         )
 
+    def _distillations(self, units: list[Unit]) -> Iterator[Stage]:
+        """One job that distills these units, or those that share them out."""
+        if not units:
+            return
+        jobs = shards.allot(units, self.settings["distill"]["shards"])
+        if len(jobs) == 1:
+            yield self._distill("distill", units)
+            return
+        for number, job in enumerate(jobs):
+            stage = self._distill(f"distill/{number}", job)
+            taught = len(students.parts_of(job))
+            stage.note += f"; {taught} students, teacher to block {job[-1].last}"
+            stage.note += f": {shards.cost(job):g} block passes a step"
+            yield stage
+
     def _distill(self, name: str, units: list[Unit]) -> Stage:
         """Eq. 6: the teacher once, then one student's graph after the other."""
         options = self.settings["distill"]
@@ -523,8 +554,26 @@ class Planner:
             return self._velocity(running, batch, dtype, recompute, [running], times)
 
         return self._trained(
-            "finetune", options, batch, [model], measured, [model], teacher="absent"
+            "finetune",
+            options,
+            batch,
+            [model],
+            measured,
+            [model],
+            teacher="absent",
+            shares=self._shares(options, model),
         )
+
+    def _shares(self, options: Mapping, model: nn.Module) -> Shares | None:
+        """How `model` is shared out, if it is; with processes: auto, as with one."""
+        processes = self.settings["processes"]
+        processes = 1 if processes == "auto" else processes
+        if options["sharding"] == "none" or (processes == 1 and not options["cpu_offload"]):
+            return None
+        counts = [blocks.parameter_count(b.module) for b in blocks.block_sequence(model)]
+        whole = blocks.parameter_count(model) - sum(counts) + 3 * max(counts)
+        gathered = whole * _precision(options)[0].itemsize
+        return Shares(processes, gathered, options["cpu_offload"])
 
     def _velocity(
         self,
@@ -567,6 +616,7 @@ class Planner:
         measured: Callable[[bool], footprint.Footprint | None],
         cast: list[nn.Module],
         teacher: str = "streams",
+        shares: Shares | None = None,
     ) -> Stage:
         """A stage that trains float32 modules with AdamW.
 
@@ -575,11 +625,12 @@ class Planner:
             cast: modules of which autocast keeps casts at the same time, with mixed precision.
             teacher: `streams` if it can be there a block at a time, `stays` if it can't, since
                 gradients pass through it, `absent` if it is not on the device.
+            shares: how the modules are shared out over processes, if they are.
         """
         count = sum(map(blocks.parameter_count, modules))
         held = sum(map(weight_bytes, modules))
         plain, again = measured(False), measured(True)
-        states, small = (optimizer_bytes(count, bits) for bits in (32, 8))
+        states, small = (optimizer_bytes(count, kind) for kind in ("adamw", "adamw8bit"))
         lowered = options["mixed_precision"] == "bf16"
         casts = 2 * sum(map(blocks.parameter_count, cast)) if lowered else 0
         parts = {
@@ -593,12 +644,27 @@ class Planner:
         }
         note = f"batch {batch}, {options['mixed_precision']} mixed precision"
         note += ", checkpointed" if options["gradient_checkpointing"] else ""
+        note += ", 8-bit AdamW" if options["optimizer"] == "adamw8bit" else ""
+        if shares:
+            parts = {
+                name: value
+                if value is None or "activations" in name
+                else math.ceil(value / shares.processes)
+                for name, value in parts.items()
+            } | {"casts": 0, "gathered": shares.gathered}
+            note += f", shared out over {shares.processes} processes"
+            note += ", shares in CPU memory" if shares.offloaded else ""
         if plain is None:
             return self._stage(name, parts, None, note=note)
         used = again if options["gradient_checkpointing"] else plain
+        configured = small if options["optimizer"] == "adamw8bit" else states
         # All gradients are there when the optimizer steps, whatever there was before.
-        beside = held + states + max(used.peak + casts, 4 * count)
+        beside = held + configured + max(used.peak + casts, 4 * count)
         least = held + small + max(again.peak + casts, 4 * count)
+        if shares:  # which 8-bit AdamW can't take
+            kept = math.ceil((held + states + 4 * count) / shares.processes)
+            beside = used.activations + shares.gathered + (0 if shares.offloaded else kept)
+            least = again.activations + shares.gathered
         stage = self._stage(name, parts, beside, least, note)
         if teacher != "streams":
             there = self.weights if teacher == "stays" else 0
@@ -645,13 +711,15 @@ class Planner:
         trained |= {"narrow": whole} if staged else {}
         trained |= {"subsets": whole} if settings["subsets"]["steps"] else {}
         for stage, parameters in trained.items():
+            kind = settings["distill" if stage == "narrow" else stage]["optimizer"]
             found[f"{stage}/students.safetensors"] = 4 * parameters
-            found[f"state/{stage}/"] = 3 * 4 * parameters
+            found[f"state/{stage}/"] = 4 * parameters + optimizer_bytes(parameters, kind)
         for variant in settings["variants"]:
             parameters = self._variant_parameters(variant["budget"])
             if variant["finetune_steps"]:
                 found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
-                found[f"state/finetune-{variant['name']}/"] = 3 * 4 * parameters
+                kept = optimizer_bytes(parameters, settings["finetune"]["optimizer"])
+                found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
             found[f"models/{variant['name']}/"] = self.dtype.itemsize * parameters
         return found
 
