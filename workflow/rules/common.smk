@@ -81,9 +81,14 @@ def code(name):
     return code_digest(SCRIPTS / name)
 
 
+def as_it_is(value):
+    """For params: Snakemake does not look for wildcards, in braces, in what a function returns."""
+    return lambda wildcards: value
+
+
 def subset(*keys):
     """JSON of the config keys that a stage depends on, for params."""
-    return settings.subset(config, *keys)
+    return as_it_is(settings.subset(config, *keys))
 
 
 def optional(*names):
@@ -162,14 +167,15 @@ def subset_for_variant(name, *keys):
 def subset_for_smallest_budgets(*keys):
     """As subset, with nothing of the variants but the smallest budgets: they decide selection."""
     smallest = settings.tightest(config["variants"])
-    return settings.subset({**config, "variants": smallest}, "variants", *keys)
+    return as_it_is(settings.subset({**config, "variants": smallest}, "variants", *keys))
 
 
 def teacher_files():
     """Weights and configs of a local teacher; a changed file reruns what loads the teacher."""
     folder = Path(config["teacher"]["path"])
     parts = (path for path in folder.glob("[!.]*/**/*") if path.is_file())
-    return [str(path) for path in sorted([*folder.glob("model_index.json"), *parts])]
+    files = map(str, sorted([*folder.glob("model_index.json"), *parts]))
+    return [path for path in files if not set("{}") & set(path)]  # they would be wildcards
 
 
 def pictures(stage):

@@ -143,8 +143,11 @@ def export(
     """
     if narrow.specs(transformer):
         transformer = narrow.from_stock(transformer, blocks.family(transformer).layouts())
-    temporary = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
+    # Two runs at once must not share it, and a killed one may have left its own.
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    for left in folder.parent.glob(f".{folder.name}.*.part"):
+        if not _running(left.name.split(".")[-2]):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         pipe.register_modules(**{component: transformer})
         pipe.save_pretrained(temporary)
@@ -159,6 +162,17 @@ def export(
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _running(pid: str) -> bool:
+    """Whether there is such a process, other than this one."""
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return int(pid) != os.getpid()
 
 
 def verify(folder: Path) -> None:

@@ -4,6 +4,7 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import difflib
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ class Subset(dict):
         )
 
 
+@functools.cache
 def schema() -> dict:
     """The JSON schema of the configuration."""
     return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
@@ -51,7 +53,7 @@ def load(source: str) -> dict:
         name = "--config"
         try:
             config = json.loads(source)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"--config: the inline object is not JSON ({error})") from error
     else:
         name = source
@@ -61,8 +63,9 @@ def load(source: str) -> dict:
             raise UserError(f"{name}: cannot read this config file ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{name}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"{name}: not valid YAML: {error}") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            # Besides YAML's own: dates that do not exist, nesting without end, NUL in the name.
+            raise UserError(f"{name!r}: not valid YAML: {error}") from error
     if config is None:
         config = {}
     if not isinstance(config, dict):
@@ -80,13 +83,13 @@ def complete(config: dict, source: str) -> dict:
     # Snakemake hands over ordered dicts and its own scalars; JSON types are what the schema knows.
     try:
         plain = json.loads(json.dumps(config, allow_nan=False))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{source}: holds a value that is no text, number, list or mapping ({error}); put "
             "dates in quotes, and use finite numbers"
         ) from error
     filled = _fill(plain, rules)
-    validator = jsonschema.Draft202012Validator(rules)
+    validator = _Validator(rules)
     problems = sorted(validator.iter_errors(filled), key=lambda e: list(map(str, e.path)))
     if problems:
         # An unknown key often explains the other problems, so it comes first.
@@ -153,6 +156,15 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
                 yield from _leaves(child["items"], f"{key}[].")
 
 
+def _matches(_validator, pattern: str, instance: Any, _rules: dict) -> Iterator:
+    """As jsonschema's, but `$` is the end of the text; Python's also matches before a newline."""
+    if isinstance(instance, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), instance):
+        yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+_Validator = jsonschema.validators.extend(jsonschema.Draft202012Validator, {"pattern": _matches})
+
+
 def _fill(value: Any, node: dict) -> Any:
     """`value` with the schema's defaults below it; what does not fit is left to the validator."""
     if isinstance(value, dict) and "properties" in node:
@@ -196,9 +208,7 @@ def _explain(problem: jsonschema.ValidationError, rules: dict) -> str:
     ):
         digits, exponent = re.split("[eE]", problem.instance)
         hint = f"; YAML reads {problem.instance} as text, write {digits}.0e{exponent}"
-    elif isinstance(problem.instance, str) and not isinstance(
-        yaml.safe_load(problem.instance), str
-    ):
+    elif isinstance(problem.instance, str) and not _stays_text(problem.instance):
         hint = "; this is text: drop the quotes (--config makes all nested values text, a file not)"
     elif problem.instance is False and "no" in node.get("enum", ()):
         hint = '; YAML reads a bare no as false, write "no" in quotes'
@@ -206,6 +216,14 @@ def _explain(problem: jsonschema.ValidationError, rules: dict) -> str:
         close = difflib.get_close_matches(problem.instance, map(str, node["enum"]), n=1)
         hint = f"; did you mean '{close[0]}'?" if close else ""
     return f"'{key}' is {json.dumps(problem.instance)}; allowed: {_allowed(node)}{hint}"
+
+
+def _stays_text(value: str) -> bool:
+    """Whether YAML reads a text, written without quotes, as a text."""
+    try:
+        return isinstance(yaml.safe_load(value), str)
+    except yaml.YAMLError:
+        return True
 
 
 def _allowed(node: dict) -> str:

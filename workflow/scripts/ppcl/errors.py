@@ -1,5 +1,7 @@
 """Errors that a person can act on."""
 
+import errno
+import re
 import sys
 from collections.abc import Callable
 
@@ -23,3 +25,16 @@ def run(main: Callable[[], None]) -> None:
         except UserError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
+        except Exception as error:
+            if not _disk_is_full(error):
+                raise
+            print(f"error: {error}; make room on this disk and rerun", file=sys.stderr, flush=True)
+            sys.exit(2)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    """Whether a write failed for lack of room, or of the right to more of it."""
+    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    # safetensors tells the number in its message only.
+    named = re.search(r"\(os error (\d+)\)", str(error))
+    return getattr(error, "errno", None) in codes or bool(named and int(named[1]) in codes)

@@ -17,7 +17,7 @@ from ppcl.errors import UserError
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-_DATA = "data"
+_DATA = "data.sha256"
 _NO_DIGEST = "0" * 64
 
 

@@ -1,0 +1,111 @@
+"""Names, paths and prompts from a config stay data: no shell, no other folder."""
+
+import pandas as pd
+import pytest
+import tiny
+import yaml
+from test_workflow import BIN, ROOT, run, settings_of_jobs, snakemake  # noqa: F401
+
+from ppcl import config, schemas, tables
+from ppcl.errors import UserError
+
+EVIL = [
+    "../{}",
+    "/tmp/{}",
+    "a/../../{}",
+    "a;touch {}",
+    "$(touch {})",
+    "`touch {}`",
+    "a\ntouch {}",
+    "a\n",
+    "'; touch {}; '",
+    '"; touch {}; "',
+    "-rf",
+    ".",
+    "..",
+    "",
+    "a b",
+    "a\0b",
+    "{{wildcard}}",
+]
+
+
+@pytest.mark.parametrize("text", EVIL)
+def test_names_of_runs_and_variants_cannot_be_paths_or_commands(text):
+    name = text.format("escaped")
+    for given in (
+        {"run": name},
+        {"variants": [{"name": name, "budget": 0.5}]},
+        {"teacher": {"component": name}},
+        {"device": name},
+    ):
+        with pytest.raises(UserError, match="allowed: "):
+            config.complete(given, "mine.yaml")
+
+
+def test_no_text_of_a_config_reaches_the_shell_of_any_job(snakemake, tmp_path):  # noqa: F811
+    """Every job's command, read as a shell would, hands its texts over whole."""
+    evil = (
+        f"$(touch {tmp_path}/no) ';touch {tmp_path}/no;' \"`touch {tmp_path}/no`\" ../ \n \\ {{x}}"
+    )
+    printed = snakemake("-n", "-F", "-p", pipeline={"negative_prompt": evil}, seed=7)
+    found = settings_of_jobs(printed.replace("\n \\\\ ", " "))
+    given = [job["pipeline"]["negative_prompt"] for job in found.values() if "pipeline" in job]
+    assert len(given) == 2 and set(given) == {evil}
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_run_with_hostile_prompts_paths_and_model_ids(tiny_teacher, tmp_path):
+    """A real run of `record`, through the shell that Snakemake starts."""
+    odd = tmp_path / "it's $(touch no) ; touch no"
+    odd.mkdir()
+    teacher = tmp_path / "$(touch no); `touch no` 'quoted'"
+    teacher.symlink_to(tiny_teacher)
+    texts = [text.format("no") for text in EVIL if "\0" not in text and text.strip()]
+    pd.DataFrame({"prompt": texts}).to_csv(odd / "prompts.csv", index=False)
+    (odd / "others.txt").write_text("another\n")
+    settings = {
+        "run": "hostile",
+        "device": "cpu",
+        "processes": 1,
+        "teacher": {"path": str(teacher)},
+        "pipeline": tiny.SETTINGS | {"num_inference_steps": 1, "negative_prompt": "'$(touch no)"},
+        "record": {
+            "prompts": str(odd / "prompts.csv"),
+            "samples": len(texts),
+            "batch_size": 16,
+            "renoised_per_sample": 0,
+        },
+        "evaluate": {"prompts": str(odd / "others.txt"), "judge": "none"},
+        "intervals": {"cost": "cka"},
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(settings))
+    work = tmp_path / "work"
+    work.mkdir()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    target = "results/hostile/record/calls.parquet"
+    where = ["-s", ROOT / "Snakefile", "--directory", work, "--cores", "1"]
+    run("snakemake", target, *where, "--configfile", tmp_path / "mine.yaml")
+    found = tables.read(work / target, schemas.CALLS).column("prompt").to_pylist()
+    assert set(found) == {text.strip() for text in texts} or set(found) == set(texts)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("no", "escaped")]
+    assert {path.name for path in work.iterdir()} <= {".snakemake", "results"}
+    assert [path.name for path in (work / "results").iterdir()] == ["hostile"]
+
+
+@pytest.mark.parametrize("key", ["teacher.path", "record.prompts", "evaluate.prompts"])
+def test_braces_in_paths_would_be_wildcards(key):
+    section, name = key.split(".")
+    with pytest.raises(UserError, match=f"'{key}' is "):
+        config.complete({section: {name: "a{run}"}}, "mine.yaml")
+
+
+def test_a_hub_name_is_no_path():
+    """Only what looks like owner/name is asked of the Hub; anything else must be a folder."""
+    from ppcl import preflight
+
+    for text in EVIL:
+        given = config.complete({"teacher": {"path": text.format("x") or "x"}}, "mine.yaml")
+        with pytest.raises(UserError, match="teacher.path"):
+            preflight.check(given, "mine.yaml")
