@@ -240,8 +240,10 @@ class TokenReader:
             for stream in self.streams:
                 if not 0 < self._widths[stream] <= kind.shape[0]:
                     raise ValueError(f"{stream} of {self._widths[stream]} channels")
-                for boundary in range(self._first[stream], self.boundaries):
-                    self._groups[stream, boundary]
+                # A stream may begin or end at a seam, but has no gaps.
+                passed = [boundary for of, boundary in self._groups if of == stream]
+                if len(passed) != 1 + max(passed) - min(passed):
+                    raise ValueError(f"{stream} at boundaries {sorted(passed)}")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: holds no tokens ({error!r}); {seals.REMAKE}") from error
 
