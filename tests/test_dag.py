@@ -112,13 +112,13 @@ def test_shards_make_the_same_students(finished, tmp_path):
     (folder / "sharded.yaml").write_text("distill: {shards: 2}")
     made = [str(RUN / f"distill/{name}") for name in ("students.safetensors", "errors.parquet")]
     before = [weights(folder / made[0]), pd.read_parquet(folder / made[1])]
-    snakemake(folder, "sharded.yaml", made[0])
+    snakemake(folder, "sharded.yaml", "--", made[0])
     assert weights(folder / made[0]) == before[0]
     pd.testing.assert_frame_equal(pd.read_parquet(folder / made[1]), before[1])
     left = [path.name for path in (folder / RUN / "distill/shards").iterdir()]
     assert left == ["shards.json"]
     assert (folder / RUN / "logs/distill-1.log").is_file()  # there were two
-    assert "Nothing to be done" in snakemake(folder, "sharded.yaml", "-n", made[0])
+    assert "Nothing to be done" in snakemake(folder, "sharded.yaml", "-n", "--", made[0])
 
 
 def test_the_report_holds_every_figure(finished):
