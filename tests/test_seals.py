@@ -164,6 +164,15 @@ def test_every_byte_of_small_files_is_covered(tmp_path):
         read_all(path)
 
 
+@pytest.mark.parametrize("text", ["." * 32, "0" * 64, "seal", "sha256:" + "0" * 64])
+def test_a_table_of_one_column_and_texts_like_our_own(tmp_path, text):
+    schema = pa.schema([schemas.column("prompt", pa.string(), "")])
+    for rows in (0, 1, 2):
+        path = tmp_path / f"{rows}.parquet"
+        tables.write(path, pa.table({"prompt": pa.array([text] * rows, pa.string())}), schema, {})
+        assert tables.read(path, schema).column("prompt").to_pylist() == [text] * rows
+
+
 def test_a_reader_of_some_columns_checks_these_alone(tmp_path):
     """Else a large file would have to be read whole."""
     path = tmp_path / "t.parquet"
@@ -211,3 +220,26 @@ def test_large_files_are_hashed_in_blocks(tmp_path, monkeypatch):
     with open(tmp_path / "t", "rb") as file:
         assert seals.digest(file.fileno(), 0, 100) == seals.file_digest(tmp_path / "t")
         assert seals.digest(file.fileno(), 10, 40) == seals.digest(file.fileno(), 20, 40)
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_as_one(tmp_path, monkeypatch):
+    """As by two runs of one config, of which one resumes from the other's checkpoint."""
+    path, checked = tmp_path / "t.safetensors", tensors._checked
+    tensors.write(path, {"step": torch.tensor(2)}, {"step": "2"})
+
+    def newer(*given, **more):
+        found = checked(*given, **more)
+        monkeypatch.setattr(tensors, "_checked", checked)
+        tensors.write(path, {"step": torch.tensor(4)}, {"step": "4"})
+        return found
+
+    monkeypatch.setattr(tensors, "_checked", newer)
+    found, about = tensors.read(path)
+    assert str(found["step"].item()) == about["step"] == "4"
+
+    schema = pa.schema([schemas.column("a", pa.int32(), "a")])
+    tables.write(tmp_path / "t.parquet", pa.table({"a": [1, 2]}), schema, {"of": "the first"})
+    file = tables.File(tmp_path / "t.parquet")
+    tables.write(tmp_path / "t.parquet", pa.table({"a": [3] * 99}), schema, {"of": "the second"})
+    assert file.read().column("a").to_pylist() == [1, 2]
+    assert file.provenance == {"of": "the first"}

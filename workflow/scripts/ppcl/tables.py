@@ -54,7 +54,7 @@ def writer(path: str | Path, schema: pa.Schema, provenance: dict[str, str]) -> I
         with pq.ParquetWriter(partial, stamped, compression="zstd") as sink:
             out = Writer(path, sink, stamped)
             yield out
-            room = b"0" * 32 * out.groups * len(schema)
+            room = b"." * 32 * out.groups * len(schema)
             sink.add_key_value_metadata({_DIGESTS: room, seals.KEY: seals.EMPTY})
         _seal(partial, room)
         os.replace(partial, path)
@@ -88,11 +88,11 @@ class File:
     def __init__(self, path: str | Path):
         self._path = Path(path)
         with self._readable():
-            with open(path, "rb") as file:
-                sealed = seals.sealed(_footer(file.fileno()))
-            if not sealed:
+            # Opened once: another run may put a newer file in its place at any time.
+            self._open = open(path, "rb")  # noqa: SIM115
+            if not seals.sealed(_footer(self._open.fileno())):
                 raise self._damaged()
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(self._open)
         self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
         kept = self.metadata.metadata
         try:
@@ -120,12 +120,15 @@ class File:
     def _check(self, groups: range, columns: list[str] | None) -> None:
         names = self.schema.names
         wanted = [i for i, name in enumerate(names) if columns is None or name in columns]
-        with self._readable(), open(self._path, "rb") as file:
+        with self._readable():
             for group in groups:
                 for column in wanted:
                     place = 32 * (group * len(names) + column)
                     start, size = _chunk(self.metadata, group, column)
-                    if seals.digest(file.fileno(), start, size)[:32] != self._digests[place:][:32]:
+                    if (
+                        seals.digest(self._open.fileno(), start, size)[:32]
+                        != self._digests[place:][:32]
+                    ):
                         raise self._damaged()
 
     def _damaged(self) -> UserError:
@@ -133,10 +136,10 @@ class File:
 
     @contextmanager
     def _readable(self) -> Iterator[None]:
-        if not self._path.is_file():
-            raise UserError(f"{self._path}: no such file; run snakemake to make it")
         try:
             yield
+        except FileNotFoundError as error:
+            raise UserError(f"{self._path}: no such file; run snakemake to make it") from error
         except (pa.ArrowException, OSError) as error:
             raise UserError(
                 f"{self._path}: truncated or not parquet ({error}); {_REMAKE}"
@@ -220,7 +223,10 @@ def _seal(path: Path, room: bytes) -> None:
         if 32 * len(chunks) != len(room):
             raise ValueError(f"{path}: row groups without rows, or columns with several parts")
         file.seek(-8 - len(footer), os.SEEK_END)
-        file.write(seals.seal(footer.replace(room, "".join(chunks).encode())))
+        # The last such text: what the table itself holds comes before.
+        start = footer.rindex(room)
+        footer = footer[:start] + "".join(chunks).encode() + footer[start + len(room) :]
+        file.write(seals.seal(footer))
         file.flush()
         os.fsync(file.fileno())
 

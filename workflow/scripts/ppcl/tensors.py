@@ -56,12 +56,26 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         UserError: the file is missing, truncated, not safetensors, or not what `write` wrote.
     """
-    found = _checked(Path(path), whole=True)
+    while True:
+        before = _identity(path)
+        found = _checked(Path(path), whole=True)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                read = {k: file.get_tensor(k) for k in file.keys()}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise _broken(path, error) from error
+        # It was opened twice: another run may have put a newer file in its place in between.
+        if before == _identity(path):
+            return read, found
+
+
+def _identity(path: str | Path) -> tuple | None:
+    """Changes when another file takes the place of this one."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return {k: file.get_tensor(k) for k in file.keys()}, found
-    except (safetensors.SafetensorError, OSError) as error:
-        raise _broken(path, error) from error
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _checked(path: Path, whole: bool) -> dict[str, str]:
