@@ -56,7 +56,8 @@ def content(path: Path):
 
 
 def _undated(stamp: dict) -> dict:
-    return {key: value for key, value in stamp.items() if key != "created"}
+    # Nor by the commit, for somebody may work on this repository meanwhile.
+    return {key: value for key, value in stamp.items() if key not in ("created", "commit")}
 
 
 @contextlib.contextmanager
