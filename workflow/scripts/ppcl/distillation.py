@@ -216,7 +216,8 @@ def independent(
             if part.last == sequence[-1].index:
                 read = {s: v for s, v in lesson.target.items() if s not in family.unread}
                 lesson.target = read
-            masks = blocks.token_masks(family, batch.arguments, lesson.target)
+            texts = {} if lesson.text_input is None else {TEXT: lesson.text_input}
+            masks = blocks.token_masks(family, batch.arguments, texts | lesson.target)
             # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
             lesson.bound = fitting(lesson.bound, student)
             with accelerator.autocast():
