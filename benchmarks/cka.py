@@ -13,19 +13,14 @@ NAME = "similarity"
 STREAMS = 2
 
 
-def direct(tokens: list[np.ndarray], fitted: list[probes.Probe], again: bool) -> np.ndarray:
-    """cka(u, k) by its definition [first, last]: every surrogate's activations, then two n x n
-    kernels, centred, for every pair. again: a surrogate starts anew at block u, as a script that
-    takes one pair at a time has it; otherwise it goes on from the one before."""
+def direct(tokens: list[np.ndarray], fitted: list[probes.Probe]) -> np.ndarray:
+    """cka(u, k) by its definition [first, last]: every surrogate's activations (each from the one
+    before it), then two n x n kernels, centred, for every pair."""
     depth = len(fitted)
     values = np.full((depth, depth), np.nan)
     for first in range(depth):
         running = tokens[first]
         for last in range(first, depth):
-            if again:
-                running = tokens[first]
-                for probe in fitted[first:last]:
-                    running = probe(running)
             running = fitted[last](running)
             values[first, last] = _kernel_cka(running, tokens[last + 1])
     return values
@@ -62,8 +57,8 @@ def run(size: Size, folder: Path) -> list[Ratio]:
         {
             "ours": lambda: kept.update(ours=ours(whole)),
             "bootstrap": lambda: ours(drawn),
-            "direct": lambda: kept.update(direct=direct(tokens, fitted, again=False)),
-            "again": lambda: direct(tokens, fitted, again=True),
+            "direct": lambda: kept.update(direct=direct(tokens, fitted)),
+            "probe": lambda: fitted[0](tokens[0]),
         },
         max(1, size.repeats // 2),
     )
@@ -71,9 +66,7 @@ def run(size: Size, folder: Path) -> list[Ratio]:
     pairs = depth * (depth + 1) // 2
     every = STREAMS * CKA_BLOCKS * (CKA_BLOCKS + 1) // 2
     scale = every / pairs
-    # From scratch, a pair takes a probe per block of its run: (M + 2) / 3 of them on average.
-    probe = max(0.0, seconds["again"] - seconds["direct"]) / max(1, _extra_probes(depth))
-    scratch = scale * seconds["direct"] + STREAMS * probe * _extra_probes(CKA_BLOCKS)
+    scratch = scale * seconds["direct"] + STREAMS * seconds["probe"] * _extra_probes(CKA_BLOCKS)
     ours_all, direct_all = scale * seconds["ours"], scale * seconds["direct"]
     note = (
         f"{every} pairs, extrapolated from {pairs}; width {size.cka_width}, "
