@@ -45,7 +45,7 @@ def main() -> None:
     settings = config.load(args.config)
     options, seed = settings["extract"], settings["seed"]
 
-    reader = calls.Reader(args.calls)
+    reader = calls.Reader(args.calls, memory=0)  # every row is read once
     rows = choose_rows(reader, options["rows"], seed)
     device = devices.choose(settings["device"])
     transformer = pipelines.load_transformer(settings["teacher"], device, compiled=True)

@@ -34,14 +34,18 @@ class Moments:
         parts = {
             "count": torch.tensor([len(x)], dtype=torch.float64, device=x.device),
             "x_sum": x.sum(0),
-            "x_x": x.T @ x,
             "y_sum": y.sum(0),
-            "x_y": x.T @ y,
             "y_y": y.square().sum()[None],
         }
         for name, value in parts.items():
             key = f"{stream}.{block}.{name}"
             self.sums[key] = self.sums[key] + value if key in self.sums else value
+        for name, other in (("x_x", x), ("x_y", y)):  # in place: a batch has few tokens for d x d
+            key = f"{stream}.{block}.{name}"
+            if key in self.sums:
+                self.sums[key].addmm_(x.T, other)
+            else:
+                self.sums[key] = x.T @ other
 
 
 def stored_moments(sums: Mapping[str, Tensor], stream: str, block: int | str) -> probes.Moments:
@@ -102,6 +106,7 @@ def collect(
     """
     sequence = blocks.block_sequence(transformer)
     moments, samples, first = Moments(device), {}, {}
+    kept_values: dict[str, np.ndarray] = {}
     for batch in reader.batches(rows, settings["batch_size"]):
         numbers = batch.numbers
         batch = batch.to(device)
@@ -154,17 +159,23 @@ def collect(
                 "heldout": batch.rows["heldout"],
             }
             found = {k: np.repeat(v, few.shape[1]) for k, v in per_row.items()}
-            found |= {"token": few.ravel(), "value": np.stack([v.numpy() for v in values])}
+            found["token"] = few.ravel()
+            if stream not in kept_values:
+                # All that there can be, at once: joining at the end would hold everything twice.
+                most = len(rows) * settings["sample_tokens"]
+                kept_values[stream] = np.empty((len(values), most, values[0].shape[1]), np.float32)
+            start = sum(len(part["token"]) for part in samples.get(stream, []))
+            for boundary, value in enumerate(values):
+                kept_values[stream][boundary, start : start + len(value)] = value.numpy()
             samples.setdefault(stream, []).append(found)
         progress.update(len(batch))
     joined = {
-        stream: {
-            k: np.concatenate([p[k] for p in parts], axis=1 if k == "value" else 0)
-            for k in parts[0]
-        }
+        stream: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
         | {"first": first[stream]}
         for stream, parts in samples.items()
     }
+    for stream, sample in joined.items():
+        sample["value"] = kept_values[stream][:, : len(sample["token"])]
     return moments, joined
 
 

@@ -98,10 +98,13 @@ def interval_losses(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_depth (Eq. 6) or L_width of one part, summed over streams, and both errors of each."""
     metrics = {}
+    kinds = {"normalised": losses.normalised_error, "relative": losses.relative_error}
     for stream, value in target.items():
-        mask = masks.get(stream)
-        metrics[f"{stream}/normalised"] = losses.normalised_error(output[stream], value, mask)
-        metrics[f"{stream}/relative"] = losses.relative_error(output[stream], value, mask)
+        for kind, error in kinds.items():
+            # An error that is only reported needs no graph.
+            taught = torch.is_grad_enabled() and options["loss"] in (kind, "mixed")
+            with torch.set_grad_enabled(taught):
+                metrics[f"{stream}/{kind}"] = error(output[stream], value, masks.get(stream))
     normalised = sum(m for k, m in metrics.items() if k.endswith("/normalised"))
     relative = sum(m for k, m in metrics.items() if k.endswith("/relative"))
     if options["loss"] == "normalised":
