@@ -105,7 +105,7 @@ def folder(tiny_teacher, tmp_path_factory):
     facts = {
         "block_parameters": [size] * DEPTH,
         "transformer_parameters": size * DEPTH,
-        "seams": blocks.seams(pipe.transformer),
+        "seams": [0],  # the stand-ins have other weights, but count as blocks of one kind here
         "untouchable": [],
     }
     facts = {name: json.dumps(fact) for name, fact in facts.items()}
@@ -200,7 +200,7 @@ def test_eq_5_ends_at_the_planted_ends(folder):
 
 def test_measured_costs_find_the_block_that_identities_follow(folder, tiny_teacher, monkeypatch):
     """Block 6 and the identities 7 and 8 are block 6 alone, however far from linear it is."""
-    monkeypatch.setattr(pipelines, "load_transformer", lambda *_: planted_transformer())
+    monkeypatch.setattr(pipelines, "load_transformer", lambda *_, **__: planted_transformer())
     settings = {
         "device": "cpu",
         "teacher": {"path": str(tiny_teacher)},

@@ -200,9 +200,14 @@ def shade(ax: Axes, spans: Iterable[tuple[int, int]], colour: str = SELECTED) ->
 
 
 def log_axis(ax: Axes, name: str = "y") -> None:
-    """A logarithmic axis with a few plain labels, drawn after the data: 0.02, 500, 10⁶."""
-    ax.set(**{f"{name}scale": "log"})
+    """A logarithmic axis with a few plain labels, drawn after the data: 0.02, 500, 10⁶.
+
+    Data without a positive value, such as errors that are all 0, keep a linear one.
+    """
     axis = ax.xaxis if name == "x" else ax.yaxis
+    if not axis.get_data_interval()[1] > 0:
+        return
+    ax.set(**{f"{name}scale": "log"})
     low, high = axis.get_view_interval()
     decades = np.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if decades < 1.7 else (1,), numticks=6))
