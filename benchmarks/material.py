@@ -20,7 +20,7 @@ class Size:
         rows: recorded samples, half of them held out. batch: samples of a call.
         most_rows: of the long extraction, whose memory is compared with that of 16.
         cka_width, cka_tokens, cka_depth: similarity's channels, held-out tokens, and blocks that
-            are measured (of `CKA_BLOCKS`, to which times are extrapolated).
+            are measured, and half of them (of `CKA_BLOCKS`, to which times are extrapolated).
     """
 
     width: int
@@ -38,9 +38,9 @@ class Size:
 
 CKA_BLOCKS = 60
 SIZES = {
-    "tiny": Size(64, 6, 4, 5, 8, 2, 12, 16, 60, 3, 1),
-    "small": Size(256, 8, 16, 32, 16, 4, 256, 128, 1280, 6, 5),
-    "medium": Size(512, 12, 16, 32, 16, 4, 256, 512, 5120, 2, 3),
+    "tiny": Size(64, 6, 4, 5, 8, 2, 12, 16, 60, 4, 1),
+    "small": Size(256, 8, 16, 32, 16, 4, 256, 128, 1280, 12, 5),
+    "medium": Size(512, 12, 16, 32, 16, 4, 256, 512, 5120, 8, 3),
 }
 
 

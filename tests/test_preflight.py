@@ -276,6 +276,9 @@ def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     inputs["distill"] |= {"shards": "auto", "mode": "sequential"}
     assert "distill.mode is sequential" in refused(inputs)
     inputs["distill"]["mode"] = "independent"
+    inputs["similarity"]["bootstrap"] = 0
+    assert "similarity.bootstrap is 0; set tolerance to a number" in refused(inputs)
+    inputs["intervals"]["tolerance"] = 0.01
     inputs["finetune"]["cpu_offload"] = True
     assert "finetune.cpu_offload is of use with finetune.sharding: fsdp alone" in refused(inputs)
     inputs["finetune"]["sharding"] = "fsdp"

@@ -21,6 +21,7 @@ from ppcl import (
     similarity,
     students,
 )
+from ppcl.cka import resamples
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, TEXT
 from ppcl.plans import Part
@@ -295,7 +296,7 @@ def test_threshold_finds_the_silent_run(in_a_row):
             for block in range(DEPTH)
         ]
         held = tokens.heldout(stream)
-        plan = similarity.resamples(tokens.prompts(stream)[held], 0, 0, "plain")
+        plan = resamples(tokens.prompts(stream)[held], 0, 0, "plain")
         draws.append(
             similarity.surrogate_cka(
                 lambda b, held=held, stream=stream: tokens.values(b, stream)[held], fitted, plan

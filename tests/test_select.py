@@ -37,6 +37,7 @@ def write_cka(path, cka, **facts):
         "seams": [0],
         "untouchable": [],
         "delta_noise": {"mean": 0.0},
+        "bootstrap": 2,
         **facts,
     }
     tables.write(path, table, schemas.CKA, {key: json.dumps(value) for key, value in facts.items()})
@@ -143,6 +144,13 @@ def test_stage_tolerance(tmp_path, monkeypatch, tolerance, used):
     chain = intervals.trend_chain(cka, [range(12)], used)
     assert len(chain) == (found["source"] == "trend").sum()
     assert len(chain) < len(intervals.trend_chain(cka, [range(12)]))
+
+
+def test_stage_takes_no_noise_from_a_table_without_resamples(tmp_path, monkeypatch, capsys):
+    write_cka(tmp_path / "cka.parquet", random_cka(0, 6), bootstrap=0)
+    with pytest.raises(SystemExit):
+        run_stage(monkeypatch, tmp_path, tolerance="bootstrap")
+    assert "cka.parquet was made without; set a number" in capsys.readouterr().err
 
 
 def test_stage_names_the_streams_that_there_are(tmp_path, monkeypatch, capsys):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import similarity
+from ppcl import cka, similarity
 from ppcl.errors import UserError
 from ppcl.probes import Probe
 
@@ -61,7 +61,7 @@ class Model:
         return z
 
     def plan(self, draws=0, estimator="plain"):
-        return similarity.resamples(self.prompts, draws, 0, estimator)
+        return cka.resamples(self.prompts, draws, 0, estimator)
 
 
 @settings(max_examples=40, deadline=None)
@@ -70,8 +70,8 @@ def test_cka_equals_gram_form(seed, tokens, width_x, width_y):
     generator = np.random.default_rng(seed)
     x = (generator.normal(size=(tokens, width_x)) + 2) * 10 ** generator.uniform(-2, 2, width_x)
     y = np.tanh(x[:, :1]) + generator.normal(size=(tokens, width_y))
-    assert similarity.linear_cka(x, y) == pytest.approx(gram_cka(x, y), abs=1e-9)
-    debiased = similarity.linear_cka(x, y, "debiased")
+    assert cka.linear_cka(x, y) == pytest.approx(gram_cka(x, y), abs=1e-9)
+    debiased = cka.linear_cka(x, y, "debiased")
     assert debiased == pytest.approx(gram_cka(x, y, "debiased"), abs=1e-7)
 
 
@@ -81,31 +81,31 @@ def test_cka_invariances(seed, scale, estimator):
     generator = np.random.default_rng(seed)
     x, y = generator.normal(size=(30, 6)), generator.normal(size=(30, 4))
     y[:, 0] += x[:, 0]
-    value = similarity.linear_cka(x, y, estimator)
+    value = cka.linear_cka(x, y, estimator)
     rotation = np.linalg.qr(generator.normal(size=(6, 6)))[0]
     moved = scale * x @ rotation + generator.normal(size=6)
-    assert similarity.linear_cka(moved, y, estimator) == pytest.approx(value, abs=1e-9)
-    assert similarity.linear_cka(y, x, estimator) == pytest.approx(value, abs=1e-12)
-    assert similarity.linear_cka(x, moved, estimator) == pytest.approx(1, abs=1e-9)
+    assert cka.linear_cka(moved, y, estimator) == pytest.approx(value, abs=1e-9)
+    assert cka.linear_cka(y, x, estimator) == pytest.approx(value, abs=1e-12)
+    assert cka.linear_cka(x, moved, estimator) == pytest.approx(1, abs=1e-9)
     assert (0 if estimator == "plain" else -1) <= value < 1
     stretched = x * [100, 1, 1, 1, 1, 1]
-    assert abs(similarity.linear_cka(x, stretched, estimator) - 1) > 1e-3
+    assert abs(cka.linear_cka(x, stretched, estimator) - 1) > 1e-3
 
 
 def test_debiased_is_unbiased_where_plain_is_not():
     generator = np.random.default_rng(0)
     pairs = [generator.normal(size=(2, 60, 40)) for _ in range(60)]
-    assert np.mean([similarity.linear_cka(x, y) for x, y in pairs]) > 0.3
-    debiased = [similarity.linear_cka(x, y, "debiased") for x, y in pairs]
+    assert np.mean([cka.linear_cka(x, y) for x, y in pairs]) > 0.3
+    debiased = [cka.linear_cka(x, y, "debiased") for x, y in pairs]
     assert abs(np.mean(debiased)) < 4 * np.std(debiased) / np.sqrt(60) + 1e-3
 
 
 def test_many_channels_go_by_in_slabs(monkeypatch):
     generator = np.random.default_rng(1)
     x, y = generator.normal(size=(20, 7)), generator.normal(size=(20, 3))
-    expected = similarity.linear_cka(x, y, "debiased")
-    monkeypatch.setattr(similarity, "SLAB_BYTES", 8 * 3 * 2 * 2)  # two channels at a time
-    assert similarity.linear_cka(x, y, "debiased") == pytest.approx(expected, abs=1e-12)
+    expected = cka.linear_cka(x, y, "debiased")
+    monkeypatch.setattr(cka, "SLAB_BYTES", 8 * 3 * 2)  # two channels at a time
+    assert cka.linear_cka(x, y, "debiased") == pytest.approx(expected, abs=1e-12)
 
 
 @estimators
@@ -128,6 +128,32 @@ def test_surrogates_equal_materialised_ones(estimator, reference, normalise):
             expected = gram_cka(*sides, estimator)
             assert expected < 0.9999
             assert values[0, first, last] == pytest.approx(expected, abs=1e-8)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seeds, st.integers(3, 60), st.integers(1, 12), st.sampled_from(["end", "start"]))
+def test_composed_maps_equal_materialised_tokens(seed, tokens, width, reference):
+    """Fewer tokens than channels included."""
+    model = Model(seed, depth=3, tokens=4 * tokens, width=width)
+    how = {"reference": reference}
+    composed = similarity.surrogate_cka(model.read, model.probes, model.plan(), **how)
+    materialised = similarity.surrogate_cka(model.read, model.probes, model.plan(2), **how)
+    np.testing.assert_allclose(composed[0], materialised[0], atol=1e-9)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("draws", [0, 2])
+def test_probes_that_leave_one_token_for_all_are_named(draws, normalise):
+    model = Model()
+    model.probes[2] = Probe(-np.eye(5), np.ones(5))
+    with pytest.raises(UserError, match="stream 'text', probes [012]-2: the 40 held-out"):
+        similarity.surrogate_cka(
+            model.read,
+            model.probes,
+            model.plan(draws),
+            normalise_tokens=normalise,
+            stream="text",
+        )
 
 
 def test_exact_probes_of_a_linear_stack_lose_nothing():
@@ -185,19 +211,19 @@ def test_resamples_equal_resampled_tokens(estimator):
 
 def test_at_most_32_groups_of_whole_prompts():
     prompts = np.random.default_rng(4).integers(0, 500, 3000)
-    plan = similarity.resamples(prompts, 10, 0, "plain")
+    plan = cka.resamples(prompts, 10, 0, "plain")
     assert plan.weights.shape == (11, 32)
     assert (plan.weights[0] == 1).all()
     np.testing.assert_array_equal(plan.weights.sum(1), 32)
     np.testing.assert_array_equal(np.sort(plan.order), np.arange(3000))
     parts = np.split(prompts[plan.order], plan.offsets[1:-1])
     assert sum(len(np.unique(part)) for part in parts) == len(np.unique(prompts))
-    again = similarity.resamples(prompts, 10, 0, "plain")
+    again = cka.resamples(prompts, 10, 0, "plain")
     np.testing.assert_array_equal(plan.weights, again.weights)
 
 
 def test_one_prompt_has_no_spread():
-    plan = similarity.resamples(np.zeros(20, int), 5, 0, "debiased")
+    plan = cka.resamples(np.zeros(20, int), 5, 0, "debiased")
     assert (plan.weights == 1).all()
 
 
@@ -210,13 +236,13 @@ def test_bootstrap_spread_matches_fresh_samples(estimator):
         x = generator.normal(size=(128, 3))
         return x, x + 1.5 * generator.normal(size=(128, 3))
 
-    truth = np.std([similarity.linear_cka(*sample(), estimator) for _ in range(200)])
+    truth = np.std([cka.linear_cka(*sample(), estimator) for _ in range(200)])
     widths = []
     for _ in range(10):
         x, y = sample()
-        plan = similarity.resamples(np.arange(128), 200, 0, estimator)
-        x, y = ((side - side.mean(0))[plan.order] for side in (x, y))
-        parts = [similarity._hsic(*pair, plan, estimator) for pair in ((x, y), (x, x), (y, y))]
+        plan = cka.resamples(np.arange(128), 200, 0, estimator)
+        x, y = (cka.Side((z - z.mean(0))[plan.order], plan) for z in (x, y))
+        parts = [cka.hsic(*pair, plan, estimator) for pair in ((x, y), (x, x), (y, y))]
         draws = parts[0] / np.sqrt(parts[1] * parts[2])
         low, high = similarity.limits(draws)
         assert low < draws[0] < high
@@ -282,6 +308,6 @@ def test_bad_tokens_name_stream_and_boundary():
     with pytest.raises(UserError, match=r"stream 'text', boundary 2.*do not differ"):
         similarity.block_cka(model.read, [1, 2], model.plan(), stream="text")
     with pytest.raises(UserError, match="no held-out tokens"):
-        similarity.resamples(np.array([], int), 3, 0, "plain")
+        cka.resamples(np.array([], int), 3, 0, "plain")
     with pytest.raises(UserError, match="at least 4"):
-        similarity.linear_cka(np.eye(3), np.eye(3)[::-1] * [1, 2, 3], "debiased")
+        cka.linear_cka(np.eye(3), np.eye(3)[::-1] * [1, 2, 3], "debiased")

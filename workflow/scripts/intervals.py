@@ -71,8 +71,15 @@ def main() -> None:
     if wide and not (options.width and options.candidates):
         raise UserError("width.enabled is true: name the tables --width and --candidates")
 
-    names = "block_parameters", "transformer_parameters", "seams", "untouchable", "delta_noise"
-    facts = measured.facts(options.cka, *names)
+    names = (
+        "block_parameters",
+        "transformer_parameters",
+        "seams",
+        "untouchable",
+        "delta_noise",
+        "bootstrap",
+    )
+    facts = measured.facts(options.cka, *names, "delta_noise", "bootstrap")
     depth = len(facts["block_parameters"])
     facts["blocks"] = depth
     cka = measured.cka(options.cka, stream, depth)
@@ -80,6 +87,11 @@ def main() -> None:
     if chosen["cost"] == "velocity":
         costs = chosen["training_leaves"] * measured.costs(options.sensitivity, depth)
     noise = facts["delta_noise"][stream]
+    if chosen["tolerance"] == "bootstrap" and not facts["bootstrap"]:
+        raise UserError(
+            f"intervals.tolerance: bootstrap is the noise that resamples show, but {options.cka} "
+            "was made without; set a number, or similarity.bootstrap to 2 or more"
+        )
     tolerance = noise if chosen["tolerance"] == "bootstrap" else chosen["tolerance"]
     text = {"text_saved": [0] * depth, "text_output": [0] * depth}
     widths = []

@@ -22,8 +22,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, distillation, similarity, students, training
+from ppcl import blocks, calls, distillation, students, training
 from ppcl.activations import TokenReader
+from ppcl.cka import linear_cka
 from ppcl.errors import UserError
 from ppcl.pins import Ends
 from ppcl.plans import Part
@@ -138,7 +139,7 @@ def cka_change(tokens: TokenReader, streams: Sequence[str], estimator: str) -> n
 
     def similar(stream: str, block: int) -> float:
         ends = tokens.values(block, stream), tokens.values(block + 1, stream)
-        return similarity.linear_cka(*ends, estimator)
+        return linear_cka(*ends, estimator)
 
     depth = range(tokens.boundaries - 1)
     return np.array([1 - np.mean([similar(s, b) for s in streams]) for b in depth])

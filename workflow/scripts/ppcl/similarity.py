@@ -17,66 +17,23 @@ Either way cka(u, u) = 1, which Eq. 4 needs for its first difference:
 
     delta(u, k) = -(cka(u, k) - cka(u, k - 1))
 
-Linear CKA, Kornblith et al. 2019; debiased by HSIC_1, Song et al. 2012, here in feature space:
-O(n d^2) for n tokens of d channels, no n x n matrix. NumPy float64 throughout.
+The product of affine maps is affine, so a run of probes is one map A, and CKA ignores its shift.
+With the start's centred tokens X = Q R, the surrogate's are X A^T = Q H^T for H = A R^T, and
+
+    |Z^T Z| = |H H^T|,    |Z^T Y| = |H (Q^T Y)|        (Frobenius norms)
+
+in one product of n d^2 per pair (`_Composed`). Resamples, the debiased estimator and normalised
+tokens need every token of the surrogate (`_Materialised`). NumPy float64 throughout.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
+from ppcl.cka import CONSTANT, Resamples, Side, constant, hsic, prepare, ratio, resamples
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, JOINT, TEXT
 from ppcl.probes import Probe
-
-MAX_GROUPS = 32
-SLAB_BYTES = 128 * 2**20
-
-
-@dataclass(frozen=True)
-class Resamples:
-    """Bootstrap over calibration prompts.
-
-    order [n]: permutation of the tokens that brings those of one group of prompts together;
-    offsets [g + 1]: where each group starts in that order; weights [1 + draws, g] float64: how
-    often each group counts. Row 0 is all ones, the estimate itself.
-    """
-
-    order: np.ndarray
-    offsets: np.ndarray
-    weights: np.ndarray
-
-
-def resamples(prompts: np.ndarray, draws: int, seed: int, estimator: str) -> Resamples:
-    """Draw `draws` resamples of at most 32 groups of prompts; `prompts` [n] is each token's prompt.
-
-    Whole prompts are drawn, since tokens of one image are not independent. "plain" draws the groups
-    with replacement. "debiased" draws half of them without: a token that is drawn twice meets
-    itself off the diagonal and brings back the very bias that HSIC_1 removes, while a half-sample
-    has the same variance as a bootstrap sample (Efron 1982, ch. 8) and no token twice.
-
-    Raises UserError if there are no tokens.
-    """
-    if not len(prompts):
-        raise UserError(
-            "no held-out tokens: raise record.heldout_fraction or record.samples, and rerun"
-        )
-    _, rank = np.unique(prompts, return_inverse=True)
-    group = rank % MAX_GROUPS
-    order = np.argsort(group, kind="stable")
-    groups = int(group.max()) + 1
-    offsets = np.searchsorted(group[order], np.arange(groups + 1))
-    weights = np.ones((1 + draws, groups))
-    generator = np.random.default_rng(seed)
-    if groups > 1:
-        for row in weights[1:]:
-            if estimator == "debiased":
-                row[generator.permutation(groups)[: groups // 2]] = 0
-            else:
-                row[:] = generator.multinomial(groups, np.full(groups, 1 / groups))
-    return Resamples(order, offsets, weights)
 
 
 def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Resamples]:
@@ -89,20 +46,6 @@ def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Re
     draws = options["bootstrap"], seed, options["estimator"]
     plan = resamples(tokens.prompts(stream)[mask], *draws)
     return lambda boundary: tokens.values(boundary, stream)[mask], plan
-
-
-def linear_cka(x: np.ndarray, y: np.ndarray, estimator: str = "plain") -> float:
-    """Linear CKA of x [n, d_x] and y [n, d_y], rows being the same n tokens.
-
-    "plain": |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms of centred features; in [0, 1],
-    biased upward when n < 10 d. "debiased": the same ratio of HSIC_1, numerator and denominators
-    unbiased; in [-1, 1]. Both ignore translation, rotation and isotropic scale of either side.
-    Raises UserError if a side does not vary, or on fewer than 4 tokens with "debiased".
-    """
-    plan = resamples(np.zeros(len(x), int), 0, 0, estimator)
-    x, y = _prepare(x, False, "x"), _prepare(y, False, "y")
-    own_x, own_y = (_hsic(side, side, plan, estimator) for side in (x, y))
-    return float(_ratio(_hsic(x, y, plan, estimator), own_x, own_y)[0])
 
 
 def surrogate_cka(
@@ -125,17 +68,21 @@ def surrogate_cka(
     the resamples of `plan`. normalise_tokens: L2-normalise every token (on both sides) first.
     steps: range(M), wrapped in a progress bar if one is wanted.
 
-    Memory: M n d float64 numbers, for one running surrogate per start, and as many again with
-    reference "start". Time: about M^2 / 2 times 3 products of n d^2.
+    Memory: M n d float64 numbers, and as many again with reference "start". Time: M^2 / 2 times
+    2 to 3 products of n d^2; one with the plain estimator and no resamples.
     Raises UserError naming stream and boundary on NaN or tokens that do not vary.
     """
     depth = len(probes)
     values = np.full((len(plan.weights), depth, depth), np.nan)
-    running: dict[int, np.ndarray] = {}
-    starts: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    composed = len(plan.weights) == 1 and estimator == "plain" and not normalise_tokens
+    kind = _Composed if composed else _Materialised
+    running: dict[int, _Composed | _Materialised] = {}
+    targets: dict[int, tuple[Side, np.ndarray]] = {}
 
-    def side(tokens: np.ndarray, name: str) -> np.ndarray:
-        return _prepare(tokens, normalise_tokens, f"stream {stream!r}, {name}")
+    def target(tokens: np.ndarray, boundary: int) -> tuple[Side, np.ndarray]:
+        name = f"stream {stream!r}, boundary {boundary}"
+        side = Side(prepare(tokens, normalise_tokens, name), plan)
+        return side, hsic(side, side, plan, estimator)
 
     here = None
     for last in range(depth) if steps is None else steps:
@@ -146,21 +93,71 @@ def surrogate_cka(
             continue
         if here is None:
             here = _ordered(read, last, plan, stream)
-        running[last] = here
         if reference == "start":
-            start = side(here, f"boundary {last}")
-            starts[last] = (start, _hsic(start, start, plan, estimator))
+            targets[last] = target(here, last)
+        running[last] = kind(here, normalise_tokens, plan, estimator)
         here = _ordered(read, last + 1, plan, stream)
         if reference == "end":
-            end = side(here, f"boundary {last + 1}")
-            target = (end, _hsic(end, end, plan, estimator))
-        for first, tokens in running.items():
-            running[first] = probe(tokens)
-            z = side(running[first], f"probes {first}-{last}")
-            own = _hsic(z, z, plan, estimator)
-            other, own_other = target if reference == "end" else starts[first]
-            values[:, first, last] = _ratio(_hsic(z, other, plan, estimator), own, own_other)
+            targets = dict.fromkeys(running, target(here, last + 1))
+        for first, run in running.items():
+            run.add(probe, f"stream {stream!r}, probes {first}-{last}")
+            other, own_other = targets[first]
+            values[:, first, last] = ratio(run.with_other(other), run.own(), own_other)
     return values
+
+
+class _Composed:
+    """A surrogate as a map of its start, for the plain estimator without resamples."""
+
+    def __init__(self, tokens: np.ndarray, _normalise: bool, _plan: Resamples, _estimator: str):
+        self._count, self._mean = len(tokens), tokens.mean(0)
+        self._basis, triangle = np.linalg.qr(tokens - self._mean)
+        self._map = triangle.T
+
+    def add(self, probe: Probe, name: str) -> None:
+        self._map = self._map + probe.weight @ self._map
+        self._mean = probe(self._mean[None])[0]
+        _refuse_constant(np.square(self._map).sum(), self._mean, self._count, name)
+
+    def own(self) -> np.ndarray:
+        return np.square(self._map @ self._map.T).sum(keepdims=True).ravel()
+
+    def with_other(self, other: Side) -> np.ndarray:
+        return np.square(self._map @ (self._basis.T @ other.x)).sum(keepdims=True).ravel()
+
+
+class _Materialised:
+    """A surrogate as its tokens, centred unless each is to be normalised first."""
+
+    def __init__(self, tokens: np.ndarray, normalise: bool, plan: Resamples, estimator: str):
+        self._normalise, self._how = normalise, (plan, estimator)
+        self._mean = np.zeros(tokens.shape[1]) if normalise else tokens.mean(0)
+        self._tokens = tokens - self._mean
+        self._side: Side
+
+    def add(self, probe: Probe, name: str) -> None:
+        if self._normalise:
+            self._tokens = probe(self._tokens)
+            self._side = Side(prepare(self._tokens, True, name), self._how[0])
+            return
+        # Centred tokens stay so without the bias: no pass over n d numbers to centre them again.
+        self._tokens = self._tokens @ (np.eye(*probe.weight.shape) + probe.weight).T
+        self._mean = probe(self._mean[None])[0]
+        spread = np.vdot(self._tokens, self._tokens)
+        _refuse_constant(spread, self._mean, len(self._tokens), name)
+        self._side = Side(self._tokens, self._how[0])
+
+    def own(self) -> np.ndarray:
+        return hsic(self._side, self._side, *self._how)
+
+    def with_other(self, other: Side) -> np.ndarray:
+        return hsic(self._side, other, *self._how)
+
+
+def _refuse_constant(spread: float, mean: np.ndarray, count: int, name: str) -> None:
+    """spread: sum of |x - mean|^2 over `count` tokens."""
+    if spread <= CONSTANT**2 * (spread + count * np.square(mean).sum()):
+        raise constant(name, count)
 
 
 def block_cka(
@@ -178,20 +175,16 @@ def block_cka(
     unit diagonal. Only row 0 of `plan` is used (no resampling). Memory: len(blocks) n d float64.
     """
     plan = Resamples(plan.order, plan.offsets, plan.weights[:1])
-    outputs = [
-        _prepare(
-            _ordered(read, block + 1, plan, stream),
-            normalise_tokens,
-            f"stream {stream!r}, boundary {block + 1}",
-        )
-        for block in blocks
-    ]
-    own = [_hsic(output, output, plan, estimator) for output in outputs]
+    outputs = []
+    for block in blocks:
+        tokens, name = _ordered(read, block + 1, plan, stream), f"boundary {block + 1}"
+        outputs.append(Side(prepare(tokens, normalise_tokens, f"stream {stream!r}, {name}"), plan))
+    own = [hsic(output, output, plan, estimator) for output in outputs]
     values = np.eye(len(outputs))
     for a in range(len(outputs)):
         for b in range(a):
-            cross = _hsic(outputs[a], outputs[b], plan, estimator)
-            values[a, b] = values[b, a] = _ratio(cross, own[a], own[b])[0]
+            cross = hsic(outputs[a], outputs[b], plan, estimator)
+            values[a, b] = values[b, a] = ratio(cross, own[a], own[b])[0]
     return values
 
 
@@ -264,79 +257,3 @@ def _ordered(
             "Set teacher.dtype to bfloat16 or float32, delete activations/ and rerun."
         )
     return tokens[plan.order]
-
-
-def _prepare(tokens: np.ndarray, normalise: bool, name: str) -> np.ndarray:
-    """Optionally L2-normalised tokens, centred: float64 [n, d]. CKA ignores the shift, and
-    centred tokens keep the sums below from cancelling."""
-    tokens = np.asarray(tokens, np.float64)
-    if normalise:
-        norms = np.linalg.norm(tokens, axis=1, keepdims=True)
-        tokens = tokens / np.where(norms > 0, norms, 1)
-    centred = tokens - tokens.mean(0)
-    if np.abs(centred).max(initial=0) <= 1e-12 * np.abs(tokens).max(initial=0):
-        raise UserError(
-            f"{name}: the {len(tokens)} held-out token(s) do not differ, so CKA is undefined. "
-            "Record more prompts (record.samples, record.heldout_fraction) and rerun."
-        )
-    return centred
-
-
-def _hsic(x: np.ndarray, y: np.ndarray, plan: Resamples, estimator: str) -> np.ndarray:
-    """HSIC of linear kernels for every row of plan.weights, from sums over each group of prompts.
-
-    x [n, d_x], y [n, d_y] in plan.order -> [1 + draws]. A resample is a weighted sum of the groups'
-    X^T Y, so it costs groups * d_x * d_y, not a pass over the tokens. Columns of x go by in slabs,
-    to bound the memory of groups + draws such matrices.
-
-    With A = sum x y^T, a = sum x, b = sum y over n weighted tokens:
-    plain:    |A - a b^T / n|^2                                     (= |X^T Y|^2, centred)
-    debiased: HSIC_1 = [ tr(KL) + (1'K1)(1'L1) / ((n-1)(n-2)) - 2 (1'KL1) / (n-2) ] / (n (n-3))
-              with the kernels' diagonals K_ii = |x_i|^2, L_ii = |y_i|^2 set to 0, so that
-              tr(KL) = |A|^2 - sum K_ii L_ii,   1'K1 = |a|^2 - sum K_ii,
-              1'KL1 = a'A b - a'(sum x L_ii) - b'(sum y K_ii) + sum K_ii L_ii
-    """
-    weights, offsets = plan.weights, plan.offsets
-
-    def totals(values: np.ndarray) -> np.ndarray:
-        return weights @ np.add.reduceat(values, offsets[:-1], axis=0)
-
-    n = weights @ np.diff(offsets)
-    a, b = totals(x), totals(y)
-    square, bilinear = np.zeros(len(weights)), np.zeros(len(weights))
-    width = max(1, SLAB_BYTES // (8 * sum(weights.shape) * y.shape[1]))
-    for start in range(0, x.shape[1], width):
-        slab = x[:, start : start + width]
-        products = np.stack([slab[low:high].T @ y[low:high] for low, high in pairwise(offsets)])
-        sums = (weights @ products.reshape(len(products), -1)).reshape(-1, *products.shape[1:])
-        square += np.einsum("wij,wij->w", sums, sums)
-        bilinear += ((sums @ b[:, :, None])[:, :, 0] * a[:, start : start + width]).sum(1)
-    a_a, b_b = np.square(a).sum(1), np.square(b).sum(1)
-    if estimator == "plain":
-        return square - 2 * bilinear / n + a_a * b_b / n**2
-    if n.min() < 4:
-        raise UserError(
-            f"similarity.estimator 'debiased' needs at least 4 held-out tokens in a resample, here "
-            f"{int(n.min())}. Raise record.samples or set similarity.estimator to plain."
-        )
-    k, el = np.square(x).sum(1), np.square(y).sum(1)
-    k_l = totals(k * el)
-    trace = square - k_l
-    sums_k, sums_l = a_a - totals(k), b_b - totals(el)
-    both = (
-        bilinear - (a * totals(x * el[:, None])).sum(1) - (b * totals(y * k[:, None])).sum(1) + k_l
-    )
-    return (trace + sums_k * sums_l / ((n - 1) * (n - 2)) - 2 * both / (n - 2)) / (n * (n - 3))
-
-
-def _ratio(cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray) -> np.ndarray:
-    """CKA; rounding may leave it a hair above 1."""
-    if own_x[0] <= 0 or own_y[0] <= 0:
-        raise UserError(
-            "a representation does not vary over the held-out tokens, so its CKA is undefined. "
-            "Record more prompts (record.samples, record.heldout_fraction)."
-        )
-    # A resample can, rarely, hold tokens that do not vary; it then says nothing: the estimate.
-    defined = (own_x > 0) & (own_y > 0)
-    scale = np.sqrt(np.where(defined, own_x * own_y, 1))
-    return np.minimum(np.where(defined, cross / scale, cross[0] / scale[0]), 1.0)

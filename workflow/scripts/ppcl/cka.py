@@ -1,0 +1,199 @@
+"""Linear CKA, plain and debiased, and its resamples over calibration prompts.
+
+Kornblith et al. 2019; debiased by HSIC_1, Song et al. 2012, here in feature space: O(n d^2) for n
+tokens of d channels, no n x n matrix. NumPy float64 throughout.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import numpy as np
+
+from ppcl.errors import UserError
+
+MAX_GROUPS = 32
+# Tokens that vary by less than this share of their level vary by rounding.
+CONSTANT = 1e-12
+SLAB_BYTES = 128 * 2**20
+
+
+@dataclass(frozen=True)
+class Resamples:
+    """Bootstrap over calibration prompts.
+
+    order [n]: permutation of the tokens that brings those of one group of prompts together;
+    offsets [g + 1]: where each group starts in that order; weights [1 + draws, g] float64: how
+    often each group counts. Row 0 is all ones, the estimate itself.
+    """
+
+    order: np.ndarray
+    offsets: np.ndarray
+    weights: np.ndarray
+
+
+def resamples(prompts: np.ndarray, draws: int, seed: int, estimator: str) -> Resamples:
+    """Draw `draws` resamples of at most 32 groups of prompts; `prompts` [n] is each token's prompt.
+
+    Whole prompts are drawn, since tokens of one image are not independent. "plain" draws the groups
+    with replacement. "debiased" draws half of them without: a token that is drawn twice meets
+    itself off the diagonal and brings back the very bias that HSIC_1 removes, while a half-sample
+    has the same variance as a bootstrap sample (Efron 1982, ch. 8) and no token twice.
+
+    Raises UserError if there are no tokens.
+    """
+    if not len(prompts):
+        raise UserError(
+            "no held-out tokens: raise record.heldout_fraction or record.samples, and rerun"
+        )
+    _, rank = np.unique(prompts, return_inverse=True)
+    group = rank % MAX_GROUPS
+    order = np.argsort(group, kind="stable")
+    groups = int(group.max()) + 1
+    offsets = np.searchsorted(group[order], np.arange(groups + 1))
+    weights = np.ones((1 + draws, groups))
+    generator = np.random.default_rng(seed)
+    if groups > 1:
+        for row in weights[1:]:
+            if estimator == "debiased":
+                row[generator.permutation(groups)[: groups // 2]] = 0
+            else:
+                row[:] = generator.multinomial(groups, np.full(groups, 1 / groups))
+    return Resamples(order, offsets, weights)
+
+
+def linear_cka(x: np.ndarray, y: np.ndarray, estimator: str = "plain") -> float:
+    """Linear CKA of x [n, d_x] and y [n, d_y], rows being the same n tokens.
+
+    "plain": |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms of centred features; in [0, 1],
+    biased upward when n < 10 d. "debiased": the same ratio of HSIC_1, numerator and denominators
+    unbiased; in [-1, 1]. Both ignore translation, rotation and isotropic scale of either side.
+    Raises UserError if a side does not vary, or on fewer than 4 tokens with "debiased".
+    """
+    plan = resamples(np.zeros(len(x), int), 0, 0, estimator)
+    x, y = (Side(prepare(side, False, name), plan) for side, name in ((x, "x"), (y, "y")))
+    own_x, own_y = (hsic(side, side, plan, estimator) for side in (x, y))
+    return float(ratio(hsic(x, y, plan, estimator), own_x, own_y)[0])
+
+
+def prepare(tokens: np.ndarray, normalise: bool, name: str) -> np.ndarray:
+    """Optionally L2-normalised tokens, centred: float64 [n, d]. CKA ignores the shift, and
+    centred tokens keep the sums below from cancelling."""
+    tokens = np.asarray(tokens, np.float64)
+    if normalise:
+        norms = np.linalg.norm(tokens, axis=1, keepdims=True)
+        tokens = tokens / np.where(norms > 0, norms, 1)
+    centred = tokens - tokens.mean(0)
+    if np.abs(centred).max(initial=0) <= CONSTANT * np.abs(tokens).max(initial=0):
+        raise constant(name, len(tokens))
+    return centred
+
+
+def constant(name: str, count: int) -> UserError:
+    return UserError(
+        f"{name}: the {count} held-out token(s) do not differ, so CKA is undefined. "
+        "Record more prompts (record.samples, record.heldout_fraction) and rerun."
+    )
+
+
+class Side:
+    """One side of CKA: centred tokens x [n, d] in plan.order, and sums over groups of prompts.
+
+    Without resamples all tokens are one group.
+    """
+
+    def __init__(self, x: np.ndarray, plan: Resamples):
+        self.x = x
+        offsets = plan.offsets if len(plan.weights) > 1 else plan.offsets[[0, -1]]
+        self.groups = [slice(low, high) for low, high in pairwise(offsets)]
+        self.sums = self.totals(np.ones(len(x)))
+
+    def totals(self, each: np.ndarray) -> np.ndarray:
+        """Sum of x_i each_i over the tokens i of each group: [g, d] from each [n]."""
+        return np.stack([each[group] @ self.x[group] for group in self.groups])
+
+    @cached_property
+    def on_sums(self) -> np.ndarray:
+        """x_i on the sum of each group: [n, g]."""
+        return self.x @ self.sums.T
+
+    @cached_property
+    def squares(self) -> np.ndarray:
+        """|x_i|^2: [n]."""
+        return np.einsum("nd,nd->n", self.x, self.x)
+
+
+def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
+    """HSIC of linear kernels for every row of plan.weights: [1 + draws].
+
+    With A = sum x y^T, a = sum x, b = sum y over n weighted tokens:
+    plain:    |A - a b^T / n|^2                                     (= |X^T Y|^2, centred)
+    debiased: HSIC_1 = [ tr(KL) + (1'K1)(1'L1) / ((n-1)(n-2)) - 2 (1'KL1) / (n-2) ] / (n (n-3))
+              with the kernels' diagonals K_ii = |x_i|^2, L_ii = |y_i|^2 set to 0, so that
+              tr(KL) = |A|^2 - sum K_ii L_ii,   1'K1 = |a|^2 - sum K_ii,
+              1'KL1 = a'A b - a'(sum x L_ii) - b'(sum y K_ii) + sum K_ii L_ii
+
+    A resample weights groups of prompts, A = sum_g w_g A_g, so that its |A|^2 = w'Gw with
+    G_gh = <A_g, A_h>: g products of n_g d^2 and one Gram matrix serve all resamples.
+    """
+    weights = plan.weights if len(x.groups) == plan.weights.shape[1] else np.ones((1, 1))
+    n = weights @ np.array([group.stop - group.start for group in x.groups], float)
+
+    def form(matrix: np.ndarray) -> np.ndarray:
+        return ((weights @ matrix) * weights).sum(1)
+
+    square = form(_gram_of_products(x, y))
+    a_a, b_b = form(x.sums @ x.sums.T), form(y.sums @ y.sums.T)
+    # a'A b = sum_ghl w_g w_h w_l sum over i in h of (a_g x_i)(b_l y_i)
+    three = np.stack([x.on_sums[group].T @ y.on_sums[group] for group in x.groups])
+    each = (weights @ three.reshape(len(three), -1)).reshape(-1, *three.shape[1:])
+    bilinear = np.einsum("wg,wgl,wl->w", weights, each, weights, optimize=True)
+    if estimator == "plain":
+        return square - 2 * bilinear / n + a_a * b_b / n**2
+    if n.min() < 4:
+        raise UserError(
+            f"similarity.estimator 'debiased' needs at least 4 held-out tokens in a resample, here "
+            f"{int(n.min())}. Raise record.samples or set similarity.estimator to plain."
+        )
+    k, el = x.squares, y.squares
+    k_sum, l_sum, k_l = (
+        weights @ [values[group].sum() for group in x.groups] for values in (k, el, k * el)
+    )
+    sums_k, sums_l = a_a - k_sum, b_b - l_sum
+    crossed = form(x.sums @ x.totals(el).T) + form(y.sums @ y.totals(k).T)
+    both = bilinear - crossed + k_l
+    trace = square - k_l
+    return (trace + sums_k * sums_l / ((n - 1) * (n - 2)) - 2 * both / (n - 2)) / (n * (n - 3))
+
+
+def _gram_of_products(x: Side, y: Side) -> np.ndarray:
+    """<A_g, A_h> for all groups: float64 [g, g], with A_g = X_g^T Y_g.
+
+    Columns of x go by in slabs, to bound the memory of g such matrices. Of a side with itself,
+    whose A_g are symmetric, what lies below the diagonal is not computed twice.
+    """
+    gram = np.zeros((len(x.groups), len(x.groups)))
+    width = max(1, SLAB_BYTES // (8 * len(x.groups) * y.x.shape[1]))
+    for start in range(0, x.x.shape[1], width):
+        slab = x.x[:, start : start + width]
+        parts = [(y.x, 1)] if x is not y else [(slab, 1), (x.x[:, start + width :], 2)]
+        for other, times in parts:
+            products = np.empty((len(gram), slab.shape[1], other.shape[1]))
+            for product, group in zip(products, x.groups, strict=True):
+                np.matmul(slab[group].T, other[group], out=product)
+            flat = products.reshape(len(gram), -1)
+            gram += times * (flat @ flat.T)
+    return gram
+
+
+def ratio(cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray) -> np.ndarray:
+    """CKA; rounding may leave it a hair above 1."""
+    if own_x[0] <= 0 or own_y[0] <= 0:
+        raise UserError(
+            "a representation does not vary over the held-out tokens, so its CKA is undefined. "
+            "Record more prompts (record.samples, record.heldout_fraction)."
+        )
+    # A resample can, rarely, hold tokens that do not vary; it then says nothing: the estimate.
+    defined = (own_x > 0) & (own_y > 0)
+    scale = np.sqrt(np.where(defined, own_x * own_y, 1))
+    return np.minimum(np.where(defined, cross / scale, cross[0] / scale[0]), 1.0)
