@@ -9,7 +9,17 @@ import tiny
 import torch
 from killing import assert_same_log, equal, kill_and_resume
 
-from ppcl import blocks, calls, distillation, pipelines, schemas, students, tables, tensors
+from ppcl import (
+    blocks,
+    calls,
+    distillation,
+    evaluation,
+    pipelines,
+    schemas,
+    students,
+    tables,
+    tensors,
+)
 
 TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 EVALUATE = {"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 3}
@@ -156,6 +166,29 @@ def test_times_are_of_every_part(world):
     seconds = table[table["block"] == 0].set_index("part")["seconds"]
     whole = float(tables.provenance(folder / "latency.parquet")["transformer_seconds"])
     assert 0 < 3 * seconds["block"] < whole * 2 and seconds.min() >= 0
+
+
+def test_moments_when_the_machine_was_busy_do_not_count(
+    tiny_teacher, tiny_calls, tmp_path, monkeypatch, caplog
+):
+    """All but one of the repeats were disturbed; once the transformer's own, too."""
+    for whole in (5.5, 55.0):
+
+        def taken(runs, _repeats, _device, whole=whole):
+            one = {name: 1.0 if name.endswith("block") else 0.4 for name in runs}
+            return {
+                name: np.array([9.0, 9.0, value]) * (1, 7, 1)
+                for name, value in (one | {"transformer": whole}).items()
+            }
+
+        monkeypatch.setattr(evaluation, "interleaved_times", taken)
+        caplog.clear()
+        table = tmp_path / f"{whole}.parquet"
+        tiny.stage("latency", settings_of(tiny_teacher), calls=tiny_calls, table=table)
+        found = tables.read(table, schemas.LATENCY).to_pandas().set_index("part")["seconds"]
+        assert found["block"].tolist() == [1.0] * 5 and np.allclose(found["ffn_image"], 0.6)
+        assert tables.provenance(table)["transformer_seconds"] == repr(min(whole, 9.0))
+        assert ("its blocks 5 s together" in caplog.text) == (whole > 9)
 
 
 def test_a_staged_plan_trains_depth_first(world):
