@@ -241,7 +241,7 @@ def test_bootstrap_spread_matches_fresh_samples(estimator):
     for _ in range(10):
         x, y = sample()
         plan = cka.resamples(np.arange(128), 200, 0, estimator)
-        x, y = (cka.Side((z - z.mean(0))[plan.order], plan) for z in (x, y))
+        x, y = (cka.Side(cka.float64((z - z.mean(0))[plan.order]), plan) for z in (x, y))
         parts = [cka.hsic(*pair, plan, estimator) for pair in ((x, y), (x, x), (y, y))]
         draws = parts[0] / np.sqrt(parts[1] * parts[2])
         low, high = similarity.limits(draws)

@@ -17,6 +17,7 @@ WIDTH, PROMPTS, PER_PROMPT = 6, 80, 12
 SETTINGS = {
     "seed": 0,
     "probe": {"ridge": 0},
+    "device": "cpu",
     "similarity": {"bootstrap": 8},
     "intervals": {"segmentation": "optimal", "cka_floor": 0.999, "cost": "cka"},
     "width": {"enabled": False},

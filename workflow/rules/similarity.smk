@@ -21,10 +21,11 @@ rule similarity:
         ENVIRONMENT
     threads: THREADS
     resources:
+        gpu=1,
         mem_mb=8000,
         runtime=120,
     params:
-        config=subset("seed", "similarity"),
+        config=subset("seed", "device", "similarity"),
         code=code("similarity.py"),
     message:
         "Comparing runs of probes with the teacher"

@@ -5,8 +5,9 @@
         --cka results/digits/similarity/cka.parquet \
         --blocks results/digits/similarity/blocks.parquet
 
-Reads of the config: seed, similarity (without streams: all of them are written). The noise level
-of Delta's rise, per stream, is written into cka.parquet's provenance as `delta_noise`.
+On the configured device, if it has float64 and room for the tokens of all boundaries; else on the
+CPU. Reads of the config: seed, device, similarity (without streams: all of them are written). The
+noise level of Delta's rise, per stream, is written into cka.parquet's provenance as `delta_noise`.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ppcl import config, errors, probes, provenance, schemas, similarity, tables, tensors
+from ppcl import config, devices, errors, probes, provenance, schemas, similarity, tables, tensors
 from ppcl.activations import TokenReader
 
 
@@ -72,16 +73,20 @@ def main() -> None:
     weights, _ = tensors.read(options.probes)
     tokens = TokenReader(options.tokens)
     depth = tokens.boundaries - 1
+    wanted = devices.statistics_device(devices.choose(settings["device"]))
     draws, blocks = {}, []
     for stream in tokens.streams:
         fitted = probes.of_stream(weights, stream, depth)
         read, plan = similarity.heldout(tokens, stream, chosen, settings["seed"])
-        progress = tqdm(range(depth), desc=f"runs, {stream}", unit="block")
-        draws[stream] = similarity.surrogate_cka(
-            read, fitted, plan, reference=chosen["reference"], stream=stream, steps=progress, **how
-        )
         present = [i for i, probe in enumerate(fitted) if probe is not None]
-        values = similarity.block_cka(read, present, plan, stream=stream, **how)
+        shape = read(present[0]).shape
+        needed = similarity.memory(shape, len(present), chosen["reference"])
+        here = {"stream": stream, "device": devices.with_room(wanted, needed)}
+        progress = tqdm(range(depth), desc=f"runs, {stream}, {here['device']}", unit="block")
+        draws[stream] = similarity.surrogate_cka(
+            read, fitted, plan, reference=chosen["reference"], steps=progress, **here, **how
+        )
+        values = similarity.block_cka(read, present, plan, **here, **how)
         blocks.append(block_rows(stream, present, values))
     draws = similarity.with_joint(draws)
 

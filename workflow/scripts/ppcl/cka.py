@@ -1,7 +1,7 @@
 """Linear CKA, plain and debiased, and its resamples over calibration prompts.
 
 Kornblith et al. 2019; debiased by HSIC_1, Song et al. 2012, here in feature space: O(n d^2) for n
-tokens of d channels, no n x n matrix. NumPy float64 throughout.
+tokens of d channels, no n x n matrix. float64 throughout, on any device that has it.
 """
 
 from dataclasses import dataclass
@@ -9,9 +9,12 @@ from functools import cached_property
 from itertools import pairwise
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ppcl.errors import UserError
 
+CPU = torch.device("cpu")
 MAX_GROUPS = 32
 # Tokens that vary by less than this share of their level vary by rounding.
 CONSTANT = 1e-12
@@ -71,29 +74,43 @@ def linear_cka(x: np.ndarray, y: np.ndarray, estimator: str = "plain") -> float:
     Raises UserError if a side does not vary, or on fewer than 4 tokens with "debiased".
     """
     plan = resamples(np.zeros(len(x), int), 0, 0, estimator)
-    x, y = (Side(prepare(side, False, name), plan) for side, name in ((x, "x"), (y, "y")))
+    x, y = (Side(prepare(float64(v), False, name), plan) for v, name in ((x, "x"), (y, "y")))
     own_x, own_y = (hsic(side, side, plan, estimator) for side in (x, y))
     return float(ratio(hsic(x, y, plan, estimator), own_x, own_y)[0])
 
 
-def prepare(tokens: np.ndarray, normalise: bool, name: str) -> np.ndarray:
+def float64(values: np.ndarray, device: torch.device = CPU) -> Tensor:
+    """Values on a device, which has to know float64."""
+    # A copy in any case: what was read from a file can't be written to, which torch warns of.
+    return torch.from_numpy(np.array(values, np.float64)).to(device)
+
+
+def prepare(tokens: Tensor, normalise: bool, name: str) -> Tensor:
     """Optionally L2-normalised tokens, centred: float64 [n, d]. CKA ignores the shift, and
-    centred tokens keep the sums below from cancelling."""
-    tokens = np.asarray(tokens, np.float64)
+    centred tokens keep the sums below from cancelling.
+
+    Raises UserError, which begins with `name`, if they are all the same.
+    """
     if normalise:
-        norms = np.linalg.norm(tokens, axis=1, keepdims=True)
-        tokens = tokens / np.where(norms > 0, norms, 1)
-    centred = tokens - tokens.mean(0)
-    if np.abs(centred).max(initial=0) <= CONSTANT * np.abs(tokens).max(initial=0):
-        raise constant(name, len(tokens))
+        norms = torch.linalg.norm(tokens, dim=1, keepdim=True)
+        tokens = tokens / torch.where(norms > 0, norms, 1)
+    mean = tokens.mean(0)
+    centred = tokens - mean
+    refuse_constant(torch.linalg.norm(centred), mean, len(tokens), name)
     return centred
 
 
-def constant(name: str, count: int) -> UserError:
-    return UserError(
-        f"{name}: the {count} held-out token(s) do not differ, so CKA is undefined. "
-        "Record more prompts (record.samples, record.heldout_fraction) and rerun."
-    )
+def refuse_constant(spread: Tensor, mean: Tensor, count: int, name: str) -> None:
+    """Raises UserError if tokens vary by rounding alone.
+
+    spread: square root of the sum of |x - mean|^2 over `count` tokens.
+    """
+    level = count**0.5 * torch.linalg.norm(mean)
+    if spread <= CONSTANT * torch.hypot(spread, level):
+        raise UserError(
+            f"{name}: the {count} held-out token(s) do not differ, so CKA is undefined. "
+            "Record more prompts (record.samples, record.heldout_fraction) and rerun."
+        )
 
 
 class Side:
@@ -102,25 +119,25 @@ class Side:
     Without resamples all tokens are one group.
     """
 
-    def __init__(self, x: np.ndarray, plan: Resamples):
+    def __init__(self, x: Tensor, plan: Resamples):
         self.x = x
         offsets = plan.offsets if len(plan.weights) > 1 else plan.offsets[[0, -1]]
-        self.groups = [slice(low, high) for low, high in pairwise(offsets)]
-        self.sums = self.totals(np.ones(len(x)))
+        self.groups = [slice(low, high) for low, high in pairwise(offsets.tolist())]
+        self.sums = self.totals(x.new_ones(len(x)))
 
-    def totals(self, each: np.ndarray) -> np.ndarray:
+    def totals(self, each: Tensor) -> Tensor:
         """Sum of x_i each_i over the tokens i of each group: [g, d] from each [n]."""
-        return np.stack([each[group] @ self.x[group] for group in self.groups])
+        return torch.stack([each[group] @ self.x[group] for group in self.groups])
 
     @cached_property
-    def on_sums(self) -> np.ndarray:
+    def on_sums(self) -> Tensor:
         """x_i on the sum of each group: [n, g]."""
         return self.x @ self.sums.T
 
     @cached_property
-    def squares(self) -> np.ndarray:
+    def squares(self) -> Tensor:
         """|x_i|^2: [n]."""
-        return np.einsum("nd,nd->n", self.x, self.x)
+        return torch.linalg.vecdot(self.x, self.x)
 
 
 def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
@@ -139,14 +156,14 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
     weights = plan.weights if len(x.groups) == plan.weights.shape[1] else np.ones((1, 1))
     n = weights @ np.array([group.stop - group.start for group in x.groups], float)
 
-    def form(matrix: np.ndarray) -> np.ndarray:
-        return ((weights @ matrix) * weights).sum(1)
+    def form(matrix: Tensor) -> np.ndarray:
+        return ((weights @ matrix.cpu().numpy()) * weights).sum(1)
 
     square = form(_gram_of_products(x, y))
     a_a, b_b = form(x.sums @ x.sums.T), form(y.sums @ y.sums.T)
     # a'A b = sum_ghl w_g w_h w_l sum over i in h of (a_g x_i)(b_l y_i)
-    three = np.stack([x.on_sums[group].T @ y.on_sums[group] for group in x.groups])
-    each = (weights @ three.reshape(len(three), -1)).reshape(-1, *three.shape[1:])
+    three = torch.stack([x.on_sums[group].T @ y.on_sums[group] for group in x.groups])
+    each = (weights @ three.cpu().numpy().reshape(len(three), -1)).reshape(-1, *three.shape[1:])
     bilinear = np.einsum("wg,wgl,wl->w", weights, each, weights, optimize=True)
     if estimator == "plain":
         return square - 2 * bilinear / n + a_a * b_b / n**2
@@ -157,7 +174,8 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
         )
     k, el = x.squares, y.squares
     k_sum, l_sum, k_l = (
-        weights @ [values[group].sum() for group in x.groups] for values in (k, el, k * el)
+        weights @ torch.stack([values[group].sum() for group in x.groups]).cpu().numpy()
+        for values in (k, el, k * el)
     )
     sums_k, sums_l = a_a - k_sum, b_b - l_sum
     crossed = form(x.sums @ x.totals(el).T) + form(y.sums @ y.totals(k).T)
@@ -166,22 +184,22 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
     return (trace + sums_k * sums_l / ((n - 1) * (n - 2)) - 2 * both / (n - 2)) / (n * (n - 3))
 
 
-def _gram_of_products(x: Side, y: Side) -> np.ndarray:
+def _gram_of_products(x: Side, y: Side) -> Tensor:
     """<A_g, A_h> for all groups: float64 [g, g], with A_g = X_g^T Y_g.
 
     Columns of x go by in slabs, to bound the memory of g such matrices. Of a side with itself,
     whose A_g are symmetric, what lies below the diagonal is not computed twice.
     """
-    gram = np.zeros((len(x.groups), len(x.groups)))
+    gram = x.x.new_zeros(len(x.groups), len(x.groups))
     width = max(1, SLAB_BYTES // (8 * len(x.groups) * y.x.shape[1]))
     for start in range(0, x.x.shape[1], width):
         slab = x.x[:, start : start + width]
         parts = [(y.x, 1)] if x is not y else [(slab, 1), (x.x[:, start + width :], 2)]
         for other, times in parts:
-            products = np.empty((len(gram), slab.shape[1], other.shape[1]))
+            products = gram.new_empty(len(gram), slab.shape[1], other.shape[1])
             for product, group in zip(products, x.groups, strict=True):
-                np.matmul(slab[group].T, other[group], out=product)
-            flat = products.reshape(len(gram), -1)
+                torch.matmul(slab[group].T, other[group], out=product)
+            flat = products.flatten(1)
             gram += times * (flat @ flat.T)
     return gram
 

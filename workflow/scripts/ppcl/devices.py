@@ -109,6 +109,12 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def with_room(device: torch.device, needed: int) -> torch.device:
+    """The device if so many bytes are free there, else the CPU."""
+    free = free_memory(device)
+    return device if free is None or needed <= free else torch.device("cpu")
+
+
 def offload(setting: str, sizes: Mapping[str, int], device: torch.device) -> str:
     """How components get to the device: `none` (all stay), `model` (in turn), `stream` (by block).
 

@@ -23,14 +23,28 @@ With the start's centred tokens X = Q R, the surrogate's are X A^T = Q H^T for H
     |Z^T Z| = |H H^T|,    |Z^T Y| = |H (Q^T Y)|        (Frobenius norms)
 
 in one product of n d^2 per pair (`_Composed`). Resamples, the debiased estimator and normalised
-tokens need every token of the surrogate (`_Materialised`). NumPy float64 throughout.
+tokens need every token of the surrogate (`_Materialised`). float64 throughout, on any device that
+has it.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from ppcl.cka import CONSTANT, Resamples, Side, constant, hsic, prepare, ratio, resamples
+from ppcl.cka import (
+    CPU,
+    SLAB_BYTES,
+    Resamples,
+    Side,
+    float64,
+    hsic,
+    prepare,
+    ratio,
+    refuse_constant,
+    resamples,
+)
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, JOINT, TEXT
 from ppcl.probes import Probe
@@ -48,6 +62,12 @@ def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Re
     return lambda boundary: tokens.values(boundary, stream)[mask], plan
 
 
+def memory(shape: tuple[int, int], depth: int, reference: str) -> int:
+    """Bytes of `surrogate_cka`, or of `block_cka`, for `depth` boundaries of tokens [n, d]."""
+    kept = depth * (2 if reference == "start" else 1) + 4
+    return 8 * kept * shape[0] * shape[1] + 2 * SLAB_BYTES
+
+
 def surrogate_cka(
     read: Callable[[int], np.ndarray],
     probes: Sequence[Probe | None],
@@ -58,6 +78,7 @@ def surrogate_cka(
     normalise_tokens: bool = False,
     stream: str = "?",
     steps: Iterable[int] | None = None,
+    device: torch.device = CPU,
 ) -> np.ndarray:
     """cka of Eq. 3 for every run of blocks of one stream: float64 [1 + draws, first, last].
 
@@ -66,7 +87,7 @@ def surrogate_cka(
     block, None where this stream does not pass a block; runs do not reach over such a block and
     their entries are NaN, as are those with last < first. Row 0 is the estimate, the others are
     the resamples of `plan`. normalise_tokens: L2-normalise every token (on both sides) first.
-    steps: range(M), wrapped in a progress bar if one is wanted.
+    steps: range(M), wrapped in a progress bar if one is wanted. device: where it is computed.
 
     Memory: M n d float64 numbers, and as many again with reference "start". Time: M^2 / 2 times
     2 to 3 products of n d^2; one with the plain estimator and no resamples.
@@ -79,7 +100,7 @@ def surrogate_cka(
     running: dict[int, _Composed | _Materialised] = {}
     targets: dict[int, tuple[Side, np.ndarray]] = {}
 
-    def target(tokens: np.ndarray, boundary: int) -> tuple[Side, np.ndarray]:
+    def target(tokens: Tensor, boundary: int) -> tuple[Side, np.ndarray]:
         name = f"stream {stream!r}, boundary {boundary}"
         side = Side(prepare(tokens, normalise_tokens, name), plan)
         return side, hsic(side, side, plan, estimator)
@@ -92,15 +113,17 @@ def surrogate_cka(
             here = None
             continue
         if here is None:
-            here = _ordered(read, last, plan, stream)
+            here = _ordered(read, last, plan, stream, device)
         if reference == "start":
             targets[last] = target(here, last)
         running[last] = kind(here, normalise_tokens, plan, estimator)
-        here = _ordered(read, last + 1, plan, stream)
+        here = _ordered(read, last + 1, plan, stream, device)
         if reference == "end":
             targets = dict.fromkeys(running, target(here, last + 1))
+        whole = float64(np.eye(*probe.weight.shape) + probe.weight, device)
+        bias = float64(probe.bias, device)
         for first, run in running.items():
-            run.add(probe, f"stream {stream!r}, probes {first}-{last}")
+            run.add(whole, bias, f"stream {stream!r}, probes {first}-{last}")
             other, own_other = targets[first]
             values[:, first, last] = ratio(run.with_other(other), run.own(), own_other)
     return values
@@ -109,42 +132,47 @@ def surrogate_cka(
 class _Composed:
     """A surrogate as a map of its start, for the plain estimator without resamples."""
 
-    def __init__(self, tokens: np.ndarray, _normalise: bool, _plan: Resamples, _estimator: str):
+    def __init__(self, tokens: Tensor, _normalise: bool, _plan: Resamples, _estimator: str):
         self._count, self._mean = len(tokens), tokens.mean(0)
-        self._basis, triangle = np.linalg.qr(tokens - self._mean)
+        self._basis, triangle = torch.linalg.qr(tokens - self._mean)
         self._map = triangle.T
 
-    def add(self, probe: Probe, name: str) -> None:
-        self._map = self._map + probe.weight @ self._map
-        self._mean = probe(self._mean[None])[0]
-        _refuse_constant(np.square(self._map).sum(), self._mean, self._count, name)
+    def add(self, weight: Tensor, bias: Tensor, name: str) -> None:
+        """Another probe, x -> weight x + bias."""
+        self._map, self._mean = weight @ self._map, weight @ self._mean + bias
+        refuse_constant(torch.linalg.norm(self._map), self._mean, self._count, name)
 
     def own(self) -> np.ndarray:
-        return np.square(self._map @ self._map.T).sum(keepdims=True).ravel()
+        return _square(self._map @ self._map.T)
 
     def with_other(self, other: Side) -> np.ndarray:
-        return np.square(self._map @ (self._basis.T @ other.x)).sum(keepdims=True).ravel()
+        return _square(self._map @ (self._basis.T @ other.x))
+
+
+def _square(matrix: Tensor) -> np.ndarray:
+    """|matrix|^2: [1]."""
+    return torch.linalg.norm(matrix).square().reshape(1).cpu().numpy()
 
 
 class _Materialised:
     """A surrogate as its tokens, centred unless each is to be normalised first."""
 
-    def __init__(self, tokens: np.ndarray, normalise: bool, plan: Resamples, estimator: str):
+    def __init__(self, tokens: Tensor, normalise: bool, plan: Resamples, estimator: str):
         self._normalise, self._how = normalise, (plan, estimator)
-        self._mean = np.zeros(tokens.shape[1]) if normalise else tokens.mean(0)
-        self._tokens = tokens - self._mean
+        self._mean = tokens.mean(0)
+        self._tokens = tokens if normalise else tokens - self._mean
         self._side: Side
 
-    def add(self, probe: Probe, name: str) -> None:
+    def add(self, weight: Tensor, bias: Tensor, name: str) -> None:
+        """Another probe, x -> weight x + bias."""
+        self._tokens = self._tokens @ weight.T
         if self._normalise:
-            self._tokens = probe(self._tokens)
+            self._tokens += bias
             self._side = Side(prepare(self._tokens, True, name), self._how[0])
             return
         # Centred tokens stay so without the bias: no pass over n d numbers to centre them again.
-        self._tokens = self._tokens @ (np.eye(*probe.weight.shape) + probe.weight).T
-        self._mean = probe(self._mean[None])[0]
-        spread = np.vdot(self._tokens, self._tokens)
-        _refuse_constant(spread, self._mean, len(self._tokens), name)
+        self._mean = weight @ self._mean + bias
+        refuse_constant(torch.linalg.norm(self._tokens), self._mean, len(self._tokens), name)
         self._side = Side(self._tokens, self._how[0])
 
     def own(self) -> np.ndarray:
@@ -152,12 +180,6 @@ class _Materialised:
 
     def with_other(self, other: Side) -> np.ndarray:
         return hsic(self._side, other, *self._how)
-
-
-def _refuse_constant(spread: float, mean: np.ndarray, count: int, name: str) -> None:
-    """spread: sum of |x - mean|^2 over `count` tokens."""
-    if spread <= CONSTANT**2 * (spread + count * np.square(mean).sum()):
-        raise constant(name, count)
 
 
 def block_cka(
@@ -168,6 +190,7 @@ def block_cka(
     estimator: str = "plain",
     normalise_tokens: bool = False,
     stream: str = "?",
+    device: torch.device = CPU,
 ) -> np.ndarray:
     """Heat map: CKA between the outputs of every two of `blocks`, float64 [len(blocks)] * 2.
 
@@ -177,8 +200,9 @@ def block_cka(
     plan = Resamples(plan.order, plan.offsets, plan.weights[:1])
     outputs = []
     for block in blocks:
-        tokens, name = _ordered(read, block + 1, plan, stream), f"boundary {block + 1}"
-        outputs.append(Side(prepare(tokens, normalise_tokens, f"stream {stream!r}, {name}"), plan))
+        tokens = _ordered(read, block + 1, plan, stream, device)
+        name = f"stream {stream!r}, boundary {block + 1}"
+        outputs.append(Side(prepare(tokens, normalise_tokens, name), plan))
     own = [hsic(output, output, plan, estimator) for output in outputs]
     values = np.eye(len(outputs))
     for a in range(len(outputs)):
@@ -248,12 +272,16 @@ def rise_noise(delta: np.ndarray) -> float:
 
 
 def _ordered(
-    read: Callable[[int], np.ndarray], boundary: int, plan: Resamples, stream: str
-) -> np.ndarray:
-    tokens = np.asarray(read(boundary), np.float64)
+    read: Callable[[int], np.ndarray],
+    boundary: int,
+    plan: Resamples,
+    stream: str,
+    device: torch.device,
+) -> Tensor:
+    tokens = np.asarray(read(boundary))
     if not np.isfinite(tokens).all():
         raise UserError(
             f"stream {stream!r}, boundary {boundary}: NaN or infinity in the recorded tokens. "
             "Set teacher.dtype to bfloat16 or float32, delete activations/ and rerun."
         )
-    return tokens[plan.order]
+    return float64(tokens[plan.order], device)
