@@ -80,5 +80,9 @@ def run(main: Callable[[], None]) -> None:
             message = str(error) if isinstance(error, UserError) else trouble(error)
             if message is None:
                 raise
+            # A line of its own: an open progress bar has ended none, and would come once more.
+            bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+            for bar in list(getattr(bars, "_instances", ())):
+                bar.close()
             print(f"error: {message}", file=sys.stderr, flush=True)
             sys.exit(2)
