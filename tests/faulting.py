@@ -1,20 +1,28 @@
 """Stages as processes of their own, with a fault in them. Run as a program, it is what they are
 forked from: it has imported all that takes seconds, and computed nothing."""
 
+import ctypes
 import errno
 import json
 import os
+import platform
 import random
-import resource
 import signal
+import struct
 import subprocess
 import sys
 import threading
+import time
 import traceback
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 WRITING = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "shutil.rmtree"}
+# Numbers of Linux's calls: seccomp, and those that write or make sure of it.
+CALLS = {
+    "x86_64": (317, {"write": (1, 18, 20, 40), "fsync": (74, 75)}),
+    "aarch64": (277, {"write": (64, 68, 66, 71), "fsync": (82, 83)}),
+}
 
 
 class Zygote:
@@ -40,13 +48,49 @@ class Zygote:
         self._process.wait()
 
 
+def fail_calls(kind: str, error: int) -> None:
+    """From now on the kernel fails every call of a kind on all files of this process but its
+    standard ones, be they made by Python, by Arrow or by safetensors.
+
+    Args:
+        kind: a key of CALLS.
+        error: what it fails with, such as errno.EIO.
+    """
+    seccomp, kinds = CALLS[platform.machine()]
+    load, equal, above, give = 0x20, 0x15, 0x25, 0x06  # of the kernel's filter language
+    numbers = kinds[kind]
+    steps = [(load, 0, 0, 0)]  # the call's number
+    steps += [(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
+    steps += [(give, 0, 0, 0x7FFF0000)]  # any other is allowed
+    steps += [(load, 0, 0, 16), (above, 0, 1, 2)]  # its first argument, the file
+    steps += [(give, 0, 0, 0x00050000 | error), (give, 0, 0, 0x7FFF0000)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *step) for step in steps))
+
+    class Program(ctypes.Structure):
+        _fields_ = [("count", ctypes.c_ushort), ("steps", ctypes.c_void_p)]
+
+    made = Program(len(steps), ctypes.addressof(code))
+    library = ctypes.CDLL(None, use_errno=True)
+    library.prctl(38, 1, 0, 0, 0)  # no new privileges, which makes the filter anybody's right
+    if library.syscall(seccomp, 1, 1, ctypes.byref(made)):  # in all threads
+        raise OSError(ctypes.get_errno(), "no seccomp")
+
+
+def send(number: int) -> None:
+    """A signal to this process; SIGTERM once it can handle that, as everywhere it may be early."""
+    while number == signal.SIGTERM and signal.getsignal(number) == signal.SIG_DFL:
+        time.sleep(0.001)
+    os.kill(os.getpid(), number)
+
+
 def play(program: str, options: list[str], log: str, fault: dict) -> None:
     """Runs a stage in this process, with a fault.
 
     Args:
         fault: {} for none; or `signal` after `seconds`; or `fail`: the number of the first of the
-            changes of files that fails, as all later ones do; or `limit` of any file's bytes;
-            or `vanish`: a file that is gone after so many `opened` files; or `count`: a file to
+            changes of files that fails, as all later ones do; or `calls`, a kind of calls that
+            all fail with an `error` after `seconds`; or `vanish`: a file that is gone after so
+            many `opened` files; or `delay`: begin after so many seconds; or `count`: a file to
             write the number of changes to.
     """
     import runpy
@@ -58,10 +102,10 @@ def play(program: str, options: list[str], log: str, fault: dict) -> None:
     os.dup2(output, 2)
     assembly.prove = lambda *_: None  # it takes long, and test_assembly has it
     if "signal" in fault:
-        threading.Timer(fault["seconds"], os.kill, (os.getpid(), fault["signal"])).start()
-    if "limit" in fault:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], resource.RLIM_INFINITY))
+        threading.Timer(fault["seconds"], send, (fault["signal"],)).start()
+    if "calls" in fault:
+        threading.Timer(fault["seconds"], fail_calls, (fault["calls"], fault["error"])).start()
+    time.sleep(fault.get("delay", 0))
     seen = {"changes": 0, "opened": 0}
 
     def watch(event: str, arguments: tuple) -> None:

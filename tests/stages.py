@@ -15,6 +15,7 @@ class Stage:
     Attributes:
         state: whether it has a folder to resume from.
         more: further options.
+        group: what of a program's several parts it is.
     """
 
     program: str
@@ -22,6 +23,11 @@ class Stage:
     writes: dict[str, str]
     state: bool = False
     more: dict[str, str] = field(default_factory=dict)
+    group: str = ""
+
+    def options(self, settings: dict, folder: Path) -> list[str]:
+        """The command line of the program."""
+        return [self.group] * bool(self.group) + tiny.options(settings, self.paths(folder))
 
     def paths(self, folder: Path) -> dict[str, object]:
         """All options with the paths in a run's folder."""
@@ -64,6 +70,24 @@ STAGES = [
         "intervals",
         {"cka": "cka.parquet", "sensitivity": "sensitivity.parquet", "width": "width.parquet"},
         {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
+    ),
+    Stage("latency", CALLS, {"table": "latency.parquet"}),
+    Stage(
+        "plan",
+        CALLS | {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
+        {"table": "plan.parquet"},
+    ),
+    Stage(
+        "plot",
+        {
+            "cka": "cka.parquet",
+            "blocks": "blocks.parquet",
+            "probes": "probes.parquet",
+            "intervals": "intervals.parquet",
+            "width": "candidates.parquet",
+        },
+        {"output": "figures"},
+        group="intervals",
     ),
     Stage(
         "prune",
@@ -119,6 +143,7 @@ def settings(teacher: Path, folder: Path) -> dict:
         "similarity": {"bootstrap": 2},
         "sensitivity": {"rows": 3, "longest": 3},
         "intervals": {},
+        "plan": {},
         "prune": {"start": "average"},
         "width": {
             "enabled": True,

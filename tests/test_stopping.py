@@ -121,7 +121,8 @@ def test_a_warning_before_the_program_can_handle_it_is_not_lost(world):  # noqa:
     paths = distill_paths(world, "early")
     started = subprocess.Popen(command("distill", world[1], paths), stderr=subprocess.DEVNULL)
     with open(f"/proc/{started.pid}/cmdline", "rb") as file:
-        while b"launch.py" in file.read():  # until it has become the program itself
+        # Until it has become the program itself; while it does it has no arguments at all.
+        while b"launch.py" in (shown := file.read()) or not shown:
             time.sleep(0.01)
             file.seek(0)
     started.send_signal(signal.SIGTERM)

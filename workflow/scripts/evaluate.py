@@ -25,7 +25,6 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
 
 import argparse
 import json
-import shutil
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from pathlib import Path
@@ -49,6 +48,7 @@ from ppcl import (
     schemas,
     stopping,
     tables,
+    whole,
 )
 from ppcl.errors import UserError
 from ppcl.evaluation import Found, Model
@@ -238,7 +238,7 @@ def main() -> None:
         found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
     tables.write(args.metrics, pd.DataFrame(metrics.rows(found)), schemas.METRICS, stamp)
     stopping.ignore()
-    shutil.rmtree(args.state, ignore_errors=True)
+    whole.forget(args.state)
 
 
 if __name__ == "__main__":

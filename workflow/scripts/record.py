@@ -9,7 +9,6 @@ launch.py) share the batches.
 """
 
 import argparse
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +25,7 @@ from ppcl import (
     provenance,
     recording,
     stopping,
+    whole,
 )
 from ppcl.errors import UserError
 
@@ -100,7 +100,7 @@ def main() -> None:
         calls.merge(parts, args.calls, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:
-        shutil.rmtree(args.state, ignore_errors=True)
+        whole.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ and the checkpoint of the part in training.
 import argparse
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import devices, errors, provenance, teacher, tensors, texts, training
+from ppcl import devices, errors, provenance, teacher, tensors, texts, training, whole
 from ppcl.digits import SIZE, TEMPLATES, Judge, captions
 from ppcl.errors import UserError
 
@@ -244,16 +243,13 @@ def main() -> None:
     if not accelerator.is_main_process:
         return
     scores = score(pipe, settings["score"])
-    temporary = args.output.with_name(f".{args.output.name}.part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    pipe.save_pretrained(temporary)
-    write_prompts(temporary, settings["calibration_prompts"], settings["seed"])
     last = {name: rows[-1] for name, rows in logs.items()}
     made = {"scores": scores, "settings": settings, "last_losses": last}
-    texts.write_json(temporary / "teacher.json", provenance.stamp(settings) | made)
-    (temporary / "README.md").write_text(card(pipe, settings, scores), encoding="utf-8")
-    shutil.rmtree(args.output, ignore_errors=True)
-    temporary.rename(args.output)
+    with whole.writing(args.output) as folder:
+        pipe.save_pretrained(folder)
+        write_prompts(folder, settings["calibration_prompts"], settings["seed"])
+        texts.write_json(folder / "teacher.json", provenance.stamp(settings) | made)
+        texts.write(folder / "README.md", card(pipe, settings, scores))
     print(json.dumps(scores, indent=1))
 
 

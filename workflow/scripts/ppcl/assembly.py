@@ -27,6 +27,7 @@ from ppcl import (
     tables,
     tensors,
     texts,
+    whole,
 )
 from ppcl.errors import UserError
 from ppcl.families import family_of
@@ -143,12 +144,7 @@ def export(
     """
     if narrow.specs(transformer):
         transformer = narrow.from_stock(transformer, blocks.family(transformer).layouts())
-    # Two runs at once must not share it, and a killed one may have left its own.
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    for left in folder.parent.glob(f".{folder.name}.*.part"):
-        if not _running(left.name.split(".")[-2]):
-            shutil.rmtree(left, ignore_errors=True)
-    try:
+    with whole.writing(folder) as temporary:
         pipe.register_modules(**{component: transformer})
         pipe.save_pretrained(temporary)
         if source is not None:
@@ -158,21 +154,6 @@ def export(
         prove(temporary, transformer, call, component)
         files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
         texts.write_sealed(temporary / CARD, card | {"files": files})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _running(pid: str) -> bool:
-    """Whether there is such a process, other than this one."""
-    try:
-        os.kill(int(pid), 0)
-    except (ValueError, ProcessLookupError):
-        return False
-    except PermissionError:
-        return True
-    return int(pid) != os.getpid()
 
 
 def verify(folder: Path) -> None:

@@ -1,9 +1,11 @@
 """Errors that a person can act on."""
 
 import errno
+import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from ppcl import provenance, stopping
 
@@ -12,29 +14,75 @@ class UserError(Exception):
     """A problem that the user can solve: the message names the file or key and the fix."""
 
 
+_FAILS = "this disk or the way to it fails (dmesg may tell more): mend that and rerun"
+_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room on this disk and rerun"),
+    **dict.fromkeys((errno.EIO, errno.ENXIO, errno.ENODEV, errno.ESTALE, errno.ETIMEDOUT), _FAILS),
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f, or the disk's own) and rerun",
+    errno.EROFS: "use a disk that can be written to, or mount this one so, and rerun",
+}
+# Of these an error behind the error tells nothing: programs try such things, and go on.
+_FILES = {
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM), "give yourself the right to it (chmod, chown) and rerun"
+    ),
+    errno.ENOTDIR: "a file is where a folder should be: move it away and rerun",
+    errno.EISDIR: "a folder is where a file should be: move it away and rerun",
+    errno.ENAMETOOLONG: "shorten the names in the config, or the folder's, and rerun",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
+    errno.ENOENT: "it was removed while this program ran: restore what is yours, and rerun",
+}
+_NUMBER = re.compile(r"(?:\(os error |\[[Ee]rrno )(\d+)")
+
+
+def trouble(error: BaseException, path: str | Path | None = None) -> str | None:
+    """What to say of an error if a disk, a folder or a limit of the system is the cause, else None.
+
+    Arrow raises OSError; safetensors and shutil have the system's number in their text alone.
+
+    Args:
+        path: the file that was at work, for errors that name none.
+    """
+    for found in _causes(error):
+        number = found.errno if isinstance(found, OSError) else None
+        if number is None and (named := _NUMBER.search(str(found))):
+            number = int(named[1])
+        fixes = _DISK | _FILES if found is error else _DISK
+        own = getattr(found, "filename", None)
+        place = os.fsdecode(own) if isinstance(own, (str, bytes, os.PathLike)) else path
+        if number in fixes and (place or number in _DISK):
+            reason = os.strerror(number) if place else str(found).strip().splitlines()[0]
+            return f"{place or os.getcwd()}: {reason}; {fixes[number]}"
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those behind it."""
+    seen: list[BaseException] = []
+    found: BaseException | None = error
+    while found is not None and found not in seen:
+        yield found
+        seen.append(found)
+        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main` as a program.
 
-    A UserError becomes one `error:` line and exit code 2; a program that SIGTERM ended has the exit
-    code `stopping.EXIT_CODE`.
+    A UserError, and what a disk or the system is to blame for, becomes one `error:` line and exit
+    code 2; a program that SIGTERM ended has the exit code `stopping.EXIT_CODE`.
     """
     provenance.commit()
     with stopping.heeded():
         try:
             main()
-        except UserError as error:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            sys.exit(2)
         except Exception as error:
-            if not _disk_is_full(error):
+            message = str(error) if isinstance(error, UserError) else trouble(error)
+            if message is None:
                 raise
-            print(f"error: {error}; make room on this disk and rerun", file=sys.stderr, flush=True)
+            # A line of its own: an open progress bar has ended none, and would come once more.
+            bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+            for bar in list(getattr(bars, "_instances", ())):
+                bar.close()
+            print(f"error: {message}", file=sys.stderr, flush=True)
             sys.exit(2)
-
-
-def _disk_is_full(error: Exception) -> bool:
-    """Whether a write failed for lack of room, or of the right to more of it."""
-    codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    # safetensors tells the number in its message only.
-    named = re.search(r"\(os error (\d+)\)", str(error))
-    return getattr(error, "errno", None) in codes or bool(named and int(named[1]) in codes)

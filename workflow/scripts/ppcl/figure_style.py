@@ -5,7 +5,6 @@ Nothing here knows what a figure shows; `ppcl.figures` does. No torch.
 
 import functools
 import io
-import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,6 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import LogLocator, NullLocator
+
+from ppcl import texts
 
 # Okabe and Ito's palette (yellow left out: too pale for lines on white).
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -145,7 +146,6 @@ def save(figure: Figure, stem: Path, description: str = "") -> list[Path]:
     The same figure gives the same bytes: no dates, fixed identifiers. `description` is stored in
     the metadata of both files. Returns the paths written.
     """
-    stem.parent.mkdir(parents=True, exist_ok=True)
     metadata = {
         "svg": {"Title": stem.name, "Description": description, "Date": None},
         "png": {"Title": stem.name, "Description": description},
@@ -157,9 +157,7 @@ def save(figure: Figure, stem: Path, description: str = "") -> list[Path]:
             buffer = io.BytesIO()
             figure.savefig(buffer, format=suffix, dpi=150, metadata=stamps)
             path = stem.with_name(f"{stem.name}.{suffix}")
-            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            temporary.write_bytes(buffer.getvalue())
-            os.replace(temporary, path)
+            texts.write(path, buffer.getvalue())
             written.append(path)
     return written
 

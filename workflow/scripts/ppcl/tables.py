@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ppcl import seals
+from ppcl import errors, seals, whole
 from ppcl.errors import UserError
 
 PROVENANCE_KEY = b"provenance"
@@ -45,21 +45,16 @@ class Writer:
 def writer(path: str | Path, schema: pa.Schema, provenance: dict[str, str]) -> Iterator[Writer]:
     """Write a parquet file row group by row group; it appears at `path` only when complete."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     stamped = schema.with_metadata(
         {**(schema.metadata or {}), PROVENANCE_KEY: json.dumps(provenance).encode()}
     )
-    try:
+    with whole.writing(path) as partial:
         with pq.ParquetWriter(partial, stamped, compression="zstd") as sink:
             out = Writer(path, sink, stamped)
             yield out
             room = b"." * 32 * out.groups * len(schema)
             sink.add_key_value_metadata({_DIGESTS: room, seals.KEY: seals.EMPTY})
         _seal(partial, room)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write(
@@ -141,6 +136,8 @@ class File:
         except FileNotFoundError as error:
             raise UserError(f"{self._path}: no such file; run snakemake to make it") from error
         except (pa.ArrowException, OSError) as error:
+            if found := errors.trouble(error, self._path):
+                raise UserError(found) from error
             raise UserError(
                 f"{self._path}: truncated or not parquet ({error}); {_REMAKE}"
             ) from error
@@ -227,8 +224,6 @@ def _seal(path: Path, room: bytes) -> None:
         start = footer.rindex(room)
         footer = footer[:start] + "".join(chunks).encode() + footer[start + len(room) :]
         file.write(seals.seal(footer))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _footer(file: int) -> bytes:

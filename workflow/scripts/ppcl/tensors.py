@@ -12,7 +12,7 @@ import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from ppcl import seals
+from ppcl import errors, seals, whole
 from ppcl.errors import UserError
 
 _UMASK = os.umask(0)
@@ -23,10 +23,7 @@ _NO_DIGEST = "0" * 64
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes tensors atomically; aliases and views are stored as contiguous copies."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with whole.writing(path) as temporary:
         safetensors.torch.save_file(
             {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()},
             temporary,
@@ -37,12 +34,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             empty = f'"{_DATA}":"{_NO_DIGEST}"'.encode()
             header = seals.seal(header.replace(empty, f'"{_DATA}":"{data}"'.encode()))
             file.write(header)
-            file.flush()
-            os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that only we can read
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -108,4 +100,6 @@ def _parts(file: int, whole: bool = True) -> tuple[bytes, str]:
 
 
 def _broken(path: str | Path, error: Exception | str) -> UserError:
+    if isinstance(error, Exception) and (found := errors.trouble(error, path)):
+        return UserError(found)
     return UserError(f"{path} is not a whole safetensors file ({error}); {seals.REMAKE}")

@@ -1,27 +1,17 @@
 """Writing text files whole or not at all, and JSON that knows whether it was changed."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from ppcl import seals
+from ppcl import seals, whole
 from ppcl.errors import UserError
 
 
 def write(path: str | Path, content: str | bytes) -> None:
     """Writes a file atomically (text as UTF-8)."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole.writing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -8,7 +8,6 @@ run was killed, so that a resumed run ends with the weights of an uninterrupted 
 import hashlib
 import logging
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppcl import fsdp, optimizers, provenance, stopping, tensors
+from ppcl import fsdp, optimizers, provenance, stopping, tensors, whole
 from ppcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -352,4 +351,4 @@ def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
 def forget(state: Path) -> None:
     """Removes the resume folder of a training whose results are written."""
     stopping.ignore()
-    shutil.rmtree(state, ignore_errors=True)
+    whole.forget(state)

@@ -1,0 +1,123 @@
+"""Files and folders that appear whole or not at all, whatever ends the program that writes them.
+
+Each is written under a name that nobody else has, and renamed when it is done. What a killed
+program left under such a name goes when the next one writes the same file.
+"""
+
+import contextlib
+import errno
+import hashlib
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from ppcl import errors
+
+
+def _machine() -> str:
+    """What tells machines, and containers on one, apart: only here do process ids mean anything."""
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        space = 0
+    return hashlib.sha256(f"{platform.node()} {space}".encode()).hexdigest()[:8]
+
+
+_MACHINE = _machine()
+_mine: set[str] = set()  # names that this process writes under at the moment
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[Path]:
+    """Yields the name under which to write a file or a folder; it is put in its place afterwards.
+
+    Raises:
+        UserError: the disk is full, fails, or may not be written to.
+    """
+    path = Path(path)
+    name = f".{path.name[:100]}.{os.getpid()}-{_MACHINE}-{secrets.token_hex(4)}.part"
+    temporary = path.with_name(name)
+    _mine.add(name)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left in path.parent.glob(f".{_escaped(path.name[:100])}.*.part"):
+            if _is_left(left.name):
+                _remove(left)
+        yield temporary
+        _put(temporary, path)
+    except errors.UserError:
+        raise
+    except Exception as error:
+        own = str(getattr(error, "filename", None) or temporary)
+        trouble = errors.trouble(error, path)
+        if trouble and own.startswith(str(temporary)):
+            trouble = trouble.replace(own, str(path), 1)  # a name that tells nobody anything
+        if trouble is None:
+            raise
+        raise errors.UserError(trouble) from error
+    finally:
+        _remove(temporary)
+        _mine.discard(name)
+
+
+def forget(folder: Path) -> None:
+    """Removes a folder, but for what somebody else is writing into it."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for name in names:
+            if not name.endswith(".part") or _is_left(name):
+                _remove(Path(place, name))
+        with contextlib.suppress(OSError):
+            os.rmdir(place)
+
+
+def _put(temporary: Path, path: Path) -> None:
+    if temporary.is_file():
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        return
+    while True:  # until no other run puts its own folder there in between
+        if path.is_dir():
+            aside = path.with_name(f"{temporary.name.removesuffix('.part')}-old.part")
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(path, aside)
+            _remove(aside)
+        try:
+            os.replace(temporary, path)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+
+def _is_left(name: str) -> bool:
+    """Whether a program of this machine wrote under this name that runs no more."""
+    process, _, rest = name.split(".")[-2].partition("-")
+    if name in _mine or not rest.startswith(_MACHINE) or not process.isdecimal():
+        return False
+    if int(process) == os.getpid():
+        return True
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def _remove(path: Path) -> None:
+    """As far as that is possible: whatever is in the way of it has been told, or will be."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+
+def _escaped(name: str) -> str:
+    """A name as a pattern that it alone matches."""
+    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
