@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks import cka, extraction, material, teaching, variants, whole
+from benchmarks import cka, extraction, material, options, teaching, variants, whole
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 
@@ -38,6 +38,7 @@ BENCHMARKS: dict[str, Callable[[Size, Path], list[Ratio]]] = {
     "distill": teaching.floor,
     "distill-memory": teaching.memory,
     "naive": teaching.naive,
+    "options": options.run,
     "variants": variants.run,
     "start-up": whole.start_up,
     "dry-run": whole.dry_run,
@@ -75,13 +76,13 @@ def main() -> None:
         help=f"some of: {', '.join(BENCHMARKS)}",
     )
     parser.add_argument("--output", type=Path, help="parquet file for the ratios")
-    options = parser.parse_args()
+    asked = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(options.only or list(BENCHMARKS), material.SIZES[options.size])
-    if options.output:
+    found = measure(asked.only or list(BENCHMARKS), material.SIZES[asked.size])
+    if asked.output:
         table = pa.Table.from_pandas(pd.DataFrame([ratio.row() for ratio in found]))
-        about = {"size": options.size, "load": repr(os.getloadavg()), "torch": torch.__version__}
-        pq.write_table(table.replace_schema_metadata(about), options.output)
+        about = {"size": asked.size, "load": repr(os.getloadavg()), "torch": torch.__version__}
+        pq.write_table(table.replace_schema_metadata(about), asked.output)
 
 
 if __name__ == "__main__":

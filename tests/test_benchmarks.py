@@ -1,5 +1,6 @@
 """The benchmarks run and print what they measured; wiring only, no time is judged."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -10,8 +11,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cka, extraction, material, measuring, teaching, variants  # noqa: E402
+from benchmarks import (  # noqa: E402
+    cka,
+    extraction,
+    material,
+    measuring,
+    options,
+    teaching,
+    variants,
+)
 from benchmarks import run as program  # noqa: E402
+from ppcl import devices  # noqa: E402
 
 TINY = material.SIZES["tiny"]
 
@@ -21,6 +31,9 @@ def in_place(monkeypatch):
     """No processes of their own: importing torch once more takes longer than all the rest."""
     monkeypatch.setattr(measuring, "fresh", lambda function, *given: function(*given))
     monkeypatch.setattr(measuring, "process_peak", lambda run: run() or 1)
+    # Nor machine code of blocks, which takes longer still.
+    eager = functools.partial(devices.compile_blocks, backend="aot_eager")
+    monkeypatch.setattr(devices, "compile_blocks", eager)
 
 
 @pytest.mark.parametrize(
@@ -32,6 +45,7 @@ def in_place(monkeypatch):
         (teaching.memory, 2),
         (teaching.naive, 3),
         (variants.run, 3),
+        (options.run, 14),
     ],
 )
 def test_a_benchmark_gives_its_ratios(in_place, tmp_path, benchmark, count):

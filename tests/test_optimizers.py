@@ -1,7 +1,4 @@
-"""8-bit AdamW beside the usual one: what it keeps, resuming, and what is said where it is missing.
-
-With bitsandbytes installed; without it, only that.
-"""
+"""8-bit AdamW beside the usual: what it keeps, resuming, and what is said where it is missing."""
 
 import sys
 
@@ -55,7 +52,6 @@ def distance(one, other):
 
 
 def test_8_bit_moments_learn_as_the_others_do_in_a_fifth_of_the_memory(train):
-    pytest.importorskip("bitsandbytes")
     usual, small = parts(), parts()
     options = training.Optimisation(**vars(EIGHT) | {"optimizer": "adamw"})
     logs, paths = zip(train(usual, options, "usual"), train(small, EIGHT, "small"), strict=True)
@@ -74,7 +70,6 @@ def test_8_bit_moments_learn_as_the_others_do_in_a_fifth_of_the_memory(train):
 
 
 def test_resumed_is_uninterrupted_to_the_bit(train):
-    pytest.importorskip("bitsandbytes")
     whole, modules = parts(), parts()
     train(whole, EIGHT, "whole")
     with pytest.raises(Stop):
@@ -88,7 +83,6 @@ def test_resumed_is_uninterrupted_to_the_bit(train):
 
 
 def test_a_module_ends_the_same_whoever_trains_beside_it(train):
-    pytest.importorskip("bitsandbytes")
     alone, together = parts("a"), parts()
     train(alone, EIGHT, "alone")
     train(together, EIGHT, "together")
@@ -104,7 +98,6 @@ def test_without_the_package_it_is_named(train, monkeypatch):
 
 
 def test_other_devices_are_refused():
-    pytest.importorskip("bitsandbytes")
     groups = [{"params": [nn.Parameter(torch.zeros(1, device="meta"))]}]
     with pytest.raises(UserError, match="adamw8bit does not run on meta"):
         optimizers.adamw("adamw8bit", groups, 0.1, (0.9, 0.95), 0.0)
