@@ -432,12 +432,16 @@ def test_snakemake_prunes_a_family_and_a_fresh_process_loads_it(name, tmp_path):
         "import sys, json, torch, diffusers\n"
         "folder, settings = sys.argv[1], json.loads(sys.argv[2])\n"
         "pipe = diffusers.DiffusionPipeline.from_pretrained(folder)\n"
+        "from PIL import Image\n"
+        "given = {'image': Image.open(sys.argv[3])} if len(sys.argv) > 3 else {}\n"
         "made = pipe(prompt=['a red 1 on blue'], generator=[torch.Generator().manual_seed(0)],\n"
-        "            output_type='np', **settings)[0]\n"
+        "            output_type='np', **given, **settings)[0]\n"
         "assert torch.isfinite(torch.as_tensor(made)).all()\n"
     )
+    given = [model, json.dumps(settings["pipeline"])]
+    given += [Path(settings["teacher"]["path"]).parent / "picture.png"] * ZOO[name].image
     done = subprocess.run(
-        [sys.executable, "-I", "-c", program, str(model), json.dumps(settings["pipeline"])],
+        [sys.executable, "-I", "-c", program, *map(str, given)],
         capture_output=True,
         text=True,
     )
