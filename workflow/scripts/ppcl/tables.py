@@ -88,7 +88,7 @@ class File:
             if not seals.sealed(_footer(self._open.fileno())):
                 raise self._damaged()
             self._file = pq.ParquetFile(self._open)
-        self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
+            self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
         kept = self.metadata.metadata or {}
         try:
             self.provenance: dict[str, str] = json.loads(kept.get(PROVENANCE_KEY, b"{}"))
