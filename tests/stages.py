@@ -23,11 +23,11 @@ class Stage:
     writes: dict[str, str]
     state: bool = False
     more: dict[str, str] = field(default_factory=dict)
-    group: str = ""
+    group: tuple[str, ...] = ()
 
     def options(self, settings: dict, folder: Path) -> list[str]:
         """The command line of the program."""
-        return [self.group] * bool(self.group) + tiny.options(settings, self.paths(folder))
+        return [*self.group, *tiny.options(settings, self.paths(folder))]
 
     def paths(self, folder: Path) -> dict[str, object]:
         """All options with the paths in a run's folder."""
@@ -87,7 +87,7 @@ STAGES = [
             "width": "candidates.parquet",
         },
         {"output": "figures"},
-        group="intervals",
+        group=("intervals",),
     ),
     Stage(
         "prune",

@@ -5,11 +5,14 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from safetensors import safe_open
+from test_faults import content
 
 from ppcl import schemas, tables
 
@@ -21,21 +24,44 @@ TRAINED = "distill/students.safetensors"
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
     """A copy of the repository in which `snakemake --configfile config/test.yaml` has run."""
-    folder = tmp_path_factory.mktemp("dag") / "repo"
-    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "*cache*")
-    shutil.copytree(ROOT, folder, ignore=ignore)
-    snakemake(folder)
+    folder = checkout(tmp_path_factory.mktemp("dag") / "repo")
+    first = started(folder)
+    while not list(folder.glob(".snakemake/locks/*")) and first.poll() is None:
+        time.sleep(0.1)
+    REFUSED.append(started(folder).communicate()[0])
+    printed = first.communicate()[0]
+    assert first.returncode == 0, printed[-4000:]
     return folder
 
 
-def snakemake(folder: Path, *arguments: str) -> str:
+REFUSED: list[str] = []  # what a second run in the folder says while the first is at work
+
+
+def checkout(folder: Path) -> Path:
+    """A copy of the repository."""
+    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "*cache*")
+    return shutil.copytree(ROOT, folder, ignore=ignore)
+
+
+def started(folder: Path, *arguments: str) -> subprocess.Popen:
+    """A run of the shrunken config."""
     command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "2"]
     command += ["--configfile", "config/test.yaml", *arguments]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, env=os.environ | {"TQDM_DISABLE": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"TQDM_DISABLE": "1"},
     )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout + done.stderr
+
+
+def snakemake(folder: Path, *arguments: str) -> str:
+    done = started(folder, *arguments)
+    printed = done.communicate()[0]
+    assert done.returncode == 0, printed[-4000:]
+    return printed
 
 
 def weights(path: Path) -> dict[str, bytes]:
@@ -126,3 +152,49 @@ def test_shards_make_the_same_students(finished, tmp_path):
 def test_the_report_holds_every_figure(finished):
     snakemake(finished, "--report", "report.zip")
     assert (finished / "report.zip").stat().st_size > 100_000
+
+
+# ---- two runs at once
+
+
+def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(finished):
+    assert "Directory cannot be locked" in REFUSED[0] and "another Snakemake process" in REFUSED[0]
+
+
+@pytest.mark.skipif("PPCL_FAULTS" not in os.environ, reason="takes minutes; PPCL_FAULTS=1 runs it")
+@pytest.mark.parametrize("folders", [1, 2])
+@pytest.mark.parametrize("delay", [0, 25])
+def test_two_whole_runs_that_share_their_results_end_as_one(finished, tmp_path, folders, delay):
+    """Without a lock in one folder; and in two checkouts, of which each has a lock of its own."""
+    first = checkout(tmp_path / "first")
+    (first / "results").mkdir()
+    second = first
+    if folders == 2:
+        second = checkout(tmp_path / "second")
+        (second / "results").symlink_to(first / "results")
+    printed = {}
+
+    def follow(number: int, folder: Path) -> None:
+        time.sleep(number * delay)
+        run = started(folder, "--nolock")
+        printed[number] = run.communicate()[0], run.returncode
+
+    threads = [threading.Thread(target=follow, args=pair) for pair in enumerate([first, second])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    print(f"{folders} folders, {delay} s apart: exit codes", [code for _, code in printed.values()])
+    for text, _ in printed.values():
+        for line in text.splitlines():
+            if line.startswith("error: ") or "Exception" in line:
+                print(line)
+        # What a job ends with is a message for people; Snakemake may say that a file is gone.
+        for trace in text.split("Traceback (most recent call last)")[1:]:
+            assert "workflow/scripts" not in trace.split("\n\n")[0], trace[:4000]
+    snakemake(first, "--nolock")
+    for path in sorted((finished / RUN).rglob("*")):
+        name = path.relative_to(finished / RUN)
+        kind = path.suffix in (".parquet", ".safetensors", ".json") and "models" not in name.parts
+        if kind or path.parent.name == "models":
+            assert content(first / RUN / name) == content(path), name

@@ -19,6 +19,8 @@ READ_FIRST = {
     "calls.parquet": ("prompt", "heldout", "arguments"),
     "tokens.parquet": ("stream", "boundary"),
 }
+# Read by nobody: the plan and the figures; and by selection alone, with a latency budget.
+ENDS = {"plan.parquet", "figures", "latency.parquet"}
 RUN = [stage for stage in STAGES if stage.program != "evaluate"]
 # Read by the figures alone, all by tables.read.
 DRAWN = {"probes.parquet", "points.parquet"} | {
@@ -34,7 +36,7 @@ def finished(tiny_teacher, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has the reload gate
         for stage in RUN:
-            tiny.stage(stage.program, settings, **stage.paths(folder))
+            tiny.stage(stage.program, settings, *stage.group, **stage.paths(folder))
     return folder, settings
 
 
@@ -72,7 +74,7 @@ def readers():
 def test_every_artifact_has_a_reader_here():
     made = {artifact for stage in RUN for artifact in stage.writes.values()}
     unread = made - {artifact for artifact, _ in readers()}
-    assert unread - DRAWN == {"distill-errors.parquet", "narrow-errors.parquet"}
+    assert unread - DRAWN == {"distill-errors.parquet", "narrow-errors.parquet"} | ENDS
 
 
 @pytest.mark.parametrize(("artifact", "program"), [r for r in readers() if r[0] != "small"])
@@ -88,7 +90,7 @@ def test_a_flipped_byte_is_refused_by_the_stage_that_reads_it(
     content = flip(folder / artifact, random.Random(artifact + program), where)
     try:
         with pytest.raises(SystemExit) as stopped:
-            tiny.stage(program, settings, **paths)
+            tiny.stage(program, settings, *NAMED[program].group, **paths)
     finally:
         (folder / artifact).write_bytes(content)
     printed = capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Distillation in several jobs: fair shares, and the same files as one job leaves."""
 
 import itertools
-import json
 import runpy
 
 import pandas as pd
@@ -11,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from killing import assert_same_log, equal, kill_and_resume
 
-from ppcl import schemas, shards, tables
+from ppcl import schemas, shards, tables, texts
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -81,10 +80,13 @@ def test_a_damaged_table_is_named(tmp_path):
     path = tmp_path / "shards.json"
     with pytest.raises(UserError, match="shards.json can't be read"):
         shards.read(path)
-    for text in ("[", "3", "[3]"):
-        path.write_text(text)
+    for found in ({}, {"jobs": 3}, {"jobs": [3]}):
+        texts.write_sealed(path, found)
         with pytest.raises(UserError, match="shards.json is no table of shards"):
             shards.read(path)
+    path.write_text(path.read_text().replace("3", "4"))
+    with pytest.raises(UserError, match="shards.json is not what was written"):
+        shards.read(path)
 
 
 # ---- jobs
@@ -140,7 +142,7 @@ def test_shards_joined_are_one_job_to_the_bit(world):
     sharded = settings | {"distill": settings["distill"] | {"shards": 3}}
     table = folder / "shards.json"
     tiny.stage("allot", sharded, plan=given["plan"], shards=table)
-    assert json.loads(table.read_text()) == [["00-01"], ["02-02"], ["03-04"]]
+    assert shards.read(table) == [["00-01"], ["02-02"], ["03-04"]]
     parts = [outputs(folder / str(number)) for number in range(3)]
     for number, paths in enumerate(parts):
         shard = {"shards": table, "shard": number}

@@ -162,15 +162,15 @@ def options(settings: dict, paths: dict) -> list[str]:
     return given
 
 
-def stage(name: str, settings: dict, **paths) -> None:
-    """Runs a stage's program in this process; it may end with SystemExit.
+def stage(name: str, settings: dict, *group: str, **paths) -> None:
+    """Runs a stage's program, or one part of it, in this process; it may end with SystemExit.
 
     accelerate keeps one setting of precision per process, and every stage is a process of its own.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("sys.argv", [name, *options(settings, paths)])
+            patch.setattr("sys.argv", [name, *group, *options(settings, paths)])
             runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

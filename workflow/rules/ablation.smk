@@ -101,7 +101,7 @@ checkpoint rank_rivals:
         script=program("gather.py"),
         runs=ablation_runs(methods.of_group("rival")),
     output:
-        best=result("ablation/best_rivals.txt"),
+        best=result("ablation/best_rivals.json"),
     log:
         result("logs/rank-rivals.log"),
     benchmark:

@@ -1,6 +1,5 @@
 # Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
 
-import json
 import os
 import re
 import sys
@@ -13,7 +12,7 @@ SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
-from ppcl import methods, preflight, prompts, schemas
+from ppcl import methods, preflight, prompts, schemas, texts
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest
 
@@ -142,7 +141,7 @@ def distill_shards(ending):
 
     def found(wildcards):
         table = checkpoints.allot.get().output.shards
-        count = len(json.loads(Path(table).read_text(encoding="utf-8")))
+        count = len(texts.read_sealed(table)["jobs"])
         return [result(f"distill/shards/{shard}{ending}") for shard in range(count)]
 
     return found
@@ -276,5 +275,5 @@ def known_ablation_runs():
 
 def more_ablation_runs(wildcards):
     """Tables of further runs, of the rivals that did best once each has been run."""
-    best = Path(checkpoints.rank_rivals.get().output.best).read_text().split()
+    best = texts.read_sealed(checkpoints.rank_rivals.get().output.best)["best"]
     return sorted({*ablation_runs(best, config["ablation"]["seeds"])} - {*known_ablation_runs()})

@@ -1,9 +1,9 @@
 """Puts the runs of the ablation together.
 
-gather.py best --runs results/digits/ablation/runs/*.parquet --output .../best_rivals.txt
+gather.py best --runs results/digits/ablation/runs/*.parquet --output .../best_rivals.json
 gather.py table --runs results/digits/ablation/runs/*.parquet --output .../results.parquet
 
-best: names of the two methods with the least velocity error after the fine-tune, one per line;
+best: names of the two methods with the least velocity error after the fine-tune;
 table: all rows, with the methods' groups, labels and order in the figure. Needs no torch.
 """
 
@@ -45,7 +45,7 @@ def main() -> None:
     read = [tables.read(path, schemas.ABLATION_RUN).to_pandas() for path in args.runs]
     runs = pd.concat(read, ignore_index=True)
     if args.what == "best":
-        texts.write(args.output, "\n".join(best(runs)) + "\n")
+        texts.write_sealed(args.output, {"best": best(runs)})
         return
     stamp = provenance.stamp({}, runs=len(args.runs))
     tables.write(args.output, labelled(runs), schemas.ABLATION, stamp)

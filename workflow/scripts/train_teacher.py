@@ -245,7 +245,7 @@ def main() -> None:
     scores = score(pipe, settings["score"])
     last = {name: rows[-1] for name, rows in logs.items()}
     made = {"scores": scores, "settings": settings, "last_losses": last}
-    with whole.writing(args.output) as folder:
+    with whole.writing(args.output, folder=True) as folder:
         pipe.save_pretrained(folder)
         write_prompts(folder, settings["calibration_prompts"], settings["seed"])
         texts.write_json(folder / "teacher.json", provenance.stamp(settings) | made)

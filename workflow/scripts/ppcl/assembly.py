@@ -144,7 +144,7 @@ def export(
     """
     if narrow.specs(transformer):
         transformer = narrow.from_stock(transformer, blocks.family(transformer).layouts())
-    with whole.writing(folder) as temporary:
+    with whole.writing(folder, folder=True) as temporary:
         pipe.register_modules(**{component: transformer})
         pipe.save_pretrained(temporary)
         if source is not None:

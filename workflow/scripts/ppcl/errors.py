@@ -26,7 +26,9 @@ _FILES = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM), "give yourself the right to it (chmod, chown) and rerun"
     ),
-    errno.ENOTDIR: "a file is where a folder should be: move it away and rerun",
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EEXIST), "a file is where a folder should be: move it away and rerun"
+    ),
     errno.EISDIR: "a folder is where a file should be: move it away and rerun",
     errno.ENAMETOOLONG: "shorten the names in the config, or the folder's, and rerun",
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),

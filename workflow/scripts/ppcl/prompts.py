@@ -34,7 +34,7 @@ def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
         reader = csv.DictReader(text.splitlines(keepends=True))
         if text.strip() and "prompt" not in (reader.fieldnames or []):
             raise UserError(f"{key}: {path} has no column 'prompt'; name it in the first line")
-        rows = list(reader)
+        rows = list(reader) if text.strip() else []
         for row in rows:
             if None in row:
                 raise UserError(

@@ -6,7 +6,6 @@ that the job owns, in every step. So a job owns units that are next to each othe
 deep one owns fewer.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -75,7 +74,7 @@ def allot(units: Sequence[Unit], wanted: int | str) -> list[list[Unit]]:
 
 def write(path: Path, jobs: Sequence[Sequence[Unit]]) -> None:
     """Writes the names of every job's units."""
-    texts.write_json(path, [[unit.name for unit in job] for job in jobs])
+    texts.write_sealed(path, {"jobs": [[unit.name for unit in job] for job in jobs]})
 
 
 def read(path: Path) -> list[list[str]]:
@@ -85,9 +84,6 @@ def read(path: Path) -> list[list[str]]:
         UserError: the file is missing, or not what `write` leaves.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        return [[str(name) for name in job] for job in found]
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}); rerun snakemake") from error
-    except (ValueError, TypeError) as error:
+        return [[str(name) for name in job] for job in texts.read_sealed(path)["jobs"]]
+    except (KeyError, TypeError) as error:
         raise UserError(f"{path} is no table of shards ({error}); delete it and rerun") from error

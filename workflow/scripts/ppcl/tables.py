@@ -88,13 +88,13 @@ class File:
             if not seals.sealed(_footer(self._open.fileno())):
                 raise self._damaged()
             self._file = pq.ParquetFile(self._open)
-        self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
-        kept = self.metadata.metadata
+            self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
+        kept = self.metadata.metadata or {}
         try:
             self.provenance: dict[str, str] = json.loads(kept.get(PROVENANCE_KEY, b"{}"))
+            self._digests = kept.get(_DIGESTS, b"").decode()
         except ValueError as error:
             raise self._damaged() from error
-        self._digests = kept.get(_DIGESTS, b"").decode()
 
     def __len__(self) -> int:
         """The number of row groups."""
@@ -135,7 +135,7 @@ class File:
             yield
         except FileNotFoundError as error:
             raise UserError(f"{self._path}: no such file; run snakemake to make it") from error
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:  # names may be no UTF-8
             if found := errors.trouble(error, self._path):
                 raise UserError(found) from error
             raise UserError(

@@ -78,11 +78,11 @@ def _checked(path: Path, whole: bool) -> dict[str, str]:
         with open(path, "rb") as file:
             header, data = _parts(file.fileno(), whole)
         content = json.loads(header[8:]) if seals.sealed(header) else {}
-    except (OSError, ValueError) as error:
+        found = dict(content.pop("__metadata__", {}))
+        size = len(header) + max((t["data_offsets"][1] for t in content.values()), default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(path, error) from error
-    found = content.pop("__metadata__", {})
-    ends = [tensor["data_offsets"][1] for tensor in content.values()]
-    if found and len(header) + max(ends, default=0) != path.stat().st_size:
+    if found and size != path.stat().st_size:
         raise _broken(path, "it is too short or too long")
     if not found or whole and found.get(_DATA) != data:
         raise UserError(f"{path} {seals.DAMAGED}; {seals.REMAKE}")

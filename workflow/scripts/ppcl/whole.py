@@ -31,8 +31,8 @@ _mine: set[str] = set()  # names that this process writes under at the moment
 
 
 @contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[Path]:
-    """Yields the name under which to write a file or a folder; it is put in its place afterwards.
+def writing(path: str | Path, folder: bool = False) -> Iterator[Path]:
+    """Yields an empty file or folder to write to; it gets its name, `path`, afterwards.
 
     Raises:
         UserError: the disk is full, fails, or may not be written to.
@@ -42,7 +42,7 @@ def writing(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(name)
     _mine.add(name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _begin(temporary, folder)
         for left in path.parent.glob(f".{_escaped(path.name[:100])}.*.part"):
             if _is_left(left.name):
                 _remove(left)
@@ -71,6 +71,18 @@ def forget(folder: Path) -> None:
                 _remove(Path(place, name))
         with contextlib.suppress(OSError):
             os.rmdir(place)
+
+
+def _begin(temporary: Path, folder: bool) -> None:
+    """Makes an empty file or folder, whose parent may be forgotten by another run at any moment."""
+    for left in reversed(range(100)):
+        try:
+            temporary.parent.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir() if folder else temporary.touch(exist_ok=False)
+            return
+        except (FileNotFoundError, FileExistsError):
+            if not left:
+                raise
 
 
 def _put(temporary: Path, path: Path) -> None:

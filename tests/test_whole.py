@@ -1,0 +1,203 @@
+"""Files and folders that appear whole or not at all, and what a disk is to blame for."""
+
+import errno
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import pyarrow as pa
+import pytest
+import torch
+
+from ppcl import errors, schemas, seals, tables, tensors, texts, whole
+from ppcl.errors import UserError
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def left_by(path, process: int, machine: str = whole._MACHINE):
+    """What a killed process leaves beside a file."""
+    left = path.with_name(f".{path.name}.{process}-{machine}-abcd.part")
+    left.write_text("half")
+    return left
+
+
+def ended() -> int:
+    """The number of a process that is no more."""
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def test_nothing_is_left_of_what_fails(tmp_path):
+    path = tmp_path / "new" / "t"
+    texts.write(path, "old")
+    with pytest.raises(ZeroDivisionError), whole.writing(path) as part:
+        part.write_text("half")
+        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError), whole.writing(tmp_path / "f", folder=True) as part:
+        (part / "half").write_text("half")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and names(tmp_path) == ["new"] and names(path.parent) == ["t"]
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    path = tmp_path / "t"
+    with whole.writing(path) as one:
+        one.write_text("one")
+        with whole.writing(path) as other:
+            other.write_text("other")
+            assert one != other and one.exists()
+        assert path.read_text() == "other"
+    assert path.read_text() == "one" and names(tmp_path) == ["t"]
+
+
+def test_what_a_killed_process_left_goes_and_what_may_be_in_use_stays(tmp_path):
+    path = tmp_path / "a[1]"
+    gone = [left_by(path, ended()), left_by(path, os.getpid())]  # numbers come again
+    kept = [left_by(path, os.getppid()), left_by(path, ended(), "0" * 8)]
+    kept += [left_by(tmp_path / "a1", ended())]
+    texts.write(path, "whole")
+    assert not any(left.exists() for left in gone) and all(left.exists() for left in kept)
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    for content in ("one", "two"):
+        with whole.writing(tmp_path / "f", folder=True) as part:
+            (part / content).write_text(content)
+        assert names(tmp_path) == ["f"] and names(tmp_path / "f") == [content]
+
+
+def test_a_folder_that_another_run_puts_in_place_meanwhile_is_replaced(tmp_path, monkeypatch):
+    replace, folder = os.replace, tmp_path / "f"
+
+    def late(source, target):
+        if target == folder:
+            monkeypatch.setattr(os, "replace", replace)
+            folder.mkdir()
+            (folder / "theirs").write_text("theirs")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", late)
+    with whole.writing(folder, folder=True) as part:
+        (part / "ours").write_text("ours")
+    assert names(folder) == ["ours"] and names(tmp_path) == ["f"]
+
+
+def test_a_forgotten_folder_keeps_what_another_run_is_writing(tmp_path):
+    state = tmp_path / "state"
+    texts.write(state / "errors" / "0.json", "{}")
+    left_by(state / "checkpoint", ended())
+    theirs = left_by(state / "checkpoint", os.getppid())
+    whole.forget(state)
+    assert names(state) == [theirs.name]
+    theirs.unlink()
+    whole.forget(state)
+    assert not state.exists()
+    whole.forget(state)
+
+
+def forget_often(state, stop):
+    while not stop.is_set():
+        whole.forget(state)
+
+
+def test_a_writer_outlives_another_runs_forgetting(tmp_path):
+    context = multiprocessing.get_context("fork")
+    stop = context.Event()
+    other = context.Process(target=forget_often, args=(tmp_path / "state", stop))
+    other.start()
+    try:
+        for number in range(300):
+            texts.write(tmp_path / "state" / "errors" / "0.json", str(number))
+    finally:
+        stop.set()
+        other.join()
+    assert other.exitcode == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "fix"),
+    [
+        (errno.ENOSPC, "make room on this disk and rerun"),
+        (errno.EDQUOT, "make room on this disk and rerun"),
+        (errno.EIO, "this disk or the way to it fails"),
+        (errno.EROFS, "use a disk that can be written to"),
+        (errno.EACCES, "give yourself the right to it"),
+    ],
+)
+def test_every_writer_names_the_file_and_the_fix(tmp_path, monkeypatch, number, fix):
+    """Whoever raises it: Python without a file's name, safetensors and shutil in words alone."""
+    reason = os.strerror(number)
+    schema = pa.schema([schemas.column("a", pa.int32(), "a")])
+    writers = {
+        "t.parquet": lambda path: tables.write(path, pa.table({"a": [1]}), schema, {}),
+        "t.safetensors": lambda path: tensors.write(path, {"w": torch.ones(1)}, {}),
+        "t.json": lambda path: texts.write_sealed(path, {}),
+    }
+    for name, write in writers.items():
+        for error in (OSError(number, reason), ValueError(f"I/O error (os error {number})")):
+
+            def fail(*_, error=error):
+                raise error
+
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "fsync", fail)
+                with pytest.raises(UserError) as told:
+                    write(tmp_path / name)
+            assert str(told.value).startswith(f"{tmp_path / name}: {reason}; {fix}")
+    assert names(tmp_path) == []
+
+
+def test_a_file_in_the_way_of_a_folder_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=rf"{tmp_path}/file.*a file is where a folder should be"):
+        texts.write(tmp_path / "file" / "t", "")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UserError, match=rf"{tmp_path}/folder: .*a folder is where a file should"):
+        texts.write(tmp_path / "folder", "")
+
+
+def test_a_program_tells_what_a_disk_is_to_blame_for_and_nothing_else_so(tmp_path, capsys):
+    def fails(error):
+        def main():
+            raise error
+
+        return main
+
+    def behind():
+        try:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        except OSError as error:
+            raise RuntimeError("can't save") from error
+
+    gone = FileNotFoundError(errno.ENOENT, "No such file or directory", "calls.parquet")
+    for main, message in (
+        (fails(gone), "error: calls.parquet: No such file or directory; it was removed"),
+        (fails(OSError(errno.EIO, "bad", "/x")), "error: /x: Input/output error; this disk"),
+        (behind, f"error: {os.getcwd()}: [Errno 28] No space left on device; make room"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            errors.run(main)
+        assert stopped.value.code == 2 and capsys.readouterr().err.startswith(message)
+    for bug in (ValueError("no"), FileNotFoundError(errno.ENOENT, "no name"), KeyError(28)):
+        with pytest.raises(type(bug)):
+            errors.run(fails(bug))
+
+
+def test_what_can_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    schema = pa.schema([schemas.column("a", pa.int32(), "a")])
+    tables.write(tmp_path / "t.parquet", pa.table({"a": [1]}), schema, {})
+    tensors.write(tmp_path / "t.safetensors", {"w": torch.ones(1)}, {})
+
+    def fail(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fail)
+    for name, read in (("t.parquet", tables.read), ("t.safetensors", tensors.read)):
+        with pytest.raises(UserError, match=f"{name}: Input/output error; this disk") as told:
+            read(tmp_path / name)
+        assert seals.DAMAGED not in str(told.value) and "delete" not in str(told.value)
