@@ -43,7 +43,7 @@ OPTIONS = {
 
 
 class Stepping:
-    """Training steps of the library's loop, always the same one, and what is alive between two."""
+    """Training steps of the library's loop, one at a time, and what is alive between two."""
 
     def __init__(
         self,
@@ -62,12 +62,20 @@ class Stepping:
         self.optimizer = optimizers.adamw(
             option.optimizer, groups, how.lr, how.betas, how.weight_decay
         )
+        self.number = 0
 
     def step(self) -> None:
-        """One, of a batch that is always the same."""
+        """The next one; all batches are of one shape."""
         training._one_step(
-            0, self.modules, self.losses, teaching.HOW, self.accelerator, self.optimizer, {}
+            self.number,
+            self.modules,
+            self.losses,
+            teaching.HOW,
+            self.accelerator,
+            self.optimizer,
+            {},
         )
+        self.number += 1
 
     def held(self) -> int:
         """Bytes of frozen weights, trained weights and moments, once a step was made."""
