@@ -184,24 +184,28 @@ def split_arguments(
             found.cut[f"*{name}"] = [item.detach().cpu() for item in value]
         elif listed:
             for row, item in zip(found.other, value, strict=True):
-                row[name] = {"each": _encode(item, name, None)}
+                row[name] = {"each": encode(item, name, None)}
         else:
-            encoded = _encode(value, name, keep)
+            encoded = encode(value, name, keep)
             for row in found.other:
                 row[name] = {"all": encoded}
     return found
 
 
-def _encode(value: Any, path: str, keep: Callable[[str, Tensor], None] | None) -> Any:
-    """JSON that keeps tuples apart from lists; tensors go to `keep`, by their place."""
+def encode(value: Any, path: str, keep: Callable[[str, Tensor], None] | None) -> Any:
+    """JSON that keeps tuples apart from lists; tensors go to `keep`, by their place.
+
+    Raises:
+        UserError: there is something else than tensors, texts and numbers.
+    """
     if isinstance(value, Tensor) and keep is not None:
         keep(path, value)
         return {"tensor": path}
     if isinstance(value, (list, tuple)):
-        items = [_encode(v, f"{path}.{i}", keep) for i, v in enumerate(value)]
+        items = [encode(v, f"{path}.{i}", keep) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, dict):
-        return {"mapping": {k: _encode(v, f"{path}.{k}", keep) for k, v in value.items()}}
+        return {"mapping": {k: encode(v, f"{path}.{k}", keep) for k, v in value.items()}}
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     raise UserError(
