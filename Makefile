@@ -5,13 +5,14 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 BIN := .venv/bin
 READY := .venv/ready
+ALONE := .venv/alone
 
 .PHONY: run test lint tables
 
 run: $(READY)
 	$(BIN)/snakemake --cores all
 
-test: $(READY)
+test: $(READY) $(ALONE)/ready
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -31,4 +32,8 @@ $(READY): requirements.txt
 	@python3 -m venv .venv || \
 		{ echo "error: no virtual environment; on Debian: apt-get install python3-venv"; exit 1; }
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	@touch $@
+
+$(ALONE)/ready: tests/requirements.txt $(READY)
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(ALONE) --requirement $<
 	@touch $@

@@ -5,8 +5,10 @@ against none of them, in a step of distillation and, where it applies, of a fine
 """
 
 import copy
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -43,7 +45,7 @@ OPTIONS = {
 
 
 class Stepping:
-    """Training steps of the library's loop, always the same one, and what is alive between two."""
+    """Training steps of the library's loop, one at a time, and what is alive between two."""
 
     def __init__(
         self,
@@ -62,12 +64,20 @@ class Stepping:
         self.optimizer = optimizers.adamw(
             option.optimizer, groups, how.lr, how.betas, how.weight_decay
         )
+        self.number = 0
 
     def step(self) -> None:
-        """One, of a batch that is always the same."""
+        """The next one; all batches are of one shape."""
         training._one_step(
-            0, self.modules, self.losses, teaching.HOW, self.accelerator, self.optimizer, {}
+            self.number,
+            self.modules,
+            self.losses,
+            teaching.HOW,
+            self.accelerator,
+            self.optimizer,
+            {},
         )
+        self.number += 1
 
     def held(self) -> int:
         """Bytes of frozen weights, trained weights and moments, once a step was made."""
@@ -120,10 +130,17 @@ def tuning(size: Size, path: Path, option: Option) -> Stepping:
 
 
 def run(size: Size, folder: Path) -> list[Ratio]:
-    """Every option on over off, in both kinds of step; no bars, as all depends on the device."""
+    """Every option on over off, in both kinds of step; no bars, as all depends on the device.
+
+    8-bit moments only where there is bitsandbytes.
+    """
     path = material.record(folder / "calls.parquet", size, size.rows)
-    kinds = {"distill": (distilling, OPTIONS)}
-    kinds["fine-tune"] = tuning, {k: v for k, v in OPTIONS.items() if not v.compile}
+    sys.path.append(str(Path(sys.prefix) / "alone"))  # where `make test` keeps bitsandbytes
+    here = dict(OPTIONS)
+    if find_spec("bitsandbytes") is None:
+        here = {k: v for k, v in here.items() if v.optimizer != "adamw8bit"}
+    kinds = {"distill": (distilling, here)}
+    kinds["fine-tune"] = tuning, {k: v for k, v in here.items() if not v.compile}
     found = []
     for kind, (made_by, options) in kinds.items():
         steps = {name: made_by(size, path, option) for name, option in options.items()}

@@ -46,14 +46,18 @@ class Steps:
         every = [p for m in taught.values() for p in m.parameters()]
         groups = [{"params": every, "scale": 1.0}]
         self.optimizer = optimizers.adamw("adamw", groups, HOW.lr, HOW.betas, HOW.weight_decay)
+        self.number = 0
 
     def step(self) -> None:
-        """One; always of the same batch, whose activations all runs share."""
-        training._one_step(0, self.modules, self.losses, HOW, self.accelerator, self.optimizer, {})
+        """The next one; all batches are of one shape."""
+        training._one_step(
+            self.number, self.modules, self.losses, HOW, self.accelerator, self.optimizer, {}
+        )
+        self.number += 1
 
 
 def teach(size: Size, path: Path, count: int) -> tuple[Steps, dict]:
-    """The loop for `count` intervals, and the arguments of the batch that it draws."""
+    """The loop for `count` intervals, and the arguments of the batch that it draws first."""
     teacher, reader = material.transformer(size), calls.Reader(path)
     taught = students.start(teacher, intervals(size.blocks, count), "first")
     drawn = reader.draw(reader.rows(heldout=False), size.batch, (0, 0))

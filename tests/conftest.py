@@ -91,3 +91,15 @@ def reader(teacher, tmp_path_factory):
         found += calls.to_tables(given, teacher(**given)[0], rows)
     calls.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """diffusers copies code to a cache; here to one of the test's own, and forgets it after."""
+    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    from ppcl import narrow
+
+    for name in [n for n in sys.modules if n.startswith((narrow.MODULE, "diffusers_modules"))]:
+        del sys.modules[name]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import calls
+from ppcl import calls, tables
 from ppcl.errors import UserError
 
 
@@ -88,7 +88,7 @@ def nested(inner):
 @settings(max_examples=25, deadline=None)
 @given(st.recursive(plain, nested, max_leaves=6))
 def test_other_arguments_survive_json(value):
-    assert calls._decode(calls._encode(value, "a", None), {}) == value
+    assert calls._decode(calls.encode(value, "a", None), {}) == value
 
 
 def test_calls_with_other_shared_values_are_not_batched(tmp_path):
@@ -226,3 +226,12 @@ def test_heldout_prompts_either_select_or_report(reader, monkeypatch):
     select, report = reader.heldout_rows("select"), reader.heldout_rows("report")
     assert sorted([*select, *report]) == list(reader.rows(heldout=True))
     assert len(select) and len(report) and not set(prompts[select]) & set(prompts[report])
+
+
+def test_a_large_table_read_whole_is_noticed(tiny_calls, monkeypatch):
+    """By what all tests of stages run under."""
+    tiny.by_row_group(monkeypatch)
+    assert len(tables.File(tiny_calls)) > 1
+    assert len(tables.read(tiny_calls, columns=["prompt", "step"])) > 1
+    with pytest.raises(AssertionError, match="is read whole"):
+        tables.read(tiny_calls)

@@ -34,7 +34,7 @@ def test_plugged_error_is_the_relative_velocity_error(teacher, reader, accelerat
 
     class Same:
         @staticmethod
-        def batches(_rows, _size):
+        def batches(_rows, _size, _device):
             return batches
 
     found = distillation.plugged_error(low, taught, Same, rows, 4, accelerator)

@@ -325,16 +325,6 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 
 
-@pytest.fixture
-def modules(tmp_path, monkeypatch):
-    """diffusers copies code to a cache; here to one of the test's own, and forgets it after."""
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    for name in [n for n in sys.modules if n.startswith((narrow.MODULE, "diffusers_modules"))]:
-        del sys.modules[name]
-
-
 def narrowed(transformer) -> tuple[torch.nn.Module, list[list[int]]]:
     """A text run in the first two blocks that can have one, and all FFNs of block 5 linear; maps
     drawn at random."""

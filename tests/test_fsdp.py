@@ -20,29 +20,11 @@ TRAINING = {"batch_size": 5, "lr": 0.003, "warmup_steps": 1, "checkpoint_every":
 def world(tiny_teacher, tiny_calls, tmp_path_factory):
     """Settings, a plan and its students, as finetune takes them."""
     folder = tmp_path_factory.mktemp("fsdp")
-    settings = {
-        "seed": 0,
-        "device": "cpu",
-        "teacher": {"path": str(tiny_teacher)},
-        "intervals": {},
-        "prune": {"start": "first"},
-        "width": {},
-        "distill": TRAINING | {"steps": 1, "heldout_rows": 4},
-        "finetune": TRAINING,
-        "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
-    }
-    given = {"calls": tiny_calls, "plan": folder / "plan.json"}
-    start, found = folder / "start.safetensors", folder / "intervals.parquet"
-    tiny.stage(
-        "prune",
-        settings,
-        intervals=tiny.intervals(found, [(0, 1), (3, 4)]),
-        **given,
-        students=start,
-    )
+    options = {"distill": TRAINING | {"steps": 1, "heldout_rows": 4}, "finetune": TRAINING}
+    settings, given = tiny.pruned(folder, tiny_teacher, tiny_calls, **options)
     trained = {"output": folder / "students.safetensors", "errors": folder / "errors.parquet"}
     more = {"state": folder / "state", "log_table": folder / "log.parquet"}
-    tiny.stage("distill", settings, **given, students=start, **trained, **more)
+    tiny.stage("distill", settings, **given, **trained, **more)
     return folder, settings, given | {"students": trained["output"], "errors": trained["errors"]}
 
 

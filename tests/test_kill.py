@@ -20,26 +20,14 @@ TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every":
 def world(tiny_teacher, tiny_calls, tmp_path_factory):
     """A folder with the plan and the start weights of two students, and the settings."""
     folder = tmp_path_factory.mktemp("kill")
-    settings = {
-        "seed": 0,
-        "device": "cpu",
-        "teacher": {"path": str(tiny_teacher)},
-        "intervals": {},
-        "prune": {"start": "first"},
-        "width": {},
+    settings, _ = tiny.pruned(
+        folder,
+        tiny_teacher,
+        tiny_calls,
         # 5 samples do not divide evenly among two processes.
-        "distill": TRAINING | {"steps": 6, "heldout_rows": 4, "batch_size": 5},
-        "subsets": TRAINING | {"steps": 6, "heldout_rows": 4},
-        "finetune": TRAINING,
-        "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
-    }
-    tiny.stage(
-        "prune",
-        settings,
-        intervals=tiny.intervals(folder / "intervals.parquet", [(0, 1), (3, 4)]),
-        calls=tiny_calls,
-        plan=folder / "plan.json",
-        students=folder / "start.safetensors",
+        distill=TRAINING | {"steps": 6, "heldout_rows": 4, "batch_size": 5},
+        subsets=TRAINING | {"steps": 6, "heldout_rows": 4},
+        finetune=TRAINING,
     )
     return folder, settings, tiny_calls
 

@@ -283,7 +283,7 @@ def test_broken_variant_is_named(world, tmp_path, monkeypatch):
 
     class Late:
         @staticmethod
-        def batches(rows, size):
+        def batches(rows, size, _device):
             first, second = reader.batches(rows, size)
             yield first
             with torch.no_grad():

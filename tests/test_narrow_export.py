@@ -52,14 +52,7 @@ def exported(tiny_teacher, call, tmp_path_factory):
     return folder, model
 
 
-@pytest.fixture(autouse=True)
-def modules(tmp_path, monkeypatch):
-    """diffusers copies code to a cache; here to one of the test's own, and forgets it after."""
-    monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    yield
-    for name in [n for n in sys.modules if n.startswith((narrow.MODULE, "diffusers_modules"))]:
-        del sys.modules[name]
+pytestmark = pytest.mark.usefixtures("modules")
 
 
 @torch.no_grad()

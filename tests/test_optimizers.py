@@ -1,6 +1,7 @@
 """8-bit AdamW beside the usual: what it keeps, resuming, and what is said where it is missing."""
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,13 @@ from ppcl import optimizers, tensors, training
 from ppcl.errors import UserError
 
 EIGHT = training.Optimisation(**vars(OPTIONS) | {"optimizer": "adamw8bit", "lr": 0.003})
+
+
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """The package, which `make test` keeps apart."""
+    monkeypatch.syspath_prepend(Path(sys.prefix) / "alone")
+    pytest.importorskip("bitsandbytes", reason="make test installs it")
 
 
 class Part(nn.Module):
@@ -51,7 +59,7 @@ def distance(one, other):
     return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
-def test_8_bit_moments_learn_as_the_others_do_in_a_fifth_of_the_memory(train):
+def test_8_bit_moments_learn_as_the_others_do_in_a_fifth_of_the_memory(bitsandbytes, train):
     usual, small = parts(), parts()
     options = training.Optimisation(**vars(EIGHT) | {"optimizer": "adamw"})
     logs, paths = zip(train(usual, options, "usual"), train(small, EIGHT, "small"), strict=True)
@@ -69,7 +77,7 @@ def test_8_bit_moments_learn_as_the_others_do_in_a_fifth_of_the_memory(train):
     assert kept[0] == 8 * 80 * 64 and kept[1] == 2 * (80 * 64 + 4 * 80 * 64 // 256)
 
 
-def test_resumed_is_uninterrupted_to_the_bit(train):
+def test_resumed_is_uninterrupted_to_the_bit(bitsandbytes, train):
     whole, modules = parts(), parts()
     train(whole, EIGHT, "whole")
     with pytest.raises(Stop):
@@ -82,7 +90,7 @@ def test_resumed_is_uninterrupted_to_the_bit(train):
     assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-def test_a_module_ends_the_same_whoever_trains_beside_it(train):
+def test_a_module_ends_the_same_whoever_trains_beside_it(bitsandbytes, train):
     alone, together = parts("a"), parts()
     train(alone, EIGHT, "alone")
     train(together, EIGHT, "together")
@@ -97,7 +105,7 @@ def test_without_the_package_it_is_named(train, monkeypatch):
         train(parts(), EIGHT)
 
 
-def test_other_devices_are_refused():
+def test_other_devices_are_refused(bitsandbytes):
     groups = [{"params": [nn.Parameter(torch.zeros(1, device="meta"))]}]
     with pytest.raises(UserError, match="adamw8bit does not run on meta"):
         optimizers.adamw("adamw8bit", groups, 0.1, (0.9, 0.95), 0.0)

@@ -96,34 +96,24 @@ def test_a_damaged_table_is_named(tmp_path):
 def world(tiny_teacher, tiny_calls, tmp_path_factory):
     """Settings, and the paths of one distillation in one job."""
     folder = tmp_path_factory.mktemp("shards")
-    settings = {
-        "seed": 0,
-        "device": "cpu",
-        "teacher": {"path": str(tiny_teacher)},
-        "intervals": {},
-        "prune": {"start": "first"},
-        "width": {"fit_rows": 8},
-        "distill": {
-            "steps": 6,
-            "heldout_rows": 4,
-            "batch_size": 5,
-            "lr": 0.003,
-            "warmup_steps": 1,
-            "checkpoint_every": 2,
-            "log_every": 2,
-        },
-        "variants": [{"name": "p70", "budget": 0.7}],
+    distill = {
+        "steps": 6,
+        "heldout_rows": 4,
+        "batch_size": 5,
+        "lr": 0.003,
+        "warmup_steps": 1,
+        "checkpoint_every": 2,
+        "log_every": 2,
     }
-    given = {"calls": tiny_calls, "plan": folder / "plan.json"}
-    tiny.stage(
-        "prune",
-        settings,
-        intervals=tiny.intervals(folder / "intervals.parquet", [(0, 1), (3, 4)]),
-        candidates=tiny.candidates(folder / "candidates.parquet", [], [(2, "image")]),
-        **given,
-        students=folder / "start.safetensors",
+    settings, given = tiny.pruned(
+        folder,
+        tiny_teacher,
+        tiny_calls,
+        ffns=((2, "image"),),
+        width={"fit_rows": 8},
+        distill=distill,
+        variants=[{"name": "p70", "budget": 0.7}],
     )
-    given |= {"students": folder / "start.safetensors"}
     tiny.stage("distill", settings, **given, **outputs(folder / "one"))
     return folder, settings, given
 

@@ -131,6 +131,28 @@ def test_wrong_file(tmp_path):
         tables.read(path, SCHEMA)
 
 
+def test_rows_are_picked_by_row_group(tmp_path, monkeypatch):
+    path = tmp_path / "t.parquet"
+    with tables.writer(path, SCHEMA, {}) as sink:
+        for shift in (0, 10, 20):
+            sink.write(frame().assign(block=frame()["block"] + shift))
+    whole, asked = tables.read(path).to_pandas(), []
+    plain = tables.File.group
+
+    def group(self, number, columns=None):
+        asked.append((number, columns))
+        return plain(self, number, columns)
+
+    monkeypatch.setattr(tables.File, "group", group)
+    wanted = [*frame()["block"][1:], 20 + frame()["block"][0]]
+    found = tables.read(path, SCHEMA, where=("block", wanted)).to_pandas()
+    expected = whole[whole["block"].isin(wanted)].reset_index(drop=True)
+    pd.testing.assert_frame_equal(found[expected.columns], expected)
+    assert [number for number, columns in asked if columns is None] == [0, 2]
+    none = tables.read(path, SCHEMA, where=("block", []))
+    assert len(none) == 0 and none.column_names == SCHEMA.names
+
+
 def test_every_table_of_the_contract_is_listed_and_documented():
     parquet = {path for path in schemas.ARTIFACTS if path.endswith(".parquet")}
     assert parquet == set(schemas.TABLES)

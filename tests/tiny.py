@@ -6,6 +6,7 @@ import runpy
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -171,9 +172,49 @@ def stage(name: str, settings: dict, *group: str, **paths) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", [name, *group, *options(settings, paths)])
+            by_row_group(patch)
             runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pruned(
+    folder: Path, teacher: Path, recorded: Path, ffns: tuple[tuple[int, str], ...] = (), **more
+) -> tuple[dict, dict]:
+    """A config with two intervals (and linear FFNs, and `more` keys), and what `distill` takes:
+    paths of the calls, the plan and the start weights, made in `folder`."""
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"path": str(teacher)},
+        "intervals": {},
+        "prune": {"start": "first"},
+        "width": {},
+        "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
+        **more,
+    }
+    given = {"calls": recorded, "plan": folder / "plan.json"}
+    given |= {"students": folder / "start.safetensors"}
+    chosen = {"intervals": intervals(folder / "intervals.parquet", [(0, 1), (3, 4)])}
+    if ffns:
+        chosen["candidates"] = candidates(folder / "candidates.parquet", [], list(ffns))
+    stage("prune", settings, **chosen, **given)
+    return settings, given
+
+
+def by_row_group(patch: pytest.MonkeyPatch) -> None:
+    """From now on nobody may read all tensors or pictures of a table at once: recorded calls,
+    tokens and images of a large model are more than memory holds."""
+    plain = tables.File.read
+
+    def read(self, columns=None):
+        for name in columns or self.schema.names:
+            kind = self.schema.field(name).type
+            large = isinstance(kind, pa.FixedShapeTensorType) or pa.types.is_binary(kind)
+            assert not large or len(self) == 1, f"column {name} is read whole"
+        return plain(self, columns)
+
+    patch.setattr(tables.File, "read", read)
 
 
 class NoBar:

@@ -33,6 +33,13 @@ def read(path: Path, schema) -> pd.DataFrame:
     return tables.read(path, schema).to_pandas()
 
 
+def first_pictures(path: Path) -> pd.DataFrame:
+    """Those that are drawn: all of them may be more than memory holds."""
+    prompts = set(tables.read(path, columns=["prompt_index"])["prompt_index"].to_pylist())
+    first = sorted(prompts)[: result_figures.PROMPTS]
+    return tables.read(path, schemas.IMAGES, where=("prompt_index", first)).to_pandas()
+
+
 def origin(path: Path) -> str:
     """Where a figure comes from, for its metadata: its table's provenance but for the time."""
     stamps = tables.provenance(path)
@@ -87,7 +94,7 @@ def training(options: argparse.Namespace, settings: dict) -> None:
 
 def quality(options: argparse.Namespace, settings: dict) -> None:
     """Quality against cost, and pictures."""
-    metrics, pictures = read(options.metrics, schemas.METRICS), read(options.images, schemas.IMAGES)
+    metrics, pictures = read(options.metrics, schemas.METRICS), first_pictures(options.images)
     points = read(options.points, schemas.POINTS)
     tuned = [variant["name"] for variant in settings["variants"] if variant["finetune_steps"]]
     drawn = {

@@ -281,9 +281,7 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> 
     if options["judge"] != "digits":
         return {}
     rows = prompts.read(options["prompts"], "evaluate.prompts")
-    drawn = pipelines.sample_prompts(rows, settings["ablation"]["samples"], evaluation.FIRST_SEED)
-    names = ("prompt_index", "prompt", "seed")
-    items = [{"sample": n, **dict(zip(names, at, strict=True))} for n, at in enumerate(drawn)]
+    items = pipelines.samples(rows, settings["ablation"]["samples"], evaluation.FIRST_SEED)
     judge, teacher = digits.Judge(), pipelines.denoiser(pipe, settings["teacher"])
     right: list[list[float]] = []
     pipe.register_modules(transformer=model)

@@ -32,7 +32,7 @@ class Moments:
         """Adds tokens: x, y [tokens, d] of any float dtype."""
         x, y = (t.to(self._device, torch.float64) for t in (x, y))
         parts = {
-            "count": torch.tensor([len(x)], dtype=torch.float64, device=x.device),
+            "count": torch.full((1,), len(x), dtype=torch.float64, device=x.device),
             "x_sum": x.sum(0),
             "y_sum": y.sum(0),
             "y_y": y.square().sum()[None],
@@ -107,28 +107,36 @@ def collect(
     sequence = blocks.block_sequence(transformer)
     moments, samples, first = Moments(device), {}, {}
     kept_values: dict[str, np.ndarray] = {}
-    for batch in reader.batches(rows, settings["batch_size"]):
-        numbers = batch.numbers
-        batch = batch.to(device)
-        fit = torch.from_numpy(~batch.rows["heldout"]).to(device)
+    for recorded in reader.batches(rows, settings["batch_size"], device):
+        batch = recorded.to(device)
+        fit = torch.from_numpy(np.flatnonzero(~batch.rows["heldout"])).to(device)
         family = blocks.family(transformer)
         before: blocks.Streams = {}
-        positions: dict[str, tuple[Tensor, np.ndarray]] = {}
+        positions: dict[str, np.ndarray] = {}
+        many: dict[str, Tensor] = {}
+        few: dict[str, Tensor] = {}
         lengths: dict[str, int] = {}
         kept: dict[str, list[Tensor]] = {}
+        finite: dict[tuple[int, str], Tensor] = {}
 
         def look(block, bound):
             before.clear()
-            streams = block.inputs(bound)
-            masks = blocks.token_masks(family, batch.arguments, streams)
-            for stream, x in streams.items():
+            for stream, x in block.inputs(bound).items():
                 if stream not in positions:
-                    many = pick_tokens(
-                        masks, stream, x.shape[:2], settings["moment_tokens"], numbers, seed
+                    # Of the call as it was read: the device need not be asked for its masks.
+                    masks = blocks.token_masks(family, recorded.arguments, {stream: x})
+                    places = pick_tokens(
+                        masks,
+                        stream,
+                        x.shape[:2],
+                        settings["moment_tokens"],
+                        recorded.numbers,
+                        seed,
                     )
-                    few = many[:, : settings["sample_tokens"]]
-                    positions[stream] = (torch.from_numpy(many).to(device), few)
-                    kept[stream] = [_sample(x, few)]
+                    positions[stream] = places[:, : settings["sample_tokens"]]
+                    many[stream] = torch.from_numpy(places).to(device)
+                    few[stream] = many[stream][:, : settings["sample_tokens"]]
+                    kept[stream] = [_gather(x, few[stream])]
                     first[stream], lengths[stream] = block.index, x.shape[1]
                 elif x.shape[1] != lengths[stream]:
                     raise UserError(
@@ -136,37 +144,38 @@ def collect(
                         "the blocks before; give its list a stream of its own in "
                         "workflow/scripts/ppcl/families.py"
                     )
-                before[stream] = _gather(x, positions[stream][0])
+                before[stream] = _gather(x, many[stream])
 
         def learn(block, returned):
             for stream, out in returned.items():
-                _refuse_nonfinite(out, block.index, stream)
-                kept[stream].append(_sample(out, positions[stream][1]))
-                x, after = before[stream][fit], _gather(out, positions[stream][0])[fit]
-                if len(x):
+                finite[block.index, stream] = torch.isfinite(out).all()
+                kept[stream].append(_gather(out, few[stream]))
+                if len(fit):
+                    x, after = before[stream][fit], _gather(out, many[stream])[fit]
                     where = devices.statistics_device(x.device)
                     x, after = (z.flatten(0, 1).to(where).double() for z in (x, after))
                     moments.add(stream, block.index, x, after - x)
 
         with blocks.watch(sequence, look, learn, stop_after=sequence[-1].index) as run:
             run(transformer, batch.arguments)
+        _refuse_nonfinite(finite)
         for stream, values in kept.items():
-            few = positions[stream][1]
+            values = _on_host(torch.stack(values).flatten(1, 2).float())
             per_row = {
                 "prompt": batch.rows["prompt_index"],
                 "step": batch.rows["step"],
                 "timestep": batch.rows["timestep"],
                 "heldout": batch.rows["heldout"],
             }
-            found = {k: np.repeat(v, few.shape[1]) for k, v in per_row.items()}
-            found["token"] = few.ravel()
+            places = positions[stream]
+            found = {k: np.repeat(v, places.shape[1]) for k, v in per_row.items()}
+            found["token"] = places.ravel()
             if stream not in kept_values:
                 # All that there can be, at once: joining at the end would hold everything twice.
                 most = len(rows) * settings["sample_tokens"]
-                kept_values[stream] = np.empty((len(values), most, values[0].shape[1]), np.float32)
+                kept_values[stream] = np.empty((len(values), most, values.shape[2]), np.float32)
             start = sum(len(part["token"]) for part in samples.get(stream, []))
-            for boundary, value in enumerate(values):
-                kept_values[stream][boundary, start : start + len(value)] = value.numpy()
+            kept_values[stream][:, start : start + values.shape[1]] = values
             samples.setdefault(stream, []).append(found)
         progress.update(len(batch))
     joined = {
@@ -183,13 +192,16 @@ def _gather(x: Tensor, positions: Tensor) -> Tensor:
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def _sample(x: Tensor, positions: np.ndarray) -> Tensor:
-    picked = _gather(x, torch.from_numpy(positions).to(x.device))
-    return picked.flatten(0, 1).float().cpu()
+def _on_host(x: Tensor) -> np.ndarray:
+    """A copy from the device, for which all that it was asked for must be done: one a call."""
+    return x.cpu().numpy()
 
 
-def _refuse_nonfinite(x: Tensor, block: int, stream: str) -> None:
-    if not torch.isfinite(x).all():
+def _refuse_nonfinite(finite: dict[tuple[int, str], Tensor]) -> None:
+    """Reads a call's flags, by block and stream in data-flow order."""
+    broken = ~_on_host(torch.stack(list(finite.values())))
+    if broken.any():
+        block, stream = list(finite)[int(broken.argmax())]
         raise UserError(
             f"extract: the {stream} stream after block {block} holds NaN or infinity; set "
             "teacher.dtype: float32 (or bfloat16 in place of float16)"

@@ -8,7 +8,6 @@ import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
 
 import diffusers
 import torch
@@ -17,6 +16,7 @@ from torch import nn
 
 from ppcl import (
     blocks,
+    calls,
     hub,
     narrow,
     reload_gate,
@@ -222,7 +222,7 @@ def prove(folder: Path, transformer: nn.Module, call: dict, component: str = "tr
     """
     held = {"expected": blocks.answer(transformer, call)}
     about = {
-        "arguments": json.dumps(_skeleton(call, held)),
+        "arguments": json.dumps(calls.encode(call, "call", held.__setitem__)),
         "component": component,
         "dtype": str(_main_dtype(transformer)).removeprefix("torch."),
         "weights": json.dumps(reload_gate.digests(transformer)),
@@ -251,19 +251,3 @@ def _main_dtype(module: nn.Module) -> torch.dtype:
     for parameter in module.parameters():
         counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     return max(counts, key=counts.get)
-
-
-def _skeleton(value: Any, held: dict[str, torch.Tensor]) -> Any:
-    """JSON of a call's arguments, in which names stand for tensors, which it adds to `held`.
-
-    `reload_gate.filled` is its inverse.
-    """
-    if isinstance(value, torch.Tensor):
-        name = str(len(held))
-        held[name] = value
-        return {"tensor": name}
-    if isinstance(value, dict):
-        return {"mapping": {key: _skeleton(item, held) for key, item in value.items()}}
-    if isinstance(value, tuple):
-        return {"tuple": [_skeleton(item, held) for item in value]}
-    return [_skeleton(item, held) for item in value] if isinstance(value, list) else value

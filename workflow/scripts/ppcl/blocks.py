@@ -302,17 +302,16 @@ def assembled(
     of, every = family(transformer), block_sequence(transformer)
     block_map: list[list[int]] = []
     lists: dict[str, list[nn.Module]] = {listed.attribute: [] for listed in of.lists}
-    starts = {listed.attribute: None for listed in of.lists}
+    starts: dict[str, int] = {}
     origins: dict[str, list[int]] = {listed.attribute: [] for listed in of.lists}
     for block in every:
         attribute = block.list.attribute
-        if starts[attribute] is None:
-            starts[attribute] = block.index
+        start = starts.setdefault(attribute, block.index)
         if block.index in inside:
             continue
         interval = first.get(block.index, (block.index, block.index))
         lists[attribute].append(students.get(interval, block.module))
-        origins[attribute].append(block.index - starts[attribute])
+        origins[attribute].append(block.index - start)
         block_map.append(list(range(interval[0], interval[1] + 1)))
     copied = copy.copy(transformer)
     copied.__dict__.pop("forward", None)  # an offloading hook's, which runs the original

@@ -7,6 +7,7 @@ needs neither text encoder nor scheduler, and works for any family.
 
 import hashlib
 import json
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ _ARROW = {
     torch.uint8: pa.uint8(),
 }
 OUTPUT = "output"
+CPU = torch.device("cpu")
 
 
 @dataclass
@@ -61,11 +63,63 @@ class Batch:
         return Batch(arguments, self.output.float(), self.rows, self.numbers)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device."""
+        """The batch with its tensors on a device; copies to CUDA of what is `pinned` go on while
+        the caller does."""
+        return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"))
+
+    def pinned(self, device: torch.device) -> "Batch":
+        """The batch in memory from which a copy to that device needs no waiting."""
+        return self._each(Tensor.pin_memory) if device.type == "cuda" else self
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         moved = tree_map(
-            lambda value: value.to(device) if isinstance(value, Tensor) else value, self.arguments
+            lambda value: change(value) if isinstance(value, Tensor) else value, self.arguments
         )
-        return Batch(moved, self.output.to(device), self.rows, self.numbers)
+        return Batch(moved, change(self.output), self.rows, self.numbers)
+
+
+class Ahead:
+    """Batches by number, each made while the one before it is in use.
+
+    Whoever asks for number n has n + 1 made in a thread, which ends with that; an error in it is
+    raised to whom asks for n + 1. Any other number is made at once, as after a resume. (torch's
+    DataLoader would need a process for it, with decoded row groups of its own.)
+
+    Args:
+        make: the batch of a number.
+        count: of batches, if there is a last one.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], count: int | None = None):
+        self._make, self._count = make, count
+        self._next: tuple[int, threading.Thread, list] | None = None
+
+    def __call__(self, number: int) -> Batch:
+        following, self._next = self._next, None
+        if following and following[0] == number:
+            _, thread, found = following
+            thread.join()
+            batch, error = found.pop()
+            if error is not None:
+                raise error
+        else:
+            batch = self._make(number)
+        if self._count is None or number + 1 < self._count:
+            self._begin(number + 1)
+        return batch
+
+    def _begin(self, number: int) -> None:
+        found: list[tuple[Batch | None, BaseException | None]] = []
+
+        def run() -> None:
+            try:
+                found.append((self._make(number), None))
+            except BaseException as error:
+                found.append((None, error))
+
+        thread = threading.Thread(target=run, name=f"batch {number}")
+        self._next = number, thread, found
+        thread.start()
 
 
 def as_float32(value: Any) -> Any:
@@ -130,24 +184,28 @@ def split_arguments(
             found.cut[f"*{name}"] = [item.detach().cpu() for item in value]
         elif listed:
             for row, item in zip(found.other, value, strict=True):
-                row[name] = {"each": _encode(item, name, None)}
+                row[name] = {"each": encode(item, name, None)}
         else:
-            encoded = _encode(value, name, keep)
+            encoded = encode(value, name, keep)
             for row in found.other:
                 row[name] = {"all": encoded}
     return found
 
 
-def _encode(value: Any, path: str, keep: Callable[[str, Tensor], None] | None) -> Any:
-    """JSON that keeps tuples apart from lists; tensors go to `keep`, by their place."""
+def encode(value: Any, path: str, keep: Callable[[str, Tensor], None] | None) -> Any:
+    """JSON that keeps tuples apart from lists; tensors go to `keep`, by their place.
+
+    Raises:
+        UserError: there is something else than tensors, texts and numbers.
+    """
     if isinstance(value, Tensor) and keep is not None:
         keep(path, value)
         return {"tensor": path}
     if isinstance(value, (list, tuple)):
-        items = [_encode(v, f"{path}.{i}", keep) for i, v in enumerate(value)]
+        items = [encode(v, f"{path}.{i}", keep) for i, v in enumerate(value)]
         return items if isinstance(value, list) else {"tuple": items}
     if isinstance(value, dict):
-        return {"mapping": {k: _encode(v, f"{path}.{k}", keep) for k, v in value.items()}}
+        return {"mapping": {k: encode(v, f"{path}.{k}", keep) for k, v in value.items()}}
     if isinstance(value, (bool, int, float, str)) or value is None:
         return value
     raise UserError(
@@ -272,6 +330,7 @@ class Reader:
 
     def __init__(self, path: str | Path, memory: int = 4 << 30):
         self.path, self._memory = Path(path), memory
+        self._reading = threading.Lock()
         self._file = tables.File(path)
         self.provenance = self._file.provenance
         table = tables.read(path, schemas.CALLS, columns=schemas.CALLS.names)
@@ -331,21 +390,29 @@ class Reader:
         choices = rows[self._bucket_of[rows] == bucket]
         return rng.choice(choices, size=size, replace=len(choices) < size)
 
-    def batches(self, rows: np.ndarray, size: int) -> Iterator["Batch"]:
-        """All of `rows`, in batches of at most `size`, bucket by bucket."""
+    def batches(self, rows: np.ndarray, size: int, device: torch.device = CPU) -> Iterator["Batch"]:
+        """All of `rows`, in batches of at most `size`, bucket by bucket; the next one is read while
+        the present one is in use.
+
+        Args:
+            device: where they will be needed (`Batch.pinned`); they are on the CPU.
+        """
+        every = []
         for bucket in np.unique(self._bucket_of[rows]):
             members = rows[self._bucket_of[rows] == bucket]
-            for start in range(0, len(members), size):
-                yield self.batch(members[start : start + size])
+            every += [members[start : start + size] for start in range(0, len(members), size)]
+        ahead = Ahead(lambda number: self.batch(every[number]).pinned(device), len(every))
+        yield from map(ahead, range(len(every)))
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The given rows of one bucket as a batch on the CPU."""
         picked: dict[str, list[Tensor]] = {}
-        for row in rows:
-            group = int(np.searchsorted(self._first, row, side="right")) - 1
-            for name, values in self._group(group).items():
-                at = 0 if name.startswith("=") else row - self._first[group]
-                picked.setdefault(name, []).append(values[at])
+        with self._reading:  # one batch may be made ahead, in a thread
+            for row in rows:
+                group = int(np.searchsorted(self._first, row, side="right")) - 1
+                for name, values in self._group(group).items():
+                    at = 0 if name.startswith("=") else row - self._first[group]
+                    picked.setdefault(name, []).append(values[at])
         found: dict[str, Any] = {}
         for key, values in picked.items():
             name, _, dim = key.split("/")[0].partition("@")

@@ -25,7 +25,8 @@ def through_chain(
     the teacher's activation there; one backward, so that a student also learns from what those
     after it make of its output. options: as `distillation.independent`.
     """
-    family, parts, rows = blocks.family(transformer), list(students), reader.rows(heldout=False)
+    family, parts = blocks.family(transformer), list(students)
+    batch_of = distillation.batches_of_steps(reader, options, seed, accelerator)
     inside = {part: distillation.InFloat32(student) for part, student in students.items()}
     model, _ = blocks.assembled(transformer, {part.key: m for part, m in inside.items()})
     owner = {id(module): part for part, module in inside.items()}
@@ -38,8 +39,7 @@ def through_chain(
         return {stream: x for stream, x in lesson.target.items() if stream not in gone}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        drawn = reader.draw(rows, options["batch_size"], (seed, step))
-        batch = reader.batch(distillation.share(drawn, accelerator)).to(accelerator.device)
+        batch = batch_of(step)
         outputs: dict = {}
 
         def keep(block, streams):

@@ -180,6 +180,25 @@ def share(rows, accelerator: Accelerator):
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 
+def batches_of_steps(
+    reader: calls.Reader, options: Mapping, seed: int, accelerator: Accelerator
+) -> Callable[[int], calls.Batch]:
+    """What gives this process's part of a step's batch, on its device; the next step's is read
+    meanwhile.
+
+    Args:
+        options: batch_size, of all processes together.
+    """
+    rows = reader.rows(heldout=False)
+
+    def make(step: int) -> calls.Batch:
+        drawn = reader.draw(rows, options["batch_size"], (seed, step))
+        return reader.batch(share(drawn, accelerator)).pinned(accelerator.device)
+
+    ahead = calls.Ahead(make)
+    return lambda step: ahead(step).to(accelerator.device)
+
+
 def independent(
     transformer: nn.Module,
     students: Students,
@@ -199,28 +218,28 @@ def independent(
     """
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
-    parts, rows = list(students), reader.rows(heldout=False)
+    parts, batch_of = list(students), batches_of_steps(reader, options, seed, accelerator)
     names = names or {part: part.name for part in parts}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        drawn = reader.draw(rows, options["batch_size"], (seed, step))
-        mine = share(drawn, accelerator)
+        batch = batch_of(step)
         # Shares differ by a row where the batch does not divide evenly; the loop averages them.
-        weight = len(mine) * accelerator.num_processes / len(drawn)
-        batch = reader.batch(mine).to(accelerator.device)
+        weight = len(batch) * accelerator.num_processes / options["batch_size"]
         with accelerator.autocast():
             lessons = teacher_states(transformer, parts, batch.arguments)
         if options["mode"] == "sequential":
             inputs = sequential_inputs(transformer, students, batch.arguments, accelerator)
             for part, bound in inputs.items():
                 lessons[part].bound = bound
+        masks: blocks.Streams = {}  # a stream has the same in all blocks
         for part, student in students.items():
             lesson = lessons.pop(part)
             if part.last == sequence[-1].index:
                 read = {s: v for s, v in lesson.target.items() if s not in family.unread}
                 lesson.target = read
-            texts = {} if lesson.text_input is None else {TEXT: lesson.text_input}
-            masks = blocks.token_masks(family, batch.arguments, texts | lesson.target)
+            seen = {} if lesson.text_input is None else {TEXT: lesson.text_input}
+            fresh = {s: x for s, x in (seen | lesson.target).items() if s not in masks}
+            masks |= blocks.token_masks(family, batch.arguments, fresh)
             # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
             lesson.bound = fitting(lesson.bound, student)
             with accelerator.autocast():
@@ -272,11 +291,10 @@ def output_distillation(
         name: of what is trained, in the log.
         in_float32: the model is float32, whatever dtype the teacher's calls were recorded in.
     """
-    rows = reader.rows(heldout=False)
+    batch_of = batches_of_steps(reader, options, seed, accelerator)
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        drawn = reader.draw(rows, options["batch_size"], (seed, step))
-        batch = reader.batch(share(drawn, accelerator)).to(accelerator.device)
+        batch = batch_of(step)
         if in_float32:
             batch = batch.to_float32()
         with accelerator.autocast():
@@ -374,15 +392,15 @@ def plugged_error(
     """Relative velocity error of the teacher with these students plugged in, on recorded calls."""
     model, _ = plugged(transformer, students)
     error = power = 0.0
-    for batch in reader.batches(rows, batch_size):
+    for batch in reader.batches(rows, batch_size, accelerator.device):
         batch = batch.to(accelerator.device)
         with accelerator.autocast():
             output = blocks.answer(model, batch.arguments)
         where = devices.statistics_device(output.device)
         output, target = (x.to(where).double() for x in (output, batch.output))
-        error += float((output - target).square().sum())
-        power += float(target.square().sum())
-    return error / power
+        error += (output - target).square().sum()  # on the device, which need not be waited for
+        power += target.square().sum()
+    return float(error) / float(power)
 
 
 def plugged_errors(

@@ -272,7 +272,7 @@ def velocity_errors(
         UserError: the model answers with NaN or infinity.
     """
     columns: dict[str, list[np.ndarray]] = {}
-    for recorded in reader.batches(rows, batch_size):
+    for recorded in reader.batches(rows, batch_size, device):
         batch = recorded.to(device)
         output = blocks.answer(transformer, batch.arguments).cpu().double().numpy()
         if not np.isfinite(output).all():

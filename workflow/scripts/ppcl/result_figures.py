@@ -297,8 +297,11 @@ def _point(ax: Axes, x: pd.Series, y: pd.Series, colour: str, marker: str) -> No
     )
 
 
+PROMPTS = 8  # whose images are drawn
+
+
 @style.styled
-def images(table: pd.DataFrame, metrics: pd.DataFrame, rows: int = 8) -> Figure:
+def images(table: pd.DataFrame, metrics: pd.DataFrame, rows: int = PROMPTS) -> Figure:
     """The first prompts' images: teacher and variants of one prompt share a seed.
 
     A picture whose reading by the classifier is not what the prompt asks for is framed, with the

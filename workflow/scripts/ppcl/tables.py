@@ -6,7 +6,7 @@ of some row groups and columns checks these alone, before Arrow sees them.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -144,15 +144,22 @@ class File:
 
 
 def read(
-    path: str | Path, schema: pa.Schema | None = None, columns: list[str] | None = None
+    path: str | Path,
+    schema: pa.Schema | None = None,
+    columns: list[str] | None = None,
+    where: tuple[str, Collection] | None = None,
 ) -> pa.Table:
     """The table at `path`; with a schema, its columns come first, further ones follow.
 
-    `columns` reads only those columns from the file.
+    Args:
+        columns: only those columns are read from the file.
+        where: a column and values: only rows with one of them are kept, and only row groups that
+            have such rows are read, one at a time.
 
     Raises UserError if the file is missing or truncated, or lacks a column or its type.
     """
-    table = File(path).read(columns)
+    file = File(path)
+    table = file.read(columns) if where is None else _rows_where(file, columns, *where)
     if schema is None:
         return table
     for field in schema:
@@ -165,6 +172,17 @@ def read(
             )
     further = [name for name in table.column_names if name not in schema.names]
     return table.select([*schema.names, *further])
+
+
+def _rows_where(file: File, columns: list[str] | None, name: str, values: Collection) -> pa.Table:
+    found = []
+    for number in range(len(file)):
+        wanted = [value in values for value in file.group(number, [name])[name].to_pylist()]
+        if any(wanted):
+            found.append(file.group(number, columns).filter(pa.array(wanted)))
+    if not found:
+        return file.schema.empty_table().select(columns or file.schema.names)
+    return pa.concat_tables(found)
 
 
 def provenance(path: str | Path) -> dict[str, str]:

@@ -201,8 +201,7 @@ def _one_step(
         for key, value in (metrics | {"loss": loss}).items():
             value = value.detach().float()
             total[key] = total[key] + value if key in total else value
-    if not any(fsdp.is_shared(p) for m in modules.values() for p in m.parameters()):
-        _average_gradients(modules, accelerator)  # gradients of shares are averages already
+    _average_gradients(modules, accelerator)
     for name, module in modules.items():
         norm = fsdp.clip(module, options.clip_norm, accelerator)
         sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
@@ -228,10 +227,14 @@ BUCKET = 16 << 20  # gradients reduced at a time: few messages, and little memor
 
 
 def _average_gradients(modules: Mapping[str, nn.Module], accelerator: Accelerator) -> None:
-    """All-reduces gradients in flat buckets (students are called outside any DDP wrapper)."""
+    """All-reduces gradients in flat buckets (students are called outside any DDP wrapper).
+
+    Gradients of shares are averages already.
+    """
     if accelerator.num_processes == 1:
         return
-    grads = [p.grad for m in modules.values() for p in m.parameters() if p.grad is not None]
+    every = (p.grad for module in modules.values() for p in module.parameters())
+    grads = [grad for grad in every if grad is not None and not fsdp.is_shared(grad)]
     while grads:
         bucket, size = [], 0
         while grads and (not bucket or size + grads[0].numel() <= BUCKET):

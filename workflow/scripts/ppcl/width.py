@@ -106,7 +106,7 @@ def fit(
     for group in _groups(list(dict.fromkeys(maps)), transformer):
         sums = [activations.Moments(device) for _ in rows]
         for numbers, moments in zip(rows, sums, strict=True):
-            for batch in reader.batches(numbers, options["batch_size"]):
+            for batch in reader.batches(numbers, options["batch_size"], device):
                 _add(transformer, wholes, group, batch.to(device), moments)
         for one in group:
             fitted, judged = (
