@@ -139,7 +139,7 @@ def test_shards_joined_are_one_job_to_the_bit(world):
     folder, settings, given = world
     sharded = settings | {"distill": settings["distill"] | {"shards": 3}}
     table = folder / "shards.json"
-    tiny.stage("allot", sharded, plan=given["plan"], shards=table)
+    tiny.stage("allot", sharded, calls=given["calls"], plan=given["plan"], shards=table)
     assert json.loads(table.read_text()) == [["00-01"], ["02-02"], ["03-04"]]
     parts = [outputs(folder / str(number)) for number in range(3)]
     for number, paths in enumerate(parts):

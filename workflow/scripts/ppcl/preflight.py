@@ -59,6 +59,11 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: distill.mode is sequential, in which students learn from those before "
             "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
         )
+    if config["distill"]["mode"] == "sequential" and config["distill"]["cache_inputs"] == "always":
+        raise UserError(
+            f"{source}: distill.mode is sequential, which runs all of the teacher anyway; set "
+            "distill.cache_inputs to auto or never, or mode to independent"
+        )
     if config["finetune"]["cpu_offload"] and config["finetune"]["sharding"] == "none":
         raise UserError(
             f"{source}: finetune.cpu_offload is of use with finetune.sharding: fsdp alone; set "
