@@ -9,10 +9,8 @@ without this. Where they are not (padding up to the longest text, experts that s
 they are the same but for rounding.
 """
 
-import errno
 import inspect
 import logging
-import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from ppcl import blocks, calls, provenance, shards, stopping, tensors, texts
-from ppcl.errors import UserError
+from ppcl.errors import UserError, disk_is_full
 from ppcl.plans import Part
 
 log = logging.getLogger(__name__)
@@ -231,7 +229,7 @@ class Inputs:
             try:
                 tensors.write(self._path(number), found, written)
             except (OSError, SafetensorError) as error:
-                if not _is_full(error):
+                if not disk_is_full(error):
                     raise
                 return str(error)
             if stopping.warned():  # what is written is kept
@@ -323,10 +321,3 @@ def _groups(reader: calls.Reader, rows: np.ndarray, size: int):
 
 def _text(rows: np.ndarray) -> str:
     return " ".join(map(str, rows.tolist()))
-
-
-def _is_full(error: Exception) -> bool:
-    """Whether a disk or a quota was full; safetensors tells it in its text alone."""
-    codes = {errno.ENOSPC, errno.EDQUOT}
-    told = re.search(r"os error (\d+)", str(error))
-    return getattr(error, "errno", None) in codes or bool(told) and int(told[1]) in codes

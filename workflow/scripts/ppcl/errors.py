@@ -26,13 +26,13 @@ def run(main: Callable[[], None]) -> None:
             print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(2)
         except Exception as error:
-            if not _disk_is_full(error):
+            if not disk_is_full(error):
                 raise
             print(f"error: {error}; make room on this disk and rerun", file=sys.stderr, flush=True)
             sys.exit(2)
 
 
-def _disk_is_full(error: Exception) -> bool:
+def disk_is_full(error: Exception) -> bool:
     """Whether a write failed for lack of room, or of the right to more of it."""
     codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     # safetensors tells the number in its message only.
