@@ -206,7 +206,7 @@ def outputs(folder):
     }
 
 
-def test_shards_joined_are_one_job_to_the_bit(world):
+def test_shards_joined_are_one_job_to_the_bit(world, capsys):
     folder, settings, given = world
     sharded = settings | {"distill": settings["distill"] | {"shards": 3}}
     table = folder / "shards.json"
@@ -219,6 +219,9 @@ def test_shards_joined_are_one_job_to_the_bit(world):
             kill_and_resume("distill", settings, given | paths | shard)
         else:
             tiny.stage("distill", settings, **given, **paths, **shard)
+    printed = capsys.readouterr().out
+    assert printed.count("from streams that are kept") == 2  # shard 0 starts at block 0
+    assert printed.count("equal to the bit") == 2
     joined = outputs(folder / "joined")
     del joined["state"]
     files = {"students": "output", "logs": "log_table", "costs": "errors"}
