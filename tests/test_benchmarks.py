@@ -10,7 +10,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import cka, extraction, material, measuring, teaching, variants  # noqa: E402
+from benchmarks import cka, extraction, late, material, measuring, teaching, variants  # noqa: E402
 from benchmarks import run as program  # noqa: E402
 
 TINY = material.SIZES["tiny"]
@@ -31,6 +31,7 @@ def in_place(monkeypatch):
         (teaching.floor, 2),
         (teaching.memory, 2),
         (teaching.naive, 3),
+        (late.run, 1),
         (variants.run, 3),
     ],
 )

@@ -275,6 +275,8 @@ def test_float16_is_refused_for_gradients_through_the_teacher(inputs):
 def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     inputs["distill"] |= {"shards": "auto", "mode": "sequential"}
     assert "distill.mode is sequential" in refused(inputs)
+    inputs["distill"] |= {"shards": 1, "cache_inputs": "always"}
+    assert "distill.cache_inputs to auto or never" in refused(inputs)
     inputs["distill"]["mode"] = "independent"
     inputs["finetune"]["cpu_offload"] = True
     assert "finetune.cpu_offload is of use with finetune.sharding: fsdp alone" in refused(inputs)
