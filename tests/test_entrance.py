@@ -10,7 +10,7 @@ import tiny
 import torch
 from test_narrow_distillation import OPTIONS, UNITS
 
-from ppcl import blocks, distillation, entrance, shards, students, tensors, training
+from ppcl import blocks, distillation, entrance, shards, stopping, students, tensors, training
 from ppcl.errors import UserError
 from ppcl.plans import Part
 
@@ -125,7 +125,8 @@ def test_students_end_the_same_with_and_without(job, tmp_path):
     assert same(kept, job()) and files(tmp_path) == before
 
 
-def test_filling_that_is_killed_goes_on(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("how", ["killed", "warned"])
+def test_filling_that_is_ended_goes_on(job, tmp_path, monkeypatch, how):
     write = tensors.write
 
     def killed(path, *rest):
@@ -133,10 +134,14 @@ def test_filling_that_is_killed_goes_on(job, tmp_path, monkeypatch):
             raise Stop
         write(path, *rest)
 
-    monkeypatch.setattr(tensors, "write", killed)
-    with pytest.raises(Stop):
-        job()
-    monkeypatch.setattr(tensors, "write", write)
+    with monkeypatch.context() as patch:
+        if how == "killed":
+            patch.setattr(tensors, "write", killed)
+        else:
+            patch.setattr(stopping, "warned", lambda: (tmp_path / "inputs").exists())
+        with pytest.raises((Stop, SystemExit)) as ended:
+            job()
+    assert how == "killed" or ended.value.code == stopping.EXIT_CODE
     left = files(tmp_path)
     assert left.keys() == {"0.safetensors"}
     assert same(job(), job(plain=True))
@@ -245,7 +250,7 @@ def test_two_processes_share_the_filling(teacher, reader, tmp_path):
     """Each makes every other file, of batches as large as its share; both read all."""
 
     class Two(tiny.Process):
-        is_main_process = False
+        is_main_process, mixed_precision = False, "no"
 
         def wait_for_everyone(self):
             pass

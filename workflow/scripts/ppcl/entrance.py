@@ -286,6 +286,8 @@ class Inputs:
     def _verify(self, rows: np.ndarray, arguments: dict[str, Any]) -> None:
         """Compares with what the teacher does in a batch of a step: a registry could be wrong."""
         whole = streams_before(self._transformer, self.first, arguments)
+        low = self._accelerator.mixed_precision == "bf16"
+        computed = [torch.bfloat16 if low else torch.float32, self._transformer.dtype]
         masks = blocks.token_masks(blocks.family(self._transformer), arguments, whole)
         worst, equal = 0.0, True
         for stream, values in self._streams(rows).items():
@@ -295,7 +297,7 @@ class Inputs:
             equal &= torch.equal(kept, ran)
             error = (kept - ran).float().norm() / ran.float().norm().clamp_min(1e-30)
             worst = max(worst, float(error))
-            if not float(error) <= torch.finfo(ran.dtype).eps ** 0.5:
+            if not float(error) <= max(torch.finfo(kind).eps for kind in computed) ** 0.5:
                 raise UserError(
                     f"{self._folder}: the {stream} stream before block {self.first} is another in "
                     f"another batch (relative difference {float(error):.2g}), so it can't be kept; "
