@@ -28,7 +28,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks import cka, extraction, material, options, teaching, variants, whole
+from benchmarks import cka, extraction, late, material, options, teaching, variants, whole
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 
@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[Size, Path], list[Ratio]]] = {
     "similarity": cka.run,
     "distill": teaching.floor,
     "distill-memory": teaching.memory,
+    "late-start": late.run,
     "naive": teaching.naive,
     "options": options.run,
     "variants": variants.run,

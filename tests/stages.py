@@ -154,7 +154,7 @@ def settings(teacher: Path, folder: Path) -> dict:
             "longest": 3,
             "steps": 5,
         },
-        "distill": HOW | {"steps": 5, "heldout_rows": 3},
+        "distill": HOW | {"steps": 5, "heldout_rows": 3, "cache_inputs": "always"},
         "subsets": HOW | {"steps": 5, "heldout_rows": 3},
         "finetune": HOW,
         "variants": [

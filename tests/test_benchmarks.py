@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks import (  # noqa: E402
     cka,
     extraction,
+    late,
     material,
     measuring,
     options,
@@ -44,6 +45,7 @@ def in_place(monkeypatch):
         (teaching.floor, 2),
         (teaching.memory, 2),
         (teaching.naive, 3),
+        (late.run, 1),
         (variants.run, 3),
     ],
 )

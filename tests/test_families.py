@@ -28,6 +28,7 @@ from ppcl import (
     blocks,
     calls,
     config,
+    entrance,
     evaluation,
     families,
     narrow,
@@ -112,7 +113,8 @@ def make(name: str, folder: Path) -> dict:
                 "ridge": 1e-3,
                 "cka_floor": 0,
             },
-            "distill": training | {"steps": 2, "lr": 1e-9, "heldout_rows": 4},
+            "distill": training
+            | {"steps": 2, "lr": 1e-9, "heldout_rows": 4, "cache_inputs": "always"},
             "subsets": training | {"steps": 2, "lr": 1e-9, "heldout_rows": 4},
             "finetune": training | {"lr": 1e-9},
             "variants": [
@@ -290,6 +292,23 @@ def test_all_teachers_plugged_back_equal_the_teacher_to_the_bit(ran):
     assert dict(again.config) == dict(transformer.config) | {
         "_name_or_path": again.config._name_or_path
     }
+
+
+@torch.no_grad()
+def test_a_teacher_that_starts_at_a_block_equals_it_to_the_bit(ran):
+    """Behind the first block, where a list of blocks of another kind begins, and at the last."""
+    _, _, settings, at = ran
+    transformer = pipelines.load_transformer(settings["teacher"], torch.device("cpu"))
+    batch = recorded(at)
+    whole = blocks.answer(transformer, batch.arguments)
+    last = len(blocks.block_sequence(transformer)) - 1
+    for first in {1, *starts(transformer), last} - {0}:
+        streams = entrance.streams_before(transformer, first, batch.arguments)
+        model = entrance.Entrance(transformer, first).model(streams)
+        assert torch.equal(blocks.answer(model, batch.arguments), whole), first
+        wrong = {stream: value + 1 for stream, value in streams.items()}
+        model = entrance.Entrance(transformer, first).model(wrong)
+        assert not torch.equal(blocks.answer(model, batch.arguments), whole), first
 
 
 @torch.no_grad()

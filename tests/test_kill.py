@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from killing import assert_same_log, equal, kill_and_resume
+from killing import KILLER, assert_same_log, equal, kill_and_resume
 
 from ppcl import schemas, students, tables, tensors
 
@@ -25,7 +25,8 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         tiny_teacher,
         tiny_calls,
         # 5 samples do not divide evenly among two processes.
-        distill=TRAINING | {"steps": 6, "heldout_rows": 4, "batch_size": 5},
+        distill=TRAINING
+        | {"steps": 6, "heldout_rows": 4, "batch_size": 5, "cache_inputs": "never"},
         subsets=TRAINING | {"steps": 6, "heldout_rows": 4},
         finetune=TRAINING,
     )
@@ -47,7 +48,7 @@ def distill_paths(world, name):
 
 @pytest.fixture(scope="module")
 def distilled(world):
-    """Paths of an uninterrupted distillation in this process."""
+    """Paths of an uninterrupted distillation in this process, the teacher run as a whole."""
     paths = distill_paths(world, "distilled")
     tiny.stage("distill", world[1], **paths)
     return paths
@@ -67,9 +68,15 @@ def finetune_paths(world, distilled, name):
     }
 
 
+def kept(world):
+    """Settings with which the teacher starts at block 1."""
+    return world[1] | {"distill": world[1]["distill"] | {"cache_inputs": "always"}}
+
+
 def test_a_killed_distillation_ends_with_the_same_students(world, distilled):
+    """To the bit, and from streams that are kept."""
     paths = distill_paths(world, "killed")
-    kill_and_resume("distill", world[1], paths)
+    kill_and_resume("distill", kept(world), paths)
     assert equal(paths["output"], distilled["output"])
     assert not equal(paths["output"], paths["students"])
     assert_same_log(paths["log_table"], distilled["log_table"], schemas.DISTILL_LOG)
@@ -87,7 +94,7 @@ def test_a_killed_training_of_subsets_ends_with_the_same_students(world, distill
     assert equal(paths["output"], whole["output"])
     trained, start = tensors.read(whole["output"])[0], tensors.read(distilled["output"])[0]
     assert trained.keys() == start.keys()
-    for name in ("00-01", "03-04"):
+    for name in ("01-02", "03-04"):
         assert not torch.equal(trained[f"{name}/img_mod.1.bias"], start[f"{name}/img_mod.1.bias"])
     assert_same_log(paths["log_table"], whole["log_table"], schemas.VELOCITY_LOG)
     log = tables.read(whole["log_table"], schemas.VELOCITY_LOG).to_pandas()
@@ -111,25 +118,39 @@ def test_distill_tables(world, distilled):
     log = tables.read(distilled["log_table"], schemas.DISTILL_LOG).to_pandas()
     assert log.groupby("step").size().to_dict() == {2: 3, 4: 3, 6: 3}
     # Nothing reads the text that the last student makes, so it learns none.
-    streams = {("00-01", "image"), ("00-01", "text"), ("03-04", "image")}
+    streams = {("01-02", "image"), ("01-02", "text"), ("03-04", "image")}
     assert set(zip(log["interval"], log["stream"], strict=True)) == streams
     errors = tables.read(distilled["errors"], schemas.UNIT_ERRORS).to_pandas()
-    assert errors["first"].tolist() == [0, 3] and (errors["velocity_error"] > 0).all()
+    assert errors["first"].tolist() == [1, 3] and (errors["velocity_error"] > 0).all()
     plan = students.read_plan(world[0] / "plan.json")
     saved = [entry["saved_parameters"] for entry in plan.facts["distilled"]]
     assert errors["saved_parameters"].tolist() == saved and plan.units == plan.distilled
     assert 5 * saved[0] < plan.facts["transformer_parameters"] < 7 * saved[0]
 
 
-def test_two_processes_reach_the_weights_of_one(world, distilled):
-    """Their gradients are sums in another order, and AdamW magnifies the rounding of small ones:
-    after six steps of up to 3e-3 the weights may differ by 1e-4, and on average by 1e-6."""
-    paths = distill_paths(world, "two")
-    command = [sys.executable, str(tiny.SCRIPTS / "launch.py"), "--processes", "2", "--threads"]
-    command += ["2", "--device", "cpu", str(tiny.SCRIPTS / "distill.py")]
-    command += tiny.options(world[1], paths)
+def distill(settings, paths, processes, kill=False):
+    """Runs it in some processes, or until one of them is killed."""
+    script = [str(tiny.SCRIPTS / "distill.py")]
+    if kill:
+        killer = paths["state"].parent.parent / "killer.py"
+        killer.write_text(KILLER)
+        script.insert(0, str(killer))
+    command = [sys.executable]
+    if processes > 1:
+        command += [str(tiny.SCRIPTS / "launch.py"), "--processes", str(processes)]
+        command += ["--threads", "2", "--device", "cpu"]
+    command += [*script, *tiny.options(settings, paths)]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
-    assert done.returncode == 0, done.stderr
+    assert (done.returncode != 0) == kill, done.stderr
+    if kill:
+        assert tensors.read(paths["state"] / "checkpoint.safetensors")[1]["step"] == "2"
+    return done.stdout + done.stderr
+
+
+def assert_alike(paths, distilled):
+    """Gradients of several processes are sums in another order, and AdamW magnifies the rounding of
+    small ones: after six steps of up to 3e-3 the weights may differ by 1e-4, and on average by
+    1e-6; the losses by 1e-4 of themselves."""
     one, two = tensors.read(distilled["output"])[0], tensors.read(paths["output"])[0]
     start = tensors.read(paths["students"])[0]
 
@@ -141,10 +162,28 @@ def test_two_processes_reach_the_weights_of_one(world, distilled):
     logs = [
         tables.read(p["log_table"], schemas.DISTILL_LOG).to_pandas() for p in (paths, distilled)
     ]
+    for key in ("step", "interval", "stream"):
+        assert logs[0][key].tolist() == logs[1][key].tolist()
     np.testing.assert_allclose(logs[0]["loss_normalised"], logs[1]["loss_normalised"], rtol=1e-4)
-    # Each process measured one of the two students.
     costs = [tables.read(p["errors"], schemas.UNIT_ERRORS).to_pandas() for p in (paths, distilled)]
     pd.testing.assert_frame_equal(*costs, rtol=1e-3)
+
+
+def test_killed_with_one_process_goes_on_with_two(world, distilled):
+    """Which share out what is left, the filling of streams, and the two students' costs."""
+    paths = distill_paths(world, "one-two")
+    distill(kept(world), paths, 1, kill=True)
+    printed = distill(kept(world), paths, 2)
+    assert "belongs to other settings or inputs; delete it and rerun; it is made again" in printed
+    assert "resuming" in printed and not paths["state"].exists()
+    assert_alike(paths, distilled)
+
+
+def test_killed_with_two_processes_goes_on_with_one(world, distilled):
+    paths = distill_paths(world, "two-one")
+    distill(kept(world), paths, 2, kill=True)
+    tiny.stage("distill", kept(world), **paths)
+    assert_alike(paths, distilled)
 
 
 def test_missing_and_truncated_inputs_end_with_one_message(world, distilled, tmp_path, capsys):

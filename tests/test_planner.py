@@ -365,8 +365,19 @@ def test_many_devices_and_8_bit_moments(tmp_path):
     one, _, disk = planned("one")
     parts, notes, _ = planned("jobs", distill={"shards": 2})
     assert {"distill/0", "distill/1"} <= set(parts.index) and "distill" not in parts.index
-    assert notes["distill/0"].endswith("; 2 students, teacher to block 3: 10 block passes a step")
-    assert notes["distill/1"].endswith("; 1 students, teacher to block 8: 12 block passes a step")
+    ran = "; {} students, teacher from block {} to {}: {} block passes a step"
+    assert notes["distill/0"].endswith(ran.format(2, 0, 3, 10))
+    assert notes["distill/1"].endswith(ran.format(1, 0, 8, 12))
+    assert not any("inputs" in path for path in disk)
+
+    # 4 of 5 samples are taught, each of 10 calls: 40 rows, drawn 12,800 times. The second job
+    # starts at block 7, and keeps 8 x 8 image and 512 text tokens, of 512 channels, of each row.
+    few = {"samples": 5, "renoised_per_sample": 0, "heldout_fraction": 0.2}
+    calls = {"height": 64, "width": 64, "num_inference_steps": 10}
+    _, notes, kept = planned("kept", distill={"shards": 2}, record=few, pipeline=calls)
+    assert notes["distill/1"].endswith(ran.format(1, 7, 8, round(5 + 7 * 40 / 12_800, 3)))
+    inputs = {path: size for path, size in kept.items() if "inputs" in path}
+    assert inputs == {"state/distill-1/inputs/": 40 * (64 + 512) * 512 * 4}
     for measure, shares in (("students", (2, 1)), ("optimizer 32-bit", (2, 1))):
         whole = one.loc["distill", measure]
         found = [parts.loc[f"distill/{number}", measure] for number in range(2)]

@@ -275,6 +275,8 @@ def test_float16_is_refused_for_gradients_through_the_teacher(inputs):
 def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     inputs["distill"] |= {"shards": "auto", "mode": "sequential"}
     assert "distill.mode is sequential" in refused(inputs)
+    inputs["distill"] |= {"shards": 1, "cache_inputs": "always"}
+    assert "distill.cache_inputs to auto or never" in refused(inputs)
     inputs["distill"]["mode"] = "independent"
     inputs["similarity"]["bootstrap"] = 0
     assert "similarity.bootstrap is 0; set tolerance to a number" in refused(inputs)

@@ -26,6 +26,7 @@ ABLATION_KEYS = [
             "loss",
             "mode",
             "shards",
+            "cache_inputs",
             "sharding",
             "cpu_offload",
         )

@@ -132,8 +132,9 @@ def staged():
 
 
 def distill_keys():
-    """The keys of `distill`, for stages that train as it does; in how many jobs is its own affair."""
-    return [f"distill.{key}" for key in config["distill"] if key != "shards"]
+    """The keys of `distill`, for stages that train as it does; how it shares and keeps is its own."""
+    own = ("shards", "cache_inputs")
+    return [f"distill.{key}" for key in config["distill"] if key not in own]
 
 
 def distill_shards(ending):

@@ -4,8 +4,9 @@
 # out: distill/students.safetensors; the loss curves, distill/log.parquet; and what each student
 #      alone costs, distill/errors.parquet, by which variants choose
 #
-# Checkpoints live in state/distill, which Snakemake does not know of: it deletes the declared
-# outputs of a failed job, and a killed training must be able to resume.
+# Checkpoints, and the teacher's streams at the first block that it has to run (ppcl/entrance.py),
+# live in state/distill, which Snakemake does not know of: it deletes the declared outputs of a failed
+# job, and a killed training must be able to resume.
 
 
 rule distill:

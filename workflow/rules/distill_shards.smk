@@ -1,17 +1,19 @@
 # Stage 1.3 in several jobs: each teaches some of the students (distill.smk has one job for all).
 #
 # in:  the teacher, record/calls.parquet, prune/plan.json and prune/students.safetensors
-# out: as of distill.smk, to the bit; distill/shards/shards.json, which job owns which units
+# out: as of distill.smk; distill/shards/shards.json, which job owns which units
 #
 # Only with distill.shards other than 1. How many jobs there are is known once there is a plan. A job
-# runs the teacher no further than to its last student's end, so jobs are balanced by depth
-# (ppcl/shards.py). Checkpoints live in state/distill-<shard>, as in distill.smk. Jobs that run at
-# the same time on one machine share its devices: shards are for clusters, where each has its own.
+# runs the teacher from the first block that its students need, where its streams there are kept
+# (ppcl/entrance.py), no further than to the last; jobs are balanced by that (ppcl/shards.py).
+# Checkpoints and streams live in state/distill-<shard>, as in distill.smk. Jobs that run at the same
+# time on one machine share its devices: shards are for clusters, where each has its own.
 
 
 checkpoint allot:
     input:
         script=program("allot.py"),
+        calls=result("record/calls.parquet"),
         plan=result("prune/plan.json"),
     output:
         shards=result("distill/shards/shards.json"),
@@ -25,13 +27,19 @@ checkpoint allot:
         mem_mb=4000,
         runtime=10,
     params:
-        config=subset("distill.shards"),
+        config=subset(
+            "seed",
+            *(
+                f"distill.{key}"
+                for key in ("shards", "cache_inputs", "mode", "steps", "batch_size")
+            ),
+        ),
         code=code("allot.py"),
     message:
         "Sharing students out over jobs"
     shell:
-        "python {input.script} --config {params.config:q} --plan {input.plan} "
-        "--shards {output.shards} 2>&1 | tee {log}"
+        "python {input.script} --config {params.config:q} --calls {input.calls} "
+        "--plan {input.plan} --shards {output.shards} 2>&1 | tee {log}"
 
 
 rule distill_shard:
@@ -64,7 +72,13 @@ rule distill_shard:
         device=config["device"],
     params:
         config=subset(
-            "seed", "device", "teacher", *distill_keys(), "width.linear_weight", "width.lr_scale"
+            "seed",
+            "device",
+            "teacher",
+            *distill_keys(),
+            "distill.cache_inputs",
+            "width.linear_weight",
+            "width.lr_scale",
         ),
         state=lambda wildcards: result(f"state/distill-{wildcards.shard}"),
         code=code("distill.py"),
@@ -101,7 +115,13 @@ rule join_shards:
         runtime=60,
     params:
         config=subset(
-            "seed", "device", "teacher", *distill_keys(), "width.linear_weight", "width.lr_scale"
+            "seed",
+            "device",
+            "teacher",
+            *distill_keys(),
+            "distill.cache_inputs",
+            "width.linear_weight",
+            "width.lr_scale",
         ),
         code=code("join.py"),
     message:

@@ -20,6 +20,7 @@ from ppcl import (
     config,
     devices,
     distillation,
+    entrance,
     errors,
     pipelines,
     schemas,
@@ -51,9 +52,28 @@ def main() -> None:
     for student in taught.values():
         student.train().to(accelerator.device)
     identity = training.identity(Path(__file__), settings, inputs)
+    caching, inputs = entrance.caching(reader, options, seed), None
+    if shards.cached(units, caching):
+        # Two checkpoints, each of weights and two moments, are there while one is replaced.
+        checkpoint = 3 * sum(p.nbytes for s in taught.values() for p in s.parameters())
+        inputs = entrance.Inputs(
+            transformer,
+            list(taught),
+            reader,
+            options,
+            seed,
+            accelerator,
+            args.state / "inputs",
+            identity,
+            reserve=2 * checkpoint,
+        )
+    if accelerator.is_main_process and units:
+        print(shards.explain(units, caching), flush=True)
     rows = training.train(
         {part.name: student for part, student in taught.items()},
-        distillation.independent(transformer, taught, reader, options, seed, accelerator),
+        distillation.independent(
+            transformer, taught, reader, options, seed, accelerator, inputs=inputs
+        ),
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ppcl import blocks, calls, devices, losses, narrow, schemas, stopping, texts
+from ppcl import blocks, calls, devices, entrance, losses, narrow, schemas, stopping, texts
 from ppcl.errors import UserError
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
@@ -50,9 +50,16 @@ class Lesson:
 
 @torch.no_grad()
 def teacher_states(
-    transformer: nn.Module, parts: Sequence[Part], arguments: dict[str, Any]
+    transformer: nn.Module,
+    parts: Sequence[Part],
+    arguments: dict[str, Any],
+    running: nn.Module | None = None,
 ) -> dict[Part, Lesson]:
-    """Runs the teacher once, no further than the last part's end."""
+    """Runs the teacher once, no further than the last part's end.
+
+    Args:
+        running: what runs in its place, with its blocks from the first needed on (`entrance`).
+    """
     sequence = blocks.block_sequence(transformer)
     lenders = {part.source for part in parts if part.source}
     ends = {end for part in parts for end in part.key} | {end for key in lenders for end in key}
@@ -70,7 +77,7 @@ def teacher_states(
                 stop_after=max(ends),
             )
         )
-        run(transformer, arguments)
+        run(running or transformer, arguments)
     text_inputs = {index: inside["text/input"] for index, inside in seen.items()}
     found = {}
     for part in parts:
@@ -207,6 +214,7 @@ def independent(
     seed: int,
     accelerator: Accelerator,
     names: Mapping[Part, str] | None = None,
+    inputs: entrance.Inputs | None = None,
 ):
     """Step losses of all students (see training.Losses): Eq. 6, and L_linear of narrow ones.
 
@@ -215,6 +223,7 @@ def independent(
     students before it make of the input; gradients stay within each student.
 
     names: of the parts in the log, for students of overlapping units; `Part.name` otherwise.
+    inputs: the streams from which the teacher starts, of students taught in mode `independent`.
     """
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
@@ -226,10 +235,11 @@ def independent(
         # Shares differ by a row where the batch does not divide evenly; the loop averages them.
         weight = len(batch) * accelerator.num_processes / options["batch_size"]
         with accelerator.autocast():
-            lessons = teacher_states(transformer, parts, batch.arguments)
+            running = inputs.model(mine, batch.arguments) if inputs else transformer
+            lessons = teacher_states(transformer, parts, batch.arguments, running)
         if options["mode"] == "sequential":
-            inputs = sequential_inputs(transformer, students, batch.arguments, accelerator)
-            for part, bound in inputs.items():
+            given = sequential_inputs(transformer, students, batch.arguments, accelerator)
+            for part, bound in given.items():
                 lessons[part].bound = bound
         masks: blocks.Streams = {}  # a stream has the same in all blocks
         for part, student in students.items():

@@ -46,9 +46,7 @@ def trouble(error: BaseException, path: str | Path | None = None) -> str | None:
         path: the file that was at work, for errors that name none.
     """
     for found in _causes(error):
-        number = found.errno if isinstance(found, OSError) else None
-        if number is None and (named := _NUMBER.search(str(found))):
-            number = int(named[1])
+        number = _number(found)
         fixes = _DISK | _FILES if found is error else _DISK
         own = getattr(found, "filename", None)
         place = os.fsdecode(own) if isinstance(own, (str, bytes, os.PathLike)) else path
@@ -56,6 +54,14 @@ def trouble(error: BaseException, path: str | Path | None = None) -> str | None:
             reason = os.strerror(number) if place else str(found).strip().splitlines()[0]
             return f"{place or os.getcwd()}: {reason}; {fixes[number]}"
     return None
+
+
+def _number(error: BaseException) -> int | None:
+    """The system's number of an error."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    named = _NUMBER.search(str(error))
+    return int(named[1]) if named else None
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -88,3 +94,9 @@ def run(main: Callable[[], None]) -> None:
                 bar.close()
             print(f"error: {message}", file=sys.stderr, flush=True)
             sys.exit(2)
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a write failed for lack of room, or of the right to more of it."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return any(_number(found) in full for found in _causes(error))

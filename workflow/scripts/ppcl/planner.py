@@ -339,16 +339,21 @@ class Planner:
 
     @torch.no_grad()
     def _look(self) -> None:
-        """Runs one call and keeps what its shapes tell: channels, and the size of the answer."""
+        """Runs one call and keeps what its shapes tell: channels, bytes of streams and answer."""
         sequence = blocks.block_sequence(self.transformer)
         found: list[dict[str, int]] = [{} for _ in sequence]
+        sizes: dict[int, int] = {}
+
+        def before(block, bound):
+            sizes[block.index] = _bytes_of(block.inputs(bound))
 
         def after(block, streams):
             found[block.index] = {s: x.shape[-1] for s, x in streams.items()}
 
-        with footprint.without_content(), blocks.watch(sequence, after=after) as run:
+        with footprint.without_content(), blocks.watch(sequence, before, after) as run:
             output = run(self.transformer, self.example(1, self.dtype))[0]
         self._kept["channels"], self._kept["answer"] = found, _bytes_of({"output": output})
+        self._kept["streams"] = sizes
 
     # -- the stages
 
@@ -469,16 +474,42 @@ class Planner:
         """One job that distills these units, or those that share them out."""
         if not units:
             return
-        jobs = shards.allot(units, self.settings["distill"]["shards"])
-        if len(jobs) == 1:
-            yield self._distill("distill", units)
-            return
+        jobs, caching = self.jobs(units), self.caching()
         for number, job in enumerate(jobs):
-            stage = self._distill(f"distill/{number}", job)
-            taught = len(students.parts_of(job))
-            stage.note += f"; {taught} students, teacher to block {job[-1].last}"
-            stage.note += f": {shards.cost(job):g} block passes a step"
+            stage = self._distill("distill" if len(jobs) == 1 else f"distill/{number}", job)
+            parts = students.parts_of(job)
+            start = shards.first_needed(parts) if shards.cached(job, caching) else 0
+            if len(jobs) > 1 or start:
+                stage.note += f"; {len(parts)} students, teacher from block {start} to"
+                stage.note += (
+                    f" {job[-1].last}: {shards.cost(job, caching):.4g} block passes a step"
+                )
             yield stage
+
+    def caching(self) -> shards.Caching:
+        """What keeping streams at a job's first block costs, from the rows that are recorded."""
+        options, rows = self.settings["distill"], self._recorded()
+        if rows is None or options["mode"] != "independent":
+            return shards.NEVER
+        taught = rows * (1 - self.settings["record"]["heldout_fraction"])
+        visits = options["steps"] * options["batch_size"]
+        return shards.Caching(options["cache_inputs"], min(1, taught / visits))
+
+    def jobs(self, units: list[Unit]) -> list[list[Unit]]:
+        """The units of every job of distill."""
+        return shards.allot(units, self.settings["distill"]["shards"], self.caching())
+
+    def _streams(self, units: list[Unit]) -> dict[str, float]:
+        """Bytes of the streams that jobs of distill keep while they run; path -> bytes."""
+        caching, jobs = self.caching(), self.jobs(units)
+        options = self.settings["distill"]
+        rows = caching.fill * options["steps"] * options["batch_size"]
+        return {
+            f"state/distill{f'-{number}' if len(jobs) > 1 else ''}/inputs/": rows
+            * self._kept["streams"][shards.first_needed(students.parts_of(job))]
+            for number, job in enumerate(jobs)
+            if shards.cached(job, caching) and "streams" in self._kept
+        }
 
     def _distill(self, name: str, units: list[Unit]) -> Stage:
         """Eq. 6: the teacher once, then one student's graph after the other."""
@@ -680,14 +711,14 @@ class Planner:
         """Bytes of every artifact that is large, uncompressed; path -> bytes."""
         settings, count = self.settings, blocks.parameter_count
         sequence = blocks.block_sequence(self.transformer)
-        extract, record = settings["extract"], settings["record"]
+        extract = settings["extract"]
         per_token = sum(
             channels * (1 + (block is sequence[0]))
             for block in sequence
             for channels in self.channels(block).values()
         )
         found: dict[str, float | None] = {
-            "record/calls.parquet": self._calls(record),
+            "record/calls.parquet": self._calls(),
             "activations/tokens.parquet": 4
             * extract["rows"]
             * extract["sample_tokens"]
@@ -714,6 +745,7 @@ class Planner:
             kind = settings["distill" if stage == "narrow" else stage]["optimizer"]
             found[f"{stage}/students.safetensors"] = 4 * parameters
             found[f"state/{stage}/"] = 4 * parameters + optimizer_bytes(parameters, kind)
+        found |= self._streams(self.depth if staged else self.every)
         for variant in settings["variants"]:
             parameters = self._variant_parameters(variant["budget"])
             if variant["finetune_steps"]:
@@ -733,15 +765,21 @@ class Planner:
         ]
         return max(least, min([*allowed, total]))
 
-    def _calls(self, options: Mapping) -> float | None:
-        """Rows of calls.parquet: of every step and branch, then the renoised ones."""
-        if self.example is None or self.pipeline is None:
+    def _calls(self) -> float | None:
+        """Bytes of calls.parquet."""
+        rows = self._recorded()
+        if self.example is None or rows is None:
             return None
-        asked = self.settings["pipeline"]
+        return rows * (_bytes_of(self.example(1, self.dtype)) + self._kept["answer"])
+
+    def _recorded(self) -> int | None:
+        """Rows of calls.parquet: of every step and branch, then the renoised ones."""
+        if self.pipeline is None:
+            return None
+        asked, options = self.settings["pipeline"], self.settings["record"]
         steps = asked.get("num_inference_steps", self.pipeline.steps)
         branches = 2 if example_calls.guided(self.pipeline, asked) else 1
-        rows = options["samples"] * branches * (steps + options["renoised_per_sample"])
-        return rows * (_bytes_of(self.example(1, self.dtype)) + self._kept["answer"])
+        return options["samples"] * branches * (steps + options["renoised_per_sample"])
 
 
 def _precision(options: Mapping) -> tuple[torch.dtype, float]:

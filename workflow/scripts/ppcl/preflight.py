@@ -64,6 +64,11 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: intervals.tolerance is bootstrap, the noise that resamples show, but "
             "similarity.bootstrap is 0; set tolerance to a number, or bootstrap to 2 or more"
         )
+    if config["distill"]["mode"] == "sequential" and config["distill"]["cache_inputs"] == "always":
+        raise UserError(
+            f"{source}: distill.mode is sequential, which runs all of the teacher anyway; set "
+            "distill.cache_inputs to auto or never, or mode to independent"
+        )
     if config["finetune"]["cpu_offload"] and config["finetune"]["sharding"] == "none":
         raise UserError(
             f"{source}: finetune.cpu_offload is of use with finetune.sharding: fsdp alone; set "

@@ -61,6 +61,22 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             return read, found
 
 
+def opened(path: str | Path, check: bool = True) -> tuple[safetensors.safe_open, dict[str, str]]:
+    """A file to read piece by piece, which nobody may replace meanwhile, and its metadata.
+
+    Args:
+        check: that all of it is what was written; else only its header.
+
+    Raises:
+        UserError: as `read`.
+    """
+    found = _checked(Path(path), whole=check)
+    try:
+        return safetensors.safe_open(path, framework="pt"), found
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
+
+
 def _identity(path: str | Path) -> tuple | None:
     """Changes when another file takes the place of this one."""
     try:
