@@ -235,7 +235,7 @@ def independent(
         # Shares differ by a row where the batch does not divide evenly; the loop averages them.
         weight = len(batch) * accelerator.num_processes / options["batch_size"]
         with accelerator.autocast():
-            running = inputs.model(mine, batch.arguments) if inputs else transformer
+            running = inputs.model(batch.numbers, batch.arguments) if inputs else transformer
             lessons = teacher_states(transformer, parts, batch.arguments, running)
         if options["mode"] == "sequential":
             given = sequential_inputs(transformer, students, batch.arguments, accelerator)

@@ -228,7 +228,7 @@ class Inputs:
             written = {"identity": self._identity, "rows": _text(rows)}
             try:
                 tensors.write(self._path(number), found, written)
-            except (OSError, SafetensorError) as error:
+            except (UserError, OSError, SafetensorError) as error:
                 if not disk_is_full(error):
                     raise
                 return str(error)
