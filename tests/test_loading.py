@@ -24,6 +24,7 @@ from PIL import Image
 from ppcl import (
     assembly,
     blocks,
+    calls,
     devices,
     evaluation,
     hub,
@@ -486,7 +487,7 @@ def test_the_gate_gets_nested_arguments(tmp_path, kind):
     held = {}
     t = torch.arange(3.0)
     given = {"a": {"nested": (t, [t + 1, None, "x"]), "listed": [[t], {"b": (1, 2.5)}]}[kind]}
-    skeleton = json.loads(json.dumps(assembly._skeleton(given, held)))
+    skeleton = json.loads(json.dumps(calls.encode(given, "call", held.__setitem__)))
     file = SimpleNamespace(get_tensor=held.__getitem__)
     found = reload_gate.filled(skeleton, file)
     flat = torch.utils._pytree.tree_flatten(found)

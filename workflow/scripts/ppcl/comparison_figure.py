@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy import stats
+from scipy.special import stdtrit
 
 from ppcl import figure_style as style
 
@@ -48,7 +48,7 @@ def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
     rows = []
     for (method, state), found in groups.items():
         deviation, freedom = _spread([found]) if _by_chance(found) else pooled[state]
-        reach = stats.t.ppf(0.975, freedom) * deviation / len(found) ** 0.5 if freedom else 0.0
+        reach = stdtrit(freedom, 0.975) * deviation / len(found) ** 0.5 if freedom else 0.0
         below = above = reach if found["group"].iloc[0] != "teacher" else 0.0
         if log:
             ends = np.maximum(found[[f"{column}_low", f"{column}_high"]].to_numpy(float), TINY)

@@ -98,7 +98,8 @@ def code_digest(script: str | Path) -> str:
     return combined.hexdigest()
 
 
-def _imported(source: bytes, path: Path) -> set[str]:
+@functools.cache  # by content: most modules are of most stages, and every rule asks
+def _imported(source: bytes, path: Path) -> frozenset[str]:
     """Names that may be ppcl modules which a source file imports, or starts as `<name>.py`."""
     modules = set()
     for node in ast.walk(ast.parse(source, filename=str(path))):
@@ -114,4 +115,4 @@ def _imported(source: bytes, path: Path) -> set[str]:
             continue
         parts = [name.split(".") for name in names]
         modules.update(part[1] for part in parts if part[0] == "ppcl" and len(part) > 1)
-    return modules
+    return frozenset(modules)
