@@ -142,7 +142,7 @@ def settings(teacher: Path, folder: Path) -> dict:
         "probe": {"ridge": 0.01},
         "similarity": {"bootstrap": 2},
         "sensitivity": {"rows": 3, "longest": 3},
-        "intervals": {},
+        "intervals": {"protect_first": 1},
         "plan": {},
         "prune": {"start": "average"},
         "width": {

@@ -304,7 +304,8 @@ class Inputs:
                     "set distill.cache_inputs to never"
                 )
         if self._accelerator.is_main_process:
-            count, size = len(self._place), sum(f.stat().st_size for f in self._folder.iterdir())
+            count = len(self._place)
+            size = sum(self._path(n).stat().st_size for n in range(len(self._groups)))
             print(
                 f"{self._folder}: streams before block {self.first} of {count} rows, "
                 f"{size / 2**20:.4g} MiB; in the first step's batch "
