@@ -26,8 +26,9 @@ from ppcl import schemas, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("results/test")
-# Many times what a quiet machine needs: the executor waits for ever if it loses its jobs.
-PATIENCE = 1500
+# Seconds for a run, and for one command: many times what a quiet machine needs. The executor waits
+# for ever if it loses its jobs.
+PATIENCE, COMMAND = 900, 120
 
 absent = cluster.missing()
 on_a_cluster = pytest.mark.skipif(
@@ -84,7 +85,12 @@ def test_partition_and_account_are_those_of_the_environment_or_of_the_users_prof
     command += ["--workflow-profile", "profiles/slurm", "--configfile", "config/test.yaml"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SBATCH_")}
     done = subprocess.run(
-        command, cwd=ROOT, env=kept | (variables or {}), capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env=kept | (variables or {}),
+        capture_output=True,
+        text=True,
+        timeout=COMMAND,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"slurm_\w+=\w+", done.stdout + done.stderr)) == expected
@@ -126,7 +132,7 @@ def test_a_job_stays_until_its_program_has_saved_what_sigterm_asked_for(tmp_path
     until(lambda: log.is_file() and "ready" in log.read_text(), running)
     # As a scheduler does it: Snakemake, the shell, the program and tee, all at once.
     os.killpg(running.pid, signal.SIGTERM)
-    running.wait(60)
+    running.wait(COMMAND)
     assert (tmp_path / "saved").exists(), (tmp_path / "printed").read_text()
     assert log.read_text().splitlines() == ["ready", "saving", "saved"]
 
@@ -142,20 +148,20 @@ class Site:
         folder: the copy.
         env: variables of every command.
         printed: what the run that was interrupted, and the one that finished, said.
-        cancelled: exit code of the interrupted run, and jobs that SLURM still had after it.
+        cancelled: exit code of the interrupted run, after which SLURM had no job left.
         running: the run that was started last.
     """
 
     folder: Path
     env: dict[str, str]
     printed: dict[str, str]
-    cancelled: tuple[int, list[str]] | None = None
+    cancelled: int | None = None
     running: subprocess.Popen | None = None
 
     def slurm(self, *command: str) -> str:
         """What a command of SLURM prints."""
         return subprocess.run(
-            command, env=self.env, capture_output=True, text=True, check=True
+            command, env=self.env, capture_output=True, text=True, check=True, timeout=COMMAND
         ).stdout
 
     def jobs(self) -> list[dict[str, str]]:
@@ -199,14 +205,15 @@ class Site:
         return self.printed[name]
 
 
-def until(found: Callable, running: subprocess.Popen):
-    """What `found` gives once it gives something, while a run goes on."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and running.poll() is None:
+def until(found: Callable, running: subprocess.Popen | None = None):
+    """What `found` gives once it gives something, while a run goes on if one is given."""
+    deadline = time.monotonic() + (PATIENCE if running else COMMAND)
+    while time.monotonic() < deadline and (running is None or running.poll() is None):
         if value := found():
             return value
         time.sleep(0.05)
-    raise AssertionError(f"the run ended with {running.returncode} before {found.__name__}")
+    ended = running and running.poll() is not None
+    raise AssertionError(f"the run ended with {running.returncode}" if ended else "waited in vain")
 
 
 @pytest.fixture(scope="module")
@@ -234,10 +241,14 @@ def site(tmp_path_factory) -> Iterator[Site]:
 def interrupt(site: Site) -> None:
     """A run that the user stops with Ctrl-C while its first job runs."""
     running = site.start("interrupted")
-    until(lambda: any(job["JobState"] == "RUNNING" for job in site.jobs()), running)
+    hold(site, "record", running)
+    said = site.folder / "interrupted.log"
+    until(lambda: "has been submitted with SLURM jobid" in said.read_text(), running)
     running.send_signal(signal.SIGINT)
     site.end("interrupted", running, code=1)
-    site.cancelled = (running.returncode, site.slurm("squeue", "-h").splitlines())
+    # A cancelled job may take a while to end, though no longer than until it is killed.
+    until(lambda: not site.slurm("squeue", "-h"))
+    site.cancelled = running.returncode
 
 
 def finish(site: Site) -> None:
@@ -245,13 +256,19 @@ def finish(site: Site) -> None:
     running = site.start("finished")
     checkpoint = site.folder / RUN / "state/distill/checkpoint.safetensors"
     until(checkpoint.is_file, running)
-    programs = until(lambda: processes(site.folder, "scripts/distill.py"), running)
-    # Asleep until SLURM wakes it to end it, so that the test does not depend on speed.
-    for number in programs:
-        os.kill(number, signal.SIGSTOP)
+    hold(site, "distill", running)
     job = next(job for job in site.jobs() if is_rule(job, "distill"))
     site.slurm("scontrol", "update", f"JobId={job['JobId']}", "EndTime=now")
     site.end("finished", running, code=0)
+
+
+def hold(site: Site, stage: str, running: subprocess.Popen) -> None:
+    """Puts a stage's program to sleep once it is there, so that no test depends on its speed.
+
+    SLURM wakes what it ends.
+    """
+    for number in until(lambda: processes(site.folder, f"scripts/{stage}.py"), running):
+        os.kill(number, signal.SIGSTOP)
 
 
 def processes(folder: Path, program: str) -> list[int]:
@@ -275,7 +292,7 @@ def is_rule(job: dict[str, str], name: str) -> bool:
 @with_executor
 @on_a_cluster
 def test_an_interrupted_run_leaves_no_job_and_goes_on(site):
-    assert site.cancelled == (1, [])
+    assert site.cancelled == 1
     assert site.jobs()[0]["JobState"] == "CANCELLED"
     for name, schema in schemas.TABLES.items():
         if not name.startswith(("latency/", "narrow/", "ablation/", "plan/")):
