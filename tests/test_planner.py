@@ -31,6 +31,7 @@ from ppcl import (
     planner,
     schemas,
     tables,
+    weightless,
     width,
 )
 from ppcl.errors import UserError
@@ -123,17 +124,19 @@ def test_width_counts_by_hand(qwen):
 
 def test_flux_count():
     config_ = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
-    made = planner.on_meta(config_, torch.bfloat16, "here")
+    made = weightless.on_meta(config_, torch.bfloat16, "here")
     assert blocks.parameter_count(made) == FLUX
     assert {p.device.type for p in made.parameters()} == {"meta"}
 
 
 def test_counts_are_those_of_the_code_that_prunes():
-    made = planner.on_meta({"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here")
+    made = weightless.on_meta(
+        {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
+    )
     settings = config.complete({"intervals": {"pin": [[3, 4]]}, "width": {}}, "test")
     settings["width"] |= {"text": {"pin": [[13, 14]], "forbid": []}}
-    _, every = planner.selection(settings, made)
-    model, block_map = planner.plugged(made, planner.new_blocks(made, every))
+    _, every = weightless.selection(settings, made)
+    model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
     saved = sum(width.saved_parameters(made, unit) for unit in every)
     assert blocks.parameter_count(model) == QWEN - saved
     assert len(block_map) == 59 and blocks.parameter_count(made) == QWEN
@@ -247,8 +250,8 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
         },
         "test",
     )
-    empty = planner.on_meta(dict(transformer.config), torch.float32, "here")
-    depth, every = planner.selection(settings, empty)
+    empty = weightless.on_meta(dict(transformer.config), torch.float32, "here")
+    depth, every = weightless.selection(settings, empty)
     # Steps draw calls of any length; so that this does not matter, they draw the same one.
     row = reader.rows(heldout=False)[0]
     reader.draw = lambda _rows, count, _seed: np.array([row] * count)
@@ -256,10 +259,10 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
     made = planner.Planner(settings, empty, depth, every, example, None)
     accelerator = devices.accelerator("cpu")
 
-    students = planner.new_blocks(transformer, every, torch.float32)
+    students = weightless.new_blocks(transformer, every, torch.float32)
     for student in students.values():
         student.requires_grad_(True).train()
-    whole = planner.plugged(transformer, planner.new_blocks(transformer, every))[0]
+    whole = weightless.plugged(transformer, weightless.new_blocks(transformer, every))[0]
     whole.requires_grad_(True).train()
     if recompute:
         whole.enable_gradient_checkpointing()
@@ -306,8 +309,8 @@ def test_optimizer_states_are_those_of_adamw():
     states = [t for state in optimizer.state.values() for t in state.values()]
     count = blocks.parameter_count(model)
     moments = sum(t.nbytes for t in states if t.ndim)
-    assert planner.optimizer_bytes(count, "adamw") == moments
-    assert 2 * count < planner.optimizer_bytes(count, "adamw8bit") < 0.26 * moments
+    assert weightless.optimizer_bytes(count, "adamw") == moments
+    assert 2 * count < weightless.optimizer_bytes(count, "adamw8bit") < 0.26 * moments
 
 
 def test_stages_and_gpus(qwen):
@@ -506,11 +509,11 @@ def test_errors(settings, message, tmp_path, monkeypatch):
     architecture(Path("ok.json"), name, **SMALL)
     complete = config.complete(settings, "test")
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        found, where = planner.architecture(
+        found, where = weightless.architecture(
             complete["teacher"], complete["plan"]["transformer_config"]
         )
-        made = planner.on_meta(found, torch.float32, where)
-        planner.selection(complete, made)
+        made = weightless.on_meta(found, torch.float32, where)
+        weightless.selection(complete, made)
 
 
 def test_every_example_runs():
@@ -522,7 +525,7 @@ def test_every_example_runs():
     }
     assert set(shapes) == set(example_calls.PIPELINES) & set(families.FAMILIES)
     for name, shape in shapes.items():
-        made = planner.on_meta({"_class_name": name, **shape}, torch.bfloat16, "here")
+        made = weightless.on_meta({"_class_name": name, **shape}, torch.bfloat16, "here")
         size = example_calls.Size(64, 64, 5, 16)
         arguments = example_calls.PIPELINES[name].make(made.config, 2, size, torch.bfloat16)
         with torch.no_grad():

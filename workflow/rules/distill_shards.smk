@@ -58,8 +58,8 @@ rule distill_shard:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=32000,
-        runtime=2880,
+        mem_mb=megabytes("distill", 32000),
+        runtime=minutes("distill", 2880),
         processes=config["processes"],
         device=config["device"],
     params:
@@ -97,7 +97,7 @@ rule join_shards:
     conda:
         ENVIRONMENT
     resources:
-        mem_mb=32000,
+        mem_mb=megabytes("distill", 32000),
         runtime=60,
     params:
         config=subset(
