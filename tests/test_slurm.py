@@ -6,6 +6,7 @@ Snakemake's executor for it, these tests are skipped. GPUs are declared ones wit
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ RUN = Path("results/test")
 # Seconds for a run, and for one command: many times what a quiet machine needs. The executor waits
 # for ever if it loses its jobs.
 PATIENCE, COMMAND = 900, 120
+# What a plan says; the run asks for another limit of extract, and there is none of prune.
+PLANNED = {name: {"runtime": 77, "mem_mb": 1234} for name in ("extract", "subsets")}
 
 absent = cluster.missing()
 on_a_cluster = pytest.mark.skipif(
@@ -176,6 +179,7 @@ class Site:
         # Fewer GPUs than there are, so that the cap shows. One thread per job, for the sake of two
         # cores: --cores would not do, as it is not handed on to the jobs.
         command += ["--resources", "gpu=1", "--max-threads", "1"]
+        command += ["--set-resources", "extract:runtime=44"]
         command += ["--configfile", "config/test.yaml", "tests/slurm/config.yaml"]
         with open(self.folder / f"{name}.log", "wb") as log:
             self.running = subprocess.Popen(
@@ -228,6 +232,9 @@ def site(tmp_path_factory) -> Iterator[Site]:
     quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     env = os.environ | quiet | {"SBATCH_PARTITION": "gpu"} | cluster.up(place)
     made = Site(folder, env, {})
+    needs = folder / RUN / "plan/resources.json"
+    needs.parent.mkdir(parents=True)
+    needs.write_text(json.dumps(PLANNED))
     try:
         interrupt(made)
         finish(made)
@@ -322,6 +329,10 @@ def test_jobs_ask_for_what_their_rules_say(site):
     assert len(others) == 3 + 2 and sum("assemble" in name for name in others) == 2, others
     limits = {job["Comment"]: job["TimeLimit"] for job in jobs}
     assert limits["rule_distill"] == "2-00:00:00" and limits["rule_prune"] == "00:30:00"
+    # The plan's where it has some, unless the user says otherwise.
+    assert limits["rule_subsets"] == "01:17:00" and limits["rule_extract"] == "00:44:00"
+    memory = {job["Comment"]: job["MinMemoryNode"] for job in jobs}
+    assert (memory["rule_subsets"], memory["rule_extract"]) == ("33234M", "17234M")
     # The cap of one GPU held, though the cluster has two.
     spans = sorted((job["StartTime"], job["EndTime"]) for job in jobs if job["Comment"] in gpus)
     assert all(spans[i][1] <= spans[i + 1][0] for i in range(len(spans) - 1)), spans
