@@ -9,6 +9,10 @@
 # the same time on one machine share its devices: shards are for clusters, where each has its own.
 
 
+localrules:
+    allot,
+
+
 checkpoint allot:
     input:
         script=program("allot.py"),
