@@ -22,6 +22,7 @@ include: "workflow/rules/common.smk"
 
 
 validate()
+PLANNED = planned()
 
 
 report: "workflow/report/workflow.rst"

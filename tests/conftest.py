@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import sys
+from collections import Counter
 from math import prod
 from pathlib import Path
 
@@ -12,6 +13,19 @@ import pytest
 # Two processes share the cores (pyproject.toml); small matrices gain nothing from a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
+
+
+# Files of few tests and many minutes: begun last, each would keep one process waiting.
+SLOW = ("test_slurm.py", "test_dag.py")
+
+
+def pytest_collection_modifyitems(items):
+    """Puts slow files first, then those of many tests; the order within a file stays.
+
+    The latter is what xdist would do by itself (--loadscope-reorder).
+    """
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.name not in SLOW, -tests[item.path]))
 
 
 @pytest.fixture

@@ -94,6 +94,19 @@ def test_a_finished_run_has_nothing_to_do(finished):
     assert "Nothing to be done" in snakemake(finished, "-n")
 
 
+def test_a_plan_changes_what_jobs_ask_for_and_reruns_none(finished):
+    needs = finished / RUN / "plan/resources.json"
+    needs.parent.mkdir()
+    try:
+        needs.write_text('{"distill": {"runtime": 77, "mem_mb": 999000}}')
+        assert "Nothing to be done" in snakemake(finished, "-n")
+        needs.write_text('{"distill": {"runtime": "77"')
+        with pytest.raises(AssertionError, match="resources.json is broken .* run the target plan"):
+            snakemake(finished, "-n")
+    finally:
+        shutil.rmtree(needs.parent)
+
+
 def rerun_by(finished: Path, changed: str) -> dict[str, int]:
     """Rule to number of jobs that a changed key asks for."""
     (finished / "changed.yaml").write_text(changed)

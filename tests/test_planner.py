@@ -31,6 +31,7 @@ from ppcl import (
     planner,
     schemas,
     tables,
+    weightless,
     width,
 )
 from ppcl.errors import UserError
@@ -55,6 +56,7 @@ def plan(table: Path, settings: dict, **paths) -> pd.DataFrame:
     file = table.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings))
     given = [f"--{name}={value}" for name, value in paths.items()]
+    given.append(f"--resources={table.with_name('resources.json')}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["plan", f"--config={file}", f"--table={table}", *given])
         runpy.run_path(str(tiny.SCRIPTS / "plan.py"), run_name="__main__")
@@ -123,17 +125,19 @@ def test_width_counts_by_hand(qwen):
 
 def test_flux_count():
     config_ = {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True}
-    made = planner.on_meta(config_, torch.bfloat16, "here")
+    made = weightless.on_meta(config_, torch.bfloat16, "here")
     assert blocks.parameter_count(made) == FLUX
     assert {p.device.type for p in made.parameters()} == {"meta"}
 
 
 def test_counts_are_those_of_the_code_that_prunes():
-    made = planner.on_meta({"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here")
+    made = weightless.on_meta(
+        {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
+    )
     settings = config.complete({"intervals": {"pin": [[3, 4]]}, "width": {}}, "test")
     settings["width"] |= {"text": {"pin": [[13, 14]], "forbid": []}}
-    _, every = planner.selection(settings, made)
-    model, block_map = planner.plugged(made, planner.new_blocks(made, every))
+    _, every = weightless.selection(settings, made)
+    model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
     saved = sum(width.saved_parameters(made, unit) for unit in every)
     assert blocks.parameter_count(model) == QWEN - saved
     assert len(block_map) == 59 and blocks.parameter_count(made) == QWEN
@@ -247,8 +251,8 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
         },
         "test",
     )
-    empty = planner.on_meta(dict(transformer.config), torch.float32, "here")
-    depth, every = planner.selection(settings, empty)
+    empty = weightless.on_meta(dict(transformer.config), torch.float32, "here")
+    depth, every = weightless.selection(settings, empty)
     # Steps draw calls of any length; so that this does not matter, they draw the same one.
     row = reader.rows(heldout=False)[0]
     reader.draw = lambda _rows, count, _seed: np.array([row] * count)
@@ -256,10 +260,10 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
     made = planner.Planner(settings, empty, depth, every, example, None)
     accelerator = devices.accelerator("cpu")
 
-    students = planner.new_blocks(transformer, every, torch.float32)
+    students = weightless.new_blocks(transformer, every, torch.float32)
     for student in students.values():
         student.requires_grad_(True).train()
-    whole = planner.plugged(transformer, planner.new_blocks(transformer, every))[0]
+    whole = weightless.plugged(transformer, weightless.new_blocks(transformer, every))[0]
     whole.requires_grad_(True).train()
     if recompute:
         whole.enable_gradient_checkpointing()
@@ -306,8 +310,8 @@ def test_optimizer_states_are_those_of_adamw():
     states = [t for state in optimizer.state.values() for t in state.values()]
     count = blocks.parameter_count(model)
     moments = sum(t.nbytes for t in states if t.ndim)
-    assert planner.optimizer_bytes(count, "adamw") == moments
-    assert 2 * count < planner.optimizer_bytes(count, "adamw8bit") < 0.26 * moments
+    assert weightless.optimizer_bytes(count, "adamw") == moments
+    assert 2 * count < weightless.optimizer_bytes(count, "adamw8bit") < 0.26 * moments
 
 
 def test_stages_and_gpus(qwen):
@@ -424,6 +428,79 @@ def test_disk(qwen, recorded, tmp_path):
     assert sizes["state/distill/"] == 3 * students
 
 
+# ---- time
+
+
+def test_time_by_hand(tmp_path):
+    """FLOPs in closed form, of one block of a teacher of three, then every stage's multiple."""
+    file = architecture(tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL)
+    settings = {
+        "device": "cuda",
+        "processes": 2,
+        "teacher": {"path": "nobody/nothing", "dtype": "bfloat16"},
+        "pipeline": {"height": 64, "width": 64, "num_inference_steps": 5},
+        "plan": {"transformer_config": str(file), "tflops": 1e-3},
+        "record": {"samples": 12, "batch_size": 4, "renoised_per_sample": 3},
+        "extract": {"rows": 50, "batch_size": 8},
+        "sensitivity": {"rows": 6, "batch_size": 6, "longest": 2},
+        "width": {"enabled": False},
+        "intervals": {"pin": [[0, 1]]},
+        "distill": {"steps": 100, "batch_size": 10, "heldout_rows": 20, "mixed_precision": "bf16"},
+        "subsets": {"steps": 30, "batch_size": 6, "heldout_rows": 20, "mixed_precision": "bf16"},
+        "finetune": {"batch_size": 4, "mixed_precision": "no", "gradient_checkpointing": True},
+        "variants": [{"name": "p", "budget": 0.7, "finetune_steps": 40}],
+        "pareto": {"budgets": 2},
+        "evaluate": {
+            "judge": "none",
+            "samples": 9,
+            "batch_size": 3,
+            "velocity_rows": 7,
+            "latency_repeats": 4,
+        },
+    }
+    table = plan(tmp_path / "plan.parquet", settings)
+    # A picture of 64 pixels has 4 x 4 tokens, after text of 512; width 512, FFN four times that.
+    image, text, d, given = 16, 512, 512, 256
+    tokens = image + text
+    modulation = 2 * 2 * d * 6 * d
+    block = modulation + 2 * tokens * (4 * d * d + 8 * d * d) + 2 * 2 * tokens**2 * d
+    # In and out of the streams; the timestep's two layers; the last norm's scale and shift.
+    rest = 2 * (image * 64 * d + text * given * d + image * d * 64) + 2 * (256 * d + d * d)
+    rest += 2 * d * 2 * d
+    whole = 3 * block + rest
+    assert values(table, "variant", "flops")["teacher"] == whole
+    # Runs of two blocks: 0-1, 1-2. One unit, to block 1.
+    rows = {
+        "record": 12 * (5 + 3),
+        "extract": 50,
+        "latency": 4 * (4 + 1) * 3,
+        "pareto": (2 + 1) * (7 + 5 * 3),
+        "evaluate": 2 * (9 * 5 + 7 + 5 * 3),
+    }
+    flops = {name: count * whole for name, count in rows.items()}
+    flops["sensitivity"] = (2 + 1) * 6 * whole / 2
+    flops["distill"] = (100 * 10 * (2 * block + 3 * block) + 20 * whole) / 2
+    flops["subsets"] = (30 * 6 * 3 * whole + 20 * whole) / 2
+    flops["finetune"] = 40 * 4 * 4 * whole / 2 * 16  # float32 is 16 times slower
+    passes = {"record": 24, "extract": 7, "sensitivity": 3 / 2, "latency": 20, "pareto": 22}
+    passes |= {"evaluate": math.ceil(134 / 3), "distill": 100 + 2 / 2, "finetune": 40}
+    passes["subsets"] = 30 + 4 / 2
+    size = values(table, "variant", "size")["teacher"]
+    for name, spent in values(table, "job", "time").items():
+        models = 2 if name == "evaluate" else 1
+        pictures = {"record": 12, "evaluate": 18}.get(name, 0)
+        beside = 0.1 * passes[name] + 2 * pictures + models * size / 0.2e9
+        assert spent == pytest.approx(flops.pop(name) / 1e9 + beside), name
+    assert not flops
+    asked = json.loads((tmp_path / "resources.json").read_text())
+    for name, spent in values(table, "job", "time").items():
+        assert asked[name]["runtime"] == min(2880, max(10, math.ceil(3 * spent / 60)))
+    assert asked["extract"]["mem_mb"] == math.ceil(3 * size / 1e6)
+    students = values(table, "stage", "students")["distill"]
+    held = 3 * size + 2 * 4 * students  # weights, gradients and two moments, in two processes
+    assert asked["distill"]["mem_mb"] == math.ceil(held / 1e6)
+
+
 # ---- the program and the target
 
 
@@ -507,7 +584,7 @@ def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
 )
 def test_errors(settings, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(planner.constants, "ENDPOINT", "http://localhost:9")
+    monkeypatch.setattr(weightless.constants, "ENDPOINT", "http://localhost:9")
     Path("torn.json").write_text("{")
     Path("list.json").write_text("[1]")
     architecture(Path("odd.json"), "OddTransformer")
@@ -517,11 +594,11 @@ def test_errors(settings, message, tmp_path, monkeypatch):
     architecture(Path("ok.json"), name, **SMALL)
     complete = config.complete(settings, "test")
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        found, where = planner.architecture(
+        found, where = weightless.architecture(
             complete["teacher"], complete["plan"]["transformer_config"]
         )
-        made = planner.on_meta(found, torch.float32, where)
-        planner.selection(complete, made)
+        made = weightless.on_meta(found, torch.float32, where)
+        weightless.selection(complete, made)
 
 
 def test_every_example_runs():
@@ -533,7 +610,7 @@ def test_every_example_runs():
     }
     assert set(shapes) == set(example_calls.PIPELINES) & set(families.FAMILIES)
     for name, shape in shapes.items():
-        made = planner.on_meta({"_class_name": name, **shape}, torch.bfloat16, "here")
+        made = weightless.on_meta({"_class_name": name, **shape}, torch.bfloat16, "here")
         size = example_calls.Size(64, 64, 5, 16)
         arguments = example_calls.PIPELINES[name].make(made.config, 2, size, torch.bfloat16)
         with torch.no_grad():
@@ -572,3 +649,5 @@ def test_the_target_runs_without_weights(tmp_path):
     found = tables.read(folder / "results/planned/plan/plan.parquet", schemas.PLAN).to_pandas()
     assert values(found, "variant", "blocks") == {"teacher": 3, "depth": 2}
     assert not (folder / "results/planned/record").exists()
+    asked = json.loads((folder / "results/planned/plan/resources.json").read_text())
+    assert set(asked["distill"]) == {"runtime", "mem_mb"}

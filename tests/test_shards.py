@@ -6,7 +6,7 @@ import runpy
 import pandas as pd
 import pytest
 import tiny
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from killing import assert_same_log, equal, kill_and_resume
 
@@ -82,6 +82,7 @@ def test_where_all_units_are_of_one_part_no_other_jobs_are_faster_at_all(units, 
     assert least == pytest.approx(best)
 
 
+@settings(deadline=None)
 @given(selections(), CACHINGS)
 def test_auto_is_near_the_fastest_with_no_job_too_many(units, caching):
     def slowest(jobs):

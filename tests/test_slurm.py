@@ -6,6 +6,7 @@ Snakemake's executor for it, these tests are skipped. GPUs are declared ones wit
 
 import contextlib
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -26,8 +27,11 @@ from ppcl import schemas, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("results/test")
-# Many times what a quiet machine needs: the executor waits for ever if it loses its jobs.
-PATIENCE = 1500
+# Seconds for a run, and for one command: many times what a quiet machine needs. The executor waits
+# for ever if it loses its jobs.
+PATIENCE, COMMAND = 900, 120
+# What a plan says; the run asks for another limit of extract, and there is none of prune.
+PLANNED = {name: {"runtime": 77, "mem_mb": 1234} for name in ("extract", "subsets")}
 
 absent = cluster.missing()
 on_a_cluster = pytest.mark.skipif(
@@ -84,7 +88,12 @@ def test_partition_and_account_are_those_of_the_environment_or_of_the_users_prof
     command += ["--workflow-profile", "profiles/slurm", "--configfile", "config/test.yaml"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SBATCH_")}
     done = subprocess.run(
-        command, cwd=ROOT, env=kept | (variables or {}), capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env=kept | (variables or {}),
+        capture_output=True,
+        text=True,
+        timeout=COMMAND,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"slurm_\w+=\w+", done.stdout + done.stderr)) == expected
@@ -126,7 +135,7 @@ def test_a_job_stays_until_its_program_has_saved_what_sigterm_asked_for(tmp_path
     until(lambda: log.is_file() and "ready" in log.read_text(), running)
     # As a scheduler does it: Snakemake, the shell, the program and tee, all at once.
     os.killpg(running.pid, signal.SIGTERM)
-    running.wait(60)
+    running.wait(COMMAND)
     assert (tmp_path / "saved").exists(), (tmp_path / "printed").read_text()
     assert log.read_text().splitlines() == ["ready", "saving", "saved"]
 
@@ -142,20 +151,20 @@ class Site:
         folder: the copy.
         env: variables of every command.
         printed: what the run that was interrupted, and the one that finished, said.
-        cancelled: exit code of the interrupted run, and jobs that SLURM still had after it.
+        cancelled: exit code of the interrupted run, after which SLURM had no job left.
         running: the run that was started last.
     """
 
     folder: Path
     env: dict[str, str]
     printed: dict[str, str]
-    cancelled: tuple[int, list[str]] | None = None
+    cancelled: int | None = None
     running: subprocess.Popen | None = None
 
     def slurm(self, *command: str) -> str:
         """What a command of SLURM prints."""
         return subprocess.run(
-            command, env=self.env, capture_output=True, text=True, check=True
+            command, env=self.env, capture_output=True, text=True, check=True, timeout=COMMAND
         ).stdout
 
     def jobs(self) -> list[dict[str, str]]:
@@ -170,6 +179,7 @@ class Site:
         # Fewer GPUs than there are, so that the cap shows. One thread per job, for the sake of two
         # cores: --cores would not do, as it is not handed on to the jobs.
         command += ["--resources", "gpu=1", "--max-threads", "1"]
+        command += ["--set-resources", "extract:runtime=44"]
         command += ["--configfile", "config/test.yaml", "tests/slurm/config.yaml"]
         with open(self.folder / f"{name}.log", "wb") as log:
             self.running = subprocess.Popen(
@@ -199,14 +209,15 @@ class Site:
         return self.printed[name]
 
 
-def until(found: Callable, running: subprocess.Popen):
-    """What `found` gives once it gives something, while a run goes on."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline and running.poll() is None:
+def until(found: Callable, running: subprocess.Popen | None = None):
+    """What `found` gives once it gives something, while a run goes on if one is given."""
+    deadline = time.monotonic() + (PATIENCE if running else COMMAND)
+    while time.monotonic() < deadline and (running is None or running.poll() is None):
         if value := found():
             return value
         time.sleep(0.05)
-    raise AssertionError(f"the run ended with {running.returncode} before {found.__name__}")
+    ended = running and running.poll() is not None
+    raise AssertionError(f"the run ended with {running.returncode}" if ended else "waited in vain")
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +232,9 @@ def site(tmp_path_factory) -> Iterator[Site]:
     quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     env = os.environ | quiet | {"SBATCH_PARTITION": "gpu"} | cluster.up(place)
     made = Site(folder, env, {})
+    needs = folder / RUN / "plan/resources.json"
+    needs.parent.mkdir(parents=True)
+    needs.write_text(json.dumps(PLANNED))
     try:
         interrupt(made)
         finish(made)
@@ -234,10 +248,14 @@ def site(tmp_path_factory) -> Iterator[Site]:
 def interrupt(site: Site) -> None:
     """A run that the user stops with Ctrl-C while its first job runs."""
     running = site.start("interrupted")
-    until(lambda: any(job["JobState"] == "RUNNING" for job in site.jobs()), running)
+    hold(site, "record", running)
+    said = site.folder / "interrupted.log"
+    until(lambda: "has been submitted with SLURM jobid" in said.read_text(), running)
     running.send_signal(signal.SIGINT)
     site.end("interrupted", running, code=1)
-    site.cancelled = (running.returncode, site.slurm("squeue", "-h").splitlines())
+    # A cancelled job may take a while to end, though no longer than until it is killed.
+    until(lambda: not site.slurm("squeue", "-h"))
+    site.cancelled = running.returncode
 
 
 def finish(site: Site) -> None:
@@ -245,13 +263,19 @@ def finish(site: Site) -> None:
     running = site.start("finished")
     checkpoint = site.folder / RUN / "state/distill/checkpoint.safetensors"
     until(checkpoint.is_file, running)
-    programs = until(lambda: processes(site.folder, "scripts/distill.py"), running)
-    # Asleep until SLURM wakes it to end it, so that the test does not depend on speed.
-    for number in programs:
-        os.kill(number, signal.SIGSTOP)
+    hold(site, "distill", running)
     job = next(job for job in site.jobs() if is_rule(job, "distill"))
     site.slurm("scontrol", "update", f"JobId={job['JobId']}", "EndTime=now")
     site.end("finished", running, code=0)
+
+
+def hold(site: Site, stage: str, running: subprocess.Popen) -> None:
+    """Puts a stage's program to sleep once it is there, so that no test depends on its speed.
+
+    SLURM wakes what it ends.
+    """
+    for number in until(lambda: processes(site.folder, f"scripts/{stage}.py"), running):
+        os.kill(number, signal.SIGSTOP)
 
 
 def processes(folder: Path, program: str) -> list[int]:
@@ -275,7 +299,7 @@ def is_rule(job: dict[str, str], name: str) -> bool:
 @with_executor
 @on_a_cluster
 def test_an_interrupted_run_leaves_no_job_and_goes_on(site):
-    assert site.cancelled == (1, [])
+    assert site.cancelled == 1
     assert site.jobs()[0]["JobState"] == "CANCELLED"
     for name, schema in schemas.TABLES.items():
         if not name.startswith(("latency/", "narrow/", "ablation/", "plan/")):
@@ -305,6 +329,10 @@ def test_jobs_ask_for_what_their_rules_say(site):
     assert len(others) == 3 + 2 and sum("assemble" in name for name in others) == 2, others
     limits = {job["Comment"]: job["TimeLimit"] for job in jobs}
     assert limits["rule_distill"] == "2-00:00:00" and limits["rule_prune"] == "00:30:00"
+    # The plan's where it has some, unless the user says otherwise.
+    assert limits["rule_subsets"] == "01:17:00" and limits["rule_extract"] == "00:44:00"
+    memory = {job["Comment"]: job["MinMemoryNode"] for job in jobs}
+    assert (memory["rule_subsets"], memory["rule_extract"]) == ("33234M", "17234M")
     # The cap of one GPU held, though the cluster has two.
     spans = sorted((job["StartTime"], job["EndTime"]) for job in jobs if job["Comment"] in gpus)
     assert all(spans[i][1] <= spans[i + 1][0] for i in range(len(spans) - 1)), spans

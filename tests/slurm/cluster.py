@@ -144,17 +144,24 @@ def _start_daemons(folder: Path, env: dict[str, str]) -> None:
         with open(folder / f"log/{command[0]}.out", "wb") as out:
             program = shutil.which(command[0], path=env["PATH"])
             done = subprocess.run(
-                [program, *command[1:]], env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+                [program, *command[1:]],
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                timeout=60,
             )
         if done.returncode:
             raise RuntimeError(_failure(folder, f"{command[0]} ended with {done.returncode}"))
 
 
-def _wait_until_idle(folder: Path, env: dict[str, str], patience: float = 30) -> None:
+def _wait_until_idle(folder: Path, env: dict[str, str], patience: float = 60) -> None:
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline:
         command = ["sinfo", "-h", "-p", "cpu", "-o", "%T"]
-        state = subprocess.run(command, env=env, capture_output=True, text=True).stdout.strip()
+        state = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=60
+        ).stdout.strip()
         if state == "idle":
             return
         time.sleep(0.1)

@@ -195,6 +195,48 @@ def memory(megabytes):
     return megabytes + 2 * weights // 10**6
 
 
+def planned():
+    """What the plan says that stages need, if there is one: stage -> `runtime` and `mem_mb`."""
+    path = Path(result("plan/resources.json"))
+    if targets() == {"plan"} or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        numbers = [number for needs in found.values() for number in needs.values()]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError("not all of it is positive whole numbers")
+        return found
+    except (OSError, ValueError, AttributeError) as error:
+        raise WorkflowError(
+            f"{path} is broken ({error}); delete it, or run the target plan again"
+        ) from None
+
+
+def minutes(stage, unplanned):
+    """For resources: the time limit of a stage. Shards have their own, once there are some."""
+
+    def found(wildcards):
+        shard = f"{stage}/{wildcards.get('shard')}"
+        return (PLANNED.get(shard) or PLANNED.get(stage) or {}).get("runtime", unplanned)
+
+    return found
+
+
+def megabytes(stage, program):
+    """For resources: MB of main memory of a stage's program, with what it loads.
+
+    It is the greater of what the teacher's files say and what the plan does: the former know the
+    whole pipeline, the latter what is trained, and a teacher that is still on the Hub.
+    """
+
+    def found(wildcards):
+        shard = f"{stage}/{wildcards.get('shard')}"
+        needs = PLANNED.get(shard) or PLANNED.get(stage) or {}
+        return max(memory(program), program + needs.get("mem_mb", 0))
+
+    return found
+
+
 def artifacts():
     """Every file of the contract: a stage whose output was deleted is remade, and what follows."""
     wanted = {

@@ -30,8 +30,8 @@ rule distill:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(32000),
-        runtime=2880,
+        mem_mb=megabytes("distill", 32000),
+        runtime=minutes("distill", 2880),
         processes=config["processes"],
         device=config["device"],
     params:

@@ -10,6 +10,10 @@
 # time on one machine share its devices: shards are for clusters, where each has its own.
 
 
+localrules:
+    allot,
+
+
 checkpoint allot:
     input:
         script=program("allot.py"),
@@ -66,8 +70,8 @@ rule distill_shard:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=32000,
-        runtime=2880,
+        mem_mb=megabytes("distill", 32000),
+        runtime=minutes("distill", 2880),
         processes=config["processes"],
         device=config["device"],
     params:
@@ -111,7 +115,7 @@ rule join_shards:
     conda:
         ENVIRONMENT
     resources:
-        mem_mb=32000,
+        mem_mb=megabytes("distill", 32000),
         runtime=60,
     params:
         config=subset(

@@ -26,8 +26,8 @@ rule evaluate:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(32000),
-        runtime=720,
+        mem_mb=megabytes("evaluate", 32000),
+        runtime=minutes("evaluate", 720),
     params:
         config=subset("seed", "device", "processes", "teacher", "pipeline", "evaluate"),
         state=result("state/evaluate"),

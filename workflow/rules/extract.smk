@@ -22,8 +22,8 @@ rule extract:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(16000),
-        runtime=120,
+        mem_mb=megabytes("extract", 16000),
+        runtime=minutes("extract", 120),
     params:
         config=subset("seed", "device", "teacher", "extract"),
         code=code("extract.py"),

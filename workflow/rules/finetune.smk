@@ -28,8 +28,8 @@ rule finetune:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(32000),
-        runtime=2880,
+        mem_mb=megabytes("finetune", 32000),
+        runtime=minutes("finetune", 2880),
         processes=config["processes"],
         device=config["device"],
     params:

@@ -22,8 +22,8 @@ rule latency:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(16000),
-        runtime=60,
+        mem_mb=megabytes("latency", 16000),
+        runtime=minutes("latency", 60),
     params:
         config=subset(
             "seed", "device", "teacher", "evaluate.batch_size", "evaluate.latency_repeats"

@@ -29,8 +29,8 @@ rule narrow:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(32000),
-        runtime=2880,
+        mem_mb=megabytes("narrow", 32000),
+        runtime=minutes("narrow", 2880),
         processes=config["processes"],
         device=config["device"],
     params:

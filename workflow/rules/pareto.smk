@@ -23,8 +23,8 @@ rule pareto:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(32000),
-        runtime=240,
+        mem_mb=megabytes("pareto", 32000),
+        runtime=minutes("pareto", 240),
     params:
         config=subset(
             "seed",

@@ -1,7 +1,7 @@
 # What a run needs: sizes, memory and disk, from the transformer's config alone, without weights.
 #
 # in:  a config.json of the transformer; the selection and the recorded calls, where they exist
-# out: plan/plan.parquet and a printed table
+# out: plan/plan.parquet and a printed table; plan/resources.json, from which jobs have their limits
 #
 # A target of its own (plan), for which nothing else is made.
 
@@ -12,6 +12,7 @@ rule plan:
         script=program("plan.py"),
     output:
         table=result("plan/plan.parquet"),
+        resources=result("plan/resources.json"),
     log:
         result("logs/plan.log"),
     benchmark:
@@ -24,6 +25,7 @@ rule plan:
     params:
         config=subset(
             "seed",
+            "device",
             "processes",
             "teacher",
             "pipeline",
@@ -37,6 +39,7 @@ rule plan:
             "subsets",
             "finetune",
             "evaluate",
+            "pareto",
             "variants",
         ),
         given=optional("intervals", "candidates", "calls"),
@@ -45,4 +48,4 @@ rule plan:
         "Planning"
     shell:
         "python {input.script} --config {params.config:q} {params.given} "
-        "--table {output.table} 2>&1 | tee {log}"
+        "--table {output.table} --resources {output.resources} 2>&1 | tee {log}"

@@ -25,8 +25,8 @@ rule record:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(16000),
-        runtime=120,
+        mem_mb=megabytes("record", 16000),
+        runtime=minutes("record", 120),
         processes=config["processes"],
         device=config["device"],
     params:

@@ -21,8 +21,8 @@ rule sensitivity:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(16000),
-        runtime=2880,
+        mem_mb=megabytes("sensitivity", 16000),
+        runtime=minutes("sensitivity", 2880),
         processes=config["processes"],
         device=config["device"],
     params:

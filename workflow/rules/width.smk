@@ -24,8 +24,8 @@ rule width:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=memory(32000),
-        runtime=2880,
+        mem_mb=megabytes("width", 32000),
+        runtime=minutes("width", 2880),
         processes=config["processes"],
         device=config["device"],
     params:

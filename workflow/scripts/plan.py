@@ -1,6 +1,7 @@
 """What a run needs, before it runs: parameters, FLOPs, memory per stage, disk. No weights needed.
 
-    python workflow/scripts/plan.py --config config/mine.yaml --table results/mine/plan/plan.parquet
+    python workflow/scripts/plan.py --config config/mine.yaml \
+        --table results/mine/plan/plan.parquet --resources results/mine/plan/resources.json
 
 The transformer's stock class is built without weights, from plan.transformer_config, else from the
 teacher's folder, else from the Hub. What is plugged in is the detected selection (--intervals,
@@ -11,6 +12,7 @@ teacher's folder, else from the Hub. What is plugged in is the detected selectio
 import argparse
 import json
 import logging
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -19,19 +21,22 @@ from ppcl import (
     blocks,
     config,
     devices,
+    durations,
     errors,
     example_calls,
     planner,
     provenance,
     schemas,
     tables,
+    texts,
+    weightless,
 )
 
 log = logging.getLogger(__name__)
 
 
 def detected(args: argparse.Namespace) -> dict:
-    """The selection that the run's tables hold, as `planner.selection` takes it."""
+    """The selection that the run's tables hold, as `weightless.selection` takes it."""
     found = {}
     if args.intervals:
         table = tables.read(args.intervals, schemas.INTERVALS).to_pandas()
@@ -65,9 +70,9 @@ def latent_scale(teacher: dict) -> int | None:
 def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
     """The planner of a config and of what its run has found so far."""
     teacher = settings["teacher"]
-    found, where = planner.architecture(teacher, settings["plan"]["transformer_config"])
-    transformer = planner.on_meta(found, devices.dtype(teacher["dtype"]), where)
-    depth, every = planner.selection(settings, transformer, **detected(args))
+    found, where = weightless.architecture(teacher, settings["plan"]["transformer_config"])
+    transformer = weightless.on_meta(found, devices.dtype(teacher["dtype"]), where)
+    depth, every = weightless.selection(settings, transformer, **detected(args))
     pipeline = example_calls.PIPELINES.get(type(transformer).__name__)
     example = None
     if args.calls:
@@ -119,7 +124,26 @@ def printed(table: pd.DataFrame) -> str:
     lines += ["", f"{'on disk, at most':<40}{'GiB':>10}"]
     for row in table[table["item"] == "artifact"].itertuples():
         lines.append(f"{row.name:<40}{_gib(row.value):>10}")
+    jobs = table[table["item"] == "job"].pivot(index="name", columns="measure", values="value")
+    lines += ["", f"{'jobs':<14}{'hours':>10}{'limit':>9}"]
+    for name in table[table["item"] == "job"]["name"].unique():
+        spent = jobs.loc[name, "time"]
+        limit = durations.minutes(spent) / 60
+        lines.append(f"{name:<14}{spent / 3600:>10.2f}{limit:>9.2f}")
     return "\n".join(lines)
+
+
+def time_rows(made: planner.Planner, works: dict[str, durations.Work]) -> pd.DataFrame:
+    """Rows of plan.parquet: how long each stage is expected to take."""
+    settings = made.settings
+    rows = []
+    for name, work in works.items():
+        speed = durations.speed(settings, work.trains) / 1e12
+        note = f"{work.flops / 1e12:.4g} TFLOPs at {speed:g} TFLOP/s on each of {work.devices}"
+        spent = durations.seconds(work, settings, made.weights)
+        what = {"item": "job", "name": name, "measure": "time", "unit": "s", "note": note}
+        rows.append(what | {"block": -1, "gpu_gib": math.nan, "value": spent})
+    return pd.DataFrame(rows, columns=schemas.PLAN.names)
 
 
 def _fit(fits: pd.Series) -> str:
@@ -139,17 +163,22 @@ def main() -> None:
     parser.add_argument("--candidates", type=Path, help="width/candidates.parquet, if there is one")
     parser.add_argument("--calls", type=Path, help="calls.parquet, if there is one")
     parser.add_argument("--table", type=Path, required=True, help="plan.parquet to write")
+    parser.add_argument("--resources", type=Path, required=True, help="resources.json to write")
     args = parser.parse_args()
     settings = config.load(args.config)
 
     made = made_for(args, settings)
+    works = durations.works(made)
     table = pd.DataFrame(planner.rows(made, settings["plan"]["gpus"]))
+    if works:
+        table = pd.concat([table, time_rows(made, works)], ignore_index=True)
     stamp = provenance.stamp(
         settings,
         blocks=len(blocks.block_sequence(made.transformer)),
         units=len(made.every),
     )
     tables.write(args.table, table[schemas.PLAN.names], schemas.PLAN, stamp)
+    texts.write_json(args.resources, durations.resources(made, works))
     print(printed(table))
 
 

@@ -1,24 +1,19 @@
 """What a run needs, worked out on the meta device: sizes, FLOPs, memory per stage, disk.
 
-The teacher's stock class is built from its config, without weights. Variants come from the code
-that prunes, so their counts are exact. Memory is that of the stages' own steps (footprint.py). What
-only a device knows (its context, fragmentation) is left to `RESERVED`; the text encoder and the
-autoencoder are not counted.
+The teacher and its variants have no weights (weightless.py). Memory is that of the stages' own
+steps (footprint.py). What only a device knows (its context, fragmentation) is left to `RESERVED`;
+the text encoder and the autoencoder are not counted.
 """
 
 import copy
-import json
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
-from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -28,15 +23,12 @@ from ppcl import (
     distillation,
     example_calls,
     footprint,
-    hub,
-    pins,
-    plans,
     shards,
     students,
+    weightless,
     width,
 )
 from ppcl.config import limits
-from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
 log = logging.getLogger(__name__)
@@ -44,176 +36,6 @@ log = logging.getLogger(__name__)
 GIB = 1 << 30
 # Of every GPU, for its context and what the allocator can't use.
 RESERVED = 1 * GIB
-# What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
-# for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
-BITS_8_BLOCK = 256
-
-
-# ---- the teacher, without weights
-
-
-class _Config(ConfigMixin):
-    """Reads the config of a model of any class."""
-
-    config_name = "config.json"
-
-
-def _from_hub(teacher: Mapping, place: str) -> dict:
-    """The config of a component of a pipeline on the Hub, and nothing else of it."""
-    name, file, revision = teacher["path"], f"{place}/{_Config.config_name}", teacher["revision"]
-    try:
-        if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
-            # Asked once: a download would try for half a minute without a network.
-            get_session().head(constants.ENDPOINT, timeout=hub.PATIENCE)
-        return _Config.load_config(name, subfolder=place, revision=revision)
-    except Exception as error:  # offline, no such repository, no token: of many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"teacher.path: {name}: its {file} can't be had from the Hub ({reason[0]}); without a "
-            "network, give a local folder, or a config.json as plan.transformer_config"
-        ) from error
-
-
-def architecture(teacher: Mapping, path: str | None) -> tuple[dict, str]:
-    """The config of the transformer to plan for, and where it is from.
-
-    Args:
-        teacher: the config's `teacher`.
-        path: the config's `plan.transformer_config`.
-
-    Raises:
-        UserError: there is no such file, it is no config, or the Hub can't be reached.
-    """
-    place = "/".join(filter(None, (teacher.get("subfolder"), hub.component(teacher))))
-    key, file = "plan.transformer_config", Path(path or "")
-    if path is None:
-        if hub.is_name(teacher["path"]):
-            return _from_hub(teacher, place), f"{teacher['path']}/{place}"
-        key, file = "teacher.path", Path(teacher["path"], place, _Config.config_name)
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{key}: {file} can't be read ({error.strerror}); give the config.json of a "
-            "transformer as plan.transformer_config"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{key}: {file} is not JSON ({error}); restore the file") from error
-    if not isinstance(found, dict) or "_class_name" not in found:
-        raise UserError(f"{key}: {file} is not the config of a model (it has no _class_name)")
-    return found, str(file)
-
-
-def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
-    """The transformer of a config, frozen, without weights.
-
-    What its class keeps in float32 is float32, as after `from_pretrained`.
-
-    Raises:
-        UserError: diffusers has no such class, it can't be made of this config, or it can't be
-            pruned.
-    """
-    import diffusers
-
-    name = config["_class_name"]
-    made_by = getattr(diffusers, name, None)
-    if not (isinstance(made_by, type) and issubclass(made_by, ModelMixin)):
-        raise UserError(
-            f"{where}: diffusers {diffusers.__version__} has no model {name}; only its own "
-            "classes can be planned"
-        )
-    try:
-        with footprint.META:
-            made = made_by.from_config(dict(config))
-    except Exception as error:  # whatever a constructor makes of odd values
-        raise UserError(f"{where}: {name} can't be made of this config: {error}") from error
-    blocks.family(made)
-    kept = () if dtype == torch.float32 else made_by._keep_in_fp32_modules or ()
-    for path, parameter in made.named_parameters():
-        if not any(part in path.split(".") for part in kept):
-            parameter.data = parameter.data.to(dtype)
-    for path, buffer in made.named_buffers():
-        if buffer.is_floating_point() and not any(part in path.split(".") for part in kept):
-            buffer.data = buffer.data.to(dtype)
-    return made.requires_grad_(False).eval()
-
-
-def selection(
-    settings: Mapping,
-    transformer: nn.Module,
-    intervals: Iterable[tuple[int, int]] | None = None,
-    narrower: tuple[list[tuple[int, int]], list[tuple[int, str]]] | None = None,
-) -> tuple[list[Unit], list[Unit]]:
-    """Units of depth alone, and of depth and width: detected ones, or else those that are pinned.
-
-    Args:
-        intervals: detected ones, if there are.
-        narrower: detected text runs and linear FFNs, if there are.
-
-    Raises:
-        UserError: pins that this teacher can't have, or blocks that it lacks.
-    """
-    sequence = blocks.block_sequence(transformer)
-    pinned, _ = pins.wishes(settings, len(sequence))
-    ffns = {
-        (part.first, stream)
-        for unit in width.ffn_candidates(transformer)
-        for part in unit.parts
-        for stream in part.linear_ffn
-    }
-    pins.check(
-        pinned,
-        blocks.seams(transformer),
-        blocks.untouchable(transformer),
-        (),
-        ffns,
-        width.text_sizes(transformer)["text_saved"] if pinned.runs else [0] * len(sequence),
-    )
-    chosen = sorted(pinned.intervals if intervals is None else intervals)
-    runs, linear = narrower or (sorted(pinned.runs), sorted(pinned.ffns))
-    ends = [*(last for _, last in (*chosen, *runs)), *(block for block, _ in linear)]
-    if max(ends, default=0) >= len(sequence):
-        raise UserError(
-            f"the selection names block {max(ends)}, but this teacher has {len(sequence)}: it is "
-            "of another teacher; delete intervals.parquet and width/candidates.parquet"
-        )
-    every = plans.units(chosen, runs, linear, width.unread_after(transformer))
-    return plans.units(chosen), every
-
-
-def new_blocks(
-    transformer: nn.Module, units: Iterable[Unit], dtype: torch.dtype | None = None
-) -> students.Students:
-    """The new blocks of units, as narrow as they are planned, without weights.
-
-    dtype: of their parameters; None for the teacher's.
-    """
-    sequence = blocks.block_sequence(transformer)
-    found = {}
-    for part in students.parts_of(units):
-        whole = copy.deepcopy(sequence[part.first].module)
-        found[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
-    return found
-
-
-def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module, list[list[int]]]:
-    """The teacher with new blocks in place of its own, and its block map."""
-    return blocks.assembled(transformer, {part.key: module for part, module in made.items()})
-
-
-def weight_bytes(module: nn.Module) -> int:
-    """Bytes of parameters and buffers."""
-    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
-
-
-def optimizer_bytes(parameters: int, kind: str) -> int:
-    """Bytes of the states that `adamw` or `adamw8bit` keeps of so many parameters."""
-    if kind == "adamw":
-        return 2 * 4 * parameters
-    return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK))
-
-
-# ---- stages
 
 
 @dataclass
@@ -286,7 +108,9 @@ class Planner:
         if any(part.narrow for part in students.parts_of(self.every)):
             chosen["depth+width" if self.depth else "width"] = self.every
         return {
-            name: plugged(self.transformer, new_blocks(self.transformer, units))
+            name: weightless.plugged(
+                self.transformer, weightless.new_blocks(self.transformer, units)
+            )
             for name, units in chosen.items()
         }
 
@@ -297,12 +121,12 @@ class Planner:
     @cached_property
     def weights(self) -> int:
         """Bytes of the whole teacher."""
-        return weight_bytes(self.transformer)
+        return weightless.weight_bytes(self.transformer)
 
     @cached_property
     def offloaded(self) -> int:
         """Bytes of the teacher on the device with one block at a time: that block and the rest."""
-        sizes = [weight_bytes(b.module) for b in blocks.block_sequence(self.transformer)]
+        sizes = [weightless.weight_bytes(b.module) for b in blocks.block_sequence(self.transformer)]
         return self.weights - sum(sizes) + max(sizes)
 
     def flops(self, model: nn.Module) -> tuple[list[int], int] | None:
@@ -357,8 +181,13 @@ class Planner:
 
     # -- the stages
 
-    def stages(self) -> Iterator[Stage]:
+    def stages(self) -> list[Stage]:
         """Every stage that runs the teacher's transformer, in order."""
+        if "stages" not in self._kept:
+            self._kept["stages"] = list(self._stages())
+        return self._kept["stages"]
+
+    def _stages(self) -> Iterator[Stage]:
         settings = self.settings
         joined = self.pipeline is not None and self.pipeline.joined
         doubled = 2 if joined and example_calls.guided(self.pipeline, settings["pipeline"]) else 1
@@ -514,7 +343,10 @@ class Planner:
     def _distill(self, name: str, units: list[Unit]) -> Stage:
         """Eq. 6: the teacher once, then one student's graph after the other."""
         options = self.settings["distill"]
-        batch, made = self._batch(options), new_blocks(self.transformer, units, torch.float32)
+        batch, made = (
+            self._batch(options),
+            weightless.new_blocks(self.transformer, units, torch.float32),
+        )
 
         def measured(recompute: bool) -> footprint.Footprint | None:
             if self.example is None:
@@ -556,7 +388,10 @@ class Planner:
     def _subsets(self) -> Stage:
         """Any-subset distillation at its most: with all units plugged in."""
         options = self.settings["subsets"]
-        batch, made = self._batch(options), new_blocks(self.transformer, self.every, torch.float32)
+        batch, made = (
+            self._batch(options),
+            weightless.new_blocks(self.transformer, self.every, torch.float32),
+        )
 
         def measured(recompute: bool) -> footprint.Footprint | None:
             dtype, times = _precision(options)
@@ -564,7 +399,7 @@ class Planner:
             for module in running.values():
                 module.requires_grad_(True).train()
             wrapped = {p: distillation.InFloat32(m) for p, m in running.items()}
-            model, _ = plugged(self.transformer, wrapped if times == 1 else running)
+            model, _ = weightless.plugged(self.transformer, wrapped if times == 1 else running)
             return self._velocity(
                 model, batch, self.dtype, recompute, list(running.values()), times
             )
@@ -659,9 +494,9 @@ class Planner:
             shares: how the modules are shared out over processes, if they are.
         """
         count = sum(map(blocks.parameter_count, modules))
-        held = sum(map(weight_bytes, modules))
+        held = sum(map(weightless.weight_bytes, modules))
         plain, again = measured(False), measured(True)
-        states, small = (optimizer_bytes(count, kind) for kind in ("adamw", "adamw8bit"))
+        states, small = (weightless.optimizer_bytes(count, kind) for kind in ("adamw", "adamw8bit"))
         lowered = options["mixed_precision"] == "bf16"
         casts = 2 * sum(map(blocks.parameter_count, cast)) if lowered else 0
         parts = {
@@ -733,10 +568,10 @@ class Planner:
         if not self.every:
             return found
         staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
-        whole = sum(map(count, new_blocks(self.transformer, self.every).values()))
+        whole = sum(map(count, weightless.new_blocks(self.transformer, self.every).values()))
         first = whole
         if staged:
-            first = sum(map(count, new_blocks(self.transformer, self.depth).values()))
+            first = sum(map(count, weightless.new_blocks(self.transformer, self.depth).values()))
         found["prune/students.safetensors"] = 4 * first
         trained = {"distill": first}
         trained |= {"narrow": whole} if staged else {}
@@ -744,13 +579,13 @@ class Planner:
         for stage, parameters in trained.items():
             kind = settings["distill" if stage == "narrow" else stage]["optimizer"]
             found[f"{stage}/students.safetensors"] = 4 * parameters
-            found[f"state/{stage}/"] = 4 * parameters + optimizer_bytes(parameters, kind)
+            found[f"state/{stage}/"] = 4 * parameters + weightless.optimizer_bytes(parameters, kind)
         found |= self._streams(self.depth if staged else self.every)
         for variant in settings["variants"]:
             parameters = self._variant_parameters(variant["budget"])
             if variant["finetune_steps"]:
                 found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
-                kept = optimizer_bytes(parameters, settings["finetune"]["optimizer"])
+                kept = weightless.optimizer_bytes(parameters, settings["finetune"]["optimizer"])
                 found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
             found[f"models/{variant['name']}/"] = self.dtype.itemsize * parameters
         return found
@@ -822,7 +657,12 @@ def rows(planner: Planner, gpus: Sequence[float]) -> Iterator[dict]:
         share = "by FLOPs, of the teacher's call"
         for measure, value, unit, note in (
             ("parameters", blocks.parameter_count(model), "parameters", ""),
-            ("size", weight_bytes(model), "bytes", f"in {planner.settings['teacher']['dtype']}"),
+            (
+                "size",
+                weightless.weight_bytes(model),
+                "bytes",
+                f"in {planner.settings['teacher']['dtype']}",
+            ),
             ("blocks", len(block_map), "blocks", ""),
             ("flops", total, "FLOPs", "of one call, batch 1"),
             ("latency share", total and total / whole, "share", share),

@@ -307,17 +307,20 @@ IMAGES = pa.schema(
 # What a run needs, before it runs. One number per row; `item` says what a row is about.
 PLAN = pa.schema(
     [
-        column("item", pa.string(), "`variant`, `block`, `stage`, `gpu` or `artifact`"),
+        column("item", pa.string(), "`variant`, `block`, `stage`, `gpu`, `artifact` or `job`"),
         column(
             "name",
             pa.string(),
-            "variant (also of a `block`), stage (also of a `gpu`), or path below `results/<run>/`",
+            "variant (also of a `block`), stage (also of a `gpu` or `job`), or path below "
+            "`results/<run>/`",
         ),
         column("block", pa.int32(), "number of a `block` in its variant; -1 otherwise"),
         column("gpu_gib", pa.float64(), "size of a `gpu` in GiB; NaN otherwise", nan=True),
         column("measure", pa.string(), "what the value is, such as `parameters`"),
         column("value", pa.float64(), "NaN where it can't be told; `fits` is 1 or 0", nan=True),
-        column("unit", pa.string(), "`parameters`, `bytes`, `blocks`, `FLOPs`, `share` or `fits`"),
+        column(
+            "unit", pa.string(), "`parameters`, `bytes`, `blocks`, `FLOPs`, `share`, `fits` or `s`"
+        ),
         column("note", pa.string(), "what it rests on; may be empty"),
     ]
 )
@@ -352,6 +355,7 @@ shown with one channel: both follow the teacher's transformer."""
 
 ARTIFACTS = {
     "plan/plan.parquet": "sizes, memory and disk that a run needs, before it runs (target `plan`)",
+    "plan/resources.json": "time limits (min) and memory (MB) of jobs, from that plan",
     "record/calls.parquet": "the transformer's own calls on the calibration prompts",
     "activations/tokens.parquet": "a sample of tokens at every block boundary",
     "activations/moments.safetensors": "sums for the probes' least squares, float64, fit prompts",

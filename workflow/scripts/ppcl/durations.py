@@ -1,0 +1,246 @@
+"""How long stages take and how much main memory their jobs ask for: what a scheduler wants to know.
+
+Time is FLOPs over a sustained speed (plan.tflops), and what no speed of arithmetic shortens. The
+FLOPs are those of the planner's calls, and rather too many than too few: no variant is taken for
+cheaper than the teacher, no student for cheaper than the block that it starts from, and as long as
+nothing is selected, every block is taken to have a student. Limits are `SAFETY` times that.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ppcl import blocks, example_calls, intervals, shards, students, width
+from ppcl.planner import Planner, Stage
+from ppcl.plans import Part, Unit
+
+# TFLOP/s, if plan.tflops names none. An A100's peak is 312 in bf16, of which large products leave a
+# third; a CPU's is that of two cores in float32.
+GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.02
+# Of a GPU's speed in bf16, what float32 leaves (an A100's peaks are 312 and 19.5).
+FLOAT32 = 1 / 16
+# A training step is a forward pass and a backward one of twice its FLOPs; checkpointing repeats the
+# forward pass.
+STEP, CHECKPOINTED = 3, 4
+# Seconds: of starts and data for every pass over the model, and of text encoder and autoencoder for
+# every picture, which no FLOPs here count.
+PASS, PICTURE = 0.1, 2.0
+# Bytes per second: of weights from a disk that many share; of blocks on their way to a GPU.
+LOADING, STREAMING = 0.2e9, 10e9
+# Of a limit: over the estimate; least and most minutes. Stages of more are submitted again at their
+# limit and go on.
+SAFETY, LEAST, MOST = 3, 10, 2880
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage has to do.
+
+    Attributes:
+        flops: of all its passes, on all devices.
+        passes: how often it goes over the model, a batch at a time, on all devices.
+        trains: whether it computes in its own precision instead of the teacher's.
+        models: how many models it loads, one after the other.
+        pictures: how many it makes.
+        devices: how many share flops and passes.
+        streams: whether the teacher comes to the device a block at a time, if teacher.offload
+            says so.
+    """
+
+    flops: float
+    passes: float
+    trains: str = ""
+    models: int = 1
+    pictures: int = 0
+    devices: int = 1
+    streams: bool = True
+
+
+def works(planner: Planner) -> dict[str, Work]:
+    """What every stage that runs the transformer has to do; nothing without an example call.
+
+    `distill` is always that of one job; those of shards are `distill/<number>` besides.
+    """
+    found = planner.flops(planner.transformer)
+    if not found:
+        return {}
+    per_block, whole = found
+    settings = planner.settings
+    sequence = blocks.block_sequence(planner.transformer)
+    everything = [Unit((Part(i, i),)) for i in range(len(sequence))]
+    depth, every = (planner.depth, planner.every) if planner.every else (everything, everything)
+
+    def forwards(rows: float, batch: int, **more) -> Work:
+        return Work(rows * whole, math.ceil(rows / batch), **more)
+
+    def trained(stage: str, step: float, units: list[Unit], options: Mapping, **more) -> Work:
+        """step: FLOPs of one for one sample. Units are judged alone in the end."""
+        judged = options.get("heldout_rows", 0) * len(units)
+        batch, steps = options["batch_size"], options["steps"]
+        devices = _devices(settings)
+        return Work(
+            steps * batch * step + judged * whole,
+            steps * devices + math.ceil(judged / batch),
+            trains=stage,
+            devices=devices,
+            **more,
+        )
+
+    def times(stage: str) -> int:
+        return CHECKPOINTED if settings[stage]["gradient_checkpointing"] else STEP
+
+    def distilled(units: list[Unit], steps: int | None = None) -> Work:
+        """The teacher to the last block that is needed, and a step of every student."""
+        options = settings["distill"] | ({} if steps is None else {"steps": steps})
+        teacher = sum(per_block[: max((u.last for u in units), default=-1) + 1])
+        taught = sum(per_block[part.first] for part in students.parts_of(units))
+        return trained("distill", teacher + times("distill") * taught, units, options)
+
+    record, evaluate = settings["record"], settings["evaluate"]
+    done = {}
+    if planner.pipeline is not None:
+        per_picture = steps_of(planner)
+        renoised = branches_of(planner) * record["renoised_per_sample"]
+        rows = record["samples"] * (per_picture + renoised)
+        done["record"] = forwards(rows, record["batch_size"], pictures=record["samples"])
+    done["extract"] = forwards(settings["extract"]["rows"], settings["extract"]["batch_size"])
+    options = settings["sensitivity"]
+    runs = intervals.spans(
+        len(sequence), blocks.seams(planner.transformer), blocks.untouchable(planner.transformer)
+    )
+    tried = len(intervals.all_within(runs, options["longest"]))
+    done["sensitivity"] = forwards(
+        (tried + 1) * options["rows"], options["batch_size"], devices=_devices(settings)
+    )
+    if settings["width"]["enabled"]:
+        done["width"] = _width(planner, forwards)
+    timed = (evaluate["latency_repeats"] + 1) * evaluate["batch_size"]
+    # Whole blocks, and each without one of its parts.
+    kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
+    done["latency"] = forwards(kinds * timed, evaluate["batch_size"])
+    staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
+    units = depth if staged else every
+    done["distill"] = distilled(units)
+    jobs = shards.allot(units, settings["distill"]["shards"]) if planner.every else []
+    if len(jobs) > 1:
+        done |= {f"distill/{number}": distilled(job) for number, job in enumerate(jobs)}
+    if staged:
+        done["narrow"] = distilled(every, settings["width"]["steps"])
+    if settings["subsets"]["steps"]:
+        step = times("subsets") * whole
+        done["subsets"] = trained("subsets", step, every, settings["subsets"], streams=False)
+    steps = max(variant["finetune_steps"] for variant in settings["variants"])
+    if steps:
+        options = settings["finetune"] | {"steps": steps}
+        step = times("finetune") * whole
+        done["finetune"] = trained("finetune", step, [], options, streams=False)
+    sizes = settings["pareto"]["budgets"]
+    done["pareto"] = forwards(
+        (sizes + 1) * (evaluate["velocity_rows"] + timed), evaluate["batch_size"]
+    )
+    if planner.pipeline is not None:
+        models = len(settings["variants"]) + 1
+        rows = models * (
+            evaluate["samples"] * steps_of(planner) + evaluate["velocity_rows"] + timed
+        )
+        pictures = models * evaluate["samples"]
+        done["evaluate"] = forwards(rows, evaluate["batch_size"], models=models, pictures=pictures)
+    return done
+
+
+def branches_of(planner: Planner) -> int:
+    """Calls of a guided denoising step."""
+    return 2 if example_calls.guided(planner.pipeline, planner.settings["pipeline"]) else 1
+
+
+def steps_of(planner: Planner) -> int:
+    """Calls of the transformer for one picture."""
+    steps = planner.settings["pipeline"].get("num_inference_steps", planner.pipeline.steps)
+    return steps * branches_of(planner)
+
+
+def _width(planner: Planner, forwards) -> Work:
+    """Fits, in as many passes as their sums need, and every narrower block plugged in alone."""
+    options, sequence = planner.settings["width"], blocks.block_sequence(planner.transformer)
+    candidates = len(width.ffn_candidates(planner.transformer))
+    texts = sum(block.width.text is not None for block in sequence) * (options["longest"] - 1)
+    channels = max(max(planner.channels(block).values()) for block in sequence)
+    sums = 4 * 8 * channels**2 * (candidates + 2 * texts)
+    passes = math.ceil(sums / width.SUMS_BYTES)
+    rows = passes * math.ceil(1.25 * options["fit_rows"])  # a quarter more to judge the maps on
+    # A pass also runs the blocks that the maps stand for once more.
+    rows = 2 * rows + (candidates + texts + 1) * options["rows"]
+    return forwards(rows, options["batch_size"], devices=_devices(planner.settings))
+
+
+def _devices(settings: Mapping) -> int:
+    """That a job's processes have; on a CPU they share what there is."""
+    processes = settings["processes"]
+    return 1 if processes == "auto" or settings["device"] == "cpu" else processes
+
+
+def speed(settings: Mapping, stage: str = "") -> float:
+    """FLOP/s of one device.
+
+    Args:
+        stage: the stage whose mixed_precision counts; without one, the teacher's dtype does.
+    """
+    cpu = settings["device"] == "cpu"
+    given = settings["plan"]["tflops"] or (CPU_TFLOPS if cpu else GPU_TFLOPS)
+    low = (
+        settings[stage]["mixed_precision"] != "no"
+        if stage
+        else (settings["teacher"]["dtype"] != "float32")
+    )
+    return 1e12 * given * (1.0 if low or cpu else FLOAT32)
+
+
+def seconds(work: Work, settings: Mapping, weights: int) -> float:
+    """What a stage is expected to take.
+
+    Args:
+        weights: bytes of the teacher's transformer.
+    """
+    spent = work.flops / work.devices / speed(settings, work.trains)
+    spent += work.passes / work.devices * PASS + work.pictures * PICTURE
+    if work.streams and settings["teacher"]["offload"] in ("stream", "auto"):
+        spent += work.passes / work.devices * weights / STREAMING
+    return spent + work.models * weights / LOADING
+
+
+def minutes(seconds: float) -> int:
+    """The time limit of a job that is expected to take so many seconds."""
+    return min(MOST, max(LEAST, math.ceil(SAFETY * seconds / 60)))
+
+
+def main_memory(stage: Stage | None, settings: Mapping, weights: int) -> int:
+    """Bytes of main memory for a stage's models, beside what its program needs in any case.
+
+    Weights pass through it on their way to a GPU, once per process and in one copy more; so does
+    what is trained, and its checkpoints. On a CPU everything is there.
+
+    Args:
+        stage: what the planner knows of it, if it does.
+        weights: bytes of the teacher's transformer.
+    """
+    processes = 1 if settings["processes"] == "auto" else settings["processes"]
+    needed = (processes + 1) * weights
+    if stage is None:
+        return needed
+    kinds = ("students", "gradients", "optimizer 32-bit")
+    needed += processes * sum(stage.parts.get(kind) or 0 for kind in kinds)
+    on_cpu = processes * (stage.resident or 0) if settings["device"] == "cpu" else 0
+    return math.ceil(max(needed, on_cpu))
+
+
+def resources(planner: Planner, found: Mapping[str, Work]) -> dict[str, dict[str, int]]:
+    """Stage -> `runtime` in minutes, `mem_mb` beside what its rule asks for in any case."""
+    settings, weights = planner.settings, planner.weights
+    known = {stage.name: stage for stage in planner.stages()}
+    return {
+        name: {
+            "runtime": minutes(seconds(work, settings, weights)),
+            "mem_mb": math.ceil(main_memory(known.get(name), settings, weights) / 10**6),
+        }
+        for name, work in found.items()
+    }
