@@ -482,12 +482,21 @@ def test_time_by_hand(tmp_path):
     flops["distill"] = (100 * 10 * (2 * block + 3 * block) + 20 * whole) / 2
     flops["subsets"] = (30 * 6 * 3 * whole + 20 * whole) / 2
     flops["finetune"] = 40 * 4 * 4 * whole / 2 * 16  # float32 is 16 times slower
-    passes = {"record": 24, "extract": 7, "sensitivity": 3 / 2, "latency": 20, "pareto": 22}
+    # Six runs of three blocks, two streams, 4 products of n d^2 each, of half the calls' tokens.
+    flops["similarity"] = 2 * 6 * 4 * 2 * (25 * 4) * d**2 * 16
+    passes = {
+        "similarity": 0,
+        "record": 24,
+        "extract": 7,
+        "sensitivity": 3 / 2,
+        "latency": 20,
+        "pareto": 22,
+    }
     passes |= {"evaluate": math.ceil(134 / 3), "distill": 100 + 2 / 2, "finetune": 40}
     passes["subsets"] = 30 + 4 / 2
     size = values(table, "variant", "size")["teacher"]
     for name, spent in values(table, "job", "time").items():
-        models = 2 if name == "evaluate" else 1
+        models = {"evaluate": 2, "similarity": 0}.get(name, 1)
         pictures = {"record": 12, "evaluate": 18}.get(name, 0)
         beside = 0.1 * passes[name] + 2 * pictures + models * size / 0.2e9
         assert spent == pytest.approx(flops.pop(name) / 1e9 + beside), name
@@ -496,6 +505,8 @@ def test_time_by_hand(tmp_path):
     for name, spent in values(table, "job", "time").items():
         assert asked[name]["runtime"] == min(2880, max(10, math.ceil(3 * spent / 60)))
     assert asked["extract"]["mem_mb"] == math.ceil(3 * size / 1e6)
+    kept = 8 * (3 + 4) * 100 * d + 2 * 128 * 2**20  # tokens of four boundaries and three more
+    assert asked["similarity"]["mem_mb"] == math.ceil(kept / 1e6)
     students = values(table, "stage", "students")["distill"]
     held = 3 * size + 2 * 4 * students  # weights, gradients and two moments, in two processes
     assert asked["distill"]["mem_mb"] == math.ceil(held / 1e6)
@@ -550,7 +561,7 @@ def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_
     _, total = footprint.flops(tiny.transformer(6).to("meta"), given)
     assert values(found, "variant", "flops") == {"teacher": total}
     assert {"record", "evaluate"} <= set(found[found["item"] == "stage"]["name"])
-    assert "distill" not in set(found["name"])
+    assert "distill" not in set(found[found["item"] == "stage"]["name"])
 
 
 def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):

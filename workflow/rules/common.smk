@@ -222,17 +222,17 @@ def minutes(stage, unplanned):
     return found
 
 
-def megabytes(stage, program):
+def megabytes(stage, program, teacher=True):
     """For resources: MB of main memory of a stage's program, with what it loads.
 
-    It is the greater of what the teacher's files say and what the plan does: the former know the
+    Of one that loads the teacher, it is the greater of what the teacher's files say and what the plan does: the former know the
     whole pipeline, the latter what is trained, and a teacher that is still on the Hub.
     """
 
     def found(wildcards):
         shard = f"{stage}/{wildcards.get('shard')}"
         needs = PLANNED.get(shard) or PLANNED.get(stage) or {}
-        return max(memory(program), program + needs.get("mem_mb", 0))
+        return max(memory(program) if teacher else 0, program + needs.get("mem_mb", 0))
 
     return found
 

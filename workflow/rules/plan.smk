@@ -28,6 +28,7 @@ rule plan:
             "device",
             "processes",
             "teacher",
+            "similarity.reference",
             "pipeline",
             "plan",
             "record",

@@ -22,8 +22,8 @@ rule similarity:
     threads: THREADS
     resources:
         gpu=1,
-        mem_mb=8000,
-        runtime=120,
+        mem_mb=megabytes("similarity", 8000, teacher=False),
+        runtime=minutes("similarity", 120),
     params:
         config=subset("seed", "device", "similarity"),
         code=code("similarity.py"),

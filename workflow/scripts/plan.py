@@ -138,7 +138,7 @@ def time_rows(made: planner.Planner, works: dict[str, durations.Work]) -> pd.Dat
     settings = made.settings
     rows = []
     for name, work in works.items():
-        speed = durations.speed(settings, work.trains) / 1e12
+        speed = durations.speed(settings, work) / 1e12
         note = f"{work.flops / 1e12:.4g} TFLOPs at {speed:g} TFLOP/s on each of {work.devices}"
         spent = durations.seconds(work, settings, made.weights)
         what = {"item": "job", "name": name, "measure": "time", "unit": "s", "note": note}

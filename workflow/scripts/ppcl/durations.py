@@ -10,15 +10,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ppcl import blocks, example_calls, intervals, shards, students, width
+from ppcl import blocks, example_calls, intervals, shards, similarity, students, width
 from ppcl.planner import Planner, Stage
 from ppcl.plans import Part, Unit
 
 # TFLOP/s, if plan.tflops names none. An A100's peak is 312 in bf16, of which large products leave a
 # third; a CPU's is that of two cores in float32.
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.02
-# Of a GPU's speed in bf16, what float32 leaves (an A100's peaks are 312 and 19.5).
-FLOAT32 = 1 / 16
+# Of a GPU's speed in bf16, what float32 leaves, and float64 too (an A100's peaks are 312, 19.5 and
+# 19.5); of a CPU's in float32, what float64 does.
+FLOAT32, CPU_FLOAT64 = 1 / 16, 1 / 2
 # A training step is a forward pass and a backward one of twice its FLOPs; checkpointing repeats the
 # forward pass.
 STEP, CHECKPOINTED = 3, 4
@@ -45,6 +46,7 @@ class Work:
         devices: how many share flops and passes.
         streams: whether the teacher comes to the device a block at a time, if teacher.offload
             says so.
+        float64: whether it computes in that, and loads no model.
     """
 
     flops: float
@@ -54,10 +56,11 @@ class Work:
     pictures: int = 0
     devices: int = 1
     streams: bool = True
+    float64: bool = False
 
 
 def works(planner: Planner) -> dict[str, Work]:
-    """What every stage that runs the transformer has to do; nothing without an example call.
+    """What every stage that takes long has to do; nothing without an example call.
 
     `distill` is always that of one job; those of shards are `distill/<number>` besides.
     """
@@ -104,6 +107,7 @@ def works(planner: Planner) -> dict[str, Work]:
         rows = record["samples"] * (per_picture + renoised)
         done["record"] = forwards(rows, record["batch_size"], pictures=record["samples"])
     done["extract"] = forwards(settings["extract"]["rows"], settings["extract"]["batch_size"])
+    done["similarity"] = _similarity(planner)
     options = settings["sensitivity"]
     runs = intervals.spans(
         len(sequence), blocks.seams(planner.transformer), blocks.untouchable(planner.transformer)
@@ -173,23 +177,46 @@ def _width(planner: Planner, forwards) -> Work:
     return forwards(rows, options["batch_size"], devices=_devices(planner.settings))
 
 
+def heldout_tokens(settings: Mapping) -> int:
+    """Of every stream and boundary, for CKA: half of the rows that are replayed."""
+    return math.ceil(settings["extract"]["rows"] / 2) * settings["extract"]["sample_tokens"]
+
+
+def _similarity(planner: Planner) -> Work:
+    """Three products of n d^2 for every run of blocks of every stream, one for every two blocks."""
+    tokens, flops = heldout_tokens(planner.settings), 0.0
+    for depth, channels in streams_of(planner).values():
+        pairs = depth * (depth + 1) / 2
+        flops += 4 * pairs * 2 * tokens * channels**2
+    return Work(flops, 0, models=0, streams=False, float64=True)
+
+
+def streams_of(planner: Planner) -> dict[str, tuple[int, int]]:
+    """Stream -> the blocks that it passes, and its channels."""
+    found: dict[str, tuple[int, int]] = {}
+    for block in blocks.block_sequence(planner.transformer):
+        for stream, channels in planner.channels(block).items():
+            depth, widest = found.get(stream, (0, 0))
+            found[stream] = depth + 1, max(widest, channels)
+    return found
+
+
 def _devices(settings: Mapping) -> int:
     """That a job's processes have; on a CPU they share what there is."""
     processes = settings["processes"]
     return 1 if processes == "auto" or settings["device"] == "cpu" else processes
 
 
-def speed(settings: Mapping, stage: str = "") -> float:
-    """FLOP/s of one device.
-
-    Args:
-        stage: the stage whose mixed_precision counts; without one, the teacher's dtype does.
-    """
+def speed(settings: Mapping, work: Work) -> float:
+    """FLOP/s of one device, in the precision of a stage's work: the teacher's, unless it has its
+    own."""
     cpu = settings["device"] == "cpu"
     given = settings["plan"]["tflops"] or (CPU_TFLOPS if cpu else GPU_TFLOPS)
+    if work.float64:
+        return 1e12 * given * (CPU_FLOAT64 if cpu else FLOAT32)
     low = (
-        settings[stage]["mixed_precision"] != "no"
-        if stage
+        settings[work.trains]["mixed_precision"] != "no"
+        if work.trains
         else (settings["teacher"]["dtype"] != "float32")
     )
     return 1e12 * given * (1.0 if low or cpu else FLOAT32)
@@ -201,7 +228,7 @@ def seconds(work: Work, settings: Mapping, weights: int) -> float:
     Args:
         weights: bytes of the teacher's transformer.
     """
-    spent = work.flops / work.devices / speed(settings, work.trains)
+    spent = work.flops / work.devices / speed(settings, work)
     spent += work.passes / work.devices * PASS + work.pictures * PICTURE
     if work.streams and settings["teacher"]["offload"] in ("stream", "auto"):
         spent += work.passes / work.devices * weights / STREAMING
@@ -237,10 +264,21 @@ def resources(planner: Planner, found: Mapping[str, Work]) -> dict[str, dict[str
     """Stage -> `runtime` in minutes, `mem_mb` beside what its rule asks for in any case."""
     settings, weights = planner.settings, planner.weights
     known = {stage.name: stage for stage in planner.stages()}
+
+    def memory(name: str, work: Work) -> int:
+        if not work.float64:
+            return main_memory(known.get(name), settings, weights)
+        # Also for a GPU: where it has no room for it, the CPU does it.
+        reference, tokens = settings["similarity"]["reference"], heldout_tokens(settings)
+        return max(
+            similarity.memory((tokens, channels), depth, reference)
+            for depth, channels in streams_of(planner).values()
+        )
+
     return {
         name: {
             "runtime": minutes(seconds(work, settings, weights)),
-            "mem_mb": math.ceil(main_memory(known.get(name), settings, weights) / 10**6),
+            "mem_mb": math.ceil(memory(name, work) / 10**6),
         }
         for name, work in found.items()
     }
