@@ -77,7 +77,7 @@ def teacher_states(
                 stop_after=max(ends),
             )
         )
-        run(running or transformer, arguments)
+        run(transformer if running is None else running, arguments)
     text_inputs = {index: inside["text/input"] for index, inside in seen.items()}
     found = {}
     for part in parts:
