@@ -203,9 +203,10 @@ class Site:
 
     def end(self, name: str, running: subprocess.Popen, code: int) -> str:
         """Waits for a run's end; what it printed."""
-        running.wait(PATIENCE)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running.wait(PATIENCE)
         self.printed[name] = (self.folder / f"{name}.log").read_text()
-        assert running.returncode == code, self.printed[name][-6000:]
+        assert running.poll() == code, self.printed[name][-6000:]
         return self.printed[name]
 
 
@@ -240,9 +241,11 @@ def site(tmp_path_factory) -> Iterator[Site]:
         finish(made)
         yield made
     finally:
-        made.kill()
-        cluster.down(place)
-        shutil.rmtree(place, ignore_errors=True)
+        try:
+            made.kill()
+        finally:
+            cluster.down(place)
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def interrupt(site: Site) -> None:
