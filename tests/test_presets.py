@@ -175,7 +175,8 @@ def test_preset_can_be_planned(name, tmp_path, monkeypatch, capsys):
     import plan
 
     table, preset = tmp_path / "plan.parquet", f"config/presets/{name}.yaml"
-    monkeypatch.setattr(sys, "argv", ["plan.py", "--config", preset, "--table", str(table)])
+    given = ["--config", preset, "--table", str(table), "--resources", str(tmp_path / "r.json")]
+    monkeypatch.setattr(sys, "argv", ["plan.py", *given])
     plan.main()  # in this process: imports take longer than planning
     assert f"{SIZES[name][0]:,}" in capsys.readouterr().out and table.is_file()
 
