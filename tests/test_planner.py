@@ -539,7 +539,7 @@ def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_
     _, total = footprint.flops(tiny.transformer(6).to("meta"), given)
     assert values(found, "variant", "flops") == {"teacher": total}
     assert {"record", "evaluate"} <= set(found[found["item"] == "stage"]["name"])
-    assert "distill" not in set(found["name"])
+    assert "distill" not in set(found[found["item"] == "stage"]["name"])
 
 
 def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
