@@ -2,6 +2,7 @@
 
 python tests/fuzz_readers.py --seconds 600                all readers, each its share of the time
 python tests/fuzz_readers.py --runs 2000 plan.json        some readers, so many inputs each
+python tests/fuzz_readers.py --runs 2000 all              all readers in one process
 
 A reader either reads an input as what it is or raises UserError; any other exception, a crash of
 the process and a hang are findings: their input is kept, and the exit code is 1. Half of the inputs
@@ -32,6 +33,7 @@ NAMES = (
     "config.yaml",
     "inline.json",
 )
+ALL = "all"
 CHILD = "--child"  # starts the process of one reader
 PATIENCE = 600  # seconds for the start, and for inputs that hang
 
@@ -69,15 +71,16 @@ def fuzz(name: str, folder: Path, options: list[str]) -> None:
     corpus = folder / "corpus"
     corpus.mkdir()
     (folder / "whole").mkdir()
-    whole = fuzzing.example(folder / "whole")
-    first = b"{}" if name == "inline.json" else whole[name]
-    for number in range(2):  # the first byte: with a fitting seal, or as it is
-        (corpus / str(number)).write_bytes(bytes([number]) + first)
-    path = folder / name
+    whole = fuzzing.example(folder / "whole") | {"inline.json": b"{}"}
+    names = NAMES if name == ALL else [name]
+    for number in range(2 * len(names)):  # the first byte: which, and whether its seal is to fit
+        (corpus / str(number)).write_bytes(bytes([number]) + whole[names[number // 2]])
 
     def one(data: bytes) -> None:
-        content = data[1:]
-        if data[:1] and data[0] % 2 == 0 and name in fuzzing.SEALED:
+        kind, content = (data[0] if data else 0), data[1:]
+        name = names[kind // 2 % len(names)]
+        path = folder / name
+        if kind % 2 == 0 and name in fuzzing.SEALED:
             content = resealed(name, content)
         if name == "inline.json":
             try:
