@@ -171,7 +171,7 @@ def test_the_report_holds_every_figure(finished):
 
 
 def test_a_second_run_in_the_folder_is_refused_and_harms_nothing(finished):
-    assert "Directory cannot be locked" in REFUSED[0] and "another Snakemake process" in REFUSED[0]
+    assert "Directory cannot be locked" in REFUSED[0] and "no other Snakemake" in REFUSED[0]
 
 
 @pytest.mark.skipif("PPCL_FAULTS" not in os.environ, reason="takes minutes; PPCL_FAULTS=1 runs it")

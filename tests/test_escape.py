@@ -6,7 +6,7 @@ import tiny
 import yaml
 from test_workflow import BIN, ROOT, run, settings_of_jobs, snakemake  # noqa: F401
 
-from ppcl import config, schemas, tables
+from ppcl import config, prompts, schemas, tables
 from ppcl.errors import UserError
 
 EVIL = [
@@ -27,6 +27,13 @@ EVIL = [
     "a b",
     "a\0b",
     "{{wildcard}}",
+    "a\u2215b",  # looks like a slash
+    "\uff0e\uff0e\uff0fb",  # full-width ../
+    "a\u202eb",  # turns what follows around
+    "~",
+    "a" * 101,
+    "%2e%2e%2fb",
+    "--config",
 ]
 
 
@@ -61,7 +68,7 @@ def test_a_run_with_hostile_prompts_paths_and_model_ids(tiny_teacher, tmp_path):
     odd.mkdir()
     teacher = tmp_path / "$(touch no); `touch no` 'quoted'"
     teacher.symlink_to(tiny_teacher)
-    texts = [text.format("no") for text in EVIL if "\0" not in text and text.strip()]
+    texts = [text.format("no") for text in EVIL if text.strip()]
     pd.DataFrame({"prompt": texts}).to_csv(odd / "prompts.csv", index=False)
     (odd / "others.txt").write_text("another\n")
     settings = {
@@ -94,11 +101,49 @@ def test_a_run_with_hostile_prompts_paths_and_model_ids(tiny_teacher, tmp_path):
     assert [path.name for path in (work / "results").iterdir()] == ["hostile"]
 
 
-@pytest.mark.parametrize("key", ["teacher.path", "record.prompts", "evaluate.prompts"])
-def test_braces_in_paths_would_be_wildcards(key):
+@pytest.mark.parametrize(
+    "key",
+    [
+        "teacher.path",
+        "teacher.subfolder",
+        "plan.transformer_config",
+        "record.prompts",
+        "evaluate.prompts",
+    ],
+)
+@pytest.mark.parametrize("path", ["a{run}", "a\nb", "a\0b", "a\x1b[31m", "a\n"])
+def test_braces_in_paths_would_be_wildcards_and_control_characters_forge_messages(key, path):
     section, name = key.split(".")
     with pytest.raises(UserError, match=f"'{key}' is "):
-        config.complete({section: {name: "a{run}"}}, "mine.yaml")
+        config.complete({section: {name: path}}, "mine.yaml")
+
+
+@pytest.mark.parametrize("name", ["{run}.png", "a\nb.png", "a\0.png", "}"])
+def test_names_of_pictures_are_as_plain(tmp_path, name):
+    if "\0" not in name:
+        (tmp_path / name).write_bytes(b"")
+    pd.DataFrame({"prompt": ["p"], "image": [name]}).to_csv(tmp_path / "p.csv", index=False)
+    with pytest.raises(UserError, match="p.csv: the image .* of 'p' has braces or control char"):
+        prompts.read(tmp_path / "p.csv")
+
+
+def test_a_config_that_no_command_line_holds_is_refused():
+    for text, fits in (("a" * 90_000, True), ("a" * 110_000, False), ("'" * 30_000, False)):
+        given = {"pipeline": {"negative_prompt": text}}
+        if fits:
+            assert config.complete(given, "mine.yaml")["pipeline"] == given["pipeline"]
+            continue
+        with pytest.raises(UserError, match="mine.yaml: is longer than a command line may be"):
+            config.complete(given, "mine.yaml")
+
+
+def test_a_workflow_in_a_folder_that_a_shell_would_misread_is_refused(tmp_path):
+    """Unless Snakemake starts inside it, for its path is part of every command."""
+    odd = tmp_path / "it's $(touch no)"
+    odd.symlink_to(ROOT)
+    where = ["-s", odd / "Snakefile", "--directory", tmp_path, "--nolock", "-n"]
+    printed = run("snakemake", "plan", *where, "--configfile", ROOT / "config/test.yaml", code=1)
+    assert "a shell would not take as they are" in printed and "rename it" in printed
 
 
 def test_a_hub_name_is_no_path():
@@ -106,6 +151,6 @@ def test_a_hub_name_is_no_path():
     from ppcl import preflight
 
     for text in (text for text in EVIL if "{{" not in text):
-        given = config.complete({"teacher": {"path": text.format("x") or "x"}}, "mine.yaml")
         with pytest.raises(UserError, match="teacher.path"):
+            given = config.complete({"teacher": {"path": text.format("x") or "x"}}, "mine.yaml")
             preflight.check(given, "mine.yaml")

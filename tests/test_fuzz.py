@@ -4,15 +4,20 @@ PPCL_FUZZ=<examples per test> runs more of them than the default.
 """
 
 import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import fuzz_readers
 import fuzzing
 import pytest
 from fuzzing import READERS, SEALED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ppcl import config, students, tensors, texts
+from ppcl import config, seals, students, tensors, texts
 from ppcl.errors import UserError
 
 EXAMPLES = int(os.environ.get("PPCL_FUZZ", "150"))
@@ -41,6 +46,35 @@ def tried(name: str, path: Path) -> bool:
     COUNTS["bad"] += 1
     COUNTS["refused"] += found
     return found
+
+
+@pytest.mark.skipif(find_spec("atheris") is None, reason=fuzz_readers.MISSING)
+def test_inputs_that_reach_new_code(tmp_path):
+    """As far as two thousand get; tests/fuzz_readers.py goes on for as long as one likes."""
+    command = [sys.executable, fuzz_readers.__file__, "--runs", "2000", "--keep", tmp_path, "all"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    count = int(re.fullmatch(r"all: (\d+) inputs, no finding\n", done.stdout)[1])
+    assert count >= 2000
+    COUNTS["bad"] += count
+
+
+def test_atheris_is_no_friend_of_bugs(tmp_path):
+    """A fitting seal lets what is inside through, so that the fuzzer gets behind it."""
+    whole = fuzzing.example(tmp_path)
+    for name in ("plan.json", "start.safetensors"):
+        content = whole[name].replace(b"00-01", b"00-02")
+        for bad, refusal in (
+            (content, seals.DAMAGED),
+            (fuzz_readers.resealed(name, content), ""),
+        ):
+            (tmp_path / name).write_bytes(bad)
+            try:
+                READERS[name](tmp_path / name)
+            except UserError as error:
+                assert refusal and refusal in str(error) or name == "plan.json"
+            else:
+                assert not refusal
 
 
 @pytest.mark.parametrize("name", READERS)

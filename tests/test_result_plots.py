@@ -169,7 +169,7 @@ def test_quality_plots(tmp_path, judged):
 @pytest.mark.filterwarnings("ignore:Glyph")  # where no font for the last character is installed
 def test_prompts_are_drawn_as_written(tmp_path):
     table = images_table()
-    table["prompt"] = "costs $5 & <b>$\\frac{</b> 猫"
+    table["prompt"] = "costs $5 & <b>$\\frac{</b> 猫\0\x1b[31m\v\ufffe"
     metrics = metrics_table(variants={"a_$b$": VARIANTS["p70"], "teacher": VARIANTS["teacher"]})
     figure_style.save(result_figures.images(table, metrics), tmp_path / "images")
     figure_style.save(result_figures.tradeoff(metrics), tmp_path / "tradeoff")

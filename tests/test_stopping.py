@@ -1,5 +1,6 @@
 """SIGTERM to real processes: a checkpoint, exit code 75, and the result of an uninterrupted run."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import tiny
 from killing import assert_same_log, equal
 from test_kill import TRAINING, distill_paths, distilled, finetune_paths, world  # noqa: F401
 
-from ppcl import schemas, stopping, tables, tensors
+from ppcl import schemas, stopping, tables, tensors, texts
 
 # Sends itself SIGTERM at the start of a step that is neither logged nor kept otherwise.
 WARNED = """
@@ -65,6 +66,46 @@ def test_a_warned_training_ends_with_the_same_students(world, distilled, program
     assert_same_log(paths["log_table"], whole["log_table"], schema)
     one, other = (tables.read(each["errors"]).to_pandas() for each in (whole, paths))
     assert one.equals(other)
+
+
+@pytest.mark.parametrize(
+    ("moment", "step", "errors"),
+    [("training._save", 3, 0), ("distillation.plugged_error", 6, 1), ("loading", 0, 0)],
+)
+def test_a_warning_at_any_other_moment_loses_nothing(  # noqa: F811
+    world,  # noqa: F811
+    distilled,  # noqa: F811
+    monkeypatch,
+    moment,
+    step,
+    errors,
+):
+    """While a checkpoint is written, between the errors at the end, and as nothing is there yet."""
+    paths, calls = distill_paths(world, f"warned-{moment}"), []
+    place = "pipelines.load_transformer" if moment == "loading" else moment
+    module = importlib.import_module(f"ppcl.{place.split('.')[0]}")
+    own = getattr(module, place.split(".")[1])
+
+    def warned(*given, **more):
+        calls.append(1)
+        if len(calls) == 1 + errors:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*given, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, place.split(".")[1], warned)
+        with pytest.raises(SystemExit) as stopped:
+            tiny.stage("distill", world[1], **paths)
+    assert stopped.value.code == stopping.EXIT_CODE and not paths["output"].exists()
+    if step:
+        about = tensors.read(paths["state"] / "checkpoint.safetensors")[1]
+        assert about["step"] == str(step)
+    kept = paths["state"] / "errors" / "0.json"
+    assert (len(texts.read_sealed(kept)["errors"]) if kept.exists() else 0) == errors
+    tiny.stage("distill", world[1], **paths)
+    assert equal(paths["output"], distilled["output"])
+    one, other = (tables.read(each["errors"]).to_pandas() for each in (distilled, paths))
+    assert one.equals(other) and not paths["state"].exists()
 
 
 def test_a_warned_finetune_ends_with_the_same_weights(world, distilled):  # noqa: F811

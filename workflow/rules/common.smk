@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -9,6 +10,12 @@ from snakemake.exceptions import WorkflowError
 
 # Relative where possible: Snakemake remembers inputs by path, and a moved folder should not rerun.
 SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"))
+# Their paths are words of every command.
+if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
+    raise WorkflowError(
+        f"the workflow's folder, {SCRIPTS.parents[1]}, has spaces or signs in its name that a shell "
+        "would not take as they are; rename it, or start Snakemake inside it"
+    )
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
@@ -22,7 +29,7 @@ from ppcl.provenance import code_digest
 # has had its say (ppcl/stopping.py).
 shell.prefix(
     "set -euo pipefail; trap : TERM; tee() (trap '' TERM; exec tee \"$@\"); "
-    f"export TQDM_MININTERVAL=10 PATH='{Path(sys.executable).parent}':$PATH; "
+    f"export TQDM_MININTERVAL=10 PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
 )
 
 ENVIRONMENT = "../../environment.yml"

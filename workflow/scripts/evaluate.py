@@ -202,6 +202,7 @@ def main() -> None:
     if options["judge"] == "digits":
         refuse_unjudged(rows, options["prompts"])
     models = evaluation.models(settings["teacher"], args.models)
+    digests = [model.digest() for model in models]
     device = devices.choose(settings["device"])
     reader = calls.Reader(args.calls)
     samples = choose_samples(rows, options["samples"], reader)
@@ -234,6 +235,7 @@ def main() -> None:
                 for metric, values in scores.items()
             }
             found[name] |= measured[name] | memory[name]
+        evaluation.refuse_changed(models, digests)
     if judge is not None:
         found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
     tables.write(args.metrics, pd.DataFrame(metrics.rows(found)), schemas.METRICS, stamp)

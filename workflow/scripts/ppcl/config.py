@@ -7,6 +7,7 @@ import difflib
 import functools
 import json
 import re
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import yaml
 from ppcl.errors import UserError
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
+LONGEST = 100_000
 
 
 class Subset(dict):
@@ -88,6 +90,12 @@ def complete(config: dict, source: str) -> dict:
             f"{source}: holds a value that is no text, number, list or mapping ({error}); put "
             "dates in quotes, and use finite numbers"
         ) from error
+    # Programs get their keys on the command line, and the kernel takes 128 KiB for it.
+    if len(shlex.quote(json.dumps(plain))) > LONGEST:
+        raise UserError(
+            f"{source}: is longer than a command line may be ({LONGEST} characters as JSON); "
+            "shorten its longest text or list"
+        )
     filled = _fill(plain, rules)
     validator = _Validator(rules)
     problems = sorted(validator.iter_errors(filled), key=lambda e: list(map(str, e.path)))

@@ -447,12 +447,14 @@ def plugged_errors(
     rest = [number for number, name in enumerate(names) if name not in done]
     for number in tqdm(rest[rank::count], desc="plugging", unit="set", disable=rank > 0):
         name = names[number]
-        with stopping.part():
-            fitting = students_of[name]()
-            error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
-            found[number] = error
-            if state and math.isfinite(error):
-                done[name] = error
+        # Not a part that a warned program finishes: at full size it takes longer than schedulers
+        # wait, and what it would lose is one error.
+        fitting = students_of[name]()
+        error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
+        found[number] = error
+        if state and math.isfinite(error):
+            done[name] = error
+            with stopping.part():
                 texts.write_sealed(state / f"{rank}.json", {"identity": identity, "errors": done})
     if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()

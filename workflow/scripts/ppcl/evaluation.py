@@ -94,6 +94,19 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
     return found
 
 
+def refuse_changed(found: list[Model], digests: list[str]) -> None:
+    """Raises UserError if a model's folder is not what it was when these digests were taken.
+
+    Another run of the same config may take it away file by file, and a pipeline loads without some.
+    """
+    for model, digest in zip(found, digests, strict=True):
+        if model.digest() != digest:
+            raise UserError(
+                f"{model.key}: {model.source['path']} was changed while it was evaluated; see that "
+                "nothing else works on these results, and rerun"
+            )
+
+
 def side_by_side(found: list[Model], device: torch.device) -> list[Model]:
     """The models, to be on the device at once: where teacher.offload is auto, all their
     transformers stay there or all are streamed, so that times compare."""

@@ -1,6 +1,7 @@
 """Prompts files, as the stages and the checks before them read them. No torch."""
 
 import csv
+import re
 from pathlib import Path
 
 from ppcl.errors import UserError
@@ -62,6 +63,11 @@ def _picture(name: str, file: Path, key: str, prompt: str) -> str:
     if not name.strip():
         raise UserError(
             f"{key}: {file}: '{prompt}' has no image; name one in every row, or drop the column"
+        )
+    if re.search(r"[{}\x00-\x1f]", name.strip()):
+        raise UserError(
+            f"{key}: {file}: the image {name.strip()!r} of '{prompt}' has braces or control "
+            "characters in its name, which Snakemake can't follow; rename it"
         )
     for path in (file.parent / name.strip(), Path(name.strip())):
         if path.is_file():

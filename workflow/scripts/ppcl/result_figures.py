@@ -337,6 +337,8 @@ def images(table: pd.DataFrame, metrics: pd.DataFrame, rows: int = PROMPTS) -> F
     figure.set_layout_engine(None)
     for line, prompt in enumerate(prompts):
         text = first.loc[first["prompt_index"] == prompt, "prompt"].iloc[0]
+        # SVG has no room for control characters, nor for what is no character.
+        text = "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
         text = textwrap.fill(text, 27, max_lines=5, placeholder=" …")
         label = style.axes_at(figure, 0.1, top + line * down, left, side, frameon=False)
         label.set(xticks=[], yticks=[])
