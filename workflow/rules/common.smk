@@ -208,15 +208,9 @@ def planned():
     if targets() == {"plan"} or not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [number for needs in found.values() for number in needs.values()]
-        if not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError("not all of it is positive whole numbers")
-        return found
-    except (OSError, ValueError, AttributeError) as error:
-        raise WorkflowError(
-            f"{path} is broken ({error}); delete it, or run the target plan again"
-        ) from None
+        return texts.read_sealed(path)
+    except UserError as error:
+        raise WorkflowError(f"{error}, with the target plan; without it limits are fixed") from None
 
 
 def minutes(stage, unplanned):
@@ -232,8 +226,9 @@ def minutes(stage, unplanned):
 def megabytes(stage, program, teacher=True):
     """For resources: MB of main memory of a stage's program, with what it loads.
 
-    Of one that loads the teacher, it is the greater of what the teacher's files say and what the plan does: the former know the
-    whole pipeline, the latter what is trained, and a teacher that is still on the Hub.
+    Of one that loads the teacher, it is the greater of what the teacher's files say and what the
+    plan does: the former know the whole pipeline, the latter what is trained, and a teacher that is
+    still on the Hub.
     """
 
     def found(wildcards):

@@ -178,7 +178,7 @@ def main() -> None:
         units=len(made.every),
     )
     tables.write(args.table, table[schemas.PLAN.names], schemas.PLAN, stamp)
-    texts.write_json(args.resources, durations.resources(made, works))
+    texts.write_sealed(args.resources, durations.resources(made, works))
     print(printed(table))
 
 
