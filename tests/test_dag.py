@@ -99,7 +99,10 @@ def test_a_plan_changes_what_jobs_ask_for_and_reruns_none(finished):
     needs.parent.mkdir()
     try:
         texts.write_sealed(needs, {"distill": {"runtime": 77, "mem_mb": 999000}})
-        assert "Nothing to be done" in snakemake(finished, "-n")
+        printed = snakemake(finished, "-n")
+        assert "Nothing to be done" in printed and "of another config" not in printed
+        texts.write_sealed(needs, {"distill": {"runtime": 77}, "config": "another"})
+        assert "plan/resources.json is of another config" in snakemake(finished, "-n")
         needs.write_text(needs.read_text().replace("77", "78"))
         with pytest.raises(AssertionError, match="resources.json is not what was written; delete"):
             snakemake(finished, "-n")

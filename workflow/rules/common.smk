@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 # Relative where possible: Snakemake remembers inputs by path, and a moved folder should not rerun.
 SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"))
@@ -21,7 +22,7 @@ sys.path.insert(0, str(SCRIPTS.resolve()))
 from ppcl import config as settings
 from ppcl import methods, preflight, prompts, schemas, texts
 from ppcl.errors import UserError
-from ppcl.provenance import code_digest
+from ppcl.provenance import code_digest, digest
 
 # Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
 # of progress bars, which go to the logs too, one line now and then is enough. A scheduler's SIGTERM
@@ -38,6 +39,27 @@ THREADS = 8
 # Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
 WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
 WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
+# What a plan, and so the limits of jobs, depend on.
+PLAN_KEYS = [
+    "seed",
+    "device",
+    "processes",
+    "teacher",
+    "similarity.reference",
+    "pipeline",
+    "plan",
+    "record",
+    "extract",
+    "sensitivity",
+    "intervals",
+    "width",
+    "distill",
+    "subsets",
+    "finetune",
+    "evaluate",
+    "pareto",
+    "variants",
+]
 PLOTS = {
     "intervals": ["search", "heatmap", "probes", "width"],
     "training": ["distill", "subsets", "finetune"],
@@ -208,9 +230,13 @@ def planned():
     if targets() == {"plan"} or not path.is_file():
         return {}
     try:
-        return texts.read_sealed(path)
+        found = texts.read_sealed(path)
     except UserError as error:
         raise WorkflowError(f"{error}, with the target plan; without it limits are fixed") from None
+    of = digest(settings.subset(config, *PLAN_KEYS))
+    if workflow.is_main_process and found.get("config", of) != of:
+        logger.warning(f"{path} is of another config; for limits of this one run the target plan")
+    return found
 
 
 def minutes(stage, unplanned):
