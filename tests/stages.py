@@ -75,7 +75,7 @@ STAGES = [
     Stage(
         "plan",
         CALLS | {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
-        {"table": "plan.parquet"},
+        {"table": "plan.parquet", "resources": "resources.json"},
     ),
     Stage(
         "plot",

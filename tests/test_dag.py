@@ -14,7 +14,7 @@ import pytest
 from safetensors import safe_open
 from test_faults import content
 
-from ppcl import schemas, tables
+from ppcl import schemas, tables, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("results/test")
@@ -98,10 +98,13 @@ def test_a_plan_changes_what_jobs_ask_for_and_reruns_none(finished):
     needs = finished / RUN / "plan/resources.json"
     needs.parent.mkdir()
     try:
-        needs.write_text('{"distill": {"runtime": 77, "mem_mb": 999000}}')
-        assert "Nothing to be done" in snakemake(finished, "-n")
-        needs.write_text('{"distill": {"runtime": "77"')
-        with pytest.raises(AssertionError, match="resources.json is broken .* run the target plan"):
+        texts.write_sealed(needs, {"distill": {"runtime": 77, "mem_mb": 999000}})
+        printed = snakemake(finished, "-n")
+        assert "Nothing to be done" in printed and "of another config" not in printed
+        texts.write_sealed(needs, {"distill": {"runtime": 77}, "config": "another"})
+        assert "plan/resources.json is of another config" in snakemake(finished, "-n")
+        needs.write_text(needs.read_text().replace("77", "78"))
+        with pytest.raises(AssertionError, match="resources.json is not what was written; delete"):
             snakemake(finished, "-n")
     finally:
         shutil.rmtree(needs.parent)

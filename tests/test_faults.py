@@ -57,8 +57,8 @@ def content(path: Path):
         found = {k: t.contiguous().flatten().view(torch.uint8).tolist() for k, t in found.items()}
         return found | {"": _undated(about)}
     if path.suffix == ".json":
-        plan = texts.read_sealed(path)
-        return plan | {"provenance": _undated(plan["provenance"])}
+        found = texts.read_sealed(path)
+        return found | {"provenance": _undated(found.get("provenance", {}))}
     table = tables.read(path)
     if "metric" in table.column_names:
         kept = [not any(m in name for m in MEASURED) for name in table["metric"].to_pylist()]

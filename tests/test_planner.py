@@ -471,7 +471,7 @@ def test_time_by_hand(tmp_path):
     assert values(table, "variant", "flops")["teacher"] == whole
     # Runs of two blocks: 0-1, 1-2. One unit, to block 1.
     rows = {
-        "record": 12 * (5 + 3),
+        "record": 12 * (5 + 3) / 2,  # shared by two processes
         "extract": 50,
         "latency": 4 * (4 + 1) * 3,
         "pareto": (2 + 1) * (7 + 5 * 3),
@@ -486,7 +486,7 @@ def test_time_by_hand(tmp_path):
     flops["similarity"] = 2 * 6 * 4 * 2 * (25 * 4) * d**2 * 16
     passes = {
         "similarity": 0,
-        "record": 24,
+        "record": 24 / 2,
         "extract": 7,
         "sensitivity": 3 / 2,
         "latency": 20,

@@ -6,7 +6,6 @@ Snakemake's executor for it, these tests are skipped. GPUs are declared ones wit
 
 import contextlib
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,7 @@ import pytest
 import yaml
 from slurm import cluster
 
-from ppcl import schemas, tables
+from ppcl import schemas, tables, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("results/test")
@@ -235,7 +234,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
     made = Site(folder, env, {})
     needs = folder / RUN / "plan/resources.json"
     needs.parent.mkdir(parents=True)
-    needs.write_text(json.dumps(PLANNED))
+    texts.write_sealed(needs, PLANNED)
     try:
         interrupt(made)
         finish(made)

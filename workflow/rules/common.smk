@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
+from snakemake.logging import logger
 
 # Relative where possible: Snakemake remembers inputs by path, and a moved folder should not rerun.
 SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"))
@@ -22,7 +23,7 @@ sys.path.insert(0, str(SCRIPTS.resolve()))
 from ppcl import config as settings
 from ppcl import methods, preflight, prompts, schemas, texts
 from ppcl.errors import UserError
-from ppcl.provenance import code_digest
+from ppcl.provenance import code_digest, digest
 
 # Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
 # of progress bars, which go to the logs too, one line now and then is enough. A scheduler's SIGTERM
@@ -39,6 +40,27 @@ THREADS = 8
 # Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
 WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
 WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
+# What a plan, and so the limits of jobs, depend on.
+PLAN_KEYS = [
+    "seed",
+    "device",
+    "processes",
+    "teacher",
+    "similarity.reference",
+    "pipeline",
+    "plan",
+    "record",
+    "extract",
+    "sensitivity",
+    "intervals",
+    "width",
+    "distill",
+    "subsets",
+    "finetune",
+    "evaluate",
+    "pareto",
+    "variants",
+]
 PLOTS = {
     "intervals": ["search", "heatmap", "probes", "width"],
     "training": ["distill", "subsets", "finetune"],
@@ -209,15 +231,13 @@ def planned():
     if targets() == {"plan"} or not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        numbers = [number for needs in found.values() for number in needs.values()]
-        if not all(type(number) is int and number > 0 for number in numbers):
-            raise ValueError("not all of it is positive whole numbers")
-        return found
-    except (OSError, ValueError, AttributeError) as error:
-        raise WorkflowError(
-            f"{path} is broken ({error}); delete it, or run the target plan again"
-        ) from None
+        found = texts.read_sealed(path)
+    except UserError as error:
+        raise WorkflowError(f"{error}, with the target plan; without it limits are fixed") from None
+    of = digest(settings.subset(config, *PLAN_KEYS))
+    if workflow.is_main_process and found.get("config", of) != of:
+        logger.warning(f"{path} is of another config; for limits of this one run the target plan")
+    return found
 
 
 def minutes(stage, unplanned):
@@ -233,8 +253,9 @@ def minutes(stage, unplanned):
 def megabytes(stage, program, teacher=True):
     """For resources: MB of main memory of a stage's program, with what it loads.
 
-    Of one that loads the teacher, it is the greater of what the teacher's files say and what the plan does: the former know the
-    whole pipeline, the latter what is trained, and a teacher that is still on the Hub.
+    Of one that loads the teacher, it is the greater of what the teacher's files say and what the
+    plan does: the former know the whole pipeline, the latter what is trained, and a teacher that is
+    still on the Hub.
     """
 
     def found(wildcards):

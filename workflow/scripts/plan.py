@@ -178,7 +178,10 @@ def main() -> None:
         units=len(made.every),
     )
     tables.write(args.table, table[schemas.PLAN.names], schemas.PLAN, stamp)
-    texts.write_json(args.resources, durations.resources(made, works))
+    needs = durations.resources(made, works)
+    # By what Snakemake hands over it can tell whether the limits are those of its config.
+    of = {"config": provenance.digest(args.config)} if args.config[0] == "{" else {}
+    texts.write_sealed(args.resources, needs | of)
     print(printed(table))
 
 

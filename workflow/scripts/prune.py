@@ -95,8 +95,6 @@ def main() -> None:
         transformer, made, calls.Reader(args.calls), options, settings["seed"], device
     )
     stamp = provenance.stamp(settings, units=len(every))
-    students.save(args.students, made, stamp)
-
     depth = len(blocks.block_sequence(transformer))
     pinned, _ = pins.wishes(settings, depth)
 
@@ -121,6 +119,7 @@ def main() -> None:
         "distilled": entries(distilled),
         "provenance": stamp,
     }
+    students.save(args.students, made, stamp)
     texts.write_sealed(args.plan, plan)
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ppcl import blocks, example_calls, intervals, shards, similarity, students, width
+from ppcl import blocks, example_calls, intervals, similarity, students, width
 from ppcl.planner import Planner, Stage
 from ppcl.plans import Part, Unit
 
@@ -105,7 +105,9 @@ def works(planner: Planner) -> dict[str, Work]:
         per_picture = steps_of(planner)
         renoised = branches_of(planner) * record["renoised_per_sample"]
         rows = record["samples"] * (per_picture + renoised)
-        done["record"] = forwards(rows, record["batch_size"], pictures=record["samples"])
+        done["record"] = forwards(
+            rows, record["batch_size"], pictures=record["samples"], devices=_devices(settings)
+        )
     done["extract"] = forwards(settings["extract"]["rows"], settings["extract"]["batch_size"])
     done["similarity"] = _similarity(planner)
     options = settings["sensitivity"]
@@ -125,7 +127,7 @@ def works(planner: Planner) -> dict[str, Work]:
     staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
     units = depth if staged else every
     done["distill"] = distilled(units)
-    jobs = shards.allot(units, settings["distill"]["shards"]) if planner.every else []
+    jobs = planner.jobs(units) if planner.every else []
     if len(jobs) > 1:
         done |= {f"distill/{number}": distilled(job) for number, job in enumerate(jobs)}
     if staged:
