@@ -1,6 +1,5 @@
 # Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
 
-import json
 import os
 import re
 import shlex
