@@ -123,7 +123,7 @@ def folder(tiny_teacher, tmp_path_factory):
     return folder
 
 
-SETTINGS = {"seed": 0, "probe": {"ridge": 0}, "similarity": {"bootstrap": 4}}
+SETTINGS = {"seed": 0, "device": "cpu", "probe": {"ridge": 0}, "similarity": {"bootstrap": 4}}
 
 
 def selected(folder, streams, removed, segmentation="optimal", cost="cka"):

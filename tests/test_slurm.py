@@ -171,9 +171,11 @@ class Site:
         lines = self.slurm("scontrol", "show", "job", "-o").splitlines()
         return [dict(re.findall(r"(\w+)=(\S*)", line)) for line in lines if "JobId=" in line]
 
-    def start(self, name: str, *arguments: str) -> subprocess.Popen:
-        """Snakemake with the profile, asking its jobs' state more often than it does by itself."""
-        command = [sys.executable, str(ROOT / "tests/slurm/polling.py"), *arguments]
+    def start(self, name: str, *arguments: str, patient: bool = False) -> subprocess.Popen:
+        """Snakemake with the profile, asking its jobs' state more often than it does by itself,
+        unless it is to be `patient`."""
+        polling = ["-m", "snakemake"] if patient else [str(ROOT / "tests/slurm/polling.py")]
+        command = [sys.executable, *polling, *arguments]
         command += ["--workflow-profile", "profiles/slurm", "--latency-wait", "5"]
         # Fewer GPUs than there are, so that the cap shows. One thread per job, for the sake of two
         # cores: --cores would not do, as it is not handed on to the jobs.
@@ -249,7 +251,8 @@ def site(tmp_path_factory) -> Iterator[Site]:
 
 def interrupt(site: Site) -> None:
     """A run that the user stops with Ctrl-C while its first job runs."""
-    running = site.start("interrupted")
+    # While it asks how its jobs are, Snakemake knows of none, and would cancel none.
+    running = site.start("interrupted", patient=True)
     hold(site, "record", running)
     said = site.folder / "interrupted.log"
     until(lambda: "has been submitted with SLURM jobid" in said.read_text(), running)

@@ -179,10 +179,15 @@ def stage(name: str, settings: dict, *group: str, **paths) -> None:
 
 
 def pruned(
-    folder: Path, teacher: Path, recorded: Path, ffns: tuple[tuple[int, str], ...] = (), **more
+    folder: Path,
+    teacher: Path,
+    recorded: Path,
+    ffns: tuple[tuple[int, str], ...] = (),
+    runs: tuple[tuple[int, int], ...] = ((0, 1), (3, 4)),
+    **more,
 ) -> tuple[dict, dict]:
-    """A config with two intervals (and linear FFNs, and `more` keys), and what `distill` takes:
-    paths of the calls, the plan and the start weights, made in `folder`."""
+    """A config with intervals (and linear FFNs, and `more` keys), and what `distill` takes: paths
+    of the calls, the plan and the start weights, made in `folder`."""
     settings = {
         "seed": 0,
         "device": "cpu",
@@ -195,7 +200,7 @@ def pruned(
     }
     given = {"calls": recorded, "plan": folder / "plan.json"}
     given |= {"students": folder / "start.safetensors"}
-    chosen = {"intervals": intervals(folder / "intervals.parquet", [(0, 1), (3, 4)])}
+    chosen = {"intervals": intervals(folder / "intervals.parquet", list(runs))}
     if ffns:
         chosen["candidates"] = candidates(folder / "candidates.parquet", [], list(ffns))
     stage("prune", settings, **chosen, **given)
