@@ -246,6 +246,20 @@ def test_a_teacher_whose_samples_see_each_other_is_refused(reader, accelerator, 
         next(losses(0))
 
 
+def test_blocks_that_can_not_pass_streams_on_are_refused(
+    teacher, reader, accelerator, tmp_path, monkeypatch
+):
+    """As of a family whose blocks return more than their streams."""
+    pass_on = entrance.Passing.forward
+    monkeypatch.setattr(
+        entrance.Passing, "forward", lambda *a, **k: tuple(s[:, 1:] for s in pass_on(*a, **k))
+    )
+    kept = entrance.Inputs(teacher, [PART], reader, HOW, 0, accelerator, tmp_path, "")
+    batch = reader.batch(reader.rows(heldout=False)[:3])
+    with pytest.raises(UserError, match="start at block 3 .*never"):
+        kept.model(batch.numbers, batch.arguments)
+
+
 def test_two_processes_share_the_filling(teacher, reader, tmp_path):
     """Each makes every other file, of batches as large as its share; both read all."""
 

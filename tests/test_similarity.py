@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import measuring
 from ppcl import cka, similarity
 from ppcl.errors import UserError
 from ppcl.probes import Probe
@@ -311,3 +312,20 @@ def test_bad_tokens_name_stream_and_boundary():
         cka.resamples(np.array([], int), 3, 0, "plain")
     with pytest.raises(UserError, match="at least 4"):
         cka.linear_cka(np.eye(3), np.eye(3)[::-1] * [1, 2, 3], "debiased")
+
+
+@pytest.mark.parametrize("reference", ["end", "start"])
+@pytest.mark.parametrize(
+    ("draws", "normalise"), [(0, False), (3, False), (0, True)], ids=["composed", "kept", "unit"]
+)
+def test_memory_is_what_is_said(monkeypatch, reference, draws, normalise):
+    """At least what torch allocates, and not much more; as many channels as tokens."""
+    monkeypatch.setattr(similarity, "SLAB_BYTES", 1 << 12)
+    monkeypatch.setattr(cka, "SLAB_BYTES", 1 << 12)
+    model = Model(depth=10, tokens=96, width=96)
+    how = {"reference": reference, "estimator": "plain", "normalise_tokens": normalise}
+    peak = measuring.torch_peak(
+        lambda: similarity.surrogate_cka(model.read, model.probes, model.plan(draws), **how)
+    )
+    said = similarity.memory((96, 96), 10, how | {"bootstrap": draws})
+    assert 0.7 * said < peak <= said

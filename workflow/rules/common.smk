@@ -45,7 +45,7 @@ PLAN_KEYS = [
     "device",
     "processes",
     "teacher",
-    "similarity.reference",
+    "similarity",
     "pipeline",
     "plan",
     "record",

@@ -80,7 +80,7 @@ def main() -> None:
         read, plan = similarity.heldout(tokens, stream, chosen, settings["seed"])
         present = [i for i, probe in enumerate(fitted) if probe is not None]
         shape = read(present[0]).shape
-        needed = similarity.memory(shape, len(present), chosen["reference"])
+        needed = similarity.memory(shape, len(present), chosen)
         here = {"stream": stream, "device": devices.with_room(wanted, needed)}
         progress = tqdm(range(depth), desc=f"runs, {stream}, {here['device']}", unit="block")
         draws[stream] = similarity.surrogate_cka(

@@ -271,9 +271,9 @@ def resources(planner: Planner, found: Mapping[str, Work]) -> dict[str, dict[str
         if not work.float64:
             return main_memory(known.get(name), settings, weights)
         # Also for a GPU: where it has no room for it, the CPU does it.
-        reference, tokens = settings["similarity"]["reference"], heldout_tokens(settings)
+        tokens = heldout_tokens(settings)
         return max(
-            similarity.memory((tokens, channels), depth, reference)
+            similarity.memory((tokens, channels), depth, settings["similarity"])
             for depth, channels in streams_of(planner).values()
         )
 

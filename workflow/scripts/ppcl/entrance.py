@@ -103,14 +103,22 @@ class Entrance:
 
 
 @torch.no_grad()
-def streams_before(transformer: nn.Module, first: int, arguments: dict[str, Any]) -> blocks.Streams:
-    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...]."""
+def streams_before(
+    transformer: nn.Module,
+    first: int,
+    arguments: dict[str, Any],
+    running: nn.Module | None = None,
+) -> blocks.Streams:
+    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...].
+
+    running: what runs in its place, with that block of it (`Entrance.model`).
+    """
     found: blocks.Streams = {}
     block = blocks.block_sequence(transformer)[first]
     with blocks.watch(
         [block], lambda _block, bound: found.update(block.inputs(bound)), stop_after=first
     ) as run:
-        run(transformer, arguments)
+        run(transformer if running is None else running, arguments)
     return found
 
 
@@ -284,14 +292,29 @@ class Inputs:
         return found
 
     def _verify(self, rows: np.ndarray, arguments: dict[str, Any]) -> None:
-        """Compares with what the teacher does in a batch of a step: a registry could be wrong."""
+        """Compares what the first block gets here with what it gets from the teacher, in a batch of
+        a step: a registry could be wrong."""
         whole = streams_before(self._transformer, self.first, arguments)
+        running = self._entrance.model(self._streams(rows))
+        try:
+            late = streams_before(self._transformer, self.first, arguments, running)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._folder}: this teacher can't start at block {self.first} ({error}); set "
+                "distill.cache_inputs to never"
+            ) from error
         low = self._accelerator.mixed_precision == "bf16"
         computed = [torch.bfloat16 if low else torch.float32, self._transformer.dtype]
         masks = blocks.token_masks(blocks.family(self._transformer), arguments, whole)
         worst, equal = 0.0, True
-        for stream, values in self._streams(rows).items():
-            kept, ran = fitted(values, whole[stream]), whole[stream]
+        for stream, ran in whole.items():
+            kept = late[stream]
+            if kept.shape != ran.shape:
+                raise UserError(
+                    f"{self._folder}: block {self.first} gets a {stream} stream of the shape "
+                    f"{list(kept.shape)} in place of {list(ran.shape)} if those before it pass on "
+                    "what they get; set distill.cache_inputs to never"
+                )
             if stream in masks:
                 kept, ran = kept[masks[stream]], ran[masks[stream]]
             equal &= torch.equal(kept, ran)

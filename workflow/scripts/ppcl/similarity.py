@@ -27,7 +27,7 @@ tokens need every token of the surrogate (`_Materialised`). float64 throughout, 
 has it.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from torch import Tensor
 
 from ppcl.cka import (
     CPU,
+    MAX_GROUPS,
     SLAB_BYTES,
     Resamples,
     Side,
@@ -62,10 +63,26 @@ def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Re
     return lambda boundary: tokens.values(boundary, stream)[mask], plan
 
 
-def memory(shape: tuple[int, int], depth: int, reference: str) -> int:
-    """Bytes of `surrogate_cka`, or of `block_cka`, for `depth` boundaries of tokens [n, d]."""
-    kept = depth * (2 if reference == "start" else 1) + 4
-    return 8 * kept * shape[0] * shape[1] + 2 * SLAB_BYTES
+def memory(shape: tuple[int, int], depth: int, options: Mapping) -> int:
+    """Bytes of `surrogate_cka`, or of `block_cka`, for `depth` boundaries of tokens [n, d].
+
+    options: the config's `similarity`.
+    """
+    tokens, channels = shape
+    one, rank = tokens * channels, min(shape)
+    groups = MAX_GROUPS if options["bootstrap"] else 1
+    side = one + groups * (tokens + channels)
+    if _composes(options["bootstrap"], options["estimator"], options["normalise_tokens"]):
+        kept = max(one, rank * (tokens + channels))  # a basis and a map; heat maps keep tokens
+    else:
+        kept = side + (one if options["normalise_tokens"] else 0)
+    if options["reference"] == "start":
+        kept += side
+    return 8 * (depth * kept + 4 * one) + 2 * SLAB_BYTES
+
+
+def _composes(draws: int, estimator: str, normalise_tokens: bool) -> bool:
+    return not draws and estimator == "plain" and not normalise_tokens
 
 
 def surrogate_cka(
@@ -89,13 +106,14 @@ def surrogate_cka(
     the resamples of `plan`. normalise_tokens: L2-normalise every token (on both sides) first.
     steps: range(M), wrapped in a progress bar if one is wanted. device: where it is computed.
 
-    Memory: M n d float64 numbers, and as many again with reference "start". Time: M^2 / 2 times
+    Memory: as `memory` tells; M n d float64 numbers, and as many again with reference "start", with
+    normalised tokens, and, if n = d, with the plain estimator and no resamples. Time: M^2 / 2 times
     2 to 3 products of n d^2; one with the plain estimator and no resamples.
     Raises UserError naming stream and boundary on NaN or tokens that do not vary.
     """
     depth = len(probes)
     values = np.full((len(plan.weights), depth, depth), np.nan)
-    composed = len(plan.weights) == 1 and estimator == "plain" and not normalise_tokens
+    composed = _composes(len(plan.weights) - 1, estimator, normalise_tokens)
     kind = _Composed if composed else _Materialised
     running: dict[int, _Composed | _Materialised] = {}
     targets: dict[int, tuple[Side, np.ndarray]] = {}
