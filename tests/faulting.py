@@ -112,7 +112,8 @@ def play(program: str, options: list[str], log: str, fault: dict) -> None:
         if event in WRITING:
             seen["changes"] += 1
             if seen["changes"] >= fault.get("fail", float("inf")):
-                raise OSError(errno.EIO, "Input/output error (a test's)")
+                # With the file's name, as the system's own errors have it.
+                raise OSError(errno.EIO, "Input/output error (a test's)", arguments[0])
         elif event == "open" and "vanish" in fault:
             seen["opened"] += 1
             if seen["opened"] == fault["opened"]:
