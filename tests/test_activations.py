@@ -1,14 +1,18 @@
 """What extraction keeps, against activations that are held whole in float64."""
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from ppcl import activations, calls, schemas, tables
+from ppcl import activations, calls, devices, schemas, tables
 from ppcl.errors import UserError
 
 CPU = torch.device("cpu")
+SCRATCH = Path(tempfile.gettempdir())
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background", "4 in red", "a green 9"]
 DEPTH = 5
 
@@ -29,7 +33,7 @@ def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3):
         "moment_tokens": moment_tokens,
         "sample_tokens": sample_tokens,
     }
-    return activations.collect(transformer, reader, rows, options, 0, CPU, tiny.NoBar())
+    return activations.collect(transformer, reader, rows, options, 0, CPU, SCRATCH, tiny.NoBar())
 
 
 @torch.no_grad()
@@ -93,12 +97,42 @@ def test_moments_are_the_direct_sums(world):
 def test_moments_do_not_grow():
     moments = activations.Moments(CPU)
     x = torch.randn(50, 8)
-    moments.add("image", 0, x, x)
+    moments.add("image", 0, x, x + 1)
     size = sum(t.nbytes for t in moments.sums.values())
     for _ in range(20):
-        moments.add("image", 0, x, x)
+        moments.add("image", 0, x, x + 1)
     assert sum(t.nbytes for t in moments.sums.values()) == size == 8 * (2 + 2 * 8 + 2 * 64)
     assert moments.sums["image.0.count"].item() == 21 * 50
+
+
+def test_sums_in_main_memory_are_those_on_the_device(world, monkeypatch):
+    """As on a GPU: tokens wait until they are as many as channels, 32; none are lost."""
+    expected, _ = collect(world)
+    monkeypatch.setattr(devices, "free_memory", lambda _: 1)
+    summed, once = [], activations.Moments._sum
+
+    def look(self, stream, block, x, after):
+        summed.append((stream, block, len(x)))
+        once(self, stream, block, x, after)
+
+    monkeypatch.setattr(activations.Moments, "_sum", look)
+    found, _ = collect(world)
+    assert found.sums.keys() == expected.sums.keys()
+    for key, value in expected.sums.items():
+        torch.testing.assert_close(found.sums[key], value, rtol=1e-12, atol=1e-12)
+    counts = [n for stream, block, n in summed if (stream, block) == ("text", 1)]
+    assert sum(counts) == found.sums["text.1.count"].item()
+    assert len(counts) > 2 and min(counts[:-1]) >= 32 > max(counts) / 2
+
+
+def test_waiting_tokens_do_not_grow():
+    moments = activations.Moments(CPU, apart=True)
+    for _ in range(20):
+        moments.add("image", 0, torch.randn(3, 8), torch.randn(3, 8))
+        moments.settle()
+        assert sum(len(x) for x, _ in moments._waiting["image", 0]) < 8
+    moments.settle(everything=True)
+    assert moments.sums["image.0.count"].item() == 60
 
 
 def test_held_out_tokens_never_enter_the_moments(world):
@@ -226,7 +260,7 @@ def test_a_truncated_token_file_is_named(sampled, tmp_path):
 def test_a_narrower_stream_keeps_its_width(sampled, tmp_path):
     """As Mochi's text has; the table is as wide as the widest."""
     _, samples = sampled
-    narrow = samples["text"] | {"value": samples["text"]["value"][..., :8]}
+    narrow = samples["text"] | {"value": np.stack(list(samples["text"]["value"]))[..., :8]}
     path = tmp_path / "t.parquet"
     facts = {"block_parameters": "[1]"}
     activations.write_sample(path, samples | {"text": narrow}, facts)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from torch import nn
 
-from ppcl import blocks, calls, distillation, schemas, students, tables
+from ppcl import blocks, calls, devices, distillation, schemas, students, tables
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -65,6 +65,13 @@ def errors_of(process, teacher, taught, reader, asked=None):
     return distillation.plugged_errors(teacher, students_of, reader, rows, 4, process)
 
 
+@pytest.fixture
+def nothing_done(monkeypatch):
+    """As no file is there, the main process has nothing to tell (else: test_two_runs.py)."""
+    monkeypatch.setattr(devices, "of_main", lambda _accelerator, values: values)
+
+
+@pytest.mark.usefixtures("nothing_done")
 def test_errors_are_shared_out_over_processes(teacher, reader, accelerator):
     taught = students.start(teacher, EVERY, "first")
     rows = reader.rows(heldout=True)
@@ -85,6 +92,7 @@ def test_errors_are_shared_out_over_processes(teacher, reader, accelerator):
             assert errors_of(one, teacher, taught, reader) == expected
 
 
+@pytest.mark.usefixtures("nothing_done")
 def test_a_broken_student_is_named_by_every_process(teacher, reader):
     taught = students.start(teacher, EVERY, "first")
     with torch.no_grad():

@@ -99,6 +99,7 @@ def folder(tiny_teacher, tmp_path_factory):
         options,
         0,
         torch.device("cpu"),
+        folder,
         tiny.NoBar(),
     )
     size = blocks.parameter_count(pipe.transformer.transformer_blocks[0])

@@ -79,6 +79,7 @@ def planted(folder, silent):
         {"batch_size": 12, "moment_tokens": 16, "sample_tokens": 5},
         0,
         torch.device("cpu"),
+        folder,
         tiny.NoBar(),
     )
     activations.write_sample(folder / "tokens.parquet", samples, {})

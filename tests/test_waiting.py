@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from test_narrow_distillation import OPTIONS, UNITS, made
 
-from ppcl import activations, calls, distillation, optimizers, training
+from ppcl import activations, calls, devices, distillation, optimizers, training
 
 META = torch.device("meta")
 PATIENCE = 30  # seconds until a thread is given up
@@ -88,9 +88,17 @@ def test_a_step_that_asks_is_noticed(logged, teacher, reader, tmp_path, ask):
         training.train(modules, asking, how, accelerator, tmp_path / "c.safetensors", "i")
 
 
-def test_extraction_reads_from_the_device_once_a_call(teacher, reader, monkeypatch):
-    """Whether all is finite, and the tokens of both streams."""
+@pytest.mark.parametrize("apart", [False, True])
+def test_extraction_reads_from_the_device_once_a_call(
+    teacher, reader, tmp_path, monkeypatch, apart
+):
+    """Whether all is finite, and the tokens of both streams; apart: as on a GPU, whose tokens for
+    the moments are only sent on their way."""
     asked = []
+    if apart:
+        monkeypatch.setattr(devices, "free_memory", lambda _: 1)
+        monkeypatch.setattr(devices, "to_main_memory", lambda x: x)
+        monkeypatch.setattr(activations.Moments, "_sum", lambda *_: None)
 
     def answer(x):
         asked.append(tuple(x.shape))
@@ -100,7 +108,7 @@ def test_extraction_reads_from_the_device_once_a_call(teacher, reader, monkeypat
     options = {"batch_size": 4, "moment_tokens": 4, "sample_tokens": 2}
     model = copy.deepcopy(teacher).to(META)
     rows = reader.rows()
-    activations.collect(model, reader, rows, options, 0, META, tiny.NoBar())
+    activations.collect(model, reader, rows, options, 0, META, tmp_path, tiny.NoBar())
     passed = [(2 * len(teacher.transformer_blocks),)]
     passed += 2 * [(1 + len(teacher.transformer_blocks), 4 * 2, 32)]
     assert asked == len(list(reader.batches(rows, 4))) * passed

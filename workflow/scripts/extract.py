@@ -51,7 +51,7 @@ def main() -> None:
     transformer = pipelines.load_transformer(settings["teacher"], device, compiled=True)
     with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
         moments, samples = activations.collect(
-            transformer, reader, rows, options, seed, device, bar
+            transformer, reader, rows, options, seed, device, args.tokens.parent, bar
         )
     sequence = blocks.block_sequence(transformer)
     facts = {

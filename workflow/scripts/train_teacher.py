@@ -39,11 +39,12 @@ def train_part(name, module, losses, settings, state: Path, accelerator) -> list
     done = state / f"{name}.safetensors"
     before = PARTS[: PARTS.index(name) + 1]
     identity, settings = identity_of(settings, before, accelerator), settings[name]
-    if done.exists():
-        weights, metadata = tensors.read(done)
-        if metadata["identity"] == identity:
-            module.load_state_dict(weights, strict=False)
-            return json.loads(metadata["log"])
+    weights, metadata = tensors.read(done) if done.exists() else ({}, {})
+    finished = torch.tensor(int(metadata.get("identity") == identity))
+    if devices.of_main(accelerator, finished):
+        weights, metadata = (weights, metadata) if finished else tensors.read(done)
+        module.load_state_dict(weights, strict=False)
+        return json.loads(metadata["log"])
     options = training.Optimisation.from_settings(settings)
     log = training.train(
         {name: module}, losses, options, accelerator, state / f"{name}.checkpoint", identity

@@ -4,8 +4,12 @@ Boundary b is the input of block b, boundary M the output of the last block, so 
 i is boundary i + 1.
 """
 
+import contextlib
+import errno
 import json
-from collections.abc import Mapping
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, devices, probes, schemas, seals, tables
+from ppcl import blocks, calls, devices, errors, probes, schemas, seals, tables
 from ppcl.errors import UserError
 
 
@@ -22,30 +26,62 @@ class Moments:
 
     X is a block's input and Y = T_i(X) - X its residual; float64 [d, d] per block and stream.
     Memory does not depend on the number of tokens added.
+
+    Args:
+        device: where the products are made and, unless they are apart, the sums are.
+        apart: the sums are in main memory, as a GPU has better use for what may be half as much as
+            the teacher. Tokens wait there too until they are as many as channels: a product
+            [d, d] has a long way, and comes once for d tokens.
     """
 
-    def __init__(self, device: torch.device):
-        self._device = devices.statistics_device(device)
+    def __init__(self, device: torch.device, apart: bool = False):
+        self._device, self._apart = devices.statistics_device(device), apart
+        self._waiting: dict[tuple[str, int | str], list[tuple[Tensor, Tensor]]] = {}
         self.sums: dict[str, Tensor] = {}
 
-    def add(self, stream: str, block: int | str, x: Tensor, y: Tensor) -> None:
-        """Adds tokens: x, y [tokens, d] of any float dtype."""
-        x, y = (t.to(self._device, torch.float64) for t in (x, y))
+    def add(self, stream: str, block: int | str, x: Tensor, after: Tensor) -> None:
+        """Adds tokens, on the device or on their way (see `settle`).
+
+        x, after [tokens, d]: before and after the block, of any float dtype.
+        """
+        if self._apart:
+            x, after = (devices.to_main_memory(t) for t in (x, after))
+            self._waiting.setdefault((stream, block), []).append((x, after))
+        else:
+            self._sum(stream, block, x, after)
+
+    def settle(self, everything: bool = False) -> None:
+        """Sums up what waits: where that is enough, or `everything`.
+
+        The device must have done what it was asked for: until then tokens are not all there.
+        """
+        for key, parts in self._waiting.items():
+            if parts and (everything or sum(len(x) for x, _ in parts) >= parts[0][0].shape[1]):
+                x, after = (torch.cat(side) for side in zip(*parts, strict=True))
+                parts.clear()
+                self._sum(*key, x, after)
+
+    def _sum(self, stream: str, block: int | str, x: Tensor, after: Tensor) -> None:
+        x, after = (t.to(self._device).double() for t in (x, after))  # MPS casts to no float64
+        y = after - x
         parts = {
             "count": torch.full((1,), len(x), dtype=torch.float64, device=x.device),
             "x_sum": x.sum(0),
             "y_sum": y.sum(0),
             "y_y": y.square().sum()[None],
         }
+        rest = torch.device("cpu") if self._apart else x.device
         for name, value in parts.items():
-            key = f"{stream}.{block}.{name}"
+            key, value = f"{stream}.{block}.{name}", value.to(rest)
             self.sums[key] = self.sums[key] + value if key in self.sums else value
         for name, other in (("x_x", x), ("x_y", y)):  # in place: a batch has few tokens for d x d
             key = f"{stream}.{block}.{name}"
-            if key in self.sums:
+            if key not in self.sums:
+                self.sums[key] = (x.T @ other).to(rest)
+            elif rest == x.device:
                 self.sums[key].addmm_(x.T, other)
             else:
-                self.sums[key] = x.T @ other
+                self.sums[key] += (x.T @ other).to(rest)
 
 
 def stored_moments(sums: Mapping[str, Tensor], stream: str, block: int | str) -> probes.Moments:
@@ -88,6 +124,7 @@ def collect(
     settings: dict,
     seed: int,
     device: torch.device,
+    folder: Path,
     progress,
 ) -> tuple[Moments, dict[str, dict]]:
     """Replays recorded calls and returns the probes' moments and the token sample.
@@ -95,18 +132,21 @@ def collect(
     Args:
         rows: row numbers of the calls to replay, of both splits.
         settings: batch_size; moment_tokens and sample_tokens per row and stream.
+        folder: on a disk with room for the token sample, which is kept there without a name.
 
     Returns:
-        The moments (rows of the fit split only), and per stream the sample: `value`
-        [boundaries, n, d] float32, the number of its `first` boundary, and n-vectors `prompt`,
-        `step`, `timestep`, `token`, `heldout`.
+        The moments (rows of the fit split only), and per stream the sample: `value`, a `Store`
+        [boundaries, n, d], the number of its `first` boundary, and n-vectors `prompt`, `step`,
+        `timestep`, `token`, `heldout`.
 
     Raises:
-        UserError: an activation is NaN or infinite; says the block and the stream.
+        UserError: an activation is NaN or infinite; says the block and the stream. Or there is no
+            room for the sample.
     """
     sequence = blocks.block_sequence(transformer)
-    moments, samples, first = Moments(device), {}, {}
-    kept_values: dict[str, np.ndarray] = {}
+    moments = Moments(device, apart=devices.free_memory(device) is not None)
+    samples, first = {}, {}
+    stores: dict[str, Store] = {}
     for recorded in reader.batches(rows, settings["batch_size"], device):
         batch = recorded.to(device)
         fit = torch.from_numpy(np.flatnonzero(~batch.rows["heldout"])).to(device)
@@ -152,13 +192,12 @@ def collect(
                 kept[stream].append(_gather(out, few[stream]))
                 if len(fit):
                     x, after = before[stream][fit], _gather(out, many[stream])[fit]
-                    where = devices.statistics_device(x.device)
-                    x, after = (z.flatten(0, 1).to(where).double() for z in (x, after))
-                    moments.add(stream, block.index, x, after - x)
+                    moments.add(stream, block.index, x.flatten(0, 1), after.flatten(0, 1))
 
         with blocks.watch(sequence, look, learn, stop_after=sequence[-1].index) as run:
             run(transformer, batch.arguments)
         _refuse_nonfinite(finite)
+        moments.settle()
         for stream, values in kept.items():
             values = _on_host(torch.stack(values).flatten(1, 2).float())
             per_row = {
@@ -170,22 +209,82 @@ def collect(
             places = positions[stream]
             found = {k: np.repeat(v, places.shape[1]) for k, v in per_row.items()}
             found["token"] = places.ravel()
-            if stream not in kept_values:
-                # All that there can be, at once: joining at the end would hold everything twice.
+            if stream not in stores:
                 most = len(rows) * settings["sample_tokens"]
-                kept_values[stream] = np.empty((len(values), most, values.shape[2]), np.float32)
-            start = sum(len(part["token"]) for part in samples.get(stream, []))
-            kept_values[stream][:, start : start + values.shape[1]] = values
+                stores[stream] = Store(folder, (len(values), most, values.shape[2]))
+            stores[stream].append(values)
             samples.setdefault(stream, []).append(found)
         progress.update(len(batch))
+    moments.settle(everything=True)
     joined = {
         stream: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        | {"first": first[stream]}
+        | {"first": first[stream], "value": stores[stream]}
         for stream, parts in samples.items()
     }
-    for stream, sample in joined.items():
-        sample["value"] = kept_values[stream][:, : len(sample["token"])]
     return moments, joined
+
+
+class Store:
+    """Tokens of a stream at all boundaries, [boundaries, n, d] float32, on disk: main memory must
+    not grow with their number. Tokens are added a call at a time, and read a boundary at a time.
+
+    Args:
+        folder: for the file. It has no name, and is gone whatever ends the program.
+        shape: boundaries, the most tokens that there can be, channels.
+
+    Raises:
+        UserError, here and in all methods: the disk is full or fails.
+    """
+
+    def __init__(self, folder: Path, shape: tuple[int, int, int]):
+        self._folder, self._most = folder, shape
+        self._length = 0
+        with self._disk():
+            folder.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self._most[0], self._length, self._most[2]
+
+    def __len__(self) -> int:
+        return self._most[0]
+
+    def append(self, values: np.ndarray) -> None:
+        """Adds tokens [boundaries, tokens, d] float32."""
+        with self._disk():
+            for boundary, value in enumerate(values):
+                self._seek(boundary, self._length)
+                left = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
+                while len(left):
+                    left = left[self._file.write(left) :]
+        self._length += values.shape[1]
+
+    def __getitem__(self, boundary: int) -> np.ndarray:
+        """The tokens of a boundary, [n, d]."""
+        if not 0 <= boundary < len(self):
+            raise IndexError(boundary)
+        value = np.empty(self.shape[1:], np.float32)
+        left = memoryview(value.reshape(-1).view(np.uint8))
+        with self._disk():
+            self._seek(boundary, 0)
+            while len(left):
+                if not (read := self._file.readinto(left)):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                left = left[read:]
+        return value
+
+    def _seek(self, boundary: int, token: int) -> None:
+        self._file.seek(4 * (boundary * self._most[1] + token) * self._most[2])
+
+    @contextlib.contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if (reason := errors.trouble(error, self._folder)) is None:
+                raise
+            raise UserError(reason) from error
 
 
 def _gather(x: Tensor, positions: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import InitProcessGroupKwargs, broadcast
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
@@ -53,6 +53,17 @@ def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
     )
 
 
+def of_main(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
+    """The main process's values, for all, on the CPU.
+
+    What processes read of a shared disk can change between their looks at it, as when two runs of
+    one config are at work; what they do next must be decided by one of them.
+    """
+    if accelerator.num_processes == 1:
+        return values
+    return broadcast(values.to(accelerator.device), from_process=0).cpu()
+
+
 def finish(accelerator: Accelerator) -> None:
     """Waits for all processes and leaves the process group; results must be written before."""
     stopping.ignore()
@@ -76,6 +87,12 @@ def synchronise(device: torch.device) -> None:
 def statistics_device(device: torch.device) -> torch.device:
     """Where float64 sums are kept: on the device, unless it has no float64 (MPS)."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+def to_main_memory(x: torch.Tensor) -> torch.Tensor:
+    """A copy on the CPU; from CUDA it is on its way, and there when the device has done all that it
+    was asked for before."""
+    return x.to("cpu", non_blocking=x.device.type == "cuda", copy=True)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -437,14 +437,12 @@ def plugged_errors(
     """
     rank, count = accelerator.process_index, accelerator.num_processes
     done = _finished(state, identity) if state else {}
-    if state and count > 1:
-        accelerator.wait_for_everyone()  # all must share out the same rest
     names = list(students_of)
-    found = torch.zeros(len(names), dtype=torch.float64)
-    for number, name in enumerate(names):
-        if rank == 0:  # the sum over processes counts an error once
-            found[number] = done.get(name, 0.0)
-    rest = [number for number, name in enumerate(names) if name not in done]
+    known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
+    known = devices.of_main(accelerator, known)  # all must share out the same rest
+    rest = known.isnan().nonzero()[:, 0].tolist()
+    # The sum over processes counts an error once.
+    found = known.nan_to_num(0.0) if rank == 0 else torch.zeros_like(known)
     for number in tqdm(rest[rank::count], desc="plugging", unit="set", disable=rank > 0):
         name = names[number]
         # Not a part that a warned program finishes: at full size it takes longer than schedulers

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ppcl import blocks, calls, provenance, shards, stopping, tensors, texts
+from ppcl import blocks, calls, devices, provenance, shards, stopping, tensors, texts
 from ppcl.errors import UserError, disk_is_full
 from ppcl.plans import Part
 
@@ -216,8 +216,8 @@ class Inputs:
     def _gave_up(self) -> bool:
         path = self._folder / GIVEN_UP
         found = path.exists() and texts.read_sealed(path)["identity"] == self._identity
-        self._accelerator.wait_for_everyone()  # before one of them removes or writes it
-        return found
+        # By all alike, and before one of them removes or writes it.
+        return bool(devices.of_main(self._accelerator, torch.tensor(int(found))))
 
     def _fill(self) -> str:
         """Computes this process's share of the files that are not there; why it could not."""

@@ -127,6 +127,7 @@ def train(
         options.weight_decay,
     )
     progress = _resume(checkpoint, identity, parameters, optimizer, accelerator)
+    _refuse_two_steps(progress.step, checkpoint, accelerator)
     began = time.perf_counter() - progress.seconds
     agreement = _Agreement(accelerator)
     bar = tqdm(
@@ -339,6 +340,18 @@ def _resume(checkpoint, identity, parameters, optimizer, accelerator) -> _Progre
     log.warning("resuming %s at step %s", checkpoint, metadata["step"])
     seconds, unlogged = float(metadata["seconds"]), int(metadata["unlogged"])
     return _Progress(int(metadata["step"]), seconds, rows, sums, unlogged)
+
+
+def _refuse_two_steps(step: int, checkpoint: Path, accelerator: Accelerator) -> None:
+    """Processes that go on from different steps would wait for each other forever."""
+    if accelerator.num_processes == 1:
+        return
+    every = accelerator.gather(torch.tensor([step], device=accelerator.device))
+    if len(set(every.tolist())) > 1:
+        raise UserError(
+            f"{checkpoint}: was replaced while processes of this run read it; another run of this "
+            "config is at work: wait for it or stop it, then rerun"
+        )
 
 
 def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:

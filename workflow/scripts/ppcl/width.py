@@ -18,7 +18,6 @@ from ppcl import (
     activations,
     blocks,
     calls,
-    devices,
     distillation,
     intervals,
     narrow,
@@ -157,9 +156,7 @@ def _add(
         masks = blocks.token_masks(family, batch.arguments, {stream: before})
         if stream in masks:
             before, after = before[masks[stream]], after[masks[stream]]
-        where = devices.statistics_device(before.device)
-        x, y = (z.flatten(0, -2).to(where).double() for z in (before, after))
-        moments.add(one.kind, one.ends, x, y - x)
+        moments.add(one.kind, one.ends, before.flatten(0, -2), after.flatten(0, -2))
 
 
 def narrowed(transformer: nn.Module, wholes: Students, fits: Mapping[Map, Fit]) -> Students:
