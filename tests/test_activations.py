@@ -238,6 +238,25 @@ def test_tokens_are_in_one_order_at_every_boundary(world, sampled):
             assert any(matches), (stream, j)
 
 
+def test_a_store_has_no_name_and_gives_back_what_it_got(tmp_path):
+    rng = np.random.default_rng(0)
+    parts = [rng.normal(size=(4, n, 6)).astype(np.float32) for n in (3, 0, 2, 1)]
+    store = activations.Store(tmp_path, (4, 9, 6))
+    for part in parts:
+        store.append(part)
+    assert not list(tmp_path.iterdir())
+    assert store.shape == (4, 6, 6)
+    np.testing.assert_array_equal(np.stack(list(store)), np.concatenate(parts, axis=1))
+
+
+def test_a_full_disk_ends_a_store_in_one_line(tmp_path, monkeypatch):
+    full = lambda dir, buffering: open("/dev/full", "w+b", buffering=buffering)  # noqa: E731
+    monkeypatch.setattr(activations.tempfile, "TemporaryFile", full)
+    store = activations.Store(tmp_path, (2, 4, 3))
+    with pytest.raises(UserError, match=f"{tmp_path}: No space left.*make room on this disk"):
+        store.append(np.ones((2, 2, 3), np.float32))
+
+
 def test_nan_activations_name_block_and_stream(world):
     transformer, reader = world
     bias = transformer.transformer_blocks[2].img_mlp.net[2].bias

@@ -512,7 +512,12 @@ def test_time_by_hand(tmp_path):
     asked = json.loads((tmp_path / "resources.json").read_text())
     for name, spent in values(table, "job", "time").items():
         assert asked[name]["runtime"] == min(2880, max(10, math.ceil(3 * spent / 60)))
-    assert asked["extract"]["mem_mb"] == math.ceil(3 * size / 1e6)
+    # Of extraction: sums of six [d, d], and as many tokens before and after a block as channels,
+    # and those of a call, that wait for them.
+    sums, waiting = 8 * (2 * d * d + 2 * d + 2), 2 * 2 * (d + 8 * 64) * d
+    apart = values(table, "stage", "main memory")["extract"]
+    assert apart == 2 * 3 * (sums + waiting)
+    assert asked["extract"]["mem_mb"] == math.ceil((3 * size + apart) / 1e6)
     kept = 8 * (3 + 4) * 100 * d + 2 * 128 * 2**20  # tokens of four boundaries and three more
     assert asked["similarity"]["mem_mb"] == math.ceil(kept / 1e6)
     students = values(table, "stage", "students")["distill"]

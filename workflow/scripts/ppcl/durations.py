@@ -258,6 +258,7 @@ def main_memory(stage: Stage | None, settings: Mapping, weights: int) -> int:
         return needed
     kinds = ("students", "gradients", "optimizer 32-bit")
     needed += processes * sum(stage.parts.get(kind) or 0 for kind in kinds)
+    needed += stage.parts.get("main memory") or 0
     on_cpu = processes * (stage.resident or 0) if settings["device"] == "cpu" else 0
     return math.ceil(max(needed, on_cpu))
 

@@ -193,9 +193,7 @@ class Planner:
         doubled = 2 if joined and example_calls.guided(self.pipeline, settings["pipeline"]) else 1
         alone = "transformer alone: text encoder and autoencoder come on top"
         yield self._still("record", settings["record"]["batch_size"] * doubled, note=alone)
-        yield self._still(
-            "extract", settings["extract"]["batch_size"], statistics=sum(self.moments())
-        )
+        yield self._extract()
         largest = max(
             blocks.parameter_count(b.module) for b in blocks.block_sequence(self.transformer)
         )
@@ -214,6 +212,24 @@ class Planner:
                 yield self._subsets()
             yield self._finetune()
         yield self._still("evaluate", settings["evaluate"]["batch_size"] * doubled, note=alone)
+
+    def _extract(self) -> Stage:
+        """On a GPU, sums and the tokens that wait for them are in main memory, and a block's come
+        to the device at a time (activations.Moments)."""
+        options, sums = self.settings["extract"], sum(self.moments())
+        if self.settings["device"] == "cpu":
+            return self._still("extract", options["batch_size"], statistics=sums)
+        added = options["batch_size"] * options["moment_tokens"]
+        widths = [
+            channels
+            for block in blocks.block_sequence(self.transformer)
+            for channels in self.channels(block).values()
+        ]
+        at_once = max(8 * (3 * (d + added) * d + d * d) for d in widths)
+        stage = self._still("extract", options["batch_size"], statistics=at_once)
+        waiting = sum(2 * (d + added) * d * self.dtype.itemsize for d in widths)
+        stage.parts["main memory"] = sums + waiting
+        return stage
 
     def moments(self) -> list[int]:
         """Bytes of the sums that `extract` keeps, float64, of every block and stream."""
@@ -552,12 +568,11 @@ class Planner:
             for block in sequence
             for channels in self.channels(block).values()
         )
+        tokens = 4 * extract["rows"] * extract["sample_tokens"] * per_token
         found: dict[str, float | None] = {
             "record/calls.parquet": self._calls(),
-            "activations/tokens.parquet": 4
-            * extract["rows"]
-            * extract["sample_tokens"]
-            * per_token,
+            "activations/tokens.parquet": tokens,
+            "activations/, while extract runs": tokens,
             "activations/moments.safetensors": sum(self.moments()),
             "probes/probes.safetensors": sum(
                 8 * (channels**2 + channels)
