@@ -5,6 +5,8 @@ from pathlib import Path
 
 import tiny
 
+from ppcl import methods
+
 HOW = {"batch_size": 2, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 
 
@@ -16,6 +18,7 @@ class Stage:
         state: whether it has a folder to resume from.
         more: further options.
         group: what of a program's several parts it is.
+        configured: whether it takes the config.
     """
 
     program: str
@@ -24,10 +27,12 @@ class Stage:
     state: bool = False
     more: dict[str, str] = field(default_factory=dict)
     group: tuple[str, ...] = ()
+    configured: bool = True
 
     def options(self, settings: dict, folder: Path) -> list[str]:
         """The command line of the program."""
-        return [*self.group, *tiny.options(settings, self.paths(folder))]
+        given = tiny.options(settings, self.paths(folder))
+        return [*self.group, *given[0 if self.configured else 2 :]]
 
     def paths(self, folder: Path) -> dict[str, object]:
         """All options with the paths in a run's folder."""
@@ -38,6 +43,13 @@ class Stage:
 
 
 CALLS = {"calls": "calls.parquet"}
+SEARCHED = CALLS | {
+    "tokens": "tokens.parquet",
+    "probes": "probes.safetensors",
+    "cka": "cka.parquet",
+    "sensitivity": "sensitivity.parquet",
+    "width": "width.parquet",
+}
 PLAN = CALLS | {"plan": "plan.json"}
 TUNED = PLAN | {"students": "subsets.safetensors", "errors": "subsets-errors.parquet"}
 
@@ -95,6 +107,21 @@ STAGES = [
         {"plan": "plan.json", "students": "start.safetensors"},
     ),
     _taught("distill", "start"),
+    Stage("allot", PLAN, {"shards": "shards.json"}),
+    Stage(
+        "join",  # of a job that has all of the units
+        {
+            "plan": "plan.json",
+            "students": "distill.safetensors",
+            "logs": "distill-log.parquet",
+            "costs": "distill-errors.parquet",
+        },
+        {
+            "output": "joined.safetensors",
+            "log_table": "joined-log.parquet",
+            "errors": "joined-errors.parquet",
+        },
+    ),
     _taught("narrow", "distill"),
     _taught("subsets", "narrow"),
     Stage(
@@ -116,6 +143,26 @@ STAGES = [
         CALLS | {"models": "small"},
         {"metrics": "metrics.parquet", "images": "images.parquet"},
         state=True,
+    ),
+    Stage(
+        "calibrate",
+        {name: path for name, path in SEARCHED.items() if name != "tokens"},
+        {"table": "calibration.parquet"},
+        state=True,
+    ),
+    Stage(
+        "ablate",
+        SEARCHED,
+        {"output": "joint-0.parquet"},
+        state=True,
+        more={"method": methods.job("joint"), "number": "0"},
+    ),
+    Stage(
+        "gather",
+        {"runs": "joint-0.parquet"},
+        {"output": "ablation.parquet"},
+        group=("table",),
+        configured=False,
     ),
 ]
 NAMED = {stage.program: stage for stage in STAGES}
@@ -169,5 +216,13 @@ def settings(teacher: Path, folder: Path) -> dict:
             "velocity_rows": 3,
             "bootstrap": 10,
             "latency_repeats": 1,
+        },
+        "ablation": {
+            "removed_fraction": 0.4,
+            "distill_steps": 4,
+            "subsets_steps": 2,
+            "finetune_steps": 1,
+            "batch_size": 2,
+            "velocity_rows": 4,
         },
     }
