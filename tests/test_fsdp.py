@@ -139,12 +139,12 @@ def test_a_process_keeps_half(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("sharding", ["none", "fsdp"])
-def test_killed_with_two_processes_goes_on_with_one(world, alone, sharding):
+@pytest.mark.parametrize("first, then, sharding", [(2, 1, "none"), (2, 1, "fsdp"), (1, 2, "fsdp")])
+def test_killed_goes_on_with_another_number_of_processes(world, alone, first, then, sharding):
     """The checkpoint has whole tensors, and the batch of a step does not depend on the count."""
-    name = f"killed-{sharding}"
-    finetune(world, name, processes=2, kill=True, sharding=sharding)
-    assert_alike(alone, finetune(world, name, processes=1, sharding=sharding))
+    name = f"killed-{sharding}-{first}"
+    finetune(world, name, processes=first, kill=True, sharding=sharding)
+    assert_alike(alone, finetune(world, name, processes=then, sharding=sharding))
 
 
 def test_killed_and_resumed_is_uninterrupted_to_the_bit(world, shared):

@@ -14,10 +14,11 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -62,18 +63,20 @@ def main() -> None:
         os.execv(sys.executable, [sys.executable, *command])
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    launch = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        shutdown_timeout=GRACE,
-    )
     try:
-        elastic_launch(launch, sys.executable)(*command)
+        with tempfile.TemporaryDirectory() as notes:  # torch would leave a folder per start
+            launch = LaunchConfig(
+                min_nodes=1,
+                max_nodes=1,
+                nproc_per_node=processes,
+                run_id=uuid.uuid4().hex,
+                rdzv_backend="c10d",
+                rdzv_endpoint="localhost:0",
+                max_restarts=0,
+                shutdown_timeout=GRACE,
+                logs_specs=DefaultLogsSpecs(log_dir=notes),
+            )
+            elastic_launch(launch, sys.executable)(*command)
     except SignalException as stopped:
         sys.exit(stopping.EXIT_CODE if stopped.sigval == signal.SIGTERM else 128 + stopped.sigval)
     except ChildFailedError as failed:
