@@ -24,6 +24,7 @@ from ppcl import (
     durations,
     errors,
     example_calls,
+    plan_table,
     planner,
     provenance,
     schemas,
@@ -169,7 +170,7 @@ def main() -> None:
 
     made = made_for(args, settings)
     works = durations.works(made)
-    table = pd.DataFrame(planner.rows(made, settings["plan"]["gpus"]))
+    table = pd.DataFrame(plan_table.rows(made, settings["plan"]["gpus"]))
     if works:
         table = pd.concat([table, time_rows(made, works)], ignore_index=True)
     stamp = provenance.stamp(

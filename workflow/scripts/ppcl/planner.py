@@ -8,7 +8,7 @@ the text encoder and the autoencoder are not counted.
 import copy
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,7 +28,6 @@ from ppcl import (
     weightless,
     width,
 )
-from ppcl.config import limits
 from ppcl.plans import Part, Unit
 
 log = logging.getLogger(__name__)
@@ -144,7 +143,7 @@ class Planner:
             def run():
                 return self.transformer(**arguments)
 
-            self._kept[batch] = footprint.measured(run).peak + _bytes_of(arguments)
+            self._kept[batch] = footprint.measured(run).peak + bytes_of(arguments)
         return self._kept[batch]
 
     def forget_unusable(self) -> None:
@@ -169,15 +168,24 @@ class Planner:
         sizes: dict[int, int] = {}
 
         def before(block, bound):
-            sizes[block.index] = _bytes_of(block.inputs(bound))
+            sizes[block.index] = bytes_of(block.inputs(bound))
 
         def after(block, streams):
             found[block.index] = {s: x.shape[-1] for s, x in streams.items()}
 
         with footprint.without_content(), blocks.watch(sequence, before, after) as run:
             output = run(self.transformer, self.example(1, self.dtype))[0]
-        self._kept["channels"], self._kept["answer"] = found, _bytes_of({"output": output})
+        self._kept["channels"], self._kept["answer"] = found, bytes_of({"output": output})
         self._kept["streams"] = sizes
+
+    @property
+    def answer(self) -> int | None:
+        """Bytes of a call's answer with a batch of one, once `channels` were asked for."""
+        return self._kept.get("answer")
+
+    def streams(self, block: int) -> int | None:
+        """Bytes of what a block gets as streams, with a batch of one, as of `answer`."""
+        return self._kept.get("streams", {}).get(block)
 
     # -- the stages
 
@@ -307,7 +315,7 @@ class Planner:
 
             activations = self.inference(batch)
             if parts:
-                activations = max(activations, footprint.measured(run).peak + _bytes_of(arguments))
+                activations = max(activations, footprint.measured(run).peak + bytes_of(arguments))
         return self._stage(
             "width",
             {"students": students, "statistics": statistics, "activations": activations},
@@ -331,9 +339,18 @@ class Planner:
                 )
             yield stage
 
+    def recorded(self) -> int | None:
+        """Rows of calls.parquet: of every step and branch, then the renoised ones."""
+        if self.pipeline is None:
+            return None
+        asked, options = self.settings["pipeline"], self.settings["record"]
+        steps = asked.get("num_inference_steps", self.pipeline.steps)
+        branches = 2 if example_calls.guided(self.pipeline, asked) else 1
+        return options["samples"] * branches * (steps + options["renoised_per_sample"])
+
     def caching(self) -> shards.Caching:
         """What keeping streams at a job's first block costs, from the rows that are recorded."""
-        options, rows = self.settings["distill"], self._recorded()
+        options, rows = self.settings["distill"], self.recorded()
         if rows is None or options["mode"] != "independent":
             return shards.NEVER
         taught = rows * (1 - self.settings["record"]["heldout_fraction"])
@@ -343,18 +360,6 @@ class Planner:
     def jobs(self, units: list[Unit]) -> list[list[Unit]]:
         """The units of every job of distill."""
         return shards.allot(units, self.settings["distill"]["shards"], self.caching())
-
-    def _streams(self, units: list[Unit]) -> dict[str, float]:
-        """Bytes of the streams that jobs of distill keep while they run; path -> bytes."""
-        caching, jobs = self.caching(), self.jobs(units)
-        options = self.settings["distill"]
-        rows = caching.fill * options["steps"] * options["batch_size"]
-        return {
-            f"state/distill{f'-{number}' if len(jobs) > 1 else ''}/inputs/": rows
-            * self._kept["streams"][shards.first_needed(students.parts_of(job))]
-            for number, job in enumerate(jobs)
-            if shards.cached(job, caching) and "streams" in self._kept
-        }
 
     def _distill(self, name: str, units: list[Unit]) -> Stage:
         """Eq. 6: the teacher once, then one student's graph after the other."""
@@ -377,7 +382,7 @@ class Planner:
             def run():
                 self._distillation_step(running, arguments, used, dtype)
 
-            return footprint.measured(run, running.values(), times).beside(_bytes_of(arguments))
+            return footprint.measured(run, running.values(), times).beside(bytes_of(arguments))
 
         modules = list(made.values())
         largest = max(modules, key=blocks.parameter_count)
@@ -482,7 +487,7 @@ class Planner:
         finally:
             if recompute:
                 model.disable_gradient_checkpointing()
-        return found.beside(_bytes_of(arguments))
+        return found.beside(bytes_of(arguments))
 
     def _batch(self, options: Mapping) -> int:
         """Samples per device; with processes: auto, all on one."""
@@ -556,81 +561,6 @@ class Planner:
             stage.note += "; gradients pass through the teacher" if there else "; without teacher"
         return stage
 
-    # -- disk
-
-    def disk(self) -> dict[str, float | None]:
-        """Bytes of every artifact that is large, uncompressed; path -> bytes."""
-        settings, count = self.settings, blocks.parameter_count
-        sequence = blocks.block_sequence(self.transformer)
-        extract = settings["extract"]
-        per_token = sum(
-            channels * (1 + (block is sequence[0]))
-            for block in sequence
-            for channels in self.channels(block).values()
-        )
-        tokens = 4 * extract["rows"] * extract["sample_tokens"] * per_token
-        found: dict[str, float | None] = {
-            "record/calls.parquet": self._calls(),
-            "activations/tokens.parquet": tokens,
-            "activations/, while extract runs": tokens,
-            "activations/moments.safetensors": sum(self.moments()),
-            "probes/probes.safetensors": sum(
-                8 * (channels**2 + channels)
-                for block in sequence
-                for channels in self.channels(block).values()
-            ),
-        }
-        if not self.every:
-            return found
-        staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
-        whole = sum(map(count, weightless.new_blocks(self.transformer, self.every).values()))
-        first = whole
-        if staged:
-            first = sum(map(count, weightless.new_blocks(self.transformer, self.depth).values()))
-        found["prune/students.safetensors"] = 4 * first
-        trained = {"distill": first}
-        trained |= {"narrow": whole} if staged else {}
-        trained |= {"subsets": whole} if settings["subsets"]["steps"] else {}
-        for stage, parameters in trained.items():
-            kind = settings["distill" if stage == "narrow" else stage]["optimizer"]
-            found[f"{stage}/students.safetensors"] = 4 * parameters
-            found[f"state/{stage}/"] = 4 * parameters + weightless.optimizer_bytes(parameters, kind)
-        found |= self._streams(self.depth if staged else self.every)
-        for variant in settings["variants"]:
-            parameters = self._variant_parameters(variant["budget"])
-            if variant["finetune_steps"]:
-                found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
-                kept = weightless.optimizer_bytes(parameters, settings["finetune"]["optimizer"])
-                found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
-            found[f"models/{variant['name']}/"] = self.dtype.itemsize * parameters
-        return found
-
-    def _variant_parameters(self, budget: float | Mapping) -> int:
-        """At most: what its budget allows, and no less than the whole selection leaves."""
-        total = blocks.parameter_count(self.transformer)
-        least = blocks.parameter_count(next(reversed(self.variants.values()))[0])
-        allowed = [
-            {"fraction": int(value * total), "parameters": int(value)}.get(kind, total)
-            for kind, value in limits(budget).items()
-        ]
-        return max(least, min([*allowed, total]))
-
-    def _calls(self) -> float | None:
-        """Bytes of calls.parquet."""
-        rows = self._recorded()
-        if self.example is None or rows is None:
-            return None
-        return rows * (_bytes_of(self.example(1, self.dtype)) + self._kept["answer"])
-
-    def _recorded(self) -> int | None:
-        """Rows of calls.parquet: of every step and branch, then the renoised ones."""
-        if self.pipeline is None:
-            return None
-        asked, options = self.settings["pipeline"], self.settings["record"]
-        steps = asked.get("num_inference_steps", self.pipeline.steps)
-        branches = 2 if example_calls.guided(self.pipeline, asked) else 1
-        return options["samples"] * branches * (steps + options["renoised_per_sample"])
-
 
 def _precision(options: Mapping) -> tuple[torch.dtype, float]:
     """What a step computes in, and how much larger gradients of float32 weights are than its."""
@@ -641,67 +571,5 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
-def _bytes_of(arguments: Mapping[str, Any]) -> int:
+def bytes_of(arguments: Mapping[str, Any]) -> int:
     return sum(v.nbytes for v in tree_leaves(dict(arguments)) if isinstance(v, Tensor))
-
-
-# ---- the table
-
-
-def rows(planner: Planner, gpus: Sequence[float]) -> Iterator[dict]:
-    """The rows of plan.parquet."""
-
-    def row(item, name, measure, value, unit, note="", block=-1, gpu=math.nan):
-        number = math.nan if value is None else float(value)
-        return {
-            "item": item,
-            "name": name,
-            "block": block,
-            "gpu_gib": float(gpu),
-            "measure": measure,
-            "value": number,
-            "unit": unit,
-            "note": note,
-        }
-
-    whole = None
-    for name, (model, block_map) in planner.variants.items():
-        counted = planner.flops(model)
-        per_block, total = counted or ([None] * len(block_map), None)
-        whole = whole or total
-        share = "by FLOPs, of the teacher's call"
-        for measure, value, unit, note in (
-            ("parameters", blocks.parameter_count(model), "parameters", ""),
-            (
-                "size",
-                weightless.weight_bytes(model),
-                "bytes",
-                f"in {planner.settings['teacher']['dtype']}",
-            ),
-            ("blocks", len(block_map), "blocks", ""),
-            ("flops", total, "FLOPs", "of one call, batch 1"),
-            ("latency share", total and total / whole, "share", share),
-        ):
-            yield row("variant", name, measure, value, unit, note)
-        for block, spent in zip(blocks.block_sequence(model), per_block, strict=True):
-            ends = block_map[block.index]
-            stands = f"for {ends[0]}" + (f" to {ends[-1]}" if len(ends) > 1 else "")
-            at = {"note": stands, "block": block.index}
-            count = blocks.parameter_count(block.module)
-            yield row("block", name, "parameters", count, "parameters", **at)
-            yield row("block", name, "flops", spent, "FLOPs", **at)
-            at["note"] += "; by FLOPs, of this variant's call"
-            yield row("block", name, "latency share", spent and spent / total, "share", **at)
-    for stage in planner.stages():
-        for part, value in stage.parts.items():
-            yield row("stage", stage.name, part, value, "bytes", stage.note)
-        for kind in ("resident", "offloaded", "least"):
-            yield row(
-                "stage", stage.name, f"peak {kind}", getattr(stage, kind), "bytes", stage.note
-            )
-        for gpu in gpus:
-            for kind in ("resident", "offloaded"):
-                fits = stage.fits(gpu, kind == "offloaded")
-                yield row("gpu", stage.name, f"fits {kind}", fits, "fits", gpu=gpu)
-    for path, value in planner.disk().items():
-        yield row("artifact", path, "size", value, "bytes", "at most, uncompressed")
