@@ -28,7 +28,8 @@ def settings(size: Size, kept: int | None = None, every: bool = False) -> dict:
     """
     moment = size.side**2 if every else max(4, size.side**2 // 40)
     kept = kept or min(4, moment)
-    return {"batch_size": size.batch, "moment_tokens": max(moment, kept), "sample_tokens": kept}
+    tokens = {"moment_tokens": max(moment, kept), "sample_tokens": kept}
+    return {"batch_size": size.batch, "checkpoint_every": 512, **tokens}
 
 
 def extract(teacher, path: Path, options: dict):

@@ -65,7 +65,12 @@ def _taught(program: str, start: str) -> Stage:
 
 STAGES = [
     Stage("record", {}, CALLS, state=True),
-    Stage("extract", CALLS, {"tokens": "tokens.parquet", "moments": "moments.safetensors"}),
+    Stage(
+        "extract",
+        CALLS,
+        {"tokens": "tokens.parquet", "moments": "moments.safetensors"},
+        state=True,
+    ),
     Stage(
         "probe",
         {"moments": "moments.safetensors", "tokens": "tokens.parquet"},
@@ -107,21 +112,6 @@ STAGES = [
         {"plan": "plan.json", "students": "start.safetensors"},
     ),
     _taught("distill", "start"),
-    Stage("allot", PLAN, {"shards": "shards.json"}),
-    Stage(
-        "join",  # of a job that has all of the units
-        {
-            "plan": "plan.json",
-            "students": "distill.safetensors",
-            "logs": "distill-log.parquet",
-            "costs": "distill-errors.parquet",
-        },
-        {
-            "output": "joined.safetensors",
-            "log_table": "joined-log.parquet",
-            "errors": "joined-errors.parquet",
-        },
-    ),
     _taught("narrow", "distill"),
     _taught("subsets", "narrow"),
     Stage(
@@ -144,6 +134,25 @@ STAGES = [
         {"metrics": "metrics.parquet", "images": "images.parquet"},
         state=True,
     ),
+]
+NAMED = {stage.program: stage for stage in STAGES}
+# Of other configs and targets, after the others.
+MORE = [
+    Stage("allot", PLAN, {"shards": "shards.json"}),
+    Stage(
+        "join",  # of a job that has all of the units
+        {
+            "plan": "plan.json",
+            "students": "distill.safetensors",
+            "logs": "distill-log.parquet",
+            "costs": "distill-errors.parquet",
+        },
+        {
+            "output": "joined.safetensors",
+            "log_table": "joined-log.parquet",
+            "errors": "joined-errors.parquet",
+        },
+    ),
     Stage(
         "calibrate",
         {name: path for name, path in SEARCHED.items() if name != "tokens"},
@@ -165,7 +174,6 @@ STAGES = [
         configured=False,
     ),
 ]
-NAMED = {stage.program: stage for stage in STAGES}
 
 
 def settings(teacher: Path, folder: Path) -> dict:
@@ -185,7 +193,8 @@ def settings(teacher: Path, folder: Path) -> dict:
             "renoised_per_sample": 1,
             "heldout_fraction": 0.5,
         },
-        "extract": {"rows": 8, "batch_size": 4, "sample_tokens": 8, "moment_tokens": 8},
+        "extract": {"rows": 8, "batch_size": 4, "sample_tokens": 8, "moment_tokens": 8}
+        | {"checkpoint_every": 4},
         "probe": {"ridge": 0.01},
         "similarity": {"bootstrap": 2},
         "sensitivity": {"rows": 3, "longest": 3},

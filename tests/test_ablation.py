@@ -84,7 +84,12 @@ def run(tmp_path_factory):
     moments, map_ = folder / "moments.safetensors", folder / "blocks.parquet"
     state, quality = folder / "state", folder / "quality.parquet"
     stages = {
-        "extract": {"calls": at["calls"], "moments": moments, "tokens": at["tokens"]},
+        "extract": {
+            "calls": at["calls"],
+            "state": state,
+            "moments": moments,
+            "tokens": at["tokens"],
+        },
         "probe": {
             "moments": moments,
             "tokens": at["tokens"],

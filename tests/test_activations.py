@@ -8,11 +8,10 @@ import pytest
 import tiny
 import torch
 
-from ppcl import activations, calls, devices, schemas, tables
+from ppcl import activations, calls, devices, schemas, tables, token_store
 from ppcl.errors import UserError
 
 CPU = torch.device("cpu")
-SCRATCH = Path(tempfile.gettempdir())
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background", "4 in red", "a green 9"]
 DEPTH = 5
 
@@ -32,8 +31,13 @@ def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3):
         "batch_size": batch_size,
         "moment_tokens": moment_tokens,
         "sample_tokens": sample_tokens,
+        "checkpoint_every": 10**6,
     }
-    return activations.collect(transformer, reader, rows, options, 0, CPU, SCRATCH, tiny.NoBar())
+    # The files stay open, and may go.
+    with tempfile.TemporaryDirectory() as folder:
+        return activations.collect(
+            transformer, reader, rows, options, 0, CPU, Path(folder), tiny.NoBar()
+        )
 
 
 @torch.no_grad()
@@ -238,23 +242,97 @@ def test_tokens_are_in_one_order_at_every_boundary(world, sampled):
             assert any(matches), (stream, j)
 
 
-def test_a_store_has_no_name_and_gives_back_what_it_got(tmp_path):
+def test_a_store_gives_back_what_it_got(tmp_path):
     rng = np.random.default_rng(0)
     parts = [rng.normal(size=(4, n, 6)).astype(np.float32) for n in (3, 0, 2, 1)]
-    store = activations.Store(tmp_path, (4, 9, 6))
+    store = token_store.Store(tmp_path / "a", (4, 9, 6))
     for part in parts:
         store.append(part)
-    assert not list(tmp_path.iterdir())
     assert store.shape == (4, 6, 6)
     np.testing.assert_array_equal(np.stack(list(store)), np.concatenate(parts, axis=1))
+    with open(tmp_path / "a", "r+b") as file:
+        file.seek(4 * 9 * 6 * 2 + 5)
+        file.write(b"!")
+    store[1]
+    with pytest.raises(UserError, match=f"a is not what was written; delete {tmp_path} and rerun"):
+        store[2]
 
 
-def test_a_full_disk_ends_a_store_in_one_line(tmp_path, monkeypatch):
-    full = lambda dir, buffering: open("/dev/full", "w+b", buffering=buffering)  # noqa: E731
-    monkeypatch.setattr(activations.tempfile, "TemporaryFile", full)
-    store = activations.Store(tmp_path, (2, 4, 3))
-    with pytest.raises(UserError, match=f"{tmp_path}: No space left.*make room on this disk"):
+def test_a_full_disk_ends_a_store_in_one_line(tmp_path):
+    (tmp_path / "image.tokens").symlink_to("/dev/full")
+    store = token_store.Store(tmp_path / "image.tokens", (2, 4, 3))
+    with pytest.raises(UserError, match=r"image\.tokens: No space left.*make room on this disk"):
         store.append(np.ones((2, 2, 3), np.float32))
+
+
+class Killed(Exception):
+    """In place of a kill."""
+
+
+class Deadly(tiny.NoBar):
+    """Ends the program after so many updates."""
+
+    def __init__(self, updates):
+        self.left, self.seen = updates, []
+
+    def update(self, count):
+        self.seen.append(count)
+        self.left -= 1
+        if not self.left:
+            raise Killed
+
+
+def collect_in(folder, world, bar, identity="i"):
+    """In batches of 4, with a checkpoint every 8 rows."""
+    transformer, reader = world
+    options = {"batch_size": 4, "moment_tokens": 9, "sample_tokens": 3, "checkpoint_every": 8}
+    rows = np.arange(len(reader))
+    return activations.collect(transformer, reader, rows, options, 0, CPU, folder, bar, identity)
+
+
+def assert_same(one, other):
+    assert one[0].sums.keys() == other[0].sums.keys() and one[1].keys() == other[1].keys()
+    assert all(torch.equal(value, other[0].sums[key]) for key, value in one[0].sums.items())
+    for stream, sample in one[1].items():
+        for name, value in sample.items():
+            np.testing.assert_array_equal(np.array(list(value)) if name == "value" else value,
+                np.array(list(other[1][stream][name])) if name == "value"
+                else other[1][stream][name])  # fmt: skip
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("killed_after", [1, 3, 4])
+def test_killed_and_resumed_is_uninterrupted_to_the_bit(
+    world, tmp_path, monkeypatch, apart, killed_after
+):
+    monkeypatch.setattr(devices, "free_memory", lambda _: 1 if apart else None)
+    whole = collect_in(tmp_path / "whole", world, Deadly(99))
+    with pytest.raises(Killed):
+        collect_in(tmp_path / "killed", world, Deadly(killed_after + 1))
+    bar = Deadly(99)
+    resumed = collect_in(tmp_path / "killed", world, bar)
+    assert bar.seen[0] == 8 * (killed_after // 2)  # as far as the last checkpoint
+    assert sum(bar.seen) == len(world[1])
+    assert_same(whole, resumed)
+
+
+def test_what_a_killed_run_left_is_used_only_if_it_is_whole_and_of_this_run(world, tmp_path):
+    with pytest.raises(Killed):
+        collect_in(tmp_path, world, Deadly(4))
+    bar = Deadly(99)
+    collect_in(tmp_path, world, bar, identity="another")
+    assert bar.seen[0] == 0
+    with pytest.raises(Killed):
+        collect_in(tmp_path, world, Deadly(4), identity="third")
+    path = tmp_path / "text.tokens"
+    content = bytearray(path.read_bytes())
+    content[4] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"text\.tokens is not what was written; delete"):
+        collect_in(tmp_path, world, Deadly(99), identity="third")
+    path.unlink()
+    with pytest.raises(UserError, match=r"text\.tokens: No such file.*removed while"):
+        collect_in(tmp_path, world, Deadly(99), identity="third")
 
 
 def test_nan_activations_name_block_and_stream(world):

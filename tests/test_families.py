@@ -176,7 +176,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
 
     wide = settings["width"]["enabled"]
     run("record", "calls", "state")
-    run("extract", "calls", "tokens", "moments")
+    run("extract", "calls", "state", "tokens", "moments")
     run("probe", "moments", "tokens", "probes_table", "probes")
     run("similarity", "probes", "tokens", "cka", "blocks")
     run("sensitivity", "calls", "state", table=at["sensitivity"])

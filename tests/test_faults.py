@@ -35,7 +35,8 @@ FAULTS = [
 ]
 # These take too long for a few trials: evaluate starts processes that import everything anew.
 LONG = ("evaluate", "calibrate", "ablate", "gather")
-PLAYED = [s for s in stages.STAGES if s.program not in LONG or "PPCL_FAULTS" in os.environ]
+EVERY = [*stages.STAGES, *stages.MORE]
+PLAYED = [s for s in EVERY if s.program not in LONG or "PPCL_FAULTS" in os.environ]
 MEASURED = ("seconds", "latency", "peak_memory")
 
 

@@ -91,7 +91,7 @@ def folder(tiny_teacher, tmp_path_factory):
     calls.write(folder / "calls.parquet", [table.schema for table in found], found, {})
     reader = calls.Reader(folder / "calls.parquet")
     blocks.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)
-    options = {"batch_size": 16, "moment_tokens": 16, "sample_tokens": 4}
+    options = {"batch_size": 16, "moment_tokens": 16, "sample_tokens": 4, "checkpoint_every": 99}
     moments, samples = activations.collect(
         pipe.transformer,
         reader,

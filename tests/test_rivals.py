@@ -76,7 +76,7 @@ def planted(folder, silent):
         transformer,
         reader,
         np.arange(len(reader)),
-        {"batch_size": 12, "moment_tokens": 16, "sample_tokens": 5},
+        {"batch_size": 12, "moment_tokens": 16, "sample_tokens": 5, "checkpoint_every": 99},
         0,
         torch.device("cpu"),
         folder,

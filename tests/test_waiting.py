@@ -105,7 +105,7 @@ def test_extraction_reads_from_the_device_once_a_call(
         return np.ones(x.shape, bool if x.dtype == torch.bool else np.float32)
 
     monkeypatch.setattr(activations, "_on_host", answer)
-    options = {"batch_size": 4, "moment_tokens": 4, "sample_tokens": 2}
+    options = {"batch_size": 4, "moment_tokens": 4, "sample_tokens": 2, "checkpoint_every": 99}
     model = copy.deepcopy(teacher).to(META)
     rows = reader.rows()
     activations.collect(model, reader, rows, options, 0, META, tmp_path, tiny.NoBar())

@@ -26,11 +26,12 @@ rule extract:
         runtime=minutes("extract", 120),
     params:
         config=subset("seed", "device", "teacher", "extract"),
+        state=result("state/extract"),
         code=code("extract.py"),
     message:
         "Extracting activations of every block"
     shell:
         "python {input.script} --config {params.config:q} "
-        "--calls {input.calls} "
+        "--calls {input.calls} --state {params.state} "
         "--tokens {output.tokens} "
         "--moments {output.moments} 2>&1 | tee {log}"

@@ -23,6 +23,7 @@ from ppcl import (
     pipelines,
     provenance,
     tensors,
+    training,
 )
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet to replay")
+    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--tokens", type=Path, required=True, help="tokens.parquet to write")
     parser.add_argument("--moments", type=Path, required=True, help="moments.safetensors to write")
     args = parser.parse_args()
@@ -49,9 +51,12 @@ def main() -> None:
     rows = choose_rows(reader, options["rows"], seed)
     device = devices.choose(settings["device"])
     transformer = pipelines.load_transformer(settings["teacher"], device, compiled=True)
+    identity = training.identity(Path(__file__), settings, [args.calls])
+    # A folder of its own, so that a run of other settings can't write over its tokens.
+    folder = args.state / identity[:16]
     with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
         moments, samples = activations.collect(
-            transformer, reader, rows, options, seed, device, args.tokens.parent, bar
+            transformer, reader, rows, options, seed, device, folder, bar, identity
         )
     sequence = blocks.block_sequence(transformer)
     facts = {
@@ -63,6 +68,7 @@ def main() -> None:
     stamp = provenance.stamp(settings, rows=len(rows)) | facts
     tensors.write(args.moments, moments.sums, stamp)
     activations.write_sample(args.tokens, samples, stamp)
+    training.forget(args.state)
 
 
 if __name__ == "__main__":

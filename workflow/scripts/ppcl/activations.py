@@ -4,12 +4,8 @@ Boundary b is the input of block b, boundary M the output of the last block, so 
 i is boundary i + 1.
 """
 
-import contextlib
-import errno
 import json
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +13,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, devices, errors, probes, schemas, seals, tables
+from ppcl import blocks, calls, devices, probes, schemas, seals, tables, token_store
 from ppcl.errors import UserError
 
 
@@ -38,6 +34,12 @@ class Moments:
         self._device, self._apart = devices.statistics_device(device), apart
         self._waiting: dict[tuple[str, int | str], list[tuple[Tensor, Tensor]]] = {}
         self.sums: dict[str, Tensor] = {}
+
+    def put(self, sums: Mapping[str, Tensor]) -> None:
+        """Starts from these sums."""
+        rest = torch.device("cpu") if self._apart else self._device
+        # Copies: what was read from a file may lie at any address, and then rounds in another way.
+        self.sums = {name: value.to(rest, copy=True) for name, value in sums.items()}
 
     def add(self, stream: str, block: int | str, x: Tensor, after: Tensor) -> None:
         """Adds tokens, on the device or on their way (see `settle`).
@@ -126,28 +128,35 @@ def collect(
     device: torch.device,
     folder: Path,
     progress,
+    identity: str = "",
 ) -> tuple[Moments, dict[str, dict]]:
     """Replays recorded calls and returns the probes' moments and the token sample.
 
     Args:
         rows: row numbers of the calls to replay, of both splits.
-        settings: batch_size; moment_tokens and sample_tokens per row and stream.
-        folder: on a disk with room for the token sample, which is kept there without a name.
+        settings: batch_size; moment_tokens and sample_tokens per row and stream;
+            checkpoint_every so many rows.
+        folder: where the token sample is kept, and a checkpoint, from which a killed run goes on.
+        identity: digest of what decides the result, for checkpoints; others are not used.
 
     Returns:
-        The moments (rows of the fit split only), and per stream the sample: `value`, a `Store`
-        [boundaries, n, d], the number of its `first` boundary, and n-vectors `prompt`, `step`,
-        `timestep`, `token`, `heldout`.
+        The moments (rows of the fit split only), and per stream the sample: `value`, a
+        `token_store.Store` [boundaries, n, d], the number of its `first` boundary, and n-vectors
+        `prompt`, `step`, `timestep`, `token`, `heldout`.
 
     Raises:
         UserError: an activation is NaN or infinite; says the block and the stream. Or there is no
-            room for the sample.
+            room for the sample, or what a killed run left is damaged.
     """
     sequence = blocks.block_sequence(transformer)
+    sample = token_store.resume(folder, identity)
     moments = Moments(device, apart=devices.free_memory(device) is not None)
-    samples, first = {}, {}
-    stores: dict[str, Store] = {}
-    for recorded in reader.batches(rows, settings["batch_size"], device):
+    moments.put(sample.sums)
+    size, most = settings["batch_size"], len(rows) * settings["sample_tokens"]
+    regular = max(1, settings["checkpoint_every"] // size)
+    every = reader.in_batches(rows, size)
+    progress.update(sum(map(len, every[: sample.batches])))
+    for recorded in reader.batches(rows, size, device, start=sample.batches):
         batch = recorded.to(device)
         fit = torch.from_numpy(np.flatnonzero(~batch.rows["heldout"])).to(device)
         family = blocks.family(transformer)
@@ -156,6 +165,7 @@ def collect(
         many: dict[str, Tensor] = {}
         few: dict[str, Tensor] = {}
         lengths: dict[str, int] = {}
+        first: dict[str, int] = {}
         kept: dict[str, list[Tensor]] = {}
         finite: dict[tuple[int, str], Tensor] = {}
 
@@ -209,82 +219,18 @@ def collect(
             places = positions[stream]
             found = {k: np.repeat(v, places.shape[1]) for k, v in per_row.items()}
             found["token"] = places.ravel()
-            if stream not in stores:
-                most = len(rows) * settings["sample_tokens"]
-                stores[stream] = Store(folder, (len(values), most, values.shape[2]))
-            stores[stream].append(values)
-            samples.setdefault(stream, []).append(found)
+            sample.add(stream, values, found, first[stream], most)
+        sample.batches += 1
+        if sample.batches % regular == 0 and sample.batches < len(every):
+            moments.settle(everything=True)
+            sample.sums = moments.sums
+            sample.save(identity)
         progress.update(len(batch))
     moments.settle(everything=True)
-    joined = {
-        stream: {k: np.concatenate([p[k] for p in parts]) for k in parts[0]}
-        | {"first": first[stream], "value": stores[stream]}
-        for stream, parts in samples.items()
+    return moments, {
+        stream: sample.joined(stream) | {"first": sample.first[stream], "value": store}
+        for stream, store in sample.stores.items()
     }
-    return moments, joined
-
-
-class Store:
-    """Tokens of a stream at all boundaries, [boundaries, n, d] float32, on disk: main memory must
-    not grow with their number. Tokens are added a call at a time, and read a boundary at a time.
-
-    Args:
-        folder: for the file. It has no name, and is gone whatever ends the program.
-        shape: boundaries, the most tokens that there can be, channels.
-
-    Raises:
-        UserError, here and in all methods: the disk is full or fails.
-    """
-
-    def __init__(self, folder: Path, shape: tuple[int, int, int]):
-        self._folder, self._most = folder, shape
-        self._length = 0
-        with self._disk():
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return self._most[0], self._length, self._most[2]
-
-    def __len__(self) -> int:
-        return self._most[0]
-
-    def append(self, values: np.ndarray) -> None:
-        """Adds tokens [boundaries, tokens, d] float32."""
-        with self._disk():
-            for boundary, value in enumerate(values):
-                self._seek(boundary, self._length)
-                left = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8))
-                while len(left):
-                    left = left[self._file.write(left) :]
-        self._length += values.shape[1]
-
-    def __getitem__(self, boundary: int) -> np.ndarray:
-        """The tokens of a boundary, [n, d]."""
-        if not 0 <= boundary < len(self):
-            raise IndexError(boundary)
-        value = np.empty(self.shape[1:], np.float32)
-        left = memoryview(value.reshape(-1).view(np.uint8))
-        with self._disk():
-            self._seek(boundary, 0)
-            while len(left):
-                if not (read := self._file.readinto(left)):
-                    raise OSError(errno.EIO, os.strerror(errno.EIO))
-                left = left[read:]
-        return value
-
-    def _seek(self, boundary: int, token: int) -> None:
-        self._file.seek(4 * (boundary * self._most[1] + token) * self._most[2])
-
-    @contextlib.contextmanager
-    def _disk(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if (reason := errors.trouble(error, self._folder)) is None:
-                raise
-            raise UserError(reason) from error
 
 
 def _gather(x: Tensor, positions: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ def sizes(planner: Planner) -> dict[str, float | None]:
     found: dict[str, float | None] = {
         "record/calls.parquet": _calls(planner),
         "activations/tokens.parquet": tokens,
-        "activations/, while extract runs": tokens,
+        # While it runs: two checkpoints are there while one is replaced.
+        "state/extract/": tokens + 2 * sum(planner.moments()),
         "activations/moments.safetensors": sum(planner.moments()),
         "probes/probes.safetensors": sum(
             8 * (channels**2 + channels)

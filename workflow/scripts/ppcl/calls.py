@@ -390,17 +390,24 @@ class Reader:
         choices = rows[self._bucket_of[rows] == bucket]
         return rng.choice(choices, size=size, replace=len(choices) < size)
 
-    def batches(self, rows: np.ndarray, size: int, device: torch.device = CPU) -> Iterator["Batch"]:
-        """All of `rows`, in batches of at most `size`, bucket by bucket; the next one is read while
-        the present one is in use.
-
-        Args:
-            device: where they will be needed (`Batch.pinned`); they are on the CPU.
-        """
+    def in_batches(self, rows: np.ndarray, size: int) -> list[np.ndarray]:
+        """All of `rows` in batches of at most `size`, bucket by bucket."""
         every = []
         for bucket in np.unique(self._bucket_of[rows]):
             members = rows[self._bucket_of[rows] == bucket]
             every += [members[start : start + size] for start in range(0, len(members), size)]
+        return every
+
+    def batches(
+        self, rows: np.ndarray, size: int, device: torch.device = CPU, start: int = 0
+    ) -> Iterator["Batch"]:
+        """The batches of `in_batches` from number `start` on; the next one is read while the
+        present one is in use.
+
+        Args:
+            device: where they will be needed (`Batch.pinned`); they are on the CPU.
+        """
+        every = self.in_batches(rows, size)[start:]
         ahead = Ahead(lambda number: self.batch(every[number]).pinned(device), len(every))
         yield from map(ahead, range(len(every)))
 

@@ -25,7 +25,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
     """Writes tensors atomically; aliases and views are stored as contiguous copies."""
     with whole.writing(path) as temporary:
         safetensors.torch.save_file(
-            {k: t.detach().cpu().contiguous().clone() for k, t in tensors.items()},
+            _whole_and_apart(tensors),
             temporary,
             metadata=dict(metadata) | {_DATA: _NO_DIGEST, seals.KEY: seals.EMPTY},
         )
@@ -35,6 +35,20 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             header = seals.seal(header.replace(empty, f'"{_DATA}":"{data}"'.encode()))
             file.write(header)
         os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that only we can read
+
+
+def _whole_and_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each all of its storage, which safetensors asks for; copied only if
+    that is not so."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(storage.data_ptr())
+        found[name] = tensor
+    return found
 
 
 def metadata(path: str | Path) -> dict[str, str]:
