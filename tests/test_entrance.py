@@ -187,7 +187,7 @@ def test_streams_of_another_job_are_not_used(job, tmp_path, caplog):
     before = files(tmp_path)
     assert same(job("mine"), job(plain=True))
     assert all(files(tmp_path)[name] != when for name, when in before.items())
-    assert "belongs to other settings or inputs" in caplog.text
+    assert "files belong to other settings or inputs" in caplog.text
 
 
 # ---- no room
@@ -203,7 +203,6 @@ def test_without_room_the_teacher_runs_from_its_first_block(job, tmp_path, monke
         if how == "little free":
             patch.setattr(shutil, "disk_usage", lambda _: FREE(9, 9, 999))
         else:
-            patch.setattr(tensors, "opened", None)  # nothing is read
             write = tensors.write
 
             def second(path, *rest):
@@ -212,13 +211,31 @@ def test_without_room_the_teacher_runs_from_its_first_block(job, tmp_path, monke
             patch.setattr(tensors, "write", second)
         with pytest.raises(UserError, match="no room for the teacher's streams .*never"):
             job(cache_inputs="always")
-        assert not (tmp_path / "inputs").exists()
+        assert entrance.GIVEN_UP not in files(tmp_path)  # it can go on when there is room
         assert same(job(), job(plain=True))
         assert files(tmp_path).keys() == {entrance.GIVEN_UP}
     assert same(job(), job(plain=True))  # a resumed job does not decide again
     assert files(tmp_path).keys() == {entrance.GIVEN_UP}
     job("another")
     assert len(files(tmp_path)) == 4
+
+
+@pytest.mark.parametrize("left", ["another run's", "one damaged"])
+def test_what_is_there_needs_no_room_twice(job, tmp_path, monkeypatch, left):
+    """A disk of half as much again as the files of a killed run take."""
+    inputs = tmp_path / "inputs"
+    job("before")
+    size = sum(path.stat().st_size for path in inputs.iterdir())
+
+    def usage(_):
+        used = sum(path.stat().st_size for path in inputs.glob("*.safetensors"))
+        return FREE(3 * size // 2, used, 3 * size // 2 - used)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    if left == "one damaged":
+        flip(inputs / "0.safetensors")
+    job("before" if left == "one damaged" else "after")
+    assert len(files(tmp_path)) == 3 and entrance.GIVEN_UP not in files(tmp_path)
 
 
 def test_a_write_that_fails_otherwise_is_no_lack_of_room(job, monkeypatch):

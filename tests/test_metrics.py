@@ -51,6 +51,16 @@ def test_psnr_is_the_definition_and_bounded():
     assert metrics.psnr(a, a) == pytest.approx(10 * math.log10(255**2 * 12))
 
 
+def test_ssim_of_pictures_smaller_than_its_window():
+    small = [p[:4, :5] for p in pictures(2)]
+    mirrored = []
+    for p in small:
+        tall = np.concatenate([p, p[::-1], p])[:11]
+        mirrored.append(np.concatenate([tall, tall[:, ::-1], tall], axis=1)[:, :11])
+    assert metrics.ssim(*small) == pytest.approx(metrics.ssim(*mirrored))
+    assert metrics.ssim(small[0], small[0]) == 1 > metrics.ssim(*small)
+
+
 def test_ssim_is_the_formula_of_wang_et_al():
     a, b = pictures(2)
     x, y = a.astype(float), b.astype(float)

@@ -12,6 +12,7 @@ noise level of Delta's rise, per stream, is written into cka.parquet's provenanc
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from tqdm import tqdm
 
 from ppcl import config, devices, errors, probes, provenance, schemas, similarity, tables, tensors
 from ppcl.activations import TokenReader
+
+log = logging.getLogger(__name__)
 
 
 def cka_rows(stream: str, draws: np.ndarray) -> tuple[pd.DataFrame, float]:
@@ -82,6 +85,9 @@ def main() -> None:
         shape = read(present[0]).shape
         needed = similarity.memory(shape, len(present), chosen)
         here = {"stream": stream, "device": devices.with_room(wanted, needed)}
+        if here["device"] != wanted:
+            room = needed / 2**30
+            log.warning("stream %s: on the CPU: %s has no %.3g GiB free", stream, wanted, room)
         progress = tqdm(range(depth), desc=f"runs, {stream}, {here['device']}", unit="block")
         draws[stream] = similarity.surrogate_cka(
             read, fitted, plan, reference=chosen["reference"], steps=progress, **here, **how

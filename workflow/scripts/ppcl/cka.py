@@ -41,7 +41,9 @@ def resamples(prompts: np.ndarray, draws: int, seed: int, estimator: str) -> Res
     Whole prompts are drawn, since tokens of one image are not independent. "plain" draws the groups
     with replacement. "debiased" draws half of them without: a token that is drawn twice meets
     itself off the diagonal and brings back the very bias that HSIC_1 removes, while a half-sample
-    has the same variance as a bootstrap sample (Efron 1982, ch. 8) and no token twice.
+    has the same variance as a bootstrap sample (Efron 1982, ch. 8) and no token twice. Of an odd
+    number of groups, it draws the smaller and the larger half in turns: their variances are those
+    of a bootstrap times (g + 1) / (g - 1) and its inverse.
 
     Raises UserError if there are no tokens.
     """
@@ -57,9 +59,10 @@ def resamples(prompts: np.ndarray, draws: int, seed: int, estimator: str) -> Res
     weights = np.ones((1 + draws, groups))
     generator = np.random.default_rng(seed)
     if groups > 1:
-        for row in weights[1:]:
+        for number, row in enumerate(weights[1:]):
             if estimator == "debiased":
-                row[generator.permutation(groups)[: groups // 2]] = 0
+                left_out = (groups + 1 - number % 2) // 2
+                row[generator.permutation(groups)[:left_out]] = 0
             else:
                 row[:] = generator.multinomial(groups, np.full(groups, 1 / groups))
     return Resamples(order, offsets, weights)

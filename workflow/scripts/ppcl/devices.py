@@ -123,7 +123,11 @@ def size(module: nn.Module) -> int:
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that are free on a device with memory of its own, else None."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    if device.type != "cuda":
+        return None
+    # What torch keeps for later is free too.
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def with_room(device: torch.device, needed: int) -> torch.device:

@@ -17,9 +17,10 @@ from ppcl.plans import Part, Unit
 # TFLOP/s, if plan.tflops names none. An A100's peak is 312 in bf16, of which large products leave a
 # third; a CPU's is that of two cores in float32.
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.02
-# Of a GPU's speed in bf16, what float32 leaves, and float64 too (an A100's peaks are 312, 19.5 and
-# 19.5); of a CPU's in float32, what float64 does.
-FLOAT32, CPU_FLOAT64 = 1 / 16, 1 / 2
+# Of a GPU's speed in bf16, what float32 leaves (an A100's peaks are 312 and 19.5), and float64 on
+# one that is not made for it, or on a server's CPU, which does it where the GPU has no room; of a
+# CPU's in float32, what float64 does.
+FLOAT32, GPU_FLOAT64, CPU_FLOAT64 = 1 / 16, 1 / 200, 1 / 2
 # A training step is a forward pass and a backward one of twice its FLOPs; checkpointing repeats the
 # forward pass.
 STEP, CHECKPOINTED = 3, 4
@@ -215,7 +216,7 @@ def speed(settings: Mapping, work: Work) -> float:
     cpu = settings["device"] == "cpu"
     given = settings["plan"]["tflops"] or (CPU_TFLOPS if cpu else GPU_TFLOPS)
     if work.float64:
-        return 1e12 * given * (CPU_FLOAT64 if cpu else FLOAT32)
+        return 1e12 * given * (CPU_FLOAT64 if cpu else GPU_FLOAT64)
     low = (
         settings[work.trains]["mixed_precision"] != "no"
         if work.trains

@@ -193,6 +193,9 @@ class Inputs:
         main = self._accelerator.is_main_process
         if self._gave_up():
             return
+        if main:
+            self._put_away()
+        self._accelerator.wait_for_everyone()
         reason = self._fill()
         # All or none: a step of one process must not differ from that of another.
         failed = torch.tensor([float(bool(reason))], device=self._accelerator.device)
@@ -200,7 +203,7 @@ class Inputs:
             self._entrance = Entrance(self._transformer, self.first)
             return
         reason = reason or "another process says why"
-        if main:
+        if main and not self._required:  # else it goes on when there is room
             shutil.rmtree(self._folder, ignore_errors=True)
         self._accelerator.wait_for_everyone()
         if self._required:
@@ -231,7 +234,7 @@ class Inputs:
             with self._accelerator.autocast():
                 found = streams_before(self._transformer, self.first, batch.arguments)
             size = sum(value.nbytes for value in found.values())
-            if reason := self._short_of_room(size * (len(self._groups) - number)):
+            if reason := self._short_of_room(size * self._missing()):
                 return reason
             written = {"identity": self._identity, "rows": _text(rows)}
             try:
@@ -243,6 +246,25 @@ class Inputs:
             if stopping.warned():  # what is written is kept
                 stopping.end()
         return ""
+
+    def _put_away(self) -> None:
+        """Removes what runs of other settings or code left, which would be in the way."""
+        foreign = 0
+        for path in self._folder.glob("*.safetensors"):
+            try:
+                if tensors.metadata(path).get("identity") == self._identity:
+                    continue
+                foreign += 1
+            except UserError as error:
+                log.warning("%s; it is made again", error)
+            path.unlink(missing_ok=True)
+        if foreign:
+            text = "%s: %s files belong to other settings or inputs; they are made again"
+            log.warning(text, self._folder, foreign)
+
+    def _missing(self) -> int:
+        """How many files are not there, of all processes."""
+        return len(self._groups) - sum(1 for _ in self._folder.glob("*.safetensors"))
 
     def _short_of_room(self, needed: int) -> str:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -263,6 +285,7 @@ class Inputs:
             self._opened(number)
         except UserError as error:
             log.warning("%s; it is made again", error)
+            self._path(number).unlink(missing_ok=True)
             return False
         return True
 

@@ -67,11 +67,17 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
     return float(10 * np.log10(LARGEST**2 / max(error, ROUNDING_ERROR)))
 
 
+SSIM_WINDOW = 11
+
+
 def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
     """Structural similarity of two 8-bit pictures [height, width, channels], mean over channels.
 
     With the settings of Wang et al. (2004): a Gaussian window of 11 x 11 pixels, sigma 1.5.
+    Pictures that are smaller than that are mirrored at their edges.
     """
+    beyond = [(0, max(0, SSIM_WINDOW - side)) for side in picture.shape[:2]]
+    picture, reference = (np.pad(p, [*beyond, (0, 0)], "symmetric") for p in (picture, reference))
     return float(
         structural_similarity(
             picture,

@@ -235,7 +235,10 @@ class Planner:
         ]
         at_once = max(8 * (3 * (d + added) * d + d * d) for d in widths)
         stage = self._still("extract", options["batch_size"], statistics=at_once)
-        waiting = sum(2 * (d + added) * d * self.dtype.itemsize for d in widths)
+        waiting = sum(
+            2 * math.ceil((d + added) / added) * _pinned(added * d * self.dtype.itemsize)
+            for d in widths
+        )
         stage.parts["main memory"] = sums + waiting
         return stage
 
@@ -355,7 +358,9 @@ class Planner:
             return shards.NEVER
         taught = rows * (1 - self.settings["record"]["heldout_fraction"])
         visits = options["steps"] * options["batch_size"]
-        return shards.Caching(options["cache_inputs"], min(1, taught / visits))
+        # Of so many draws, what is drawn at all.
+        drawn = taught * (1 - (1 - 1 / max(2, taught)) ** visits)
+        return shards.Caching(options["cache_inputs"], min(1, drawn / visits))
 
     def jobs(self, units: list[Unit]) -> list[list[Unit]]:
         """The units of every job of distill."""
@@ -565,6 +570,11 @@ class Planner:
 def _precision(options: Mapping) -> tuple[torch.dtype, float]:
     """What a step computes in, and how much larger gradients of float32 weights are than its."""
     return (torch.bfloat16, 2.0) if options["mixed_precision"] == "bf16" else (torch.float32, 1.0)
+
+
+def _pinned(size: int) -> int:
+    """Bytes of main memory that torch takes for so many, to which copies need not be waited for."""
+    return 1 << (size - 1).bit_length()
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
