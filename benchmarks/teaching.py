@@ -143,19 +143,19 @@ def memory(size: Size, folder: Path) -> list[Ratio]:
         ),
         Ratio(
             NAME,
-            f"peak beside teacher and states, {many} / 1 students",
-            all_["beside"] / mib,
-            one["beside"] / mib,
+            f"activations and graphs alone, {many} / 1 students",
+            all_["alone"] / mib,
+            one["alone"] / mib,
             "MiB",
-            1.10,
-            note="activations and graphs alone",
+            note="gradients are dropped; the teacher's streams wait for each student's turn",
         ),
     ]
 
 
 def _step_bytes(size: Size, path: Path, count: int) -> dict[str, int]:
-    """Of a step of `count` students: the teacher, the states, one student's graph alone, and what
-    the step needs beside teacher and states."""
+    """Of a step of `count` students: the teacher, the states, one student's graph alone, what the
+    step needs beside teacher and states, and what it needs if no gradient is kept: at the peak not
+    all gradients are there yet, and activations may take their place."""
     steps, arguments = teach(size, path, count)
     steps.step()  # makes the moments
     weights = sum(tensors_of(student) for student in steps.taught.values())
@@ -167,13 +167,16 @@ def _step_bytes(size: Size, path: Path, count: int) -> dict[str, int]:
         outputs = student(**lesson.bound)
         torch.autograd.backward(outputs, [torch.ones_like(x) for x in outputs])
 
-    graph = measuring.torch_peak(one) - tensors_of(student)
-    student.zero_grad(set_to_none=True)
+    every = [p for module in steps.taught.values() for p in module.parameters()]
+    for parameter in every:
+        parameter.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    graph, alone = measuring.torch_peak(one), measuring.torch_peak(steps.step)
     return {
         "teacher": tensors_of(steps.teacher),
         "states": 4 * weights,  # weights, gradients, two moments
         "graph": graph,
         "beside": beside,
+        "alone": alone,
     }
 
 

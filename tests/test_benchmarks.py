@@ -30,7 +30,7 @@ TINY = material.SIZES["tiny"]
 @pytest.fixture
 def in_place(monkeypatch):
     """No processes of their own: importing torch once more takes longer than all the rest."""
-    monkeypatch.setattr(measuring, "fresh", lambda function, *given: function(*given))
+    monkeypatch.setattr(measuring, "fresh", lambda function, *given, **_: function(*given))
     monkeypatch.setattr(measuring, "process_peak", lambda run: run() or 1)
     # Nor machine code of blocks, which takes longer still.
     eager = functools.partial(devices.compile_blocks, backend="aot_eager")
@@ -40,7 +40,7 @@ def in_place(monkeypatch):
 @pytest.mark.parametrize(
     ("benchmark", "count"),
     [
-        (extraction.run, 5),
+        (extraction.run, 6),
         (cka.run, 5),
         (teaching.floor, 2),
         (teaching.memory, 2),
