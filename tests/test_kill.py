@@ -175,7 +175,7 @@ def test_killed_with_one_process_goes_on_with_two(world, distilled):
     paths = distill_paths(world, "one-two")
     distill(kept(world), paths, 1, kill=True)
     printed = distill(kept(world), paths, 2)
-    assert "belongs to other settings or inputs; delete it and rerun; it is made again" in printed
+    assert "belong to other settings or inputs; they are made again" in printed
     assert "resuming" in printed and not paths["state"].exists()
     assert_alike(paths, distilled)
 
