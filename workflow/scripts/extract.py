@@ -1,7 +1,7 @@
 """Replays recorded calls through the teacher and keeps what probes and CKA need.
 
     python workflow/scripts/extract.py --config config/digits.yaml \
-        --calls results/digits/record/calls.parquet \
+        --calls results/digits/record/calls.parquet --state results/digits/state/extract \
         --tokens results/digits/activations/tokens.parquet \
         --moments results/digits/activations/moments.safetensors
 """
