@@ -121,9 +121,10 @@ def test_whole_plans_of_other_content(tmp_path):
 
 def test_whole_tensors_are_read_as_they_are(tmp_path):
     path = tmp_path / "start.safetensors"
+    names = st.text(max_size=8).filter(lambda name: name != seals.KEY)
 
     @HOW
-    @given(fuzzing.odd_tensors(), st.dictionaries(st.text(max_size=8), st.text(max_size=8)))
+    @given(fuzzing.odd_tensors(), st.dictionaries(names, st.text(max_size=8)))
     def check(content, about):
         tensors.write(path, content, about)
         assert not tried("start.safetensors", path)

@@ -256,10 +256,10 @@ def test_every_byte_of_small_files_is_covered(tmp_path):
     for path in sorted(tmp_path.iterdir()):
         content = path.read_bytes()
         for place in range(len(content)):
-            for mask in (1, 0x20, 0xFF):
-                changed = bytearray(content)
-                changed[place] ^= mask
-                path.write_bytes(changed)
+            before, byte, after = content[:place], content[place], content[place + 1 :]
+            changed = [bytes([byte ^ mask]) for mask in (1, 0x20, 0xFF)]
+            for instead in (*changed, b"", bytes([byte, 0]), bytes([0, byte])):
+                path.write_bytes(before + instead + after)
                 with pytest.raises(UserError, match=path.name):
                     read_all(path)
         path.write_bytes(content)

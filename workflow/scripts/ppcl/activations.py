@@ -288,30 +288,30 @@ class TokenReader:
     def __init__(self, path: str | Path):
         self._file = tables.File(path)
         self.provenance = self._file.provenance
-        if missing := set(schemas.tokens(1).names) - set(self._file.schema.names):
+        found = self._file.schema
+        if missing := set(schemas.tokens(1).names) - set(found.names):
             raise UserError(f"{path}: no token table, it lacks column '{min(missing)}'; remake it")
         if not len(self._file):
             raise UserError(f"{path}: holds no tokens; {seals.REMAKE}")
-        self._groups: dict[tuple[str, int], int] = {}
-        for group in range(len(self._file)):
-            head = self._file.group(group, ["stream", "boundary"])
-            self._groups[head["stream"][0].as_py(), head["boundary"][0].as_py()] = group
-        self.streams = list(dict.fromkeys(stream for stream, _ in self._groups))
-        self._first = {s: min(b for stream, b in self._groups if stream == s) for s in self.streams}
-        self.boundaries = 1 + max(boundary for _, boundary in self._groups)
         try:
-            self._widths = json.loads(self.provenance["widths"])
-            kind = self._file.schema.field("value").type
-            stored = schemas.tokens(*kind.shape)
-            if any(self._file.schema.field(f.name).type != f.type for f in stored):
-                raise ValueError(f"columns {self._file.schema.names}")
+            stored = schemas.tokens(*found.field("value").type.shape)
+            if other := [f.name for f in stored if found.field(f.name).type != f.type]:
+                raise ValueError(f"column {other[0]} is {found.field(other[0]).type}")
+            self._groups: dict[tuple[str, int], int] = {}
+            for group in range(len(self._file)):
+                head = self._file.group(group, ["stream", "boundary"])
+                self._groups[head["stream"][0].as_py(), head["boundary"][0].as_py()] = group
+            self.streams = list(dict.fromkeys(stream for stream, _ in self._groups))
+            self._first, self._widths = {}, json.loads(self.provenance["widths"])
             for stream in self.streams:
-                if not 0 < self._widths[stream] <= kind.shape[0]:
+                if not 0 < self._widths[stream] <= stored.field("value").type.shape[0]:
                     raise ValueError(f"{stream} of {self._widths[stream]} channels")
                 # A stream may begin or end at a seam, but has no gaps.
                 passed = [boundary for of, boundary in self._groups if of == stream]
+                self._first[stream] = min(passed)
                 if len(passed) != 1 + max(passed) - min(passed):
                     raise ValueError(f"{stream} at boundaries {sorted(passed)}")
+            self.boundaries = 1 + max(boundary for _, boundary in self._groups)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: holds no tokens ({error!r}); {seals.REMAKE}") from error
 

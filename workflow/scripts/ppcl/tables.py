@@ -85,10 +85,14 @@ class File:
         with self._readable():
             # Opened once: another run may put a newer file in its place at any time.
             self._open = open(path, "rb")  # noqa: SIM115
-            if not seals.sealed(_footer(self._open.fileno())):
+            footer = _footer(self._open.fileno())
+            if not seals.sealed(footer):
                 raise self._damaged()
             self._file = pq.ParquetFile(self._open)
             self.metadata, self.schema = self._file.metadata, self._file.schema_arrow
+            # What lies between columns and footer belongs to neither, and has no digest.
+            if _end(self.metadata) != os.fstat(self._open.fileno()).st_size - 8 - len(footer):
+                raise self._damaged()
         kept = self.metadata.metadata or {}
         try:
             self.provenance: dict[str, str] = json.loads(kept.get(PROVENANCE_KEY, b"{}"))
@@ -259,6 +263,13 @@ def _chunk(metadata: pq.FileMetaData, group: int, column: int) -> tuple[int, int
     chunk = metadata.row_group(group).column(column)
     start = chunk.dictionary_page_offset or chunk.data_page_offset
     return start, chunk.total_compressed_size
+
+
+def _end(metadata: pq.FileMetaData) -> int:
+    """Where the last column ends, behind which comes the footer."""
+    if not metadata.num_row_groups:
+        return len(_MAGIC)
+    return sum(_chunk(metadata, metadata.num_row_groups - 1, metadata.num_columns - 1))
 
 
 def _first_unusable(column: pa.ChunkedArray) -> int | None:

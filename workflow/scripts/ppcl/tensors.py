@@ -22,7 +22,14 @@ _NO_DIGEST = "0" * 64
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes tensors atomically; aliases and views are stored as contiguous copies."""
+    """Writes tensors atomically; aliases and views are stored as contiguous copies.
+
+    Raises:
+        UserError: the disk is full, fails, or may not be written to.
+        ValueError: the metadata has one of the keys that digests are stored under.
+    """
+    if taken := {_DATA, seals.KEY} & metadata.keys():
+        raise ValueError(f"{path}: the metadata's key {min(taken)!r} is the format's own")
     with whole.writing(path) as temporary:
         safetensors.torch.save_file(
             _whole_and_apart(tensors),
