@@ -4,6 +4,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import tiny
 import torch
@@ -352,6 +353,23 @@ def test_a_truncated_token_file_is_named(sampled, tmp_path):
     path.write_bytes(sampled[0].read_bytes()[:-9])
     with pytest.raises(UserError, match=r"tokens\.parquet: truncated or not parquet"):
         activations.TokenReader(path)
+
+
+@pytest.mark.parametrize("name", ["boundary", "stream", "value"])
+def test_a_token_table_of_other_types_is_refused(sampled, tmp_path, name):
+    table, path = tables.read(sampled[0]), tmp_path / "tokens.parquet"
+    place = table.column_names.index(name)
+    fields = (
+        (table.drop([name]), f"column '{name}' is missing"),
+        (
+            table.set_column(place, name, pa.array(["0"] * len(table)).dictionary_encode()),
+            f"column '{name}' is dictionary.*, not ",
+        ),
+    )
+    for other, message in fields:
+        tables.write(path, other, other.schema, {})
+        with pytest.raises(UserError, match=rf"tokens\.parquet: {message}"):
+            activations.TokenReader(path)
 
 
 def test_a_narrower_stream_keeps_its_width(sampled, tmp_path):

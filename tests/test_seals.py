@@ -314,6 +314,13 @@ def test_a_text_that_looks_like_a_seal_is_refused_when_it_is_written(tmp_path):
         tables.write(tmp_path / "t.parquet", fake, schema, {})
 
 
+def test_metadata_cannot_take_the_place_of_a_seal(tmp_path):
+    for key in ("seal", "data.sha256"):
+        with pytest.raises(ValueError, match=f"key '{key}' is the format's own"):
+            tensors.write(tmp_path / "t.safetensors", {}, {key: "mine"})
+    assert not list(tmp_path.iterdir())
+
+
 def test_large_files_are_hashed_in_blocks(tmp_path, monkeypatch):
     (tmp_path / "t").write_bytes(b"0123456789" * 10)
     whole = seals.file_digest(tmp_path / "t")

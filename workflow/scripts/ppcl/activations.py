@@ -289,14 +289,12 @@ class TokenReader:
         self._file = tables.File(path)
         self.provenance = self._file.provenance
         found = self._file.schema
-        if missing := set(schemas.tokens(1).names) - set(found.names):
-            raise UserError(f"{path}: no token table, it lacks column '{min(missing)}'; remake it")
+        kind = found.field("value").type if "value" in found.names else None
+        widest = kind.shape[0] if isinstance(kind, pa.FixedShapeTensorType) else 1
+        tables.require(path, found, schemas.tokens(widest))
         if not len(self._file):
             raise UserError(f"{path}: holds no tokens; {seals.REMAKE}")
         try:
-            stored = schemas.tokens(*found.field("value").type.shape)
-            if other := [f.name for f in stored if found.field(f.name).type != f.type]:
-                raise ValueError(f"column {other[0]} is {found.field(other[0]).type}")
             self._groups: dict[tuple[str, int], int] = {}
             for group in range(len(self._file)):
                 head = self._file.group(group, ["stream", "boundary"])
@@ -304,7 +302,7 @@ class TokenReader:
             self.streams = list(dict.fromkeys(stream for stream, _ in self._groups))
             self._first, self._widths = {}, json.loads(self.provenance["widths"])
             for stream in self.streams:
-                if not 0 < self._widths[stream] <= stored.field("value").type.shape[0]:
+                if not 0 < self._widths[stream] <= widest:
                     raise ValueError(f"{stream} of {self._widths[stream]} channels")
                 # A stream may begin or end at a seam, but has no gaps.
                 passed = [boundary for of, boundary in self._groups if of == stream]

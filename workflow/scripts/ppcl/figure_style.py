@@ -173,6 +173,11 @@ def span_name(first: int, last: int) -> str:
     return f"{first}" if first == last else f"{first}{DASH}{last}"
 
 
+def blocks_name(first: int, last: int) -> str:
+    """'block 3' or 'blocks 3–4'."""
+    return f"{'block' if first == last else 'blocks'} {span_name(first, last)}"
+
+
 def streams(table: pd.DataFrame) -> list[str]:
     """The streams named in a table's `stream` column, in the order in which figures show them."""
     present = set(table["stream"])

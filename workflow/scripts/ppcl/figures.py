@@ -103,7 +103,7 @@ def search(cka: pd.DataFrame, intervals: pd.DataFrame, stream: str) -> Figure:
         for ax in (upper, lower):
             style.shade(ax, [span], style.CANDIDATE)
             style.shade(ax, _overlaps(selected, span))
-        upper.set_title(f"{number + 1}:  blocks {style.span_name(*span)}", y=1.04, pad=0)
+        upper.set_title(f"{number + 1}:  {style.blocks_name(*span)}", y=1.04, pad=0)
         if column == 0:
             upper.set_ylabel("CKA(u, k)")
             lower.set_ylabel("1000 · Δ(u, k)")

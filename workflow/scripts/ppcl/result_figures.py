@@ -74,9 +74,7 @@ def distill(log: pd.DataFrame, trained: str) -> Figure:
             for loss, (_, dashes) in losses.items():
                 steps, values = style.log_average(curve["step"], curve[loss])
                 ax.plot(steps, values, color=style.stream_look(stream)[0], ls=dashes, lw=1.2)
-        first, last = (int(number) for number in interval.split("-"))
-        kind = "block" if first == last else "blocks"
-        ax.set_title(f"{kind} {style.span_name(first, last)}")
+        ax.set_title(style.blocks_name(*(int(number) for number in interval.split("-"))))
         below = number + columns < len(intervals)
         ax.tick_params(labelleft=column == 0, labelbottom=not below)
         ax.set_ylabel("loss per token" if column == 0 else "")

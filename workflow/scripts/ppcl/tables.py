@@ -166,16 +166,19 @@ def read(
     table = file.read(columns) if where is None else _rows_where(file, columns, *where)
     if schema is None:
         return table
-    for field in schema:
-        if field.name not in table.column_names:
-            raise UserError(f"{path}: column '{field.name}' is missing; {_REMAKE}")
-        found = table.schema.field(field.name).type
-        if found != field.type:
-            raise UserError(
-                f"{path}: column '{field.name}' is {found}, not {field.type}; {_REMAKE}"
-            )
+    require(path, table.schema, schema)
     further = [name for name in table.column_names if name not in schema.names]
     return table.select([*schema.names, *further])
+
+
+def require(path: str | Path, found: pa.Schema, schema: pa.Schema) -> None:
+    """Raises UserError if a file's schema lacks a column of another one, or its type."""
+    for field in schema:
+        if field.name not in found.names:
+            raise UserError(f"{path}: column '{field.name}' is missing; {_REMAKE}")
+        kind = found.field(field.name).type
+        if kind != field.type:
+            raise UserError(f"{path}: column '{field.name}' is {kind}, not {field.type}; {_REMAKE}")
 
 
 def _rows_where(file: File, columns: list[str] | None, name: str, values: Collection) -> pa.Table:
