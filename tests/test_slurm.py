@@ -175,7 +175,8 @@ class Site:
         """Snakemake with the profile, asking its jobs' state more often than it does by itself,
         unless it is to be `patient`."""
         polling = ["-m", "snakemake"] if patient else [str(ROOT / "tests/slurm/polling.py")]
-        command = [sys.executable, *polling, *arguments]
+        # What a script starts in the background ignores Ctrl-C, and so would all that it starts.
+        command = ["env", "--default-signal=INT", sys.executable, *polling, *arguments]
         command += ["--workflow-profile", "profiles/slurm", "--latency-wait", "5"]
         # Fewer GPUs than there are, so that the cap shows. One thread per job, for the sake of two
         # cores: --cores would not do, as it is not handed on to the jobs.
