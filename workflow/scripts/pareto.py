@@ -32,6 +32,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     students,
     tables,
 )
@@ -88,6 +89,7 @@ def main() -> None:
             row |= {metric: value.value, f"{metric}_low": value.low, f"{metric}_high": value.high}
         rows.append(row)
     stamp = provenance.stamp(settings, budgets=len(rows))
+    stopping.ignore()
     tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
 
 

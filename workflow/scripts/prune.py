@@ -28,6 +28,7 @@ from ppcl import (
     provenance,
     schemas,
     selection,
+    stopping,
     students,
     tables,
     texts,
@@ -119,6 +120,7 @@ def main() -> None:
         "distilled": entries(distilled),
         "provenance": stamp,
     }
+    stopping.ignore()
     students.save(args.students, made, stamp)
     texts.write_sealed(args.plan, plan)
 

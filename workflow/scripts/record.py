@@ -25,7 +25,6 @@ from ppcl import (
     provenance,
     recording,
     stopping,
-    whole,
 )
 from ppcl.errors import UserError
 
@@ -95,12 +94,11 @@ def main() -> None:
             first = reader.batch(reader.buckets[0][:1]).to(accelerator.device)
             blocks.verify(transformer, first.arguments)
     accelerator.wait_for_everyone()
+    stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
         calls.merge(parts, args.calls, stamp)
     devices.finish(accelerator)
-    if accelerator.is_main_process:
-        whole.forget(args.state)
 
 
 if __name__ == "__main__":

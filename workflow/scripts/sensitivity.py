@@ -30,6 +30,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     students,
     tables,
     training,
@@ -72,6 +73,7 @@ def main() -> None:
         args.state,
         training.identity(Path(__file__), settings, [args.calls]),
     )
+    stopping.ignore()
     if accelerator.is_main_process:
         table = pd.DataFrame(
             {
@@ -84,8 +86,6 @@ def main() -> None:
         stamp = provenance.stamp(settings, judged=len(judged))
         tables.write(args.table, table, schemas.SENSITIVITY, stamp)
     devices.finish(accelerator)
-    if accelerator.is_main_process:
-        training.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import devices, errors, provenance, teacher, tensors, texts, training, whole
+from ppcl import devices, errors, provenance, stopping, teacher, tensors, texts, training, whole
 from ppcl.digits import SIZE, TEMPLATES, Judge, captions
 from ppcl.errors import UserError
 
@@ -246,6 +246,7 @@ def main() -> None:
     scores = score(pipe, settings["score"])
     last = {name: rows[-1] for name, rows in logs.items()}
     made = {"scores": scores, "settings": settings, "last_losses": last}
+    stopping.ignore()
     with whole.writing(args.output, folder=True) as folder:
         pipe.save_pretrained(folder)
         write_prompts(folder, settings["calibration_prompts"], settings["seed"])

@@ -156,6 +156,7 @@ def collect(
     regular = max(1, settings["checkpoint_every"] // size)
     every = reader.in_batches(rows, size)
     progress.update(sum(map(len, every[: sample.batches])))
+    resumed = sample.batches
     for recorded in reader.batches(rows, size, device, start=sample.batches):
         batch = recorded.to(device)
         fit = torch.from_numpy(np.flatnonzero(~batch.rows["heldout"])).to(device)
@@ -227,6 +228,9 @@ def collect(
             sample.save(identity)
         progress.update(len(batch))
     moments.settle(everything=True)
+    if sample.batches > resumed:  # what is made of it may be lost
+        sample.sums = moments.sums
+        sample.save(identity)
     return moments, {
         stream: sample.joined(stream) | {"first": sample.first[stream], "value": store}
         for stream, store in sample.stores.items()

@@ -4,7 +4,12 @@ Exit code 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same comman
 write a checkpoint at the end of the step that they are in; programs whose results come in parts
 finish their part; extraction, whose checkpoint can be larger than what may be written meanwhile,
 falls back on its last one; all others have nothing to keep and end at once. All that a program
-reads or writes is whole before and after, so ending anywhere is safe; this only saves time.
+reads or writes is whole before and after, so ending anywhere is safe; this only saves time. A
+program that has begun to write its outputs goes on and ends as if nothing had been: what it keeps
+to resume from stays until another stage reads them (forget.py).
+
+launch.py can handle the signal from its first moment and keeps it for its programs until they can.
+One that is started without it, and has not imported its modules yet, ends by the signal itself.
 """
 
 import os
@@ -41,13 +46,18 @@ def heed(worker: bool = False):
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """As `heed`, but only within (and in a thread that may handle signals)."""
+    """As `heed`, but only within (and in a thread that may handle signals).
+
+    After a good end the signal does nothing any more: the interpreter takes seconds to go, and what
+    dies of a signal then has failed, with all its outputs.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = heed()
     try:
         yield
+        before = signal.SIG_IGN
     finally:
         signal.signal(signal.SIGTERM, before)
         _state.update(warned=False, busy=0)
@@ -78,9 +88,9 @@ def part() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From now on the program ends as if unwarned: all that is left is to put away its state.
+    """From now on the program ends as if unwarned: all that is left is to write its outputs.
 
-    A warned program that had removed its checkpoint would leave nothing, for Snakemake deletes
-    the outputs of a job that fails.
+    Snakemake deletes the outputs of a job that fails, so a warning after the last of them would
+    cost them all.
     """
     _state["busy"] += 1
