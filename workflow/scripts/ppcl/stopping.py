@@ -22,7 +22,7 @@ from contextlib import contextmanager
 EXIT_CODE = 75
 """What a program ends with that was warned; a profile may submit such a job again."""
 
-_state = {"warned": False, "busy": 0, "worker": False}
+_state = {"warned": False, "busy": 0, "worker": False, "done": False}
 
 
 def heed(worker: bool = False):
@@ -31,7 +31,7 @@ def heed(worker: bool = False):
     Args:
         worker: the process belongs to a pool, which would send a SystemExit to its parent instead.
     """
-    _state.update(warned=False, busy=0, worker=worker)
+    _state.update(warned=False, busy=0, worker=worker, done=False)
 
     def warn(_signal, _frame) -> None:
         _state["warned"] = True
@@ -46,20 +46,15 @@ def heed(worker: bool = False):
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """As `heed`, but only within (and in a thread that may handle signals).
-
-    After a good end the signal does nothing any more: the interpreter takes seconds to go, and what
-    dies of a signal then has failed, with all its outputs.
-    """
+    """As `heed`, but only within (and in a thread that may handle signals)."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = heed()
     try:
         yield
-        before = signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if _state["done"] else before)
         _state.update(warned=False, busy=0)
 
 
@@ -94,3 +89,11 @@ def ignore() -> None:
     cost them all.
     """
     _state["busy"] += 1
+
+
+def done() -> None:
+    """How the program ends is decided: SIGTERM does nothing even after `heeded`.
+
+    The interpreter takes seconds to go, and what dies of a signal then has failed.
+    """
+    _state["done"] = True
