@@ -34,8 +34,10 @@ from ppcl import (
     stopping,
     tables,
     training,
+    whole,
 )
 
+WORK = "work"  # in --state, until the rows are there
 SHARED = ("tokens", "probes", "cka", "sensitivity", "width")
 
 
@@ -66,8 +68,7 @@ def main() -> None:
     stamp = provenance.stamp(settings) | {"method": args.method}
     stopping.ignore()
     tables.write(args.output, table, schemas.ABLATION_RUN, stamp)
-    for path in args.state.glob("*.safetensors"):
-        path.unlink(missing_ok=True)
+    whole.forget(args.state / WORK)
 
 
 def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: str) -> list[dict]:
@@ -84,7 +85,7 @@ def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: s
         accelerator=accelerator,
         paths=shared,
         seed=settings["seed"] + args.number,
-        state=args.state,
+        state=args.state / WORK,
         identity=identity,
     )
     return ablation_run.run(material, pipe, job, ablation.choose(material, job["select"]))
