@@ -115,7 +115,7 @@ def _lock(part: Path) -> int | None:
         os.close(file)
         new.unlink()
         return None
-    os.replace(new, part / _LOCK)  # so that it is locked from the moment that others see it
+    os.rename(new, part / _LOCK)  # so that it is locked from the moment that others see it
     return file
 
 
