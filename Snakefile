@@ -96,3 +96,7 @@ rule ablation:
 rule interval_plots:
     input:
         plots=plots("intervals"),
+
+
+onsuccess:
+    forget_taken(workflow.dag.jobs)
