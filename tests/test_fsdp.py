@@ -123,8 +123,8 @@ norm = fsdp.clip(model, 1e-3, accelerator)
 after = fsdp.clip(model, 1.0, accelerator)
 assert norm > 1e-3 and abs(after - 1e-3) < 1e-6
 optimizer.step()
-tensors = dict(model.named_parameters()) | {"odd": model.proj_out.weight.grad}
-whole = {name: tensor.detach().full_tensor() for name, tensor in tensors.items()}
+tensors = dict(model.named_parameters()) | {{"odd": model.proj_out.weight.grad}}
+whole = {{name: tensor.detach().full_tensor() for name, tensor in tensors.items()}}
 fsdp.HELD = 4096  # in several turns
 found = fsdp.gathered(tensors, keep=accelerator.is_main_process)
 assert found.keys() == (tensors.keys() if accelerator.is_main_process else set())
