@@ -36,6 +36,7 @@ rule assemble:
             f"--finetuned {input.finetuned}" if input.finetuned else ""
         ),
         taken=lambda wildcards: taken(last_training(), f"finetune-{wildcards.variant}"),
+        teacher=teacher_stamp(),
         code=code("assemble.py"),
     message:
         "Assembling {wildcards.variant}"

@@ -28,6 +28,7 @@ rule extract:
         config=subset("seed", "device", "teacher", "extract"),
         state=result("state/extract"),
         taken=taken("record"),
+        teacher=teacher_stamp(),
         code=code("extract.py"),
     message:
         "Extracting activations of every block"

@@ -42,6 +42,7 @@ rule finetune:
         ),
         state=lambda wildcards: result(f"state/finetune-{wildcards.variant}"),
         taken=taken(last_training()),
+        teacher=teacher_stamp(),
         code=code("finetune.py"),
     message:
         "Fine-tuning {wildcards.variant}"

@@ -46,6 +46,7 @@ rule narrow:
         ),
         state=result("state/narrow"),
         taken=taken("distill"),
+        teacher=teacher_stamp(),
         code=code("narrow.py"),
     message:
         "Distilling narrow blocks"

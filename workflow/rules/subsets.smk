@@ -36,6 +36,7 @@ rule subsets:
         config=subset("seed", "device", "teacher", "subsets", "width.lr_scale"),
         state=result("state/subsets"),
         taken=taken("narrow" if staged() else "distill"),
+        teacher=teacher_stamp(),
         code=code("subsets.py"),
     message:
         "Distilling random subsets of the students"

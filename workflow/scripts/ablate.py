@@ -33,6 +33,7 @@ from ppcl import (
     schemas,
     stopping,
     tables,
+    teacher_identity,
     training,
     whole,
 )
@@ -75,13 +76,15 @@ def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: s
     """The rows of the run; arguments as in `main`."""
     accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
     # Everything is trained here, which needs the whole teacher on the device.
-    teacher = settings["teacher"] | {"offload": "none"}
+    reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher |= {"offload": "none"}
     pipe = pipelines.load(teacher, accelerator.device)
     material = ablation_run.material_of(
         settings,
         pipe,
         job,
-        reader=calls.Reader(args.calls),
+        reader=reader,
         accelerator=accelerator,
         paths=shared,
         seed=settings["seed"] + args.number,
