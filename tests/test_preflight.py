@@ -91,7 +91,7 @@ def test_prompts_csv_without_its_columns(inputs, tmp_path):
     path.write_text("text\nthe digit 7\n")
     inputs["record"]["prompts"] = str(path)
     assert "has no column 'prompt'" in refused(inputs)
-    path.write_text("prompt\nthe digit 6\n")
+    path.write_text("prompt\nthe digit 6\nthe digit 4\n")
     preflight.check({**inputs, "evaluate": {**inputs["evaluate"], "judge": "none"}}, "mine.yaml")
     other = tmp_path / "other.csv"
     other.write_text("prompt\nthe digit 5\n")
@@ -170,10 +170,10 @@ def test_pictures_of_prompts(tmp_path, monkeypatch):
     table.write_text("prompt,image\nred,a.png\nblue,b.png\n")
     assert [row["image"] for row in prompts.read(table)] == [str(folder / "a.png"), "b.png"]
     table.write_text("prompt,image\nred,c.png\n")
-    with pytest.raises(UserError, match=r"edits.csv: the image c.png of 'red' is neither in"):
+    with pytest.raises(UserError, match=r"edits.csv: line 2: the image c.png is neither in"):
         prompts.read(table)
     table.write_text("prompt,image\nred,a.png\nblue,\n")
-    with pytest.raises(UserError, match="'blue' has no image; name one in every row"):
+    with pytest.raises(UserError, match="line 3: has no image .*name one in every row"):
         prompts.read(table)
 
 

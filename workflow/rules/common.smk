@@ -81,6 +81,7 @@ def validate():
     """Complete the config with its defaults; check it against schema, teacher and prompts."""
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
     try:
+        settings.refuse_surprises(map(os.path.relpath, workflow.configfiles))
         config.update(settings.complete(config, source))
         # The teacher may be missing where it is about to be made, or where only figures are drawn
         # or a plan is.

@@ -43,7 +43,7 @@ def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
             f"record.prompts: {settings['prompts']} has only one prompt; calibration needs two "
             "or more, to fit on and to hold out"
         )
-    count = min(max(1, round(len(used) * settings["heldout_fraction"])), len(used) - 1)
+    count = prompts.heldout_count(len(used), settings["heldout_fraction"])
     heldout = {used[i] for i in np.random.default_rng(seed).permutation(len(used))[:count]}
     found = pipelines.samples(rows, settings["samples"], seed)
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]

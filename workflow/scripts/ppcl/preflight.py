@@ -10,11 +10,10 @@ import struct
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import hub, pins
+from ppcl import hub, pins, prompt_checks
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of
-from ppcl.prompts import JUDGE_COLUMNS, read
 
 
 def check(config: dict, source: str = "config") -> None:
@@ -23,24 +22,7 @@ def check(config: dict, source: str = "config") -> None:
     Raises UserError naming the key, the file and the fix.
     """
     _check_teacher(config["teacher"], source)
-    used = []
-    for stage in ("record", "evaluate"):
-        rows = read(config[stage]["prompts"], f"{source}: {stage}.prompts")
-        used.append({row["prompt"] for row in rows[: config[stage]["samples"]]})
-    if shared := sorted(used[0] & used[1]):
-        raise UserError(
-            f"{source}: evaluate.prompts: '{shared[0]}' is also a calibration prompt "
-            "(record.prompts), so results on it would flatter; remove it from one of the two files"
-        )
-    if config["evaluate"]["judge"] == "digits":
-        path = config["evaluate"]["prompts"]
-        row = read(path, f"{source}: evaluate.prompts")[0]
-        missing = [column for column in JUDGE_COLUMNS if column not in row]
-        if missing:
-            raise UserError(
-                f"{source}: evaluate.judge is 'digits', but {path} has no column "
-                f"{', '.join(missing)}; add it or set evaluate.judge: none"
-            )
+    prompt_checks.check(config, source)
     for stage in ("distill", "subsets", "finetune"):
         size = config[stage]["batch_size"]
         if config["processes"] != "auto" and config["processes"] > size:
