@@ -322,7 +322,7 @@ def measure_transformers(
             "parameter_fraction": Estimate(count / whole),
         }
 
-    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed))
+    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed, "velocity_rows"))
     compared = {}
     others = {name: module for name, module in transformers.items() if name != TEACHER}
     for name, transformer in tqdm(others.items(), desc="comparing velocities", unit="model"):
