@@ -10,7 +10,7 @@ import struct
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import hub, pins
+from ppcl import arguments, hub, pins
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of
@@ -23,6 +23,7 @@ def check(config: dict, source: str = "config") -> None:
     Raises UserError naming the key, the file and the fix.
     """
     _check_teacher(config["teacher"], source)
+    arguments.check(config, source)
     used = []
     for stage in ("record", "evaluate"):
         rows = read(config[stage]["prompts"], f"{source}: {stage}.prompts")

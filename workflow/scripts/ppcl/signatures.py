@@ -2,6 +2,7 @@
 imported, so that Snakefiles can."""
 
 import ast
+import inspect
 import operator
 from dataclasses import dataclass
 from functools import cache
@@ -52,6 +53,25 @@ def of(name: str) -> Signature | None:
     if spec is None or not spec.submodule_search_locations:
         return None
     return _call(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
+
+
+def of_class(made: type) -> Signature:
+    """The signature of a pipeline class, which may have code of its own."""
+    if made.__module__.startswith("diffusers.") and (found := of(made.__name__)):
+        return found
+    every = [*inspect.signature(made.__call__).parameters.values()][1:]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = {
+        given.name: Parameter(
+            given.name,
+            given.default is given.empty,
+            None if given.default is given.empty else given.default,
+            "" if given.annotation is given.empty else inspect.formatannotation(given.annotation),
+        )
+        for given in every
+        if given.kind not in variable
+    }
+    return Signature(found, any(given.kind is given.VAR_KEYWORD for given in every))
 
 
 def _call(name: str, file: Path) -> Signature | None:
