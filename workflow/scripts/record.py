@@ -15,12 +15,14 @@ import numpy as np
 from tqdm import tqdm
 
 from ppcl import (
+    arguments,
     blocks,
     calls,
     config,
     devices,
     errors,
     pipelines,
+    prompt_tokens,
     prompts,
     provenance,
     recording,
@@ -61,6 +63,7 @@ def main() -> None:
     options, seed = settings["record"], settings["seed"]
 
     rows = prompts.read(options["prompts"], "record.prompts")
+    arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "record.prompts")
     accelerator = devices.accelerator(settings["device"])
     pipe = pipelines.load(settings["teacher"], accelerator.device)
     transformer = pipelines.denoiser(pipe, settings["teacher"])
@@ -68,6 +71,9 @@ def main() -> None:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
     samples = choose_samples(rows, options, seed)
     batches = pipelines.in_batches(pipe, samples, options["batch_size"])
+    if accelerator.is_main_process:
+        texts = [sample["prompt"] for sample in samples]
+        prompt_tokens.warn_of_cut(pipe, texts, settings["pipeline"], "record.prompts")
     teacher = provenance.fingerprint(settings["teacher"]["path"])
     code = provenance.code_digest(Path(__file__))
     pictures = provenance.stamps(prompts.pictures(rows))

@@ -118,6 +118,11 @@ class Family:
         numbered: arguments that list numbers of blocks, which pruning would turn into others.
         per_block: config keys that list a value per block, over all lists.
         companions: ModuleLists that hold a module per block, over all lists, and then others.
+        texts: tokenizers of its pipelines whose tokens are the text that it gets, not only a
+            summary of it.
+        framed: the text that such a tokenizer gets, up to the end of the prompt, where more than
+            the prompt counts against the limit: from the pipeline, the settings of its call, the
+            tokenizer and the prompt.
         limits: what a user should know, for the table in the docs.
     """
 
@@ -133,6 +138,8 @@ class Family:
     numbered: tuple[str, ...] = ()
     per_block: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ("tokenizer",)
+    framed: Callable[[Any, Any, Any, str], str] | None = None
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
@@ -181,6 +188,24 @@ def _hidream(arguments: dict, tokens: int):
     states = arguments["encoder_hidden_states_llama3"]
     nothing = states[0, :, 0, 0].bool().long() * 0  # bfloat16 can't hold the counts
     return _first(nothing + tokens - states.shape[2], tokens)
+
+
+# ---- prompts
+
+
+def _instructed(pipe, settings, tokenizer, prompt: str) -> str:
+    return f"{settings.get('system_prompt') or pipe.system_prompt} <Prompt Start> {prompt}"
+
+
+def _spoken(pipe, settings, tokenizer, prompt: str) -> str:
+    # FLUX.2's largest puts instructions first, in the form that processors want.
+    spoken: list[dict] = [{"role": "user", "content": prompt}]
+    if hasattr(pipe, "system_message"):
+        said = [("system", pipe.system_message), ("user", prompt)]
+        spoken = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in said]
+    whole = tokenizer.apply_chat_template(spoken, tokenize=False)
+    before, found, _ = whole.rpartition(prompt)
+    return before + found or whole
 
 
 # ---- what many classes have in common
@@ -257,6 +282,7 @@ FAMILIES: dict[str, Family] = {
         lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO), dual(TEXT_IMAGE, *SINGLE)),
         shared=("img_ids", "txt_ids"),
         unread=(TEXT,),
+        texts=("tokenizer_2",),
     ),
     "Flux2Transformer2DModel": Family(
         lists=(
@@ -267,6 +293,7 @@ FAMILIES: dict[str, Family] = {
             ),
             single(JOINT, *SINGLE),
         ),
+        framed=_spoken,
         limits="one modulation serves all blocks, so text streams can't be shared",
     ),
     "SD3Transformer2DModel": Family(
@@ -276,6 +303,7 @@ FAMILIES: dict[str, Family] = {
         },
         index_keys=("dual_attention_layers",),
         numbered=("skip_layers",),
+        texts=("tokenizer", "tokenizer_2", "tokenizer_3"),
         limits="no skip-layer guidance, which names blocks by number; intervals don't cross from "
         "blocks with two attentions to others",
     ),
@@ -294,6 +322,7 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         masks={IMAGE: _lumina},
+        framed=_instructed,
         limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
     ),
     "ZImageTransformer2DModel": Family(
@@ -309,6 +338,7 @@ FAMILIES: dict[str, Family] = {
         masks={IMAGE: _z_image},
         state="x",
         time="t",
+        framed=_spoken,
         limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
     ),
     "HunyuanImageTransformer2DModel": Family(
@@ -330,6 +360,7 @@ FAMILIES: dict[str, Family] = {
         time="timesteps",
         per_block=("llama_layers",),
         companions=("caption_projection",),
+        texts=("tokenizer_3", "tokenizer_4"),
         limits="FFNs are mixtures of experts, which stay",
     ),
     "WanTransformer3DModel": Family(

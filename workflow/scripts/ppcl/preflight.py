@@ -10,7 +10,7 @@ import struct
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import hub, pins, prompt_checks
+from ppcl import arguments, hub, pins, prompt_checks
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of
@@ -23,6 +23,7 @@ def check(config: dict, source: str = "config") -> None:
     """
     _check_teacher(config["teacher"], source)
     prompt_checks.check(config, source)
+    arguments.check(config, source)
     for stage in ("distill", "subsets", "finetune"):
         size = config[stage]["batch_size"]
         if config["processes"] != "auto" and config["processes"] > size:
