@@ -51,12 +51,6 @@ def test_every_config_file_is_valid(name):
     assert loaded["run"] == name
 
 
-def test_example_of_the_readme_is_valid():
-    text = (ROOT / "config/README.md").read_text(encoding="utf-8")
-    example = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert config.complete(example, "config/README.md")["run"] == "mine"
-
-
 def put(given: dict, key: str, value):
     *parents, last = key.split(".")
     for parent in parents:

@@ -13,7 +13,7 @@ from pathlib import Path
 from ppcl import arguments, hub, pins, prompt_checks
 from ppcl.config import limits
 from ppcl.errors import UserError
-from ppcl.families import family_of
+from ppcl.families import family_of, fixed_states
 
 
 def check(config: dict, source: str = "config") -> None:
@@ -23,6 +23,7 @@ def check(config: dict, source: str = "config") -> None:
     """
     _check_teacher(config["teacher"], source)
     prompt_checks.check(config, source)
+    _check_renoising(config, source)
     arguments.check(config, source)
     for stage in ("distill", "subsets", "finetune"):
         size = config[stage]["batch_size"]
@@ -64,6 +65,26 @@ def check(config: dict, source: str = "config") -> None:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     _check_budgets(config, blocks, total, source)
+
+
+def least_fraction(config: dict, source: str) -> float:
+    """The share of a local teacher's transformer that the fewest students leave; 0 on the Hub."""
+    blocks, total = _parameters(config["teacher"])
+    return _least(config, blocks, total, source)[1] / total if blocks else 0.0
+
+
+def _check_renoising(config: dict, source: str) -> None:
+    """Raises UserError if pictures of a local teacher are to be noised again and can't be."""
+    teacher, count = config["teacher"], config["record"]["renoised_per_sample"]
+    if not count or hub.is_name(teacher["path"]):
+        return
+    index = hub.read_index(_folder(teacher))
+    pipeline, transformer = str(index["_class_name"]), str(index[hub.component(teacher)][1])
+    if why := fixed_states(transformer, pipeline):
+        raise UserError(
+            f"{source}: record.renoised_per_sample is {count}, but pictures of a {pipeline} can't "
+            f"be noised again ({why}); set it to 0"
+        )
 
 
 def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> None:
