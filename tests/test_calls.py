@@ -228,6 +228,21 @@ def test_heldout_prompts_either_select_or_report(reader, monkeypatch):
     assert len(select) and len(report) and not set(prompts[select]) & set(prompts[report])
 
 
+def test_counts_that_cannot_be_met_are_told_once(reader, monkeypatch, caplog):
+    """And so is one held-out prompt, which selects and is reported on."""
+    monkeypatch.setitem(reader.index, "prompt", np.array(["one"] * len(reader), dtype=object))
+    count = len(reader.rows(heldout=True))
+    for _ in range(2):
+        found = reader.sample_heldout("report", 64, 0, "evaluate.velocity_rows")
+    assert sorted(found) == list(reader.rows(heldout=True))
+    said = [record.getMessage() for record in caplog.records]
+    assert "one prompt alone is held out" in said[0] and str(reader.path) in said[0]
+    wanted = f"evaluate.velocity_rows asks for 64, and there are {count} held-out calls to report"
+    assert said[1].startswith(wanted) and len(said) == 2
+    reader.sample_heldout("select", count, 0, "sensitivity.rows")
+    assert len(caplog.records) == 2
+
+
 def test_a_large_table_read_whole_is_noticed(tiny_calls, monkeypatch):
     """By what all tests of stages run under."""
     tiny.by_row_group(monkeypatch)

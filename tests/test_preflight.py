@@ -1,5 +1,6 @@
 """What is checked before anything runs: teacher, prompts, budgets."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -184,6 +185,28 @@ def test_prompts_as_written(tmp_path):
     table = tmp_path / "a.csv"
     table.write_text('prompt,digit\n"one\ntwo",7\n')
     assert prompts.read(table) == [{"prompt": "one\ntwo", "digit": "7"}]
+
+
+def test_states_that_cannot_be_renoised_are_known(inputs):
+    index = Path(inputs["teacher"]["path"]) / "model_index.json"
+    text = index.read_text()
+    for pipeline, transformer in (
+        ("QwenImageEditPipeline", "QwenImageTransformer2DModel"),
+        ("FluxFillPipeline", "FluxTransformer2DModel"),
+        ("CogVideoXPipeline", "CogVideoXTransformer3DModel"),
+        ("Lumina2Pipeline", "Lumina2Transformer2DModel"),
+    ):
+        index.write_text(
+            json.dumps(
+                json.loads(text)
+                | {"_class_name": pipeline, "transformer": ["diffusers", transformer]}
+            )
+        )
+        message = refused(inputs)
+        assert f"record.renoised_per_sample is 12, but pictures of a {pipeline} can't" in message
+        assert message.endswith("set it to 0")
+    for pipeline in ("FluxControlNetPipeline", "QwenImageImg2ImgPipeline"):
+        assert not families.fixed_states("FluxTransformer2DModel", pipeline)
 
 
 def test_protecting_every_block_is_refused(inputs):

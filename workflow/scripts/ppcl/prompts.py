@@ -231,7 +231,10 @@ def _read_parquet(path: Path, key: str) -> Iterator[tuple[str, dict]]:
             for name, column in zip(table.column_names, table.columns, strict=True)
         }
     except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
-        raise UserError(f"{key}: {path} is not a whole parquet file ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{key}: {path} is not a whole parquet file ({reason}); write or copy it anew"
+        ) from error
     _check_names(table.column_names, f"{key}: {path}", ", ".join(table.column_names))
     for number in range(len(table)):
         yield f"row {number + 1}", {name: column[number] for name, column in columns.items()}

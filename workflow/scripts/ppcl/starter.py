@@ -75,7 +75,13 @@ def made(
     folder = _folder(teacher)
     index, part = hub.read_index(folder), hub.component(teacher)
     pipeline = str(index.get("_class_name"))
-    transformer = str((index.get(part) or [None, None])[1])
+    transformer = str((index.get(part) or [None])[-1])
+    if "Transformer" not in transformer:
+        known = [name for name, kind in index.items() if "Transformer" in str(kind)]
+        raise UserError(
+            f"--component: {teacher['path']}, a {pipeline}, has no {part} that is a transformer; "
+            f"transformers in it: {', '.join(known) or 'none, so that it cannot be pruned'}"
+        )
     family, shape = family_of(transformer), _read(folder / part / "config.json")
     signature = signatures.of(pipeline)
     if signature is None:
