@@ -1,5 +1,6 @@
 """Recorded calls come back from their file without loss, and are drawn fairly."""
 
+import runpy
 import numpy as np
 import pytest
 import tiny
@@ -241,6 +242,16 @@ def test_counts_that_cannot_be_met_are_told_once(reader, monkeypatch, caplog):
     assert said[1].startswith(wanted) and len(said) == 2
     reader.sample_heldout("select", count, 0, "sensitivity.rows")
     assert len(caplog.records) == 2
+
+
+def test_fewer_calls_than_extraction_asks_for(reader, caplog):
+    choose = runpy.run_path(str(tiny.SCRIPTS / "extract.py"))["choose_rows"]
+    fit, heldout = len(reader.rows(heldout=False)), len(reader.heldout_rows("select"))
+    assert len(choose(reader, 100, 0)) == fit + heldout
+    for found, what in ((fit, "to fit on"), (heldout, "held out to select by")):
+        assert (
+            f"half of extract.rows asks for 50, and there are {found} calls {what}" in caplog.text
+        )
 
 
 def test_a_large_table_read_whole_is_noticed(tiny_calls, monkeypatch):
