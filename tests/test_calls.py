@@ -1,6 +1,7 @@
 """Recorded calls come back from their file without loss, and are drawn fairly."""
 
 import runpy
+
 import numpy as np
 import pytest
 import tiny

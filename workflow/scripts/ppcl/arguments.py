@@ -233,7 +233,8 @@ def _refuse_value(parameter: Parameter, value: Any) -> None:
             )
         return
     if value is None:
-        if parameter.default is not None and parameter.annotation and not _optional(parameter):
+        number = bool(kinds) and set(kinds) <= {"int", "float"}
+        if number and parameter.default is not None and not _optional(parameter):
             raise UserError(
                 f"{key} is null; leave it out for the pipeline's own default, {parameter.default}"
             )

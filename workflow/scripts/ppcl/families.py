@@ -121,9 +121,9 @@ class Family:
         companions: ModuleLists that hold a module per block, over all lists, and then others.
         texts: tokenizers of its pipelines whose tokens are the text that it gets, not only a
             summary of it.
-        framed: the text that such a tokenizer gets, up to the end of the prompt, where more than
-            the prompt counts against the limit: from the pipeline, the settings of its call, the
-            tokenizer and the prompt.
+        framed: the text that such a tokenizer gets, up to the end of the prompt, and how many of
+            its tokens don't count against the limit, where that is not the prompt and none: from
+            the pipeline, the settings of its call, the tokenizer and the prompt.
         fixed: why finished pictures can't be noised again for it; empty if they can.
         limits: what else a user should know, for the table in the docs.
     """
@@ -141,7 +141,7 @@ class Family:
     per_block: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
     texts: tuple[str, ...] = ("tokenizer",)
-    framed: Callable[[Any, Any, Any, str], str] | None = None
+    framed: Callable[[Any, Any, Any, str], tuple[str, int]] | None = None
     fixed: str = ""
     limits: str = ""
 
@@ -196,19 +196,27 @@ def _hidream(arguments: dict, tokens: int):
 # ---- prompts
 
 
-def _instructed(pipe, settings, tokenizer, prompt: str) -> str:
-    return f"{settings.get('system_prompt') or pipe.system_prompt} <Prompt Start> {prompt}"
+def _instructed(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
+    return f"{settings.get('system_prompt') or pipe.system_prompt} <Prompt Start> {prompt}", 0
 
 
-def _spoken(pipe, settings, tokenizer, prompt: str) -> str:
-    # FLUX.2's largest puts instructions first, in the form that processors want.
+def _spoken(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
     spoken: list[dict] = [{"role": "user", "content": prompt}]
-    if hasattr(pipe, "system_message"):
+    instructed = hasattr(pipe, "system_message")
+    if instructed:  # in the form that processors want
         said = [("system", pipe.system_message), ("user", prompt)]
         spoken = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in said]
     whole = tokenizer.apply_chat_template(spoken, tokenize=False)
-    before, found, _ = whole.rpartition(prompt)
-    return before + found or whole
+    before, _, _ = whole.rpartition(prompt)
+    # That pipeline leaves it to the template to begin the text with a token of its own.
+    return before + prompt, int(instructed)
+
+
+def _filled(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
+    if type(pipe).__name__.startswith("QwenImageEdit"):
+        return "", 0  # reads the prompt with its picture, however long they are
+    before = pipe.prompt_template_encode.partition("{}")[0]
+    return before + prompt, pipe.prompt_template_encode_start_idx
 
 
 # ---- what many classes have in common
@@ -289,6 +297,7 @@ FAMILIES: dict[str, Family] = {
         ),
         masks={TEXT: marked("encoder_hidden_states_mask")},
         unread=(TEXT,),
+        framed=_filled,
         limits="Qwen-Image-Edit: record.renoised_per_sample must be 0",
     ),
     "FluxTransformer2DModel": Family(
@@ -360,6 +369,7 @@ FAMILIES: dict[str, Family] = {
         lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
         masks={TEXT: _hunyuan_image},
         unread=(TEXT,),
+        framed=_filled,
         limits="the attention gets no keywords, so text streams can't be shared",
     ),
     "HiDreamImageTransformer2DModel": Family(

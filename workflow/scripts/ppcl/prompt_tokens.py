@@ -128,10 +128,10 @@ def _over(
 ) -> int | None:
     """The tokens of what a tokenizer gets for a prompt, if it cuts it; else None."""
     own = settings.get(name.replace("tokenizer", "prompt")) if name != "tokenizer" else None
-    text, known = own if isinstance(own, str) else prompt, family(pipe)
+    text, spare, known = own if isinstance(own, str) else prompt, 0, family(pipe)
     if known is not None and known.framed is not None:
-        text = known.framed(pipe, settings, reader, text)
-    tokens = count(reader, text)
+        text, spare = known.framed(pipe, settings, reader, text)
+    tokens = count(reader, text) - spare
     return tokens if tokens > _limit(pipe, name, reader, settings) else None
 
 
