@@ -144,9 +144,6 @@ def test_other_endings_are_refused(tmp_path, name):
     assert ".jsonl or .parquet" in refusal(tmp_path / name, "one\ntwo\n")
 
 
-# ---- before a run
-
-
 def written(tmp_path, **files) -> dict:
     """A config with these prompts, for a teacher of no digits."""
     given = {"evaluate": {"judge": "none"}, "record": {}, "teacher": {"path": "owner/name"}}

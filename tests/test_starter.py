@@ -120,6 +120,27 @@ def test_the_workflow_of_a_started_config_resolves(tiny_teacher, tmp_path):
     assert counts(printed)["assemble"] == 2
 
 
+def test_configs_are_fetched_from_the_hub(tmp_path, monkeypatch):
+    place = folder(tmp_path / "t", "FluxPipeline", "FluxTransformer2DModel", WIDE)
+    asked = {}
+
+    def fetch(name, **given):
+        asked[name] = given
+        if name == "owner/gone":
+            raise OSError("no network\nat all")
+        return str(place)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    given = teacher("owner/flux") | {"revision": "main"}
+    starter.write(given, tmp_path / "mine.yaml")
+    found = config.load(str(tmp_path / "mine.yaml"))
+    assert found["teacher"]["path"] == "owner/flux" and found["teacher"]["revision"] == "main"
+    assert asked["owner/flux"]["revision"] == "main"
+    assert not any("safetensors" in name for name in asked["owner/flux"]["allow_patterns"])
+    with pytest.raises(UserError, match="owner/gone is no folder here, .* \\(no network\\)"):
+        starter.write(teacher("owner/gone"), tmp_path / "other.yaml")
+
+
 @pytest.mark.parametrize(
     ("given", "output", "expected"),
     [

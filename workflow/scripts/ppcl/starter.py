@@ -285,9 +285,6 @@ def _read(path: Path) -> dict:
     return found
 
 
-# ---- what a pipeline does without height and width
-
-
 class _Part:
     """A component of a pipeline, as far as its config tells."""
 
