@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from ppcl import distillation, students, training
+from ppcl import distillation, losses, students, training
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -151,15 +151,14 @@ def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
     assert torch.equal(first["hidden_states"], lessons[FIRST].bound["hidden_states"])
     assert not torch.equal(image, lessons[SECOND].bound["hidden_states"])
 
-    losses = losses_of(teacher, taught, reader, accelerator, mode="sequential")
-    _, (_, loss, _) = losses(0)
+    _, (_, loss, _) = losses_of(teacher, taught, reader, accelerator, mode="sequential")(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
     inputs = distillation.sequential_inputs(teacher, taught, batch.arguments, accelerator)
     target = distillation.teacher_states(teacher, [SECOND], batch.arguments)[SECOND].target
     text, image = taught[SECOND](**inputs[SECOND])
-    masks = {"text": batch.arguments["encoder_hidden_states_mask"].bool()}
+    real = {"text": losses.Real(batch.arguments["encoder_hidden_states_mask"].bool())}
     output = {"text": text, "image": image}
-    expected, _ = distillation.interval_losses(output, target, masks, OPTIONS)
+    expected, _ = distillation.interval_losses(output, target, real, OPTIONS)
     assert loss.item() == expected.item()
     loss.backward()
     assert all(p.grad is None for p in taught[FIRST].parameters())

@@ -68,7 +68,7 @@ def test_borrowers_get_what_a_source_like_the_teacher_passes(teacher):
         part: students.shaped(teacher, part, copy.deepcopy(teacher.transformer_blocks[part.first]))
         for part in (source, borrow, close)
     }
-    model, fitting = distillation.plugged(teacher, kept)
+    model, fitting, _ = students.plugged(teacher, kept)
     for part in (borrow, close):
         fitting[part].register_forward_pre_hook(
             lambda _m, _args, kwargs, part=part: passed.update({part: kwargs}), with_kwargs=True
@@ -232,7 +232,7 @@ def test_units_go_in_together_and_every_part_learns(teacher, reader, accelerator
 @torch.no_grad()
 def test_all_units_plugged_in_is_the_model_put_together_by_hand(teacher, reader, accelerator):
     taught, rows = made(teacher), reader.rows(heldout=True)
-    model, _ = distillation.plugged(teacher, taught)
+    model, _, _ = students.plugged(teacher, taught)
     by_hand, batch = literal_model(teacher, taught, taught), reader.batch(rows)
     assert len(model.transformer_blocks) == 4
     assert torch.equal(model(**batch.arguments)[0], by_hand(**batch.arguments)[0])

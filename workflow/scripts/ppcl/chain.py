@@ -49,14 +49,14 @@ def through_chain(
             lessons = distillation.teacher_states(transformer, parts, batch.arguments)
             with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
                 run(model, batch.arguments)
+            targets = {part: read(part, lesson) for part, lesson in lessons.items()}
+            streams = {s: x for target in targets.values() for s, x in target.items()}
+            real = distillation.real_tokens(
+                family, batch, streams, options["batch_size"], accelerator
+            )
             found = [
-                distillation.interval_losses(
-                    outputs[part],
-                    (target := read(part, lesson)),
-                    blocks.token_masks(family, batch.arguments, target),
-                    options,
-                )
-                for part, lesson in lessons.items()
+                distillation.interval_losses(outputs[part], target, real, options)
+                for part, target in targets.items()
             ]
         total: dict[str, Tensor] = {}
         for _, metrics in found:

@@ -138,8 +138,9 @@ def cka_change(tokens: TokenReader, streams: Sequence[str], estimator: str) -> n
     """
 
     def similar(stream: str, block: int) -> float:
-        ends = tokens.values(block, stream), tokens.values(block + 1, stream)
-        return linear_cka(*ends, estimator)
+        ends = block, block + 1
+        names = tuple(f"stream {stream!r}, boundary {boundary}" for boundary in ends)
+        return linear_cka(*(tokens.values(b, stream) for b in ends), estimator, names)
 
     depth = range(tokens.boundaries - 1)
     return np.array([1 - np.mean([similar(s, b) for s in streams]) for b in depth])
