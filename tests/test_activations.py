@@ -169,6 +169,77 @@ def test_padding_is_left_out(world):
     np.testing.assert_allclose(moments.sums["text.2.x_sum"].numpy(), picked.sum(0), rtol=1e-9)
 
 
+def test_a_sample_gives_the_same_tokens_whatever_it_is_batched_with(world):
+    """As many as it has itself; probes are fitted on all of them."""
+    about = ("prompt", "step", "timestep", "token", "heldout")
+    batches = [collect(world, batch_size=size, sample_tokens=7) for size in (1, 3, 4)]
+    (alone, samples), *others = batches
+    for stream, sample in samples.items():
+        values = np.stack(list(sample["value"]))
+        for _, found in others:
+            for name in about:
+                np.testing.assert_array_equal(found[stream][name], sample[name])
+            again = np.stack(list(found[stream]["value"]))
+            np.testing.assert_allclose(again, values, rtol=1e-4, atol=1e-4)
+    for found, _ in others:
+        for key, value in alone.sums.items():
+            torch.testing.assert_close(found.sums[key], value, rtol=1e-5, atol=1e-5)
+    counts = np.unique(np.diff(np.flatnonzero(np.diff(samples["text"]["prompt"]))))
+    assert len(counts) > 1  # unlike prompts gave unlike numbers
+
+
+@pytest.fixture(scope="module")
+def captions(teacher, tmp_path_factory):
+    """Calls of `teacher`, of which some have no text at all: one in a batch, then all of them."""
+
+    def reader(lengths):
+        given = tiny.arguments((5, *lengths))
+        given = {k: v[1:] if hasattr(v, "shape") else v for k, v in given.items()}
+        given["img_shapes"] = given["img_shapes"][1:]
+        rows = tiny.places(len(lengths))
+        found = calls.to_tables(given, teacher(**given)[0], rows)
+        path = tmp_path_factory.mktemp("captions") / "calls.parquet"
+        calls.write(path, [table.schema for table in found], found, {})
+        return calls.Reader(path)
+
+    return reader
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_sample_without_text_gives_none_of_it(teacher, captions, size):
+    moments, samples = collect((teacher, captions((4, 0, 2))), batch_size=size)
+    assert samples["text"]["prompt"].tolist() == [0, 0, 0, 2, 2]
+    assert samples["image"]["prompt"].tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert moments.sums["text.3.count"].item() == 6
+    assert all(np.isfinite(values).all() for values in samples["text"]["value"])
+
+
+def test_a_stream_of_padding_alone_is_named(teacher, captions):
+    with pytest.raises(UserError, match="the text stream of every call is padding alone"):
+        collect((teacher, captions((0, 0))))
+
+
+def test_padding_may_hold_nan(teacher, captions):
+    """As after attention of queries that may see nothing; a real token may not."""
+    reader, last = captions((4, 1)), teacher.transformer_blocks[-1]
+    expected = collect((teacher, reader))
+    for token in (1, 0):  # of the second sample: padding, its only real one
+
+        def spoil(_module, _args, out, token=token):
+            out[0][1, token] = torch.nan
+            return out
+
+        handle = last.register_forward_hook(spoil)
+        try:
+            if token:
+                assert_same(expected, collect((teacher, reader)))
+            else:
+                with pytest.raises(UserError, match="the text stream after block 5 holds NaN"):
+                    collect((teacher, reader))
+        finally:
+            handle.remove()
+
+
 def test_picked_tokens_depend_on_the_row_only():
     masks = {"text": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()}
     both = activations.pick_tokens(masks, "text", (2, 5), 2, np.array([8, 3]), 0)

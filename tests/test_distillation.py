@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from ppcl import distillation, losses, students, training
+from ppcl import chain, distillation, losses, students, training
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -215,14 +215,47 @@ def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage
         every = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
         return torch.cat(every).clone()
 
-    whole = gradient(tiny.Process(0, 1, lambda _index, value: value))
-    power = {}
-    for index in range(2):
-        gradient(tiny.Process(index, 2, lambda i, value: power.setdefault(i, value)))
-    parts = [
-        gradient(tiny.Process(index, 2, lambda _i, _v: sum(power.values()) / 2))
-        for index in range(2)
-    ]
+    (whole,), parts = (tiny.in_processes(count, gradient) for count in (1, 2))
     size = whole.norm()
     assert size > 1e-3 and (parts[0] - parts[1]).norm() > 0.01 * size
     assert ((parts[0] + parts[1]) / 2 - whole).norm() < 1e-5 * size
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("step_of", [distillation.independent, chain.through_chain])
+def test_padded_shares_average_to_the_batch(teacher, reader, step_of, count):
+    """Shares of 5, 3 and no real text tokens a sample: losses, metrics and gradients are those of
+    one process, whoever has which."""
+    taught = students.start(teacher, [FIRST, SECOND], "middle")
+
+    class Padded:
+        rows = staticmethod(reader.rows)
+        draw = staticmethod(lambda *_: np.arange(5))
+
+        @staticmethod
+        def batch(rows):
+            found = reader.batch(rows)
+            found.arguments["encoder_hidden_states_mask"][rows == 3] = 0
+            return found
+
+    def step(process):
+        options = OPTIONS | {"batch_size": 5, "loss": "mixed"}
+        found = {}
+        for student in taught.values():
+            student.zero_grad()
+        for name, loss, metrics in step_of(teacher, taught, Padded, options, 0, process)(0):
+            loss.backward()
+            found |= {f"{name} {key}": m.detach() for key, m in metrics.items()}
+            found[name] = loss.detach()
+        for part, student in taught.items():
+            slopes = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+            found[f"{part.name} slope"] = torch.cat(slopes)
+        return found
+
+    (whole,), shares = (tiny.in_processes(processes, step) for processes in (1, count))
+    unlike = []
+    for key, value in whole.items():
+        mean = sum(share[key] for share in shares) / count
+        torch.testing.assert_close(mean, value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+        unlike.append(max((share[key] - value).norm() / value.norm() for share in shares))
+    assert min(unlike) > 1e-3  # no share alone is the batch

@@ -12,8 +12,8 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
     digit_accuracy, digit_color_accuracy, background_color_accuracy, all_correct
                           share of pictures that show what the prompt states (judge: digits)
     judge_digit_accuracy  the judge's own, on real digits it was not fitted on (teacher's rows only)
-    psnr (dB), ssim       to the teacher's picture of the same prompt and seed (none of the teacher);
-                          of a video, ssim is the mean over its frames
+    psnr (dB), ssim       to the teacher's picture of the same prompt and seed (none of the teacher)
+                          and of a video, SSIM is the mean over its frames
     velocity_error        ||v - v_t||^2 / ||v_t||^2 over held-out recorded calls, v_t the teacher's
                           recorded answer; velocity_error_sigma_0.00_0.25 ...: by noise level
     parameters, parameter_fraction

@@ -111,6 +111,7 @@ def prepare(tokens: Tensor, normalise: bool, name: str) -> Tensor:
     """
     if normalise:
         norms = torch.linalg.norm(tokens, dim=1, keepdim=True)
+        _refuse_nonfinite(norms.max(), name)
         tokens = tokens / torch.where(norms > 0, norms, 1)
     mean = tokens.mean(0)
     centred = tokens - mean
@@ -125,16 +126,20 @@ def refuse_constant(spread: Tensor, mean: Tensor, count: int, name: str) -> None
     spread: square root of the sum of |x - mean|^2 over `count` tokens.
     """
     level = count**0.5 * torch.linalg.norm(mean)
-    if not torch.isfinite(spread + level):
-        raise UserError(
-            f"{name}: the held-out tokens hold NaN or infinity, so CKA is undefined. Set "
-            "teacher.dtype to bfloat16 or float32 (of probes: raise probe.ridge), delete "
-            "activations/ and rerun."
-        )
+    _refuse_nonfinite(spread + level, name)
     if spread <= CONSTANT * torch.hypot(spread, level):
         raise UserError(
             f"{name}: the {count} held-out token(s) do not differ, so CKA is undefined. "
             "Record more prompts (record.samples, record.heldout_fraction) and rerun."
+        )
+
+
+def _refuse_nonfinite(size: Tensor, name: str) -> None:
+    if not torch.isfinite(size):
+        raise UserError(
+            f"{name}: the held-out tokens hold NaN or infinity, so CKA is undefined. Set "
+            "teacher.dtype to bfloat16 or float32 (of probes: raise probe.ridge), delete "
+            "activations/ and rerun."
         )
 
 
