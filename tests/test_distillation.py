@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from ppcl import chain, distillation, losses, students, training
+from ppcl import chain, distillation, losses, students, teaching, training
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -44,7 +44,7 @@ def test_teacher_states_are_the_activations_at_the_ends(teacher):
     ]
     teacher(**call)
     whole, boundaries = boundaries, []
-    lessons = distillation.teacher_states(teacher, [SECOND, FIRST], call)
+    lessons = teaching.teacher_states(teacher, [SECOND, FIRST], call)
     for handle in handles:
         handle.remove()
     assert len(boundaries) == 5  # the last block, 5, did not run
@@ -97,7 +97,7 @@ def test_the_loss_is_eq_6_on_real_tokens(teacher, reader, accelerator):
     taught = students.start(teacher, [SECOND], "middle")
     ((_, loss, _),) = losses_of(teacher, taught, reader, accelerator)(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
-    lesson = distillation.teacher_states(teacher, [SECOND], batch.arguments)[SECOND]
+    lesson = teaching.teacher_states(teacher, [SECOND], batch.arguments)[SECOND]
     with torch.no_grad():
         text, image = taught[SECOND](**lesson.bound)
     mask, expected = batch.arguments["encoder_hidden_states_mask"].bool(), 0.0
@@ -147,18 +147,18 @@ def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
     text, image = teacher.transformer_blocks[2](**first)
     assert torch.equal(inputs[SECOND]["hidden_states"], image)
     assert torch.equal(inputs[SECOND]["encoder_hidden_states"], text)
-    lessons = distillation.teacher_states(teacher, [FIRST, SECOND], call)
+    lessons = teaching.teacher_states(teacher, [FIRST, SECOND], call)
     assert torch.equal(first["hidden_states"], lessons[FIRST].bound["hidden_states"])
     assert not torch.equal(image, lessons[SECOND].bound["hidden_states"])
 
     _, (_, loss, _) = losses_of(teacher, taught, reader, accelerator, mode="sequential")(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
     inputs = distillation.sequential_inputs(teacher, taught, batch.arguments, accelerator)
-    target = distillation.teacher_states(teacher, [SECOND], batch.arguments)[SECOND].target
+    target = teaching.teacher_states(teacher, [SECOND], batch.arguments)[SECOND].target
     text, image = taught[SECOND](**inputs[SECOND])
     real = {"text": losses.Real(batch.arguments["encoder_hidden_states_mask"].bool())}
     output = {"text": text, "image": image}
-    expected, _ = distillation.interval_losses(output, target, real, OPTIONS)
+    expected, _ = teaching.interval_losses(output, target, real, OPTIONS)
     assert loss.item() == expected.item()
     loss.backward()
     assert all(p.grad is None for p in taught[FIRST].parameters())

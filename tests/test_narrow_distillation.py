@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import nn
 
-from ppcl import blocks, distillation, narrow, plans, students
+from ppcl import blocks, distillation, narrow, plans, students, teaching
 from ppcl.plans import Part
 
 OPTIONS = {
@@ -74,14 +74,14 @@ def test_borrowers_get_what_a_source_like_the_teacher_passes(teacher):
             lambda _m, _args, kwargs, part=part: passed.update({part: kwargs}), with_kwargs=True
         )
     model(**call)
-    lessons = distillation.teacher_states(teacher, [close, source, borrow], call)
+    lessons = teaching.teacher_states(teacher, [close, source, borrow], call)
     for part in (borrow, close):
         carry = lessons[part].bound["encoder_hidden_states"]
         assert carry.shape == (2, 5, 2 * D)
         assert torch.equal(carry, passed[part]["encoder_hidden_states"])
         assert torch.equal(lessons[part].lent, carry[..., D:])
     # The image stream is the teacher's, whatever a borrower before it did.
-    whole = distillation.teacher_states(teacher, [Part(2, 2)], call)[Part(2, 2)]
+    whole = teaching.teacher_states(teacher, [Part(2, 2)], call)[Part(2, 2)]
     assert torch.equal(lessons[close].bound["hidden_states"], whole.target["image"])
     assert lessons[borrow].target.keys() == {"image"}
     assert lessons[close].target.keys() == {"image", "text"}
@@ -205,7 +205,7 @@ def test_borrowers_learn_from_what_the_model_lends(
     batch, wanted = batch_of(reader), {}
     real = batch.arguments["encoder_hidden_states_mask"].bool()
     for part, block in wholes.items():
-        lesson = distillation.teacher_states(teacher, [Part(*part.key)], batch.arguments)
+        lesson = teaching.teacher_states(teacher, [Part(*part.key)], batch.arguments)
         bound = lesson[Part(*part.key)].bound
         with torch.no_grad():
             wanted[part] = attention_input(block, bound)[real]
