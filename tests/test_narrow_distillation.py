@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import nn
 
-from ppcl import blocks, distillation, narrow, plans, students, teaching
+from ppcl import blocks, distillation, losses, narrow, plans, students, teaching
 from ppcl.plans import Part
 
 OPTIONS = {
@@ -227,6 +227,22 @@ def test_borrowers_learn_from_what_the_model_lends(
         weight = taught[source].txt_mod[1].weight
         weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
     assert found[others[-1].name] > 1e-3
+
+
+def test_padding_that_is_lent_reaches_no_map(teacher, reader):
+    """Neither the loss of a map nor its slope."""
+    student, batch = made(teacher)[BORROW], batch_of(reader)
+    lesson = teaching.teacher_states(teacher, [BORROW], batch.arguments)[BORROW]
+    mask, slopes = batch.arguments["encoder_hidden_states_mask"].bool(), []
+    for padding in (0.0, torch.nan):
+        lesson.lend(torch.where(mask[..., None], lesson.lent, padding))
+        real = {"text": losses.Real(mask)}
+        streams = lesson.target
+        loss = teaching.linear_loss(BORROW, student, streams, lesson, real)
+        student.zero_grad()
+        loss.backward()
+        slopes.append(narrow.maps(student)["text/input"].weight.grad)
+    assert torch.equal(*slopes) and slopes[0].any()
 
 
 def test_shares_of_narrow_students_average_to_the_batch(teacher, reader):

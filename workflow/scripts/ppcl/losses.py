@@ -31,7 +31,7 @@ def normalised_error(output: Tensor, target: Tensor, mask: Tensor | None = None)
     Returns:
         A float32 scalar; 0 if no token is real.
     """
-    output, target = _real(output, mask), _real(target, mask)
+    output, target = without_padding(output, mask), without_padding(target, mask)
     # A token of zero length has no direction; the floor keeps its gradient finite.
     unit_output = output / output.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     unit_target = target / target.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -43,7 +43,7 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
 
     Arguments and result as in `normalised_error`.
     """
-    output, target = _real(output, mask), _real(target, mask)
+    output, target = without_padding(output, mask), without_padding(target, mask)
     error = (output - target).square().sum(-1)
     return _mean_over_tokens(error / target.square().sum(-1).clamp_min(1e-24), mask)
 
@@ -53,7 +53,7 @@ def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
     Arguments and result as in `normalised_error`.
     """
-    output, target = _real(output, mask), _real(target, mask)
+    output, target = without_padding(output, mask), without_padding(target, mask)
     return _mean_over_tokens((output - target).square().mean(-1), mask)
 
 
@@ -69,11 +69,12 @@ def velocity_error(output: Tensor, target: Tensor, power: Tensor | None = None) 
     return (output - target).square().sum() / power
 
 
-def _real(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x in float32, with zeros for padding: no product makes a number of NaN, nor of its slope."""
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x in float32 with zeros for padding, whose NaN a mask of zeros would pass on: 0 * NaN is NaN,
+    in gradients too."""
     return x.float() if mask is None else torch.where(mask[..., None], x.float(), 0.0)
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Values are those of `_real` tokens, so that padding adds nothing."""
+    """Of values [batch, tokens] that are zero at padding."""
     return values.mean() if mask is None else values.sum() / mask.sum().clamp_min(1)

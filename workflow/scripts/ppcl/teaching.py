@@ -181,7 +181,7 @@ def linear_loss(
         if stream in output  # after the last block, nothing may read it
     ]
     if part.borrows:
-        lent = calls.as_float32(lesson.lent)  # as the student, whatever the teacher
+        lent = losses.without_padding(lesson.lent, real.get(TEXT, Real()).mask)
         mapped = lent + narrow.maps(student)["text/input"](lent)
         errors.append(error(mapped, lesson.text_input, TEXT))
     return sum(errors) if errors else None
