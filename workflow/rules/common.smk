@@ -8,6 +8,7 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 
 # Relative where possible: Snakemake remembers inputs by path, and a moved folder should not rerun.
 SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"))
@@ -24,13 +25,14 @@ from ppcl import methods, preflight, prompts, schemas, texts
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest, digest
 
-# Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
-# of progress bars, which go to the logs too, one line now and then is enough. A scheduler's SIGTERM
-# goes to all processes of a job: the shell waits for its program, and tee stays until the program
-# has had its say (ppcl/stopping.py).
+# Jobs use the Python that runs Snakemake, activated or not, unless conda brings its own (--sdm
+# conda); of progress bars, which go to the logs too, one line now and then is enough.
+OWN_PYTHON = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
+PATHS = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH" if OWN_PYTHON else ""
 shell.prefix(
-    "set -euo pipefail; trap : TERM; tee() (trap '' TERM; exec tee \"$@\"); "
-    f"export TQDM_MININTERVAL=10 PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    f"set -euo pipefail; source {SCRIPTS}/job.sh; export TQDM_MININTERVAL=10 {PATHS}; ".replace(
+        "{", "{{"
+    ).replace("}", "}}")
 )
 
 ENVIRONMENT = "../../environment.yml"
