@@ -84,6 +84,8 @@ def validate():
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
     try:
         config.update(settings.complete(config, source))
+        if workflow.is_main_process:
+            preflight.check_results(config["run"], source)
         # The teacher may be missing where it is about to be made, or where only figures are drawn
         # or a plan is.
         if (
