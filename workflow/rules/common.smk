@@ -334,6 +334,30 @@ def plan_inputs():
     return {name: path for name, path in names.items() if Path(path).is_file()}
 
 
+def reporting():
+    """Whether a report is made, rather than anything run; of the command line, as in `targets`."""
+    return any(word.startswith("--report") for word in sys.argv[1:])
+
+
+def summary(form):
+    """The table of what the variants reach, as `text` or `rst`; empty for targets without one."""
+    metrics = result("evaluation/metrics.parquet")
+    if not targets() <= {"all"}:
+        return ""
+    if not Path(metrics).is_file():
+        raise WorkflowError(
+            f"run '{config['run']}' has no {metrics} to report on yet: run it first, or name "
+            "the config of another run with --configfile"
+        )
+    from ppcl import summary as found  # pandas, which takes a second to import
+
+    try:
+        rows = found.rows(metrics, result("models"), config["teacher"]["path"])
+    except UserError as error:
+        raise WorkflowError(str(error)) from None
+    return getattr(found, form)(rows)
+
+
 def ablation_runs(names, seeds=None):
     """Tables of the first runs of some methods, as many as each has in any case."""
     return [
