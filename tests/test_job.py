@@ -78,3 +78,45 @@ def test_every_signal_has_a_line_of_its_own(monkeypatch, tmp_path):
         assert "the kernel has ended 3 of this job's processes" in endings.explain(9)
         (tmp_path / file).write_text(text.replace("3", "0"))
         assert "kernel" not in endings.explain(9)
+
+
+CONDA = """#!/bin/sh
+case "$*" in
+    "info --json") printf '{"conda_prefix": "%s", "platform": "any"}' "$HERE" ;;
+    --version) echo conda 99.0.0 ;;
+    "config "*) echo '{"get": {"channel_priority": "strict"}}' ;;
+    "env create "*)
+        for last; do :; done
+        mkdir -p "$last/bin"
+        printf '#!/bin/sh\\necho python of conda' > "$last/bin/python"
+        chmod +x "$last/bin/python" ;;
+esac
+"""
+SNAKEFILE = """
+configfile: "config/test.yaml"
+include: "workflow/rules/common.smk"
+rule ask:
+    output: "out"
+    conda: "environment.yml"
+    shell: "python -c 'import sys; print(sys.executable)' | tee {output}"
+"""
+
+
+def test_jobs_use_the_python_of_conda_if_that_is_asked_for(tmp_path):
+    for name in ("config", "workflow", "resources", "environment.yml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "Snakefile").write_text(SNAKEFILE)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/conda").write_text(CONDA)
+    (tmp_path / "bin/activate").write_text('PATH="$1/bin:$PATH"\n')
+    (tmp_path / "bin/conda").chmod(0o755)
+    variables = {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "HERE": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-m", "snakemake", "ask", "--cores", "1", "--sdm", "conda"],
+        cwd=tmp_path,
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out").read_text() == "python of conda\n"
