@@ -1,4 +1,4 @@
-"""GPUs that jobs take: different ones, as long as they live, and none that a scheduler gave others."""
+"""GPUs that jobs take: different ones, as long as they live, and only what a scheduler gave."""
 
 import os
 import subprocess

@@ -6,7 +6,6 @@ import shlex
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
 from snakemake.settings.types import DeploymentMethod
 
@@ -14,9 +13,9 @@ from snakemake.settings.types import DeploymentMethod
 SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"))
 # Their paths are words of every command.
 if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
-    raise WorkflowError(
-        f"the workflow's folder, {SCRIPTS.parents[1]}, has spaces or signs in its name that a shell "
-        "would not take as they are; rename it, or start Snakemake inside it"
+    sys.exit(
+        f"error: the workflow's folder, {SCRIPTS.parents[1]}, has spaces or signs in its name that a "
+        "shell would not take as they are; rename it, or start Snakemake inside it"
     )
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
@@ -79,6 +78,11 @@ def targets():
     return {"all", "interval_plots", "train_teacher", "ablation", "plan"} & set(sys.argv[1:])
 
 
+def refuse(problem):
+    """Ends Snakemake with one line; a WorkflowError would begin with a line number of this file."""
+    sys.exit(f"error: {problem}")
+
+
 def validate():
     """Complete the config with its defaults; check it against schema, teacher and prompts."""
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
@@ -95,7 +99,7 @@ def validate():
         ):
             preflight.check(config, source)
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        refuse(error)
 
 
 def result(path):
@@ -236,7 +240,7 @@ def planned():
     try:
         found = texts.read_sealed(path)
     except UserError as error:
-        raise WorkflowError(f"{error}, with the target plan; without it limits are fixed") from None
+        refuse(f"{error}, with the target plan; without it limits are fixed")
     of = digest(settings.subset(config, *PLAN_KEYS))
     if workflow.is_main_process and found.get("config", of) != of:
         logger.warning(f"{path} is of another config; for limits of this one run the target plan")
@@ -345,7 +349,7 @@ def summary(form):
     if not targets() <= {"all"}:
         return ""
     if not Path(metrics).is_file():
-        raise WorkflowError(
+        refuse(
             f"run '{config['run']}' has no {metrics} to report on yet: run it first, or name "
             "the config of another run with --configfile"
         )
@@ -354,7 +358,7 @@ def summary(form):
     try:
         rows = found.rows(metrics, result("models"), config["teacher"]["path"])
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        refuse(error)
     return getattr(found, form)(rows)
 
 

@@ -19,7 +19,7 @@ _CAUSES = {
     "again at the same place, report it with this log",
     "SIGABRT": "by which a library gives up; the lines above may say why",
     "SIGILL": "which means that a package was built for other processors; install it anew here",
-    "SIGFPE": "which is a fault in a library; rerun, and if it comes again, report it with this log",
+    "SIGFPE": "which is a fault in a library; rerun, and report it with this log if it comes again",
     "SIGXCPU": "at its limit of processor time; raise that (ulimit -t) and rerun",
     "SIGXFSZ": "at the limit of a file's size; raise that (ulimit -f) and rerun",
     "SIGHUP": "since its terminal was closed; rerun, in tmux or with nohup",

@@ -18,8 +18,8 @@ ACCURACIES = {
 }
 COLUMNS = ("variant", "parameters", "latency", "error", "worst metric", "folder")
 NOTE = (
-    "Parameters of the transformer and latency of a call, over the teacher's; relative error of the "
-    "velocity; the accuracy that fell most, or else the pictures' PSNR to the teacher's."
+    "Parameters of the transformer and latency of a call, over the teacher's; relative error of "
+    "the velocity; the accuracy that fell most, or else the pictures' PSNR to the teacher's."
 )
 
 
