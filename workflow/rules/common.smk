@@ -354,10 +354,8 @@ def reporting():
 
 
 def summary(form):
-    """The table of what the variants reach, as `text` or `rst`; empty for targets without one."""
+    """The table of what the variants reach, as `text` or `rst`."""
     metrics = result("evaluation/metrics.parquet")
-    if not targets() <= {"all"}:
-        return ""
     if not Path(metrics).is_file():
         refuse(
             f"run '{config['run']}' has no {metrics} to report on yet: run it first, or name "

@@ -111,6 +111,9 @@ def _wait(names: dict[str, str], count: int) -> dict[str, str]:
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     if FOLDER.lstat().st_uid != os.getuid():
         raise PermissionError(errno.EPERM, "it is another user's")
+    # What clears /tmp of old files (systemd-tmpfiles) leaves a locked folder alone.
+    folder = os.open(FOLDER, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(folder, fcntl.LOCK_SH)
     told = False
     while True:
         free: dict[str, int] = {}
@@ -128,7 +131,7 @@ def _wait(names: dict[str, str], count: int) -> dict[str, str]:
                         fcntl.flock(taken, fcntl.LOCK_SH)
                         os.truncate(taken, 0)
                         os.pwrite(taken, f"{os.getpid()}\n".encode(), 0)
-                    _held.extend(free.values())
+                    _held.extend([folder, *free.values()])
                     return {name: names[name] for name in free}
             for file in free.values():
                 os.close(file)
