@@ -350,7 +350,7 @@ def plan_inputs():
 
 def reporting():
     """Whether a report is made, rather than anything run; of the command line, as in `targets`."""
-    return any(word.startswith("--report") for word in sys.argv[1:])
+    return workflow.is_main_process and any(word.startswith("--report") for word in sys.argv[1:])
 
 
 def summary(form):
