@@ -49,6 +49,7 @@ from ppcl import (
     schemas,
     stopping,
     tables,
+    teacher_identity,
     whole,
 )
 from ppcl.errors import UserError
@@ -208,10 +209,11 @@ def main() -> None:
     arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "evaluate.prompts")
     if options["judge"] == "digits":
         refuse_unjudged(rows, options["prompts"])
-    models = evaluation.models(settings["teacher"], args.models)
+    reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    models = evaluation.models(teacher, args.models)
     digests = [model.digest() for model in models]
     device = devices.choose(settings["device"])
-    reader = calls.Reader(args.calls)
     samples = choose_samples(rows, options["samples"], reader)
     timed = reader.draw(reader.heldout_rows("report"), options["batch_size"], (seed,))
 
