@@ -94,6 +94,10 @@ def test_pipelines_that_need_what_nothing_can_give(name, needs, instead):
     assert (f"that of {instead}: save it as one" in said) == (instead is not None)
 
 
+def test_what_a_pipeline_can_not_do_comes_before_the_settings():
+    assert "needs control_image" in refused({"control_image": "a.png"}, "FluxControlNetPipeline")
+
+
 def test_pipelines_without_prompts_are_refused():
     assert "DiTPipeline can't be recorded: its call takes no prompt" in refused({}, "DiTPipeline")
 
@@ -138,6 +142,8 @@ def test_texts_that_go_with_the_prompt_are_there_as_often(name, keys):
 def test_other_settings_are_left_as_they_are():
     given = {"system_prompt": "a", "sigmas": [1.0, 0.5], "negative_prompt": None}
     assert arguments.for_batch(signatures.of("Lumina2Pipeline"), given, 3) == given
+    made = arguments.for_batch(signatures.of("FluxPipeline"), {"height": 64.0, "sigmas": [1]}, 3)
+    assert made == {"height": 64, "sigmas": [1]} and isinstance(made["height"], int)
     given = {"complex_human_instruction": ["a", "b"]}
     assert arguments.for_batch(signatures.of("SanaPipeline"), given, 3) == given
 
@@ -182,7 +188,9 @@ def test_pictures_of_the_prompts_and_of_the_pipeline_agree(inputs, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     header = "prompt,image,digit,digit_color,background_color\n"
     for stage, prompt in (("record", "one"), ("evaluate", "two")):
-        Path(inputs[stage]["prompts"]).write_text(f"{header}{prompt},a.png,1,red,blue\n")
+        lines = "".join(f"{prompt} {n},a.png,1,red,blue\n" for n in (1, 2))
+        Path(inputs[stage]["prompts"]).write_text(f"{header}{lines}")
+    inputs["record"]["renoised_per_sample"] = 0
     preflight.check(inputs, "mine.yaml")
     named(inputs, "QwenImagePipeline")
     assert "QwenImagePipeline takes no picture; remove the column" in checked(inputs)

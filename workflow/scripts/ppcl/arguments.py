@@ -105,10 +105,6 @@ def refuse_call(name: str, signature: Signature, settings: Mapping[str, Any]) ->
             that can't be; something that the call needs and that nothing here can give it.
     """
     known = {k for k in signature.parameters if k not in OURS and _given_by_config(signature, k)}
-    for key, value in settings.items():
-        _refuse_key(name, signature, key, known)
-        if (parameter := signature.parameters.get(key)) is not None:
-            _refuse_value(parameter, value)
     absent = [key for key in _NEEDED if key not in signature.parameters]
     if absent and not signature.open:
         raise UserError(
@@ -116,14 +112,17 @@ def refuse_call(name: str, signature: Signature, settings: Mapping[str, Any]) ->
             "pipeline that makes pictures or videos of prompts"
         )
     for key in _needed(name, signature):
-        if key in settings or key in OURS:
-            continue
-        if key in known:
+        if key not in known and key not in OURS:
+            raise UserError(
+                f"teacher.path: a {name} can't be recorded: its call needs {key}, which neither "
+                f"the config nor the prompts files can give; {_instead(name)}"
+            )
+        if key in known and key not in settings:
             raise UserError(f"pipeline.{key}: {name} can't do without it; set it")
-        raise UserError(
-            f"teacher.path: a {name} can't be recorded: its call needs {key}, which neither the "
-            f"config nor the prompts files can give; {_instead(name)}"
-        )
+    for key, value in settings.items():
+        _refuse_key(name, signature, key, known)
+        if (parameter := signature.parameters.get(key)) is not None:
+            _refuse_value(parameter, value)
 
 
 def refuse_pictures(name: str, signature: Signature, pictures: bool, key: str) -> None:
@@ -149,7 +148,8 @@ def refuse_pictures(name: str, signature: Signature, pictures: bool, key: str) -
 
 
 def for_batch(signature: Signature, settings: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The settings for a call with `count` prompts: what goes with each prompt is there as often.
+    """The settings for a call with `count` prompts: what goes with each prompt is there as often,
+    and YAML's 4.0 is a whole number where one is needed.
 
     Raises:
         UserError: a list has a value per prompt, but for another number of prompts.
@@ -157,9 +157,14 @@ def for_batch(signature: Signature, settings: Mapping[str, Any], count: int) -> 
     return {
         key: _for_each(key, value, count)
         if value is not None and _goes_with_prompt(signature.parameters.get(key))
-        else value
+        else _whole(signature.parameters.get(key), value)
         for key, value in settings.items()
     }
+
+
+def _whole(parameter: Parameter | None, value: Any) -> Any:
+    needed = parameter is not None and _kinds(parameter) == ["int"]
+    return int(value) if needed and isinstance(value, float) and value.is_integer() else value
 
 
 def _refuse_lists(signature: Signature, settings: Mapping[str, Any]) -> None:
@@ -197,7 +202,7 @@ def _goes_with_prompt(parameter: Parameter | None) -> bool:
     if re.fullmatch(r"(negative_)?prompt(_\d+)?", parameter.name):
         return True
     kinds = _kinds(parameter)
-    return "list" in kinds and bool(kinds[:1]) and f"list[{kinds[0]}]" in _plain(parameter)
+    return "list" in kinds and f"list[{kinds[0]}]" in _plain(parameter)
 
 
 def _refuse_key(name: str, signature: Signature, key: str, known: Collection[str]) -> None:

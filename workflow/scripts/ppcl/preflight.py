@@ -24,8 +24,8 @@ def check(config: dict, source: str = "config") -> None:
     """
     _check_teacher(config["teacher"], source)
     prompt_checks.check(config, source)
-    _check_renoising(config, source)
     arguments.check(config, source)
+    _check_renoising(config, source)
     for stage in ("distill", "subsets", "finetune"):
         size = config[stage]["batch_size"]
         if config["processes"] != "auto" and config["processes"] > size:
