@@ -202,9 +202,12 @@ def test_states_that_cannot_be_renoised_are_known(inputs):
                 | {"_class_name": pipeline, "transformer": ["diffusers", transformer]}
             )
         )
-        message = refused(inputs)
+        with pytest.raises(UserError) as raised:
+            preflight._check_renoising(inputs, "mine.yaml")
+        message = str(raised.value)
         assert f"record.renoised_per_sample is 12, but pictures of a {pipeline} can't" in message
-        assert message.endswith("set it to 0")
+        assert message.startswith("mine.yaml: ") and message.endswith("set it to 0")
+    assert f"a {pipeline} can't be noised again" in refused(inputs)
     for pipeline in ("FluxControlNetPipeline", "QwenImageImg2ImgPipeline"):
         assert not families.fixed_states("FluxTransformer2DModel", pipeline)
 
