@@ -221,7 +221,7 @@ def test_a_warning_after_the_outputs_changes_no_exit_code(moment, code):
         ((0, 0), True, 0),
         ((0, stopping.EXIT_CODE), True, stopping.EXIT_CODE),
         ((0, 3), False, 3),
-        ((0, -9), False, 128 + 9),
+        ((0, -9), False, 1),
     ],
 )
 def test_the_launcher_ends_as_its_processes_do_whatever_came_meanwhile(ends, warned, code):

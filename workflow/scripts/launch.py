@@ -7,7 +7,8 @@ with its own message rather than with the launcher's traceback; `auto` means the
 Snakemake gave to the job; and what the processes end with is what counts, not what came meanwhile.
 (`accelerate launch` needs MPI to start several processes on a CPU.) Inside, accelerate.Accelerator
 finds the processes. SIGTERM goes on to the processes, which have half a minute to end by themselves
-(ppcl/stopping.py).
+(ppcl/stopping.py). Several processes take a GPU each, all at once, before they start
+(ppcl/gpus.py); one takes its own.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import time
 import uuid
 
-from ppcl import stopping, surroundings
+from ppcl import endings, gpus, stopping, surroundings
 
 GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
 
@@ -57,6 +58,8 @@ def main() -> None:
         os.environ[name] = str(max(1, options.threads // processes))
     os.environ["PYTHONFAULTHANDLER"] = "1"  # so that a crash within a library says where
     command = [sys.executable, "-u", options.script, *options.arguments]
+    if processes > 1 and options.device in ("auto", "cuda"):
+        gpus.take(processes)
     # It takes seconds until the program can handle it; until then it must not be lost.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if processes == 1:
@@ -71,7 +74,7 @@ def together(command: list[str], processes: int) -> int:
 
     Returns:
         0 if all of them ended so, whatever came meanwhile; stopping.EXIT_CODE after SIGTERM; else
-        the code of the first that failed (128 and more: by a signal).
+        the code of the first that failed, which has said why; 1, and says it, if by a signal.
     """
     from torch.distributed import TCPStore
 
@@ -102,10 +105,12 @@ def together(command: list[str], processes: int) -> int:
 
 
 def _wait(started: list[subprocess.Popen]) -> int:
-    failed, deadline = 0, None
+    failed, who, deadline = 0, "", None
     while True:
         codes = [process.poll() for process in started]
-        failed = failed or next((code for code in codes if code), 0)
+        for rank, code in enumerate(codes):
+            if code and not failed:
+                failed, who = code, f"process {rank} of {len(started)}"
         if None not in codes:
             break
         if deadline is None and (failed or stopping.warned()):
@@ -118,7 +123,9 @@ def _wait(started: list[subprocess.Popen]) -> int:
         time.sleep(0.05)
     if failed and stopping.warned():
         return stopping.EXIT_CODE
-    return failed if failed >= 0 else 128 - failed
+    if failed < 0:
+        print(f"error: {endings.explain(-failed, who)}", file=sys.stderr)
+    return failed if failed >= 0 else 1
 
 
 if __name__ == "__main__":
