@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from PIL import Image
 
-from ppcl import blocks, devices, hub, preflight
+from ppcl import blocks, devices, hub, preflight, steps
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
@@ -264,7 +264,8 @@ def run(
 ):
     """Runs the stock pipeline; an image depends on its prompt and seed, not on its batch.
 
-    Noise is drawn on the CPU, so a seed gives the same start on every device. A string
+    Noise is drawn on the CPU, so a seed gives the same start on every device; what schedulers draw
+    while denoising is the seed's too (`steps.seeded`). A string
     `negative_prompt` is repeated for the batch.
 
     Args:
@@ -283,7 +284,7 @@ def run(
     if picture is not None:
         arguments["image"] = picture
     try:
-        with torch.no_grad():
+        with torch.no_grad(), steps.seeded(pipe, generators, seeds):
             # A copy, since Z-Image's pipeline writes into the list.
             return pipe(prompt=list(prompts), generator=generators, **arguments, **more)
     except (TypeError, ValueError, AttributeError, UnboundLocalError) as error:

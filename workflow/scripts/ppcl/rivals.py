@@ -118,7 +118,9 @@ def cosine(tokens: TokenReader, streams: Sequence[str], first: int, last: int) -
     for stream in streams:
         x, y = (tokens.values(b, stream).astype(np.float64) for b in (first, last + 1))
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        found.append(np.mean((x * y).sum(1) / np.where(norms > 0, norms, 1)))
+        # Two zero tokens agree, as in probes.residual_fit.
+        alike = np.where(norms > 0, (x * y).sum(1), ~(x.any(1) | y.any(1)))
+        found.append(np.mean(alike / np.where(norms > 0, norms, 1)))
     return float(np.mean(found))
 
 
