@@ -79,8 +79,16 @@ def compare(
     allowed = max([1e-4, *(torch.finfo(kind).eps for kind in kinds)])
     worst: dict[int, tuple[float, dict]] = {}
     for call in recorded:
-        again = blocks.answer(bare, call["arguments"] | {"return_dict": False})
-        gap = distance(again, call["output"])
+        try:
+            gap = distance(_again(bare, call), call["output"])
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError) as error:  # of weights that a hook keeps in another dtype
+            raise UserError(
+                f"{type(pipe).__name__}: its transformer alone, as in all later stages, does not "
+                f"bear the calls of the pipeline ({error}); the pipeline has "
+                f"{', '.join(hanging(pipe, transformer, bare)) or 'nothing that hangs on it'}"
+            ) from error
         if not gap <= max(allowed, worst.get(call["branch"], (0.0, None))[0]):
             worst[call["branch"]] = gap, call
     if not worst:
@@ -90,8 +98,7 @@ def compare(
         for branch, (gap, call) in sorted(worst.items())
     )
     _, call = next(iter(worst.values()))
-    same = call["arguments"] | {"return_dict": False}
-    if distance(*(blocks.answer(bare, same) for _ in range(2))) > allowed:
+    if distance(_again(bare, call), _again(bare, call)) > allowed:
         reason = "alone, too, it answers with other numbers each time, so it draws random ones"
     elif found := hanging(pipe, transformer, bare):
         reason = f"the pipeline has {', '.join(found)}"
@@ -102,6 +109,10 @@ def compare(
         f"to the same calls alone, as in all later stages ({told}); {reason}. Leave that out of "
         "the pipeline (teacher.path), or switch it off in the config's pipeline"
     )
+
+
+def _again(bare: nn.Module, call: dict[str, Any]) -> Tensor:
+    return blocks.answer(bare, call["arguments"] | {"return_dict": False})
 
 
 def distance(one: Tensor, other: Tensor) -> float:

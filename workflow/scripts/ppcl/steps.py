@@ -62,9 +62,11 @@ def taken(scheduler: Any, step: Step, given: dict[str, Any]) -> tuple[Any, Level
     """
     timestep, place = given["timestep"], getattr(scheduler, "step_index", None)
     sigmas, between = getattr(scheduler, "sigmas", None), None
-    if getattr(scheduler, "state_in_first_order", True) is False:
-        sigmas = getattr(scheduler, "sigmas_interpol", sigmas)
-        between = getattr(scheduler, "mid_point_sigma", None)
+    second = getattr(scheduler, "state_in_first_order", True) is False
+    if second and any(hasattr(scheduler, name) for name in ("sigmas_interpol", "mid_point_sigma")):
+        # Between two levels; each class counts in its own way, but shows it as it scales a state.
+        one = torch.ones((), dtype=torch.float64)
+        between = (scheduler.scale_model_input(one, timestep) ** -2 - 1) ** 0.5
     returned = step(**given)
     counted = getattr(scheduler, "step_index", None)
     if place is None:
