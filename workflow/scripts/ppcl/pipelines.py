@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from PIL import Image
 
-from ppcl import blocks, devices, hub, preflight, steps
+from ppcl import blocks, devices, hub, preflight, steps, teacher_identity
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
@@ -67,6 +67,7 @@ def load(
     transformer = denoiser(pipe, teacher)
     blocks.family(transformer)
     refuse_incomplete(transformer, f"{path}/{hub.component(teacher)}")
+    teacher_identity.refuse_changed(teacher)
     pipe.set_progress_bar_config(disable=True)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     sizes = {name: devices.size(module) for name, module in modules.items()}
@@ -136,6 +137,7 @@ def load_transformer(
         raise UserError(f"{key}: {where} can't be loaded: {error}") from error
     blocks.family(transformer)
     refuse_incomplete(transformer, where)
+    teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()
     if compiled and teacher["compile"]:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
@@ -265,8 +267,8 @@ def run(
     """Runs the stock pipeline; an image depends on its prompt and seed, not on its batch.
 
     Noise is drawn on the CPU, so a seed gives the same start on every device; what schedulers draw
-    while denoising is the seed's too (`steps.seeded`). A string
-    `negative_prompt` is repeated for the batch.
+    while denoising is the seed's too (`steps.seeded`). A string `negative_prompt` is repeated for
+    the batch.
 
     Args:
         images: path of the picture of every prompt (all the same), or None, for pipelines that
