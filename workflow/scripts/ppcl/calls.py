@@ -122,12 +122,12 @@ class Ahead:
         thread.start()
 
 
-def refuse_zeros(power: float, path: Path) -> None:
+def refuse_zeros(power: float) -> None:
     """Raises UserError if errors relative to recorded answers of such a squared norm are none."""
     if not power > 0:
         raise UserError(
-            f"{path}: recorded answers are all zero, so no error relative to them is defined; the "
-            "teacher looks untrained: give another (teacher.path, teacher.component), and rerun"
+            "calls.parquet: recorded answers are all zero, so no error relative to them is defined; "
+            "the teacher looks untrained: give another (teacher.path, teacher.component), and rerun"
         )
 
 

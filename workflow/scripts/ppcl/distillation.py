@@ -414,7 +414,7 @@ def plugged_error(
         output, target = (x.to(where).double() for x in (output, batch.output))
         error += (output - target).square().sum()  # on the device, which need not be waited for
         power += target.square().sum()
-    calls.refuse_zeros(float(power), reader.path)
+    calls.refuse_zeros(float(power))
     return float(error) / float(power)
 
 

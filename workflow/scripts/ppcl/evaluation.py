@@ -287,7 +287,7 @@ def velocity_errors(
         if not np.isfinite(output).all():
             raise _broken(name, "the transformer's output")
         error, norm = metrics.squared_errors(output, recorded.output.double().numpy())
-        calls.refuse_zeros(norm.min(), reader.path)
+        calls.refuse_zeros(norm.min())
         found = {"error": error, "norm": norm}
         found |= {name: recorded.rows[name] for name in ("prompt_index", "sigma")}
         for column, values in found.items():
