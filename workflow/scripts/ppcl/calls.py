@@ -126,7 +126,7 @@ def refuse_zeros(power: float) -> None:
     """Raises UserError if errors relative to recorded answers of such a squared norm are none."""
     if not power > 0:
         raise UserError(
-            "calls.parquet: recorded answers are all zero, so no error relative to them is defined; "
+            "calls.parquet: recorded answers are all zero: no error relative to them is defined; "
             "the teacher looks untrained: give another (teacher.path, teacher.component), and rerun"
         )
 
