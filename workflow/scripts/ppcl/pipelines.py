@@ -22,6 +22,7 @@ from ppcl import (
     preflight,
     prompt_tokens,
     signatures,
+    steps,
     teacher_identity,
 )
 from ppcl.errors import UserError
@@ -261,8 +262,9 @@ def run(
 ):
     """Runs the stock pipeline; an image depends on its prompt and seed, not on its batch.
 
-    Noise is drawn on the CPU, so a seed gives the same start on every device. A text that goes
-    with the prompt, such as `negative_prompt`, is repeated for the batch.
+    Noise is drawn on the CPU, so a seed gives the same start on every device; what schedulers draw
+    while denoising is the seed's too (`steps.seeded`). A text that goes with the prompt, such as
+    `negative_prompt`, is repeated for the batch.
 
     Args:
         images: path of the picture of every prompt (all the same), or None, for pipelines that
@@ -281,7 +283,7 @@ def run(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     prompt_tokens.hush(pipe)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), steps.seeded(pipe, generators, seeds):
             # A copy, since Z-Image's pipeline writes into the list.
             return pipe(prompt=list(prompts), generator=generators, **given, **more)
     except Exception as error:
