@@ -135,8 +135,8 @@ def refuse_incomplete(module: torch.nn.Module, where: str) -> None:
                 f"{where}: the weight '{name}' is missing; its config and files disagree"
             )
     for name, parameter in module.named_parameters():
-        # The extremes cost a sixtieth of isfinite's time, and no copy.
-        if parameter.is_floating_point() and parameter.numel():
+        # The extremes cost a sixtieth of isfinite's time, and no copy; float8 has neither.
+        if parameter.is_floating_point() and parameter.itemsize > 1 and parameter.numel():
             extremes = torch.stack(torch.aminmax(parameter.detach()))
             if not torch.isfinite(extremes).all():
                 raise UserError(f"{where}: the weight '{name}' holds NaN or infinity")

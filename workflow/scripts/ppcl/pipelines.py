@@ -137,7 +137,7 @@ def load_transformer(
             f"{key}: {path}: its {name} is not a class of diffusers; if its code is beside "
             "its weights and you trust it, set trust_remote_code: true"
         )
-    variant = weights.variant_of([p.name for p in (folder / name).iterdir()], teacher["variant"])
+    variant = weights.variant_of(weights.names_in(folder / name), teacher["variant"])
     try:
         made_by = getattr(diffusers, made_as) if library == "diffusers" else code_beside(teacher)
         transformer, account = made_by.from_pretrained(

@@ -22,6 +22,14 @@ _PACKAGES = {"bitsandbytes": "bitsandbytes", "torchao": "torchao", "quanto": "op
 Header = dict[str, dict[str, Any]]
 
 
+def names_in(folder: Path) -> set[str]:
+    """Names of what a folder holds; UserError if it can't be looked into."""
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise UserError(f"{folder}: can't be read ({error.strerror}); mend that") from error
+
+
 def variant_of(names: Collection[str], variant: str | None) -> str | None:
     """The variant, if one of a component's files is of it; else None, for the plain ones."""
     marks = (name.split(".")[1] for name in names if "." in name)
@@ -73,7 +81,7 @@ def headers(folder: Path, library: str, variant: str | None) -> dict[Path, Heade
     Raises:
         UserError: a file is damaged, or an index and its shards contradict each other.
     """
-    names = {path.name for path in folder.iterdir()}
+    names = names_in(folder)
     stems = [STEMS[library]] if library in STEMS else STEMS.values()
     variant = variant_of(names, variant)
     chosen = next(filter(None, (first(names, stem, variant) for stem in stems)), None)
@@ -138,7 +146,7 @@ def check(
         part = folder / name
         if not part.is_dir():
             raise UserError(f"{key}: {part} is not there; restore the {name}'s folder")
-        names = {path.name for path in part.iterdir()}
+        names = names_in(part)
         if variant and (bare := sorted(n for n in names if "." not in n)):
             raise UserError(
                 f"{key}: {part / bare[0]}: diffusers can't look for a variant among names "
@@ -156,7 +164,7 @@ def check(
 def check_variant(folder: Path, parts: Collection[str], variant: str | None, key: str) -> None:
     """Raises UserError if no component of a whole pipeline's folder has files of the variant."""
     held = [folder / name for name in parts if (folder / name).is_dir()]
-    if variant and not any(variant_of([p.name for p in part.iterdir()], variant) for part in held):
+    if variant and not any(variant_of(names_in(part), variant) for part in held):
         raise UserError(
             f"{key}: {folder}: none of its components has weights of teacher.variant {variant}; "
             "set that to one that they have, or to null"
