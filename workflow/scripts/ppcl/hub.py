@@ -105,16 +105,14 @@ def wanted(
     without: Collection[str],
     teacher: dict,
 ) -> list[str]:
-    """Which files of a repository to download: of every component, one set of weights.
+    """Which files of a repository to download: of every component, one set of weights; code only
+    where it is trusted.
 
     Args:
         names: all files of the repository.
         prefix: of the pipeline's files, empty or ending with a slash.
     """
     found, beside = [], {}
-    kinds = r"json|jsonl|txt|model|jinja|spm|vocab|tiktoken"
-    if teacher["trust_remote_code"]:
-        kinds += "|py"
     for name in (n.removeprefix(prefix) for n in names if n.startswith(prefix)):
         part, _, file = name.partition("/")
         if not file:
@@ -124,7 +122,9 @@ def wanted(
             continue
         elif re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", file):
             beside.setdefault(part, []).append(file)
-        elif re.search(rf"\.({kinds})$", file):
+        elif re.search(r"\.(json|jsonl|txt|model|jinja|spm|vocab|tiktoken)$", file):
+            found.append(name)
+        elif file.endswith(".py") and teacher["trust_remote_code"]:
             found.append(name)
     for part, files in beside.items():
         found += [f"{part}/{file}" for file in weights.wanted(files, teacher.get("variant"))]
