@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from PIL import Image
 
-from ppcl import blocks, complete, devices, hub, weights
+from ppcl import blocks, complete, devices, hub, teacher_identity, weights
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
@@ -71,6 +71,7 @@ def load(
         ) from error
     transformer = denoiser(pipe, teacher)
     blocks.family(transformer)
+    teacher_identity.refuse_changed(teacher)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     for name, module in modules.items():
         account = next((account for model, account in told if model is module), None)
@@ -152,6 +153,7 @@ def load_transformer(
         raise UserError(f"{key}: {where} can't be loaded: {error}") from error
     blocks.family(transformer)
     complete.check(transformer, account, folder / name, files)
+    teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()
     if compiled and teacher["compile"]:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
