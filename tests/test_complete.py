@@ -104,10 +104,18 @@ def test_a_weight_of_another_shape_is_named(folder, part):
 def test_a_weight_that_is_no_number_is_named(folder, part):
     file = folder / part / PARTS[part]
     name = next(iter(load_file(file)))
-    for value in (torch.nan, torch.inf, -torch.inf):
-        changed(file, lambda held, value=value: held | {name: torch.full_like(held[name], value)})
-        message = refused(folder, part)
-        assert f"{name.removeprefix('model.')}' holds NaN or infinity" in message
+    changed(file, lambda held: held | {name: torch.full_like(held[name], torch.nan)})
+    assert f"{name.removeprefix('model.')}' holds NaN or infinity" in refused(folder, part)
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_weight_that_is_stored_as_integers_is_named(folder, part):
+    file = folder / part / PARTS[part]
+    name = next(name for name, weight in load_file(file).items() if weight.ndim > 1)
+    changed(file, lambda held: held | {name: held[name].to(torch.int8)})
+    assert f"{file}: the weight '{name}' is stored as I8" in refused(folder, part)
+    changed(file, lambda held: held | {name: torch.zeros(held[name].shape).bfloat16()})
+    pipelines.load(tiny.source(folder), CPU)
 
 
 def test_what_is_left_without_memory_is_named():
@@ -115,7 +123,12 @@ def test_what_is_left_without_memory_is_named():
     model.running_mean = model.running_mean.to("meta")
     with pytest.raises(UserError, match="here: the weight 'running_mean' is missing"):
         complete.refuse_incomplete(model, "here")
-    empty = torch.nn.Linear(0, 3).to(torch.bfloat16)
+    for value in (torch.nan, torch.inf, -torch.inf):
+        made = torch.nn.Linear(2, 3)
+        made.bias.data[1] = value
+        with pytest.raises(UserError, match="here: the weight 'bias' holds NaN or infinity"):
+            complete.refuse_incomplete(made, "here")
+    empty = torch.nn.ParameterDict({"none": torch.empty(0), "two": torch.ones(2).bfloat16()})
     complete.refuse_incomplete(empty, "here")
 
 

@@ -88,15 +88,17 @@ def check(
             f"{list(asked)} by its config.json ({len(wrong)} of other shapes); restore the "
             "weights, or the config that they were saved with"
         )
-    left = account["unexpected_keys"]
-    # Quantised weights are stored with numbers of their own, which loaders use up.
-    if getattr(model, "hf_quantizer", None) is None and (left := _of_no_other(model, left, config)):
-        place = next((file for file in files if set(left) & files[file].keys()), where)
-        raise UserError(
-            f"{place}: holds {_some(left)}, for which the {folder.name} has no place by its "
-            "config.json, so they would be ignored; restore the config that they were saved with, "
-            "or load the right model and save it again with save_pretrained"
-        )
+    # Quantised weights are stored as integers, with numbers of their own, which loaders use up.
+    if getattr(model, "hf_quantizer", None) is None:
+        left = account["unexpected_keys"]
+        if odd := _of_no_other(model, left, config):
+            place = next((file for file in files if set(odd) & files[file].keys()), where)
+            raise UserError(
+                f"{place}: holds {_some(odd)}, for which the {folder.name} has no place by its "
+                "config.json, so they would be ignored; restore the config that they were saved "
+                "with, or load the right model and save it again with save_pretrained"
+            )
+        _refuse_integers(model, files, left)
     refuse_incomplete(model, str(folder))
 
 
@@ -114,6 +116,22 @@ def _of_no_other(model: torch.nn.Module, names: Collection[str], config: Path) -
     prefix = f"{model.base_model_prefix}."
     firsts = lambda n: {n.split(".")[0], n.removeprefix(prefix).split(".")[0]}  # noqa: E731
     return sorted(name for name in names if firsts(name) & own)
+
+
+def _refuse_integers(
+    model: torch.nn.Module, files: Mapping[Path, Header], left: Collection[str]
+) -> None:
+    """Raises UserError if a weight is stored as anything but real numbers, which loaders convert
+    as if it were: quantised by other means than they know."""
+    buffers = {name.split(".")[-1] for name, _ in model.named_buffers()}
+    for file, header in files.items():
+        for name, entry in header.items():
+            real = entry["dtype"].startswith(("F", "BF"))
+            if not real and name not in left and name.split(".")[-1] not in buffers:
+                raise UserError(
+                    f"{file}: the weight '{name}' is stored as {entry['dtype']}, not as real "
+                    "numbers; give the model as it was before it was quantised or packed"
+                )
 
 
 def _some(names: Collection[str]) -> str:
