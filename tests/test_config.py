@@ -184,3 +184,42 @@ def test_budgets_of_four_kinds_in_one_config():
 def test_whole_floats_are_integers():
     steps = config.complete({"distill": {"steps": 1e3}}, "mine.yaml")["distill"]["steps"]
     assert steps == 1000 and isinstance(steps, int)
+
+
+@pytest.mark.parametrize("name", ["README.md", "readme.md", "teacher", "Teacher"])
+def test_a_run_can_not_have_the_name_of_something_else_in_results(name):
+    with pytest.raises(UserError, match=f"^mine.yaml: run: results/{name} is .* another name"):
+        config.complete({"run": name}, "mine.yaml")
+
+
+def test_every_spelling_of_a_place_is_the_same_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    work, away = tmp_path / "home/work", tmp_path / "away/my teacher, {v2}"
+    for folder in (work / "models/x y", away / "inside", tmp_path / "away/plain"):
+        folder.mkdir(parents=True)
+    (work / "link").symlink_to("models/x y")
+    (work / "far").symlink_to(tmp_path / "away/plain")
+    (work / "odd").symlink_to(away)
+    (work / "held.csv").write_text("")
+    (work / "models/held.csv").symlink_to("../held.csv")
+    monkeypatch.chdir(work)
+
+    def path(path, subfolder=None):
+        given = {"teacher": {"path": str(path), "subfolder": subfolder}}
+        found = config.complete(given, "mine.yaml")
+        assert config.complete(found, "again") == found
+        return found["teacher"]["path"], found["teacher"]["subfolder"]
+
+    spellings = ["models/x y", "./models//x y/", work / "models/x y", "~/work/models/x y", "link"]
+    assert {path(name) for name in spellings} == {("models/x y", None)}
+    assert path("models", "x y/") == path("models", "./x y") == ("models/x y", None)
+    assert path("far") == path("../../away/plain") == (str(tmp_path / "away/plain"), None)
+    assert path("odd", "inside") == ("odd/inside", None)  # no config can name what it leads to
+    assert path("owner/name/", "inside/") == ("owner/name", "inside")
+    assert path("owner/name", ".") == path("owner/name") == ("owner/name", None)
+    assert path("./owner/name") == ("./owner/name", None)  # missing, and not the Hub's for it
+    for name in ("./held.csv", "~/work/held.csv", "models/../held.csv"):
+        found = config.complete({"record": {"prompts": name}}, "mine.yaml")
+        assert found["record"]["prompts"] == "held.csv"
+    found = config.complete({"evaluate": {"prompts": "link/../held.csv"}}, "mine.yaml")
+    assert found["evaluate"]["prompts"] == "models/held.csv"

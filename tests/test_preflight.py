@@ -300,3 +300,14 @@ def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     assert "can't take weights that are shared out" in refused(inputs)
     inputs["finetune"] |= {"sharding": "none", "cpu_offload": False}
     preflight.check(inputs, "mine.yaml")
+
+
+@pytest.mark.parametrize("name", ["results", "results/mine", "results/mine/logs"])
+def test_a_file_where_results_have_to_be_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("")
+    with pytest.raises(UserError, match=f"^mine.yaml: run: {name} has to be a folder"):
+        preflight.check_results("mine", "mine.yaml")
+    Path(name).unlink()
+    preflight.check_results("mine", "mine.yaml")

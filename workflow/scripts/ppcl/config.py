@@ -6,19 +6,23 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 import difflib
 import functools
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import yaml
 
+from ppcl import hub
 from ppcl.errors import UserError
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 LONGEST = 100_000
+# Names in results/ that no run can have, in small letters.
+TAKEN = {"readme.md": "a file of the workflow", "teacher": "the folder of the target train_teacher"}
 
 
 class Subset(dict):
@@ -79,6 +83,8 @@ def load(source: str) -> dict:
 def complete(config: dict, source: str) -> dict:
     """A copy of `config` with every default filled in, validated against the schema.
 
+    Files and folders that exist get one spelling: stages run again when a text changes.
+
     `source` names the config in messages. Raises UserError for the first invalid key.
     """
     rules = schema()
@@ -107,7 +113,51 @@ def complete(config: dict, source: str) -> dict:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{source}: variants: the name '{name}' is used twice; rename one")
+    if filled["run"].lower() in TAKEN:  # there are disks on which Teacher is teacher
+        raise UserError(
+            f"{source}: run: results/{filled['run']} is {TAKEN[filled['run'].lower()]}; choose "
+            "another name"
+        )
+    _places(filled)
     return filled
+
+
+def _places(filled: dict) -> None:
+    """Gives every file and folder that a config names one spelling."""
+    teacher = filled["teacher"]
+    if hub.is_name(name := teacher["path"].rstrip("/")):
+        inside = os.path.normpath(teacher["subfolder"] or "")
+        teacher |= {"path": name, "subfolder": None if inside == "." else inside}
+    else:
+        folder = os.path.expanduser(teacher["path"])
+        if teacher["subfolder"] and os.path.isdir(f"{folder}/{teacher['subfolder']}"):
+            folder, teacher["subfolder"] = f"{folder}/{teacher['subfolder']}", None
+        teacher["path"] = _spelled(folder, os.path.realpath)
+    for section, key in (
+        ("record", "prompts"),
+        ("evaluate", "prompts"),
+        ("plan", "transformer_config"),
+    ):
+        if path := filled[section][key]:
+            filled[section][key] = _spelled(os.path.expanduser(path), _in_real_folder)
+
+
+def _in_real_folder(path: str) -> str:
+    """Of a file that is a link, its own place: what it names, such as pictures, lies beside it."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _spelled(path: str, full: Callable[[str], str]) -> str:
+    """The full path, or the relative one if it leads down from here, for whole folders get moved.
+
+    As it is if there is no such file (a name on the Hub looks like a relative path), or if the full
+    one could not stand in a config.
+    """
+    if not os.path.exists(path) or set("{}") & set(found := full(path)):
+        return path
+    here = os.path.realpath(os.curdir)
+    return os.path.relpath(found, here) if found.startswith(f"{here}/") else found
 
 
 def subset(config: dict, *keys: str) -> str:

@@ -13,16 +13,20 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from ppcl import stopping
+from ppcl import gpus, stopping
 from ppcl.errors import UserError
 
 
 def choose(setting: str) -> torch.device:
     """The device to run on: `auto` takes CUDA, then MPS, then the CPU.
 
+    Of several GPUs this process takes one that no other job has, and sees no other one.
+
     Raises:
         UserError: the device that the config asks for is not there.
     """
+    if setting.split(":")[0] in ("auto", "cuda"):
+        gpus.take()
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

@@ -4,11 +4,12 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import math
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import hub, pins, untrusted, weights
+from ppcl import hub, pins, schemas, untrusted, weights
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of
@@ -79,6 +80,18 @@ def check(config: dict, source: str = "config") -> None:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     _check_budgets(config, blocks, total, source)
+
+
+def check_results(run: str, source: str = "config") -> None:
+    """Raises UserError if a file is where a folder of the run's results has to be."""
+    folders = {path.split("/")[0] for path in schemas.ARTIFACTS}
+    run_folder = Path("results", run)
+    for folder in (run_folder.parent, run_folder, *map(run_folder.joinpath, sorted(folders))):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{source}: run: {folder} has to be a folder, and is none; choose another name for "
+                "the run, or move that away"
+            )
 
 
 def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> None:
