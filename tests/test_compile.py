@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch._dynamo.utils import counters
 
-from ppcl import blocks, devices, distillation, pipelines, students
+from ppcl import blocks, devices, distillation, pipelines, students, teaching
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -47,9 +47,7 @@ def test_what_is_watched_is_the_same_and_it_stops_early(teacher, compiled):
     with torch.no_grad():
         compiled(**call)
     assert ran == [5]
-    found, expected = (
-        distillation.teacher_states(model, PARTS, call) for model in (compiled, teacher)
-    )
+    found, expected = (teaching.teacher_states(model, PARTS, call) for model in (compiled, teacher))
     handle.remove()
     assert ran == [5]  # not again
     for part in PARTS:

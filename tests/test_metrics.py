@@ -61,6 +61,19 @@ def test_ssim_of_pictures_smaller_than_its_window():
     assert metrics.ssim(small[0], small[0]) == 1 > metrics.ssim(*small)
 
 
+@pytest.mark.parametrize("side", [20, 7])
+def test_ssim_of_a_video_is_the_mean_over_its_frames(side):
+    """Frames of opposite brightness: a window over two of them would see an edge that none has."""
+    rng = np.random.default_rng(4)
+    levels = np.array([10, 240, 10, 240])[:, None, None, None]
+    film = np.clip(levels + rng.normal(0, 6, (4, side, 18, 3)), 0, 255).astype(np.uint8)
+    other = np.clip(levels + rng.normal(0, 6, (4, side, 18, 3)), 0, 255).astype(np.uint8)
+    expected = np.mean([metrics.ssim(a, b) for a, b in zip(film, other, strict=True)])
+    strips = [frames.reshape(-1, 18, 3) for frames in (film, other)]
+    assert metrics.ssim(*strips, 4) == pytest.approx(expected, rel=1e-12)
+    assert abs(metrics.ssim(*strips) - expected) > 0.01
+
+
 def test_ssim_is_the_formula_of_wang_et_al():
     a, b = pictures(2)
     x, y = a.astype(float), b.astype(float)

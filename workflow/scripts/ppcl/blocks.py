@@ -208,6 +208,25 @@ def taps(block: Block):
 
 
 @torch.no_grad()
+def text_input(block: Block, bound: dict[str, Any]) -> Tensor:
+    """What a stock block's attention gets as text, z_p of Eq. 8; the block runs no further."""
+
+    def stop(*_call) -> None:
+        raise _Enough
+
+    with taps(block) as seen:
+        attention = block.module.get_submodule(block.width.text.attention)
+        handle = attention.register_forward_pre_hook(stop)
+        try:
+            block.module(**bound)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+    return seen["text/input"]
+
+
+@torch.no_grad()
 def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
     """Checks the registry's claims on one real call: what a block returns as a stream is what the
     next block of its list gets as that stream, to the bit, at its real tokens; and whatever else a

@@ -222,7 +222,8 @@ def _generate(
     pipe = _pipeline(model, device)
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
     images = [item.get("image") for item in batch]
-    images = pictures(pipelines.run(pipe, prompts, seeds, settings, images, output_type="np"))
+    made = pipelines.run(pipe, prompts, seeds, settings, images, output_type="np")
+    images, frames = pictures(made)
     if not np.isfinite(images).all():
         raise _broken(model.name, "a picture")
     rounded = (images * 255).round().astype(np.uint8)
@@ -233,17 +234,18 @@ def _generate(
         "png": [to_png(picture) for picture in rounded],
         "read": [""] * len(batch),
         "prompt_index": [item["prompt_index"] for item in batch],
+        "frames": [frames] * len(batch),
     }
     tables.write(part, pa.table(columns), schemas.IMAGES, {})
 
 
-def pictures(made) -> np.ndarray:
-    """What a pipeline made with output_type "np", float [batch, height, width, 3]; of a video the
-    frames one below the other."""
+def pictures(made) -> tuple[np.ndarray, int]:
+    """What a pipeline made with output_type "np", float [batch, height, width, 3], and the number
+    of frames of each: those of a video are one below the other."""
     if hasattr(made, "images"):
-        return np.asarray(made.images)
+        return np.asarray(made.images), 1
     frames = np.asarray(made.frames)  # [batch, frames, height, width, 3]
-    return frames.reshape(len(frames), -1, *frames.shape[3:])
+    return frames.reshape(len(frames), -1, *frames.shape[3:]), frames.shape[1]
 
 
 def to_png(picture: np.ndarray) -> bytes:

@@ -70,12 +70,17 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
 SSIM_WINDOW = 11
 
 
-def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
+def ssim(picture: np.ndarray, reference: np.ndarray, frames: int = 1) -> float:
     """Structural similarity of two 8-bit pictures [height, width, channels], mean over channels.
 
     With the settings of Wang et al. (2004): a Gaussian window of 11 x 11 pixels, sigma 1.5.
     Pictures that are smaller than that are mirrored at their edges.
+
+    frames: of a video, one below the other: the mean over them, as no window may see two.
     """
+    if frames > 1:
+        pairs = zip(np.split(picture, frames), np.split(reference, frames), strict=True)
+        return float(np.mean([ssim(*pair) for pair in pairs]))
     beyond = [(0, max(0, SSIM_WINDOW - side)) for side in picture.shape[:2]]
     picture, reference = (np.pad(p, [*beyond, (0, 0)], "symmetric") for p in (picture, reference))
     return float(

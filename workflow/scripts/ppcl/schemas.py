@@ -301,6 +301,7 @@ IMAGES = pa.schema(
         column("png", pa.binary(), "the image, PNG bytes"),
         column("read", pa.string(), "JSON of what the judge read; empty without a judge"),
         column("prompt_index", pa.int32(), "row of the prompts file"),
+        column("frames", pa.int32(), "of a video, one below the other in the image; else 1"),
     ]
 )
 

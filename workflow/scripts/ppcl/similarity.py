@@ -58,8 +58,9 @@ def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Re
     prompts in each, so that the mean over streams has resamples of its own.
     """
     mask = tokens.heldout(stream)
+    every = [tokens.prompts(other)[tokens.heldout(other)] for other in tokens.streams]
     draws = options["bootstrap"], seed, options["estimator"]
-    plan = resamples(tokens.prompts(stream)[mask], *draws)
+    plan = resamples(tokens.prompts(stream)[mask], *draws, np.concatenate(every))
     return lambda boundary: tokens.values(boundary, stream)[mask], plan
 
 
@@ -141,9 +142,10 @@ def surrogate_cka(
         whole = float64(np.eye(*probe.weight.shape) + probe.weight, device)
         bias = float64(probe.bias, device)
         for first, run in running.items():
-            run.add(whole, bias, f"stream {stream!r}, probes {first}-{last}")
+            name = f"stream {stream!r}, probes {first}-{last}"
+            run.add(whole, bias, name)
             other, own_other = targets[first]
-            values[:, first, last] = ratio(run.with_other(other), run.own(), own_other)
+            values[:, first, last] = ratio(run.with_other(other), run.own(), own_other, name)
     return values
 
 
@@ -226,7 +228,8 @@ def block_cka(
     for a in range(len(outputs)):
         for b in range(a):
             cross = hsic(outputs[a], outputs[b], plan, estimator)
-            values[a, b] = values[b, a] = ratio(cross, own[a], own[b])[0]
+            name = f"stream {stream!r}, outputs of blocks {blocks[b]} and {blocks[a]}"
+            values[a, b] = values[b, a] = ratio(cross, own[a], own[b], name)[0]
     return values
 
 

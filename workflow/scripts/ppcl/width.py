@@ -18,12 +18,12 @@ from ppcl import (
     activations,
     blocks,
     calls,
-    distillation,
     intervals,
     narrow,
     plans,
     probes,
     students,
+    teaching,
 )
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
@@ -136,11 +136,11 @@ def _add(
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
     parts = {ends: Part(*ends) for one in maps for ends in (one.source, one.part)}
-    lessons = distillation.teacher_states(transformer, list(parts.values()), batch.arguments)
+    lessons = teaching.teacher_states(transformer, list(parts.values()), batch.arguments)
     inside: dict[Ends, blocks.Streams] = {}
     for ends in {e for one in maps if one.kind != OUTPUT for e in (one.source, one.part)}:
         block = blocks.Block(ends[0], wholes[ends], sequence[ends[0]].list)
-        bound = distillation.fitting(lessons[parts[ends]].bound, block.module)
+        bound = teaching.fitting(lessons[parts[ends]].bound, block.module)
         with blocks.taps(block) as seen:
             block.module(**bound)
         inside[ends] = seen
