@@ -51,12 +51,6 @@ def test_every_config_file_is_valid(name):
     assert loaded["run"] == name
 
 
-def test_example_of_the_readme_is_valid():
-    text = (ROOT / "config/README.md").read_text(encoding="utf-8")
-    example = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert config.complete(example, "config/README.md")["run"] == "mine"
-
-
 def put(given: dict, key: str, value):
     *parents, last = key.split(".")
     for parent in parents:
@@ -138,6 +132,82 @@ def test_unreadable_config_file(tmp_path, content, expected):
     assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: a\nseed: 1\nrun: b", "line 3: 'run' is also in line 1"),
+        ("distill:\n  lr: 0.1\n  lr: 0.2", "line 3: 'distill.lr' is also in line 2"),
+        ("variants:\n  - {name: a, budget: 0.5, name: b}", "line 2: 'variants[0].name' is also"),
+        ("pipeline:\n  height: 8\n  height: 9", "line 3: 'pipeline.height' is also in line 2"),
+        ('{"run": "a", "run": "b"}', "has the key 'run' twice"),
+        *[
+            (
+                f"seed: 1\nrun: {raw}",
+                f"line 2: 'run' is {raw}, which YAML reads as {what}; quote it",
+            )
+            for raw, what in (
+                ("3", "a whole number"),
+                ("010", "a whole number"),
+                ("1_000", "a whole number"),
+                ("0x1f", "a whole number"),
+                ("1:30", "a whole number"),
+                ("1.0", "a number"),
+                ("1.0e+3", "a number"),
+                (".nan", "a number"),
+                ("yes", "true or false"),
+                ("No", "true or false"),
+                ("null", "nothing"),
+                ("~", "nothing"),
+                ("2026-01-01", "a date"),
+            )
+        ],
+        ("run:", "line 1: 'run' is empty, and has to be a text"),
+        ("teacher: {revision: 12345678}", 'quote it: revision: "12345678"'),
+        ("teacher:\n  path: 3", "line 2: 'teacher.path' is 3"),
+        ("teacher: {variant: 16}", 'quote it: variant: "16"'),
+        ("record: {prompts: 3}", "'record.prompts' is 3"),
+        ("variants:\n  - {name: no, budget: 1}", "line 2: 'variants[0].name' is no"),
+        ("distill: {mixed_precision: no}", 'quote it: mixed_precision: "no"'),
+        ("pipeline: {negative_prompt: no}", 'quote it: negative_prompt: "no"'),
+        ("pipeline: {prompt_2: [a, 3]}", "'pipeline.prompt_2[1]' is 3"),
+        (
+            "pipeline: {then: 2026-01-01}",
+            "'pipeline.then' is 2026-01-01, which YAML reads as a date",
+        ),
+        ("seed: 010", "'seed' is 010, which YAML reads as 8"),
+        ("distill: {steps: 1:30}", "'distill.steps' is 1:30, which YAML reads as 90"),
+        ("distill: {steps: 1.0e4}", "YAML reads 1.0e4 as text, write 1.0e+4"),
+    ],
+)
+def test_what_yaml_would_read_as_something_else(tmp_path, text, expected):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        config.load(str(path))
+    assert str(path) in str(raised.value) and expected in str(raised.value)
+
+
+def test_what_yaml_reads_as_it_looks(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "run: '3'\nseed: 1_000\nteacher: &t {revision: 1e10, variant: null}\n"
+        'pipeline: {x: [*t, *t], negative_prompt: "no", height: 0x20}\n'
+    )
+    found = config.load(str(path))
+    assert (found["run"], found["seed"], found["teacher"]["revision"]) == ("3", 1000, "1e10")
+    assert found["pipeline"]["negative_prompt"] == "no" and found["pipeline"]["height"] == 32
+
+
+@pytest.mark.parametrize("value", [3, True, None, 1.5])
+def test_values_of_the_command_line_that_are_no_text(value):
+    with pytest.raises(UserError, match="'run' is .* put it in quotes"):
+        config.complete({"run": value}, "--config")
+    with pytest.raises(
+        UserError, match="pipeline.negative_prompt' is \\[1\\], and has to be a text"
+    ):
+        config.complete({"pipeline": {"negative_prompt": [1]}}, "--config")
+
+
 def test_inline_object_holds_only_what_it_was_given():
     loaded = config.load('{"distill": {"steps": 7}}')
     assert loaded["distill"]["steps"] == 7 and loaded["distill"]["clip_norm"] == 1.0
@@ -145,6 +215,8 @@ def test_inline_object_holds_only_what_it_was_given():
         loaded["probe"]
     with pytest.raises(UserError, match="not JSON"):
         config.load("{steps: 7}")
+    with pytest.raises(UserError, match="has the key 'seed' twice"):
+        config.load('{"seed": 7, "seed": 8}')
 
 
 def test_subset_holds_only_the_named_keys():

@@ -24,6 +24,16 @@ CPU = torch.device("cpu")
 # ---- metrics
 
 
+def test_over_one_prompt_or_round_there_is_no_interval():
+    one = metrics.ratio([1.0, 2.0], [2.0, 2.0], [7, 7], 50, 0)
+    assert one.value == 0.75 and one.samples == 2 and np.isnan([one.low, one.high]).all()
+    assert np.isnan(metrics.mean([1.0, 3.0], [0, 0], 50, 0).high)
+    once = metrics.median_ratio(np.array([3.0]), np.array([2.0]), 50, 0)
+    assert once.value == 1.5 and np.isnan([once.low, once.high]).all()
+    two = metrics.mean([1.0, 3.0], [0, 1], 50, 0)
+    assert two.low < two.value < two.high
+
+
 def test_squared_errors_are_literal_sums():
     rng = np.random.default_rng(0)
     output = rng.normal(size=(3, 4, 5)).astype(np.float32)

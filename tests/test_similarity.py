@@ -263,13 +263,19 @@ def test_differences_are_eq_4():
     assert np.isnan(delta[:, 2, 1]).all()
 
 
+def test_of_one_prompt_there_are_no_resamples():
+    plan = similarity.resamples(np.zeros(9, int), 20, 0, "plain")
+    assert plan.weights.shape == (1, 1)
+    assert similarity.resamples(np.arange(9) % 2, 20, 0, "plain").weights.shape == (21, 2)
+
+
 def test_limits_hold_the_estimate_and_follow_the_percentiles():
     generator = np.random.default_rng(6)
     draws = np.concatenate([[[0.5]], 0.6 + 0.1 * generator.normal(size=(4000, 1))])
     low, high = similarity.limits(draws)
     assert low[0] == pytest.approx(0.5 - 0.196, abs=0.01)
     assert high[0] == pytest.approx(0.5 + 0.196, abs=0.01)
-    np.testing.assert_array_equal(similarity.limits(draws[:1]), [[0.5], [0.5]])
+    assert np.isnan(similarity.limits(draws[:1])).all()
 
 
 def test_rise_noise_is_the_median_deviation_of_rises():

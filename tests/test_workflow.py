@@ -93,6 +93,12 @@ def settings_of_jobs(printed: str) -> dict[str, dict]:
     return found
 
 
+def test_a_key_twice_is_refused_though_snakemake_takes_the_last(tmp_path):
+    (tmp_path / "mine.yaml").write_text("run: a\nseed: 1\nrun: b\n")
+    where = ["--nolock", "--cores", "1", "-n", "--configfile", tmp_path / "mine.yaml"]
+    assert "mine.yaml: line 3: 'run' is also in line 1" in run("snakemake", *where, code=1)
+
+
 def test_formatting_and_lint(snakemake):
     run("ruff", "check", ".")
     run("snakefmt", "--check", "Snakefile", "workflow")

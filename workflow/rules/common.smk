@@ -87,6 +87,7 @@ def validate():
     """Complete the config with its defaults; check it against schema, teacher and prompts."""
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
     try:
+        settings.refuse_surprises(map(os.path.relpath, workflow.configfiles))
         config.update(settings.complete(config, source))
         if workflow.is_main_process:
             preflight.check_results(config["run"], source)

@@ -36,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from ppcl import (
+    arguments,
     calls,
     config,
     devices,
@@ -113,7 +114,12 @@ def make_pictures(
     readings: dict[Path, list[str]] = {}
     with evaluation.workers(evaluation.process_count(settings["processes"], device)) as pool:
         batches = pool.submit(
-            evaluation.plan_batches, models[0], device, samples, options["batch_size"]
+            evaluation.plan_batches,
+            models[0],
+            device,
+            settings["pipeline"],
+            samples,
+            options["batch_size"],
         ).result()
         tasks = {}
         for model in models:
@@ -204,6 +210,7 @@ def main() -> None:
     resamples = options["bootstrap"]
 
     rows = prompts.read(options["prompts"], "evaluate.prompts")
+    arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "evaluate.prompts")
     if options["judge"] == "digits":
         refuse_unjudged(rows, options["prompts"])
     reader = calls.Reader(args.calls)

@@ -207,7 +207,8 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
 def _reported(material: Material) -> np.ndarray:
     """Rows behind the velocity errors of the table."""
     count, seed = material.settings["ablation"]["velocity_rows"], material.settings["seed"]
-    return np.sort(material.reader.sample_heldout("report", count, seed))
+    found = material.reader.sample_heldout("report", count, seed, "ablation.velocity_rows")
+    return np.sort(found)
 
 
 def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[dict]:

@@ -51,7 +51,7 @@ def resamples(
     itself off the diagonal and brings back the very bias that HSIC_1 removes, while a half-sample
     has the same variance as a bootstrap sample (Efron 1982, ch. 8) and no token twice. Of an odd
     number of groups, it draws the smaller and the larger half in turns: their variances are those
-    of a bootstrap times (g + 1) / (g - 1) and its inverse.
+    of a bootstrap times (g + 1) / (g - 1) and its inverse. Of one group there are no resamples.
 
     Raises UserError if there are no tokens.
     """
@@ -64,15 +64,14 @@ def resamples(
     order = np.argsort(group, kind="stable")
     groups = min(MAX_GROUPS, len(known))
     offsets = np.searchsorted(group[order], np.arange(groups + 1))
-    weights = np.ones((1 + draws, groups))
+    weights = np.ones((1 + draws if groups > 1 else 1, groups))
     generator = np.random.default_rng(seed)
-    if groups > 1:
-        for number, row in enumerate(weights[1:]):
-            if estimator == "debiased":
-                left_out = (groups + 1 - number % 2) // 2
-                row[generator.permutation(groups)[:left_out]] = 0
-            else:
-                row[:] = generator.multinomial(groups, np.full(groups, 1 / groups))
+    for number, row in enumerate(weights[1:]):
+        if estimator == "debiased":
+            left_out = (groups + 1 - number % 2) // 2
+            row[generator.permutation(groups)[:left_out]] = 0
+        else:
+            row[:] = generator.multinomial(groups, np.full(groups, 1 / groups))
     return Resamples(order, offsets, weights)
 
 

@@ -9,15 +9,16 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import yaml
 
-from ppcl import hub
+from ppcl import hub, strict_yaml
 from ppcl.errors import UserError
+from ppcl.prompts import once
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 LONGEST = 100_000
@@ -58,26 +59,26 @@ def load(source: str) -> dict:
     if inline:
         name = "--config"
         try:
-            config = json.loads(source)
+            config = json.loads(source, object_pairs_hook=lambda pairs: once(pairs, name))
         except (ValueError, RecursionError) as error:
             raise UserError(f"--config: the inline object is not JSON ({error})") from error
     else:
-        name = source
-        try:
-            config = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{name}: cannot read this config file ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            # Besides YAML's own: dates that do not exist, nesting without end, NUL in the name.
-            raise UserError(f"{name!r}: not valid YAML: {error}") from error
+        name, config = source, strict_yaml.read(source, schema())
     if config is None:
         config = {}
     if not isinstance(config, dict):
         raise UserError(f"{name}: must hold keys and values, not a {type(config).__name__}")
     completed = complete(config, name)
     return Subset({key: completed[key] for key in config}) if inline else completed
+
+
+def refuse_surprises(files: Iterable[str | Path]) -> None:
+    """Reads config files that somebody else has read before, who lets the last of two keys win.
+
+    Raises UserError as `strict_yaml.read` does.
+    """
+    for file in files:
+        strict_yaml.read(file, schema())
 
 
 def complete(config: dict, source: str) -> dict:
@@ -109,6 +110,14 @@ def complete(config: dict, source: str) -> dict:
         # An unknown key often explains the other problems, so it comes first.
         problems.sort(key=lambda e: e.validator != "additionalProperties")
         raise UserError(f"{source}: {_explain(problems[0], rules)}")
+    for name, value in filled.get("pipeline", {}).items():
+        texts = value if isinstance(value, list) else [value]
+        if re.fullmatch(strict_yaml.PROMPT_KEY, name) and value is not None:
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{source}: 'pipeline.{name}' is {json.dumps(value)}, and has to be a text: "
+                    "quote it"
+                )
     names = [variant["name"] for variant in filled.get("variants", [])]
     for name in names:
         if names.count(name) > 1:
@@ -261,11 +270,14 @@ def _explain(problem: jsonschema.ValidationError, rules: dict) -> str:
     for part in problem.path:
         node = node["items"] if isinstance(part, int) else node["properties"][part]
     hint = ""
-    if isinstance(problem.instance, str) and re.fullmatch(
-        r"[+-]?\d+[eE][+-]?\d+", problem.instance
+    if "string" in node.get("type", ()) and not isinstance(problem.instance, (str, dict, list)):
+        hint = "; put it in quotes, or YAML does not keep it a text (--config: run='\"3\"')"
+    elif isinstance(problem.instance, str) and (
+        found := re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", problem.instance)
     ):
-        digits, exponent = re.split("[eE]", problem.instance)
-        hint = f"; YAML reads {problem.instance} as text, write {digits}.0e{exponent}"
+        whole, rest, sign, exponent = found.groups()
+        number = f"{whole}{rest or '.0'}e{sign or '+'}{exponent}"
+        hint = f"; YAML reads {problem.instance} as text, write {number}"
     elif isinstance(problem.instance, str) and not _stays_text(problem.instance):
         hint = "; this is text: drop the quotes (--config makes all nested values text, a file not)"
     elif problem.instance is False and "no" in node.get("enum", ()):

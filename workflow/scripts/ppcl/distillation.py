@@ -382,7 +382,7 @@ def cost_table(
         options: the stage's, with heldout_rows and batch_size.
         state, identity: as of `plugged_errors`.
     """
-    judged = reader.sample_heldout("select", options["heldout_rows"], seed)
+    judged = reader.sample_heldout("select", options["heldout_rows"], seed, "heldout_rows")
     for student in students.values():
         student.eval()
     costs = plugged_errors(

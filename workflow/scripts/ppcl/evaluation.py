@@ -34,6 +34,7 @@ from ppcl import (
     hub,
     metrics,
     pipelines,
+    prompt_tokens,
     provenance,
     schemas,
     stopping,
@@ -193,9 +194,15 @@ def _pipeline(model: Model, device: torch.device) -> DiffusionPipeline:
     return _loaded["last"][1]
 
 
-def plan_batches(model: Model, device: torch.device, items: list[dict], size: int):
-    """See pipelines.in_batches; a task, so that only a worker loads the pipeline."""
-    return pipelines.in_batches(_pipeline(model, device), items, size)
+def plan_batches(
+    model: Model, device: torch.device, settings: dict, items: list[dict], size: int
+) -> list[list[dict]]:
+    """See pipelines.in_batches; a task, so that only a worker loads the pipeline. Warns of prompts
+    that are cut."""
+    pipe = _pipeline(model, device)
+    texts = [item["prompt"] for item in items]
+    prompt_tokens.warn_of_cut(pipe, texts, settings, "evaluate.prompts")
+    return pipelines.in_batches(pipe, items, size)
 
 
 def generate(
@@ -326,7 +333,7 @@ def measure_transformers(
             "parameter_fraction": Estimate(count / whole),
         }
 
-    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed))
+    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed, "velocity_rows"))
     compared = {}
     others = {name: module for name, module in transformers.items() if name != TEACHER}
     for name, transformer in tqdm(others.items(), desc="comparing velocities", unit="model"):

@@ -88,21 +88,8 @@ def record_batch(
     images = [s["image"] for s in samples] if "image" in samples[0] else None
     samples = [{key: value for key, value in s.items() if key != "image"} for s in samples]
     with _Recorder(transformer) as recorder:
-        try:
-            pipelines.run(
-                pipe,
-                prompts,
-                seeds,
-                settings,
-                images,
-                output_type="latent",
-                **recorder.callback(pipe),
-            )
-        except TypeError as error:
-            raise UserError(
-                f"{type(pipe).__name__} can't be recorded: {error}. A pipeline needs the standard "
-                "arguments prompt, generator, output_type and callback_on_step_end."
-            ) from error
+        more = recorder.callback(pipe)
+        pipelines.run(pipe, prompts, seeds, settings, images, output_type="latent", **more)
     schedule = pipe.scheduler
     sigmas = getattr(schedule, "sigmas", None)
     family = blocks.family(transformer)

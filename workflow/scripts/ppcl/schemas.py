@@ -216,11 +216,11 @@ POINTS = pa.schema(
         column("parameter_fraction", pa.float64(), "of the teacher's"),
         column("latency_seconds", pa.float64(), "median of one batch through the transformer"),
         column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
-        column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt"),
-        column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt"),
+        column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt", nan=True),
+        column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt", nan=True),
         column("latency_ratio", pa.float64(), "latency over the teacher's"),
-        column("latency_ratio_low", pa.float64(), "2.5 % of the bootstrap by round"),
-        column("latency_ratio_high", pa.float64(), "97.5 % of the bootstrap by round"),
+        column("latency_ratio_low", pa.float64(), "2.5 % of the bootstrap by round", nan=True),
+        column("latency_ratio_high", pa.float64(), "97.5 % of the bootstrap by round", nan=True),
     ]
 )
 
@@ -239,8 +239,8 @@ _MEASURED = [
     column("linear_ffns", pa.string(), "JSON of [block, stream] of every linear FFN"),
     column("steps", pa.int64(), "training steps up to this state, those of masks included"),
     column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
-    column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt"),
-    column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt"),
+    column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt", nan=True),
+    column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt", nan=True),
     column("digit_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
     column("digit_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
     column("background_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),

@@ -249,11 +249,11 @@ def limits(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     2.5 and 97.5 percentile of the resamples about their own mean, moved to the estimate: a resample
     holds fewer distinct tokens, so its plain CKA is biased upward and would miss the estimate.
-    Without resamples both limits are the estimate.
+    Without resamples there is no interval: both limits are NaN.
     """
     estimate, others = draws[0], draws[1:]
     if not len(others):
-        return estimate.copy(), estimate.copy()
+        return np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
     low, high = np.percentile(others - others.mean(0), [2.5, 97.5], axis=0)
     return estimate + np.minimum(low, 0), estimate + np.maximum(high, 0)
 

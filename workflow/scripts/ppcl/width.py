@@ -25,6 +25,7 @@ from ppcl import (
     students,
     teaching,
 )
+from ppcl.errors import warn_of_fewer
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
 from ppcl.students import Students
@@ -200,6 +201,7 @@ def fit_rows(reader: calls.Reader, options: dict, seed: int) -> tuple[np.ndarray
     """Calls to fit maps on, and a quarter as many held-out ones to judge them on."""
     fitted = np.random.default_rng(seed).permutation(reader.rows(heldout=False))
     count = options["fit_rows"]
+    warn_of_fewer("width.fit_rows", count, len(fitted), "recorded calls to fit on")
     return fitted[:count], reader.sample_heldout("select", max(1, count // 4), seed)
 
 
