@@ -89,15 +89,17 @@ def main() -> None:
     quiet = not accelerator.is_main_process
     for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
         if not part.exists():
+            found = recording.record_batch(
+                pipe,
+                transformer,
+                batch,
+                settings["pipeline"],
+                options["renoised_per_sample"],
+                seed,
+                replayed=part == mine[0][0],
+            )
+            # Not around the calls too: those of a large teacher take longer than schedulers wait.
             with stopping.part():
-                found = recording.record_batch(
-                    pipe,
-                    transformer,
-                    batch,
-                    settings["pipeline"],
-                    options["renoised_per_sample"],
-                    seed,
-                )
                 calls.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)

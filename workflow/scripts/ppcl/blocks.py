@@ -75,8 +75,12 @@ class Block:
 
 
 def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A module call's arguments by name."""
-    return inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    """A module call's arguments by name.
+
+    Those of its class: whoever puts a function in place of its `forward` may take any.
+    """
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    return dict(list(bound.items())[1:])
 
 
 def family(transformer: nn.Module) -> Family:

@@ -122,6 +122,15 @@ class Ahead:
         thread.start()
 
 
+def refuse_zeros(power: float) -> None:
+    """Raises UserError if errors relative to recorded answers of such a squared norm are none."""
+    if not power > 0:
+        raise UserError(
+            "calls.parquet: recorded answers are all zero: no error relative to them is defined; "
+            "the teacher looks untrained: give another (teacher.path, teacher.component), and rerun"
+        )
+
+
 def as_float32(value: Any) -> Any:
     """A floating-point tensor in float32; anything else as it is."""
     if isinstance(value, Tensor) and value.is_floating_point():

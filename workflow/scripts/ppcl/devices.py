@@ -100,6 +100,22 @@ def to_main_memory(x: torch.Tensor) -> torch.Tensor:
     return x.to("cpu", non_blocking=x.device.type == "cuda", copy=True)
 
 
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """torch's global random states: the CPU's and, if it has its own, the device's."""
+    found = [torch.get_rng_state()]
+    if device.type != "cpu":
+        found.append(torch.get_device_module(device).get_rng_state(device))
+    return found
+
+
+def set_random_states(device: torch.device, states: Iterable[torch.Tensor]) -> None:
+    """Undoes what was drawn since `random_states`."""
+    first, *rest = states
+    torch.set_rng_state(first)
+    for state in rest:
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
 def reset_peak_memory(device: torch.device) -> None:
     """Starts a new measurement of `peak_memory`, where the device can."""
     if device.type == "cuda":

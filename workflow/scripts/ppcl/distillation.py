@@ -287,7 +287,11 @@ def plugged_error(
     batch_size: int,
     accelerator: Accelerator,
 ) -> float:
-    """Relative velocity error of the teacher with these students plugged in, on recorded calls."""
+    """Relative velocity error of the teacher with these students plugged in, on recorded calls.
+
+    Raises:
+        UserError: all recorded answers are zero.
+    """
     model, _, _ = plugged(transformer, students)
     error = power = 0.0
     for batch in reader.batches(rows, batch_size, accelerator.device):
@@ -298,6 +302,7 @@ def plugged_error(
         output, target = (x.to(where).double() for x in (output, batch.output))
         error += (output - target).square().sum()  # on the device, which need not be waited for
         power += target.square().sum()
+    calls.refuse_zeros(float(power))
     return float(error) / float(power)
 
 

@@ -219,13 +219,6 @@ def generate(
     """
     if part.exists():
         return
-    with stopping.part():
-        _generate(model, device, settings, batch, part)
-
-
-def _generate(
-    model: Model, device: torch.device, settings: dict, batch: list[dict], part: Path
-) -> None:
     pipe = _pipeline(model, device)
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
     images = [item.get("image") for item in batch]
@@ -243,7 +236,8 @@ def _generate(
         "prompt_index": [item["prompt_index"] for item in batch],
         "frames": [frames] * len(batch),
     }
-    tables.write(part, pa.table(columns), schemas.IMAGES, {})
+    with stopping.part():
+        tables.write(part, pa.table(columns), schemas.IMAGES, {})
 
 
 def pictures(made) -> tuple[np.ndarray, int]:
@@ -293,7 +287,7 @@ def velocity_errors(
         prompt_index, sigma.
 
     Raises:
-        UserError: the model answers with NaN or infinity.
+        UserError: the model answers with NaN or infinity, or a recorded answer is all zero.
     """
     columns: dict[str, list[np.ndarray]] = {}
     for recorded in reader.batches(rows, batch_size, device):
@@ -302,6 +296,7 @@ def velocity_errors(
         if not np.isfinite(output).all():
             raise _broken(name, "the transformer's output")
         error, norm = metrics.squared_errors(output, recorded.output.double().numpy())
+        calls.refuse_zeros(norm.min())
         found = {"error": error, "norm": norm}
         found |= {name: recorded.rows[name] for name in ("prompt_index", "sigma")}
         for column, values in found.items():

@@ -46,8 +46,8 @@ CALLS = pa.schema(
         column("kind", pa.string(), "`pipeline`: as called; `renoised`: fresh noise and timestep"),
         column("step", pa.int32(), "denoising step; -1 for renoised"),
         column("branch", pa.int32(), "which call of the step: 0, then 1 with guidance"),
-        column("timestep", pa.float64(), "the scheduler's timestep"),
-        column("sigma", pa.float64(), "the scheduler's noise level", nan=True),
+        column("timestep", pa.float64(), "the timestep that the scheduler's step was at"),
+        column("sigma", pa.float64(), "its noise level; NaN if the scheduler knows none", nan=True),
         column("heldout", pa.bool_(), "the prompt is kept from all fitting and training"),
         column("arguments", pa.string(), "JSON of the arguments that are not tensors"),
     ]
