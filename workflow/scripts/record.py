@@ -15,6 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ppcl import (
+    assembly,
     blocks,
     calls,
     config,
@@ -92,8 +93,11 @@ def main() -> None:
                 calls.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)
-            first = reader.batch(reader.buckets[0][:1]).to(accelerator.device)
-            blocks.verify(transformer, first.arguments)
+            first = reader.batch(reader.buckets[0][:1])
+            blocks.verify(transformer, first.to(accelerator.device).arguments)
+            assembly.rehearse(
+                pipe, transformer, settings["teacher"], first.arguments, folder / "exportable"
+            )
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))

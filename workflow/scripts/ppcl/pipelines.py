@@ -9,10 +9,9 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from PIL import Image
 
-from ppcl import blocks, devices, hub, preflight
+from ppcl import blocks, devices, hub, preflight, trust
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
@@ -52,6 +51,7 @@ def load(
         UserError: not a pipeline, not reachable, damaged weights, or a family we can't prune.
     """
     path, folder = teacher["path"], hub.folder(teacher, key, without=without)
+    trust.own_modules()
     try:
         pipe = DiffusionPipeline.from_pretrained(
             folder,
@@ -165,11 +165,7 @@ def transformer_size(teacher: dict) -> int:
 def code_beside(teacher: dict) -> type:
     """The transformer's class from the code beside its weights, which the caller trusts."""
     part = hub.component(teacher)
-    folder = hub.folder(teacher, only=(part,))
-    library, name = hub.read_index(folder)[part]
-    return get_class_from_dynamic_module(
-        folder, f"{library}.py", class_name=name, trust_remote_code=True, subfolder=part
-    )
+    return trust.class_beside(hub.folder(teacher, only=(part,)), part)
 
 
 def refuse_incomplete(module: torch.nn.Module, where: str) -> None:

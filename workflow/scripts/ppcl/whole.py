@@ -91,7 +91,7 @@ def _begin(temporary: Path, folder: bool) -> None:
 
 
 def _modes(temporary: Path) -> tuple[int, int]:
-    """Modes of a new file and of a new folder, as the umask and the folder's own rules make them."""
+    """Modes of a new file and of a new folder, as the umask and the place make them."""
     if temporary.is_file():
         return stat.S_IMODE(temporary.stat().st_mode), 0
     probe = temporary / ".mode"
