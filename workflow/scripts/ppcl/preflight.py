@@ -165,6 +165,7 @@ def _check_teacher(teacher: dict, source: str) -> None:
             f"pipeline or the name of a repository on the Hub (owner/name)"
         )
     index, index_path = hub.read_index(folder, f"{source}: teacher.path"), folder / hub.INDEX
+    hub.refuse_strange(folder, f"{source}: teacher.path")
     transformers = [
         name
         for name, made_as in index.items()
@@ -187,11 +188,12 @@ def _check_teacher(teacher: dict, source: str) -> None:
             f"{component}'s folder"
         )
     for name, made_as in index.items():
-        beside = isinstance(made_as, list) and (folder / name / f"{made_as[0]}.py").is_file()
-        if beside and name != component and not teacher["trust_remote_code"]:
+        place = folder if name == "_class_name" else folder / name
+        beside = isinstance(made_as, list) and (place / f"{made_as[0]}.py").is_file()
+        if beside and not teacher["trust_remote_code"]:
             raise UserError(
-                f"{source}: teacher.path: {folder / name} brings code of its own, as a pruned "
-                "transformer with narrow blocks does; if you trust it, set "
+                f"{source}: teacher.path: {place} brings code of its own ({made_as[0]}.py), as a "
+                "pruned transformer with narrow blocks does; if you trust it, set "
                 "teacher.trust_remote_code: true"
             )
     if not list((folder / component).glob("*.safetensors")):
