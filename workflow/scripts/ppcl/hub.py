@@ -167,8 +167,16 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
 def parts(folder: Path, key: str = "teacher.path") -> dict[str, list]:
     """Components of a pipeline's folder -> what each is made as: library, class."""
     named = read_index(folder, key)
-    named = named.items() if isinstance(named, dict) else ()
-    return {k: v for k, v in named if k.isidentifier() and isinstance(v, list) and v[:1] != [None]}
+    pairs = named.items() if isinstance(named, dict) else ()
+    return {
+        name: made_as
+        for name, made_as in pairs
+        if name.isidentifier()
+        and name[0] != "_"
+        and isinstance(made_as, list)
+        and len(made_as) == 2
+        and made_as[0]
+    }
 
 
 def files(folder: Path, name: str) -> list[str]:

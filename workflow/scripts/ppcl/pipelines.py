@@ -51,7 +51,8 @@ def load(
         UserError: not a pipeline, not reachable, damaged weights, or a family we can't prune.
     """
     path, folder = teacher["path"], hub.folder(teacher, key, without=without)
-    trust.own_modules()
+    if teacher["trust_remote_code"]:
+        trust.own_modules()
     try:
         pipe = DiffusionPipeline.from_pretrained(
             folder,
