@@ -16,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import assembly, blocks, calls, pins, schemas, selection, students, tables, texts
+from ppcl import (
+    assembly,
+    blocks,
+    calls,
+    pins,
+    rehearsal,
+    schemas,
+    selection,
+    students,
+    tables,
+    texts,
+)
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -291,7 +302,7 @@ def test_the_gate_compares_every_weight(pruned, call, tmp_path, gate_inside):
 
 
 def rehearse(pipe, folder, call, done):
-    assembly.rehearse(pipe, pipe.transformer, tiny.source(folder), call, done)
+    rehearsal.rehearse(pipe, pipe.transformer, tiny.source(folder), call, done)
 
 
 def test_a_teacher_is_exported_before_anything_is_trained(
@@ -350,7 +361,7 @@ def test_a_class_that_needs_more_than_two_blocks_is_rehearsed_whole(
         return answer(model, given)
 
     monkeypatch.setattr(blocks, "answer", picky)
-    model, block_map = assembly._shortest(transformer, call)
+    model, block_map = rehearsal._shortest(transformer, call)
     assert block_map == [[index] for index in range(5)]
     assert torch.equal(answer(model, call), answer(transformer, call))
 

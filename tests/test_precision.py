@@ -43,8 +43,10 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     }
     calls, plan, state = tmp_path / "calls.parquet", tmp_path / "plan.json", tmp_path / "state"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has the reload gate
+        proven = []  # test_assembly has the reload gate
+        patch.setattr("ppcl.assembly.prove", lambda *given: proven.append(given))
         tiny.stage("record", settings, calls=calls, state=state)
+        assert len(proven) == 1
     start, alone = tmp_path / "start.safetensors", tmp_path / "distilled.safetensors"
     trained = tmp_path / "students.safetensors"
     chosen = {"intervals": tiny.intervals(tmp_path / "i.parquet", [(0, 1), (3, 4)])}

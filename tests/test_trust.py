@@ -91,6 +91,7 @@ def is_what_transformers_would_look_for(teacher):
     mapped = {"AutoModel": "evil.Evil", "AutoTokenizer": ["evil.Evil", "evil.Evil"]}
     name_in(teacher / "tokenizer/tokenizer_config.json", auto_map=mapped)
     name_in(teacher / "text_encoder/config.json", auto_map=mapped)
+    name_in(teacher / hub.INDEX, tokenizer=["transformers", "AutoTokenizer"])
     write(teacher / "tokenizer/evil.py", "raise SystemExit('it ran')")
     return "text_encoder/evil.py"
 

@@ -15,7 +15,6 @@ import numpy as np
 from tqdm import tqdm
 
 from ppcl import (
-    assembly,
     blocks,
     calls,
     config,
@@ -25,6 +24,7 @@ from ppcl import (
     prompts,
     provenance,
     recording,
+    rehearsal,
     stopping,
     whole,
 )
@@ -95,7 +95,7 @@ def main() -> None:
             reader = calls.Reader(part)
             first = reader.batch(reader.buckets[0][:1])
             blocks.verify(transformer, first.to(accelerator.device).arguments)
-            assembly.rehearse(
+            rehearsal.rehearse(
                 pipe, transformer, settings["teacher"], first.arguments, folder / "exportable"
             )
     accelerator.wait_for_everyone()

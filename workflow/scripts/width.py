@@ -33,6 +33,7 @@ from ppcl import (
     selection,
     tables,
     training,
+    trust,
     width,
 )
 from ppcl.families import TEXT
@@ -64,6 +65,7 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
     transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
+    trust.refuse_narrowing(transformer)
     sequence = blocks.block_sequence(transformer)
     cka = text_cka(args.blocks, len(sequence))
     units = {

@@ -1,6 +1,5 @@
 """Variants: which students each budget takes, and pipeline folders that diffusers alone loads."""
 
-import copy
 import inspect
 import json
 import os
@@ -145,107 +144,22 @@ def export(
     Raises:
         UserError: the reloaded model misses weights or answers differently. Nothing is left behind.
     """
-    transformer = _with_code(transformer)
+    transformer = with_code(transformer)
     with whole.writing(folder, folder=True) as temporary:
-        trusted = _save(pipe, transformer, block_map, temporary, component, source)
+        trusted = save(pipe, transformer, block_map, temporary, component, source)
         prove(temporary, transformer, call, component, trusted)
         files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
         texts.write_sealed(temporary / CARD, card | {"files": files})
 
 
-def rehearse(
-    pipe: DiffusionPipeline, transformer: nn.Module, teacher: dict, call: dict, done: Path
-) -> None:
-    """Exports the untouched teacher, cut to the first and last block of each list, and reloads it,
-    so that what can't be exported is known before anything is trained. Nothing of it is kept.
-
-    Components that exports copy are linked, and reloaded without their weights.
-
-    Args:
-        pipe, transformer: as loaded to run, wherever they are; they stay as they are.
-        teacher: the config's `teacher` mapping.
-        call: keyword arguments of one transformer call, on the CPU.
-        done: an empty folder that is made when all is well; if it is there, nothing is done.
-
-    Raises:
-        UserError: an export would fail, or not answer as it should.
-    """
-    if done.exists():
-        return
-    source, component = hub.folder(teacher), hub.component(teacher)
-    left_out = () if teacher["variant"] else copied(source)
-    model, block_map = _shortest(transformer, call)
-    twins = {  # such as the other expert of Wan 2.2
-        name: _cut(part)[0]
-        for name, part in pipe.components.items()
-        if part is not transformer and type(part) is type(transformer)
-    }
-    stand_in = copy.copy(pipe)
-    stand_in.register_modules(**dict.fromkeys(left_out), **twins)
-    try:
-        with whole.writing(done, folder=True) as temporary:
-            folder = temporary / "teacher"
-            trusted = _save(stand_in, model, block_map, folder, component, source, os.symlink)
-            prove(folder, model, call, component, trusted, left_out)
-            shutil.rmtree(folder)
-    except Exception as error:  # whatever a class makes of being saved
-        raise UserError(
-            f"teacher.path: {teacher['path']} can't be exported: saved with the first and last of "
-            f"its blocks, as variants of it would be, it does not load again, so nothing is begun: "
-            f"{error}"
-        ) from error
-
-
-def _with_code(transformer: nn.Module) -> nn.Module:
+def with_code(transformer: nn.Module) -> nn.Module:
     """The transformer as the class that it is saved as."""
     if not narrow.specs(transformer):
         return transformer
     return narrow.from_stock(transformer, blocks.family(transformer).layouts())
 
 
-def _cut(transformer: nn.Module) -> tuple[nn.Module, list[list[int]]]:
-    """A copy, on the CPU, of its first and last block of each list; and its block map."""
-    first, instead = 0, {}
-    for listed in blocks.family(transformer).lists:
-        modules = getattr(transformer, listed.attribute)
-        if len(modules) > 2:
-            instead[first, first + len(modules) - 2] = modules[0]
-        first += len(modules)
-    return _on_cpu(*blocks.assembled(transformer, instead))
-
-
-def _on_cpu(model: nn.Module, block_map: list[list[int]]) -> tuple[nn.Module, list[list[int]]]:
-    for hook in ("_hf_hook", "_old_forward"):  # of offloading, which leads to other models
-        model.__dict__.pop(hook, None)
-    places: dict[int, torch.Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        there = tensor.detach().cpu()
-        is_weight = isinstance(tensor, nn.Parameter)
-        places[id(tensor)] = nn.Parameter(there, requires_grad=False) if is_weight else there
-    return _with_code(copy.deepcopy(model, places)), block_map
-
-
-def _shortest(transformer: nn.Module, call: dict) -> tuple[nn.Module, list[list[int]]]:
-    """The transformer's shortest copy that answers, and that its config alone rebuilds: not every
-    class works with two blocks."""
-    found = _cut(transformer)
-    try:
-        with torch.no_grad():
-            blocks.answer(found[0], call)
-        with torch.device("meta"):
-            again = type(found[0]).from_config(dict(found[0].config))
-        if _shapes(again) == _shapes(found[0]):
-            return found
-    except Exception:  # whatever a class makes of fewer blocks than it expects
-        pass
-    return _on_cpu(*blocks.assembled(transformer, {}))
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def _save(
+def save(
     pipe: DiffusionPipeline,
     transformer: nn.Module,
     block_map: list[list[int]],
@@ -384,6 +298,7 @@ def prove(
     with tempfile.TemporaryDirectory() as modules:  # where diffusers copies and compiles code to
         done = subprocess.run(
             [sys.executable, "-I", str(gate), str(folder), str(probe)],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env=os.environ | {"HF_MODULES_CACHE": modules},

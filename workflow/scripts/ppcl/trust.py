@@ -10,14 +10,17 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import diffusers
 import transformers.dynamic_module_utils
 from diffusers import DiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
+from torch import nn
 
 from ppcl import hub, narrow, texts
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it would ask at the terminal
 _COPIES = "diffusers_modules."  # how the names of modules begin that diffusers made of such code
 _SUFFIXES = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
 
@@ -87,6 +90,17 @@ def bring(pipe: DiffusionPipeline, folder: Path) -> bool:
     if other := sorted(set(code_in(folder)) - known.keys()):
         raise UserError(f"{folder / other[0]}: code that the pipeline was not loaded with")
     return bool(known)
+
+
+def refuse_narrowing(transformer: nn.Module) -> None:
+    """Raises UserError for a class of the teacher's own: the code of narrow blocks that an export
+    brings builds on diffusers' classes alone."""
+    made_by = getattr(type(transformer), "stock", type(transformer))
+    if getattr(diffusers, made_by.__name__, None) is not made_by:
+        raise UserError(
+            f"width.enabled: {made_by.__name__} comes with the teacher, and blocks can be made "
+            "narrow only in diffusers' own classes; set width.enabled: false"
+        )
 
 
 def _needed(origin: Path) -> Iterator[Path]:
