@@ -271,7 +271,8 @@ def test_identity_is_of_code_settings_teacher_and_contents(tmp_path):
     path, script, folder = tmp_path / "input", tmp_path / "stage.py", tmp_path / "teacher"
     path.write_bytes(b"one")
     script.write_text("print(1)")
-    folder.mkdir()
+    (folder / "vae").mkdir(parents=True)
+    (folder / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
 
     def identity(path=path, lr=1):
         return training.identity(script, {"lr": lr, "teacher": {"path": str(folder)}}, [path])
@@ -285,9 +286,9 @@ def test_identity_is_of_code_settings_teacher_and_contents(tmp_path):
     assert identity() != first
     script.write_text("print(1)")
     assert identity() == first
-    (folder / "weights").write_bytes(b"other")
+    (folder / "vae/weights").write_bytes(b"other")
     assert identity() != first
-    (folder / "weights").unlink()
+    (folder / "vae/weights").unlink()
     path.write_bytes(b"two")
     assert identity() != first
 

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import calls, pipelines, recording, schemas, tables, teacher
+from ppcl import calls, pipelines, recording, schemas, tables, teacher, teacher_identity
 
 SETTINGS = {
     "height": 32,
@@ -131,7 +131,8 @@ def record(
     for start in range(0, len(every), batch):
         part = every[start : start + batch]
         tables += recording.record_batch(pipe, pipe.transformer, part, SETTINGS, renoised, seed=0)
-    calls.write(path, [table.schema for table in tables], tables, {})
+    note = teacher_identity.note(teacher_identity.resolved(source(folder)))
+    calls.write(path, [table.schema for table in tables], tables, note)
     return path
 
 

@@ -88,6 +88,7 @@ rule ablate:
         method=lambda wildcards: methods.job(wildcards.method),
         shared=lambda wildcards, input: " ".join(f"--{name} {input[name]}" for name in SHARED),
         state=lambda wildcards: result(f"state/ablation-{wildcards.method}-{wildcards.number}"),
+        teacher=teacher_stamp(),
         code=code("ablate.py"),
     message:
         "Ablation: {wildcards.method}, run {wildcards.number}"
@@ -182,6 +183,7 @@ rule calibrate:
             f"--{name} {input[name]}" for name in SHARED if name != "tokens"
         ),
         state=result("state/calibrate"),
+        teacher=teacher_stamp(),
         code=code("calibrate.py"),
     message:
         "Training students of every length for the prices' calibration"

@@ -35,6 +35,7 @@ rule assemble:
         finetuned=lambda wildcards, input: (
             f"--finetuned {input.finetuned}" if input.finetuned else ""
         ),
+        teacher=teacher_stamp(),
         code=code("assemble.py"),
     message:
         "Assembling {wildcards.variant}"

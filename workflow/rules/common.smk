@@ -20,9 +20,9 @@ if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
-from ppcl import methods, preflight, prompts, schemas, texts
+from ppcl import methods, preflight, prompts, schemas, teacher_identity, texts
 from ppcl.errors import UserError
-from ppcl.provenance import code_digest, digest
+from ppcl.provenance import code_digest, digest, stamps
 
 # Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
 # of progress bars, which go to the logs too, one line now and then is enough. A scheduler's SIGTERM
@@ -200,11 +200,21 @@ def subset_for_smallest_budgets(*keys):
 
 
 def teacher_files():
-    """Weights and configs of a local teacher; a changed file reruns what loads the teacher."""
-    folder = Path(config["teacher"]["path"])
-    parts = (path for path in folder.glob("[!.]*/**/*") if path.is_file())
-    files = map(str, sorted([*folder.glob("model_index.json"), *parts]))
-    return [path for path in files if not set("{}") & set(path)]  # they would be wildcards
+    """Weights and configs of a local teacher; a newer file reruns what loads the teacher."""
+    found = map(str, teacher_identity.files(config["teacher"]))
+    return [path for path in found if not set("{}") & set(path)]  # they would be wildcards
+
+
+def teacher_stamp():
+    """For params: what tells this teacher from any other. One that mv or rsync has put in its place
+    may be older than what was made with the other, which Snakemake does not take for a change."""
+    return teacher_identity.fingerprint(config["teacher"])
+
+
+def prompts_stamp(stage):
+    """For params, as teacher_stamp: of a stage's prompts, and the pictures that they name."""
+    path = config[stage]["prompts"]
+    return digest(stamps([path, *pictures(stage)])) if Path(path).is_file() else ""
 
 
 def pictures(stage):

@@ -39,6 +39,7 @@ rule distill:
             "seed", "device", "teacher", "distill", "width.linear_weight", "width.lr_scale"
         ),
         state=result("state/distill"),
+        teacher=teacher_stamp(),
         code=code("distill.py"),
     message:
         "Distilling students"

@@ -85,6 +85,7 @@ rule distill_shard:
             "width.lr_scale",
         ),
         state=lambda wildcards: result(f"state/distill-{wildcards.shard}"),
+        teacher=teacher_stamp(),
         code=code("distill.py"),
     message:
         "Distilling shard {wildcards.shard} of the students"

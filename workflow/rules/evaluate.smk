@@ -31,6 +31,8 @@ rule evaluate:
     params:
         config=subset("seed", "device", "processes", "teacher", "pipeline", "evaluate"),
         state=result("state/evaluate"),
+        teacher=teacher_stamp(),
+        prompts=prompts_stamp("evaluate"),
         code=code("evaluate.py"),
     message:
         "Evaluating the teacher and its variants"

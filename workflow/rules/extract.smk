@@ -27,6 +27,7 @@ rule extract:
     params:
         config=subset("seed", "device", "teacher", "extract"),
         state=result("state/extract"),
+        teacher=teacher_stamp(),
         code=code("extract.py"),
     message:
         "Extracting activations of every block"

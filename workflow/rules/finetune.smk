@@ -41,6 +41,7 @@ rule finetune:
             "finetune",
         ),
         state=lambda wildcards: result(f"state/finetune-{wildcards.variant}"),
+        teacher=teacher_stamp(),
         code=code("finetune.py"),
     message:
         "Fine-tuning {wildcards.variant}"

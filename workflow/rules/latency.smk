@@ -28,6 +28,7 @@ rule latency:
         config=subset(
             "seed", "device", "teacher", "evaluate.batch_size", "evaluate.latency_repeats"
         ),
+        teacher=teacher_stamp(),
         code=code("latency.py"),
     message:
         "Timing blocks"

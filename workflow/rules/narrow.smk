@@ -45,6 +45,7 @@ rule narrow:
             *WIDTH_FITS,
         ),
         state=result("state/narrow"),
+        teacher=teacher_stamp(),
         code=code("narrow.py"),
     message:
         "Distilling narrow blocks"

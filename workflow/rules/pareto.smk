@@ -36,6 +36,7 @@ rule pareto:
             "evaluate.bootstrap",
             "evaluate.latency_repeats",
         ),
+        teacher=teacher_stamp(),
         code=code("pareto.py"),
     message:
         "Measuring the budgets between"

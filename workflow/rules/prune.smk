@@ -38,6 +38,7 @@ rule prune:
             *WIDTH_FITS,
         ),
         optional=optional("candidates", "latency"),
+        teacher=teacher_stamp(),
         code=code("prune.py"),
     message:
         "Preparing students"

@@ -32,6 +32,8 @@ rule record:
     params:
         config=subset("seed", "device", "teacher", "pipeline", "record"),
         state=result("state/record"),
+        teacher=teacher_stamp(),
+        prompts=prompts_stamp("record"),
         code=code("record.py"),
     message:
         "Recording the teacher's calls on {input.prompts}"

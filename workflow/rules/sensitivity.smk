@@ -28,6 +28,7 @@ rule sensitivity:
     params:
         config=subset("seed", "device", "teacher", "sensitivity", "prune"),
         state=result("state/sensitivity"),
+        teacher=teacher_stamp(),
         code=code("sensitivity.py"),
     message:
         "Measuring what each run of blocks costs"

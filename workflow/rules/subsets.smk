@@ -35,6 +35,7 @@ rule subsets:
     params:
         config=subset("seed", "device", "teacher", "subsets", "width.lr_scale"),
         state=result("state/subsets"),
+        teacher=teacher_stamp(),
         code=code("subsets.py"),
     message:
         "Distilling random subsets of the students"

@@ -31,6 +31,7 @@ rule width:
     params:
         config=subset("seed", "device", "teacher", *WIDTH_PRICES),
         state=result("state/width"),
+        teacher=teacher_stamp(),
         code=code("width.py"),
     message:
         "Measuring what narrower blocks cost"

@@ -31,6 +31,7 @@ from ppcl import (
     provenance,
     schemas,
     tables,
+    teacher_identity,
     training,
 )
 
@@ -54,7 +55,9 @@ def main() -> None:
 
     accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
     # Everything is trained here, which needs the whole teacher on the device.
-    teacher = settings["teacher"] | {"offload": "none"}
+    reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher |= {"offload": "none"}
     pipe = pipelines.load(teacher, accelerator.device)
     shared = {name: getattr(args, name) for name in SHARED}
     identity = training.identity(Path(__file__), settings, [args.calls, *shared.values()])
@@ -62,7 +65,7 @@ def main() -> None:
         settings,
         pipe,
         job,
-        reader=calls.Reader(args.calls),
+        reader=reader,
         accelerator=accelerator,
         paths=shared,
         seed=settings["seed"] + args.number,

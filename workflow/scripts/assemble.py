@@ -22,6 +22,7 @@ from ppcl import (
     pipelines,
     provenance,
     students,
+    teacher_identity,
     tensors,
 )
 from ppcl.errors import UserError
@@ -45,7 +46,9 @@ def main() -> None:
 
     plan = students.read_plan(args.plan)
     chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
-    teacher = settings["teacher"] | {"offload": "none"}
+    reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher |= {"offload": "none"}
     source = hub.folder(teacher)
     # What is only copied need not be in memory, unless its files have a variant in their names.
     copied = () if teacher["variant"] else assembly.copied(source)
@@ -64,7 +67,6 @@ def main() -> None:
             raise UserError(f"{args.finetuned} is of other units; delete it and rerun")
         model.load_state_dict(weights)
     pipelines.refuse_incomplete(model, f"variant {args.variant}")
-    reader = calls.Reader(args.calls)
     example = reader.batch(reader.buckets[0][:2])
     names = {unit.name for unit in chosen}
     card = {

@@ -34,6 +34,7 @@ from ppcl import (
     schemas,
     students,
     tables,
+    teacher_identity,
     tensors,
     training,
     width,
@@ -58,11 +59,13 @@ def main() -> None:
     wide, seed = settings["width"], settings["seed"]
 
     accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
+    reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     shared = {name: getattr(args, name) for name in SHARED}
     material = ablation.Material(
         transformer,
-        calls.Reader(args.calls),
+        reader,
         accelerator,
         settings,
         shared,

@@ -27,6 +27,7 @@ from ppcl import (
     shards,
     student_stage,
     students,
+    teacher_identity,
     training,
 )
 
@@ -47,7 +48,8 @@ def main() -> None:
         inputs.append(args.shards)
     units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     taught = students.load(args.students, transformer, students.parts_of(units))
     for student in taught.values():
         student.train().to(accelerator.device)

@@ -48,6 +48,7 @@ from ppcl import (
     schemas,
     stopping,
     tables,
+    teacher_identity,
     whole,
 )
 from ppcl.errors import UserError
@@ -201,10 +202,11 @@ def main() -> None:
     rows = prompts.read(options["prompts"], "evaluate.prompts")
     if options["judge"] == "digits":
         refuse_unjudged(rows, options["prompts"])
-    models = evaluation.models(settings["teacher"], args.models)
+    reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    models = evaluation.models(teacher, args.models)
     digests = [model.digest() for model in models]
     device = devices.choose(settings["device"])
-    reader = calls.Reader(args.calls)
     samples = choose_samples(rows, options["samples"], reader)
     timed = reader.draw(reader.heldout_rows("report"), options["batch_size"], (seed,))
 

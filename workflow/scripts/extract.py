@@ -22,6 +22,7 @@ from ppcl import (
     errors,
     pipelines,
     provenance,
+    teacher_identity,
     tensors,
     training,
 )
@@ -48,9 +49,10 @@ def main() -> None:
     options, seed = settings["extract"], settings["seed"]
 
     reader = calls.Reader(args.calls, memory=0)  # every row is read once
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     rows = choose_rows(reader, options["rows"], seed)
     device = devices.choose(settings["device"])
-    transformer = pipelines.load_transformer(settings["teacher"], device, compiled=True)
+    transformer = pipelines.load_transformer(teacher, device, compiled=True)
     identity = training.identity(Path(__file__), settings, [args.calls])
     # A folder of its own, so that a run of other settings can't write over its tokens.
     folder = args.state / identity[:16]

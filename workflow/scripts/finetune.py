@@ -33,6 +33,7 @@ from ppcl import (
     schemas,
     students,
     tables,
+    teacher_identity,
     tensors,
     training,
 )
@@ -58,11 +59,12 @@ def main() -> None:
 
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     plan = students.read_plan(args.plan)
     chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
     # The record has the teacher's answers, so it never runs, nor is on the device.
     transformer = pipelines.load_transformer(
-        settings["teacher"] | {"offload": "none"}, torch.device("cpu"), gradients=True
+        teacher | {"offload": "none"}, torch.device("cpu"), gradients=True
     )
     taught = students.load(args.students, transformer, students.parts_of(chosen))
     model, _ = blocks.assembled(

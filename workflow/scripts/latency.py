@@ -35,6 +35,7 @@ from ppcl import (
     schemas,
     students,
     tables,
+    teacher_identity,
 )
 from ppcl.families import TEXT
 from ppcl.plans import Part
@@ -71,7 +72,8 @@ def main() -> None:
 
     device = devices.choose(settings["device"])
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], device)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    transformer = pipelines.load_transformer(teacher, device)
     rows = reader.draw(reader.heldout_rows("select"), options["batch_size"], (settings["seed"],))
     arguments = reader.batch(rows).to(device).arguments
     sequence = blocks.block_sequence(transformer)

@@ -25,6 +25,7 @@ from ppcl import (
     schemas,
     student_stage,
     students,
+    teacher_identity,
     training,
     width,
 )
@@ -41,7 +42,8 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     done = students.load(args.students, transformer, students.parts_of(plan.distilled))
     whole = students.whole(transformer, students.parts_of(plan.units), done)
     taught = width.start(transformer, whole, reader, width_options, seed, accelerator.device)

@@ -34,6 +34,7 @@ from ppcl import (
     schemas,
     students,
     tables,
+    teacher_identity,
 )
 from ppcl.metrics import TEACHER
 
@@ -54,7 +55,8 @@ def main() -> None:
 
     device = devices.choose(settings["device"])
     reader = calls.Reader(args.calls)
-    teacher = pipelines.load_transformer(settings["teacher"], device)
+    source = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = pipelines.load_transformer(source, device)
     plan = students.read_plan(args.plan)
     trained = students.load(args.students, teacher, students.parts_of(plan.units))
     for student in trained.values():

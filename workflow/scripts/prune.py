@@ -30,6 +30,7 @@ from ppcl import (
     selection,
     students,
     tables,
+    teacher_identity,
     texts,
     width,
 )
@@ -83,7 +84,9 @@ def main() -> None:
     options, how = settings["width"], settings["prune"]["start"]
 
     device = devices.choose(settings["device"])
-    transformer = pipelines.load_transformer(settings["teacher"], device)
+    reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    transformer = pipelines.load_transformer(teacher, device)
     every, depth_only = planned(args, width.unread_after(transformer))
     if every[-1].last >= len(blocks.block_sequence(transformer)):
         raise UserError(
@@ -91,9 +94,7 @@ def main() -> None:
         )
     distilled = depth_only if options["schedule"] == "staged" else every
     made = students.start(transformer, students.parts_of(distilled), how)
-    made = width.start(
-        transformer, made, calls.Reader(args.calls), options, settings["seed"], device
-    )
+    made = width.start(transformer, made, reader, options, settings["seed"], device)
     stamp = provenance.stamp(settings, units=len(every))
     depth = len(blocks.block_sequence(transformer))
     pinned, _ = pins.wishes(settings, depth)

@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ppcl import (
@@ -26,6 +27,7 @@ from ppcl import (
     recording,
     rehearsal,
     stopping,
+    teacher_identity,
     whole,
 )
 from ppcl.errors import UserError
@@ -63,16 +65,18 @@ def main() -> None:
 
     rows = prompts.read(options["prompts"], "record.prompts")
     accelerator = devices.accelerator(settings["device"])
-    pipe = pipelines.load(settings["teacher"], accelerator.device)
-    transformer = pipelines.denoiser(pipe, settings["teacher"])
+    # One of the processes decides: the teacher may be replaced while they start.
+    (teacher,) = broadcast_object_list([teacher_identity.resolved(settings["teacher"])])
+    pipe = pipelines.load(teacher, accelerator.device)
+    transformer = pipelines.denoiser(pipe, teacher)
     if settings["teacher"]["compile"]:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
     samples = choose_samples(rows, options, seed)
     batches = pipelines.in_batches(pipe, samples, options["batch_size"])
-    teacher = provenance.fingerprint(settings["teacher"]["path"])
     code = provenance.code_digest(Path(__file__))
     pictures = provenance.stamps(prompts.pictures(rows))
-    identity = provenance.digest([settings, rows, pictures, teacher, code])
+    noted = teacher_identity.note(teacher)
+    identity = provenance.digest([settings, rows, pictures, noted, code])
     folder = args.state / identity[:16]
     parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
     mine = list(zip(parts, batches, strict=True))[
@@ -95,12 +99,11 @@ def main() -> None:
             reader = calls.Reader(part)
             first = reader.batch(reader.buckets[0][:1])
             blocks.verify(transformer, first.to(accelerator.device).arguments)
-            rehearsal.rehearse(
-                pipe, transformer, settings["teacher"], first.arguments, folder / "exportable"
-            )
+            rehearsal.rehearse(pipe, transformer, teacher, first.arguments, folder / "exportable")
+    teacher_identity.refuse_changed(teacher)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
+        stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows)) | noted
         calls.merge(parts, args.calls, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:

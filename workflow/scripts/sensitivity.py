@@ -32,6 +32,7 @@ from ppcl import (
     schemas,
     students,
     tables,
+    teacher_identity,
     training,
 )
 from ppcl.plans import Part
@@ -51,7 +52,8 @@ def main() -> None:
 
     accelerator = devices.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
     measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]

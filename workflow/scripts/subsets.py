@@ -28,6 +28,7 @@ from ppcl import (
     schemas,
     student_stage,
     students,
+    teacher_identity,
     training,
 )
 
@@ -40,8 +41,9 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     transformer = pipelines.load_transformer(
-        settings["teacher"], accelerator.device, gradients=True, compiled=True
+        teacher, accelerator.device, gradients=True, compiled=True
     )
     taught = students.load(args.students, transformer, students.parts_of(plan.units))
     together = nn.ModuleDict({part.name: student for part, student in taught.items()})

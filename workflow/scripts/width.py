@@ -32,6 +32,7 @@ from ppcl import (
     schemas,
     selection,
     tables,
+    teacher_identity,
     training,
     trust,
     width,
@@ -64,7 +65,8 @@ def main() -> None:
 
     accelerator = devices.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
-    transformer = pipelines.load_transformer(settings["teacher"], accelerator.device, compiled=True)
+    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     trust.refuse_narrowing(transformer)
     sequence = blocks.block_sequence(transformer)
     cka = text_cka(args.blocks, len(sequence))

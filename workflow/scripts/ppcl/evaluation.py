@@ -38,6 +38,7 @@ from ppcl import (
     schemas,
     stopping,
     tables,
+    teacher_identity,
 )
 from ppcl.errors import UserError
 from ppcl.metrics import TEACHER, Estimate
@@ -60,7 +61,7 @@ class Model:
 
     def digest(self) -> str:
         """Changes when a file of the model's folder does (by size and time; weights are large)."""
-        return provenance.digest([self.source, provenance.fingerprint(self.source["path"])])
+        return provenance.digest([self.source, teacher_identity.fingerprint(self.source)])
 
     def pipeline(self, device: torch.device) -> DiffusionPipeline:
         """The whole pipeline. Raises UserError if it can't be loaded."""
@@ -85,6 +86,7 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
         if folder.name in {model.name for model in found}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
         where = {"path": str(folder), "revision": None, "variant": None, "subfolder": None}
+        where |= {"fingerprint": None}  # which is the teacher's
         source = teacher | where
         if assembly.own_code(folder, hub.component(teacher)):
             source["trust_remote_code"] = True

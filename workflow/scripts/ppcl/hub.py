@@ -74,6 +74,8 @@ def folder(
         return _cached(path, revision, prefix, key, error)
     names = wanted([f.rfilename for f in listed.siblings], prefix, only, without, teacher)
     try:
+        # By what the config names, not by its commit: the cache then knows the branch without a
+        # network, too.
         root = snapshot_download(path, revision=revision, allow_patterns=names)
     except Exception as error:
         raise UserError(
@@ -81,6 +83,19 @@ def folder(
             "Hub and set HF_TOKEN to your token"
         ) from error
     return Path(root) / subfolder
+
+
+def commit(teacher: dict) -> str:
+    """The commit of a repository on the Hub to which its revision, a branch or tag, leads now.
+
+    Raises:
+        UserError: as `folder`.
+    """
+    place = folder(teacher, only=())
+    for part in reversed(range(1, len(place.parts))):
+        if place.parts[part - 1] == "snapshots":
+            return place.parts[part]
+    raise UserError(f"teacher.path: {place} is not in a cache of the Hub; set HF_HOME to one")
 
 
 def _cached(path: str, revision: str | None, prefix: str, key: str, error: Exception) -> Path:

@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ppcl import blocks, devices, hub, preflight, trust
+from ppcl import blocks, devices, hub, preflight, teacher_identity, trust
 from ppcl.errors import UserError
 from ppcl.families import family_of
 
@@ -68,6 +68,7 @@ def load(
     transformer = denoiser(pipe, teacher)
     blocks.family(transformer)
     refuse_incomplete(transformer, f"{path}/{hub.component(teacher)}")
+    teacher_identity.refuse_changed(teacher)
     pipe.set_progress_bar_config(disable=True)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     sizes = {name: devices.size(module) for name, module in modules.items()}
@@ -137,6 +138,7 @@ def load_transformer(
         raise UserError(f"{key}: {where} can't be loaded: {error}") from error
     blocks.family(transformer)
     refuse_incomplete(transformer, where)
+    teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()
     if compiled and teacher["compile"]:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])

@@ -61,16 +61,6 @@ def digest(value: Any) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 
-def fingerprint(folder: str | Path) -> str:
-    """Digest of the names, sizes and times of a folder's files (weights are too large to read).
-
-    Of a name on the hub it is the name's; there the config's `teacher.revision` decides.
-    """
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    stats = [(path.relative_to(folder).as_posix(), path.stat()) for path in files]
-    return digest([str(folder), [(n, s.st_size, s.st_mtime_ns) for n, s in stats]])
-
-
 def stamps(paths: Iterable[str]) -> list[tuple]:
     """Names, sizes and times of files, for digests."""
     return [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppcl import fsdp, optimizers, provenance, stopping, tensors, whole
+from ppcl import fsdp, optimizers, provenance, stopping, teacher_identity, tensors, whole
 from ppcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -360,7 +360,7 @@ def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
     for path in inputs:
         with open(path, "rb") as file:
             contents.append(hashlib.file_digest(file, "sha256").hexdigest())
-    teacher = provenance.fingerprint(settings["teacher"]["path"])
+    teacher = teacher_identity.fingerprint(settings["teacher"])
     return provenance.digest([provenance.code_digest(script), settings, teacher, contents])
 
 
