@@ -1,5 +1,6 @@
 """Folders of strangers: their code runs only where it is trusted, and links lead nowhere."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -256,20 +257,24 @@ def test_links_that_are_common_do_no_harm(teacher, tmp_path):
     assert not hub.leaves(link.parents[1], link)
 
 
-def test_only_a_components_own_files_are_copied(teacher, tmp_path, outside, monkeypatch):
+@pytest.mark.parametrize("name", ["../pwn", "{}/pwn"])
+def test_a_name_that_is_a_path_leads_nowhere(name, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(assembly, "prove", lambda *_: None)
-    names = {name: ["transformers", "X"] for name in ("../../pwn", "text_encoder_9", "/pwn")}
-    name_in(teacher / hub.INDEX, **names)
+    name_in(teacher / hub.INDEX, **{name.format(tmp_path): ["transformers", "X"]})
+    write(tmp_path / "pwn/config.json", "{}")
+    before = sorted(tmp_path.rglob("*"))
+    with contextlib.suppress(UserError):
+        export(teacher, tmp_path / "a/b/p70")
+    shutil.rmtree(tmp_path / "a/b/p70", ignore_errors=True)
+    assert {*tmp_path.rglob("*")} - {*before} <= {tmp_path / "a", tmp_path / "a/b"}
+
+
+def test_only_a_components_own_files_are_copied(teacher, tmp_path, monkeypatch):
+    monkeypatch.setattr(assembly, "prove", lambda *_: None)
+    name_in(teacher / hub.INDEX, text_encoder_9=["transformers", "X"])
     write(teacher / "text_encoder_9/config.json", "{}")
-    write(outside / "pwn/config.json", "{}")
-    for odd in (
-        ".git/config.json",
-        ".snakemake_timestamp",
-        ".DS_Store",
-        "evil.py",
-        "x.bin",
-        "x.so",
-    ):
+    hidden = (".git/config.json", ".hidden.json", ".snakemake_timestamp", ".DS_Store")
+    for odd in (*hidden, "evil.py", "x.bin", "x.so"):
         write(teacher / "text_encoder" / odd, "{}")
     before = sorted(tmp_path.iterdir())
     folder = export(teacher, tmp_path / "models/p70")

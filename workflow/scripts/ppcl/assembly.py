@@ -205,7 +205,7 @@ def copied(source: Path) -> tuple[str, ...]:
     encoders. Not those with code of their own, or whose files are links to somewhere else."""
     return tuple(
         name
-        for name, (library, *_) in hub.parts(source).items()
+        for name, (library, _) in hub.parts(source).items()
         if name.startswith("text_encoder")
         and not (source / name / f"{library}.py").exists()
         and not any(hub.leaves(source, source / file) for file in hub.files(source, name))
@@ -238,7 +238,7 @@ def copy_missing(
                 )
             (folder / file).parent.mkdir(parents=True, exist_ok=True)
             copy_file((source / file).resolve(), folder / file)
-        index[name] = made_as
+        index[name] = list(made_as)
     texts.write_json(folder / hub.INDEX, index)
 
 

@@ -179,12 +179,12 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
         raise UserError(f"{path / INDEX}: not valid JSON ({error}); restore the file") from error
 
 
-def parts(folder: Path, key: str = "teacher.path") -> dict[str, list]:
+def parts(folder: Path, key: str = "teacher.path") -> dict[str, tuple[str, str]]:
     """Components of a pipeline's folder -> what each is made as: library, class."""
     named = read_index(folder, key)
     pairs = named.items() if isinstance(named, dict) else ()
     return {
-        name: made_as
+        name: tuple(made_as)
         for name, made_as in pairs
         if name.isidentifier()
         and name[0] != "_"
