@@ -160,7 +160,7 @@ def test_code_that_is_trusted_goes_along(teacher, tmp_path, gate):
 
 
 def test_code_is_named_before_a_run(teacher):
-    given = {"path": str(teacher), "subfolder": None, "trust_remote_code": False}
+    given = tiny.source(teacher) | {"subfolder": None}
     write(teacher / brings_a_pipeline(teacher), "")
     with pytest.raises(UserError, match=r"code of its own \(evil\.py\).*trust_remote_code: true"):
         preflight._check_teacher(given, "c.yaml")
