@@ -1,5 +1,6 @@
 """What is checked before anything runs: teacher, prompts, budgets."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_teacher_is_missing_or_no_pipeline(inputs, tmp_path):
     teacher = Path(inputs["teacher"]["path"])
     (teacher / "transformer/config.json").unlink()
     assert "has no config.json" in refused(inputs)
-    (teacher / "model_index.json").write_text('{"_class_name": "AnyPipeline", "unet": []}')
+    (teacher / "model_index.json").write_text('{"_class_name": "AnyPipeline", "unet": null}')
     assert "names no transformer" in refused(inputs)
     (teacher / "model_index.json").write_text("{")
     assert "not valid JSON" in refused(inputs)
@@ -49,7 +50,7 @@ def test_teacher_is_missing_or_no_pipeline(inputs, tmp_path):
 
 
 def test_truncated_teacher_weights(inputs):
-    weights = Path(inputs["teacher"]["path"]) / "transformer/model.safetensors"
+    weights = Path(inputs["teacher"]["path"]) / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     message = refused(inputs)
     assert str(weights) in message and "truncated" in message
@@ -143,8 +144,8 @@ def test_a_pipeline_in_a_folder_of_the_path(inputs):
 
 def test_weights_of_one_variant_are_counted(inputs):
     """Beside the plain weights there are those of a variant: 10 blocks all the same."""
-    weights = Path(inputs["teacher"]["path"]) / "transformer/model.safetensors"
-    shutil.copy(weights, weights.with_name("model.fp16.safetensors"))
+    weights = Path(inputs["teacher"]["path"]) / "transformer/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     inputs["variants"] = [{"name": "tiny", "budget": {"parameters": 35}, "finetune_steps": 0}]
     assert "leave 36 of this" in refused(inputs)
     inputs["teacher"]["variant"] = "fp16"
@@ -204,8 +205,15 @@ def test_more_processes_than_samples_are_refused(inputs, stage):
 
 
 def test_truncated_weights_of_another_part(inputs):
-    weights = Path(inputs["teacher"]["path"]) / "vae/model.safetensors"
-    weights.parent.mkdir()
+    folder = Path(inputs["teacher"]["path"])
+    index = json.loads((folder / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderKL"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert f"{folder / 'vae'} is not there" in refused(inputs)
+    (folder / "vae").mkdir()
+    assert f"{folder / 'vae'} has no config.json" in refused(inputs)
+    (folder / "vae/config.json").write_text("{}")
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(b"\0" * 40)
     message = refused(inputs)
     assert str(weights) in message and "truncated" in message

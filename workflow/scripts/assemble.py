@@ -16,6 +16,7 @@ from ppcl import (
     assembly,
     blocks,
     calls,
+    complete,
     config,
     errors,
     hub,
@@ -66,7 +67,7 @@ def main() -> None:
         if json.loads(metadata["units"]) != [unit.name for unit in chosen]:
             raise UserError(f"{args.finetuned} is of other units; delete it and rerun")
         model.load_state_dict(weights)
-    pipelines.refuse_incomplete(model, f"variant {args.variant}")
+    complete.refuse_incomplete(model, f"variant {args.variant}")
     example = reader.batch(reader.buckets[0][:2])
     names = {unit.name for unit in chosen}
     card = {

@@ -3,14 +3,12 @@
 Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
-import json
 import math
 import re
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import hub, pins
+from ppcl import hub, pins, untrusted, weights
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of
@@ -166,27 +164,19 @@ def _check_teacher(teacher: dict, source: str) -> None:
         )
     index, index_path = hub.read_index(folder, f"{source}: teacher.path"), folder / hub.INDEX
     hub.refuse_strange(folder, f"{source}: teacher.path")
-    transformers = [
-        name
-        for name, made_as in index.items()
-        if isinstance(made_as, list) and "Transformer" in str(made_as[-1:]) and name[0] != "_"
-    ]
-    if "_class_name" not in index or not (component in index or transformers):
+    parts = hub.parts(folder)
+    transformers = [name for name, (_, made_as) in parts.items() if "Transformer" in made_as]
+    if "_class_name" not in index or not (component in parts or transformers):
         raise UserError(
             f"{source}: teacher.path: {index_path} names no {component}; only pipelines whose "
             f"denoiser is a transformer can be pruned"
         )
-    if not (index.get(component) or [None])[-1]:
+    if component not in parts:
         raise UserError(
             f"{source}: teacher.component: {index_path} names no {component}; set it to one of "
             f"{', '.join(transformers)}"
         )
-    family_of(index[component][1])
-    if not (folder / component / "config.json").is_file():
-        raise UserError(
-            f"{source}: teacher.path: {folder / component} has no config.json; restore the "
-            f"{component}'s folder"
-        )
+    family = family_of(parts[component][1])
     for name, made_as in index.items():
         place = folder if name == "_class_name" else folder / name
         beside = isinstance(made_as, list) and (place / f"{made_as[0]}.py").is_file()
@@ -196,13 +186,28 @@ def _check_teacher(teacher: dict, source: str) -> None:
                 "pruned transformer with narrow blocks does; if you trust it, set "
                 "teacher.trust_remote_code: true"
             )
-    if not list((folder / component).glob("*.safetensors")):
-        raise UserError(
-            f"{source}: teacher.path: {folder / component} holds no .safetensors file, the only "
-            "weights that are read here; load the pipeline and save it again with save_pretrained"
-        )
-    for weights in sorted(folder.glob("*/*.safetensors")):
-        safetensors_header(weights)
+    weights.check_variant(folder, parts, teacher["variant"], source)
+    key = f"{source}: teacher.path"
+    held = weights.check(folder, parts, teacher["variant"], key, component)[component]
+    known = untrusted.json_object(folder / component / weights.CONFIG)
+    for listed in family.lists if family else ():
+        names = [name for header in held.values() for name in header]
+        stored = len({_block(name, listed.attribute) for name in names} - {None})
+        if listed.depth_key in known and known[listed.depth_key] != stored:
+            raise UserError(
+                f"{key}: {folder / component / weights.CONFIG}: {listed.depth_key} is "
+                f"{str(known[listed.depth_key])[:100]}, but the weights are of {stored} blocks "
+                f"({listed.attribute}); restore the config that they were saved with"
+            )
+
+
+def _block(weight: str, lists: str) -> tuple[str, int] | None:
+    """List and number of the block that a weight is of; None if it is of no block.
+
+    lists: a pattern of their names.
+    """
+    match = re.match(rf"({lists})\.([0-9]{{1,6}})\.", weight)
+    return (match[1], int(match[2])) if match else None
 
 
 def _parameters(teacher: dict) -> tuple[list[int], int]:
@@ -210,21 +215,18 @@ def _parameters(teacher: dict) -> tuple[list[int], int]:
     the safetensors headers alone."""
     blocks: dict[tuple[str, int], int] = {}
     total = 0
-    folder = _folder(teacher) / hub.component(teacher)
+    part = hub.component(teacher)
+    folder = _folder(teacher) / part
     if not folder.is_dir():
         return [], 0  # on the Hub
-    family = family_of(hub.read_index(_folder(teacher))[hub.component(teacher)][1])
+    library, made_as = hub.parts(_folder(teacher))[part]
+    family = family_of(made_as)
     names = "|".join(listed.attribute for listed in family.lists) if family else r"\w*blocks"
-    files = sorted(str(path) for path in folder.glob("*.safetensors"))
-    for path in hub.of_variant(files, teacher["variant"]):
-        for name, entry in safetensors_header(Path(path)).items():
-            if name == "__metadata__":
-                continue
+    for header in weights.headers(folder, library, teacher["variant"]).values():
+        for name, entry in header.items():
             count = math.prod(entry["shape"])
             total += count
-            match = re.match(rf"({names})\.(\d+)\.", name)
-            if match:
-                key = (match[1], int(match[2]))
+            if key := _block(name, names):
                 blocks[key] = blocks.get(key, 0) + count
     return sorted(blocks.values()), total
 
@@ -248,22 +250,3 @@ def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[in
     students = math.ceil((len(blocks) - protected) / longest)
     whole = protected if config["width"]["enabled"] else protected + students
     return protected + students, total - sum(blocks[whole:])
-
-
-def safetensors_header(path: Path) -> dict:
-    """Names, shapes and types of a safetensors file, without reading its tensors.
-
-    Raises UserError if the file is truncated or not safetensors.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        complete_size = 8 + length + max(ends, default=0)
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError):
-        complete_size = None
-    if complete_size is None or complete_size != size:
-        raise UserError(f"{path}: truncated or not a safetensors file; restore or remake it")
-    return header
