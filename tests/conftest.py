@@ -50,7 +50,7 @@ def stand_in(tmp_path) -> dict:
     (teacher / "transformer/diffusion_pytorch_model.safetensors").write_bytes(content)
     header = "prompt,digit,digit_color,background_color\n"
     calibration, evaluation = tmp_path / "calibration.csv", tmp_path / "evaluation.csv"
-    calibration.write_text(header + "the digit 7,7,red,white\n")
+    calibration.write_text(header + "the digit 7,7,red,white\nthe digit 9,9,red,white\n")
     evaluation.write_text(header + "the digit 8,8,red,white\n")
     return {
         "teacher": {"path": str(teacher)},

@@ -28,6 +28,7 @@ from ppcl import (
     devices,
     evaluation,
     hub,
+    narrow,
     pipelines,
     prompts,
     recording,
@@ -460,6 +461,36 @@ def test_the_second_transformer_is_pruned(wan, tmp_path):
     assert (folder / "transformer_2" / "block_map.json").is_file()
 
 
+def test_a_model_is_what_loads_in_the_teachers_types(wan, tmp_path):
+    """Its class keeps tables and norms in float32: a student's are not rounded on the way."""
+    source = tiny.source(wan) | {"dtype": "bfloat16"}
+    transformer, part = pipelines.load_transformer(source, CPU), Part(0, 1, ("image",))
+    (student,) = students.start(transformer, [part], "average").values()
+    students.shaped(transformer, part, student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    trained = {name: value.clone() for name, value in student.state_dict().items()}
+    model, held, block_map = students.plugged(transformer, {part: student})
+    assert block_map == [[0, 1], [2]] and held[part] is not student
+    assert all(torch.equal(student.state_dict()[n], v) for n, v in trained.items())
+    exported = narrow.from_stock(model, blocks.family(model).layouts())
+    exported.save_pretrained(tmp_path)
+    again = type(exported).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    held_types = set()
+    for name, value in model.state_dict().items():
+        assert value.dtype == again[name].dtype and torch.equal(value, again[name]), name
+        if name.startswith("blocks.0."):
+            own = trained[name.removeprefix("blocks.0.")]
+            held_types.add(value.dtype)
+            assert torch.equal(value.float(), own) == (value.dtype == torch.float32), name
+    assert held_types == {torch.bfloat16, torch.float32}
+    students.as_teacher(transformer, part, student)
+    same, held, _ = students.plugged(transformer, {part: student})
+    assert held[part] is student
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in same.state_dict().items())
+
+
 def test_a_component_that_is_not_there(tiny_teacher):
     source = tiny.source(tiny_teacher) | {"component": "transformer_2"}
     with pytest.raises(UserError, match="has no transformer_2; set teacher.component"):
@@ -477,10 +508,12 @@ def test_films_become_strips(wan, tmp_path):
     evaluation._loaded.clear()
     evaluation.generate(model, CPU, FILM, batch, tmp_path / "part.parquet")
     table = evaluation.tables.read(tmp_path / "part.parquet", evaluation.schemas.IMAGES)
+    assert table.column("frames").to_pylist() == [5, 5]
     for data in table.column("png").to_pylist():
         assert evaluation.from_png(data).shape == (5 * 16, 16, 3)
     made = SimpleNamespace(frames=np.arange(2 * 3 * 4).reshape(1, 2, 3, 4, 1))
-    assert (evaluation.pictures(made)[0, :, :, 0] == np.arange(24).reshape(6, 4)).all()
+    strips, frames = evaluation.pictures(made)
+    assert frames == 2 and (strips[0, :, :, 0] == np.arange(24).reshape(6, 4)).all()
 
 
 # ---- calls

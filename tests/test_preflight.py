@@ -92,7 +92,7 @@ def test_prompts_csv_without_its_columns(inputs, tmp_path):
     path.write_text("text\nthe digit 7\n")
     inputs["record"]["prompts"] = str(path)
     assert "has no column 'prompt'" in refused(inputs)
-    path.write_text("prompt\nthe digit 6\n")
+    path.write_text("prompt\nthe digit 6\nthe digit 4\n")
     preflight.check({**inputs, "evaluate": {**inputs["evaluate"], "judge": "none"}}, "mine.yaml")
     other = tmp_path / "other.csv"
     other.write_text("prompt\nthe digit 5\n")
@@ -171,10 +171,10 @@ def test_pictures_of_prompts(tmp_path, monkeypatch):
     table.write_text("prompt,image\nred,a.png\nblue,b.png\n")
     assert [row["image"] for row in prompts.read(table)] == [str(folder / "a.png"), "b.png"]
     table.write_text("prompt,image\nred,c.png\n")
-    with pytest.raises(UserError, match=r"edits.csv: the image c.png of 'red' is neither in"):
+    with pytest.raises(UserError, match=r"edits.csv: line 2: the image c.png is neither in"):
         prompts.read(table)
     table.write_text("prompt,image\nred,a.png\nblue,\n")
-    with pytest.raises(UserError, match="'blue' has no image; name one in every row"):
+    with pytest.raises(UserError, match="line 3: has no image .*name one in every row"):
         prompts.read(table)
 
 
@@ -185,6 +185,31 @@ def test_prompts_as_written(tmp_path):
     table = tmp_path / "a.csv"
     table.write_text('prompt,digit\n"one\ntwo",7\n')
     assert prompts.read(table) == [{"prompt": "one\ntwo", "digit": "7"}]
+
+
+def test_states_that_cannot_be_renoised_are_known(inputs):
+    index = Path(inputs["teacher"]["path"]) / "model_index.json"
+    text = index.read_text()
+    for pipeline, transformer in (
+        ("QwenImageEditPipeline", "QwenImageTransformer2DModel"),
+        ("FluxFillPipeline", "FluxTransformer2DModel"),
+        ("CogVideoXPipeline", "CogVideoXTransformer3DModel"),
+        ("Lumina2Pipeline", "Lumina2Transformer2DModel"),
+    ):
+        index.write_text(
+            json.dumps(
+                json.loads(text)
+                | {"_class_name": pipeline, "transformer": ["diffusers", transformer]}
+            )
+        )
+        with pytest.raises(UserError) as raised:
+            preflight._check_renoising(inputs, "mine.yaml")
+        message = str(raised.value)
+        assert f"record.renoised_per_sample is 12, but pictures of a {pipeline} can't" in message
+        assert message.startswith("mine.yaml: ") and message.endswith("set it to 0")
+    assert f"a {pipeline} can't be noised again" in refused(inputs)
+    for pipeline in ("FluxControlNetPipeline", "QwenImageImg2ImgPipeline"):
+        assert not families.fixed_states("FluxTransformer2DModel", pipeline)
 
 
 def test_protecting_every_block_is_refused(inputs):
@@ -300,3 +325,14 @@ def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     assert "can't take weights that are shared out" in refused(inputs)
     inputs["finetune"] |= {"sharding": "none", "cpu_offload": False}
     preflight.check(inputs, "mine.yaml")
+
+
+@pytest.mark.parametrize("name", ["results", "results/mine", "results/mine/logs"])
+def test_a_file_where_results_have_to_be_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("")
+    with pytest.raises(UserError, match=f"^mine.yaml: run: {name} has to be a folder"):
+        preflight.check_results("mine", "mine.yaml")
+    Path(name).unlink()
+    preflight.check_results("mine", "mine.yaml")

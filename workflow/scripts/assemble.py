@@ -57,10 +57,9 @@ def main() -> None:
     transformer = pipelines.denoiser(pipe, teacher)
     taught = students.load(args.students, transformer, students.parts_of(chosen))
     whole = blocks.parameter_count(transformer)
-    model, block_map = blocks.assembled(
-        transformer,
-        {p.key: students.as_teacher(transformer, p, student) for p, student in taught.items()},
-    )
+    for part, student in taught.items():
+        students.as_teacher(transformer, part, student)  # in place: copies would take more room
+    model, _, block_map = students.plugged(transformer, taught)
     model.eval()
     if args.finetuned:
         weights, metadata = tensors.read(args.finetuned)

@@ -13,6 +13,7 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
                           share of pictures that show what the prompt states (judge: digits)
     judge_digit_accuracy  the judge's own, on real digits it was not fitted on (teacher's rows only)
     psnr (dB), ssim       to the teacher's picture of the same prompt and seed (none of the teacher)
+                          and of a video, SSIM is the mean over its frames
     velocity_error        ||v - v_t||^2 / ||v_t||^2 over held-out recorded calls, v_t the teacher's
                           recorded answer; velocity_error_sigma_0.00_0.25 ...: by noise level
     parameters, parameter_fraction
@@ -35,6 +36,7 @@ import torch
 from tqdm import tqdm
 
 from ppcl import (
+    arguments,
     calls,
     config,
     devices,
@@ -112,7 +114,12 @@ def make_pictures(
     readings: dict[Path, list[str]] = {}
     with evaluation.workers(evaluation.process_count(settings["processes"], device)) as pool:
         batches = pool.submit(
-            evaluation.plan_batches, models[0], device, samples, options["batch_size"]
+            evaluation.plan_batches,
+            models[0],
+            device,
+            settings["pipeline"],
+            samples,
+            options["batch_size"],
         ).result()
         tasks = {}
         for model in models:
@@ -158,7 +165,10 @@ def compare_pictures(
                     for a, b in zip(table["png"], reference, strict=True)
                 ]
                 score["psnr"] = [metrics.psnr(*pair) for pair in pairs]
-                score["ssim"] = [metrics.ssim(*pair) for pair in pairs]
+                frames = table["frames"].tolist()
+                score["ssim"] = [
+                    metrics.ssim(*pair, count) for pair, count in zip(pairs, frames, strict=True)
+                ]
             scores.append(score)
         yield model, pd.concat(scores)
 
@@ -200,6 +210,7 @@ def main() -> None:
     resamples = options["bootstrap"]
 
     rows = prompts.read(options["prompts"], "evaluate.prompts")
+    arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "evaluate.prompts")
     if options["judge"] == "digits":
         refuse_unjudged(rows, options["prompts"])
     reader = calls.Reader(args.calls)

@@ -16,12 +16,14 @@ from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
 from ppcl import (
+    arguments,
     blocks,
     calls,
     config,
     devices,
     errors,
     pipelines,
+    prompt_tokens,
     prompts,
     provenance,
     recording,
@@ -46,7 +48,7 @@ def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
             f"record.prompts: {settings['prompts']} has only one prompt; calibration needs two "
             "or more, to fit on and to hold out"
         )
-    count = min(max(1, round(len(used) * settings["heldout_fraction"])), len(used) - 1)
+    count = prompts.heldout_count(len(used), settings["heldout_fraction"])
     heldout = {used[i] for i in np.random.default_rng(seed).permutation(len(used))[:count]}
     found = pipelines.samples(rows, settings["samples"], seed)
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
@@ -64,6 +66,7 @@ def main() -> None:
     options, seed = settings["record"], settings["seed"]
 
     rows = prompts.read(options["prompts"], "record.prompts")
+    arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "record.prompts")
     accelerator = devices.accelerator(settings["device"])
     # One of the processes decides: the teacher may be replaced while they start.
     (teacher,) = broadcast_object_list([teacher_identity.resolved(settings["teacher"])])
@@ -73,6 +76,9 @@ def main() -> None:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
     samples = choose_samples(rows, options, seed)
     batches = pipelines.in_batches(pipe, samples, options["batch_size"])
+    if accelerator.is_main_process:
+        texts = [sample["prompt"] for sample in samples]
+        prompt_tokens.warn_of_cut(pipe, texts, settings["pipeline"], "record.prompts")
     code = provenance.code_digest(Path(__file__))
     pictures = provenance.stamps(prompts.pictures(rows))
     noted = teacher_identity.note(teacher)
@@ -85,15 +91,17 @@ def main() -> None:
     quiet = not accelerator.is_main_process
     for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
         if not part.exists():
+            found = recording.record_batch(
+                pipe,
+                transformer,
+                batch,
+                settings["pipeline"],
+                options["renoised_per_sample"],
+                seed,
+                replayed=part == mine[0][0],
+            )
+            # Not around the calls too: those of a large teacher take longer than schedulers wait.
             with stopping.part():
-                found = recording.record_batch(
-                    pipe,
-                    transformer,
-                    batch,
-                    settings["pipeline"],
-                    options["renoised_per_sample"],
-                    seed,
-                )
                 calls.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)

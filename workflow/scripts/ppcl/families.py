@@ -6,6 +6,7 @@ data flows through them, and which argument and which output of a block is which
 inspected (discovery.py), unless it is among those that are known not to work: REFUSED.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -118,7 +119,13 @@ class Family:
         numbered: arguments that list numbers of blocks, which pruning would turn into others.
         per_block: config keys that list a value per block, over all lists.
         companions: ModuleLists that hold a module per block, over all lists, and then others.
-        limits: what a user should know, for the table in the docs.
+        texts: tokenizers of its pipelines whose tokens are the text that it gets, not only a
+            summary of it.
+        framed: the text that such a tokenizer gets, up to the end of the prompt, and how many of
+            its tokens don't count against the limit, where that is not the prompt and none: from
+            the pipeline, the settings of its call, the tokenizer and the prompt.
+        fixed: why finished pictures can't be noised again for it; empty if they can.
+        limits: what else a user should know, for the table in the docs.
     """
 
     lists: tuple[BlockList, ...]
@@ -133,6 +140,9 @@ class Family:
     numbered: tuple[str, ...] = ()
     per_block: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ("tokenizer",)
+    framed: Callable[[Any, Any, Any, str], tuple[str, int]] | None = None
+    fixed: str = ""
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
@@ -183,6 +193,32 @@ def _hidream(arguments: dict, tokens: int):
     return _first(nothing + tokens - states.shape[2], tokens)
 
 
+# ---- prompts
+
+
+def _instructed(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
+    return f"{settings.get('system_prompt') or pipe.system_prompt} <Prompt Start> {prompt}", 0
+
+
+def _spoken(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
+    spoken: list[dict] = [{"role": "user", "content": prompt}]
+    instructed = hasattr(pipe, "system_message")
+    if instructed:  # in the form that processors want
+        said = [("system", pipe.system_message), ("user", prompt)]
+        spoken = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in said]
+    whole = tokenizer.apply_chat_template(spoken, tokenize=False)
+    before, _, _ = whole.rpartition(prompt)
+    # That pipeline leaves it to the template to begin the text with a token of its own.
+    return before + prompt, int(instructed)
+
+
+def _filled(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
+    if type(pipe).__name__.startswith("QwenImageEdit"):
+        return "", 0  # reads the prompt with its picture, however long they are
+    before = pipe.prompt_template_encode.partition("{}")[0]
+    return before + prompt, pipe.prompt_template_encode_start_idx
+
+
 # ---- what many classes have in common
 
 
@@ -227,6 +263,15 @@ _ZERO_TEXT = TextPath(
 _ZERO = Width(_ZERO_FFN, _ZERO_TEXT)
 _FFN = FeedForward("norm2", "ff")
 
+_NO_FLOW = "its schedulers are not flow matching"
+_OWN_TIME = "its pipelines count noise the other way round than their schedulers"
+# Words in the names of pipelines that give a transformer more than the latents that it denoises.
+_MORE_THAN_LATENTS = (
+    r"Edit|Kontext|Fill|Control(?!Net)|ImageToVideo|I2V|Condition|Layered|Refiner|VisualCloze"
+    r"|Framepack"
+)
+_GIVEN_MORE = "its transformer gets pictures, or frames that are there already, beside the latents"
+
 FAMILIES: dict[str, Family] = {
     "QwenImageTransformer2DModel": Family(
         lists=(
@@ -252,11 +297,14 @@ FAMILIES: dict[str, Family] = {
         ),
         masks={TEXT: marked("encoder_hidden_states_mask")},
         unread=(TEXT,),
+        framed=_filled,
+        limits="Qwen-Image-Edit: record.renoised_per_sample must be 0",
     ),
     "FluxTransformer2DModel": Family(
         lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO), dual(TEXT_IMAGE, *SINGLE)),
         shared=("img_ids", "txt_ids"),
         unread=(TEXT,),
+        texts=("tokenizer_2",),
     ),
     "Flux2Transformer2DModel": Family(
         lists=(
@@ -267,6 +315,7 @@ FAMILIES: dict[str, Family] = {
             ),
             single(JOINT, *SINGLE),
         ),
+        framed=_spoken,
         limits="one modulation serves all blocks, so text streams can't be shared",
     ),
     "SD3Transformer2DModel": Family(
@@ -276,12 +325,13 @@ FAMILIES: dict[str, Family] = {
         },
         index_keys=("dual_attention_layers",),
         numbered=("skip_layers",),
+        texts=("tokenizer", "tokenizer_2", "tokenizer_3"),
         limits="no skip-layer guidance, which names blocks by number; intervals don't cross from "
         "blocks with two attentions to others",
     ),
     "PixArtTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
-        limits="not flow matching: record.renoised_per_sample must be 0",
+        fixed=_NO_FLOW,
     ),
     "SanaTransformer2DModel": Family(lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),)),
     "Lumina2Transformer2DModel": Family(
@@ -294,7 +344,9 @@ FAMILIES: dict[str, Family] = {
             ),
         ),
         masks={IMAGE: _lumina},
-        limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
+        framed=_instructed,
+        fixed=_OWN_TIME,
+        limits="the refiners, two blocks each, stay",
     ),
     "ZImageTransformer2DModel": Family(
         lists=(
@@ -309,12 +361,15 @@ FAMILIES: dict[str, Family] = {
         masks={IMAGE: _z_image},
         state="x",
         time="t",
-        limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
+        framed=_spoken,
+        fixed=_OWN_TIME,
+        limits="the refiners, two blocks each, stay",
     ),
     "HunyuanImageTransformer2DModel": Family(
         lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
         masks={TEXT: _hunyuan_image},
         unread=(TEXT,),
+        framed=_filled,
         limits="the attention gets no keywords, so text streams can't be shared",
     ),
     "HiDreamImageTransformer2DModel": Family(
@@ -330,6 +385,7 @@ FAMILIES: dict[str, Family] = {
         time="timesteps",
         per_block=("llama_layers",),
         companions=("caption_projection",),
+        texts=("tokenizer_3", "tokenizer_4"),
         limits="FFNs are mixtures of experts, which stay",
     ),
     "WanTransformer3DModel": Family(
@@ -349,8 +405,8 @@ FAMILIES: dict[str, Family] = {
         lists=(dual(IMAGE_TEXT, *DOUBLE),),
         shared=("image_rotary_emb",),
         unread=(TEXT,),
-        limits="one FFN serves both streams, so it stays; not flow matching: "
-        "record.renoised_per_sample must be 0",
+        fixed=_NO_FLOW,
+        limits="one FFN serves both streams, so it stays",
     ),
     "MochiTransformer3DModel": Family(
         lists=(
@@ -434,6 +490,19 @@ def family_of(class_name: str) -> Family | None:
     return FAMILIES.get(class_name)
 
 
+def fixed_states(transformer: str, pipeline: str) -> str:
+    """Why finished pictures of a pipeline can't be noised again for its transformer, so that the
+    config's record.renoised_per_sample must be 0; empty if they can, as far as the names tell.
+
+    Args:
+        transformer, pipeline: names of their classes.
+    """
+    if re.search(_MORE_THAN_LATENTS, pipeline):
+        return _GIVEN_MORE
+    family = FAMILIES.get(transformer)
+    return family.fixed if family else ""
+
+
 def table() -> str:
     """The registry as Markdown: what works on which class, and what does not and why."""
     lines = [
@@ -445,6 +514,7 @@ def table() -> str:
         streams = dict.fromkeys(", ".join(listed.inputs) for listed in family.lists)
         limits = [f"{where[0]}[{where[1]}]: {why}" for where, why in family.untouchable.items()]
         limits += [family.limits] if family.limits else []
+        limits += [f"{family.fixed}: record.renoised_per_sample must be 0"] if family.fixed else []
         cells = [f"`{name}`", " + ".join(lists), "; ".join(streams), _width_words(family)]
         lines.append("| " + " | ".join([*cells, "; ".join(limits)]) + " |")
     lines += ["", "| refused | because |", "|---|---|"]

@@ -1,7 +1,9 @@
 """Loading stock pipelines and transformers, and running them on prompts."""
 
-import inspect
+import dis
+import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +12,29 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ppcl import blocks, complete, devices, hub, teacher_identity, trust, weights
+from ppcl import (
+    arguments,
+    blocks,
+    complete,
+    devices,
+    hub,
+    prompt_tokens,
+    signatures,
+    steps,
+    teacher_identity,
+    trust,
+    weights,
+)
 from ppcl.errors import UserError
 from ppcl.families import family_of
+
+# Modules of diffusers that check what a call of a pipeline is given.
+_CHECKING = (
+    "diffusers.image_processor",
+    "diffusers.pipelines.",
+    "diffusers.schedulers.",
+    "diffusers.video_processor",
+)
 
 
 def denoiser(pipe: DiffusionPipeline, teacher: dict) -> torch.nn.Module:
@@ -191,29 +213,9 @@ def call_arguments(pipe: DiffusionPipeline, settings: dict[str, Any]) -> dict[st
     """Checks the config's `pipeline` keys against the pipeline's own signature.
 
     Raises:
-        UserError: a key is no argument of this pipeline, or one that the workflow sets itself.
+        UserError: see `arguments.refuse_call`.
     """
-    ours = {
-        "prompt",
-        "image",
-        "generator",
-        "output_type",
-        "callback_on_step_end",
-        "return_dict",
-        "latents",
-    }
-    known = set(inspect.signature(pipe.__call__).parameters) - ours
-    for key in settings:
-        if key == "image":
-            raise UserError(
-                "config key 'pipeline.image' is set by the workflow: name the picture of every "
-                "prompt in a column 'image' of the prompts file (.csv)"
-            )
-        if key not in known:
-            raise UserError(
-                f"config key 'pipeline.{key}' is not an argument of {type(pipe).__name__}; "
-                f"known: {', '.join(sorted(known))}"
-            )
+    arguments.refuse_call(type(pipe).__name__, signatures.of_class(type(pipe)), settings)
     return settings
 
 
@@ -242,13 +244,9 @@ def in_batches(pipe: DiffusionPipeline, items: list[dict], size: int) -> list[li
         size: most items in a batch.
     """
     if any("image" in item for item in items):
-        size = 1
-    tokenizer = getattr(pipe, "tokenizer", None)
-    if tokenizer is None:
-        lengths = {item["prompt"]: len(item["prompt"]) for item in items}
-    else:
-        lengths = {item["prompt"]: len(tokenizer(item["prompt"]).input_ids) for item in items}
-    groups: dict[int, list[dict]] = {}
+        return [[item] for item in sorted(items, key=lambda item: item["sample"])]
+    lengths = prompt_tokens.lengths(pipe, [item["prompt"] for item in items])
+    groups: dict[tuple[int, ...], list[dict]] = {}
     for item in sorted(items, key=lambda item: (lengths[item["prompt"]], item["sample"])):
         groups.setdefault(lengths[item["prompt"]], []).append(item)
     return [g[i : i + size] for g in groups.values() for i in range(0, len(g), size)]
@@ -264,54 +262,69 @@ def run(
 ):
     """Runs the stock pipeline; an image depends on its prompt and seed, not on its batch.
 
-    Noise is drawn on the CPU, so a seed gives the same start on every device. A string
-    `negative_prompt` is repeated for the batch.
+    Noise is drawn on the CPU, so a seed gives the same start on every device; what schedulers draw
+    while denoising is the seed's too (`steps.seeded`). A text that goes with the prompt, such as
+    `negative_prompt`, is repeated for the batch.
 
     Args:
         images: path of the picture of every prompt (all the same), or None, for pipelines that
             take one besides the prompt.
 
     Raises:
-        UserError: a key of the settings is no argument of this pipeline; a picture can't be read,
-            the pipeline takes none, or it needs one.
+        UserError: a key of the settings is no argument of this pipeline, or it refuses a value; a
+            picture can't be read, the pipeline takes none, or it needs one.
     """
-    arguments = dict(call_arguments(pipe, settings))
-    if isinstance(arguments.get("negative_prompt"), str):
-        arguments["negative_prompt"] = [arguments["negative_prompt"]] * len(prompts)
+    signature, name = signatures.of_class(type(pipe)), type(pipe).__name__
+    given = arguments.for_batch(signature, call_arguments(pipe, settings), len(prompts))
+    pictures = set(images or ()) - {None}
+    arguments.refuse_pictures(name, signature, bool(pictures), "prompts")
+    if pictures:
+        given["image"] = _picture(images)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    picture = _picture(pipe, images or ())
-    if picture is not None:
-        arguments["image"] = picture
+    prompt_tokens.hush(pipe)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), steps.seeded(pipe, generators, seeds):
             # A copy, since Z-Image's pipeline writes into the list.
-            return pipe(prompt=list(prompts), generator=generators, **arguments, **more)
-    except (TypeError, ValueError, AttributeError, UnboundLocalError) as error:
-        if picture is not None or "image" not in inspect.signature(pipe.__call__).parameters:
+            return pipe(prompt=list(prompts), generator=generators, **given, **more)
+    except Exception as error:
+        # Of some pipelines nothing tells whether they can do without a picture.
+        missed = isinstance(error, (TypeError, ValueError, AttributeError, UnboundLocalError))
+        missed = missed and not pictures and "image" in signature.parameters
+        missed = missed and name not in arguments.PICTURES
+        if not missed and not _refused_by(pipe, error):
             raise
+        hint = (
+            " It takes a picture besides the prompt, and got none: name the picture of every "
+            "prompt in a column 'image' of the prompts file (.csv), if that is why"
+        )
         raise UserError(
-            f"{type(pipe).__name__} takes a picture besides the prompt, got none, and failed with: "
-            f"{error}. Name the picture of every prompt in a column 'image' of the prompts file "
-            "(.csv)"
+            f"config section 'pipeline': {name} can't work with {json.dumps(settings)}: "
+            f"{error}.{hint if missed else ''}"
         ) from error
 
 
-def _picture(pipe: DiffusionPipeline, images: Sequence[str | None]) -> Image.Image | None:
-    """The one picture of a call; None if there is none."""
-    named = set(images) - {None}
-    if not named:
-        return None
+def _refused_by(pipe: DiffusionPipeline, error: Exception) -> bool:
+    """Whether a pipeline, or its scheduler, has raised an error on purpose, as checks of what they
+    are given do; not one of its models, which get what the pipeline made of it."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    code = place.tb_frame.f_code
+    stock = place.tb_frame.f_globals.get("__name__", "").startswith(_CHECKING)
+    its_own = code.co_filename == getattr(sys.modules[type(pipe).__module__], "__file__", None)
+    return (stock or its_own) and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def _picture(images: Sequence[str | None]) -> Image.Image:
+    """The one picture of a call."""
     if len(set(images)) > 1:
         raise ValueError("a call of a pipeline takes one picture for all of its prompts")
-    if "image" not in inspect.signature(pipe.__call__).parameters:
-        raise UserError(
-            f"the prompts file has a column 'image', but {type(pipe).__name__} takes no picture; "
-            "remove the column, or choose a pipeline that edits pictures (teacher.path)"
-        )
-    path = named.pop()
     try:
-        return Image.open(path).convert("RGB")
+        return Image.open(images[0]).convert("RGB")
     except OSError as error:
         raise UserError(
-            f"the prompts file names the image {path}, which can't be read ({error}); replace it"
+            f"the prompts file names the image {images[0]}, which can't be read ({error}); "
+            "replace it"
         ) from error

@@ -4,15 +4,15 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import math
+import os
 import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import hub, pins, untrusted, weights
+from ppcl import arguments, hub, pins, prompt_checks, schemas, untrusted, weights
 from ppcl.config import limits
 from ppcl.errors import UserError
-from ppcl.families import family_of
-from ppcl.prompts import JUDGE_COLUMNS, read
+from ppcl.families import family_of, fixed_states
 
 
 def check(config: dict, source: str = "config") -> None:
@@ -21,24 +21,9 @@ def check(config: dict, source: str = "config") -> None:
     Raises UserError naming the key, the file and the fix.
     """
     _check_teacher(config["teacher"], source)
-    used = []
-    for stage in ("record", "evaluate"):
-        rows = read(config[stage]["prompts"], f"{source}: {stage}.prompts")
-        used.append({row["prompt"] for row in rows[: config[stage]["samples"]]})
-    if shared := sorted(used[0] & used[1]):
-        raise UserError(
-            f"{source}: evaluate.prompts: '{shared[0]}' is also a calibration prompt "
-            "(record.prompts), so results on it would flatter; remove it from one of the two files"
-        )
-    if config["evaluate"]["judge"] == "digits":
-        path = config["evaluate"]["prompts"]
-        row = read(path, f"{source}: evaluate.prompts")[0]
-        missing = [column for column in JUDGE_COLUMNS if column not in row]
-        if missing:
-            raise UserError(
-                f"{source}: evaluate.judge is 'digits', but {path} has no column "
-                f"{', '.join(missing)}; add it or set evaluate.judge: none"
-            )
+    prompt_checks.check(config, source)
+    arguments.check(config, source)
+    _check_renoising(config, source)
     for stage in ("distill", "subsets", "finetune"):
         size = config[stage]["batch_size"]
         if config["processes"] != "auto" and config["processes"] > size:
@@ -79,6 +64,38 @@ def check(config: dict, source: str = "config") -> None:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     _check_budgets(config, blocks, total, source)
+
+
+def least_fraction(config: dict, source: str) -> float:
+    """The share of a local teacher's transformer that the fewest students leave; 0 on the Hub."""
+    blocks, total = _parameters(config["teacher"])
+    return _least(config, blocks, total, source)[1] / total if blocks else 0.0
+
+
+def _check_renoising(config: dict, source: str) -> None:
+    """Raises UserError if pictures of a local teacher are to be noised again and can't be."""
+    teacher, count = config["teacher"], config["record"]["renoised_per_sample"]
+    if not count or hub.is_name(teacher["path"]):
+        return
+    index = hub.read_index(_folder(teacher))
+    pipeline, transformer = str(index["_class_name"]), str(index[hub.component(teacher)][1])
+    if why := fixed_states(transformer, pipeline):
+        raise UserError(
+            f"{source}: record.renoised_per_sample is {count}, but pictures of a {pipeline} can't "
+            f"be noised again ({why}); set it to 0"
+        )
+
+
+def check_results(run: str, source: str = "config") -> None:
+    """Raises UserError if a file is where a folder of the run's results has to be."""
+    folders = {path.split("/")[0] for path in schemas.ARTIFACTS}
+    run_folder = Path("results", run)
+    for folder in (run_folder.parent, run_folder, *map(run_folder.joinpath, sorted(folders))):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{source}: run: {folder} has to be a folder, and is none; choose another name for "
+                "the run, or move that away"
+            )
 
 
 def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> None:

@@ -1,0 +1,166 @@
+"""What diffusers' pipelines take, read from its source text: neither torch nor diffusers is
+imported, so that Snakefiles can."""
+
+import ast
+import inspect
+import operator
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+# Of defaults such as 1024**2.
+_OPERATORS = {ast.Mult: operator.mul, ast.Pow: operator.pow}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of a pipeline's call.
+
+    Attributes:
+        required: it has no default.
+        default: a literal, or a constant of the pipeline's module; None if it is anything else.
+        annotation: its type as the source has it, such as `str | list[str]`; empty if it has none.
+    """
+
+    name: str
+    required: bool
+    default: Any = None
+    annotation: str = ""
+
+
+@dataclass(frozen=True)
+class Signature:
+    """Of a pipeline's `__call__`.
+
+    Attributes:
+        parameters: name -> parameter, in order, without self.
+        open: it takes other keywords too (**kwargs).
+    """
+
+    parameters: dict[str, Parameter]
+    open: bool = False
+
+
+@cache
+def of(name: str) -> Signature | None:
+    """The signature of a pipeline class of diffusers, by the name that model_index.json has.
+
+    None if diffusers has no such class (a pipeline with code of its own), or is not installed.
+    """
+    spec = find_spec("diffusers")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    return _call(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
+
+
+def of_class(made: type) -> Signature:
+    """The signature of a pipeline class, which may have code of its own."""
+    if made.__module__.startswith("diffusers.") and (found := of(made.__name__)):
+        return found
+    every = [*inspect.signature(made.__call__).parameters.values()][1:]
+    variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    found = {
+        given.name: Parameter(
+            given.name,
+            given.default is given.empty,
+            None if given.default is given.empty else given.default,
+            "" if given.annotation is given.empty else inspect.formatannotation(given.annotation),
+        )
+        for given in every
+        if given.kind not in variable
+    }
+    return Signature(found, any(given.kind is given.VAR_KEYWORD for given in every))
+
+
+def source(name: str) -> ast.ClassDef | None:
+    """The source of a class of diffusers; None as of `of`."""
+    spec = find_spec("diffusers")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    found = _definition(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
+    return found[0] if found else None
+
+
+def _call(name: str, file: Path) -> Signature | None:
+    """Of a class that a module defines, or imports from another one of the package."""
+    found = _definition(name, file)
+    if found is None:
+        return None
+    made, file = found
+    for node in made.body:
+        if isinstance(node, ast.FunctionDef) and node.name == "__call__":
+            return _signature(node, file)
+    bases = (_call(base.id, file) for base in made.bases if isinstance(base, ast.Name))
+    return next((found for found in bases if found), None)
+
+
+def _definition(name: str, file: Path) -> tuple[ast.ClassDef, Path] | None:
+    """A class and the file that defines it, along the imports of `file`."""
+    for node in _nodes(file):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return node, file
+    for node in _nodes(file):
+        if not isinstance(node, ast.ImportFrom) or not node.level or "dummy" in str(node.module):
+            continue
+        for alias in node.names:
+            if (alias.asname or alias.name) == name:
+                # One dot is the module's own folder, each further one the folder above it.
+                folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+                inner = (folder.with_suffix(".py"), folder / "__init__.py")
+                places = (_definition(alias.name, path) for path in inner if path.is_file())
+                if found := next((place for place in places if place), None):
+                    return found
+    return None
+
+
+@cache
+def _nodes(file: Path) -> list[ast.AST]:
+    """The classes and imports of a module, those under a condition too, and its constants."""
+    found: list[ast.AST] = []
+    waiting: list[ast.AST] = list(ast.parse(file.read_text(encoding="utf-8")).body)
+    while waiting:
+        node = waiting.pop(0)
+        if isinstance(node, (ast.ClassDef, ast.ImportFrom, ast.Assign)):
+            found.append(node)
+        elif isinstance(node, (ast.If, ast.Try)):
+            waiting += [*node.body, *node.orelse]
+            waiting += [
+                inner for handler in getattr(node, "handlers", ()) for inner in handler.body
+            ]
+    return found
+
+
+def _signature(function: ast.FunctionDef, file: Path) -> Signature:
+    given = function.args
+    placed = [*given.posonlyargs, *given.args][1:]
+    first = len(placed) - len(given.defaults)
+    defaults = [None] * first + list(given.defaults)
+    every = [*zip(placed, defaults, strict=True)]
+    every += zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    found = {
+        argument.arg: Parameter(
+            argument.arg,
+            default is None,
+            _value(default, file),
+            ast.unparse(argument.annotation) if argument.annotation else "",
+        )
+        for argument, default in every
+    }
+    return Signature(found, given.kwarg is not None)
+
+
+def _value(default: ast.expr | None, file: Path) -> Any:
+    if isinstance(default, ast.Name):
+        for node in _nodes(file):
+            if isinstance(node, ast.Assign) and default.id in map(ast.unparse, node.targets):
+                return _value(node.value, file)
+    if isinstance(default, ast.BinOp) and type(default.op) in _OPERATORS:
+        left, right = _value(default.left, file), _value(default.right, file)
+        known = left is not None and right is not None
+        return _OPERATORS[type(default.op)](left, right) if known else None
+    try:
+        return ast.literal_eval(default) if default is not None else None
+    except ValueError:
+        return None
