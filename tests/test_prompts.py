@@ -65,6 +65,9 @@ def test_mixed_line_ends_a_mark_and_no_ending(tmp_path):
         (b"one\n\xe9t\xe9\n", "is not UTF-8 (byte 4, line 2)"),
         ("prompt,digit\none,1\n", "line 1, 'prompt,digit', is of a table"),
         ('\n{"prompt": "one"}\n', "line 2, "),
+        ("Prompt\none\n", "line 1, 'Prompt', is of a table"),
+        ("id, prompt\n1, one\n", "line 1, 'id, prompt', is of a table"),
+        ('[\n"one",\n"two"\n]\n', "line 1, '[', is of a table"),
     ],
 )
 def test_lines_that_are_not_what_they_seem(tmp_path, content, expected):
@@ -88,7 +91,9 @@ def test_lines_that_are_not_what_they_seem(tmp_path, content, expected):
         ("Prompt,n\none,1\n", "write 'Prompt' in small letters"),
         ("one\ntwo\n", "has no column 'prompt' (its first line: 'one')"),
         ("prompt,image\none,a.png\n", "line 2: the image a.png is neither in"),
+        (f"prompt,image\none,{'a' * 5000}\n", "aaa... is neither in"),
         (f'prompt\n"{"a" * 140_000}"\n', "begins in line 2"),
+        ('id, prompt\n1, "a cat"\n', "line 2: ' \"a cat\"' has a blank before its first quote"),
     ],
 )
 def test_tables_that_would_lose_something(tmp_path, content, expected):

@@ -1,6 +1,7 @@
 """A config for a model of one's own: it passes all checks, and says how its pipeline is called."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -148,6 +149,7 @@ def test_configs_are_fetched_from_the_hub(tmp_path, monkeypatch):
         ({"path": "resources"}, "mine.yaml", "has no model_index.json"),
         ({}, "mine.txt", "let it end in .yaml"),
         ({"component": "vae"}, "mine.yaml", "--component: .*no vae that is a transformer"),
+        ({"path": "new\nline"}, "mine.yaml", "'teacher.path' is \"new"),
     ],
 )
 def test_what_cannot_be_started(tmp_path, given, output, expected):
@@ -155,3 +157,15 @@ def test_what_cannot_be_started(tmp_path, given, output, expected):
     with pytest.raises(UserError, match=expected):
         starter.write(known, tmp_path / output)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_components_are_read_and_no_number_is_believed(tmp_path):
+    """Of what lies beside the components nothing counts, and nothing in configs ends in a
+    traceback."""
+    place = folder(tmp_path / "t", "FluxPipeline", "FluxTransformer2DModel", WIDE)
+    (place / "notes").mkdir()
+    os.mkfifo(place / "notes/config.json")
+    starter.made(teacher(place), "mine")
+    for odd in ("x", [1, 2], True, -3, 0, 10**400, 1e308):
+        assert starter.channels({"num_attention_heads": odd, "hidden_size": odd}) == 64
+    assert starter.channels({"num_heads": 2, "attention_head_dim": 10**5}) == 200_000

@@ -226,7 +226,16 @@ def outside(tmp_path):
     return tmp_path / "outside"
 
 
-@pytest.mark.parametrize("strange", [leads_out, is_a_linked_folder, is_a_loop, is_a_pipe])
+def is_too_large(teacher, outside):
+    path = teacher / "tokenizer/merges.txt"
+    path.touch()
+    os.truncate(path, hub.TEXT_LIMIT + 1)  # sparse
+    return path
+
+
+@pytest.mark.parametrize(
+    "strange", [leads_out, is_a_linked_folder, is_a_loop, is_a_pipe, is_too_large]
+)
 def test_what_no_component_should_hold_is_named(strange, teacher, outside):
     path = strange(teacher, outside)
     for attempt in (
@@ -235,6 +244,22 @@ def test_what_no_component_should_hold_is_named(strange, teacher, outside):
     ):
         with pytest.raises(UserError, match=rf"teacher\.path: {path} is .*replace it"):
             attempt()
+
+
+def test_a_component_that_is_a_loop_or_a_pipeline_is_refused(teacher):
+    """Of a pipeline in the pipeline diffusers would load whatever there is, pickles too."""
+    for attempt in (
+        lambda: preflight._check_teacher(tiny.source(teacher) | {"subfolder": None}, "c.yaml"),
+        lambda: pipelines.load(tiny.source(teacher), CPU),
+    ):
+        write(teacher / "vae/model_index.json", '{"_class_name": "DDPMPipeline"}')
+        with pytest.raises(UserError, match="the vae is a pipeline in the pipeline"):
+            attempt()
+        shutil.rmtree(teacher / "vae")
+        (teacher / "vae").symlink_to("vae")
+        with pytest.raises(UserError, match="vae is not there; restore the vae's folder"):
+            attempt()
+        (teacher / "vae").unlink()
 
 
 def test_links_that_are_common_do_no_harm(teacher, tmp_path):

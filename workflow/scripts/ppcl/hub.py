@@ -14,6 +14,8 @@ from ppcl.errors import UserError
 
 PATIENCE = 10  # seconds to wait for the Hub
 INDEX = "model_index.json"
+TEXT_LIMIT = 256 << 20  # bytes of a tokenizer or a config; the largest known have 33 MiB
+_TEXT = re.compile(r"\.(json|jsonl|txt|model|jinja|spm|vocab|tiktoken)$")
 
 
 def component(teacher: dict) -> str:
@@ -139,7 +141,7 @@ def wanted(
             continue
         elif re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", file):
             beside.setdefault(part, []).append(file)
-        elif re.search(r"\.(json|jsonl|txt|model|jinja|spm|vocab|tiktoken)$", file):
+        elif _TEXT.search(file):
             found.append(name)
         elif file.endswith(".py") and teacher["trust_remote_code"]:
             found.append(name)
@@ -232,6 +234,8 @@ def refuse_strange(folder: Path, key: str = "teacher.path") -> None:
     That a component's whole folder, or a file of weights, is a link is common, and no harm.
     """
     for name in parts(folder, key):
+        if not (folder / name).is_dir():
+            continue  # which is told, with the fix, where its weights are checked
         base = (folder / name).resolve()
         for place, folders, names in os.walk(folder / name):
             for path in (Path(place, entry) for entry in (*folders, *names) if entry[0] != "."):
@@ -240,6 +244,8 @@ def refuse_strange(folder: Path, key: str = "teacher.path") -> None:
                     strange = "a link to a folder" if path.is_symlink() else None
                 elif not path.is_file():
                     strange = "neither a file nor a folder" if path.exists() else None
+                elif _TEXT.search(path.name) and path.stat().st_size > TEXT_LIMIT:
+                    strange = f"larger than {TEXT_LIMIT >> 20} MiB"
                 elif path.suffix != ".safetensors" and leaves(folder, path):
                     if not path.resolve().is_relative_to(base):
                         strange = f"a link to {path.resolve()}, which is somewhere else"

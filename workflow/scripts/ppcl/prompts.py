@@ -6,6 +6,7 @@ end in a newline, or in a carriage return and a newline: no other character ends
 
 import csv
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -44,7 +45,7 @@ def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
                 f"{where}: the prompt is {shown(row.get('prompt'))}, and has to be a text; write "
                 "one, or remove the whole row"
             )
-        rows.append({name: _plain(value, where) for name, value in row.items()})
+        rows.append({_plain(name, where): _plain(value, where) for name, value in row.items()})
         if "image" in row:
             rows[-1]["image"] = _picture(row["image"], path, where)
         elif "image" in rows[0]:
@@ -118,7 +119,8 @@ def _read_lines(path: Path, key: str) -> Iterator[tuple[str, dict]]:
     lines = [(n, line.strip(" \t")) for n, line in enumerate(_lines(path, key), start=1)]
     lines = [(number, line) for number, line in lines if line.strip()]
     first = lines[0][1] if lines else ""
-    if re.match(r'"?prompt"?([,;\t]|$)', first) or _is_object(first):
+    names = [name.strip(' "').lower() for name in re.split(r"[,;\t]", first)]
+    if "prompt" in names or first in ("[", "{") or _is_json(first):
         raise UserError(
             f"{key}: {path}: line {lines[0][0]}, {shown(first)}, is of a table, but the file's "
             "name makes every line a prompt; let it end in .csv, .tsv or .jsonl, as it is"
@@ -126,9 +128,10 @@ def _read_lines(path: Path, key: str) -> Iterator[tuple[str, dict]]:
     return ((f"line {number}", {"prompt": line}) for number, line in lines)
 
 
-def _is_object(text: str) -> bool:
+def _is_json(text: str) -> bool:
+    """Whether a line is an object or a list."""
     try:
-        return isinstance(json.loads(text), dict)
+        return isinstance(json.loads(text), (dict, list))
     except (ValueError, RecursionError):
         return False
 
@@ -159,6 +162,11 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
                         f"{key}: {path}: {place}: {shown(cells[0])} is of {len(cells)} columns, "
                         f"and there should be {len(names)}; put prompts with commas in double "
                         "quotes, and leave no column out"
+                    )
+                if quoted := [cell for cell in cells if re.match(r'\s+".*"\s*$', cell, re.S)]:
+                    raise UserError(
+                        f"{key}: {path}: {place}: {shown(quoted[0])} has a blank before its first "
+                        "quote, which so is part of the text; remove that blank"
                     )
                 row = {n: c.strip() for n, c in zip(names, cells, strict=True) if n}
                 yield place, row | {"prompt": cells[names.index("prompt")]}
@@ -264,10 +272,10 @@ def _picture(name: Any, file: Path, where: str) -> str:
             "which Snakemake can't follow; rename it"
         )
     for path in (file.parent / name.strip(), Path(name.strip())):
-        if path.is_file():
+        if os.path.isfile(path):  # Path.is_file raises for names that are too long
             return str(path)
     raise UserError(
-        f"{where}: the image {name.strip()} is neither in {file.parent} nor in the working "
+        f"{where}: the image {shown(name.strip())[1:-1]} is neither in {file.parent} nor in the working "
         "directory; add the picture or correct its name"
     )
 

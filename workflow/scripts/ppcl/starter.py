@@ -1,7 +1,6 @@
 """A first config for a model of one's own, from the configs of its pipeline. No torch."""
 
 import ast
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from ppcl import arguments, config, hub, preflight, signatures
+from ppcl import arguments, config, hub, preflight, signatures, untrusted
 from ppcl.errors import UserError
 from ppcl.families import TEXT, Family, family_of, fixed_states
 
@@ -18,6 +17,7 @@ PROMPTS = config.SCHEMA_PATH.parents[2] / "resources" / "prompts"
 # Channels of a token from which on a model is trained as the presets are; those below SMALL as the
 # embedded teacher is.
 LARGE, SMALL = 1024, 128
+LARGEST = 1 << 20  # channels, or pixels of a side; what a config holds beyond it is damage
 # Learning rates of distill, subsets and finetune.
 RATES = {LARGE: ("1.0e-4", "5.0e-5", "1.0e-5"), SMALL: ("1.0e-3", "3.0e-4", "1.0e-4")}
 
@@ -44,7 +44,10 @@ def write(
         raise UserError(f"--output: {output} is to be a config file; let it end in .yaml")
     if output.exists():
         raise UserError(f"--output: {output} is there already; name another file, or remove it")
+    path = os.path.expanduser(teacher["path"])
+    teacher = teacher | {"path": path.rstrip("/") if hub.is_name(path.rstrip("/")) else path}
     given = teacher, run or output.stem, calibration, evaluation
+    config.complete({"run": given[1], "teacher": teacher}, str(output))  # names that can't be
     text = made(*given)
     settings = config.complete(yaml.safe_load(text), str(output))
     least = preflight.least_fraction(settings, str(output))
@@ -168,11 +171,14 @@ def made(
 
 def channels(shape: Mapping) -> int:
     """Channels of a token, from the config of a transformer of any class."""
-    for name in ("hidden_size", "inner_dim", "dim"):
-        if isinstance(shape.get(name), int):
-            return shape[name]
-    heads = shape.get("num_attention_heads") or shape.get("num_heads") or 1
-    return heads * (shape.get("attention_head_dim") or 64)
+
+    def held(*names: str) -> int | None:
+        counts = (shape[name] for name in names if type(shape.get(name)) is int)
+        return next((count for count in counts if 0 < count <= LARGEST), None)
+
+    heads, size = held("num_attention_heads", "num_heads"), held("attention_head_dim")
+    found = held("hidden_size", "inner_dim", "dim") or (heads or 1) * (size or 64)
+    return min(found, LARGEST)
 
 
 def _depths(family: Family | None, shape: Mapping) -> list[int]:
@@ -277,12 +283,9 @@ def _folder(teacher: dict) -> Path:
 def _read(path: Path) -> dict:
     """A config of a component; UserError if it is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"--teacher: {path} can't be read ({error}); restore it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"--teacher: {path} is no config; restore it")
-    return found
+        return untrusted.json_object(path)
+    except FileNotFoundError as error:
+        raise UserError(f"--teacher: {path} is not there; restore it") from error
 
 
 class _Part:
@@ -312,7 +315,8 @@ def default_sizes(pipeline: str, folder: Path) -> dict[str, int]:
     if found is None:
         return {}
     functions = {node.name: node for node in found.body if isinstance(node, ast.FunctionDef)}
-    here = {path.parent.name: _Part(_read(path)) for path in folder.glob("*/config.json")}
+    configs = {name: folder / name / "config.json" for name in hub.parts(folder)}
+    here = {name: _Part(_read(path)) for name, path in configs.items() if path.exists()}
     itself = type("Pipeline", (), {})()
     vars(itself).update(here)
     names = {"self": itself, "len": len, "getattr": getattr, "hasattr": hasattr, "int": int}
@@ -329,7 +333,7 @@ def default_sizes(pipeline: str, folder: Path) -> dict[str, int]:
         first, *others = node.value.values
         if name in ("height", "width", "num_frames") and ast.unparse(first) == name:
             value = _worked_out(others[-1], names)
-            if isinstance(value, int) and value > 0:
+            if isinstance(value, int) and 0 < value <= LARGEST:
                 sizes.setdefault(name, value)
     return sizes
 

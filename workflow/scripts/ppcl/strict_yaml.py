@@ -64,9 +64,19 @@ def _problems(node: yaml.Node, rules: dict, key: str, seen: set) -> Iterator[tup
         for name, value in node.value:
             word, line = str(name.value), name.start_mark.line + 1
             here = f"{key}.{word}".lstrip(".")
+            kind = name.tag.rpartition(":")[2]
+            if isinstance(name, yaml.ScalarNode) and kind in (*_KINDS, "timestamp"):
+                # Other spellings of it are the same key: yes and true, 1 and 0x1.
+                what = _KINDS.get(kind, "a date")
+                yield line, f"the key '{here}' is {what} to YAML; put it in quotes: \"{word}\""
             if isinstance(name, yaml.ScalarNode) and word in lines:
                 yield line, f"'{here}' is also in line {lines[word]}; remove one of them"
             lines[word] = line
+            if kind == "merge":
+                several = isinstance(value, yaml.SequenceNode)
+                for merged in value.value if several else [value]:
+                    yield from _problems(merged, rules, key, seen)
+                continue
             yield from _problems(value, _below(rules, word, key), here, seen)
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):

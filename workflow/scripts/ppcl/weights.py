@@ -147,6 +147,12 @@ def check(
         if not part.is_dir():
             raise UserError(f"{key}: {part} is not there; restore the {name}'s folder")
         names = names_in(part)
+        if "model_index.json" in names:  # it would be loaded by rules of its own, pickles included
+            raise UserError(
+                f"{key}: {part / 'model_index.json'}: the {name} is a pipeline in the pipeline, "
+                "whose weights can't be checked; remove that file, or load the whole and save it "
+                "again with parts that are models"
+            )
         if variant and (bare := sorted(n for n in names if "." not in n)):
             raise UserError(
                 f"{key}: {part / bare[0]}: diffusers can't look for a variant among names "
