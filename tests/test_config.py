@@ -136,7 +136,7 @@ def test_unreadable_config_file(tmp_path, content, expected):
     ("text", "expected"),
     [
         ("run: a\nseed: 1\nrun: b", "line 3: 'run' is also in line 1"),
-        ("pipeline:\n  yes: 1\n  true: 2", "line 2: the key 'pipeline.yes' is true or false to YAML"),
+        ("pipeline: {yes: 1, true: 2}", "line 1: the key 'pipeline.yes' is true or false to"),
         ("pipeline: {0x1: 1, 1: 2}", "line 1: the key 'pipeline.0x1' is a whole number to YAML"),
         ("seed: 1\n<<: [{run: 3}]", "line 2: 'run' is 3, which YAML reads as a whole number"),
         ("distill:\n  lr: 0.1\n  lr: 0.2", "line 3: 'distill.lr' is also in line 2"),

@@ -275,8 +275,8 @@ def _picture(name: Any, file: Path, where: str) -> str:
         if os.path.isfile(path):  # Path.is_file raises for names that are too long
             return str(path)
     raise UserError(
-        f"{where}: the image {shown(name.strip())[1:-1]} is neither in {file.parent} nor in the working "
-        "directory; add the picture or correct its name"
+        f"{where}: the image {shown(name.strip())[1:-1]} is neither in {file.parent} nor in the "
+        "working directory; add the picture or correct its name"
     )
 
 
