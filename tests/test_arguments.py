@@ -26,6 +26,7 @@ def test_what_people_write_passes():
     accepted({"joint_attention_kwargs": {"scale": 0.5}, "height": None})
     # None turns these instructions off, though the annotation does not say so.
     accepted({"complex_human_instruction": None, "negative_prompt": ""}, "SanaPipeline")
+    accepted({"complex_human_instruction": []}, "SanaPipeline")
     accepted({"frame_rate": 24, "decode_timestep": 0.05}, "LTXPipeline")
     accepted({"skip_guidance_layers": [7, 8]}, "StableDiffusion3Pipeline")
     accepted({"text_encoder_out_layers": [9, 18]}, "Flux2KleinPipeline")
@@ -53,6 +54,9 @@ def test_what_people_write_passes():
         ({"guidance_scale": "1e-3"}, "write it without quotes, with a point"),
         ({"guidance_scale": True}, "guidance_scale is true; allowed: a number"),
         ({"prompt_2": 3}, "pipeline.prompt_2 is 3; allowed: text, a list"),
+        ({"sigmas": []}, "pipeline.sigmas is an empty list; leave it out"),
+        ({"negative_prompt": []}, "pipeline.negative_prompt is an empty list"),
+        ({"sigmas": 1.0}, "pipeline.sigmas is 1.0; allowed: a list"),
         ({"sigmas": ["a"]}, "pipeline.sigmas is .*; allowed: a list, a number"),
     ],
 )

@@ -212,6 +212,15 @@ def test_what_only_blanks_tell_apart_is_one_prompt(tmp_path):
         prompt_checks.check(same, "mine.yaml")
 
 
+def test_prompts_that_are_a_link_to_themselves(tmp_path):
+    given = written(tmp_path, record="abcdefgh", evaluate="xy")
+    (tmp_path / "loop.csv").symlink_to("loop.csv")
+    given["record"]["prompts"] = str(tmp_path / "loop.csv")
+    given["teacher"]["path"] = "another/one"
+    with pytest.raises(UserError, match="record.prompts: cannot read .*loop.csv"):
+        prompt_checks.check(given, "mine.yaml")
+
+
 @pytest.mark.parametrize(
     ("prompts_", "fraction", "count"),
     [(2, 0.1, 1), (3, 0.1, 2), (20, 0.1, 2), (64, 0.1, 6), (4, 0.9, 3)],

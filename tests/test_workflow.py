@@ -212,6 +212,11 @@ def test_train_teacher_stands_alone(snakemake):
     assert found == {"train_teacher": 1}
 
 
+def test_a_folder_that_cannot_be_looked_at_is_told(snakemake):
+    said = snakemake("-n", code=1, teacher={"path": "a" * 300})
+    assert "File name too long; shorten the names" in said and "Traceback" not in said
+
+
 # Several keys at a time, of stages that do not share any: each dry run takes seconds.
 CHANGES = [
     (

@@ -22,7 +22,7 @@ sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
 from ppcl import methods, preflight, prompts, schemas, teacher_identity, texts, whole
-from ppcl.errors import UserError
+from ppcl.errors import UserError, trouble
 from ppcl.provenance import code_digest, digest, stamps
 
 # Jobs use the Python that runs Snakemake, activated or not, unless conda brings its own (--sdm
@@ -102,6 +102,10 @@ def validate():
             preflight.check(config, source)
     except UserError as error:
         refuse(error)
+    except OSError as error:  # such as a folder that you may not look into
+        if (problem := trouble(error)) is None:
+            raise
+        refuse(f"{source}: {problem}")
 
 
 def result(path):

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from ppcl import hub, prompts, signatures
@@ -244,8 +245,10 @@ def _refuse_value(parameter: Parameter, value: Any) -> None:
                 f"{key} is null; leave it out for the pipeline's own default, {parameter.default}"
             )
         return
+    if value == [] and (_goes_with_prompt(parameter) or parameter.name in ("sigmas", "timesteps")):
+        raise UserError(f"{key} is an empty list; leave it out for the pipeline's own default")
     numbers = value if isinstance(value, list) else [value]
-    if not _fits(value, kinds):
+    if not _fits(value, kinds) or not isinstance(value, list) and _lists_alone(parameter, value):
         hint = ""
         if isinstance(value, str) and _number(value) is not None:
             hint = (
@@ -288,6 +291,16 @@ def _fits(value: Any, kinds: list[str]) -> bool:
     if isinstance(value, (int, float)):
         return "int" in kinds or "float" in kinds
     return ("dict" if isinstance(value, dict) else "str") in kinds
+
+
+def _lists_alone(parameter: Parameter, value: Any) -> bool:
+    """Whether an annotation names the type of a value only as that of a list's entries."""
+    outer, count = _plain(parameter), 1
+    while count:
+        outer, count = re.subn(r"\b(list|[Tt]uple)\[[^\[\]]*\]", r"\1", outer)
+    kinds = _kinds(replace(parameter, annotation=outer))
+    listed = isinstance(parameter.default, (list, tuple, type(None)))
+    return listed and bool({"list", "tuple"} & set(kinds)) and not _fits(value, kinds)
 
 
 def _number(text: str) -> float | None:

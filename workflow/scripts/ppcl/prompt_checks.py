@@ -4,6 +4,7 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import logging
+import os
 from pathlib import Path
 
 from ppcl import hub
@@ -55,7 +56,7 @@ def _check_digits(config: dict, source: str) -> None:
     named = [
         f"{stage}.prompts"
         for stage in STAGES
-        if Path(config[stage]["prompts"]).resolve().parent in homes
+        if Path(os.path.realpath(config[stage]["prompts"])).parent in homes  # which no loop ends
     ]
     judged = ["evaluate.judge"] if config["evaluate"]["judge"] == "digits" else []
     if not named + judged:
