@@ -87,6 +87,7 @@ def load(
     blocks.family(transformer)
     refuse_incomplete(transformer, f"{path}/{hub.component(teacher)}")
     teacher_identity.refuse_changed(teacher)
+    prompt_tokens.as_published(pipe, folder)
     pipe.set_progress_bar_config(disable=True)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     sizes = {name: devices.size(module) for name, module in modules.items()}
