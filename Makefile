@@ -21,7 +21,7 @@ lint: $(READY)
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/snakemake --lint
 
-# Renews the tables of config/README.md, results/README.md and docs/families.md.
+# Renews the tables of config/README.md, results/README.md, docs/families.md and environment.yml.
 tables: $(READY)
 	$(BIN)/python tests/readme_tables.py
 

@@ -1,4 +1,4 @@
-# Depth pruning of diffusion transformers (PPCL, arXiv 2511.16156), from teacher to pipelines.
+# Depth and width pruning of diffusion transformers (PPCL, arXiv 2511.16156), from teacher to pipelines.
 #
 #   snakemake --cores all                                    the embedded default, config/digits.yaml
 #   snakemake --cores all --configfile config/mine.yaml      your model
@@ -23,6 +23,8 @@ include: "workflow/rules/common.smk"
 
 validate()
 PLANNED = planned()
+if reporting():
+    config["summary"] = summary("rst") if targets() <= {"all"} else ""
 
 
 report: "workflow/report/workflow.rst"
@@ -96,3 +98,8 @@ rule ablation:
 rule interval_plots:
     input:
         plots=plots("intervals"),
+
+
+onsuccess:
+    if "all" in map(str, workflow.dag.targetrules):
+        logger.info(f"\n{summary('text')}\n")

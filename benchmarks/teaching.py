@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import material, measuring
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
-from ppcl import blocks, calls, distillation, losses, optimizers, students, training
+from ppcl import blocks, calls, distillation, losses, optimizers, students, teaching, training
 from ppcl import teacher as parts_of_pipelines
 from ppcl.plans import Part
 from ppcl.students import Students
@@ -75,7 +75,7 @@ def floor_pieces(steps: Steps, arguments: dict) -> dict:
     of the distance the weights' update is.
     """
     teacher, taught = steps.teacher, steps.taught
-    lessons = distillation.teacher_states(teacher, list(taught), arguments)
+    lessons = teaching.teacher_states(teacher, list(taught), arguments)
     last = blocks.block_sequence(teacher)[max(part.last for part in taught)]
     graphs: dict[Part, tuple] = {}
 
@@ -161,7 +161,7 @@ def _step_bytes(size: Size, path: Path, count: int) -> dict[str, int]:
     weights = sum(tensors_of(student) for student in steps.taught.values())
     beside = measuring.torch_peak(steps.step) - weights  # whose gradients are states
     part, student = next(iter(steps.taught.items()))
-    lesson = distillation.teacher_states(steps.teacher, [part], arguments)[part]
+    lesson = teaching.teacher_states(steps.teacher, [part], arguments)[part]
 
     def one():
         outputs = student(**lesson.bound)

@@ -47,10 +47,10 @@ def stand_in(tmp_path) -> dict:
         header[name] = {"dtype": "U8", "shape": shape, "data_offsets": offsets}
     text = json.dumps(header).encode()
     content = struct.pack("<Q", len(text)) + text + bytes(end)
-    (teacher / "transformer/model.safetensors").write_bytes(content)
+    (teacher / "transformer/diffusion_pytorch_model.safetensors").write_bytes(content)
     header = "prompt,digit,digit_color,background_color\n"
     calibration, evaluation = tmp_path / "calibration.csv", tmp_path / "evaluation.csv"
-    calibration.write_text(header + "the digit 7,7,red,white\n")
+    calibration.write_text(header + "the digit 7,7,red,white\nthe digit 9,9,red,white\n")
     evaluation.write_text(header + "the digit 8,8,red,white\n")
     return {
         "teacher": {"path": str(teacher)},

@@ -30,6 +30,7 @@ NAMES = (
     "plan.json",
     "prompts.csv",
     "prompts.txt",
+    "prompts.jsonl",
     "config.yaml",
     "inline.json",
 )

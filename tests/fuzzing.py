@@ -44,6 +44,7 @@ READERS = {
     "plan.json": students.read_plan,
     "prompts.csv": prompts.read,
     "prompts.txt": prompts.read,
+    "prompts.jsonl": prompts.read,
     "config.yaml": config.load,
 }
 SEALED = [name for name in READERS if name.endswith((".parquet", ".safetensors", ".json"))]
@@ -282,6 +283,7 @@ def example(folder: Path) -> dict[str, bytes]:
     texts.write_sealed(folder / "plan.json", PLAN)
     (folder / "prompts.csv").write_text('prompt,digit\n"a, b",3\nc,4\n')
     (folder / "prompts.txt").write_text("a red 1\na blue 2\n")
+    (folder / "prompts.jsonl").write_text('{"prompt": "a", "digit": 3}\n{"prompt": "b"}\n')
     write_config(folder / "config.yaml", CONFIG)
     return {name: (folder / name).read_bytes() for name in READERS}
 

@@ -1,4 +1,4 @@
-"""The tables that are made from schemas and the registry; run as a program, it renews them."""
+"""What is made from schemas, the registry and the pins; run as a program, it renews them."""
 
 import sys
 from pathlib import Path
@@ -8,17 +8,27 @@ sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
 
 from ppcl import config, families, schemas  # noqa: E402  (the path has to be set first)
 
-MARK = "<!-- made by: make tables -->\n"
+MARKS = {".md": "<!-- made by: make tables -->\n", ".yml": "      # made by: make tables\n"}
+
+
+def pins() -> str:
+    """The packages of requirements.txt, for conda, which does not find that file from its own."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return "".join(f"      - {line}\n" for line in lines if not line.startswith("#"))
+
+
 TABLES = {
     "config/README.md": config.table,
     "results/README.md": schemas.table,
     "docs/families.md": families.table,
+    "environment.yml": pins,
 }
 
 
 def renewed(name: str) -> str:
-    """The text that a README should have: its own up to the mark, then the table."""
-    return (ROOT / name).read_text(encoding="utf-8").split(MARK)[0] + f"{MARK}\n{TABLES[name]()}"
+    """The text that a file should have: its own up to the mark, then the table."""
+    mark = MARKS[Path(name).suffix]
+    return (ROOT / name).read_text(encoding="utf-8").split(mark)[0] + f"{mark}\n{TABLES[name]()}"
 
 
 if __name__ == "__main__":

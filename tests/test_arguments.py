@@ -188,7 +188,9 @@ def test_pictures_of_the_prompts_and_of_the_pipeline_agree(inputs, tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     header = "prompt,image,digit,digit_color,background_color\n"
     for stage, prompt in (("record", "one"), ("evaluate", "two")):
-        Path(inputs[stage]["prompts"]).write_text(f"{header}{prompt},a.png,1,red,blue\n")
+        lines = "".join(f"{prompt} {n},a.png,1,red,blue\n" for n in (1, 2))
+        Path(inputs[stage]["prompts"]).write_text(f"{header}{lines}")
+    inputs["record"]["renoised_per_sample"] = 0
     preflight.check(inputs, "mine.yaml")
     named(inputs, "QwenImagePipeline")
     assert "QwenImagePipeline takes no picture; remove the column" in checked(inputs)

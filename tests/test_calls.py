@@ -1,5 +1,7 @@
 """Recorded calls come back from their file without loss, and are drawn fairly."""
 
+import runpy
+
 import numpy as np
 import pytest
 import tiny
@@ -226,6 +228,31 @@ def test_heldout_prompts_either_select_or_report(reader, monkeypatch):
     select, report = reader.heldout_rows("select"), reader.heldout_rows("report")
     assert sorted([*select, *report]) == list(reader.rows(heldout=True))
     assert len(select) and len(report) and not set(prompts[select]) & set(prompts[report])
+
+
+def test_counts_that_cannot_be_met_are_told_once(reader, monkeypatch, caplog):
+    """And so is one held-out prompt, which selects and is reported on."""
+    monkeypatch.setitem(reader.index, "prompt", np.array(["one"] * len(reader), dtype=object))
+    count = len(reader.rows(heldout=True))
+    for _ in range(2):
+        found = reader.sample_heldout("report", 64, 0, "evaluate.velocity_rows")
+    assert sorted(found) == list(reader.rows(heldout=True))
+    said = [record.getMessage() for record in caplog.records]
+    assert "one prompt alone is held out" in said[0] and str(reader.path) in said[0]
+    wanted = f"evaluate.velocity_rows asks for 64, and there are {count} held-out calls to report"
+    assert said[1].startswith(wanted) and len(said) == 2
+    reader.sample_heldout("select", count, 0, "sensitivity.rows")
+    assert len(caplog.records) == 2
+
+
+def test_fewer_calls_than_extraction_asks_for(reader, caplog):
+    choose = runpy.run_path(str(tiny.SCRIPTS / "extract.py"))["choose_rows"]
+    fit, heldout = len(reader.rows(heldout=False)), len(reader.heldout_rows("select"))
+    assert len(choose(reader, 100, 0)) == fit + heldout
+    for found, what in ((fit, "to fit on"), (heldout, "held out to select by")):
+        assert (
+            f"half of extract.rows asks for 50, and there are {found} calls {what}" in caplog.text
+        )
 
 
 def test_a_large_table_read_whole_is_noticed(tiny_calls, monkeypatch):

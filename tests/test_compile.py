@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch._dynamo.utils import counters
 
-from ppcl import blocks, devices, distillation, pipelines, students
+from ppcl import blocks, devices, distillation, pipelines, replays, students, teaching
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -47,9 +47,7 @@ def test_what_is_watched_is_the_same_and_it_stops_early(teacher, compiled):
     with torch.no_grad():
         compiled(**call)
     assert ran == [5]
-    found, expected = (
-        distillation.teacher_states(model, PARTS, call) for model in (compiled, teacher)
-    )
+    found, expected = (teaching.teacher_states(model, PARTS, call) for model in (compiled, teacher))
     handle.remove()
     assert ran == [5]  # not again
     for part in PARTS:
@@ -107,6 +105,13 @@ def test_streamed_blocks_can_be_compiled(teacher):
     call = tiny.arguments((5, 3))
     with torch.no_grad():
         torch.testing.assert_close(made(**call)[0], teacher(**call)[0], rtol=1e-5, atol=1e-6)
+
+
+def test_the_teacher_alone_runs_the_same_code(compiled):
+    call, made = tiny.arguments((5, 3)), replays.alone(compiled, torch.device("cpu"))
+    with torch.no_grad():
+        assert torch.equal(made(**call)[0], compiled(**call)[0])
+    assert type(made.transformer_blocks[0]) is type(compiled.transformer_blocks[0])
 
 
 def test_the_config_decides(tiny_teacher, monkeypatch):

@@ -51,12 +51,6 @@ def test_every_config_file_is_valid(name):
     assert loaded["run"] == name
 
 
-def test_example_of_the_readme_is_valid():
-    text = (ROOT / "config/README.md").read_text(encoding="utf-8")
-    example = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
-    assert config.complete(example, "config/README.md")["run"] == "mine"
-
-
 def put(given: dict, key: str, value):
     *parents, last = key.split(".")
     for parent in parents:
@@ -138,6 +132,82 @@ def test_unreadable_config_file(tmp_path, content, expected):
     assert str(path) in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("run: a\nseed: 1\nrun: b", "line 3: 'run' is also in line 1"),
+        ("distill:\n  lr: 0.1\n  lr: 0.2", "line 3: 'distill.lr' is also in line 2"),
+        ("variants:\n  - {name: a, budget: 0.5, name: b}", "line 2: 'variants[0].name' is also"),
+        ("pipeline:\n  height: 8\n  height: 9", "line 3: 'pipeline.height' is also in line 2"),
+        ('{"run": "a", "run": "b"}', "has the key 'run' twice"),
+        *[
+            (
+                f"seed: 1\nrun: {raw}",
+                f"line 2: 'run' is {raw}, which YAML reads as {what}; quote it",
+            )
+            for raw, what in (
+                ("3", "a whole number"),
+                ("010", "a whole number"),
+                ("1_000", "a whole number"),
+                ("0x1f", "a whole number"),
+                ("1:30", "a whole number"),
+                ("1.0", "a number"),
+                ("1.0e+3", "a number"),
+                (".nan", "a number"),
+                ("yes", "true or false"),
+                ("No", "true or false"),
+                ("null", "nothing"),
+                ("~", "nothing"),
+                ("2026-01-01", "a date"),
+            )
+        ],
+        ("run:", "line 1: 'run' is empty, and has to be a text"),
+        ("teacher: {revision: 12345678}", 'quote it: revision: "12345678"'),
+        ("teacher:\n  path: 3", "line 2: 'teacher.path' is 3"),
+        ("teacher: {variant: 16}", 'quote it: variant: "16"'),
+        ("record: {prompts: 3}", "'record.prompts' is 3"),
+        ("variants:\n  - {name: no, budget: 1}", "line 2: 'variants[0].name' is no"),
+        ("distill: {mixed_precision: no}", 'quote it: mixed_precision: "no"'),
+        ("pipeline: {negative_prompt: no}", 'quote it: negative_prompt: "no"'),
+        ("pipeline: {prompt_2: [a, 3]}", "'pipeline.prompt_2[1]' is 3"),
+        (
+            "pipeline: {then: 2026-01-01}",
+            "'pipeline.then' is 2026-01-01, which YAML reads as a date",
+        ),
+        ("seed: 010", "'seed' is 010, which YAML reads as 8"),
+        ("distill: {steps: 1:30}", "'distill.steps' is 1:30, which YAML reads as 90"),
+        ("distill: {steps: 1.0e4}", "YAML reads 1.0e4 as text, write 1.0e+4"),
+    ],
+)
+def test_what_yaml_would_read_as_something_else(tmp_path, text, expected):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as raised:
+        config.load(str(path))
+    assert str(path) in str(raised.value) and expected in str(raised.value)
+
+
+def test_what_yaml_reads_as_it_looks(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "run: '3'\nseed: 1_000\nteacher: &t {revision: 1e10, variant: null}\n"
+        'pipeline: {x: [*t, *t], negative_prompt: "no", height: 0x20}\n'
+    )
+    found = config.load(str(path))
+    assert (found["run"], found["seed"], found["teacher"]["revision"]) == ("3", 1000, "1e10")
+    assert found["pipeline"]["negative_prompt"] == "no" and found["pipeline"]["height"] == 32
+
+
+@pytest.mark.parametrize("value", [3, True, None, 1.5])
+def test_values_of_the_command_line_that_are_no_text(value):
+    with pytest.raises(UserError, match="'run' is .* put it in quotes"):
+        config.complete({"run": value}, "--config")
+    with pytest.raises(
+        UserError, match="pipeline.negative_prompt' is \\[1\\], and has to be a text"
+    ):
+        config.complete({"pipeline": {"negative_prompt": [1]}}, "--config")
+
+
 def test_inline_object_holds_only_what_it_was_given():
     loaded = config.load('{"distill": {"steps": 7}}')
     assert loaded["distill"]["steps"] == 7 and loaded["distill"]["clip_norm"] == 1.0
@@ -145,6 +215,8 @@ def test_inline_object_holds_only_what_it_was_given():
         loaded["probe"]
     with pytest.raises(UserError, match="not JSON"):
         config.load("{steps: 7}")
+    with pytest.raises(UserError, match="has the key 'seed' twice"):
+        config.load('{"seed": 7, "seed": 8}')
 
 
 def test_subset_holds_only_the_named_keys():
@@ -184,3 +256,42 @@ def test_budgets_of_four_kinds_in_one_config():
 def test_whole_floats_are_integers():
     steps = config.complete({"distill": {"steps": 1e3}}, "mine.yaml")["distill"]["steps"]
     assert steps == 1000 and isinstance(steps, int)
+
+
+@pytest.mark.parametrize("name", ["README.md", "readme.md", "teacher", "Teacher"])
+def test_a_run_can_not_have_the_name_of_something_else_in_results(name):
+    with pytest.raises(UserError, match=f"^mine.yaml: run: results/{name} is .* another name"):
+        config.complete({"run": name}, "mine.yaml")
+
+
+def test_every_spelling_of_a_place_is_the_same_config(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    work, away = tmp_path / "home/work", tmp_path / "away/my teacher, {v2}"
+    for folder in (work / "models/x y", away / "inside", tmp_path / "away/plain"):
+        folder.mkdir(parents=True)
+    (work / "link").symlink_to("models/x y")
+    (work / "far").symlink_to(tmp_path / "away/plain")
+    (work / "odd").symlink_to(away)
+    (work / "held.csv").write_text("")
+    (work / "models/held.csv").symlink_to("../held.csv")
+    monkeypatch.chdir(work)
+
+    def path(path, subfolder=None):
+        given = {"teacher": {"path": str(path), "subfolder": subfolder}}
+        found = config.complete(given, "mine.yaml")
+        assert config.complete(found, "again") == found
+        return found["teacher"]["path"], found["teacher"]["subfolder"]
+
+    spellings = ["models/x y", "./models//x y/", work / "models/x y", "~/work/models/x y", "link"]
+    assert {path(name) for name in spellings} == {("models/x y", None)}
+    assert path("models", "x y/") == path("models", "./x y") == ("models/x y", None)
+    assert path("far") == path("../../away/plain") == (str(tmp_path / "away/plain"), None)
+    assert path("odd", "inside") == ("odd/inside", None)  # no config can name what it leads to
+    assert path("owner/name/", "inside/") == ("owner/name", "inside")
+    assert path("owner/name", ".") == path("owner/name") == ("owner/name", None)
+    assert path("./owner/name") == ("./owner/name", None)  # missing, and not the Hub's for it
+    for name in ("./held.csv", "~/work/held.csv", "models/../held.csv"):
+        found = config.complete({"record": {"prompts": name}}, "mine.yaml")
+        assert found["record"]["prompts"] == "held.csv"
+    found = config.complete({"evaluate": {"prompts": "link/../held.csv"}}, "mine.yaml")
+    assert found["evaluate"]["prompts"] == "models/held.csv"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 
 import pandas as pd
@@ -31,6 +32,7 @@ def finished(tmp_path_factory) -> Path:
     REFUSED.append(started(folder).communicate()[0])
     printed = first.communicate()[0]
     assert first.returncode == 0, printed[-4000:]
+    assert re.search(r"^p\w+ .* results/test/models/p", printed, re.M), printed[-4000:]
     return folder
 
 
@@ -176,9 +178,12 @@ def test_shards_make_the_same_students(finished, tmp_path):
     assert "Nothing to be done" in snakemake(folder, "sharded.yaml", "-n", "--", made[0])
 
 
-def test_the_report_holds_every_figure(finished):
+def test_the_report_opens_with_the_table_and_holds_every_figure(finished):
     snakemake(finished, "--report", "report.zip")
     assert (finished / "report.zip").stat().st_size > 100_000
+    with zipfile.ZipFile(finished / "report.zip") as archive:
+        opens = archive.read("report/report.html").decode().split("workflow_desc = ")[1]
+    assert "worst metric" in opens.split("\n")[0] and "results/test/models/" in opens
 
 
 # ---- two runs at once

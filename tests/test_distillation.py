@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from ppcl import distillation, students, training
+from ppcl import chain, distillation, losses, students, teaching, training
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -44,7 +44,7 @@ def test_teacher_states_are_the_activations_at_the_ends(teacher):
     ]
     teacher(**call)
     whole, boundaries = boundaries, []
-    lessons = distillation.teacher_states(teacher, [SECOND, FIRST], call)
+    lessons = teaching.teacher_states(teacher, [SECOND, FIRST], call)
     for handle in handles:
         handle.remove()
     assert len(boundaries) == 5  # the last block, 5, did not run
@@ -97,7 +97,7 @@ def test_the_loss_is_eq_6_on_real_tokens(teacher, reader, accelerator):
     taught = students.start(teacher, [SECOND], "middle")
     ((_, loss, _),) = losses_of(teacher, taught, reader, accelerator)(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
-    lesson = distillation.teacher_states(teacher, [SECOND], batch.arguments)[SECOND]
+    lesson = teaching.teacher_states(teacher, [SECOND], batch.arguments)[SECOND]
     with torch.no_grad():
         text, image = taught[SECOND](**lesson.bound)
     mask, expected = batch.arguments["encoder_hidden_states_mask"].bool(), 0.0
@@ -147,19 +147,18 @@ def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
     text, image = teacher.transformer_blocks[2](**first)
     assert torch.equal(inputs[SECOND]["hidden_states"], image)
     assert torch.equal(inputs[SECOND]["encoder_hidden_states"], text)
-    lessons = distillation.teacher_states(teacher, [FIRST, SECOND], call)
+    lessons = teaching.teacher_states(teacher, [FIRST, SECOND], call)
     assert torch.equal(first["hidden_states"], lessons[FIRST].bound["hidden_states"])
     assert not torch.equal(image, lessons[SECOND].bound["hidden_states"])
 
-    losses = losses_of(teacher, taught, reader, accelerator, mode="sequential")
-    _, (_, loss, _) = losses(0)
+    _, (_, loss, _) = losses_of(teacher, taught, reader, accelerator, mode="sequential")(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
     inputs = distillation.sequential_inputs(teacher, taught, batch.arguments, accelerator)
-    target = distillation.teacher_states(teacher, [SECOND], batch.arguments)[SECOND].target
+    target = teaching.teacher_states(teacher, [SECOND], batch.arguments)[SECOND].target
     text, image = taught[SECOND](**inputs[SECOND])
-    masks = {"text": batch.arguments["encoder_hidden_states_mask"].bool()}
+    real = {"text": losses.Real(batch.arguments["encoder_hidden_states_mask"].bool())}
     output = {"text": text, "image": image}
-    expected, _ = distillation.interval_losses(output, target, masks, OPTIONS)
+    expected, _ = teaching.interval_losses(output, target, real, OPTIONS)
     assert loss.item() == expected.item()
     loss.backward()
     assert all(p.grad is None for p in taught[FIRST].parameters())
@@ -216,14 +215,47 @@ def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage
         every = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
         return torch.cat(every).clone()
 
-    whole = gradient(tiny.Process(0, 1, lambda _index, value: value))
-    power = {}
-    for index in range(2):
-        gradient(tiny.Process(index, 2, lambda i, value: power.setdefault(i, value)))
-    parts = [
-        gradient(tiny.Process(index, 2, lambda _i, _v: sum(power.values()) / 2))
-        for index in range(2)
-    ]
+    (whole,), parts = (tiny.in_processes(count, gradient) for count in (1, 2))
     size = whole.norm()
     assert size > 1e-3 and (parts[0] - parts[1]).norm() > 0.01 * size
     assert ((parts[0] + parts[1]) / 2 - whole).norm() < 1e-5 * size
+
+
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("step_of", [distillation.independent, chain.through_chain])
+def test_padded_shares_average_to_the_batch(teacher, reader, step_of, count):
+    """Shares of 5, 3 and no real text tokens a sample: losses, metrics and gradients are those of
+    one process, whoever has which."""
+    taught = students.start(teacher, [FIRST, SECOND], "middle")
+
+    class Padded:
+        rows = staticmethod(reader.rows)
+        draw = staticmethod(lambda *_: np.arange(5))
+
+        @staticmethod
+        def batch(rows):
+            found = reader.batch(rows)
+            found.arguments["encoder_hidden_states_mask"][rows == 3] = 0
+            return found
+
+    def step(process):
+        options = OPTIONS | {"batch_size": 5, "loss": "mixed"}
+        found = {}
+        for student in taught.values():
+            student.zero_grad()
+        for name, loss, metrics in step_of(teacher, taught, Padded, options, 0, process)(0):
+            loss.backward()
+            found |= {f"{name} {key}": m.detach() for key, m in metrics.items()}
+            found[name] = loss.detach()
+        for part, student in taught.items():
+            slopes = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
+            found[f"{part.name} slope"] = torch.cat(slopes)
+        return found
+
+    (whole,), shares = (tiny.in_processes(processes, step) for processes in (1, count))
+    unlike = []
+    for key, value in whole.items():
+        mean = sum(share[key] for share in shares) / count
+        torch.testing.assert_close(mean, value, rtol=1e-4, atol=1e-4 * value.abs().max().item())
+        unlike.append(max((share[key] - value).norm() / value.norm() for share in shares))
+    assert min(unlike) > 1e-3  # no share alone is the batch

@@ -10,7 +10,17 @@ import tiny
 import torch
 from test_narrow_distillation import OPTIONS, UNITS
 
-from ppcl import blocks, distillation, entrance, shards, stopping, students, tensors, training
+from ppcl import (
+    blocks,
+    distillation,
+    entrance,
+    shards,
+    stopping,
+    students,
+    teaching,
+    tensors,
+    training,
+)
 from ppcl.errors import UserError
 from ppcl.plans import Part
 
@@ -68,12 +78,12 @@ def test_lessons_of_text_runs_are_the_same_to_the_bit(teacher):
     assert first == 2
     ran = []
     handle = teacher.transformer_blocks[1].register_forward_hook(lambda *_: ran.append(1))
-    whole = distillation.teacher_states(teacher, parts, call)
+    whole = teaching.teacher_states(teacher, parts, call)
     assert ran == [1]
     streams = entrance.streams_before(teacher, first, call)
     model = entrance.Entrance(teacher, first).model(streams)
     ran.clear()
-    late = distillation.teacher_states(teacher, parts, call, model)
+    late = teaching.teacher_states(teacher, parts, call, model)
     handle.remove()
     assert not ran
     for part in parts:

@@ -68,7 +68,7 @@ def test_a_run_with_hostile_prompts_paths_and_model_ids(tiny_teacher, tmp_path):
     odd.mkdir()
     teacher = tmp_path / "$(touch no); `touch no` 'quoted'"
     teacher.symlink_to(tiny_teacher)
-    texts = [text.format("no") for text in EVIL if text.strip()]
+    texts = [text.format("no") for text in EVIL if text.strip() and "\0" not in text]
     pd.DataFrame({"prompt": texts}).to_csv(odd / "prompts.csv", index=False)
     (odd / "others.txt").write_text("another\n")
     settings = {
@@ -118,12 +118,11 @@ def test_braces_in_paths_would_be_wildcards_and_control_characters_forge_message
         config.complete({section: {name: path}}, "mine.yaml")
 
 
-@pytest.mark.parametrize("name", ["{run}.png", "a\nb.png", "a\0.png", "}"])
+@pytest.mark.parametrize("name", ["{run}.png", "a\nb.png", "a\x1b.png", "}"])
 def test_names_of_pictures_are_as_plain(tmp_path, name):
-    if "\0" not in name:
-        (tmp_path / name).write_bytes(b"")
+    (tmp_path / name).write_bytes(b"")
     pd.DataFrame({"prompt": ["p"], "image": [name]}).to_csv(tmp_path / "p.csv", index=False)
-    with pytest.raises(UserError, match="p.csv: the image .* of 'p' has braces or control char"):
+    with pytest.raises(UserError, match="p.csv: line.* the image .* has braces or control char"):
         prompts.read(tmp_path / "p.csv")
 
 

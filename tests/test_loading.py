@@ -28,6 +28,7 @@ from ppcl import (
     devices,
     evaluation,
     hub,
+    narrow,
     pipelines,
     prompts,
     recording,
@@ -77,7 +78,9 @@ def test_subfolder_shards_and_variant(tiny_teacher, call, expected, tmp_path):
     size = sum(p.nbytes for p in pipe.transformer.parameters())
     assert pipelines.transformer_size(source) == size
     assert pipelines.transformer_size(source | {"dtype": "bfloat16"}) == size // 2
-    with pytest.raises(UserError, match="transformer can't be loaded: .*fp32"):
+    with pytest.raises(
+        UserError, match="none of its components has weights of teacher.variant fp32"
+    ):
         pipelines.load_transformer(source | {"variant": "fp32"}, CPU)
     pipe.save_pretrained(tmp_path / "plain", max_shard_size="60KB")
     for found in loaded(tiny.source(tmp_path / "plain"), call):
@@ -91,7 +94,7 @@ def test_nothing_but_the_transformer_is_read(tiny_teacher, call, expected, tmp_p
         copy(tiny_teacher / part, tmp_path / part)
     found = pipelines.load_transformer(tiny.source(tmp_path), CPU)
     assert torch.equal(answer(found, call), expected)
-    with pytest.raises(UserError, match="can't be loaded as a diffusers pipeline"):
+    with pytest.raises(UserError, match="scheduler is not there; restore the scheduler's folder"):
         pipelines.load(tiny.source(tmp_path), CPU)
 
 
@@ -252,18 +255,21 @@ def test_a_token_comes_from_the_environment(gated, cache, call, expected, monkey
 
 
 def test_one_set_of_weights_is_downloaded():
-    plain = ["unet/a.safetensors", "vae/a.bin", "b/m-00001-of-00002.safetensors"]
-    others = ["unet/a.bin", "unet/a.fp16.safetensors", "b/m.fp16-00001-of-00002.safetensors"]
-    names = [*plain, *others, "model_index.json", "x.py", "README.md", "b/m.onnx", "b/config.json"]
+    """Of each component, what its library will read; pickles never, code if it is trusted."""
+    own, shard = "diffusion_pytorch_model", "-00001-of-00002"
+    plain = [f"vae/{own}.safetensors", f"b/{own}{shard}.safetensors", "t/model.safetensors"]
+    plain += [f"b/{own}.safetensors.index.json"]
+    marked = [f"vae/{own}.fp16.safetensors", f"b/{own}.fp16{shard}.safetensors"]
+    marked += [f"b/{own}.safetensors.index.fp16.json"]
+    other = ["t/pytorch_model.bin", "t/model.fp16.bin", f"b/{own}.safetensors", "b/x.safetensors"]
+    other += [f"t/model{shard}.safetensors", "t/model.safetensors.index.json", "p/model.bin"]
+    files = ["model_index.json", "b/config.json", "p/vocab.txt"]
+    names = [*plain, *marked, *other, *files, "x.py", "b/y.py", "README.md", "b/m.onnx"]
     given = {"variant": None, "trust_remote_code": False}
     pick = lambda **more: hub.wanted(names, "", None, (), given | more)  # noqa: E731
-    assert sorted(pick()) == sorted([*plain, "model_index.json", "b/config.json"])
-    assert sorted(f for f in pick(variant="fp16") if f.endswith((".safetensors", ".bin"))) == [
-        "b/m.fp16-00001-of-00002.safetensors",
-        "unet/a.fp16.safetensors",
-        "vae/a.bin",
-    ]
-    assert "x.py" in pick(trust_remote_code=True)
+    assert sorted(pick()) == sorted([*plain, *files])
+    assert sorted(pick(variant="fp16")) == sorted([*marked, "t/model.safetensors", *files])
+    assert sorted(pick(trust_remote_code=True)) == sorted([*plain, *files, "x.py", "b/y.py"])
 
 
 # ---- little memory
@@ -455,6 +461,36 @@ def test_the_second_transformer_is_pruned(wan, tmp_path):
     assert (folder / "transformer_2" / "block_map.json").is_file()
 
 
+def test_a_model_is_what_loads_in_the_teachers_types(wan, tmp_path):
+    """Its class keeps tables and norms in float32: a student's are not rounded on the way."""
+    source = tiny.source(wan) | {"dtype": "bfloat16"}
+    transformer, part = pipelines.load_transformer(source, CPU), Part(0, 1, ("image",))
+    (student,) = students.start(transformer, [part], "average").values()
+    students.shaped(transformer, part, student)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    trained = {name: value.clone() for name, value in student.state_dict().items()}
+    model, held, block_map = students.plugged(transformer, {part: student})
+    assert block_map == [[0, 1], [2]] and held[part] is not student
+    assert all(torch.equal(student.state_dict()[n], v) for n, v in trained.items())
+    exported = narrow.from_stock(model, blocks.family(model).layouts())
+    exported.save_pretrained(tmp_path)
+    again = type(exported).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+    held_types = set()
+    for name, value in model.state_dict().items():
+        assert value.dtype == again[name].dtype and torch.equal(value, again[name]), name
+        if name.startswith("blocks.0."):
+            own = trained[name.removeprefix("blocks.0.")]
+            held_types.add(value.dtype)
+            assert torch.equal(value.float(), own) == (value.dtype == torch.float32), name
+    assert held_types == {torch.bfloat16, torch.float32}
+    students.as_teacher(transformer, part, student)
+    same, held, _ = students.plugged(transformer, {part: student})
+    assert held[part] is student
+    assert all(torch.equal(v, model.state_dict()[n]) for n, v in same.state_dict().items())
+
+
 def test_a_component_that_is_not_there(tiny_teacher):
     source = tiny.source(tiny_teacher) | {"component": "transformer_2"}
     with pytest.raises(UserError, match="has no transformer_2; set teacher.component"):
@@ -472,10 +508,12 @@ def test_films_become_strips(wan, tmp_path):
     evaluation._loaded.clear()
     evaluation.generate(model, CPU, FILM, batch, tmp_path / "part.parquet")
     table = evaluation.tables.read(tmp_path / "part.parquet", evaluation.schemas.IMAGES)
+    assert table.column("frames").to_pylist() == [5, 5]
     for data in table.column("png").to_pylist():
         assert evaluation.from_png(data).shape == (5 * 16, 16, 3)
     made = SimpleNamespace(frames=np.arange(2 * 3 * 4).reshape(1, 2, 3, 4, 1))
-    assert (evaluation.pictures(made)[0, :, :, 0] == np.arange(24).reshape(6, 4)).all()
+    strips, frames = evaluation.pictures(made)
+    assert frames == 2 and (strips[0, :, :, 0] == np.arange(24).reshape(6, 4)).all()
 
 
 # ---- calls

@@ -88,6 +88,33 @@ def test_padding_has_no_say():
         assert error(changed, target, mask).item() == value.item()
 
 
+ERRORS = [losses.normalised_error, losses.relative_error, losses.squared_error]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+@pytest.mark.parametrize("spoilt", [math.nan, math.inf, 3e38])
+def test_padding_may_hold_anything(error, spoilt):
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    found = []
+    for padding in (0.0, spoilt):
+        output, target = (torch.where(mask[..., None], t, padding) for t in tensors(5))
+        leaf = output.requires_grad_()
+        value = error(leaf, target, mask)
+        value.backward()
+        found.append((value.item(), leaf.grad))
+    assert found[0][0] == found[1][0] > 0
+    assert torch.equal(found[0][1], found[1][1]) and not found[1][1][~mask].any()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_without_a_real_token_there_is_no_loss(error):
+    output, target = tensors(6)
+    leaf = torch.full_like(output, math.nan).requires_grad_()
+    value = error(leaf, target, torch.zeros(2, 3, dtype=torch.bool))
+    value.backward()
+    assert value.item() == 0 and not leaf.grad.any()
+
+
 def test_velocity_error_is_one_ratio_for_the_batch():
     output, target = tensors(3)
     above = math.fsum(((output - target).double() ** 2).flatten().tolist())

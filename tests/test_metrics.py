@@ -24,6 +24,16 @@ CPU = torch.device("cpu")
 # ---- metrics
 
 
+def test_over_one_prompt_or_round_there_is_no_interval():
+    one = metrics.ratio([1.0, 2.0], [2.0, 2.0], [7, 7], 50, 0)
+    assert one.value == 0.75 and one.samples == 2 and np.isnan([one.low, one.high]).all()
+    assert np.isnan(metrics.mean([1.0, 3.0], [0, 0], 50, 0).high)
+    once = metrics.median_ratio(np.array([3.0]), np.array([2.0]), 50, 0)
+    assert once.value == 1.5 and np.isnan([once.low, once.high]).all()
+    two = metrics.mean([1.0, 3.0], [0, 1], 50, 0)
+    assert two.low < two.value < two.high
+
+
 def test_squared_errors_are_literal_sums():
     rng = np.random.default_rng(0)
     output = rng.normal(size=(3, 4, 5)).astype(np.float32)
@@ -59,6 +69,19 @@ def test_ssim_of_pictures_smaller_than_its_window():
         mirrored.append(np.concatenate([tall, tall[:, ::-1], tall], axis=1)[:, :11])
     assert metrics.ssim(*small) == pytest.approx(metrics.ssim(*mirrored))
     assert metrics.ssim(small[0], small[0]) == 1 > metrics.ssim(*small)
+
+
+@pytest.mark.parametrize("side", [20, 7])
+def test_ssim_of_a_video_is_the_mean_over_its_frames(side):
+    """Frames of opposite brightness: a window over two of them would see an edge that none has."""
+    rng = np.random.default_rng(4)
+    levels = np.array([10, 240, 10, 240])[:, None, None, None]
+    film = np.clip(levels + rng.normal(0, 6, (4, side, 18, 3)), 0, 255).astype(np.uint8)
+    other = np.clip(levels + rng.normal(0, 6, (4, side, 18, 3)), 0, 255).astype(np.uint8)
+    expected = np.mean([metrics.ssim(a, b) for a, b in zip(film, other, strict=True)])
+    strips = [frames.reshape(-1, 18, 3) for frames in (film, other)]
+    assert metrics.ssim(*strips, 4) == pytest.approx(expected, rel=1e-12)
+    assert abs(metrics.ssim(*strips) - expected) > 0.01
 
 
 def test_ssim_is_the_formula_of_wang_et_al():

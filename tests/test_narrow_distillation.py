@@ -8,7 +8,7 @@ import tiny
 import torch
 from torch import nn
 
-from ppcl import blocks, distillation, narrow, plans, students
+from ppcl import blocks, distillation, losses, narrow, plans, students, teaching
 from ppcl.plans import Part
 
 OPTIONS = {
@@ -68,20 +68,20 @@ def test_borrowers_get_what_a_source_like_the_teacher_passes(teacher):
         part: students.shaped(teacher, part, copy.deepcopy(teacher.transformer_blocks[part.first]))
         for part in (source, borrow, close)
     }
-    model, fitting = distillation.plugged(teacher, kept)
+    model, fitting, _ = students.plugged(teacher, kept)
     for part in (borrow, close):
         fitting[part].register_forward_pre_hook(
             lambda _m, _args, kwargs, part=part: passed.update({part: kwargs}), with_kwargs=True
         )
     model(**call)
-    lessons = distillation.teacher_states(teacher, [close, source, borrow], call)
+    lessons = teaching.teacher_states(teacher, [close, source, borrow], call)
     for part in (borrow, close):
         carry = lessons[part].bound["encoder_hidden_states"]
         assert carry.shape == (2, 5, 2 * D)
         assert torch.equal(carry, passed[part]["encoder_hidden_states"])
         assert torch.equal(lessons[part].lent, carry[..., D:])
     # The image stream is the teacher's, whatever a borrower before it did.
-    whole = distillation.teacher_states(teacher, [Part(2, 2)], call)[Part(2, 2)]
+    whole = teaching.teacher_states(teacher, [Part(2, 2)], call)[Part(2, 2)]
     assert torch.equal(lessons[close].bound["hidden_states"], whole.target["image"])
     assert lessons[borrow].target.keys() == {"image"}
     assert lessons[close].target.keys() == {"image", "text"}
@@ -166,6 +166,100 @@ def test_the_loss_is_l_width_and_l_linear_on_real_tokens(teacher, reader, accele
         assert loss == pytest.approx(width + 0.25 * linear, rel=1e-4)
 
 
+@torch.no_grad()
+def in_the_model(teacher, taught, batch):
+    """Real tokens of z_a as the maps of a model that runs get it, by part; by hooks of our own."""
+    model, held, _ = students.plugged(teacher, taught)
+    real, seen, handles = batch.arguments["encoder_hidden_states_mask"].bool(), {}, []
+    for part, student in held.items():
+        if part.borrows:
+
+            def look(_module, args, part=part):
+                seen[part] = args[0][real].double()
+
+            handles.append(narrow.maps(student)["text/input"].register_forward_pre_hook(look))
+    model(**batch.arguments)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.mark.parametrize("mode", ["independent", "sequential"])
+@pytest.mark.parametrize("how", ["first", "middle", "average"])
+@pytest.mark.parametrize(
+    ("intervals", "ffns"),
+    [
+        ([], [(0, "image"), (0, "text")]),
+        ([(0, 2)], []),
+        ([(1, 3)], []),
+        ([(0, 2), (3, 5)], [(0, "text")]),
+    ],
+)
+def test_borrowers_learn_from_what_the_model_lends(
+    teacher, reader, accelerator, intervals, ffns, how, mode
+):
+    """L_linear of l^z is of z_a in the assembled model, and of what the whole block had in z_p's
+    place, before anything is trained and when the source has become another."""
+    units = plans.units(intervals, [(0, 5)], ffns, unread_after=5)
+    wholes = students.start(teacher, students.parts_of(units), how)
+    batch, wanted = batch_of(reader), {}
+    real = batch.arguments["encoder_hidden_states_mask"].bool()
+    for part, block in wholes.items():
+        lesson = teaching.teacher_states(teacher, [Part(*part.key)], batch.arguments)
+        bound = lesson[Part(*part.key)].bound
+        with torch.no_grad():
+            wanted[part] = attention_input(block, bound)[real]
+    uncut = students.uncut(wholes)
+    taught = {part: students.shaped(teacher, part, block) for part, block in wholes.items()}
+    (source,) = (part for part in taught if part.text == "source")
+    others = [part for part in taught if part.borrows and not part.linear_ffn]
+    for _ in range(2):
+        lent = in_the_model(teacher, taught, batch)
+        losses = distillation.independent(
+            teacher, taught, reader, OPTIONS | {"mode": mode}, 0, accelerator, uncut=uncut
+        )
+        found = {name: metrics.get("linear") for name, _, metrics in losses(0)}
+        for part in others:
+            # Its map is the identity still.
+            expected = (lent[part] - wanted[part]).square().mean().item()
+            assert found[part.name].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+        generator = torch.Generator().manual_seed(0)
+        weight = taught[source].txt_mod[1].weight
+        weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+    assert found[others[-1].name] > 1e-3
+
+
+def test_padding_that_is_lent_reaches_no_map(teacher, reader):
+    """Neither the loss of a map nor its slope."""
+    student, batch = made(teacher)[BORROW], batch_of(reader)
+    lesson = teaching.teacher_states(teacher, [BORROW], batch.arguments)[BORROW]
+    mask, slopes = batch.arguments["encoder_hidden_states_mask"].bool(), []
+    for padding in (0.0, torch.nan):
+        lesson.lend(torch.where(mask[..., None], lesson.lent, padding))
+        real = {"text": losses.Real(mask)}
+        streams = lesson.target
+        loss = teaching.linear_loss(BORROW, student, streams, lesson, real)
+        student.zero_grad()
+        loss.backward()
+        slopes.append(narrow.maps(student)["text/input"].weight.grad)
+    assert torch.equal(*slopes) and slopes[0].any()
+
+
+def test_shares_of_narrow_students_average_to_the_batch(teacher, reader):
+    taught = made(teacher)
+
+    def linear(process):
+        losses = distillation.independent(teacher, taught, reader, OPTIONS, 0, process)(0)
+        return {
+            name: metrics["linear"].item() for name, _, metrics in losses if "linear" in metrics
+        }
+
+    (whole,), shares = (tiny.in_processes(count, linear) for count in (1, 4))
+    assert whole.keys() == {part.name for part in (BORROW, CLOSE, LAST)}
+    for name, value in whole.items():
+        assert sum(share[name] for share in shares) / 4 == pytest.approx(value, rel=1e-5)
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("mode", ["independent", "sequential"])
 def test_a_narrow_student_equal_to_its_target_has_no_loss(reader, accelerator, mode, recompute):
@@ -232,7 +326,7 @@ def test_units_go_in_together_and_every_part_learns(teacher, reader, accelerator
 @torch.no_grad()
 def test_all_units_plugged_in_is_the_model_put_together_by_hand(teacher, reader, accelerator):
     taught, rows = made(teacher), reader.rows(heldout=True)
-    model, _ = distillation.plugged(teacher, taught)
+    model, _, _ = students.plugged(teacher, taught)
     by_hand, batch = literal_model(teacher, taught, taught), reader.batch(rows)
     assert len(model.transformer_blocks) == 4
     assert torch.equal(model(**batch.arguments)[0], by_hand(**batch.arguments)[0])

@@ -602,8 +602,11 @@ def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
         ({"teacher": {"path": "owner/name"}}, "teacher.path: owner/name: its transformer/config"),
         ({"teacher": {"path": "."}}, "teacher.path: transformer/config.json can't be read"),
         ({"plan": {"transformer_config": "gone.json"}}, "gone.json can't be read"),
-        ({"plan": {"transformer_config": "torn.json"}}, "torn.json is not JSON"),
-        ({"plan": {"transformer_config": "list.json"}}, "list.json is not the config of a model"),
+        (
+            {"plan": {"transformer_config": "torn.json"}},
+            "transformer_config: torn.json: not valid JSON",
+        ),
+        ({"plan": {"transformer_config": "list.json"}}, "list.json: not valid JSON of this kind"),
         ({"plan": {"transformer_config": "odd.json"}}, "has no model OddTransformer"),
         ({"plan": {"transformer_config": "vae.json"}}, "AutoencoderKL"),
         ({"plan": {"transformer_config": "bad.json"}}, "can't be made of this config"),

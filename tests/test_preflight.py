@@ -1,5 +1,6 @@
 """What is checked before anything runs: teacher, prompts, budgets."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def test_teacher_is_missing_or_no_pipeline(inputs, tmp_path):
     teacher = Path(inputs["teacher"]["path"])
     (teacher / "transformer/config.json").unlink()
     assert "has no config.json" in refused(inputs)
-    (teacher / "model_index.json").write_text('{"_class_name": "AnyPipeline", "unet": []}')
+    (teacher / "model_index.json").write_text('{"_class_name": "AnyPipeline", "unet": null}')
     assert "names no transformer" in refused(inputs)
     (teacher / "model_index.json").write_text("{")
     assert "not valid JSON" in refused(inputs)
@@ -49,7 +50,7 @@ def test_teacher_is_missing_or_no_pipeline(inputs, tmp_path):
 
 
 def test_truncated_teacher_weights(inputs):
-    weights = Path(inputs["teacher"]["path"]) / "transformer/model.safetensors"
+    weights = Path(inputs["teacher"]["path"]) / "transformer/diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     message = refused(inputs)
     assert str(weights) in message and "truncated" in message
@@ -91,7 +92,7 @@ def test_prompts_csv_without_its_columns(inputs, tmp_path):
     path.write_text("text\nthe digit 7\n")
     inputs["record"]["prompts"] = str(path)
     assert "has no column 'prompt'" in refused(inputs)
-    path.write_text("prompt\nthe digit 6\n")
+    path.write_text("prompt\nthe digit 6\nthe digit 4\n")
     preflight.check({**inputs, "evaluate": {**inputs["evaluate"], "judge": "none"}}, "mine.yaml")
     other = tmp_path / "other.csv"
     other.write_text("prompt\nthe digit 5\n")
@@ -143,8 +144,8 @@ def test_a_pipeline_in_a_folder_of_the_path(inputs):
 
 def test_weights_of_one_variant_are_counted(inputs):
     """Beside the plain weights there are those of a variant: 10 blocks all the same."""
-    weights = Path(inputs["teacher"]["path"]) / "transformer/model.safetensors"
-    shutil.copy(weights, weights.with_name("model.fp16.safetensors"))
+    weights = Path(inputs["teacher"]["path"]) / "transformer/diffusion_pytorch_model.safetensors"
+    shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
     inputs["variants"] = [{"name": "tiny", "budget": {"parameters": 35}, "finetune_steps": 0}]
     assert "leave 36 of this" in refused(inputs)
     inputs["teacher"]["variant"] = "fp16"
@@ -170,10 +171,10 @@ def test_pictures_of_prompts(tmp_path, monkeypatch):
     table.write_text("prompt,image\nred,a.png\nblue,b.png\n")
     assert [row["image"] for row in prompts.read(table)] == [str(folder / "a.png"), "b.png"]
     table.write_text("prompt,image\nred,c.png\n")
-    with pytest.raises(UserError, match=r"edits.csv: the image c.png of 'red' is neither in"):
+    with pytest.raises(UserError, match=r"edits.csv: line 2: the image c.png is neither in"):
         prompts.read(table)
     table.write_text("prompt,image\nred,a.png\nblue,\n")
-    with pytest.raises(UserError, match="'blue' has no image; name one in every row"):
+    with pytest.raises(UserError, match="line 3: has no image .*name one in every row"):
         prompts.read(table)
 
 
@@ -184,6 +185,31 @@ def test_prompts_as_written(tmp_path):
     table = tmp_path / "a.csv"
     table.write_text('prompt,digit\n"one\ntwo",7\n')
     assert prompts.read(table) == [{"prompt": "one\ntwo", "digit": "7"}]
+
+
+def test_states_that_cannot_be_renoised_are_known(inputs):
+    index = Path(inputs["teacher"]["path"]) / "model_index.json"
+    text = index.read_text()
+    for pipeline, transformer in (
+        ("QwenImageEditPipeline", "QwenImageTransformer2DModel"),
+        ("FluxFillPipeline", "FluxTransformer2DModel"),
+        ("CogVideoXPipeline", "CogVideoXTransformer3DModel"),
+        ("Lumina2Pipeline", "Lumina2Transformer2DModel"),
+    ):
+        index.write_text(
+            json.dumps(
+                json.loads(text)
+                | {"_class_name": pipeline, "transformer": ["diffusers", transformer]}
+            )
+        )
+        with pytest.raises(UserError) as raised:
+            preflight._check_renoising(inputs, "mine.yaml")
+        message = str(raised.value)
+        assert f"record.renoised_per_sample is 12, but pictures of a {pipeline} can't" in message
+        assert message.startswith("mine.yaml: ") and message.endswith("set it to 0")
+    assert f"a {pipeline} can't be noised again" in refused(inputs)
+    for pipeline in ("FluxControlNetPipeline", "QwenImageImg2ImgPipeline"):
+        assert not families.fixed_states("FluxTransformer2DModel", pipeline)
 
 
 def test_protecting_every_block_is_refused(inputs):
@@ -204,8 +230,15 @@ def test_more_processes_than_samples_are_refused(inputs, stage):
 
 
 def test_truncated_weights_of_another_part(inputs):
-    weights = Path(inputs["teacher"]["path"]) / "vae/model.safetensors"
-    weights.parent.mkdir()
+    folder = Path(inputs["teacher"]["path"])
+    index = json.loads((folder / "model_index.json").read_text())
+    index["vae"] = ["diffusers", "AutoencoderKL"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    assert f"{folder / 'vae'} is not there" in refused(inputs)
+    (folder / "vae").mkdir()
+    assert f"{folder / 'vae'} has no config.json" in refused(inputs)
+    (folder / "vae/config.json").write_text("{}")
+    weights = folder / "vae/diffusion_pytorch_model.safetensors"
     weights.write_bytes(b"\0" * 40)
     message = refused(inputs)
     assert str(weights) in message and "truncated" in message
@@ -292,3 +325,14 @@ def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     assert "can't take weights that are shared out" in refused(inputs)
     inputs["finetune"] |= {"sharding": "none", "cpu_offload": False}
     preflight.check(inputs, "mine.yaml")
+
+
+@pytest.mark.parametrize("name", ["results", "results/mine", "results/mine/logs"])
+def test_a_file_where_results_have_to_be_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    Path(name).parent.mkdir(parents=True, exist_ok=True)
+    Path(name).write_text("")
+    with pytest.raises(UserError, match=f"^mine.yaml: run: {name} has to be a folder"):
+        preflight.check_results("mine", "mine.yaml")
+    Path(name).unlink()
+    preflight.check_results("mine", "mine.yaml")

@@ -176,3 +176,11 @@ def test_moments_that_are_not_finite_name_block_and_stream(name, value):
 def test_one_token_is_refused():
     with pytest.raises(UserError, match=r"block 3, stream 'image'.*1 fitting token"):
         probes.solve(Moments.of(np.ones((1, 2)), np.ones((1, 2))), 1e-6, 3, "image")
+
+
+def test_cosines_have_a_meaning_where_tokens_are_zero():
+    x, y = (
+        np.array([[3.0, 0], [0, 0], [0, 0], [1, 1]]),
+        np.array([[-2.0, 0], [0, 0], [1, 0], [3, 3]]),
+    )
+    np.testing.assert_allclose(probes.cosines(x, y), [-1, 1, 0, 1])

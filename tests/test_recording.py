@@ -1,5 +1,6 @@
 """Recording a stock pipeline's calls: to the bit, at the right places, renoised rightly, split."""
 
+import diffusers
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -8,8 +9,9 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
-from ppcl import calls, recording
+from ppcl import blocks, calls, distillation, evaluation, recording, steps
 from ppcl.errors import UserError
 
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background"]
@@ -168,6 +170,60 @@ def test_nan_weights_are_named(tiny_teacher):
         recording.record_batch(pipe, pipe.transformer, one, tiny.SETTINGS, 0, seed=0)
 
 
+def test_a_call_of_unclear_samples_or_of_zero_answers_is_refused(pipe):
+    two, place = tiny.samples(PROMPTS), {"step": 1, "branch": 0}
+    family = blocks.family(pipe.transformer)
+    for count in (1, 3):
+        with pytest.raises(UserError, match=f"with {count} samples for 2 prompts.*batch_size to 1"):
+            recording._tables({}, torch.ones(count, 4), two, place, family)
+    one_is_zero = torch.tensor([[0.0, 1.0], [0.0, 0.0]])
+    with pytest.raises(UserError, match=rf"zeros alone \(step 1, branch 0, prompt '{PROMPTS[1]}'"):
+        recording._tables({}, one_is_zero, two, place, family)
+
+
+def test_zero_answers_of_an_older_record_are_refused(pipe, tmp_path):
+    path, given = tmp_path / "calls.parquet", tiny.arguments((3,))
+    answered = torch.zeros_like(pipe.transformer(**given)[0])
+    found = calls.to_tables(given, answered, tiny.places(1))
+    calls.write(path, [table.schema for table in found], found, {})
+    reader, rows = calls.Reader(path), np.arange(1)
+    accelerator = tiny.Process(0, 1, None)
+    with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
+        distillation.plugged_error(pipe.transformer, {}, reader, rows, 1, accelerator)
+    with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
+        evaluation.velocity_errors("p", pipe.transformer, reader, rows, 1, torch.device("cpu"))
+
+
+def test_a_picture_starts_in_the_middle_of_the_schedule(pipe, tmp_path):
+    path, picture = tmp_path / "calls.parquet", tmp_path / "picture.png"
+    Image.new("RGB", (32, 32), "gray").save(picture)
+    edits = diffusers.QwenImageImg2ImgPipeline(**pipe.components)
+    edits.set_progress_bar_config(disable=True)
+    settings = tiny.SETTINGS | {"num_inference_steps": 4, "strength": 0.5}
+    sample = [tiny.samples(PROMPTS)[0] | {"image": str(picture)}]
+    found = recording.record_batch(edits, edits.transformer, sample, settings, 3, seed=0)
+    calls.write(path, [table.schema for table in found], found, {})
+    reader = calls.Reader(path)
+    called = reader.rows(kinds=("pipeline",))
+    assert reader.index["step"][called].tolist() == [0, 0, 1, 1]
+    assert reader.index["sigma"][called].tolist() == [0.5, 0.5, 0.25, 0.25]
+    for row in range(len(reader)):
+        sigma = reader.index["sigma"][row]
+        given = reader.batch(np.array([row])).arguments["timestep"].item()
+        assert 0.25 <= sigma <= 0.5 and given == pytest.approx(sigma, rel=1e-6)
+        assert reader.index["timestep"][row] == pytest.approx(1000 * sigma, rel=1e-6)
+
+
+def test_timestep_0_tells_no_scale(pipe):
+    given, schedule = {"timestep": torch.tensor([0.5])}, pipe.scheduler
+    family = blocks.family(pipe.transformer)
+    call = {"arguments": given, "level": steps.Level(0.0, 0.0)}
+    with pytest.raises(UserError, match="gives the transformer 0.5 at the scheduler's timestep 0"):
+        recording._timestep_scale([call], family, schedule)
+    later = call | {"level": steps.Level(500.0, 0.5)}
+    assert recording._timestep_scale([call, later], family, schedule) == 1 / 1000
+
+
 # ---- the split
 
 
@@ -191,7 +247,8 @@ def test_a_prompt_is_never_on_both_sides(prompts, samples, fraction, seed):
     assert sides[0] and sides[1] and not sides[0] & sides[1]
     assert all(rows[s["prompt_index"]]["prompt"] == s["prompt"] for s in found)
     used = len(set(prompts[:samples]))
-    assert abs(len(sides[1]) - used * fraction) <= 1
+    # Two at least: one to select by, one to report on.
+    assert abs(len(sides[1]) - max(2, used * fraction)) <= 1 and (len(sides[1]) > 1 or used == 2)
 
 
 def test_row_groups_are_calls(recorded):

@@ -34,6 +34,11 @@ def distill_log(intervals: pd.DataFrame, steps: int = 400) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=schemas.DISTILL_LOG.names)
 
 
+def test_an_interval_that_does_not_exist_reaches_nowhere():
+    points = pd.DataFrame({"x": [3.0, 4.0], "x_low": [np.nan, 3.5], "x_high": [np.nan, 5.0]})
+    np.testing.assert_array_equal(result_figures._reach(points, "x"), [[0, 0.5], [0, 1]])
+
+
 def velocity_log(level: float, steps: int = 600) -> pd.DataFrame:
     rng = np.random.default_rng(2)
     step = np.arange(1, steps + 1)
@@ -113,7 +118,7 @@ def images_table(judged: bool = True, prompts: int = 8, side: int = 32) -> pd.Da
             read = {"digit": index if correct else 8, "digit_color": ink}
             read |= {"background_color": paper, "correct": correct}
             text_read = json.dumps(read) if judged else ""
-            rows.append([name, text[index % 2], 7, buffer.getvalue(), text_read, index])
+            rows.append([name, text[index % 2], 7, buffer.getvalue(), text_read, index, 1])
     return pd.DataFrame(rows, columns=schemas.IMAGES.names)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -226,6 +227,12 @@ def test_scores_of_tokens_find_silent_blocks(scattered, streams):
         for before, after in zip(*values, strict=True)
     ]
     assert influence[3] == pytest.approx(1 - np.mean(cosines), abs=1e-6)
+
+
+def test_zero_tokens_agree_with_zero_tokens_alone():
+    ends = {0: np.array([[0.0, 0], [0, 0], [3, 4]]), 1: np.array([[0.0, 0], [1, 0], [6, 8]])}
+    tokens = SimpleNamespace(values=lambda boundary, _stream: ends[boundary])
+    assert rivals.cosine(tokens, (IMAGE,), 0, 0) == pytest.approx((1 + 0 + 1) / 3)
 
 
 def test_streamline_finds_the_silent_run(in_a_row, scattered):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -262,13 +263,19 @@ def test_differences_are_eq_4():
     assert np.isnan(delta[:, 2, 1]).all()
 
 
+def test_of_one_prompt_there_are_no_resamples():
+    plan = similarity.resamples(np.zeros(9, int), 20, 0, "plain")
+    assert plan.weights.shape == (1, 1)
+    assert similarity.resamples(np.arange(9) % 2, 20, 0, "plain").weights.shape == (21, 2)
+
+
 def test_limits_hold_the_estimate_and_follow_the_percentiles():
     generator = np.random.default_rng(6)
     draws = np.concatenate([[[0.5]], 0.6 + 0.1 * generator.normal(size=(4000, 1))])
     low, high = similarity.limits(draws)
     assert low[0] == pytest.approx(0.5 - 0.196, abs=0.01)
     assert high[0] == pytest.approx(0.5 + 0.196, abs=0.01)
-    np.testing.assert_array_equal(similarity.limits(draws[:1]), [[0.5], [0.5]])
+    assert np.isnan(similarity.limits(draws[:1])).all()
 
 
 def test_rise_noise_is_the_median_deviation_of_rises():
@@ -298,6 +305,64 @@ def test_heat_map_of_block_outputs(estimator):
         for column, b in enumerate([0, 2, 3]):
             x, y = (model.read(block + 1).astype(float) for block in (a, b))
             assert values[row, column] == pytest.approx(gram_cka(x, y, estimator), abs=1e-9)
+
+
+@pytest.mark.parametrize("estimator", ["plain", "debiased"])
+def test_tokens_that_are_no_numbers_are_named(estimator):
+    x, y = np.random.default_rng(0).normal(size=(2, 20, 3))
+    for spoilt in (np.nan, np.inf):
+        y[3, 1] = spoilt
+        with pytest.raises(UserError, match="^the right: .* NaN or infinity"):
+            cka.linear_cka(x, y, estimator, ("the left", "the right"))
+    with pytest.raises(UserError, match="^y: .*do not differ"):
+        cka.linear_cka(x, np.ones((20, 3)), estimator)
+
+
+@pytest.mark.parametrize("draws", [0, 3])
+@pytest.mark.parametrize("normalise", [False, True])
+def test_probes_that_overflow_are_named(draws, normalise):
+    x = np.random.default_rng(0).normal(size=(3, 12, 2))
+    plan = cka.resamples(np.arange(12), draws, 0, "plain")
+    broken = Probe(np.full((2, 2), 1e200), np.zeros(2))
+    sound = Probe(np.zeros((2, 2)), np.ones(2))
+    with pytest.raises(UserError, match="^stream .*, probes 0-0: .* NaN or infinity"):
+        similarity.surrogate_cka(lambda b: x[b], [broken, broken], plan, normalise_tokens=normalise)
+    assert np.isfinite(
+        similarity.surrogate_cka(lambda b: x[b], [sound, sound], plan)[:, 0, 1]
+    ).all()
+
+
+@estimators
+def test_a_stream_that_lacks_prompts_is_resampled_as_the_others(estimator):
+    """Samples may be without text; a resample is of the same prompts in all streams."""
+
+    class Tokens:
+        streams = ("image", "text")
+        of = {"image": np.repeat(np.arange(9), 3), "text": np.repeat([0, 2, 3, 7, 8], 4)}
+
+        def prompts(self, stream):
+            return self.of[stream]
+
+        def heldout(self, stream):
+            return np.ones(len(self.of[stream]), bool)
+
+    options = {"bootstrap": 20, "estimator": estimator}
+    (_, image), (_, text) = (
+        similarity.heldout(Tokens(), stream, options, 5) for stream in Tokens.streams
+    )
+    np.testing.assert_array_equal(image.weights, text.weights)
+    x, y = np.random.default_rng(0).normal(size=(2, 20, 3))
+    own = cka.resamples(Tokens.of["text"], 20, 5, estimator)
+    sides = [[cka.Side(torch.from_numpy(v), plan) for v in (x, y)] for plan in (text, own)]
+    assert cka.hsic(*sides[0], text, "plain")[0] == pytest.approx(
+        cka.hsic(*sides[1], own, "plain")[0]
+    )
+    for row, weights in enumerate(text.weights):
+        drawn = np.repeat(np.arange(20), weights[Tokens.of["text"]].astype(int))
+        found = cka.hsic(*sides[0], text, "plain")[row]
+        a, b = x[drawn], y[drawn]
+        expected = np.square((a - a.mean(0)).T @ (b - b.mean(0))).sum()
+        assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_bad_tokens_name_stream_and_boundary():

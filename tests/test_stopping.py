@@ -12,7 +12,7 @@ import tiny
 from killing import assert_same_log, equal
 from test_kill import TRAINING, distill_paths, distilled, finetune_paths, world  # noqa: F401
 
-from ppcl import schemas, stopping, tables, tensors, texts
+from ppcl import calls, evaluation, schemas, steps, stopping, tables, tensors, texts
 
 # Sends itself SIGTERM at the start of a step that is neither logged nor kept otherwise.
 WARNED = """
@@ -169,6 +169,51 @@ def test_a_warning_before_the_program_can_handle_it_is_not_lost(world):  # noqa:
     started.send_signal(signal.SIGTERM)
     assert started.wait(60) == stopping.EXIT_CODE
     assert not paths["output"].exists()
+
+
+def test_a_warned_record_keeps_finished_batches_and_ends_within_one(
+    tiny_teacher, tmp_path, monkeypatch
+):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("\n".join(tiny.CALIBRATION[:2]))
+    options = {"prompts": str(prompts), "samples": 2, "batch_size": 1, "renoised_per_sample": 0}
+    settings = {"seed": 0, "device": "cpu", "teacher": {"path": str(tiny_teacher)}}
+    settings |= {"pipeline": tiny.SETTINGS, "record": options | {"heldout_fraction": 0.5}}
+    paths = {"calls": tmp_path / "calls.parquet", "state": tmp_path / "state"}
+    taken, own = [], steps.taken
+
+    def warned(*given):
+        taken.append(1)
+        if len(taken) == 1 + tiny.SETTINGS["num_inference_steps"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return own(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(steps, "taken", warned)
+        with pytest.raises(SystemExit) as stopped:
+            tiny.stage("record", settings, **paths)
+    assert stopped.value.code == stopping.EXIT_CODE
+    assert len(taken) == 1 + tiny.SETTINGS["num_inference_steps"]  # the first of the second batch
+    assert [file.name for file in paths["state"].glob("*/*")] == ["00000.parquet"]
+    assert not paths["calls"].exists()
+    taken.clear()
+    monkeypatch.setattr(steps, "taken", lambda *given: (taken.append(1), own(*given))[1])
+    tiny.stage("record", settings, **paths)
+    assert len(taken) == tiny.SETTINGS["num_inference_steps"]  # of the batch that was lost
+    assert len(calls.Reader(paths["calls"])) == 12
+
+
+def test_a_warned_worker_ends_while_it_makes_pictures(tmp_path, monkeypatch):
+    def warned(*_given, **_more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        pytest.fail("went on")
+
+    monkeypatch.setattr(evaluation, "_pipeline", lambda *_: None)
+    monkeypatch.setattr(evaluation.pipelines, "run", warned)
+    item = {"prompt": "a", "seed": 0, "prompt_index": 0}
+    with stopping.heeded(), pytest.raises(SystemExit):
+        evaluation.generate(None, None, {}, [item], tmp_path / "part.parquet")
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_part_is_finished_and_the_end_is_left_alone():

@@ -235,9 +235,7 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
         assert all(torch.equal(value, state[k]) for k, value in student.state_dict().items())
     batch = reader.batch(rows)
     with torch.no_grad():
-        answers = [
-            distillation.plugged(transformer, s)[0](**batch.arguments)[0] for s in (made, back)
-        ]
+        answers = [students.plugged(transformer, s)[0](**batch.arguments)[0] for s in (made, back)]
     assert torch.equal(*answers)
 
 
@@ -295,7 +293,7 @@ def test_saved_parameters_in_closed_form(teacher):
         (run, block + 2 * FFN_SAVED + 2 * TEXT_SAVED - LINEAR),
     ):
         assert width.saved_parameters(teacher, unit) == saved
-        model, _ = distillation.plugged(
+        model, _, _ = students.plugged(
             teacher,
             {
                 part: students.shaped(teacher, part, student)

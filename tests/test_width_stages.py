@@ -7,11 +7,17 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from diffusers import QwenImageTransformer2DModel
 from killing import assert_same_log, equal, kill_and_resume
 
 from ppcl import (
+    ablation,
+    ablation_run,
+    assembly,
     blocks,
     calls,
+    config,
+    devices,
     distillation,
     evaluation,
     pipelines,
@@ -252,6 +258,53 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
         error += (answer - one.output.double()).square().sum().item()
         power += one.output.double().square().sum().item()
     assert smallest["velocity_error"] == pytest.approx(error / power, rel=1e-3)
+
+
+def test_pareto_and_the_ablation_measure_what_is_exported(
+    world, monkeypatch, accelerator, tmp_path
+):
+    """Of a teacher in bfloat16 whose class keeps some weights in float32, as Wan's does."""
+    monkeypatch.setattr(QwenImageTransformer2DModel, "_keep_in_fp32_modules", ["img_mod"])
+    folder, settings, common = world
+    teacher = settings["teacher"] | {"dtype": "bfloat16"}
+    plan = students.read_plan(folder / "plan.json")
+    saved = sum(entry["saved_parameters"] for entry in plan.facts["units"])
+    smallest = 1 - saved / plan.facts["transformer_parameters"]
+    variants = [{"name": "all", "budget": smallest + 1e-9}]
+    settings = settings | {"teacher": teacher, "variants": variants}
+    made = {"students": folder / "narrow.safetensors", "errors": folder / "narrow-errors.parquet"}
+    seen = {}
+
+    def measured(transformers, *_):
+        seen["pareto"] = transformers["budget 0"]
+        raise SystemExit(0)
+
+    monkeypatch.setattr(evaluation, "measure_transformers", measured)
+    with pytest.raises(SystemExit):
+        tiny.stage("pareto", settings, **common, **made, points=tmp_path / "points.parquet")
+    monkeypatch.setattr(assembly, "export", lambda _pipe, model, *_: seen.update(exported=model))
+    tiny.stage("assemble", settings, **common, **made, variant="all", output=tmp_path / "all")
+
+    source = tiny.source(teacher["path"]) | {"dtype": "bfloat16"}
+    transformer = pipelines.load_transformer(source, torch.device("cpu"))
+    trained = students.load(made["students"], transformer, students.parts_of(plan.units))
+    options = config.complete(settings, "test")
+    options["ablation"] |= {"finetune_steps": 0}
+    alone, reader = devices.accelerator("cpu"), calls.Reader(common["calls"])
+    material = ablation.Material(transformer, reader, alone, options, {}, 0, tmp_path, "i")
+    seen["ablation"] = ablation_run.finetuned(material, trained)
+    exported = seen.pop("exported").state_dict()
+    for name, model in seen.items():
+        state = model.state_dict()
+        assert state.keys() == exported.keys(), name
+        for key, value in exported.items():
+            assert state[key].dtype == value.dtype and torch.equal(state[key], value), (name, key)
+    own = trained[plan.units[0].parts[0]].state_dict()
+    for key in ("img_mod.1.weight", "attn.to_q.weight"):
+        held = exported[f"transformer_blocks.0.{key}"]
+        kept = key.startswith("img_mod")
+        assert held.dtype == (torch.float32 if kept else torch.bfloat16)
+        assert torch.equal(held.float(), own[key]) == kept
 
 
 def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):

@@ -93,6 +93,12 @@ def settings_of_jobs(printed: str) -> dict[str, dict]:
     return found
 
 
+def test_a_key_twice_is_refused_though_snakemake_takes_the_last(tmp_path):
+    (tmp_path / "mine.yaml").write_text("run: a\nseed: 1\nrun: b\n")
+    where = ["--nolock", "--cores", "1", "-n", "--configfile", tmp_path / "mine.yaml"]
+    assert "mine.yaml: line 3: 'run' is also in line 1" in run("snakemake", *where, code=1)
+
+
 def test_formatting_and_lint(snakemake):
     run("ruff", "check", ".")
     run("snakefmt", "--check", "Snakefile", "workflow")
@@ -307,6 +313,20 @@ def test_bad_config_ends_before_any_job(snakemake, keys, message):
     assert "Traceback" not in printed and "Building DAG" not in printed
 
 
+@pytest.mark.parametrize("profile", ["default", "slurm"])
+def test_a_target_behind_the_config_files_is_not_taken_for_one_of_them(profile):
+    command = ["-n", "--workflow-profile", f"profiles/{profile}", "--configfile"]
+    printed = run("snakemake", *command, "config/test.yaml", "interval_plots", code=1)
+    assert "error: --configfile: there is no file interval_plots; a target goes" in printed
+    assert "Traceback" not in printed
+
+
+def test_a_report_before_there_are_results_says_so(snakemake, tmp_path):
+    printed = snakemake("--report", tmp_path / "report.zip", run="unfinished", code=1)
+    assert "error: run 'unfinished' has no results/unfinished/evaluation/metrics" in printed
+    assert "--configfile" in printed and "Traceback" not in printed
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_launched_program_ends_with_its_own_message(tmp_path, processes):
     program = tmp_path / "program.py"
@@ -319,3 +339,18 @@ def test_launched_program_ends_with_its_own_message(tmp_path, processes):
     launcher = ROOT / "workflow/scripts/launch.py"
     arguments = ["--processes", processes, "--threads", 2, "--device", "cpu", program]
     assert run("python", launcher, *arguments, code=1) == "error: what went wrong\n"
+
+
+def test_the_launcher_tells_which_of_its_processes_a_signal_ended(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal, time\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "time.sleep(60)\n"
+    )
+    launcher = ROOT / "workflow/scripts/launch.py"
+    arguments = ["--processes", 2, "--threads", 2, "--device", "cpu", program]
+    printed = run("python", launcher, *arguments, code=1)
+    assert printed.startswith("error: process 1 of 2 was ended by signal 9 (SIGKILL), most likely")
+    assert printed.count("\n") == 1

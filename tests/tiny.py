@@ -230,6 +230,16 @@ class NoBar:
         pass
 
 
+def in_processes(count: int, run) -> list:
+    """What `run` returns for each of several processes, each of which reduces what is its own."""
+    values = [[] for _ in range(count)]
+    for process in range(count):
+        run(Process(process, count, lambda index, value: values[index].append(value) or value))
+    means = [sum(every) / count for every in zip(*values, strict=True)]
+    played = [iter(means) for _ in range(count)]
+    return [run(Process(p, count, lambda index, _v: next(played[index]))) for p in range(count)]
+
+
 class Process:
     """One of several processes, played by this one; `held` knows what `reduce` returns in each."""
 

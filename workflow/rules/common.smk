@@ -6,16 +6,16 @@ import shlex
 import sys
 from pathlib import Path
 
-from snakemake.exceptions import WorkflowError
 from snakemake.logging import logger
+from snakemake.settings.types import DeploymentMethod
 
 # Relative where possible: Snakemake remembers inputs by path, and a moved folder should not rerun.
 SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / ".." / "scripts"))
 # Their paths are words of every command.
 if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
-    raise WorkflowError(
-        f"the workflow's folder, {SCRIPTS.parents[1]}, has spaces or signs in its name that a shell "
-        "would not take as they are; rename it, or start Snakemake inside it"
+    sys.exit(
+        f"error: the workflow's folder, {SCRIPTS.parents[1]}, has spaces or signs in its name that a "
+        "shell would not take as they are; rename it, or start Snakemake inside it"
     )
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
@@ -24,13 +24,14 @@ from ppcl import methods, preflight, prompts, schemas, teacher_identity, texts
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest, digest, stamps
 
-# Jobs use the Python that runs Snakemake, activated or not; a failed program is not hidden by tee;
-# of progress bars, which go to the logs too, one line now and then is enough. A scheduler's SIGTERM
-# goes to all processes of a job: the shell waits for its program, and tee stays until the program
-# has had its say (ppcl/stopping.py).
+# Jobs use the Python that runs Snakemake, activated or not, unless conda brings its own (--sdm
+# conda); of progress bars, which go to the logs too, one line now and then is enough.
+OWN_PYTHON = DeploymentMethod.CONDA not in workflow.deployment_settings.deployment_method
+PATHS = f"PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH" if OWN_PYTHON else ""
 shell.prefix(
-    "set -euo pipefail; trap : TERM; tee() (trap '' TERM; exec tee \"$@\"); "
-    f"export TQDM_MININTERVAL=10 PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH; "
+    f"set -euo pipefail; source {SCRIPTS}/job.sh; export TQDM_MININTERVAL=10 {PATHS}; ".replace(
+        "{", "{{"
+    ).replace("}", "}}")
 )
 
 ENVIRONMENT = "../../environment.yml"
@@ -77,11 +78,19 @@ def targets():
     return {"all", "interval_plots", "train_teacher", "ablation", "plan"} & set(sys.argv[1:])
 
 
+def refuse(problem):
+    """Ends Snakemake with one line; a WorkflowError would begin with a line number of this file."""
+    sys.exit(f"error: {problem}")
+
+
 def validate():
     """Complete the config with its defaults; check it against schema, teacher and prompts."""
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
     try:
+        settings.refuse_surprises(map(os.path.relpath, workflow.configfiles))
         config.update(settings.complete(config, source))
+        if workflow.is_main_process:
+            preflight.check_results(config["run"], source)
         # The teacher may be missing where it is about to be made, or where only figures are drawn
         # or a plan is.
         if (
@@ -91,7 +100,7 @@ def validate():
         ):
             preflight.check(config, source)
     except UserError as error:
-        raise WorkflowError(str(error)) from None
+        refuse(error)
 
 
 def result(path):
@@ -242,7 +251,7 @@ def planned():
     try:
         found = texts.read_sealed(path)
     except UserError as error:
-        raise WorkflowError(f"{error}, with the target plan; without it limits are fixed") from None
+        refuse(f"{error}, with the target plan; without it limits are fixed")
     of = digest(settings.subset(config, *PLAN_KEYS))
     if workflow.is_main_process and found.get("config", of) != of:
         logger.warning(f"{path} is of another config; for limits of this one run the target plan")
@@ -338,6 +347,28 @@ def plan_inputs():
         "calls": result("record/calls.parquet"),
     }
     return {name: path for name, path in names.items() if Path(path).is_file()}
+
+
+def reporting():
+    """Whether a report is made, rather than anything run; of the command line, as in `targets`."""
+    return workflow.is_main_process and any(word.startswith("--report") for word in sys.argv[1:])
+
+
+def summary(form):
+    """The table of what the variants reach, as `text` or `rst`."""
+    metrics = result("evaluation/metrics.parquet")
+    if not Path(metrics).is_file():
+        refuse(
+            f"run '{config['run']}' has no {metrics} to report on yet: run it first, or name "
+            "the config of another run with --configfile"
+        )
+    from ppcl import summary as found  # pandas, which takes a second to import
+
+    try:
+        rows = found.rows(metrics, result("models"), config["teacher"]["path"])
+    except UserError as error:
+        refuse(error)
+    return getattr(found, form)(rows)
 
 
 def ablation_runs(names, seeds=None):

@@ -7,7 +7,7 @@
 # runs the teacher from the first block that its students need, where its streams there are kept
 # (ppcl/entrance.py), no further than to the last; jobs are balanced by that (ppcl/shards.py).
 # Checkpoints and streams live in state/distill-<shard>, as in distill.smk. Jobs that run at the same
-# time on one machine share its devices: shards are for clusters, where each has its own.
+# time on one machine take different GPUs (ppcl/gpus.py), and wait where there are no more.
 
 
 localrules:

@@ -16,6 +16,7 @@ from ppcl import (
     assembly,
     blocks,
     calls,
+    complete,
     config,
     errors,
     hub,
@@ -56,17 +57,16 @@ def main() -> None:
     transformer = pipelines.denoiser(pipe, teacher)
     taught = students.load(args.students, transformer, students.parts_of(chosen))
     whole = blocks.parameter_count(transformer)
-    model, block_map = blocks.assembled(
-        transformer,
-        {p.key: students.as_teacher(transformer, p, student) for p, student in taught.items()},
-    )
+    for part, student in taught.items():
+        students.as_teacher(transformer, part, student)  # in place: copies would take more room
+    model, _, block_map = students.plugged(transformer, taught)
     model.eval()
     if args.finetuned:
         weights, metadata = tensors.read(args.finetuned)
         if json.loads(metadata["units"]) != [unit.name for unit in chosen]:
             raise UserError(f"{args.finetuned} is of other units; delete it and rerun")
         model.load_state_dict(weights)
-    pipelines.refuse_incomplete(model, f"variant {args.variant}")
+    complete.refuse_incomplete(model, f"variant {args.variant}")
     example = reader.batch(reader.buckets[0][:2])
     names = {unit.name for unit in chosen}
     card = {

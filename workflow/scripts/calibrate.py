@@ -91,7 +91,8 @@ def main() -> None:
         )
         for _, unit in tqdm(drawn, desc="starting", unit="unit")
     ]
-    reported = reader.sample_heldout("report", settings["distill"]["heldout_rows"], seed)
+    key, wanted = "distill.heldout_rows", settings["distill"]["heldout_rows"]
+    reported = reader.sample_heldout("report", wanted, seed, key)
     size = settings["ablation"]["batch_size"]
 
     def cost(plugged: students.Students, rows: np.ndarray) -> float:

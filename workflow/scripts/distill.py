@@ -53,6 +53,12 @@ def main() -> None:
     taught = students.load(args.students, transformer, students.parts_of(units))
     for student in taught.values():
         student.train().to(accelerator.device)
+    start = settings["prune"]["start"]
+    # Of a block of its own, the teacher shows it.
+    borrowing = [part for part in taught if part.borrows] if start != "first" else []
+    uncut = students.uncut(students.start(transformer, borrowing, start))
+    for block in uncut.values():
+        block.to(accelerator.device)
     identity = training.identity(Path(__file__), settings, inputs)
     caching, inputs = entrance.caching(reader, options, seed), None
     if shards.cached(units, caching):
@@ -74,7 +80,7 @@ def main() -> None:
     rows = training.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(
-            transformer, taught, reader, options, seed, accelerator, inputs=inputs
+            transformer, taught, reader, options, seed, accelerator, inputs=inputs, uncut=uncut
         ),
         training.Optimisation.from_settings(options),
         accelerator,

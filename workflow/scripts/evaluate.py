@@ -13,6 +13,7 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
                           share of pictures that show what the prompt states (judge: digits)
     judge_digit_accuracy  the judge's own, on real digits it was not fitted on (teacher's rows only)
     psnr (dB), ssim       to the teacher's picture of the same prompt and seed (none of the teacher)
+                          and of a video, SSIM is the mean over its frames
     velocity_error        ||v - v_t||^2 / ||v_t||^2 over held-out recorded calls, v_t the teacher's
                           recorded answer; velocity_error_sigma_0.00_0.25 ...: by noise level
     parameters, parameter_fraction
@@ -164,7 +165,10 @@ def compare_pictures(
                     for a, b in zip(table["png"], reference, strict=True)
                 ]
                 score["psnr"] = [metrics.psnr(*pair) for pair in pairs]
-                score["ssim"] = [metrics.ssim(*pair) for pair in pairs]
+                frames = table["frames"].tolist()
+                score["ssim"] = [
+                    metrics.ssim(*pair, count) for pair, count in zip(pairs, frames, strict=True)
+                ]
             scores.append(score)
         yield model, pd.concat(scores)
 

@@ -32,6 +32,8 @@ def choose_rows(reader: calls.Reader, count: int, seed: int) -> np.ndarray:
     """Half of the rows from the fit split, half held out (CKA needs as many tokens as the fit)."""
     rng = np.random.default_rng(seed)
     pools = reader.rows(heldout=False), reader.heldout_rows("select")
+    for pool, what in zip(pools, ("to fit on", "held out to select by"), strict=True):
+        errors.warn_of_fewer("half of extract.rows", count // 2, len(pool), f"calls {what}")
     return np.sort(np.concatenate([rng.permutation(pool)[: count // 2] for pool in pools]))
 
 
@@ -60,6 +62,10 @@ def main() -> None:
         moments, samples = activations.collect(
             transformer, reader, rows, options, seed, device, folder, bar, identity
         )
+    for stream, sample in samples.items():
+        asked, found = len(rows) * options["sample_tokens"], len(sample["token"])
+        what = f"tokens of the {stream} stream in these {len(rows)} calls"
+        errors.warn_of_fewer("extract.sample_tokens", asked, found, what)
     sequence = blocks.block_sequence(transformer)
     facts = {
         "block_parameters": json.dumps([blocks.parameter_count(b.module) for b in sequence]),

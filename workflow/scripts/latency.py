@@ -27,7 +27,6 @@ from ppcl import (
     calls,
     config,
     devices,
-    distillation,
     errors,
     evaluation,
     pipelines,
@@ -36,6 +35,7 @@ from ppcl import (
     students,
     tables,
     teacher_identity,
+    teaching,
 )
 from ppcl.families import TEXT
 from ppcl.plans import Part
@@ -81,7 +81,7 @@ def main() -> None:
     runs = {"transformer": partial(transformer, **arguments)}
     narrow = {block.index: narrow_parts(block) for block in sequence}
     every = [*whole.values(), *(p for parts in narrow.values() for p in parts.values())]
-    lessons = distillation.teacher_states(transformer, every, arguments)
+    lessons = teaching.teacher_states(transformer, every, arguments)
     named = [("block", whole[block.index], block) for block in sequence]
     named += [(name, part, b) for b in sequence for name, part in narrow[b.index].items()]
     # One kind after the other: right after itself, a block would find its weights in the cache.

@@ -6,7 +6,8 @@ What `torchrun --standalone` does, with two differences: a program that stops wi
 with its own message rather than with the launcher's traceback, and `auto` means the cores that
 Snakemake gave to the job. (`accelerate launch` needs MPI to start several processes on a CPU.)
 Inside, accelerate.Accelerator finds the processes. SIGTERM goes on to the processes, which have
-half a minute to end by themselves (ppcl/stopping.py); their exit code is the launcher's.
+half a minute to end by themselves (ppcl/stopping.py); their exit code is the launcher's. Several
+processes take a GPU each, all at once, before they start (ppcl/gpus.py); one takes its own.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, Sign
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from ppcl import stopping
+from ppcl import endings, gpus, stopping
 
 GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
 
@@ -61,6 +62,8 @@ def main() -> None:
         # It takes seconds until the program can handle it; until then it must not be lost.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         os.execv(sys.executable, [sys.executable, *command])
+    if options.device in ("auto", "cuda"):
+        gpus.take(processes)
     for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
@@ -80,9 +83,13 @@ def main() -> None:
     except SignalException as stopped:
         sys.exit(stopping.EXIT_CODE if stopped.sigval == signal.SIGTERM else 128 + stopped.sigval)
     except ChildFailedError as failed:
+        rank, failure = failed.get_first_failure()
+        if failure.exitcode < 0:
+            who = f"process {rank} of {processes}"
+            print(f"error: {endings.explain(-failure.exitcode, who)}", file=sys.stderr)
+            sys.exit(1)
         # The program has said why; what is left is to pass on how it ended.
-        _, failure = failed.get_first_failure()
-        sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)
+        sys.exit(failure.exitcode)
 
 
 if __name__ == "__main__":

@@ -46,13 +46,18 @@ def main() -> None:
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     done = students.load(args.students, transformer, students.parts_of(plan.distilled))
     whole = students.whole(transformer, students.parts_of(plan.units), done)
+    uncut = students.uncut(whole)
     taught = width.start(transformer, whole, reader, width_options, seed, accelerator.device)
     for student in taught.values():
         student.train().to(accelerator.device)
+    for block in uncut.values():
+        block.to(accelerator.device)
     identity = training.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
     rows = training.train(
         {part.name: student for part, student in taught.items()},
-        distillation.independent(transformer, taught, reader, options, seed, accelerator),
+        distillation.independent(
+            transformer, taught, reader, options, seed, accelerator, uncut=uncut
+        ),
         training.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",

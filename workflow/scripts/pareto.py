@@ -26,7 +26,6 @@ from ppcl import (
     calls,
     config,
     devices,
-    distillation,
     errors,
     evaluation,
     pipelines,
@@ -59,9 +58,9 @@ def main() -> None:
     teacher = pipelines.load_transformer(source, device)
     plan = students.read_plan(args.plan)
     trained = students.load(args.students, teacher, students.parts_of(plan.units))
-    for student in trained.values():
-        # In the teacher's dtype at once, or each budget would hold copies of its own.
-        student.requires_grad_(False).eval().to(device, teacher.dtype)
+    for part, student in trained.items():
+        # At once, or each budget would hold copies of its own.
+        students.as_teacher(teacher, part, student).requires_grad_(False).eval().to(device)
     table = tables.read(args.errors, schemas.UNIT_ERRORS).to_pandas().set_index("unit")
     whole = blocks.parameter_count(teacher)
     smallest = 1 - table["saved_parameters"].sum() / whole
@@ -74,7 +73,7 @@ def main() -> None:
         wanted = {"name": name, "budget": min(1.0, float(budget) + 1e-9)}
         chosen[name] = plan.named(assembly.choose(args.errors, plan.facts, wanted))
         plugged = {part: trained[part] for unit in chosen[name] for part in unit.parts}
-        transformers[name] = distillation.plugged(teacher, plugged)[0]
+        transformers[name], _, _ = students.plugged(teacher, plugged)
 
     timed = reader.draw(reader.heldout_rows("report"), settings["evaluate"]["batch_size"], (seed,))
     found = evaluation.measure_transformers(transformers, reader, timed, settings, device)

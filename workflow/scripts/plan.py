@@ -10,7 +10,6 @@ teacher's folder, else from the Hub. What is plugged in is the detected selectio
 """
 
 import argparse
-import json
 import logging
 import math
 from pathlib import Path
@@ -30,6 +29,7 @@ from ppcl import (
     schemas,
     tables,
     texts,
+    untrusted,
     weightless,
 )
 
@@ -57,15 +57,15 @@ def detected(args: argparse.Namespace) -> dict:
 def latent_scale(teacher: dict) -> int | None:
     """Pixels per latent of a local teacher's autoencoder, if its config tells."""
     file = Path(teacher["path"], teacher.get("subfolder") or "", "vae", "config.json")
-    if not file.is_file():
+    try:
+        vae = untrusted.json_object(file)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    vae = json.loads(file.read_text(encoding="utf-8"))
-    if "scale_factor_spatial" in vae:
-        return vae["scale_factor_spatial"]
-    if "temperal_downsample" in vae:
-        return 2 ** len(vae["temperal_downsample"])
-    levels = vae.get("block_out_channels")
-    return 2 ** (len(levels) - 1) if levels else None
+    told = vae.get("scale_factor_spatial")
+    for key, first in (("temperal_downsample", 0), ("block_out_channels", 1)):
+        if told is None and isinstance(vae.get(key), list):
+            told = 2 ** (len(vae[key][:10]) - first)
+    return told if type(told) is int and told > 0 else None
 
 
 def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:

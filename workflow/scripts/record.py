@@ -47,7 +47,7 @@ def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
             f"record.prompts: {settings['prompts']} has only one prompt; calibration needs two "
             "or more, to fit on and to hold out"
         )
-    count = min(max(1, round(len(used) * settings["heldout_fraction"])), len(used) - 1)
+    count = prompts.heldout_count(len(used), settings["heldout_fraction"])
     heldout = {used[i] for i in np.random.default_rng(seed).permutation(len(used))[:count]}
     found = pipelines.samples(rows, settings["samples"], seed)
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
@@ -90,15 +90,17 @@ def main() -> None:
     quiet = not accelerator.is_main_process
     for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
         if not part.exists():
+            found = recording.record_batch(
+                pipe,
+                transformer,
+                batch,
+                settings["pipeline"],
+                options["renoised_per_sample"],
+                seed,
+                replayed=part == mine[0][0],
+            )
+            # Not around the calls too: those of a large teacher take longer than schedulers wait.
             with stopping.part():
-                found = recording.record_batch(
-                    pipe,
-                    transformer,
-                    batch,
-                    settings["pipeline"],
-                    options["renoised_per_sample"],
-                    seed,
-                )
                 calls.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)

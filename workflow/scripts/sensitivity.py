@@ -57,7 +57,8 @@ def main() -> None:
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
     measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]
-    judged = reader.sample_heldout("select", options["rows"], settings["seed"])
+    key, seed = "sensitivity.rows", settings["seed"]
+    judged = reader.sample_heldout("select", options["rows"], seed, key)
 
     def untrained(part: Part) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.

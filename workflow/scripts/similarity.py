@@ -94,6 +94,12 @@ def main() -> None:
         )
         values = similarity.block_cka(read, present, plan, **here, **how)
         blocks.append(block_rows(stream, present, values))
+    if chosen["bootstrap"] and all(len(values) == 1 for values in draws.values()):
+        log.warning(
+            "the tokens are of one held-out prompt, over which there are no resamples: no "
+            "intervals, and a noise level of 0 for intervals.tolerance: bootstrap; record more "
+            "prompts, or raise record.heldout_fraction"
+        )
     draws = similarity.with_joint(draws)
 
     frames, noise = [], {}

@@ -15,13 +15,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import devices, errors, provenance, teacher, tensors, texts, training, whole
+from ppcl import (
+    devices,
+    errors,
+    provenance,
+    strict_yaml,
+    teacher,
+    tensors,
+    texts,
+    training,
+    whole,
+)
 from ppcl.digits import SIZE, TEMPLATES, Judge, captions
-from ppcl.errors import UserError
 
 NEGATIVE_PROMPT = " "
 PARTS = ("text_encoder", "vae", "transformer")  # in the order of training
@@ -235,9 +243,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     args = parser.parse_args()
-    if not args.config.is_file():
-        raise UserError(f"--config: {args.config} does not exist")
-    settings = yaml.safe_load(args.config.read_text(encoding="utf-8"))
+    settings = strict_yaml.read(args.config)
     accelerator = devices.accelerator("cpu")
     args.state.mkdir(parents=True, exist_ok=True)
     pipe, logs = build(settings, args.state, accelerator)

@@ -85,7 +85,7 @@ def main() -> None:
         options,
         accelerator.device,
     )
-    judged = reader.sample_heldout("select", options["rows"], seed)
+    judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
     costs = distillation.plugged_errors(
         transformer,
         {

@@ -1,0 +1,3 @@
+from ppcl import quiet
+
+quiet.start()

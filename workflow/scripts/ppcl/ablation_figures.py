@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ppcl import figure_style as style
+from ppcl.comparison_figure import TINY
 from ppcl.figure_style import MINUS
 from ppcl.figures import KINDS
 
@@ -95,7 +96,7 @@ def schedules(table: pd.DataFrame) -> Figure:
     after = last + 1
     table["column"] = part.mask(table["state"] == "plugged", last)
     table["column"] = table["column"].mask(table["state"] == "finetuned", after)
-    table["log"] = np.log(table["velocity_error"])
+    table["log"] = np.log(np.maximum(table["velocity_error"], TINY))
     grid = table.groupby(["order", "column"])["log"].mean().unstack()
     ratio = np.exp(grid - grid.iloc[0])
     left_over = table.groupby("column")["parameter_fraction"].mean()

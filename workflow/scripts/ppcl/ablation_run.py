@@ -124,11 +124,13 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
     unread_after = width.unread_after(transformer)
     units = plans.units(starts, chosen.runs, chosen.ffns, unread_after)
     parts = students.parts_of(units)
-    taught = rivals.start(transformer, starts)
+    taught, uncut = rivals.start(transformer, starts), {}
 
-    def narrowed(whole: Students) -> Students:
+    def narrowed(whole: Students) -> tuple[Students, Students]:
         every = students.whole(transformer, parts, whole)
-        return width.start(transformer, every, material.reader, wide, material.seed, device)
+        before = {part: block.to(device) for part, block in students.uncut(every).items()}
+        made = width.start(transformer, every, material.reader, wide, material.seed, device)
+        return made, before
 
     def distil(name: str, count: int, taught: Students) -> None:
         options = stage_options(
@@ -148,16 +150,17 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         else:
             modules = {part.name: student for part, student in taught.items()}
             scales = distillation.lr_scales(taught, wide["lr_scale"])
-            phase(material, name, modules, distillation.independent(*shared), options, scales)
+            losses = distillation.independent(*shared, uncut=uncut)
+            phase(material, name, modules, losses, options, scales)
 
     if steps["narrow"]:
         first = steps["distill"] if taught else 0  # without intervals, narrow blocks get all steps
         if first:
             distil("distill", first, taught)
-        taught = narrowed(taught)
+        taught, uncut = narrowed(taught)
         distil("narrow", steps["distill"] - first + steps["narrow"], taught)
     else:
-        taught = narrowed(taught)
+        taught, uncut = narrowed(taught)
         if steps["distill"]:
             distil("distill", steps["distill"], taught)
     if steps["subsets"]:
@@ -172,7 +175,13 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             also = options | {"linear_weight": wide["linear_weight"], "mode": "independent"}
             also |= {"loss": "normalised"}
             others = distillation.independent(
-                transformer, taught, material.reader, also, material.seed, material.accelerator
+                transformer,
+                taught,
+                material.reader,
+                also,
+                material.seed,
+                material.accelerator,
+                uncut=uncut,
             )
             losses = schedules.mixed(losses, others, "students", train["mixed"])
         together = nn.ModuleDict({part.name: student for part, student in taught.items()})
@@ -198,7 +207,8 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
 def _reported(material: Material) -> np.ndarray:
     """Rows behind the velocity errors of the table."""
     count, seed = material.settings["ablation"]["velocity_rows"], material.settings["seed"]
-    return np.sort(material.reader.sample_heldout("report", count, seed))
+    found = material.reader.sample_heldout("report", count, seed, "ablation.velocity_rows")
+    return np.sort(found)
 
 
 def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[dict]:
@@ -211,7 +221,7 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
     for share in range(1, BUDGETS):
         picked = schedules.cheapest(costs, savings, share / BUDGETS * sum(savings))
         plugged = {part: taught[part] for i in picked for part in units[i].parts}
-        model, _ = distillation.plugged(material.transformer, plugged)
+        model, _, _ = students.plugged(material.transformer, plugged)
         compared = evaluation.velocity_errors(
             "ablation", model, reader, rows, size, material.accelerator.device
         )
@@ -234,6 +244,7 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
 
 def finetuned(material: Material, taught: Students) -> nn.Module:
     """The assembled model with all its parameters trained on the recorded velocities."""
+    exported = students.types(students.plugged(material.transformer, taught)[0])
     modules = {part.key: student for part, student in taught.items()}
     model, _ = blocks.assembled(material.transformer, modules)
     model = copy.deepcopy(model).float().requires_grad_(True)
@@ -246,9 +257,7 @@ def finetuned(material: Material, taught: Students) -> nn.Module:
         lambda _step: model, "transformer", *shared, in_float32=True
     )
     phase(material, "finetune", {"transformer": model}, losses, options)
-    model.requires_grad_(False).eval()
-    dtype = material.transformer.dtype
-    return model if model.dtype == dtype else model.to(dtype)
+    return students.cast(model.requires_grad_(False).eval(), exported)
 
 
 def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> dict:
@@ -315,7 +324,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
         return [common | found | {"state": "plugged", "steps": 0, "seconds": 0.0}]
     units, taught = teach(material, chosen, job["train"])
     trained = seconds_of(material, "distill", "narrow", "subsets")
-    model, _ = distillation.plugged(material.transformer, taught)
+    model, _, _ = students.plugged(material.transformer, taught)
     plugged = material.once("plugged", lambda: measure(material, pipe, model))
     tuned = finetuned(material, taught)
     seconds = {"plugged": trained, "finetuned": trained + seconds_of(material, "finetune")}

@@ -102,20 +102,35 @@ def pick_tokens(
     count: int,
     rows: np.ndarray,
     seed: int,
-) -> np.ndarray:
-    """Positions [batch, count'] of random real tokens per sample; count' <= count.
+) -> list[np.ndarray]:
+    """Positions of random real tokens of every sample: `count`, or all where there are fewer.
 
-    Every sample gives the same number, as many as its shortest companion has; the choice depends on
-    the row numbers, not on how rows were batched.
+    The choice depends on the sample and its row number, not on how rows were batched.
     """
     batch, length = shape
     mask = masks[stream].cpu().numpy() if stream in masks else np.ones((batch, length), bool)
-    count = min(count, int(mask.sum(1).min()))
-    picked = [
+    # In random order, so that a part of them is random too.
+    return [
         np.random.default_rng((seed, int(row))).permutation(np.flatnonzero(m))[:count]
         for row, m in zip(rows, mask, strict=True)
     ]
-    return np.stack(picked)  # in random order, so that a part of them is random too
+
+
+class Places:
+    """Some tokens of every sample of a batch, in the samples' order.
+
+    Args:
+        chosen: positions of each sample's.
+    """
+
+    def __init__(self, chosen: list[np.ndarray], device: torch.device):
+        self.samples = np.repeat(np.arange(len(chosen)), [len(places) for places in chosen])
+        self.tokens = np.concatenate(chosen)
+        self._where = tuple(torch.from_numpy(w).to(device) for w in (self.samples, self.tokens))
+
+    def of(self, x: Tensor) -> Tensor:
+        """These tokens of a stream [batch, tokens, d]: [n, d]."""
+        return x[self._where]
 
 
 @torch.no_grad()
@@ -158,12 +173,11 @@ def collect(
     progress.update(sum(map(len, every[: sample.batches])))
     for recorded in reader.batches(rows, size, device, start=sample.batches):
         batch = recorded.to(device)
-        fit = torch.from_numpy(np.flatnonzero(~batch.rows["heldout"])).to(device)
         family = blocks.family(transformer)
         before: blocks.Streams = {}
-        positions: dict[str, np.ndarray] = {}
-        many: dict[str, Tensor] = {}
-        few: dict[str, Tensor] = {}
+        padding: blocks.Streams = {}
+        many: dict[str, Places] = {}  # of rows to fit on
+        few: dict[str, Places] = {}
         lengths: dict[str, int] = {}
         first: dict[str, int] = {}
         kept: dict[str, list[Tensor]] = {}
@@ -172,10 +186,10 @@ def collect(
         def look(block, bound):
             before.clear()
             for stream, x in block.inputs(bound).items():
-                if stream not in positions:
+                if stream not in few:
                     # Of the call as it was read: the device need not be asked for its masks.
                     masks = blocks.token_masks(family, recorded.arguments, {stream: x})
-                    places = pick_tokens(
+                    chosen = pick_tokens(
                         masks,
                         stream,
                         x.shape[:2],
@@ -183,10 +197,12 @@ def collect(
                         recorded.numbers,
                         seed,
                     )
-                    positions[stream] = places[:, : settings["sample_tokens"]]
-                    many[stream] = torch.from_numpy(places).to(device)
-                    few[stream] = many[stream][:, : settings["sample_tokens"]]
-                    kept[stream] = [_gather(x, few[stream])]
+                    held = zip(chosen, batch.rows["heldout"], strict=True)
+                    many[stream] = Places([c[:0] if out else c for c, out in held], device)
+                    few[stream] = Places([c[: settings["sample_tokens"]] for c in chosen], device)
+                    kept[stream] = [few[stream].of(x)]
+                    if stream in masks:
+                        padding[stream] = ~masks[stream].to(device)
                     first[stream], lengths[stream] = block.index, x.shape[1]
                 elif x.shape[1] != lengths[stream]:
                     raise UserError(
@@ -194,31 +210,32 @@ def collect(
                         "the blocks before; give its list a stream of its own in "
                         "workflow/scripts/ppcl/families.py"
                     )
-                before[stream] = _gather(x, many[stream])
+                before[stream] = many[stream].of(x)
 
         def learn(block, returned):
             for stream, out in returned.items():
-                finite[block.index, stream] = torch.isfinite(out).all()
-                kept[stream].append(_gather(out, few[stream]))
-                if len(fit):
-                    x, after = before[stream][fit], _gather(out, many[stream])[fit]
-                    moments.add(stream, block.index, x.flatten(0, 1), after.flatten(0, 1))
+                sound = torch.isfinite(out).all(-1)
+                if stream in padding:
+                    sound |= padding[stream]
+                finite[block.index, stream] = sound.all()
+                kept[stream].append(few[stream].of(out))
+                if len(before[stream]):
+                    moments.add(stream, block.index, before[stream], many[stream].of(out))
 
         with blocks.watch(sequence, look, learn, stop_after=sequence[-1].index) as run:
             run(transformer, batch.arguments)
         _refuse_nonfinite(finite)
         moments.settle()
         for stream, values in kept.items():
-            values = _on_host(torch.stack(values).flatten(1, 2).float())
+            values = _on_host(torch.stack(values).float())
             per_row = {
                 "prompt": batch.rows["prompt_index"],
                 "step": batch.rows["step"],
                 "timestep": batch.rows["timestep"],
                 "heldout": batch.rows["heldout"],
             }
-            places = positions[stream]
-            found = {k: np.repeat(v, places.shape[1]) for k, v in per_row.items()}
-            found["token"] = places.ravel()
+            found = {name: value[few[stream].samples] for name, value in per_row.items()}
+            found["token"] = few[stream].tokens
             sample.add(stream, values, found, first[stream], most)
         sample.batches += 1
         if sample.batches % regular == 0 and sample.batches < len(every):
@@ -227,14 +244,16 @@ def collect(
             sample.save(identity)
         progress.update(len(batch))
     moments.settle(everything=True)
+    for stream, store in sample.stores.items():
+        if not store.shape[1]:
+            raise UserError(
+                f"extract: the {stream} stream of every call is padding alone, by the mask that "
+                "the pipeline gives; record prompts that are not empty (record.prompts)"
+            )
     return moments, {
         stream: sample.joined(stream) | {"first": sample.first[stream], "value": store}
         for stream, store in sample.stores.items()
     }
-
-
-def _gather(x: Tensor, positions: Tensor) -> Tensor:
-    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
 
 def _on_host(x: Tensor) -> np.ndarray:

@@ -202,7 +202,7 @@ def _goes_with_prompt(parameter: Parameter | None) -> bool:
     if re.fullmatch(r"(negative_)?prompt(_\d+)?", parameter.name):
         return True
     kinds = _kinds(parameter)
-    return "list" in kinds and bool(kinds[:1]) and f"list[{kinds[0]}]" in _plain(parameter)
+    return "list" in kinds and f"list[{kinds[0]}]" in _plain(parameter)
 
 
 def _refuse_key(name: str, signature: Signature, key: str, known: Collection[str]) -> None:

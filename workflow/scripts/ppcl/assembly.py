@@ -27,6 +27,7 @@ from ppcl import (
     tables,
     tensors,
     texts,
+    untrusted,
     whole,
 )
 from ppcl.errors import UserError
@@ -197,8 +198,8 @@ def _forget_paths(folder: Path) -> None:
     """Takes the places that components were loaded from out of their configs: nobody else's
     business, and nowhere on another machine."""
     for path in (folder / hub.INDEX, *folder.glob("*/*config.json")):
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.pop("_name_or_path", None) is not None:
+        found = untrusted.json_object(path)
+        if found.pop("_name_or_path", None) is not None:
             texts.write_json(path, found)
 
 

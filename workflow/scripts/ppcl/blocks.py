@@ -75,8 +75,12 @@ class Block:
 
 
 def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A module call's arguments by name."""
-    return inspect.signature(module.forward).bind(*args, **kwargs).arguments
+    """A module call's arguments by name.
+
+    Those of its class: whoever puts a function in place of its `forward` may take any.
+    """
+    bound = inspect.signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    return dict(list(bound.items())[1:])
 
 
 def family(transformer: nn.Module) -> Family:
@@ -205,6 +209,25 @@ def taps(block: Block):
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def text_input(block: Block, bound: dict[str, Any]) -> Tensor:
+    """What a stock block's attention gets as text, z_p of Eq. 8; the block runs no further."""
+
+    def stop(*_call) -> None:
+        raise _Enough
+
+    with taps(block) as seen:
+        attention = block.module.get_submodule(block.width.text.attention)
+        handle = attention.register_forward_pre_hook(stop)
+        try:
+            block.module(**bound)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+    return seen["text/input"]
 
 
 @torch.no_grad()

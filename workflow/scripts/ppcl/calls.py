@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ppcl import schemas, seals, tables
-from ppcl.errors import UserError
+from ppcl.errors import UserError, warn_of_fewer, warn_once
 
 # Arrow has no bfloat16 and its booleans are bits: both are stored as integers of the same bytes.
 _STORED_AS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
@@ -120,6 +120,15 @@ class Ahead:
         thread = threading.Thread(target=run, name=f"batch {number}")
         self._next = number, thread, found
         thread.start()
+
+
+def refuse_zeros(power: float) -> None:
+    """Raises UserError if errors relative to recorded answers of such a squared norm are none."""
+    if not power > 0:
+        raise UserError(
+            "calls.parquet: recorded answers are all zero: no error relative to them is defined; "
+            "the teacher looks untrained: give another (teacher.path, teacher.component), and rerun"
+        )
 
 
 def as_float32(value: Any) -> Any:
@@ -374,11 +383,27 @@ class Reader:
         rows = self.rows(heldout=True)
         prompts = self.index["prompt"][rows]
         second = np.isin(prompts, np.unique(prompts)[1::2])
-        return rows[second if purpose == "report" and second.any() else ~second]
+        if purpose == "report" and not second.any():
+            warn_once(
+                f"{self.path}: one prompt alone is held out, so what selects blocks is also what "
+                "errors are reported on, which flatters them; record more prompts "
+                "(record.prompts, record.samples, record.heldout_fraction)"
+            )
+            return rows
+        return rows[second if purpose == "report" else ~second]
 
-    def sample_heldout(self, purpose: str, count: int, seed: int) -> np.ndarray:
-        """Up to `count` random ones of `heldout_rows(purpose)`; the same for the same seed."""
-        return np.random.default_rng(seed).permutation(self.heldout_rows(purpose))[:count]
+    def sample_heldout(
+        self, purpose: str, count: int, seed: int, key: str | None = None
+    ) -> np.ndarray:
+        """Up to `count` random ones of `heldout_rows(purpose)`; the same for the same seed.
+
+        Args:
+            key: of the config, that asks for so many: there is a warning if there are fewer.
+        """
+        rows = self.heldout_rows(purpose)
+        if key:
+            warn_of_fewer(key, count, len(rows), f"held-out calls to {purpose} by")
+        return np.random.default_rng(seed).permutation(rows)[:count]
 
     def draw(self, rows: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
         """`size` random rows that fit in one batch; a pure function of its arguments.

@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, distillation
+from ppcl import blocks, calls, distillation, teaching
 from ppcl.plans import Part
 from ppcl.students import Students
 
@@ -34,7 +34,7 @@ def through_chain(
 
     last = blocks.block_sequence(transformer)[-1].index
 
-    def read(part: Part, lesson: distillation.Lesson) -> dict[str, Tensor]:
+    def read(part: Part, lesson: teaching.Lesson) -> dict[str, Tensor]:
         gone = family.unread if part.last == last else ()
         return {stream: x for stream, x in lesson.target.items() if stream not in gone}
 
@@ -46,17 +46,15 @@ def through_chain(
             outputs[owner[id(block.module)]] = streams
 
         with accelerator.autocast():
-            lessons = distillation.teacher_states(transformer, parts, batch.arguments)
+            lessons = teaching.teacher_states(transformer, parts, batch.arguments)
             with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
                 run(model, batch.arguments)
+            targets = {part: read(part, lesson) for part, lesson in lessons.items()}
+            streams = {s: x for target in targets.values() for s, x in target.items()}
+            real = teaching.real_tokens(family, batch, streams, options["batch_size"], accelerator)
             found = [
-                distillation.interval_losses(
-                    outputs[part],
-                    (target := read(part, lesson)),
-                    blocks.token_masks(family, batch.arguments, target),
-                    options,
-                )
-                for part, lesson in lessons.items()
+                teaching.interval_losses(outputs[part], target, real, options)
+                for part, target in targets.items()
             ]
         total: dict[str, Tensor] = {}
         for _, metrics in found:

@@ -35,15 +35,23 @@ class Resamples:
     weights: np.ndarray
 
 
-def resamples(prompts: np.ndarray, draws: int, seed: int, estimator: str) -> Resamples:
+def resamples(
+    prompts: np.ndarray,
+    draws: int,
+    seed: int,
+    estimator: str,
+    every: np.ndarray | None = None,
+) -> Resamples:
     """Draw `draws` resamples of at most 32 groups of prompts; `prompts` [n] is each token's prompt.
+
+    every: the prompts of all streams, if a stream may lack some: the same draws pick the same ones.
 
     Whole prompts are drawn, since tokens of one image are not independent. "plain" draws the groups
     with replacement. "debiased" draws half of them without: a token that is drawn twice meets
     itself off the diagonal and brings back the very bias that HSIC_1 removes, while a half-sample
     has the same variance as a bootstrap sample (Efron 1982, ch. 8) and no token twice. Of an odd
     number of groups, it draws the smaller and the larger half in turns: their variances are those
-    of a bootstrap times (g + 1) / (g - 1) and its inverse.
+    of a bootstrap times (g + 1) / (g - 1) and its inverse. Of one group there are no resamples.
 
     Raises UserError if there are no tokens.
     """
@@ -51,35 +59,41 @@ def resamples(prompts: np.ndarray, draws: int, seed: int, estimator: str) -> Res
         raise UserError(
             "no held-out tokens: raise record.heldout_fraction or record.samples, and rerun"
         )
-    _, rank = np.unique(prompts, return_inverse=True)
-    group = rank % MAX_GROUPS
+    known = np.unique(prompts if every is None else every)
+    group = np.searchsorted(known, prompts) % MAX_GROUPS
     order = np.argsort(group, kind="stable")
-    groups = int(group.max()) + 1
+    groups = min(MAX_GROUPS, len(known))
     offsets = np.searchsorted(group[order], np.arange(groups + 1))
-    weights = np.ones((1 + draws, groups))
+    weights = np.ones((1 + draws if groups > 1 else 1, groups))
     generator = np.random.default_rng(seed)
-    if groups > 1:
-        for number, row in enumerate(weights[1:]):
-            if estimator == "debiased":
-                left_out = (groups + 1 - number % 2) // 2
-                row[generator.permutation(groups)[:left_out]] = 0
-            else:
-                row[:] = generator.multinomial(groups, np.full(groups, 1 / groups))
+    for number, row in enumerate(weights[1:]):
+        if estimator == "debiased":
+            left_out = (groups + 1 - number % 2) // 2
+            row[generator.permutation(groups)[:left_out]] = 0
+        else:
+            row[:] = generator.multinomial(groups, np.full(groups, 1 / groups))
     return Resamples(order, offsets, weights)
 
 
-def linear_cka(x: np.ndarray, y: np.ndarray, estimator: str = "plain") -> float:
+def linear_cka(
+    x: np.ndarray,
+    y: np.ndarray,
+    estimator: str = "plain",
+    names: tuple[str, str] = ("x", "y"),
+) -> float:
     """Linear CKA of x [n, d_x] and y [n, d_y], rows being the same n tokens.
 
     "plain": |X^T Y|^2 / (|X^T X| |Y^T Y|), Frobenius norms of centred features; in [0, 1],
     biased upward when n < 10 d. "debiased": the same ratio of HSIC_1, numerator and denominators
     unbiased; in [-1, 1]. Both ignore translation, rotation and isotropic scale of either side.
-    Raises UserError if a side does not vary, or on fewer than 4 tokens with "debiased".
+    Raises UserError, which begins with the side's name, if it holds NaN or infinity or does not
+    vary; and on fewer than 4 tokens with "debiased".
     """
     plan = resamples(np.zeros(len(x), int), 0, 0, estimator)
-    x, y = (Side(prepare(float64(v), False, name), plan) for v, name in ((x, "x"), (y, "y")))
+    pairs = zip((x, y), names, strict=True)
+    x, y = (Side(prepare(float64(v), False, name), plan) for v, name in pairs)
     own_x, own_y = (hsic(side, side, plan, estimator) for side in (x, y))
-    return float(ratio(hsic(x, y, plan, estimator), own_x, own_y)[0])
+    return float(ratio(hsic(x, y, plan, estimator), own_x, own_y, " and ".join(names))[0])
 
 
 def float64(values: np.ndarray, device: torch.device = CPU) -> Tensor:
@@ -92,10 +106,11 @@ def prepare(tokens: Tensor, normalise: bool, name: str) -> Tensor:
     """Optionally L2-normalised tokens, centred: float64 [n, d]. CKA ignores the shift, and
     centred tokens keep the sums below from cancelling.
 
-    Raises UserError, which begins with `name`, if they are all the same.
+    Raises UserError as `refuse_constant`.
     """
     if normalise:
         norms = torch.linalg.norm(tokens, dim=1, keepdim=True)
+        _refuse_nonfinite(norms.max(), name)
         tokens = tokens / torch.where(norms > 0, norms, 1)
     mean = tokens.mean(0)
     centred = tokens - mean
@@ -104,15 +119,26 @@ def prepare(tokens: Tensor, normalise: bool, name: str) -> Tensor:
 
 
 def refuse_constant(spread: Tensor, mean: Tensor, count: int, name: str) -> None:
-    """Raises UserError if tokens vary by rounding alone.
+    """Raises UserError, which begins with `name`, if tokens vary by rounding alone, or hold NaN or
+    infinity.
 
     spread: square root of the sum of |x - mean|^2 over `count` tokens.
     """
     level = count**0.5 * torch.linalg.norm(mean)
+    _refuse_nonfinite(spread + level, name)
     if spread <= CONSTANT * torch.hypot(spread, level):
         raise UserError(
             f"{name}: the {count} held-out token(s) do not differ, so CKA is undefined. "
             "Record more prompts (record.samples, record.heldout_fraction) and rerun."
+        )
+
+
+def _refuse_nonfinite(size: Tensor, name: str) -> None:
+    if not torch.isfinite(size):
+        raise UserError(
+            f"{name}: the held-out tokens hold NaN or infinity, so CKA is undefined. Set "
+            "teacher.dtype to bfloat16 or float32 (of probes: raise probe.ridge), delete "
+            "activations/ and rerun."
         )
 
 
@@ -169,6 +195,7 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
     each = (weights @ three.cpu().numpy().reshape(len(three), -1)).reshape(-1, *three.shape[1:])
     bilinear = np.einsum("wg,wgl,wl->w", weights, each, weights, optimize=True)
     if estimator == "plain":
+        n = np.maximum(n, 1)  # groups may hold none of this stream's tokens: all sums are 0
         return square - 2 * bilinear / n + a_a * b_b / n**2
     if n.min() < 4:
         raise UserError(
@@ -207,11 +234,12 @@ def _gram_of_products(x: Side, y: Side) -> Tensor:
     return gram
 
 
-def ratio(cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray) -> np.ndarray:
-    """CKA; rounding may leave it a hair above 1."""
-    if own_x[0] <= 0 or own_y[0] <= 0:
+def ratio(cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray, name: str) -> np.ndarray:
+    """CKA; rounding may leave it a hair above 1. Raises UserError, which begins with `name`, if a
+    side does not vary."""
+    if not (own_x[0] > 0 and own_y[0] > 0):
         raise UserError(
-            "a representation does not vary over the held-out tokens, so its CKA is undefined. "
+            f"{name}: a side does not vary over the held-out tokens, so CKA is undefined. "
             "Record more prompts (record.samples, record.heldout_fraction)."
         )
     # A resample can, rarely, hold tokens that do not vary; it then says nothing: the estimate.

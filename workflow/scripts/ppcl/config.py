@@ -6,19 +6,24 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 import difflib
 import functools
 import json
+import os
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import yaml
 
+from ppcl import hub, strict_yaml
 from ppcl.errors import UserError
+from ppcl.prompts import once
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 LONGEST = 100_000
+# Names in results/ that no run can have, in small letters.
+TAKEN = {"readme.md": "a file of the workflow", "teacher": "the folder of the target train_teacher"}
 
 
 class Subset(dict):
@@ -54,20 +59,11 @@ def load(source: str) -> dict:
     if inline:
         name = "--config"
         try:
-            config = json.loads(source)
+            config = json.loads(source, object_pairs_hook=lambda pairs: once(pairs, name))
         except (ValueError, RecursionError) as error:
             raise UserError(f"--config: the inline object is not JSON ({error})") from error
     else:
-        name = source
-        try:
-            config = yaml.safe_load(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise UserError(f"{name}: cannot read this config file ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{name}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            # Besides YAML's own: dates that do not exist, nesting without end, NUL in the name.
-            raise UserError(f"{name!r}: not valid YAML: {error}") from error
+        name, config = source, strict_yaml.read(source, schema())
     if config is None:
         config = {}
     if not isinstance(config, dict):
@@ -76,8 +72,19 @@ def load(source: str) -> dict:
     return Subset({key: completed[key] for key in config}) if inline else completed
 
 
+def refuse_surprises(files: Iterable[str | Path]) -> None:
+    """Reads config files that somebody else has read before, who lets the last of two keys win.
+
+    Raises UserError as `strict_yaml.read` does.
+    """
+    for file in files:
+        strict_yaml.read(file, schema())
+
+
 def complete(config: dict, source: str) -> dict:
     """A copy of `config` with every default filled in, validated against the schema.
+
+    Files and folders that exist get one spelling: stages run again when a text changes.
 
     `source` names the config in messages. Raises UserError for the first invalid key.
     """
@@ -103,11 +110,63 @@ def complete(config: dict, source: str) -> dict:
         # An unknown key often explains the other problems, so it comes first.
         problems.sort(key=lambda e: e.validator != "additionalProperties")
         raise UserError(f"{source}: {_explain(problems[0], rules)}")
+    for name, value in filled.get("pipeline", {}).items():
+        texts = value if isinstance(value, list) else [value]
+        if re.fullmatch(strict_yaml.PROMPT_KEY, name) and value is not None:
+            if not all(isinstance(text, str) for text in texts):
+                raise UserError(
+                    f"{source}: 'pipeline.{name}' is {json.dumps(value)}, and has to be a text: "
+                    "quote it"
+                )
     names = [variant["name"] for variant in filled.get("variants", [])]
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{source}: variants: the name '{name}' is used twice; rename one")
+    if filled["run"].lower() in TAKEN:  # there are disks on which Teacher is teacher
+        raise UserError(
+            f"{source}: run: results/{filled['run']} is {TAKEN[filled['run'].lower()]}; choose "
+            "another name"
+        )
+    _places(filled)
     return filled
+
+
+def _places(filled: dict) -> None:
+    """Gives every file and folder that a config names one spelling."""
+    teacher = filled["teacher"]
+    if hub.is_name(name := teacher["path"].rstrip("/")):
+        inside = os.path.normpath(teacher["subfolder"] or "")
+        teacher |= {"path": name, "subfolder": None if inside == "." else inside}
+    else:
+        folder = os.path.expanduser(teacher["path"])
+        if teacher["subfolder"] and os.path.isdir(f"{folder}/{teacher['subfolder']}"):
+            folder, teacher["subfolder"] = f"{folder}/{teacher['subfolder']}", None
+        teacher["path"] = _spelled(folder, os.path.realpath)
+    for section, key in (
+        ("record", "prompts"),
+        ("evaluate", "prompts"),
+        ("plan", "transformer_config"),
+    ):
+        if path := filled[section][key]:
+            filled[section][key] = _spelled(os.path.expanduser(path), _in_real_folder)
+
+
+def _in_real_folder(path: str) -> str:
+    """Of a file that is a link, its own place: what it names, such as pictures, lies beside it."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+def _spelled(path: str, full: Callable[[str], str]) -> str:
+    """The full path, or the relative one if it leads down from here, for whole folders get moved.
+
+    As it is if there is no such file (a name on the Hub looks like a relative path), or if the full
+    one could not stand in a config.
+    """
+    if not os.path.exists(path) or set("{}") & set(found := full(path)):
+        return path
+    here = os.path.realpath(os.curdir)
+    return os.path.relpath(found, here) if found.startswith(f"{here}/") else found
 
 
 def subset(config: dict, *keys: str) -> str:
@@ -211,11 +270,14 @@ def _explain(problem: jsonschema.ValidationError, rules: dict) -> str:
     for part in problem.path:
         node = node["items"] if isinstance(part, int) else node["properties"][part]
     hint = ""
-    if isinstance(problem.instance, str) and re.fullmatch(
-        r"[+-]?\d+[eE][+-]?\d+", problem.instance
+    if "string" in node.get("type", ()) and not isinstance(problem.instance, (str, dict, list)):
+        hint = "; put it in quotes, or YAML does not keep it a text (--config: run='\"3\"')"
+    elif isinstance(problem.instance, str) and (
+        found := re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", problem.instance)
     ):
-        digits, exponent = re.split("[eE]", problem.instance)
-        hint = f"; YAML reads {problem.instance} as text, write {digits}.0e{exponent}"
+        whole, rest, sign, exponent = found.groups()
+        number = f"{whole}{rest or '.0'}e{sign or '+'}{exponent}"
+        hint = f"; YAML reads {problem.instance} as text, write {number}"
     elif isinstance(problem.instance, str) and not _stays_text(problem.instance):
         hint = "; this is text: drop the quotes (--config makes all nested values text, a file not)"
     elif problem.instance is False and "no" in node.get("enum", ()):

@@ -13,16 +13,20 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from ppcl import stopping
+from ppcl import gpus, stopping
 from ppcl.errors import UserError
 
 
 def choose(setting: str) -> torch.device:
     """The device to run on: `auto` takes CUDA, then MPS, then the CPU.
 
+    Of several GPUs this process takes one that no other job has, and sees no other one.
+
     Raises:
         UserError: the device that the config asks for is not there.
     """
+    if setting.split(":")[0] in ("auto", "cuda"):
+        gpus.take()
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
@@ -93,6 +97,22 @@ def to_main_memory(x: torch.Tensor) -> torch.Tensor:
     """A copy on the CPU; from CUDA it is on its way, and there when the device has done all that it
     was asked for before."""
     return x.to("cpu", non_blocking=x.device.type == "cuda", copy=True)
+
+
+def random_states(device: torch.device) -> list[torch.Tensor]:
+    """torch's global random states: the CPU's and, if it has its own, the device's."""
+    found = [torch.get_rng_state()]
+    if device.type != "cpu":
+        found.append(torch.get_device_module(device).get_rng_state(device))
+    return found
+
+
+def set_random_states(device: torch.device, states: Iterable[torch.Tensor]) -> None:
+    """Undoes what was drawn since `random_states`."""
+    first, *rest = states
+    torch.set_rng_state(first)
+    for state in rest:
+        torch.get_device_module(device).set_rng_state(state, device)
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -5,11 +5,8 @@ Three teachers: `independent` is the paper's (Eq. 6, every student from the teac
 the latter is made of, is also how a whole variant is fine-tuned.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,123 +19,22 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from ppcl import blocks, calls, devices, entrance, losses, narrow, schemas, stopping, texts
+from ppcl import (
+    blocks,
+    calls,
+    devices,
+    entrance,
+    losses,
+    schemas,
+    stopping,
+    teaching,
+    texts,
+)
 from ppcl.errors import UserError
 from ppcl.families import TEXT
+from ppcl.losses import Real
 from ppcl.plans import Part, Unit
-from ppcl.students import Students, as_teacher
-
-
-@dataclass
-class Lesson:
-    """What the teacher has to say to one part.
-
-    Attributes:
-        bound: arguments of its block's call, with T_{u-1}^D as streams; in place of a text stream
-            that it borrows, the carry: block a's text output and text-side attention input, side
-            by side along the channels.
-        target: streams T_v^D after its last block; no text where the part makes none.
-        text_input, lent: of a part that borrows: z_p, what its first block's attention gets as
-            text, and z_a, what block a's gets.
-    """
-
-    bound: dict[str, Any]
-    target: blocks.Streams
-    text_input: Tensor | None = None
-    lent: Tensor | None = None
-
-
-@torch.no_grad()
-def teacher_states(
-    transformer: nn.Module,
-    parts: Sequence[Part],
-    arguments: dict[str, Any],
-    running: nn.Module | None = None,
-) -> dict[Part, Lesson]:
-    """Runs the teacher once, no further than the last part's end.
-
-    Args:
-        running: what runs in its place, with its blocks from the first needed on (`entrance`).
-    """
-    sequence = blocks.block_sequence(transformer)
-    lenders = {part.source for part in parts if part.source}
-    ends = {end for part in parts for end in part.key} | {end for key in lenders for end in key}
-    inputs: dict[int, dict[str, Any]] = {}
-    outputs: dict[int, blocks.Streams] = {}
-    tapped = {part.first for part in parts if part.source} | {first for first, _ in lenders}
-    watched = [b for b in sequence if b.index in ends]
-    with ExitStack() as stack:
-        seen = {index: stack.enter_context(blocks.taps(sequence[index])) for index in tapped}
-        run = stack.enter_context(
-            blocks.watch(
-                watched,
-                lambda block, bound: inputs.update({block.index: bound}),
-                lambda block, streams: outputs.update({block.index: streams}),
-                stop_after=max(ends),
-            )
-        )
-        run(transformer if running is None else running, arguments)
-    text_inputs = {index: inside["text/input"] for index, inside in seen.items()}
-    found = {}
-    for part in parts:
-        lesson = Lesson(inputs[part.first], outputs[part.last])
-        if part.source:
-            first, last = part.source
-            carry = torch.cat([outputs[last][TEXT], text_inputs[first]], dim=-1)
-            argument = sequence[part.first].list.inputs[TEXT]
-            bound = lesson.bound | {argument: carry}
-            lesson = Lesson(bound, lesson.target, text_inputs[part.first], text_inputs[first])
-        if part.text == "borrow":
-            lesson.target = {s: v for s, v in lesson.target.items() if s != TEXT}
-        found[part] = lesson
-    return found
-
-
-def fitting(bound: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """The teacher's activations for a module with float32 weights, if that is what it has."""
-    float32 = all(p.dtype == torch.float32 for p in module.parameters())
-    return tree_map(calls.as_float32, bound) if float32 else bound
-
-
-def interval_losses(
-    output: blocks.Streams, target: blocks.Streams, masks: blocks.Streams, options: dict
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_depth (Eq. 6) or L_width of one part, summed over streams, and both errors of each."""
-    metrics = {}
-    kinds = {"normalised": losses.normalised_error, "relative": losses.relative_error}
-    for stream, value in target.items():
-        for kind, error in kinds.items():
-            # An error that is only reported needs no graph.
-            taught = torch.is_grad_enabled() and options["loss"] in (kind, "mixed")
-            with torch.set_grad_enabled(taught):
-                metrics[f"{stream}/{kind}"] = error(output[stream], value, masks.get(stream))
-    normalised = sum(m for k, m in metrics.items() if k.endswith("/normalised"))
-    relative = sum(m for k, m in metrics.items() if k.endswith("/relative"))
-    if options["loss"] == "normalised":
-        return normalised, metrics
-    if options["loss"] == "relative":
-        return relative, metrics
-    return normalised + options["relative_weight"] * relative, metrics
-
-
-def linear_loss(
-    part: Part, student: nn.Module, output: blocks.Streams, lesson: Lesson, masks: blocks.Streams
-) -> Tensor | None:
-    """L_linear of one part: the sum of its new linear maps' plain squared errors; None without any.
-
-    What a linear FFN or the text map at a run's end replaces is the teacher's stream after the
-    part; what the map of the attention's text input replaces is the teacher's z_p.
-    """
-    errors = [
-        losses.squared_error(output[stream], lesson.target[stream], masks.get(stream))
-        for stream in (*part.linear_ffn, *((TEXT,) if part.text == "close" else ()))
-        if stream in output  # after the last block, nothing may read it
-    ]
-    if part.borrows:
-        lent = calls.as_float32(lesson.lent)  # as the student, whatever the teacher
-        mapped = lent + narrow.maps(student)["text/input"](lent)
-        errors.append(losses.squared_error(mapped, lesson.text_input, masks.get(TEXT)))
-    return sum(errors) if errors else None
+from ppcl.students import Students, plugged
 
 
 def log_table(rows: list[dict]) -> pd.DataFrame:
@@ -215,72 +111,64 @@ def independent(
     accelerator: Accelerator,
     names: Mapping[Part, str] | None = None,
     inputs: entrance.Inputs | None = None,
+    uncut: Students | None = None,
 ):
     """Step losses of all students (see training.Losses): Eq. 6, and L_linear of narrow ones.
 
     mode `independent` (Eq. 6): a student gets the teacher's activation before its interval, and
-    never another student's output. mode `sequential`, the ablation baseline: it gets what the
-    students before it make of the input; gradients stay within each student.
+    never another student's output; but one that borrows gets z_a of the source that it will have,
+    which no block of the teacher need have. mode `sequential`, the ablation baseline: it gets what
+    the students before it make of the input; gradients stay within each student.
 
+    students: a source comes before those that borrow from it.
     names: of the parts in the log, for students of overlapping units; `Part.name` otherwise.
     inputs: the streams from which the teacher starts, of students taught in mode `independent`.
+    uncut: as of `teacher_states`.
     """
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
     parts, batch_of = list(students), batches_of_steps(reader, options, seed, accelerator)
     names = names or {part: part.name for part in parts}
+    sources = {part.key for part in parts if part.text == "source"}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         batch = batch_of(step)
-        # Shares differ by a row where the batch does not divide evenly; the loop averages them.
-        weight = len(batch) * accelerator.num_processes / options["batch_size"]
         with accelerator.autocast():
             running = inputs.model(batch.numbers, batch.arguments) if inputs else transformer
-            lessons = teacher_states(transformer, parts, batch.arguments, running)
+            lessons = teaching.teacher_states(transformer, parts, batch.arguments, running, uncut)
         if options["mode"] == "sequential":
             given = sequential_inputs(transformer, students, batch.arguments, accelerator)
             for part, bound in given.items():
                 lessons[part].bound = bound
-        masks: blocks.Streams = {}  # a stream has the same in all blocks
+        real: dict[str, Real] = {}  # a stream has the same in all blocks
+        lent: dict[tuple[int, int], Tensor] = {}
         for part, student in students.items():
             lesson = lessons.pop(part)
+            if part.source in sources and options["mode"] != "sequential":
+                lesson.lend(lent[part.source])
             if part.last == sequence[-1].index:
                 read = {s: v for s, v in lesson.target.items() if s not in family.unread}
                 lesson.target = read
             seen = {} if lesson.text_input is None else {TEXT: lesson.text_input}
-            fresh = {s: x for s, x in (seen | lesson.target).items() if s not in masks}
-            masks |= blocks.token_masks(family, batch.arguments, fresh)
+            fresh = {s: x for s, x in (seen | lesson.target).items() if s not in real}
+            real |= teaching.real_tokens(family, batch, fresh, options["batch_size"], accelerator)
             # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
-            lesson.bound = fitting(lesson.bound, student)
+            lesson.bound = teaching.fitting(lesson.bound, student)
             with accelerator.autocast():
                 returned = _call(student, lesson.bound, options["gradient_checkpointing"])
                 output = sequence[part.first].outputs(returned)
-                # A source returns its carry; its own text stream comes first in it.
+                # A source returns its carry: its own text stream, and what it lends.
+                if part.text == "source":
+                    lent[part.key] = output[TEXT].detach().chunk(2, dim=-1)[1]
                 output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
-                loss, metrics = interval_losses(output, lesson.target, masks, options)
-                linear = linear_loss(part, student, output, lesson, masks)
+                loss, metrics = teaching.interval_losses(output, lesson.target, real, options)
+                linear = teaching.linear_loss(part, student, output, lesson, real)
             if linear is not None:
                 metrics["linear"] = linear
                 loss = loss + options["linear_weight"] * linear
-            yield names[part], weight * loss, {k: weight * m for k, m in metrics.items()}
+            yield names[part], loss, metrics
 
     return losses_of_step
-
-
-def plugged(transformer: nn.Module, students: Students) -> tuple[nn.Module, Students]:
-    """The teacher with students in place of their blocks, and those students as they run there.
-
-    A teacher of another dtype than the students' float32 gets copies in its own, as an exported
-    model has them.
-    """
-    fitting = {
-        part: student
-        if transformer.dtype == torch.float32
-        else as_teacher(transformer, part, copy.deepcopy(student))
-        for part, student in students.items()
-    }
-    model, _ = blocks.assembled(transformer, {part.key: m for part, m in fitting.items()})
-    return model, fitting
 
 
 def output_distillation(
@@ -376,7 +264,7 @@ def sequential_inputs(
     transformer: nn.Module, students: Students, arguments: dict[str, Any], accelerator: Accelerator
 ) -> dict[Part, dict[str, Any]]:
     """Per part the bound arguments that its student gets inside the assembled model."""
-    model, fitting = plugged(transformer, students)
+    model, fitting, _ = plugged(transformer, students)
     owner = {id(m): part for part, m in fitting.items()}
     inputs = {}
 
@@ -399,8 +287,12 @@ def plugged_error(
     batch_size: int,
     accelerator: Accelerator,
 ) -> float:
-    """Relative velocity error of the teacher with these students plugged in, on recorded calls."""
-    model, _ = plugged(transformer, students)
+    """Relative velocity error of the teacher with these students plugged in, on recorded calls.
+
+    Raises:
+        UserError: all recorded answers are zero.
+    """
+    model, _, _ = plugged(transformer, students)
     error = power = 0.0
     for batch in reader.batches(rows, batch_size, accelerator.device):
         batch = batch.to(accelerator.device)
@@ -410,6 +302,7 @@ def plugged_error(
         output, target = (x.to(where).double() for x in (output, batch.output))
         error += (output - target).square().sum()  # on the device, which need not be waited for
         power += target.square().sum()
+    calls.refuse_zeros(float(power))
     return float(error) / float(power)
 
 
@@ -494,7 +387,7 @@ def cost_table(
         options: the stage's, with heldout_rows and batch_size.
         state, identity: as of `plugged_errors`.
     """
-    judged = reader.sample_heldout("select", options["heldout_rows"], seed)
+    judged = reader.sample_heldout("select", options["heldout_rows"], seed, "heldout_rows")
     for student in students.values():
         student.eval()
     costs = plugged_errors(

@@ -1,6 +1,8 @@
 """Errors that a person can act on."""
 
 import errno
+import functools
+import logging
 import os
 import re
 import sys
@@ -9,9 +11,27 @@ from pathlib import Path
 
 from ppcl import provenance, stopping
 
+log = logging.getLogger(__name__)
+
 
 class UserError(Exception):
     """A problem that the user can solve: the message names the file or key and the fix."""
+
+
+def warn_of_fewer(key: str, asked: int, found: int, what: str) -> None:
+    """Warns, once, if there is less than a key of the config asks for."""
+    if found < asked:
+        warn_once(
+            f"{key} asks for {asked}, and there are {found} {what}: all are taken. record.samples, "
+            "record.heldout_fraction and more prompts make more of them"
+        )
+
+
+@functools.cache
+def warn_once(text: str) -> None:
+    """Logs a warning, unless this process has before; one of several processes does."""
+    if os.environ.get("RANK", "0") == "0":
+        log.warning("%s", text)
 
 
 _FAILS = "this disk or the way to it fails (dmesg may tell more): mend that and rerun"

@@ -219,17 +219,11 @@ def generate(
     """
     if part.exists():
         return
-    with stopping.part():
-        _generate(model, device, settings, batch, part)
-
-
-def _generate(
-    model: Model, device: torch.device, settings: dict, batch: list[dict], part: Path
-) -> None:
     pipe = _pipeline(model, device)
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
     images = [item.get("image") for item in batch]
-    images = pictures(pipelines.run(pipe, prompts, seeds, settings, images, output_type="np"))
+    made = pipelines.run(pipe, prompts, seeds, settings, images, output_type="np")
+    images, frames = pictures(made)
     if not np.isfinite(images).all():
         raise _broken(model.name, "a picture")
     rounded = (images * 255).round().astype(np.uint8)
@@ -240,17 +234,19 @@ def _generate(
         "png": [to_png(picture) for picture in rounded],
         "read": [""] * len(batch),
         "prompt_index": [item["prompt_index"] for item in batch],
+        "frames": [frames] * len(batch),
     }
-    tables.write(part, pa.table(columns), schemas.IMAGES, {})
+    with stopping.part():
+        tables.write(part, pa.table(columns), schemas.IMAGES, {})
 
 
-def pictures(made) -> np.ndarray:
-    """What a pipeline made with output_type "np", float [batch, height, width, 3]; of a video the
-    frames one below the other."""
+def pictures(made) -> tuple[np.ndarray, int]:
+    """What a pipeline made with output_type "np", float [batch, height, width, 3], and the number
+    of frames of each: those of a video are one below the other."""
     if hasattr(made, "images"):
-        return np.asarray(made.images)
+        return np.asarray(made.images), 1
     frames = np.asarray(made.frames)  # [batch, frames, height, width, 3]
-    return frames.reshape(len(frames), -1, *frames.shape[3:])
+    return frames.reshape(len(frames), -1, *frames.shape[3:]), frames.shape[1]
 
 
 def to_png(picture: np.ndarray) -> bytes:
@@ -291,7 +287,7 @@ def velocity_errors(
         prompt_index, sigma.
 
     Raises:
-        UserError: the model answers with NaN or infinity.
+        UserError: the model answers with NaN or infinity, or a recorded answer is all zero.
     """
     columns: dict[str, list[np.ndarray]] = {}
     for recorded in reader.batches(rows, batch_size, device):
@@ -300,6 +296,7 @@ def velocity_errors(
         if not np.isfinite(output).all():
             raise _broken(name, "the transformer's output")
         error, norm = metrics.squared_errors(output, recorded.output.double().numpy())
+        calls.refuse_zeros(norm.min())
         found = {"error": error, "norm": norm}
         found |= {name: recorded.rows[name] for name in ("prompt_index", "sigma")}
         for column, values in found.items():
@@ -331,7 +328,7 @@ def measure_transformers(
             "parameter_fraction": Estimate(count / whole),
         }
 
-    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed))
+    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed, "velocity_rows"))
     compared = {}
     others = {name: module for name, module in transformers.items() if name != TEACHER}
     for name, transformer in tqdm(others.items(), desc="comparing velocities", unit="model"):

@@ -6,6 +6,7 @@ data flows through them, and which argument and which output of a block is which
 inspected (discovery.py), unless it is among those that are known not to work: REFUSED.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -123,7 +124,8 @@ class Family:
         framed: the text that such a tokenizer gets, up to the end of the prompt, and how many of
             its tokens don't count against the limit, where that is not the prompt and none: from
             the pipeline, the settings of its call, the tokenizer and the prompt.
-        limits: what a user should know, for the table in the docs.
+        fixed: why finished pictures can't be noised again for it; empty if they can.
+        limits: what else a user should know, for the table in the docs.
     """
 
     lists: tuple[BlockList, ...]
@@ -140,6 +142,7 @@ class Family:
     companions: tuple[str, ...] = ()
     texts: tuple[str, ...] = ("tokenizer",)
     framed: Callable[[Any, Any, Any, str], tuple[str, int]] | None = None
+    fixed: str = ""
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
@@ -260,6 +263,15 @@ _ZERO_TEXT = TextPath(
 _ZERO = Width(_ZERO_FFN, _ZERO_TEXT)
 _FFN = FeedForward("norm2", "ff")
 
+_NO_FLOW = "its schedulers are not flow matching"
+_OWN_TIME = "its pipelines count noise the other way round than their schedulers"
+# Words in the names of pipelines that give a transformer more than the latents that it denoises.
+_MORE_THAN_LATENTS = (
+    r"Edit|Kontext|Fill|Control(?!Net)|ImageToVideo|I2V|Condition|Layered|Refiner|VisualCloze"
+    r"|Framepack"
+)
+_GIVEN_MORE = "its transformer gets pictures, or frames that are there already, beside the latents"
+
 FAMILIES: dict[str, Family] = {
     "QwenImageTransformer2DModel": Family(
         lists=(
@@ -286,6 +298,7 @@ FAMILIES: dict[str, Family] = {
         masks={TEXT: marked("encoder_hidden_states_mask")},
         unread=(TEXT,),
         framed=_filled,
+        limits="Qwen-Image-Edit: record.renoised_per_sample must be 0",
     ),
     "FluxTransformer2DModel": Family(
         lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO), dual(TEXT_IMAGE, *SINGLE)),
@@ -318,7 +331,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "PixArtTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
-        limits="not flow matching: record.renoised_per_sample must be 0",
+        fixed=_NO_FLOW,
     ),
     "SanaTransformer2DModel": Family(lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),)),
     "Lumina2Transformer2DModel": Family(
@@ -332,7 +345,8 @@ FAMILIES: dict[str, Family] = {
         ),
         masks={IMAGE: _lumina},
         framed=_instructed,
-        limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
+        fixed=_OWN_TIME,
+        limits="the refiners, two blocks each, stay",
     ),
     "ZImageTransformer2DModel": Family(
         lists=(
@@ -348,7 +362,8 @@ FAMILIES: dict[str, Family] = {
         state="x",
         time="t",
         framed=_spoken,
-        limits="the refiners, two blocks each, stay; renoised_per_sample must be 0",
+        fixed=_OWN_TIME,
+        limits="the refiners, two blocks each, stay",
     ),
     "HunyuanImageTransformer2DModel": Family(
         lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
@@ -390,8 +405,8 @@ FAMILIES: dict[str, Family] = {
         lists=(dual(IMAGE_TEXT, *DOUBLE),),
         shared=("image_rotary_emb",),
         unread=(TEXT,),
-        limits="one FFN serves both streams, so it stays; not flow matching: "
-        "record.renoised_per_sample must be 0",
+        fixed=_NO_FLOW,
+        limits="one FFN serves both streams, so it stays",
     ),
     "MochiTransformer3DModel": Family(
         lists=(
@@ -475,6 +490,19 @@ def family_of(class_name: str) -> Family | None:
     return FAMILIES.get(class_name)
 
 
+def fixed_states(transformer: str, pipeline: str) -> str:
+    """Why finished pictures of a pipeline can't be noised again for its transformer, so that the
+    config's record.renoised_per_sample must be 0; empty if they can, as far as the names tell.
+
+    Args:
+        transformer, pipeline: names of their classes.
+    """
+    if re.search(_MORE_THAN_LATENTS, pipeline):
+        return _GIVEN_MORE
+    family = FAMILIES.get(transformer)
+    return family.fixed if family else ""
+
+
 def table() -> str:
     """The registry as Markdown: what works on which class, and what does not and why."""
     lines = [
@@ -486,6 +514,7 @@ def table() -> str:
         streams = dict.fromkeys(", ".join(listed.inputs) for listed in family.lists)
         limits = [f"{where[0]}[{where[1]}]: {why}" for where, why in family.untouchable.items()]
         limits += [family.limits] if family.limits else []
+        limits += [f"{family.fixed}: record.renoised_per_sample must be 0"] if family.fixed else []
         cells = [f"`{name}`", " + ".join(lists), "; ".join(streams), _width_words(family)]
         lines.append("| " + " | ".join([*cells, "; ".join(limits)]) + " |")
     lines += ["", "| refused | because |", "|---|---|"]

@@ -3,11 +3,12 @@
 Imports nothing heavy, so that Snakefiles can.
 """
 
-import json
 import re
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
+from ppcl import untrusted, weights
 from ppcl.errors import UserError
 
 PATIENCE = 10  # seconds to wait for the Hub
@@ -119,15 +120,14 @@ def wanted(
     without: Collection[str],
     teacher: dict,
 ) -> list[str]:
-    """Which files of a repository to download: of every component, one set of weights.
-
-    Safetensors if there are any, of the variant if there are any.
+    """Which files of a repository to download: of every component, one set of weights; code only
+    where it is trusted.
 
     Args:
         names: all files of the repository.
         prefix: of the pipeline's files, empty or ending with a slash.
     """
-    found, weights = [], {}
+    found, beside = [], {}
     for name in (n.removeprefix(prefix) for n in names if n.startswith(prefix)):
         part, _, file = name.partition("/")
         if not file:
@@ -136,39 +136,65 @@ def wanted(
         elif part in without or (only is not None and part not in only):
             continue
         elif re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", file):
-            weights.setdefault(part, []).append(name)
-        elif re.search(r"\.(json|jsonl|txt|model|jinja|py|spm|vocab|tiktoken)$", file):
+            beside.setdefault(part, []).append(file)
+        elif re.search(r"\.(json|jsonl|txt|model|jinja|spm|vocab|tiktoken)$", file):
             found.append(name)
-    for files in weights.values():
-        found += of_variant(
-            [f for f in files if ".safetensors" in f] or files, teacher.get("variant")
-        )
+        elif file.endswith(".py") and teacher["trust_remote_code"]:
+            found.append(name)
+    for part, files in beside.items():
+        found += [f"{part}/{file}" for file in weights.wanted(files, teacher.get("variant"))]
     return [prefix + name for name in found]
-
-
-def of_variant(files: list[str], variant: str | None) -> list[str]:
-    """The weight files of a variant, such as fp16; the plain ones if there are none."""
-    if variant:
-        mark = re.compile(rf"\.{re.escape(variant)}[.-]")
-        if chosen := [f for f in files if mark.search(f.split("/")[-1])]:
-            return chosen
-    # diffusion_pytorch_model-00001-of-00002.safetensors, model.safetensors.index.json, model.bin
-    plain = re.compile(r"[^.]+\.(safetensors|bin)(\.index\.json)?$")
-    return [f for f in files if plain.fullmatch(f.split("/")[-1])]
 
 
 def read_index(path: Path, key: str = "teacher.path") -> dict:
     """model_index.json of a pipeline's folder.
 
     Raises:
-        UserError: it is missing, or not JSON.
+        UserError: it is missing, not JSON, or names what can't be a component.
     """
     try:
-        return json.loads((path / INDEX).read_text(encoding="utf-8"))
-    except OSError as error:
+        found = untrusted.json_object(path / INDEX)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{key}: {path} is not a diffusers pipeline (it has no {INDEX}); give the folder that "
             "save_pretrained wrote, or set teacher.subfolder to where it is"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{path / INDEX}: not valid JSON ({error}); restore the file") from error
+    for name, value in found.items():
+        # Names become paths.
+        if not (name.isascii() and name.isidentifier() and len(name) <= 100):
+            raise UserError(
+                f"{path / INDEX}: {name[:100]!r} can't be the name of a component; restore the file"
+            )
+        if not _is_entry(name, value):
+            raise UserError(
+                f"{path / INDEX}: '{name}' is {str(value)[:100]!r}, but should be the library and "
+                "the class of a component; restore the file"
+            )
+    return found
+
+
+def parts(folder: Path, key: str = "teacher.path") -> dict[str, tuple[str, str]]:
+    """Components of a pipeline's folder -> what each is made as: library, class."""
+    named = read_index(folder, key).items()
+    return {k: tuple(v) for k, v in named if not k.startswith("_") and _is_named(v)}
+
+
+def _is_entry(name: str, value: Any) -> bool:
+    """Whether a value of an index is a component's, or that of an option of the pipeline."""
+    if name == "_class_name":  # of a pipeline with code of its own: module and class
+        return isinstance(value, str) or _is_named(value)
+    if name.startswith("_") or not isinstance(value, list):
+        return True
+    numbers = bool(value) and all(isinstance(v, (int, float)) for v in value)
+    return value == [None, None] or numbers or _is_named(value)
+
+
+def _is_named(value: Any) -> bool:
+    """Whether a value is a library and a class, by names that Python can import."""
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(v, str) and len(v) <= 200 for v in value)
+        and re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", value[0], re.ASCII) is not None
+        and value[1].isidentifier()
+    )

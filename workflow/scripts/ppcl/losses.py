@@ -1,6 +1,21 @@
 """Distances between a student's output and the teacher's, per stream."""
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor
+
+
+class Real(NamedTuple):
+    """The tokens of a stream that count, in a process's share of a batch.
+
+    mask: [batch, tokens], true for real tokens; None if all are.
+    weight: of this share's mean in the mean over processes, so that this is the batch's mean: its
+        tokens over the mean number of a share.
+    """
+
+    mask: Tensor | None = None
+    weight: Tensor | float = 1.0
 
 
 def normalised_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -10,12 +25,13 @@ def normalised_error(output: Tensor, target: Tensor, mask: Tensor | None = None)
 
     Args:
         output, target: [batch, tokens, channels], any float dtype; computed in float32.
-        mask: [batch, tokens], true for real tokens; padding is left out of the average.
+        mask: [batch, tokens], true for real tokens; padding is left out of the average, whatever
+            it holds, and has no gradient.
 
     Returns:
-        A float32 scalar.
+        A float32 scalar; 0 if no token is real.
     """
-    output, target = output.float(), target.float()
+    output, target = without_padding(output, mask), without_padding(target, mask)
     # A token of zero length has no direction; the floor keeps its gradient finite.
     unit_output = output / output.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     unit_target = target / target.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -27,7 +43,7 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
 
     Arguments and result as in `normalised_error`.
     """
-    output, target = output.float(), target.float()
+    output, target = without_padding(output, mask), without_padding(target, mask)
     error = (output - target).square().sum(-1)
     return _mean_over_tokens(error / target.square().sum(-1).clamp_min(1e-24), mask)
 
@@ -37,7 +53,8 @@ def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) ->
 
     Arguments and result as in `normalised_error`.
     """
-    return _mean_over_tokens((output.float() - target.float()).square().mean(-1), mask)
+    output, target = without_padding(output, mask), without_padding(target, mask)
+    return _mean_over_tokens((output - target).square().mean(-1), mask)
 
 
 def velocity_error(output: Tensor, target: Tensor, power: Tensor | None = None) -> Tensor:
@@ -52,8 +69,12 @@ def velocity_error(output: Tensor, target: Tensor, power: Tensor | None = None) 
     return (output - target).square().sum() / power
 
 
+def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
+    """x in float32 with zeros for padding, whose NaN a mask of zeros would pass on: 0 * NaN is NaN,
+    in gradients too."""
+    return x.float() if mask is None else torch.where(mask[..., None], x.float(), 0.0)
+
+
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    if mask is None:
-        return values.mean()
-    mask = mask.to(values.dtype)
-    return (values * mask).sum() / mask.sum()
+    """Of values [batch, tokens] that are zero at padding."""
+    return values.mean() if mask is None else values.sum() / mask.sum().clamp_min(1)

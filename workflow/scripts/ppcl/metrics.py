@@ -70,12 +70,17 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
 SSIM_WINDOW = 11
 
 
-def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
+def ssim(picture: np.ndarray, reference: np.ndarray, frames: int = 1) -> float:
     """Structural similarity of two 8-bit pictures [height, width, channels], mean over channels.
 
     With the settings of Wang et al. (2004): a Gaussian window of 11 x 11 pixels, sigma 1.5.
     Pictures that are smaller than that are mirrored at their edges.
+
+    frames: of a video, one below the other: the mean over them, as no window may see two.
     """
+    if frames > 1:
+        pairs = zip(np.split(picture, frames), np.split(reference, frames), strict=True)
+        return float(np.mean([ssim(*pair) for pair in pairs]))
     beyond = [(0, max(0, SSIM_WINDOW - side)) for side in picture.shape[:2]]
     picture, reference = (np.pad(p, [*beyond, (0, 0)], "symmetric") for p in (picture, reference))
     return float(
@@ -100,7 +105,8 @@ def ratio(
 ) -> Estimate:
     """sum(numerators) / sum(denominators) with a 95 % bootstrap interval over prompts.
 
-    The same prompts, resamples and seed draw the same prompts for every model.
+    Over one prompt there is none: its ends are NaN. The same prompts, resamples and seed draw the
+    same prompts for every model.
 
     Args:
         numerators, denominators: one per sample [n].
@@ -110,12 +116,15 @@ def ratio(
     count = group.max() + 1
     above = np.bincount(group, np.asarray(numerators, dtype=np.float64), count)
     below = np.bincount(group, np.asarray(denominators, dtype=np.float64), count)
+    value = above.sum() / below.sum()
+    if count < 2:
+        return Estimate(value, samples=len(group))
     rng = np.random.default_rng(seed)
     # One resample at a time: a matrix of resamples x prompts would not fit for large sets.
     drawn = [rng.integers(count, size=count) for _ in range(resamples)]
     values = np.array([above[d].sum() / below[d].sum() for d in drawn])
     low, high = np.percentile(values, [2.5, 97.5])
-    return Estimate(above.sum() / below.sum(), float(low), float(high), len(group))
+    return Estimate(value, float(low), float(high), len(group))
 
 
 def mean(values: Sequence[float], prompts: Sequence[int], resamples: int, seed: int) -> Estimate:
@@ -124,18 +133,20 @@ def mean(values: Sequence[float], prompts: Sequence[int], resamples: int, seed: 
 
 
 def median_ratio(times: np.ndarray, reference: np.ndarray, resamples: int, seed: int) -> Estimate:
-    """median(times) / median(reference) with a 95 % bootstrap interval over rounds.
+    """median(times) / median(reference) with a 95 % bootstrap interval over rounds; over one
+    round there is none, and its ends are NaN.
 
     Args:
         times, reference: seconds [rounds]; entries of one round were measured one after the
             other and are drawn together, so that a slow moment of the machine cancels.
     """
+    value = float(np.median(times) / np.median(reference))
+    if len(times) < 2:
+        return Estimate(value, samples=len(times))
     drawn = np.random.default_rng(seed).integers(len(times), size=(resamples, len(times)))
     values = np.median(times[drawn], axis=1) / np.median(reference[drawn], axis=1)
     low, high = np.percentile(values, [2.5, 97.5])
-    return Estimate(
-        float(np.median(times) / np.median(reference)), float(low), float(high), len(times)
-    )
+    return Estimate(value, float(low), float(high), len(times))
 
 
 def rows(found: Mapping[str, Mapping[str, Estimate]]) -> list[dict]:

@@ -5,7 +5,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -17,12 +16,14 @@ from PIL import Image
 from ppcl import (
     arguments,
     blocks,
+    complete,
     devices,
     hub,
-    preflight,
     prompt_tokens,
     signatures,
+    steps,
     teacher_identity,
+    weights,
 )
 from ppcl.errors import UserError
 from ppcl.families import family_of
@@ -71,25 +72,36 @@ def load(
         UserError: not a pipeline, not reachable, damaged weights, or a family we can't prune.
     """
     path, folder = teacher["path"], hub.folder(teacher, key, without=without)
+    parts = hub.parts(folder, key)
+    weights.check_variant(folder, parts, teacher["variant"], key)
+    needed = {name: made_as for name, made_as in parts.items() if name not in without}
+    files = weights.check(folder, needed, teacher["variant"], key, hub.component(teacher))
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            folder,
-            variant=teacher["variant"],
-            dtype=devices.dtype(teacher["dtype"]),
-            trust_remote_code=teacher["trust_remote_code"],
-            **dict.fromkeys(without),
-        )
+        with complete.accounts() as told:
+            pipe = DiffusionPipeline.from_pretrained(
+                folder,
+                variant=teacher["variant"],
+                dtype=devices.dtype(teacher["dtype"]),
+                trust_remote_code=teacher["trust_remote_code"],
+                use_safetensors=True,
+                **dict.fromkeys(without),
+            )
     except Exception as error:  # diffusers raises many kinds; all mean "can't load this folder"
         raise UserError(
             f"{key}: {path} can't be loaded as a diffusers pipeline: {error}"
         ) from error
     transformer = denoiser(pipe, teacher)
     blocks.family(transformer)
-    refuse_incomplete(transformer, f"{path}/{hub.component(teacher)}")
     teacher_identity.refuse_changed(teacher)
     prompt_tokens.as_published(pipe, folder)
-    pipe.set_progress_bar_config(disable=True)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    for name, module in modules.items():
+        account = next((account for model, account in told if model is module), None)
+        if account is None:  # of a class with a loader of its own
+            complete.refuse_incomplete(module, str(folder / name))
+        else:
+            complete.check(module, account, folder / name, files.get(name, {}))
+    pipe.set_progress_bar_config(disable=True)
     sizes = {name: devices.size(module) for name, module in modules.items()}
     how = devices.offload(teacher.get("offload", "none"), sizes, device)
     if how == "none":
@@ -134,10 +146,13 @@ def load_transformer(
     path, name = teacher["path"], hub.component(teacher)
     where = f"{path}/{name}"
     folder = hub.folder(teacher, key, only=(name,))
-    index = hub.read_index(folder, key)
-    library, made_as = index.get(name) or (None, None)
-    if made_as is None:
+    parts = hub.parts(folder, key)
+    if name not in parts:
         raise UserError(f"{key}: {path} has no {name}; set teacher.component to one that it has")
+    library, made_as = parts[name]
+    if not hub.is_name(path):  # of which only this component may be here
+        weights.check_variant(folder, parts, teacher["variant"], key)
+    files = weights.check(folder, {name: parts[name]}, teacher["variant"], key, name)[name]
     if library == "diffusers":
         family_of(made_as)
     elif not teacher["trust_remote_code"]:
@@ -145,18 +160,21 @@ def load_transformer(
             f"{key}: {path}: its {name} is not a class of diffusers; if its code is beside "
             "its weights and you trust it, set trust_remote_code: true"
         )
+    variant = weights.variant_of(weights.names_in(folder / name), teacher["variant"])
     try:
         made_by = getattr(diffusers, made_as) if library == "diffusers" else code_beside(teacher)
-        transformer = made_by.from_pretrained(
+        transformer, account = made_by.from_pretrained(
             folder,
             subfolder=name,
-            variant=teacher["variant"],
+            variant=variant,
             dtype=devices.dtype(teacher["dtype"]),
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:
         raise UserError(f"{key}: {where} can't be loaded: {error}") from error
     blocks.family(transformer)
-    refuse_incomplete(transformer, where)
+    complete.check(transformer, account, folder / name, files)
     teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()
     if compiled and teacher["compile"]:
@@ -176,11 +194,11 @@ def load_transformer(
 
 def transformer_size(teacher: dict) -> int:
     """Bytes of the transformer's weights in the dtype that it runs in, read from their headers."""
-    part = hub.folder(teacher, only=(hub.component(teacher),)) / hub.component(teacher)
-    files = hub.of_variant([str(f) for f in part.glob("*.safetensors")], teacher["variant"])
-    headers = [preflight.safetensors_header(Path(file)) for file in files]
-    entries = [v for header in headers for k, v in header.items() if k != "__metadata__"]
-    count = sum(math.prod(entry["shape"]) for entry in entries)
+    name = hub.component(teacher)
+    folder = hub.folder(teacher, only=(name,))
+    library, _ = hub.parts(folder)[name]
+    headers = weights.headers(folder / name, library, teacher["variant"]).values()
+    count = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
     return count * devices.dtype(teacher["dtype"]).itemsize
 
 
@@ -192,21 +210,6 @@ def code_beside(teacher: dict) -> type:
     return get_class_from_dynamic_module(
         folder, f"{library}.py", class_name=name, trust_remote_code=True, subfolder=part
     )
-
-
-def refuse_incomplete(module: torch.nn.Module, where: str) -> None:
-    """diffusers only warns about missing weights and leaves meta tensors: stop instead.
-
-    Raises:
-        UserError: a parameter is missing, or holds NaN or infinity.
-    """
-    for name, parameter in module.named_parameters():
-        if parameter.is_meta:
-            raise UserError(
-                f"{where}: the weight '{name}' is missing; its config and files disagree"
-            )
-        if not torch.isfinite(parameter).all():
-            raise UserError(f"{where}: the weight '{name}' holds NaN or infinity")
 
 
 def call_arguments(pipe: DiffusionPipeline, settings: dict[str, Any]) -> dict[str, Any]:
@@ -262,8 +265,9 @@ def run(
 ):
     """Runs the stock pipeline; an image depends on its prompt and seed, not on its batch.
 
-    Noise is drawn on the CPU, so a seed gives the same start on every device. A text that goes
-    with the prompt, such as `negative_prompt`, is repeated for the batch.
+    Noise is drawn on the CPU, so a seed gives the same start on every device; what schedulers draw
+    while denoising is the seed's too (`steps.seeded`). A text that goes with the prompt, such as
+    `negative_prompt`, is repeated for the batch.
 
     Args:
         images: path of the picture of every prompt (all the same), or None, for pipelines that
@@ -282,7 +286,7 @@ def run(
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     prompt_tokens.hush(pipe)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), steps.seeded(pipe, generators, seeds):
             # A copy, since Z-Image's pipeline writes into the list.
             return pipe(prompt=list(prompts), generator=generators, **given, **more)
     except Exception as error:

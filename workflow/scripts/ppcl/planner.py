@@ -25,6 +25,7 @@ from ppcl import (
     footprint,
     shards,
     students,
+    teaching,
     weightless,
     width,
 )
@@ -314,7 +315,7 @@ class Planner:
             arguments = self.example(batch, self.dtype)
 
             def run():
-                return distillation.teacher_states(self.transformer, parts, arguments)
+                return teaching.teacher_states(self.transformer, parts, arguments)
 
             activations = self.inference(batch)
             if parts:
@@ -399,7 +400,7 @@ class Planner:
         """A step of `distillation.independent`, on meta."""
         sequence = blocks.block_sequence(self.transformer)
         unread = blocks.family(self.transformer).unread
-        lessons = distillation.teacher_states(self.transformer, list(running), arguments)
+        lessons = teaching.teacher_states(self.transformer, list(running), arguments)
         for part, student in running.items():
             lesson = lessons.pop(part)
             if part.last == sequence[-1].index:
@@ -408,7 +409,7 @@ class Planner:
             returned = distillation._call(student, lesson.bound, options["gradient_checkpointing"])
             output = sequence[part.first].outputs(returned)
             output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
-            loss, _ = distillation.interval_losses(output, lesson.target, {}, options)
+            loss, _ = teaching.interval_losses(output, lesson.target, {}, options)
             torch.autograd.backward(loss)
 
     def _subsets(self) -> Stage:

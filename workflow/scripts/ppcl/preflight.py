@@ -3,18 +3,16 @@
 Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
-import json
 import math
+import os
 import re
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import arguments, hub, pins
+from ppcl import arguments, hub, pins, prompt_checks, schemas, untrusted, weights
 from ppcl.config import limits
 from ppcl.errors import UserError
-from ppcl.families import family_of
-from ppcl.prompts import JUDGE_COLUMNS, read
+from ppcl.families import family_of, fixed_states
 
 
 def check(config: dict, source: str = "config") -> None:
@@ -23,25 +21,9 @@ def check(config: dict, source: str = "config") -> None:
     Raises UserError naming the key, the file and the fix.
     """
     _check_teacher(config["teacher"], source)
+    prompt_checks.check(config, source)
     arguments.check(config, source)
-    used = []
-    for stage in ("record", "evaluate"):
-        rows = read(config[stage]["prompts"], f"{source}: {stage}.prompts")
-        used.append({row["prompt"] for row in rows[: config[stage]["samples"]]})
-    if shared := sorted(used[0] & used[1]):
-        raise UserError(
-            f"{source}: evaluate.prompts: '{shared[0]}' is also a calibration prompt "
-            "(record.prompts), so results on it would flatter; remove it from one of the two files"
-        )
-    if config["evaluate"]["judge"] == "digits":
-        path = config["evaluate"]["prompts"]
-        row = read(path, f"{source}: evaluate.prompts")[0]
-        missing = [column for column in JUDGE_COLUMNS if column not in row]
-        if missing:
-            raise UserError(
-                f"{source}: evaluate.judge is 'digits', but {path} has no column "
-                f"{', '.join(missing)}; add it or set evaluate.judge: none"
-            )
+    _check_renoising(config, source)
     for stage in ("distill", "subsets", "finetune"):
         size = config[stage]["batch_size"]
         if config["processes"] != "auto" and config["processes"] > size:
@@ -82,6 +64,38 @@ def check(config: dict, source: str = "config") -> None:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     _check_budgets(config, blocks, total, source)
+
+
+def least_fraction(config: dict, source: str) -> float:
+    """The share of a local teacher's transformer that the fewest students leave; 0 on the Hub."""
+    blocks, total = _parameters(config["teacher"])
+    return _least(config, blocks, total, source)[1] / total if blocks else 0.0
+
+
+def _check_renoising(config: dict, source: str) -> None:
+    """Raises UserError if pictures of a local teacher are to be noised again and can't be."""
+    teacher, count = config["teacher"], config["record"]["renoised_per_sample"]
+    if not count or hub.is_name(teacher["path"]):
+        return
+    index = hub.read_index(_folder(teacher))
+    pipeline, transformer = str(index["_class_name"]), str(index[hub.component(teacher)][1])
+    if why := fixed_states(transformer, pipeline):
+        raise UserError(
+            f"{source}: record.renoised_per_sample is {count}, but pictures of a {pipeline} can't "
+            f"be noised again ({why}); set it to 0"
+        )
+
+
+def check_results(run: str, source: str = "config") -> None:
+    """Raises UserError if a file is where a folder of the run's results has to be."""
+    folders = {path.split("/")[0] for path in schemas.ARTIFACTS}
+    run_folder = Path("results", run)
+    for folder in (run_folder.parent, run_folder, *map(run_folder.joinpath, sorted(folders))):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{source}: run: {folder} has to be a folder, and is none; choose another name for "
+                "the run, or move that away"
+            )
 
 
 def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> None:
@@ -166,42 +180,49 @@ def _check_teacher(teacher: dict, source: str) -> None:
             f"pipeline or the name of a repository on the Hub (owner/name)"
         )
     index, index_path = hub.read_index(folder, f"{source}: teacher.path"), folder / hub.INDEX
-    transformers = [
-        name
-        for name, made_as in index.items()
-        if isinstance(made_as, list) and "Transformer" in str(made_as[-1:]) and name[0] != "_"
-    ]
-    if "_class_name" not in index or not (component in index or transformers):
+    parts = hub.parts(folder)
+    transformers = [name for name, (_, made_as) in parts.items() if "Transformer" in made_as]
+    if "_class_name" not in index or not (component in parts or transformers):
         raise UserError(
             f"{source}: teacher.path: {index_path} names no {component}; only pipelines whose "
             f"denoiser is a transformer can be pruned"
         )
-    if not (index.get(component) or [None])[-1]:
+    if component not in parts:
         raise UserError(
             f"{source}: teacher.component: {index_path} names no {component}; set it to one of "
             f"{', '.join(transformers)}"
         )
-    family_of(index[component][1])
-    if not (folder / component / "config.json").is_file():
-        raise UserError(
-            f"{source}: teacher.path: {folder / component} has no config.json; restore the "
-            f"{component}'s folder"
-        )
-    for name, made_as in index.items():
-        beside = isinstance(made_as, list) and (folder / name / f"{made_as[0]}.py").is_file()
+    family = family_of(parts[component][1])
+    for name, (library, _) in parts.items():
+        beside = (folder / name / f"{library}.py").is_file()
         if beside and name != component and not teacher["trust_remote_code"]:
             raise UserError(
                 f"{source}: teacher.path: {folder / name} brings code of its own, as a pruned "
                 "transformer with narrow blocks does; if you trust it, set "
                 "teacher.trust_remote_code: true"
             )
-    if not list((folder / component).glob("*.safetensors")):
-        raise UserError(
-            f"{source}: teacher.path: {folder / component} holds no .safetensors file, the only "
-            "weights that are read here; load the pipeline and save it again with save_pretrained"
-        )
-    for weights in sorted(folder.glob("*/*.safetensors")):
-        safetensors_header(weights)
+    weights.check_variant(folder, parts, teacher["variant"], source)
+    key = f"{source}: teacher.path"
+    held = weights.check(folder, parts, teacher["variant"], key, component)[component]
+    known = untrusted.json_object(folder / component / weights.CONFIG)
+    for listed in family.lists if family else ():
+        names = [name for header in held.values() for name in header]
+        stored = len({_block(name, listed.attribute) for name in names} - {None})
+        if listed.depth_key in known and known[listed.depth_key] != stored:
+            raise UserError(
+                f"{key}: {folder / component / weights.CONFIG}: {listed.depth_key} is "
+                f"{str(known[listed.depth_key])[:100]}, but the weights are of {stored} blocks "
+                f"({listed.attribute}); restore the config that they were saved with"
+            )
+
+
+def _block(weight: str, lists: str) -> tuple[str, int] | None:
+    """List and number of the block that a weight is of; None if it is of no block.
+
+    lists: a pattern of their names.
+    """
+    match = re.match(rf"({lists})\.([0-9]{{1,6}})\.", weight)
+    return (match[1], int(match[2])) if match else None
 
 
 def _parameters(teacher: dict) -> tuple[list[int], int]:
@@ -209,21 +230,18 @@ def _parameters(teacher: dict) -> tuple[list[int], int]:
     the safetensors headers alone."""
     blocks: dict[tuple[str, int], int] = {}
     total = 0
-    folder = _folder(teacher) / hub.component(teacher)
+    part = hub.component(teacher)
+    folder = _folder(teacher) / part
     if not folder.is_dir():
         return [], 0  # on the Hub
-    family = family_of(hub.read_index(_folder(teacher))[hub.component(teacher)][1])
+    library, made_as = hub.parts(_folder(teacher))[part]
+    family = family_of(made_as)
     names = "|".join(listed.attribute for listed in family.lists) if family else r"\w*blocks"
-    files = sorted(str(path) for path in folder.glob("*.safetensors"))
-    for path in hub.of_variant(files, teacher["variant"]):
-        for name, entry in safetensors_header(Path(path)).items():
-            if name == "__metadata__":
-                continue
+    for header in weights.headers(folder, library, teacher["variant"]).values():
+        for name, entry in header.items():
             count = math.prod(entry["shape"])
             total += count
-            match = re.match(rf"({names})\.(\d+)\.", name)
-            if match:
-                key = (match[1], int(match[2]))
+            if key := _block(name, names):
                 blocks[key] = blocks.get(key, 0) + count
     return sorted(blocks.values()), total
 
@@ -247,22 +265,3 @@ def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[in
     students = math.ceil((len(blocks) - protected) / longest)
     whole = protected if config["width"]["enabled"] else protected + students
     return protected + students, total - sum(blocks[whole:])
-
-
-def safetensors_header(path: Path) -> dict:
-    """Names, shapes and types of a safetensors file, without reading its tensors.
-
-    Raises UserError if the file is truncated or not safetensors.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            header = json.loads(file.read(length)) if length < size else None
-        ends = [v["data_offsets"][1] for k, v in header.items() if k != "__metadata__"]
-        complete_size = 8 + length + max(ends, default=0)
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError):
-        complete_size = None
-    if complete_size is None or complete_size != size:
-        raise UserError(f"{path}: truncated or not a safetensors file; restore or remake it")
-    return header

@@ -179,13 +179,20 @@ def residual_fit(probe: Probe, x: np.ndarray, y: np.ndarray) -> Fit:
         float(np.square(y - y.mean(0)).sum()),
         energy + float(np.square(y).sum()),
     )
-    output, target = x + predicted, x + y
-    norms = np.linalg.norm(output, axis=1) * np.linalg.norm(target, axis=1)
-    # Two zero tokens agree; one zero token against another that is not does not.
-    both_zero = ~(output.any(1) | target.any(1))
-    cosine = np.where(both_zero, 1.0, (output * target).sum(1) / np.where(norms > 0, norms, 1))
+    cosine = cosines(x + predicted, x + y).mean()
     residual_norm = np.sqrt(np.square(y).sum() / energy) if energy > 0 else 0.0
-    return Fit(r2, float(cosine.mean()), float(residual_norm))
+    return Fit(r2, float(cosine), float(residual_norm))
+
+
+def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Cosine of every token of x [n, d] with that of y, float64 [n].
+
+    Two zero tokens agree; one zero token against another that is not does not.
+    """
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+    both_zero = ~(x.any(1) | y.any(1))
+    return np.where(both_zero, 1.0, (x * y).sum(1) / np.where(norms > 0, norms, 1))
 
 
 def _r2(error: float, total: float, energy: float) -> float:

@@ -1,53 +1,56 @@
-"""Prompts files, as the stages and the checks before them read them. No torch."""
+"""Prompts files, as the stages and the checks before them read them. No torch.
+
+A file is read exactly as it stands, or refused with the line. Text files are UTF-8, with lines that
+end in a newline, or in a carriage return and a newline: no other character ends one.
+"""
 
 import csv
+import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ppcl.errors import UserError
 
 JUDGE_COLUMNS = ("digit", "digit_color", "background_color")
 """What the judge `digits` needs to know of every evaluation prompt."""
+FORMATS = ".txt (one prompt per line), .csv, .tsv, .jsonl or .parquet"
 
 
 def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
-    """The rows of a prompts file: each has `prompt`, a CSV keeps its other columns too.
+    """The rows of a prompts file: each has `prompt`, tables keep their other columns too, as text.
 
-    A .csv needs a header with `prompt`; any other file holds one prompt per line (empty lines
-    are skipped). A column `image` names a picture for pipelines that take one, relative to the
-    file's folder or to the working directory; rows hold the path that was found.
+    The ending says the format. One prompt per line: .txt, or no ending at all; blank lines are
+    skipped, and blanks at both ends of a line dropped. Tables: .csv and .tsv, whose first line
+    names the columns; .jsonl, an object per line; .parquet. There prompts are kept as they are. A
+    column `image` names a picture for pipelines that take one, relative to the file's folder or to
+    the working directory; rows hold the path that was found.
 
-    Raises UserError if the file is missing, empty, not UTF-8 or has no prompt column, or if a
-    picture is missing.
+    Raises UserError if the file is missing, empty, of another format or not whole, says in which
+    line; or if a picture is missing.
     """
-    try:
-        # utf-8-sig: spreadsheets prefix a byte order mark, which would become part of a prompt.
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
+    path, ending = Path(path), Path(path).suffix.lower()
+    if ending not in _READERS:
         raise UserError(
-            f"{key}: {path} is not UTF-8 (byte {error.start}); save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"{key}: cannot read {path} ({error.strerror}); set the key to a prompts file"
-        ) from error
-    if str(path).lower().endswith(".csv"):
-        reader = csv.DictReader(text.splitlines(keepends=True))
-        if text.strip() and "prompt" not in (reader.fieldnames or []):
-            raise UserError(f"{key}: {path} has no column 'prompt'; name it in the first line")
-        rows = list(reader) if text.strip() else []
-        for row in rows:
-            if None in row:
-                raise UserError(
-                    f"{key}: {path}: '{row['prompt']}' is followed by more columns than the header "
-                    "has; put prompts with commas in double quotes"
-                )
-        rows = [row for row in rows if (row["prompt"] or "").strip()]
-        for row in rows:
-            if "image" in row:
-                row["image"] = _picture(row["image"] or "", Path(path), key, row["prompt"])
-    else:
-        rows = [{"prompt": line.strip()} for line in text.splitlines() if line.strip()]
+            f"{key}: {path} ends in '{ending}', and prompts are read from {FORMATS}; save "
+            "or rename it as what it is"
+        )
+    rows = []
+    for place, row in _READERS[ending](path, key):
+        where = f"{key}: {path}: {place}"
+        if not isinstance(row.get("prompt"), str) or not row["prompt"].strip():
+            raise UserError(
+                f"{where}: the prompt is {shown(row.get('prompt'))}, and has to be a text; write "
+                "one, or remove the whole row"
+            )
+        rows.append({name: _plain(value, where) for name, value in row.items()})
+        if "image" in row:
+            rows[-1]["image"] = _picture(row["image"], path, where)
+        elif "image" in rows[0]:
+            raise UserError(f"{where}: has no image; name one in every row, or in none")
+        if "image" in row and "image" not in rows[0]:
+            raise UserError(f"{where}: has an image, and rows before have none; name one in each")
     if not rows:
         raise UserError(f"{key}: {path} is empty; write at least one prompt, one per line")
     return rows
@@ -58,21 +61,222 @@ def pictures(rows: list[dict[str, str]]) -> list[str]:
     return list(dict.fromkeys(row["image"] for row in rows if "image" in row))
 
 
-def _picture(name: str, file: Path, key: str, prompt: str) -> str:
-    """Where a picture is; UserError if nowhere."""
-    if not name.strip():
+def heldout_count(prompts: int, fraction: float) -> int:
+    """How many of so many different prompts are kept from every fit: two, one to select by and one
+    to report on, or more, but never so many that none is left to fit on."""
+    return min(max(2, round(prompts * fraction)), prompts - 1)
+
+
+def shown(text: Any) -> str:
+    """A text for messages: in quotes, on one line, not long."""
+    found = repr(text)
+    return found if len(found) <= 70 else f"{found[:60]}...{found[-1]}"
+
+
+def _regular(path: Path, key: str) -> bytes:
+    """All bytes of a regular file."""
+    try:
+        if path.exists() and not path.is_file():
+            raise UserError(f"{key}: {path} is no regular file; set the key to a prompts file")
+        return path.read_bytes()
+    except OSError as error:
         raise UserError(
-            f"{key}: {file}: '{prompt}' has no image; name one in every row, or drop the column"
+            f"{key}: cannot read {path} ({error.strerror}); set the key to a prompts file"
+        ) from error
+
+
+def _lines(path: Path, key: str) -> list[str]:
+    """The lines of a text file, without their ends."""
+    content = _regular(path, key)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{key}: {path} is UTF-16; save the file as UTF-8")
+    try:
+        # utf-8-sig: spreadsheets prefix a byte order mark, which would become part of a prompt.
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise UserError(
+            f"{key}: {path} is not UTF-8 (byte {error.start}, line {line}); save the file as UTF-8"
+        ) from error
+    lines = text.replace("\r\n", "\n").split("\n")
+    for sign, what in (
+        ("\r", "a carriage return without a newline, so where lines end is unclear"),
+        ("\0", "a NUL character, as texts that are not UTF-8 have"),
+        ("\ufeff", "a byte order mark, as files have that were joined"),
+    ):
+        for number, line in enumerate(lines if sign in text else (), start=1):
+            if sign in line:
+                raise UserError(
+                    f"{key}: {path}: line {number} holds {what}; save the file as UTF-8, with "
+                    "plain line ends"
+                )
+    return lines
+
+
+def _read_lines(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a file with one prompt per line."""
+    lines = [(n, line.strip(" \t")) for n, line in enumerate(_lines(path, key), start=1)]
+    lines = [(number, line) for number, line in lines if line.strip()]
+    first = lines[0][1] if lines else ""
+    if re.match(r'"?prompt"?([,;\t]|$)', first) or _is_object(first):
+        raise UserError(
+            f"{key}: {path}: line {lines[0][0]}, {shown(first)}, is of a table, but the file's "
+            "name makes every line a prompt; let it end in .csv, .tsv or .jsonl, as it is"
+        )
+    return ((f"line {number}", {"prompt": line}) for number, line in lines)
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
+    """A reader of (place, row) of a table whose columns are separated so."""
+
+    def found(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+        lines = _lines(path, key)
+        if not any(line.strip() for line in lines):
+            return
+        reader = csv.reader([f"{line}\n" for line in lines], delimiter=delimiter, strict=True)
+        names: list[str] = []
+        end = 0
+        try:
+            for cells in reader:
+                start, end = end + 1, reader.line_num
+                blank = not any(cell.strip() for cell in cells)
+                if blank:
+                    continue
+                if not names:
+                    names = [cell.strip() for cell in cells]
+                    _check_names(names, f"{key}: {path}", lines[start - 1])
+                    continue
+                place = f"line {start}" if start == end else f"lines {start} to {end}"
+                if len(cells) != len(names):
+                    raise UserError(
+                        f"{key}: {path}: {place}: {shown(cells[0])} is of {len(cells)} columns, "
+                        f"and there should be {len(names)}; put prompts with commas in double "
+                        "quotes, and leave no column out"
+                    )
+                row = {n: c.strip() for n, c in zip(names, cells, strict=True) if n}
+                yield place, row | {"prompt": cells[names.index("prompt")]}
+        except csv.Error as error:
+            if not names:
+                _check_names(lines[0].split(delimiter), f"{key}: {path}", lines[0])
+            raise UserError(
+                f"{key}: {path}: the row that begins in line {end + 1} can't be read ({error}); "
+                "close its double quotes, and write those inside of a quoted prompt twice"
+            ) from error
+
+    return found
+
+
+def _check_names(names: list[str], where: str, line: str) -> None:
+    """Raises UserError unless they are names of columns, with `prompt`."""
+    if "prompt" not in names:
+        parts = [part.strip(' "') for part in re.split(r"[,;\t|]", line)]
+        fix = "name it in the first line"
+        if "prompt" in parts and len(parts) > len(names):
+            fix = "separate columns by commas in a .csv, by tabs in a .tsv"
+        elif close := [name for name in names if name.lower() == "prompt"]:
+            fix = f"write '{close[0]}' in small letters"
+        raise UserError(f"{where} has no column 'prompt' (its first line: {shown(line)}); {fix}")
+    for name in filter(None, names):
+        if names.count(name) > 1:
+            raise UserError(f"{where} has two columns '{name}'; rename or remove one")
+
+
+def _read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a file with a JSON object per line."""
+    for number, line in enumerate(_lines(path, key), start=1):
+        if not line.strip():
+            continue
+        where = f"{key}: {path}: line {number}"
+        try:
+            row = json.loads(line, object_pairs_hook=lambda pairs: once(pairs, where))
+        except (ValueError, RecursionError) as error:
+            raise UserError(
+                f"{where} is not JSON ({error}); write one object per line, such as "
+                '{"prompt": "a cat"}'
+            ) from error
+        if not isinstance(row, dict):
+            raise UserError(f'{where} is no object; write one per line, such as {{"prompt": "a"}}')
+        yield f"line {number}", row
+
+
+def once(pairs: list[tuple[str, Any]], where: str) -> dict:
+    """A mapping of JSON; UserError if it has a key twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{where}: has the key '{twice}' twice; remove one")
+    return found
+
+
+def _read_parquet(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a parquet file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    content = _regular(path, key)
+    if not content.strip():
+        return
+    try:
+        table = parquet.ParquetFile(pa.BufferReader(content)).read()
+        columns = {
+            name: column.to_pylist()
+            for name, column in zip(table.column_names, table.columns, strict=True)
+        }
+    except (pa.ArrowException, OSError, ValueError, TypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"{key}: {path} is not a whole parquet file ({reason}); write or copy it anew"
+        ) from error
+    _check_names(table.column_names, f"{key}: {path}", ", ".join(table.column_names))
+    for number in range(len(table)):
+        yield f"row {number + 1}", {name: column[number] for name, column in columns.items()}
+
+
+def _plain(value: Any, where: str) -> str:
+    """A value of a row as text: whole numbers without a point, missing ones empty."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = value if isinstance(value, str) else json.dumps(value, default=str)
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise UserError(f"{where}: {shown(text)} holds NUL or half a character; write it anew")
+    return text
+
+
+def _picture(name: Any, file: Path, where: str) -> str:
+    """Where a picture is; UserError if nowhere."""
+    if not isinstance(name, str) or not name.strip():
+        raise UserError(
+            f"{where}: has no image (but {shown(name)}); name one in every row, or drop the column"
         )
     if re.search(r"[{}\x00-\x1f]", name.strip()):
         raise UserError(
-            f"{key}: {file}: the image {name.strip()!r} of '{prompt}' has braces or control "
-            "characters in its name, which Snakemake can't follow; rename it"
+            f"{where}: the image {name.strip()!r} has braces or control characters in its name, "
+            "which Snakemake can't follow; rename it"
         )
     for path in (file.parent / name.strip(), Path(name.strip())):
         if path.is_file():
             return str(path)
     raise UserError(
-        f"{key}: {file}: the image {name.strip()} of '{prompt}' is neither in {file.parent} nor in "
-        "the working directory; add the picture or correct its name"
+        f"{where}: the image {name.strip()} is neither in {file.parent} nor in the working "
+        "directory; add the picture or correct its name"
     )
+
+
+_READERS = {
+    "": _read_lines,
+    ".txt": _read_lines,
+    ".csv": _table(","),
+    ".tsv": _table("\t"),
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,44 +1,76 @@
 """Runs the stock pipeline and records what it asks of the transformer."""
 
+import contextlib
 import inspect
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, pipelines
+from ppcl import blocks, calls, pipelines, replays, steps
 from ppcl.errors import UserError
 from ppcl.families import Family
 
 
 class _Recorder:
-    """Hooks a transformer for one run of a pipeline and collects its calls."""
+    """Hooks a transformer and a scheduler for one run of a pipeline, and collects the calls.
 
-    def __init__(self, transformer: nn.Module):
-        self.transformer, self.step, self.branch = transformer, 0, 0
+    Attributes:
+        calls: arguments, output, step, branch and level of every call.
+        latents: after each step.
+        step: steps taken so far.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, transformer: nn.Module):
+        self.pipe, self.transformer, self.step = pipe, transformer, 0
         self.calls: list[dict[str, Any]] = []
-        self.latents: list[Tensor] = []
+        self.latents: dict[int, Tensor] = {}
+        self._counted = False
 
     def __enter__(self) -> "_Recorder":
         def hook(module, args, kwargs, returned):
             output = blocks.stacked(returned[0] if isinstance(returned, tuple) else returned.sample)
-            bound = blocks.signature_arguments(module, args, kwargs)
-            here = {"arguments": bound, "output": output, "step": self.step, "branch": self.branch}
+            branch = sum(call["step"] == self.step for call in self.calls)
+            here = {"step": self.step, "branch": branch, "level": None}
+            here["arguments"] = blocks.signature_arguments(module, args, kwargs)
+            here["output"] = output.clone()  # the pipeline may go on to compute in it
             self.calls.append(here)
-            self.branch += 1
 
-        self._handle = self.transformer.register_forward_hook(hook, with_kwargs=True)
+        self._undo = contextlib.ExitStack()
+        handle = self.transformer.register_forward_hook(hook, with_kwargs=True)
+        self._undo.callback(handle.remove)
+        self._undo.enter_context(steps.around(self._scheduler, self._take))
         return self
 
     def __exit__(self, *_exception) -> None:
-        self._handle.remove()
+        self._undo.close()
 
-    def end_of_step(self, _pipe, _step, _timestep, values: dict) -> dict:
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self.pipe, "scheduler", None)
+
+    def _take(self, scheduler: Any, step: steps.Step, given: dict[str, Any]) -> Any:
+        returned, level = steps.taken(scheduler, step, given)
+        if scheduler is self._scheduler:  # not a copy, of which a pipeline may have several
+            self._end(level)
+            self._counted = True
+        return returned
+
+    def _end(self, level: steps.Level) -> None:
+        for call in self.calls:
+            if call["step"] == self.step:
+                call["level"] = level
+        self.step += 1
+
+    def end_of_step(self, _pipe, _step, timestep, values: dict) -> dict:
         """The pipeline's callback after each denoising step."""
-        self.latents.append(values["latents"])
-        self.step, self.branch = self.step + 1, 0
+        if not self._counted:
+            self._end(steps.told(self._scheduler, timestep))
+        self._counted = False
+        self.latents[self.step - 1] = values["latents"]
         return {}
 
     def callback(self, pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -69,6 +101,7 @@ def record_batch(
     settings: dict[str, Any],
     renoised: int,
     seed: int,
+    replayed: bool = True,
 ) -> list[pa.Table]:
     """Every transformer call of one batch of samples, one table per call.
 
@@ -80,23 +113,23 @@ def record_batch(
         renoised: fresh states per sample and branch: the pipeline's final latent, noised again at a
             sigma drawn uniformly between the schedule's ends, and the teacher's answer to it.
         seed: of the fresh noise.
+        replayed: replay all calls of the pipeline on the transformer alone, and compare
+            (`replays.compare`); costs as much as the calls did. Once for a pipeline is enough.
 
     Raises:
-        UserError: the pipeline has no step callback, or its states can't be renoised.
+        UserError: the pipeline has no step callback, its states can't be renoised, it changes the
+            transformer's answers from outside, or one of them is all zero.
     """
     prompts, seeds = [s["prompt"] for s in samples], [s["seed"] for s in samples]
     images = [s["image"] for s in samples] if "image" in samples[0] else None
     samples = [{key: value for key, value in s.items() if key != "image"} for s in samples]
-    with _Recorder(transformer) as recorder:
+    with _Recorder(pipe, transformer) as recorder:
         more = recorder.callback(pipe)
         pipelines.run(pipe, prompts, seeds, settings, images, output_type="latent", **more)
-    schedule = pipe.scheduler
-    sigmas = getattr(schedule, "sigmas", None)
     family = blocks.family(transformer)
     found = []
     for call in recorder.calls:
-        step = call["step"]
-        if step >= len(schedule.timesteps):
+        if call["step"] >= len(pipe.scheduler.timesteps) or call["level"] is None:
             raise UserError(
                 f"{type(pipe).__name__} denoises in several rounds, which can't be recorded yet; "
                 "make a shorter video, or a smaller picture, that takes one"
@@ -107,20 +140,17 @@ def record_batch(
                 "which would be other blocks after pruning; leave that guidance out of the "
                 "config's pipeline"
             )
-        sigma = float(sigmas[step]) if sigmas is not None else float("nan")
-        place = {
-            "kind": "pipeline",
-            "step": step,
-            "branch": call["branch"],
-            "timestep": float(schedule.timesteps[step]),
-            "sigma": sigma,
-        }
-        found += _tables(call["arguments"], call["output"], samples, place, family)
+        place = {key: call[key] for key in ("step", "branch")} | call["level"]._asdict()
+        found += _tables(
+            call["arguments"], call["output"], samples, place | {"kind": "pipeline"}, family
+        )
     if not found:
         raise UserError(
             f"{type(pipe).__name__} never called its transformer teacher.component; with these "
             "pipeline settings there is nothing to record"
         )
+    if replayed:
+        replays.compare(pipe, transformer, recorder.calls)
     if renoised:
         found += _renoise(pipe, recorder, samples, renoised, seed, family)
     return found
@@ -128,8 +158,21 @@ def record_batch(
 
 def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]:
     # A pipeline that joins both guidance branches in one batch repeats the samples.
-    repeats = len(output) // len(samples)
+    repeats, rest = divmod(len(output), len(samples))
+    if rest or not repeats:
+        raise UserError(
+            f"the pipeline calls its transformer with {len(output)} samples for {len(samples)} "
+            "prompts, so whose they are is unclear; set record.batch_size to 1, and leave out "
+            "settings of the config's pipeline that multiply pictures"
+        )
     every = samples * repeats
+    if zero := [every[i]["prompt"] for i in (~output.flatten(1).any(1)).nonzero().flatten()]:
+        raise UserError(
+            f"the transformer answers a call with zeros alone (step {place['step']}, branch "
+            f"{place['branch']}, prompt '{zero[0]}'), so no error relative to its answer is "
+            "defined; its last layer looks untrained: give a trained teacher (teacher.path, "
+            "teacher.component)"
+        )
     rows = {key: [s[key] for s in every] for key in samples[0]}
     rows |= {k: v if isinstance(v, list) else [v] * len(every) for k, v in place.items()}
     return calls.to_tables(arguments, output, rows, family.shared, family.batch_dims)
@@ -148,7 +191,8 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
     if recorder.step < 2:
         raise UserError(
             "record.renoised_per_sample: one denoising step does not show how this pipeline hands "
-            "its latents to the transformer; set it to 0, or pipeline.num_inference_steps to 2"
+            "its latents to the transformer; set it to 0, or pipeline.num_inference_steps to 2 (of "
+            "a picture's, pipeline.strength higher)"
         )
     later = [call["step"] for call in recorder.calls if call["step"] > 0]
     second = [call for call in recorder.calls if later and call["step"] == min(later)]
@@ -157,10 +201,16 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
             "record.renoised_per_sample: the pipeline calls this transformer in its first step "
             "only, which does not show how it hands over its latents; set it to 0"
         )
-    before, clean = recorder.latents[min(later) - 1], recorder.latents[-1]
-    # Of two transformers, each knows its own noise levels.
-    called = [float(schedule.sigmas[call["step"]]) for call in recorder.calls]
+    before, clean = (recorder.latents.get(n) for n in (min(later) - 1, recorder.step - 1))
+    # Of two transformers, each knows its own noise levels; of a picture, the later ones are used.
+    called = [call["level"].sigma for call in recorder.calls]
+    if before is None or clean is None or not np.isfinite(called).all():
+        raise UserError(
+            "record.renoised_per_sample: this pipeline does not show its latents and noise level "
+            "at every step, so its states can't be renoised; set it to 0"
+        )
     low, high = min(called), max(called)
+    scale = _timestep_scale(recorder.calls, family, schedule)
     found = []
     for round_ in range(renoised):
         generator = torch.Generator().manual_seed(
@@ -186,8 +236,6 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
                     "latents as they are, so its states can't be renoised; set it to 0"
                 )
             timestep = sigma * schedule.config.num_train_timesteps
-            given = float(arguments[family.time].flatten()[0])
-            scaled = timestep * _timestep_scale(given, schedule, call["step"])
             times = arguments[family.time]
             if times.ndim > 1:
                 raise UserError(
@@ -195,7 +243,7 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
                     "own, so its states can't be renoised; set it to 0"
                 )
             arguments[family.state] = torch.cat([state] * repeats).to(hidden)
-            arguments[family.time] = scaled.repeat(repeats).to(times)
+            arguments[family.time] = (timestep * scale).repeat(repeats).to(times)
             output = blocks.answer(recorder.transformer, arguments | {"return_dict": False})
             place = {
                 "kind": "renoised",
@@ -208,16 +256,18 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
     return found
 
 
-def _timestep_scale(given: float, schedule, step: int) -> float:
+def _timestep_scale(recorded: list[dict[str, Any]], family: Family, schedule) -> float:
     """What a pipeline multiplies the scheduler's timestep by: some pass it as it is, others sigma.
 
     In bfloat16 the quotient is off by up to 1 %, so it says only which of the two.
     """
-    found = given / float(schedule.timesteps[step])
+    call = max(recorded, key=lambda call: abs(call["level"].timestep))
+    given, timestep = call["arguments"][family.time].flatten()[0].item(), call["level"].timestep
+    found = given / timestep if timestep else float("nan")  # all calls are at timestep 0
     for scale in (1.0, 1 / schedule.config.num_train_timesteps):
         if abs(found / scale - 1) < 0.01:
             return scale
     raise UserError(
-        f"record.renoised_per_sample: this pipeline gives the transformer {found:g} times the "
-        "scheduler's timestep, so its states can't be renoised; set it to 0"
+        f"record.renoised_per_sample: this pipeline gives the transformer {given:g} at the "
+        f"scheduler's timestep {timestep:g}, so its states can't be renoised; set it to 0"
     )

@@ -269,11 +269,14 @@ def pareto(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[str]) ->
 
 
 def _reach(points: pd.DataFrame, column: str) -> np.ndarray | None:
-    """How far the intervals of a column reach below and above it, [2, rows]; None without any."""
+    """How far the intervals of a column reach below and above it, [2, rows]; None without any.
+
+    Where there is none, because it would be over one prompt or round, it reaches nowhere."""
     if f"{column}_low" not in points:
         return None
     below = points[column] - points[f"{column}_low"]
-    return np.maximum([below, points[f"{column}_high"] - points[column]], 0)
+    above = points[f"{column}_high"] - points[column]
+    return np.nan_to_num(np.maximum([below, above], 0))
 
 
 def _point(ax: Axes, x: pd.Series, y: pd.Series, colour: str, marker: str) -> None:

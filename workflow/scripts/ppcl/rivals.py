@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, distillation, students, training
+from ppcl import blocks, calls, distillation, probes, students, training
 from ppcl.activations import TokenReader
 from ppcl.cka import linear_cka
 from ppcl.errors import UserError
@@ -116,9 +116,8 @@ def cosine(tokens: TokenReader, streams: Sequence[str], first: int, last: int) -
     """Mean over tokens, then streams, of the cosine of blocks first..last's input and output."""
     found = []
     for stream in streams:
-        x, y = (tokens.values(b, stream).astype(np.float64) for b in (first, last + 1))
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        found.append(np.mean((x * y).sum(1) / np.where(norms > 0, norms, 1)))
+        ends = (tokens.values(boundary, stream) for boundary in (first, last + 1))
+        found.append(probes.cosines(*ends).mean())
     return float(np.mean(found))
 
 
@@ -138,8 +137,9 @@ def cka_change(tokens: TokenReader, streams: Sequence[str], estimator: str) -> n
     """
 
     def similar(stream: str, block: int) -> float:
-        ends = tokens.values(block, stream), tokens.values(block + 1, stream)
-        return linear_cka(*ends, estimator)
+        ends = block, block + 1
+        names = tuple(f"stream {stream!r}, boundary {boundary}" for boundary in ends)
+        return linear_cka(*(tokens.values(b, stream) for b in ends), estimator, names)
 
     depth = range(tokens.boundaries - 1)
     return np.array([1 - np.mean([similar(s, b) for s in streams]) for b in depth])

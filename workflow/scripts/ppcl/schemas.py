@@ -46,8 +46,8 @@ CALLS = pa.schema(
         column("kind", pa.string(), "`pipeline`: as called; `renoised`: fresh noise and timestep"),
         column("step", pa.int32(), "denoising step; -1 for renoised"),
         column("branch", pa.int32(), "which call of the step: 0, then 1 with guidance"),
-        column("timestep", pa.float64(), "the scheduler's timestep"),
-        column("sigma", pa.float64(), "the scheduler's noise level", nan=True),
+        column("timestep", pa.float64(), "the timestep that the scheduler's step was at"),
+        column("sigma", pa.float64(), "its noise level; NaN if the scheduler knows none", nan=True),
         column("heldout", pa.bool_(), "the prompt is kept from all fitting and training"),
         column("arguments", pa.string(), "JSON of the arguments that are not tensors"),
     ]
@@ -216,11 +216,11 @@ POINTS = pa.schema(
         column("parameter_fraction", pa.float64(), "of the teacher's"),
         column("latency_seconds", pa.float64(), "median of one batch through the transformer"),
         column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
-        column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt"),
-        column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt"),
+        column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt", nan=True),
+        column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt", nan=True),
         column("latency_ratio", pa.float64(), "latency over the teacher's"),
-        column("latency_ratio_low", pa.float64(), "2.5 % of the bootstrap by round"),
-        column("latency_ratio_high", pa.float64(), "97.5 % of the bootstrap by round"),
+        column("latency_ratio_low", pa.float64(), "2.5 % of the bootstrap by round", nan=True),
+        column("latency_ratio_high", pa.float64(), "97.5 % of the bootstrap by round", nan=True),
     ]
 )
 
@@ -239,8 +239,8 @@ _MEASURED = [
     column("linear_ffns", pa.string(), "JSON of [block, stream] of every linear FFN"),
     column("steps", pa.int64(), "training steps up to this state, those of masks included"),
     column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
-    column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt"),
-    column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt"),
+    column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt", nan=True),
+    column("velocity_error_high", pa.float64(), "97.5 % of the bootstrap by prompt", nan=True),
     column("digit_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
     column("digit_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
     column("background_color_accuracy", pa.float64(), "share of pictures, by the judge", nan=True),
@@ -301,6 +301,7 @@ IMAGES = pa.schema(
         column("png", pa.binary(), "the image, PNG bytes"),
         column("read", pa.string(), "JSON of what the judge read; empty without a judge"),
         column("prompt_index", pa.int32(), "row of the prompts file"),
+        column("frames", pa.int32(), "of a video, one below the other in the image; else 1"),
     ]
 )
 

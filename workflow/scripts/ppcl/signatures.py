@@ -74,6 +74,15 @@ def of_class(made: type) -> Signature:
     return Signature(found, any(given.kind is given.VAR_KEYWORD for given in every))
 
 
+def source(name: str) -> ast.ClassDef | None:
+    """The source of a class of diffusers; None as of `of`."""
+    spec = find_spec("diffusers")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    found = _definition(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
+    return found[0] if found else None
+
+
 def _call(name: str, file: Path) -> Signature | None:
     """Of a class that a module defines, or imports from another one of the package."""
     found = _definition(name, file)

@@ -58,8 +58,9 @@ def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Re
     prompts in each, so that the mean over streams has resamples of its own.
     """
     mask = tokens.heldout(stream)
+    every = [tokens.prompts(other)[tokens.heldout(other)] for other in tokens.streams]
     draws = options["bootstrap"], seed, options["estimator"]
-    plan = resamples(tokens.prompts(stream)[mask], *draws)
+    plan = resamples(tokens.prompts(stream)[mask], *draws, np.concatenate(every))
     return lambda boundary: tokens.values(boundary, stream)[mask], plan
 
 
@@ -141,9 +142,10 @@ def surrogate_cka(
         whole = float64(np.eye(*probe.weight.shape) + probe.weight, device)
         bias = float64(probe.bias, device)
         for first, run in running.items():
-            run.add(whole, bias, f"stream {stream!r}, probes {first}-{last}")
+            name = f"stream {stream!r}, probes {first}-{last}"
+            run.add(whole, bias, name)
             other, own_other = targets[first]
-            values[:, first, last] = ratio(run.with_other(other), run.own(), own_other)
+            values[:, first, last] = ratio(run.with_other(other), run.own(), own_other, name)
     return values
 
 
@@ -226,7 +228,8 @@ def block_cka(
     for a in range(len(outputs)):
         for b in range(a):
             cross = hsic(outputs[a], outputs[b], plan, estimator)
-            values[a, b] = values[b, a] = ratio(cross, own[a], own[b])[0]
+            name = f"stream {stream!r}, outputs of blocks {blocks[b]} and {blocks[a]}"
+            values[a, b] = values[b, a] = ratio(cross, own[a], own[b], name)[0]
     return values
 
 
@@ -246,11 +249,11 @@ def limits(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     2.5 and 97.5 percentile of the resamples about their own mean, moved to the estimate: a resample
     holds fewer distinct tokens, so its plain CKA is biased upward and would miss the estimate.
-    Without resamples both limits are the estimate.
+    Without resamples there is no interval: both limits are NaN.
     """
     estimate, others = draws[0], draws[1:]
     if not len(others):
-        return estimate.copy(), estimate.copy()
+        return np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
     low, high = np.percentile(others - others.mean(0), [2.5, 97.5], axis=0)
     return estimate + np.minimum(low, 0), estimate + np.maximum(high, 0)
 

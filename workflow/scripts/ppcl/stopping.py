@@ -2,7 +2,8 @@
 
 Exit code 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again. Trainings
 write a checkpoint at the end of the step that they are in; programs whose results come in parts
-finish their part; extraction, whose checkpoint can be larger than what may be written meanwhile,
+finish the part that they are writing, and lose the one that they are making, which can take a large
+teacher minutes; extraction, whose checkpoint can be larger than what may be written meanwhile,
 falls back on its last one; all others have nothing to keep and end at once. All that a program
 reads or writes is whole before and after, so ending anywhere is safe; this only saves time.
 """

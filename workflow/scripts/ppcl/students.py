@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -68,6 +68,16 @@ def whole(transformer: nn.Module, parts: Iterable[Part], distilled: Students) ->
     return {part: trained[part.key] if part.key in trained else kept[part] for part in parts}
 
 
+def uncut(wholes: Students) -> Students:
+    """Frozen copies of the whole blocks of intervals that will borrow their text: their maps stand
+    for what the attention of these blocks gets as text."""
+    return {
+        part: copy.deepcopy(student).requires_grad_(False)
+        for part, student in wholes.items()
+        if part.borrows and part.last > part.first
+    }
+
+
 def shaped(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
     """The whole block, made as narrow as its part; new linear maps are zero. In place."""
     if part.narrow:
@@ -79,13 +89,58 @@ def shaped(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
 
 def as_teacher(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
     """A student as a model holds it, in place: every weight in the type that the teacher's weight
-    of its name has, new ones in the type of most. Some classes keep norms or tables in float32."""
-    like = blocks.block_sequence(transformer)[part.first].module
-    types = {name: tensor.dtype for name, tensor in like.state_dict().items()}
-    for name, tensor in (*student.named_parameters(), *student.named_buffers()):
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(types.get(name, transformer.dtype))
+    of its name has, new ones in the type that they are loaded in. Some classes keep norms or tables
+    in float32."""
+    cast(student, _types_in_model(transformer, part, student))
     return student
+
+
+def plugged(
+    transformer: nn.Module, students: Students
+) -> tuple[nn.Module, Students, list[list[int]]]:
+    """A variant's model, as its export holds it: the teacher with students in place of its blocks.
+
+    Students that are not `as_teacher` yet are copied, and stay what they are.
+
+    Returns:
+        The model, the students as they run there, and the block map of `blocks.assembled`.
+    """
+    held = {}
+    for part, student in students.items():
+        wanted = _types_in_model(transformer, part, student)
+        fits = types(student) == wanted
+        held[part] = student if fits else cast(copy.deepcopy(student), wanted)
+    model, block_map = blocks.assembled(transformer, {part.key: m for part, m in held.items()})
+    return model, held, block_map
+
+
+def types(module: nn.Module) -> dict[str, torch.dtype]:
+    """Of a module's floating-point parameters and buffers, by name."""
+    return {name: tensor.dtype for name, tensor in _floats(module)}
+
+
+def cast(module: nn.Module, wanted: Mapping[str, torch.dtype]) -> nn.Module:
+    """A module with its `types` changed to these, in place."""
+    for name, tensor in _floats(module):
+        tensor.data = tensor.data.to(wanted[name])
+    return module
+
+
+def _types_in_model(
+    transformer: nn.Module, part: Part, student: nn.Module
+) -> dict[str, torch.dtype]:
+    like = types(blocks.block_sequence(transformer)[part.first].module)
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+
+    def of_new(name: str) -> torch.dtype:
+        return torch.float32 if kept & set(name.split(".")) else transformer.dtype
+
+    return {name: like.get(name) or of_new(name) for name in types(student)}
+
+
+def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
+    every = (*module.named_parameters(), *module.named_buffers())
+    return [(name, tensor) for name, tensor in every if tensor.is_floating_point()]
 
 
 def save(path: Path, students: Students, metadata: dict[str, str]) -> None:

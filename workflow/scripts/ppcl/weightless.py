@@ -5,7 +5,6 @@ are exact.
 """
 
 import copy
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -15,7 +14,7 @@ from diffusers import ConfigMixin, ModelMixin
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import nn
 
-from ppcl import blocks, footprint, hub, pins, plans, students, width
+from ppcl import blocks, footprint, hub, pins, plans, students, untrusted, width
 from ppcl.errors import UserError
 from ppcl.plans import Unit
 
@@ -63,15 +62,15 @@ def architecture(teacher: Mapping, path: str | None) -> tuple[dict, str]:
             return _from_hub(teacher, place), f"{teacher['path']}/{place}"
         key, file = "teacher.path", Path(teacher["path"], place, _Config.config_name)
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
+        found = untrusted.json_object(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{key}: {file} can't be read ({error.strerror}); give the config.json of a "
             "transformer as plan.transformer_config"
         ) from error
-    except ValueError as error:
-        raise UserError(f"{key}: {file} is not JSON ({error}); restore the file") from error
-    if not isinstance(found, dict) or "_class_name" not in found:
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if not isinstance(found.get("_class_name"), str):
         raise UserError(f"{key}: {file} is not the config of a model (it has no _class_name)")
     return found, str(file)
 

@@ -18,13 +18,14 @@ from ppcl import (
     activations,
     blocks,
     calls,
-    distillation,
     intervals,
     narrow,
     plans,
     probes,
     students,
+    teaching,
 )
+from ppcl.errors import warn_of_fewer
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
 from ppcl.students import Students
@@ -136,11 +137,11 @@ def _add(
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
     parts = {ends: Part(*ends) for one in maps for ends in (one.source, one.part)}
-    lessons = distillation.teacher_states(transformer, list(parts.values()), batch.arguments)
+    lessons = teaching.teacher_states(transformer, list(parts.values()), batch.arguments)
     inside: dict[Ends, blocks.Streams] = {}
     for ends in {e for one in maps if one.kind != OUTPUT for e in (one.source, one.part)}:
         block = blocks.Block(ends[0], wholes[ends], sequence[ends[0]].list)
-        bound = distillation.fitting(lessons[parts[ends]].bound, block.module)
+        bound = teaching.fitting(lessons[parts[ends]].bound, block.module)
         with blocks.taps(block) as seen:
             block.module(**bound)
         inside[ends] = seen
@@ -200,6 +201,7 @@ def fit_rows(reader: calls.Reader, options: dict, seed: int) -> tuple[np.ndarray
     """Calls to fit maps on, and a quarter as many held-out ones to judge them on."""
     fitted = np.random.default_rng(seed).permutation(reader.rows(heldout=False))
     count = options["fit_rows"]
+    warn_of_fewer("width.fit_rows", count, len(fitted), "recorded calls to fit on")
     return fitted[:count], reader.sample_heldout("select", max(1, count // 4), seed)
 
 
