@@ -7,7 +7,7 @@ inspected (discovery.py), unless it is among those that are known not to work: R
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -474,6 +474,31 @@ REFUSED: dict[str, str] = {
     "WanAnimateTransformer3DModel": "faces enter at every fifth block, counted by number",
     "WanVACETransformer3DModel": "the config lists by number the blocks that control enters",
 }
+
+
+# Names that published indexes still have -> the key of the component's config that tells the
+# class, and the classes.
+_SPLIT = {
+    "Transformer2DModel": (
+        "norm_type",
+        {
+            "ada_norm_single": "PixArtTransformer2DModel",
+            "ada_norm_zero": "DiTTransformer2DModel",
+        },
+    )
+}
+
+
+def was_split(class_name: str) -> bool:
+    """Whether diffusers has made several classes of this one, which `today` tells apart."""
+    return class_name in _SPLIT
+
+
+def today(class_name: str, config: Mapping[str, Any]) -> str:
+    """The name that diffusers has now for a class of an index, from its component's config."""
+    key, classes = _SPLIT.get(class_name, ("", {}))
+    value = config.get(key)
+    return classes.get(value, class_name) if isinstance(value, str) else class_name
 
 
 def family_of(class_name: str) -> Family | None:
