@@ -101,5 +101,6 @@ rule interval_plots:
 
 
 onsuccess:
+    forget_taken(workflow.dag.jobs)
     if "all" in map(str, workflow.dag.targetrules):
         logger.info(f"\n{summary('text')}\n")

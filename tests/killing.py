@@ -39,7 +39,6 @@ def kill_and_resume(program, settings, paths):
     assert tensors.read(paths["state"] / "checkpoint.safetensors")[1]["step"] == "2"
     assert not paths["output"].exists() and not paths["log_table"].exists()
     tiny.stage(program, settings, **paths)
-    assert not paths["state"].exists()
 
 
 def equal(one, other):

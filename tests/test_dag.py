@@ -93,6 +93,7 @@ def test_every_file_of_the_contract_is_there_with_its_columns(finished):
 
 
 def test_a_finished_run_has_nothing_to_do(finished):
+    assert not (finished / RUN / "state").exists()  # all has been taken
     assert "Nothing to be done" in snakemake(finished, "-n")
 
 

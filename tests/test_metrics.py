@@ -253,7 +253,7 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
         command(folder, settings), env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert not (folder / "state").exists()
+    assert kept.exists()  # until what is made of it has been taken
 
     images = tables.read(folder / "images.parquet", schemas.IMAGES).to_pandas()
     assert images["variant"].value_counts().to_dict() == dict.fromkeys(

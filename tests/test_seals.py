@@ -13,6 +13,7 @@ import stages
 import tiny
 import torch
 from stages import NAMED, PLAN, STAGES, Stage
+from test_faults import content
 
 from ppcl import calls, schemas, seals, tables, tensors, texts
 from ppcl.errors import UserError
@@ -71,7 +72,6 @@ def finished(tiny_teacher, tmp_path_factory):
     settings = stages.settings(tiny_teacher, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has the reload gate
-        patch.setattr("ppcl.whole.forget", lambda _: None)  # as if killed just before
         for stage in RUN:
             tiny.stage(stage.program, settings, *stage.group, **stage.paths(folder))
         tiny.stage("allot", settings, **MORE[2].paths(folder))
@@ -174,6 +174,34 @@ def test_a_flipped_byte_is_refused_by_the_stage_that_reads_it(
     assert stopped.value.code == 2 and "Traceback" not in printed
     assert f"error: {folder / artifact}" in printed and "delete it and rerun" in printed
     assert not (tmp_path / "out").exists()
+
+
+def computes(*_given, **_more):
+    raise AssertionError("computed again")
+
+
+@pytest.mark.parametrize("stage", [stage for stage in RUN if stage.state], ids=lambda s: s.program)
+def test_a_stage_whose_outputs_are_lost_ends_at_once_with_the_same(
+    finished, tmp_path, monkeypatch, stage
+):
+    """As after SIGKILL to Snakemake, which then deletes what it had not taken yet."""
+    folder, settings = finished
+    paths = stage.paths(folder)
+    files = [path for path in paths["state"].rglob("*") if path.is_file()]
+    kept = {path: path.stat().st_mtime_ns for path in files}
+    paths |= {name: tmp_path / path for name, path in stage.writes.items()}
+    for work in (
+        "training._one_step",
+        "distillation.plugged_error",
+        "recording.record_batch",
+        "activations.pick_tokens",
+        "pipelines.run",
+    ):
+        monkeypatch.setattr(f"ppcl.{work}", computes)
+    tiny.stage(stage.program, settings, **paths)
+    for path in stage.writes.values():
+        assert content(tmp_path / path) == content(folder / path)
+    assert kept and kept == {path: path.stat().st_mtime_ns for path in kept}
 
 
 RESUMING = [pytest.param(stage, id=stage.program) for stage in RUN if stage.state]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import launch
 import pytest
 import tiny
 from killing import assert_same_log, equal
@@ -49,7 +50,6 @@ def warn_and_resume(program, settings, paths):
     assert (about["step"], about["unlogged"]) == ("3", "1")
     assert not paths["output"].exists()
     tiny.stage(program, settings, **paths)
-    assert not paths["state"].exists()
 
 
 @pytest.mark.parametrize("program", ["distill", "narrow", "subsets"])
@@ -105,7 +105,7 @@ def test_a_warning_at_any_other_moment_loses_nothing(  # noqa: F811
     tiny.stage("distill", world[1], **paths)
     assert equal(paths["output"], distilled["output"])
     one, other = (tables.read(each["errors"]).to_pandas() for each in (distilled, paths))
-    assert one.equals(other) and not paths["state"].exists()
+    assert one.equals(other)
 
 
 def test_a_warned_finetune_ends_with_the_same_weights(world, distilled):  # noqa: F811
@@ -232,3 +232,64 @@ def test_a_part_is_finished_and_the_end_is_left_alone():
         os.kill(os.getpid(), signal.SIGTERM)
         done.append("state put away")
     assert len(done) == 3 and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+LATE = f"""
+import atexit, os, signal, sys
+sys.path.insert(0, {str(tiny.SCRIPTS)!r})
+from ppcl import errors, stopping
+def warned():
+    os.kill(os.getpid(), signal.SIGTERM)
+def main():
+    if "outputs" in sys.argv:
+        stopping.ignore()
+        warned()
+    if "early" in sys.argv:
+        warned()
+atexit.register(warned)
+errors.run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("moment", "code"), [("outputs", 0), ("done", 0), ("early", stopping.EXIT_CODE)]
+)
+def test_a_warning_after_the_outputs_changes_no_exit_code(moment, code):
+    """Nor does a second one, while the interpreter is on its way out."""
+    assert subprocess.run([sys.executable, "-c", LATE, moment]).returncode == code
+
+
+@pytest.mark.parametrize(
+    ("ends", "warned", "code"),
+    [
+        ((0, 0), False, 0),
+        ((0, 0), True, 0),
+        ((0, stopping.EXIT_CODE), True, stopping.EXIT_CODE),
+        ((0, 3), False, 3),
+        ((0, -9), False, 1),
+    ],
+)
+def test_the_launcher_ends_as_its_processes_do_whatever_came_meanwhile(ends, warned, code):
+    with stopping.heeded():
+        stopping.ignore()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # for the processes, as it does
+        started = [
+            subprocess.Popen(
+                ["sh", "-c", f"exit {end}" if end >= 0 else f"kill {end} $$"], close_fds=True
+            )
+            for end in ends
+        ]
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        if warned:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert launch._wait(started) == code
+
+
+def test_the_launcher_heeds_a_warning_before_it_has_started_anything(tmp_path):
+    (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 15)\n")
+    given = ["--threads", "2", "--device", "cpu", "--processes", "auto", "no.py"]
+    done = subprocess.run(
+        [sys.executable, tiny.SCRIPTS / "launch.py", *given],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    )
+    assert done.returncode == stopping.EXIT_CODE

@@ -1,5 +1,6 @@
 """Files and folders that appear whole or not at all, and what a disk is to blame for."""
 
+import contextlib
 import errno
 import multiprocessing
 import os
@@ -18,11 +19,37 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def left_by(path, process: int, machine: str = whole._MACHINE):
-    """What a killed process leaves beside a file."""
+ELSEWHERE = "0" * 8  # another node
+
+
+def left_by(path, process: int, machine: str = whole._MACHINE, locks: bool = True):
+    """What a killed process leaves beside a file; locks: whether it could have one there."""
     left = path.with_name(f".{path.name}.{process}-{machine}-abcd.part")
-    left.write_text("half")
+    left.mkdir(parents=True)
+    (left / path.name).write_text("half")
+    (left / ".tmpq1w2e3").write_text("of a library")
+    if locks:
+        (left / whole._LOCK).touch()
     return left
+
+
+HOLDS = """
+import fcntl, os, sys
+for path in sys.argv[1:]:
+    fcntl.lockf(os.open(path, os.O_RDWR), fcntl.LOCK_EX)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def held(*parts):
+    """Another process holds their locks meanwhile."""
+    command = [sys.executable, "-c", HOLDS, *(str(part / whole._LOCK) for part in parts)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"held\n"
+        yield
+        process.stdin.close()
 
 
 def ended() -> int:
@@ -55,13 +82,82 @@ def test_two_writers_of_one_file_do_not_meet(tmp_path):
     assert path.read_text() == "one" and names(tmp_path) == ["t"]
 
 
-def test_what_a_killed_process_left_goes_and_what_may_be_in_use_stays(tmp_path):
+def test_what_killed_processes_left_goes_and_what_is_written_stays(tmp_path):
     path = tmp_path / "a[1]"
-    gone = [left_by(path, ended()), left_by(path, os.getpid())]  # numbers come again
-    kept = [left_by(path, os.getppid()), left_by(path, ended(), "0" * 8)]
-    kept += [left_by(tmp_path / "a1", ended())]
+    gone = [
+        left_by(path, ended()),
+        left_by(path, os.getpid(), locks=False),  # numbers come again
+        left_by(path, os.getppid()),  # the same, to another process
+        left_by(path, 1, ELSEWHERE),
+    ]
+    written = [left_by(path, ended(), "1" * 8), left_by(path, 2, ELSEWHERE)]
+    unknown = [left_by(path, 3, ELSEWHERE, locks=False), left_by(tmp_path / "a1", ended())]
+    with held(*written[:1]), held(*written[1:]):
+        texts.write(path, "whole")
+        assert not any(part.exists() for part in gone)
+        assert all((part / path.name).read_text() == "half" for part in written)
+    assert all(part.exists() for part in unknown)
     texts.write(path, "whole")
-    assert not any(left.exists() for left in gone) and all(left.exists() for left in kept)
+    assert not any(part.exists() for part in written)
+
+
+def test_what_is_being_written_is_locked_whatever_a_library_does_to_the_file(tmp_path):
+    with whole.writing(tmp_path / "t") as temporary:
+        lock = temporary.with_name(whole._LOCK)
+        inode = temporary.stat().st_ino
+        tensors.safetensors.torch.save_file({"w": torch.ones(1)}, temporary)
+        assert temporary.stat().st_ino != inode  # it writes another file, and puts it there
+        asks = HOLDS.replace("LOCK_EX", "LOCK_EX | fcntl.LOCK_NB")
+        asked = subprocess.run([sys.executable, "-c", asks, lock], capture_output=True, text=True)
+        assert "BlockingIOError" in asked.stderr
+
+
+def mounted(monkeypatch, folder, kind, options):
+    """From now on the folder is one on such a mount, beside others."""
+    place, real = str(folder).replace("m", r"\155"), open
+    (folder / "mounts").write_text(
+        f"1 0 0:1 / / rw - ext4 /dev/a rw\n3 1 0:3 / {place} rw shared:1 - {kind} s:/ {options}\n"
+        f"2 1 0:2 / {folder}/other rw - 9p o rw\n"
+    )
+
+    def opened(path, *rest, **more):
+        return real(folder / "mounts" if str(path).startswith("/proc") else path, *rest, **more)
+
+    monkeypatch.setattr("builtins.open", opened)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "seen"),
+    [
+        ("nfs4", "rw,vers=4.2,local_lock=none", True),
+        ("nfs", "rw,vers=3,local_lock=all", False),
+        ("nfs", "rw,vers=3,nolock,local_lock=none", False),
+        ("lustre", "rw,flock,lazystatfs", True),
+        ("lustre", "rw,lazystatfs", False),
+        ("lustre", "rw,localflock", False),
+        ("fuse.sshfs", "rw", False),
+        ("xfs", "rw", True),
+    ],
+)
+def test_a_lock_that_other_nodes_do_not_see_tells_nothing(
+    tmp_path, monkeypatch, kind, options, seen
+):
+    theirs, ours = left_by(tmp_path / "t", 1, ELSEWHERE), left_by(tmp_path / "t", ended())
+    mounted(monkeypatch, tmp_path, kind, options)
+    texts.write(tmp_path / "t", "whole")
+    assert theirs.exists() != seen and not ours.exists()
+
+
+def test_without_locks_all_is_as_it_is_on_one_machine(tmp_path, monkeypatch):
+    def refused(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(whole.fcntl, "lockf", refused)
+    gone, kept = left_by(tmp_path / "t", ended()), left_by(tmp_path / "t", os.getppid())
+    with whole.writing(tmp_path / "t") as temporary:
+        temporary.write_text("whole")
+        assert names(temporary.parent) == ["t"]
+    assert not gone.exists() and kept.exists() and (tmp_path / "t").read_text() == "whole"
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path):
@@ -91,10 +187,11 @@ def test_a_forgotten_folder_keeps_what_another_run_is_writing(tmp_path):
     state = tmp_path / "state"
     texts.write(state / "errors" / "0.json", "{}")
     left_by(state / "checkpoint", ended())
-    theirs = left_by(state / "checkpoint", os.getppid())
-    whole.forget(state)
-    assert names(state) == [theirs.name]
-    theirs.unlink()
+    theirs = left_by(state / "checkpoint", 1, ELSEWHERE)
+    left_by(state / "errors" / "checkpoint", 1, ELSEWHERE)
+    with held(theirs):
+        whole.forget(state)
+    assert names(state) == [theirs.name] and (theirs / "checkpoint").exists()
     whole.forget(state)
     assert not state.exists()
     whole.forget(state)

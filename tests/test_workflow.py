@@ -162,6 +162,10 @@ def test_only_what_the_config_asks_for_runs(snakemake, keys, more, less):
     for program in ("intervals", "prune"):
         timed = "--latency results/digits/latency/blocks.parquet" in given[program]
         assert timed == ("latency" in more)
+    # Whoever reads what a stage made has what it kept to resume from removed.
+    assert "forget.py results/digits/state/extract; " in printed
+    assert "forget.py results/digits/state/sensitivity results/digits/state/width; " in printed
+    assert f"forget.py results/digits/state/{trained}; " in given["subsets"]
 
 
 @pytest.mark.parametrize("shards", [2, "auto"])

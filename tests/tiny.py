@@ -3,6 +3,7 @@
 import contextlib
 import json
 import runpy
+import signal
 from pathlib import Path
 
 import pandas as pd
@@ -170,6 +171,7 @@ def stage(name: str, settings: dict, *group: str, **paths) -> None:
     accelerate keeps one setting of precision per process, and every stage is a process of its own.
     """
     AcceleratorState._reset_state(reset_partial_state=True)
+    before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", [name, *group, *options(settings, paths)])
@@ -177,6 +179,7 @@ def stage(name: str, settings: dict, *group: str, **paths) -> None:
             runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
+        signal.signal(signal.SIGTERM, before)
 
 
 def pruned(

@@ -35,12 +35,13 @@ rule assemble:
         finetuned=lambda wildcards, input: (
             f"--finetuned {input.finetuned}" if input.finetuned else ""
         ),
+        taken=lambda wildcards: taken(last_training(), f"finetune-{wildcards.variant}"),
         teacher=teacher_stamp(),
         code=code("assemble.py"),
     message:
         "Assembling {wildcards.variant}"
     shell:
-        "python {input.script} --config {params.config:q} "
+        "{params.taken}python {input.script} --config {params.config:q} "
         "--variant {wildcards.variant} --calls {input.calls} --plan {input.plan} "
         "--students {input.students} --errors {input.errors} {params.finetuned} "
         "--output {output.model} 2>&1 | tee {log}"

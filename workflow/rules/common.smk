@@ -1,5 +1,6 @@
 # Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
 
+import contextlib
 import os
 import re
 import shlex
@@ -20,7 +21,7 @@ if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
-from ppcl import methods, preflight, prompts, schemas, teacher_identity, texts
+from ppcl import methods, preflight, prompts, schemas, teacher_identity, texts, whole
 from ppcl.errors import UserError
 from ppcl.provenance import code_digest, digest, stamps
 
@@ -118,6 +119,21 @@ def code(name):
     return code_digest(SCRIPTS / name)
 
 
+def taken(*stages):
+    """First command of a job that reads what stages made: what they kept to resume from goes."""
+    states = " ".join(result(f"state/{stage}") for stage in stages)
+    return f"python {program('forget.py')} {states}; "
+
+
+def forget_taken(jobs):
+    """At the end of a run that succeeded, and so has recorded all outputs of these jobs."""
+    for job in jobs:
+        if str(job.params.get("state", "")).startswith(result("state/")):
+            whole.forget(Path(job.params.state))
+    with contextlib.suppress(OSError):
+        os.rmdir(result("state"))
+
+
 def as_it_is(value):
     """For params: Snakemake does not look for wildcards, in braces, in what a function returns."""
     return lambda wildcards: value
@@ -191,9 +207,14 @@ def distilled(name):
     return result(f"{'narrow' if staged() else 'distill'}/{name}")
 
 
+def last_training():
+    """The stage, by its folder, whose students variants are made of."""
+    return "subsets" if config["subsets"]["steps"] else "narrow" if staged() else "distill"
+
+
 def taught(name):
     """An artifact of the students' last training: any-subset distillation, unless it is off."""
-    return result(f"subsets/{name}") if config["subsets"]["steps"] else distilled(name)
+    return result(f"{last_training()}/{name}")
 
 
 def subset_for_variant(name, *keys):

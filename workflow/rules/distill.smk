@@ -6,7 +6,8 @@
 #
 # Checkpoints, and the teacher's streams at the first block that it has to run (ppcl/entrance.py),
 # live in state/distill, which Snakemake does not know of: it deletes the declared outputs of a failed
-# job, and a killed training must be able to resume.
+# job, and a killed training must be able to resume. They stay when the program ends, for Snakemake may
+# be killed before it has taken the outputs, and go when the next stage reads those (forget.py).
 
 
 rule distill:

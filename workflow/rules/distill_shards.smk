@@ -128,11 +128,14 @@ rule join_shards:
             "width.linear_weight",
             "width.lr_scale",
         ),
+        taken=lambda wildcards, input: taken(
+            *(f"distill-{shard}" for shard in range(len(input.students)))
+        ),
         code=code("join.py"),
     message:
         "Joining the shards of the students"
     shell:
-        "python {input.script} --config {params.config:q} --plan {input.plan} "
+        "{params.taken}python {input.script} --config {params.config:q} --plan {input.plan} "
         "--students {input.students} --logs {input.logs} --costs {input.costs} "
         "--output {output.students} --log-table {output.log} --errors {output.errors} "
         "2>&1 | tee {log}"

@@ -27,12 +27,13 @@ rule extract:
     params:
         config=subset("seed", "device", "teacher", "extract"),
         state=result("state/extract"),
+        taken=taken("record"),
         teacher=teacher_stamp(),
         code=code("extract.py"),
     message:
         "Extracting activations of every block"
     shell:
-        "python {input.script} --config {params.config:q} "
+        "{params.taken}python {input.script} --config {params.config:q} "
         "--calls {input.calls} --state {params.state} "
         "--tokens {output.tokens} "
         "--moments {output.moments} 2>&1 | tee {log}"

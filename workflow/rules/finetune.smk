@@ -41,12 +41,13 @@ rule finetune:
             "finetune",
         ),
         state=lambda wildcards: result(f"state/finetune-{wildcards.variant}"),
+        taken=taken(last_training()),
         teacher=teacher_stamp(),
         code=code("finetune.py"),
     message:
         "Fine-tuning {wildcards.variant}"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
         "--variant {wildcards.variant} --calls {input.calls} --plan {input.plan} "
         "--students {input.students} --errors {input.errors} "

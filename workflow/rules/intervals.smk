@@ -36,9 +36,10 @@ rule intervals:
         candidates=lambda wildcards, output: (
             f"--candidates {output.candidates}" if output.candidates else ""
         ),
+        taken=taken("sensitivity", "width"),
         code=code("intervals.py"),
     message:
         "Choosing what to prune"
     shell:
-        "python {input.script} --config {params.config:q} --cka {input.cka} {params.inputs} "
+        "{params.taken}python {input.script} --config {params.config:q} --cka {input.cka} {params.inputs} "
         "--intervals {output.intervals} {params.candidates} 2>&1 | tee {log}"

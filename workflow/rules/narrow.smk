@@ -45,12 +45,13 @@ rule narrow:
             *WIDTH_FITS,
         ),
         state=result("state/narrow"),
+        taken=taken("distill"),
         teacher=teacher_stamp(),
         code=code("narrow.py"),
     message:
         "Distilling narrow blocks"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
         "--calls {input.calls} --plan {input.plan} --students {input.students} "
         "--state {params.state} --output {output.students} --log-table {output.log} "

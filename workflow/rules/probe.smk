@@ -24,10 +24,11 @@ rule probe:
         runtime=60,
     params:
         config=subset("seed", "probe"),
+        taken=taken("extract"),
         code=code("probe.py"),
     message:
         "Fitting linear probes"
     shell:
-        "python {input.script} --config {params.config:q} "
+        "{params.taken}python {input.script} --config {params.config:q} "
         "--moments {input.moments} --tokens {input.tokens} "
         "--probes-table {output.table} --probes {output.probes} 2>&1 | tee {log}"

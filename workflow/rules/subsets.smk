@@ -35,12 +35,13 @@ rule subsets:
     params:
         config=subset("seed", "device", "teacher", "subsets", "width.lr_scale"),
         state=result("state/subsets"),
+        taken=taken("narrow" if staged() else "distill"),
         teacher=teacher_stamp(),
         code=code("subsets.py"),
     message:
         "Distilling random subsets of the students"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
         "--calls {input.calls} --plan {input.plan} --students {input.students} "
         "--state {params.state} --output {output.students} --log-table {output.log} "

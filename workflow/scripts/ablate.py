@@ -11,7 +11,8 @@
         --output results/digits/ablation/runs/joint-0.parquet
 
 --method is the JSON of `methods.job`, so that a run depends on its own entry alone. Killed at any
-point, the same command goes on from the last checkpoint in --state. Runs in one process.
+point, the same command goes on from the last checkpoint in --state. A finished run leaves its rows
+there, and not the weights: there are as many runs as methods and seeds. Runs in one process.
 """
 
 import argparse
@@ -30,11 +31,14 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     tables,
     teacher_identity,
     training,
+    whole,
 )
 
+WORK = "work"  # in --state, until the rows are there
 SHARED = ("tokens", "probes", "cka", "sensitivity", "width")
 
 
@@ -53,14 +57,29 @@ def main() -> None:
     args = parser.parse_args()
     settings, job = config.load(args.config), json.loads(args.method)
 
+    shared = {name: getattr(args, name) for name in SHARED}
+    inputs = training.identity(Path(__file__), settings, [args.calls, *shared.values()])
+    identity = provenance.digest([inputs, job, args.number])
+    kept = args.state / "rows.parquet"
+    if not kept.exists() or tables.provenance(kept).get("identity") != identity:
+        rows = train_and_measure(args, settings, job, shared, identity)
+        table = pd.DataFrame(rows)[schemas.ABLATION_RUN.names]
+        tables.write(kept, table, schemas.ABLATION_RUN, {"identity": identity})
+    table = tables.read(kept, schemas.ABLATION_RUN).to_pandas()
+    stamp = provenance.stamp(settings) | {"method": args.method}
+    stopping.ignore()
+    tables.write(args.output, table, schemas.ABLATION_RUN, stamp)
+    whole.forget(args.state / WORK)
+
+
+def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: str) -> list[dict]:
+    """The rows of the run; arguments as in `main`."""
     accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
     # Everything is trained here, which needs the whole teacher on the device.
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     teacher |= {"offload": "none"}
     pipe = pipelines.load(teacher, accelerator.device)
-    shared = {name: getattr(args, name) for name in SHARED}
-    identity = training.identity(Path(__file__), settings, [args.calls, *shared.values()])
     material = ablation_run.material_of(
         settings,
         pipe,
@@ -69,14 +88,10 @@ def main() -> None:
         accelerator=accelerator,
         paths=shared,
         seed=settings["seed"] + args.number,
-        state=args.state,
-        identity=provenance.digest([identity, job, args.number]),
+        state=args.state / WORK,
+        identity=identity,
     )
-    rows = ablation_run.run(material, pipe, job, ablation.choose(material, job["select"]))
-    stamp = provenance.stamp(settings) | {"method": args.method}
-    table = pd.DataFrame(rows)[schemas.ABLATION_RUN.names]
-    tables.write(args.output, table, schemas.ABLATION_RUN, stamp)
-    training.forget(args.state)
+    return ablation_run.run(material, pipe, job, ablation.choose(material, job["select"]))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,6 @@ from ppcl import (
     stopping,
     tables,
     teacher_identity,
-    whole,
 )
 from ppcl.errors import UserError
 from ppcl.evaluation import Found, Model
@@ -251,9 +250,8 @@ def main() -> None:
         evaluation.refuse_changed(models, digests)
     if judge is not None:
         found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
-    tables.write(args.metrics, pd.DataFrame(metrics.rows(found)), schemas.METRICS, stamp)
     stopping.ignore()
-    whole.forget(args.state)
+    tables.write(args.metrics, pd.DataFrame(metrics.rows(found)), schemas.METRICS, stamp)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from ppcl import (
     errors,
     pipelines,
     provenance,
+    stopping,
     teacher_identity,
     tensors,
     training,
@@ -74,9 +75,9 @@ def main() -> None:
         "untouchable": json.dumps(sorted(blocks.untouchable(transformer))),
     }
     stamp = provenance.stamp(settings, rows=len(rows)) | facts
+    stopping.ignore()
     tensors.write(args.moments, moments.sums, stamp)
     activations.write_sample(args.tokens, samples, stamp)
-    training.forget(args.state)
 
 
 if __name__ == "__main__":

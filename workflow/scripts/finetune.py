@@ -31,6 +31,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     students,
     tables,
     teacher_identity,
@@ -96,6 +97,7 @@ def main() -> None:
         ),
     )
     state = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
+    stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
         names = json.dumps([unit.name for unit in chosen])
@@ -103,8 +105,6 @@ def main() -> None:
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)
-    if accelerator.is_main_process:
-        training.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from ppcl import (
     reasons,
     schemas,
     selection,
+    stopping,
     tables,
 )
 from ppcl.errors import UserError
@@ -142,6 +143,7 @@ def main() -> None:
         removed_blocks=round(plan.saved["blocks"]),
         removed_parameters=round(plan.saved["parameters"]),
     )
+    stopping.ignore()
     rows = reasons.interval_rows(chain, priced, plan, needs, tolerance, pinned, depth_limits)
     table = pd.DataFrame(rows, columns=schemas.INTERVALS.names)
     if wide:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import config, errors, provenance, schemas, students, tables, tensors
+from ppcl import config, errors, provenance, schemas, stopping, students, tables, tensors
 from ppcl.errors import UserError
 
 
@@ -45,6 +45,7 @@ def main() -> None:
     log = _joined(args.logs, schemas.DISTILL_LOG).sort_values("step", kind="stable")
     state = {key: value for path in args.students for key, value in tensors.read(path)[0].items()}
     stamp = provenance.stamp(settings, rows=tables.provenance(args.costs[0])["rows"])
+    stopping.ignore()
     tensors.write(args.output, state, stamp)
     tables.write(args.log_table, log, schemas.DISTILL_LOG, stamp)
     tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)

@@ -32,6 +32,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     students,
     tables,
     teacher_identity,
@@ -114,6 +115,7 @@ def main() -> None:
             found.append({"block": block.index, "part": name, "seconds": saving})
     stamp = provenance.stamp(settings, rows=len(rows))
     stamp["transformer_seconds"] = repr(seconds["transformer"])
+    stopping.ignore()
     tables.write(args.table, pd.DataFrame(found), schemas.LATENCY, stamp)
 
 

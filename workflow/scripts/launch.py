@@ -2,28 +2,24 @@
 
 launch.py --processes auto --threads 2 SCRIPT ARGUMENTS...
 
-What `torchrun --standalone` does, with two differences: a program that stops with an error ends
-with its own message rather than with the launcher's traceback, and `auto` means the cores that
-Snakemake gave to the job. (`accelerate launch` needs MPI to start several processes on a CPU.)
-Inside, accelerate.Accelerator finds the processes. SIGTERM goes on to the processes, which have
-half a minute to end by themselves (ppcl/stopping.py); their exit code is the launcher's. Several
-processes take a GPU each, all at once, before they start (ppcl/gpus.py); one takes its own.
+What `torchrun --standalone` does, with three differences: a program that stops with an error ends
+with its own message rather than with the launcher's traceback; `auto` means the cores that
+Snakemake gave to the job; and what the processes end with is what counts, not what came meanwhile.
+(`accelerate launch` needs MPI to start several processes on a CPU.) Inside, accelerate.Accelerator
+finds the processes. SIGTERM goes on to the processes, which have half a minute to end by themselves
+(ppcl/stopping.py). Several processes take a GPU each, all at once, before they start
+(ppcl/gpus.py); one takes its own.
 """
 
 import argparse
-import logging
 import os
 import signal
+import subprocess
 import sys
-import tempfile
+import time
 import uuid
 
-import torch
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-from ppcl import endings, gpus, stopping
+from ppcl import endings, gpus, stopping, surroundings
 
 GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
 
@@ -32,6 +28,8 @@ def count(processes: str, threads: int, device: str) -> int:
     """Number of processes: as asked, or one per GPU, or one per thread of the job on a CPU."""
     if processes != "auto":
         return int(processes)
+    import torch  # takes seconds, in which SIGTERM must be handled already
+
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.device_count()
     if device in ("auto", "mps") and torch.backends.mps.is_available():
@@ -41,6 +39,8 @@ def count(processes: str, threads: int, device: str) -> int:
 
 def main() -> None:
     """Parse the command line, start the processes and wait for them."""
+    stopping.heed()
+    surroundings.forget_ranks()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -50,46 +50,82 @@ def main() -> None:
     parser.add_argument("script", help="program to start, followed by its arguments")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    stopping.heed()
     processes = count(options.processes, options.threads, options.device)
     # Processes, not threads, share the cores: small models lose more to thread synchronisation.
     # Snakemake sets both to the job's threads, and torch lets MKL's win: every process would start
     # as many threads as there are cores, and they would wait for each other ten times longer.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(max(1, options.threads // processes))
-    command = ["-u", options.script, *options.arguments]
-    if processes == 1:
-        # It takes seconds until the program can handle it; until then it must not be lost.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        os.execv(sys.executable, [sys.executable, *command])
-    if options.device in ("auto", "cuda"):
+    os.environ["PYTHONFAULTHANDLER"] = "1"  # so that a crash within a library says where
+    command = [sys.executable, "-u", options.script, *options.arguments]
+    if processes > 1 and options.device in ("auto", "cuda"):
         gpus.take(processes)
-    for name in ("torch.distributed.elastic", "torch.distributed.launcher"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    # It takes seconds until the program can handle it; until then it must not be lost.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if processes == 1:
+        os.execv(sys.executable, command)
+    sys.exit(together(command, processes))
+
+
+def together(command: list[str], processes: int) -> int:
+    """Starts a program in several processes, waits for all of them, and returns their exit code.
+
+    When one fails, or SIGTERM comes, the others are sent SIGTERM, and SIGKILL after GRACE seconds.
+
+    Returns:
+        0 if all of them ended so, whatever came meanwhile; stopping.EXIT_CODE after SIGTERM; else
+        the code of the first that failed, which has said why; 1, and says it, if by a signal.
+    """
+    from torch.distributed import TCPStore
+
+    # Where they find each other. Any free port, which nobody can take before they get there.
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        surroundings.RUN: uuid.uuid4().hex,
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+    }
+    started: list[subprocess.Popen] = []
     try:
-        with tempfile.TemporaryDirectory() as notes:  # torch would leave a folder per start
-            launch = LaunchConfig(
-                min_nodes=1,
-                max_nodes=1,
-                nproc_per_node=processes,
-                run_id=uuid.uuid4().hex,
-                rdzv_backend="c10d",
-                rdzv_endpoint="localhost:0",
-                max_restarts=0,
-                shutdown_timeout=GRACE,
-                logs_specs=DefaultLogsSpecs(log_dir=notes),
-            )
-            elastic_launch(launch, sys.executable)(*command)
-    except SignalException as stopped:
-        sys.exit(stopping.EXIT_CODE if stopped.sigval == signal.SIGTERM else 128 + stopped.sigval)
-    except ChildFailedError as failed:
-        rank, failure = failed.get_first_failure()
-        if failure.exitcode < 0:
-            who = f"process {rank} of {processes}"
-            print(f"error: {endings.explain(-failure.exitcode, who)}", file=sys.stderr)
-            sys.exit(1)
-        # The program has said why; what is left is to pass on how it ended.
-        sys.exit(failure.exitcode)
+        for rank in range(processes):
+            mine = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            started.append(subprocess.Popen(command, env=mine))
+        stopping.ignore()  # what the processes make of it decides
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return _wait(started)
+    except KeyboardInterrupt:  # which a terminal sends to all
+        return 128 + signal.SIGINT
+    finally:
+        for process in started:
+            process.kill()
+
+
+def _wait(started: list[subprocess.Popen]) -> int:
+    failed, who, deadline = 0, "", None
+    while True:
+        codes = [process.poll() for process in started]
+        for rank, code in enumerate(codes):
+            if code and not failed:
+                failed, who = code, f"process {rank} of {len(started)}"
+        if None not in codes:
+            break
+        if deadline is None and (failed or stopping.warned()):
+            deadline = time.monotonic() + GRACE
+            for process in started:
+                process.terminate()
+        elif deadline is not None and time.monotonic() > deadline:
+            for process in started:
+                process.kill()
+        time.sleep(0.05)
+    if failed and stopping.warned():
+        return stopping.EXIT_CODE
+    if failed < 0:
+        print(f"error: {endings.explain(-failed, who)}", file=sys.stderr)
+    return failed if failed >= 0 else 1
 
 
 if __name__ == "__main__":

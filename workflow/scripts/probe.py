@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ppcl import config, errors, probes, provenance, schemas, tables, tensors
+from ppcl import config, errors, probes, provenance, schemas, stopping, tables, tensors
 from ppcl.activations import TokenReader, stored_moments
 
 
@@ -59,6 +59,7 @@ def main() -> None:
             }
         )
     stamp = provenance.stamp(settings, probes=len(rows))
+    stopping.ignore()
     tables.write(options.probes_table, pd.DataFrame(rows), schemas.PROBES, stamp)
     tensors.write(options.probes, fitted, stamp)
 

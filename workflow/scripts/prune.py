@@ -28,6 +28,7 @@ from ppcl import (
     provenance,
     schemas,
     selection,
+    stopping,
     students,
     tables,
     teacher_identity,
@@ -120,6 +121,7 @@ def main() -> None:
         "distilled": entries(distilled),
         "provenance": stamp,
     }
+    stopping.ignore()
     students.save(args.students, made, stamp)
     texts.write_sealed(args.plan, plan)
 

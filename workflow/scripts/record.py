@@ -29,7 +29,6 @@ from ppcl import (
     recording,
     stopping,
     teacher_identity,
-    whole,
 )
 from ppcl.errors import UserError
 
@@ -108,12 +107,11 @@ def main() -> None:
             blocks.verify(transformer, first.arguments)
     teacher_identity.refuse_changed(teacher)
     accelerator.wait_for_everyone()
+    stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows)) | noted
         calls.merge(parts, args.calls, stamp)
     devices.finish(accelerator)
-    if accelerator.is_main_process:
-        whole.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    stopping,
     students,
     tables,
     teacher_identity,
@@ -75,6 +76,7 @@ def main() -> None:
         args.state,
         training.identity(Path(__file__), settings, [args.calls]),
     )
+    stopping.ignore()
     if accelerator.is_main_process:
         table = pd.DataFrame(
             {
@@ -87,8 +89,6 @@ def main() -> None:
         stamp = provenance.stamp(settings, judged=len(judged))
         tables.write(args.table, table, schemas.SENSITIVITY, stamp)
     devices.finish(accelerator)
-    if accelerator.is_main_process:
-        training.forget(args.state)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,18 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ppcl import config, devices, errors, probes, provenance, schemas, similarity, tables, tensors
+from ppcl import (
+    config,
+    devices,
+    errors,
+    probes,
+    provenance,
+    schemas,
+    similarity,
+    stopping,
+    tables,
+    tensors,
+)
 from ppcl.activations import TokenReader
 
 log = logging.getLogger(__name__)
@@ -109,6 +120,7 @@ def main() -> None:
     stamp = provenance.stamp(settings, blocks=depth, bootstrap=chosen["bootstrap"])
     handed_on = {key: json.dumps(fact) for key, fact in tokens.facts.items()}
     levels = {"delta_noise": json.dumps(noise)}
+    stopping.ignore()
     tables.write(options.cka, pd.concat(frames), schemas.CKA, {**stamp, **handed_on, **levels})
     tables.write(options.blocks, pd.concat(blocks), schemas.BLOCKS, stamp)
 

@@ -22,6 +22,7 @@ from ppcl import (
     devices,
     errors,
     provenance,
+    stopping,
     strict_yaml,
     teacher,
     tensors,
@@ -252,6 +253,7 @@ def main() -> None:
     scores = score(pipe, settings["score"])
     last = {name: rows[-1] for name, rows in logs.items()}
     made = {"scores": scores, "settings": settings, "last_losses": last}
+    stopping.ignore()
     with whole.writing(args.output, folder=True) as folder:
         pipe.save_pretrained(folder)
         write_prompts(folder, settings["calibration_prompts"], settings["seed"])

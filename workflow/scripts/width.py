@@ -31,6 +31,7 @@ from ppcl import (
     provenance,
     schemas,
     selection,
+    stopping,
     tables,
     teacher_identity,
     training,
@@ -101,6 +102,7 @@ def main() -> None:
         args.state,
         training.identity(Path(__file__), settings, [args.calls, args.blocks]),
     )
+    stopping.ignore()
     if accelerator.is_main_process:
         rows = [
             {
@@ -123,8 +125,6 @@ def main() -> None:
         stamp = provenance.stamp(settings, judged=len(judged)) | sizes
         tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp)
     devices.finish(accelerator)
-    if accelerator.is_main_process:
-        training.forget(args.state)
 
 
 if __name__ == "__main__":

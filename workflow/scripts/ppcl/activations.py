@@ -171,6 +171,7 @@ def collect(
     regular = max(1, settings["checkpoint_every"] // size)
     every = reader.in_batches(rows, size)
     progress.update(sum(map(len, every[: sample.batches])))
+    resumed = sample.batches
     for recorded in reader.batches(rows, size, device, start=sample.batches):
         batch = recorded.to(device)
         family = blocks.family(transformer)
@@ -250,6 +251,9 @@ def collect(
                 f"extract: the {stream} stream of every call is padding alone, by the mask that "
                 "the pipeline gives; record prompts that are not empty (record.prompts)"
             )
+    if sample.batches > resumed:  # what is made of it may be lost
+        sample.sums = moments.sums
+        sample.save(identity)
     return moments, {
         stream: sample.joined(stream) | {"first": sample.first[stream], "value": store}
         for stream, store in sample.stores.items()

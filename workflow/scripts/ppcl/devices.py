@@ -13,7 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from ppcl import gpus, stopping
+from ppcl import gpus, stopping, surroundings
 from ppcl.errors import UserError
 
 
@@ -48,6 +48,7 @@ def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
     Raises:
         UserError: the device that the config asks for is not there.
     """
+    surroundings.forget()  # accelerate reads some of them here
     # The main process measures and writes alone at the end; the others must have the patience.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     return Accelerator(

@@ -143,7 +143,7 @@ class Inputs:
     Args:
         parts: that the job teaches; the teacher must run from the first of their blocks on.
         options: config's `distill`.
-        folder: for the files, which processes share; `training.forget` removes it with the rest.
+        folder: for the files, which processes share; `student_stage.finish` removes it.
         identity: digest of what decides the training. Files of another identity are not used.
         reserve: bytes that must stay free on the disk.
     """

@@ -104,6 +104,10 @@ def run(main: Callable[[], None]) -> None:
     with stopping.heeded():
         try:
             main()
+            stopping.done()
+        except SystemExit:
+            stopping.done()
+            raise
         except Exception as error:
             message = str(error) if isinstance(error, UserError) else trouble(error)
             if message is None:

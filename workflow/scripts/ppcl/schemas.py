@@ -395,7 +395,7 @@ ARTIFACTS = {
     "plots/ablation/": "`ablation`, `schedules`, `calibration`, .svg and .png (target `ablation`)",
     "logs/": "what every stage printed",
     "benchmarks/": "time and memory of every stage, as Snakemake measured them",
-    "state/": "what interrupted stages resume from; may be deleted after a finished run",
+    "state/": "what stages resume from; goes when its outputs are read, or the run ends well",
 }
 """Everything below results/<run>/, in the order in which it appears."""
 

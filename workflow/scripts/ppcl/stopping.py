@@ -5,7 +5,12 @@ write a checkpoint at the end of the step that they are in; programs whose resul
 finish the part that they are writing, and lose the one that they are making, which can take a large
 teacher minutes; extraction, whose checkpoint can be larger than what may be written meanwhile,
 falls back on its last one; all others have nothing to keep and end at once. All that a program
-reads or writes is whole before and after, so ending anywhere is safe; this only saves time.
+reads or writes is whole before and after, so ending anywhere is safe; this only saves time. A
+program that has begun to write its outputs goes on and ends as if nothing had been: what it keeps
+to resume from stays until another stage reads them (forget.py).
+
+launch.py can handle the signal from its first moment and keeps it for its programs until they can.
+One that is started without it, and has not imported its modules yet, ends by the signal itself.
 """
 
 import os
@@ -18,7 +23,7 @@ from contextlib import contextmanager
 EXIT_CODE = 75
 """What a program ends with that was warned; a profile may submit such a job again."""
 
-_state = {"warned": False, "busy": 0, "worker": False}
+_state = {"warned": False, "busy": 0, "worker": False, "done": False}
 
 
 def heed(worker: bool = False):
@@ -27,7 +32,7 @@ def heed(worker: bool = False):
     Args:
         worker: the process belongs to a pool, which would send a SystemExit to its parent instead.
     """
-    _state.update(warned=False, busy=0, worker=worker)
+    _state.update(warned=False, busy=0, worker=worker, done=False)
 
     def warn(_signal, _frame) -> None:
         _state["warned"] = True
@@ -50,7 +55,7 @@ def heeded() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if _state["done"] else before)
         _state.update(warned=False, busy=0)
 
 
@@ -79,9 +84,17 @@ def part() -> Iterator[None]:
 
 
 def ignore() -> None:
-    """From now on the program ends as if unwarned: all that is left is to put away its state.
+    """From now on the program ends as if unwarned: all that is left is to write its outputs.
 
-    A warned program that had removed its checkpoint would leave nothing, for Snakemake deletes
-    the outputs of a job that fails.
+    Snakemake deletes the outputs of a job that fails, so a warning after the last of them would
+    cost them all.
     """
     _state["busy"] += 1
+
+
+def done() -> None:
+    """How the program ends is decided: SIGTERM does nothing even after `heeded`.
+
+    The interpreter takes seconds to go, and what dies of a signal then has failed.
+    """
+    _state["done"] = True

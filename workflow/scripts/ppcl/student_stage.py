@@ -9,7 +9,17 @@ import pyarrow as pa
 from accelerate import Accelerator
 from torch import nn
 
-from ppcl import calls, devices, distillation, provenance, schemas, students, tables, training
+from ppcl import (
+    calls,
+    devices,
+    distillation,
+    provenance,
+    schemas,
+    stopping,
+    students,
+    tables,
+    whole,
+)
 from ppcl.plans import Unit
 from ppcl.students import Students
 
@@ -70,6 +80,7 @@ def finish(
         args.state / "errors",
         identity,
     )
+    stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
         students.save(args.output, taught, stamp)
@@ -77,4 +88,5 @@ def finish(
         tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
     devices.finish(accelerator)
     if accelerator.is_main_process:
-        training.forget(args.state)
+        # What may take most of a disk, and a finished training does not read.
+        whole.forget(args.state / "inputs")

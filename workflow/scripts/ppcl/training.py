@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ppcl import fsdp, optimizers, provenance, stopping, teacher_identity, tensors, whole
+from ppcl import fsdp, optimizers, provenance, stopping, teacher_identity, tensors
 from ppcl.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -362,9 +362,3 @@ def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
             contents.append(hashlib.file_digest(file, "sha256").hexdigest())
     teacher = teacher_identity.fingerprint(settings["teacher"])
     return provenance.digest([provenance.code_digest(script), settings, teacher, contents])
-
-
-def forget(state: Path) -> None:
-    """Removes the resume folder of a training whose results are written."""
-    stopping.ignore()
-    whole.forget(state)

@@ -1,14 +1,19 @@
 """Files and folders that appear whole or not at all, whatever ends the program that writes them.
 
-Each is written under a name that nobody else has, and renamed when it is done. What a killed
-program left under such a name goes when the next one writes the same file.
+Each is written in a folder of its own, its part, and put in its place when it is done. What a
+killed program left there, and what libraries left beside it, goes when the next one writes the same
+file. A writer holds a lock, which the system takes back when the process is gone, on whatever node
+of a cluster that was. Where nodes do not see each other's locks, a part goes only on the machine
+that it is of.
 """
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -27,7 +32,13 @@ def _machine() -> str:
 
 
 _MACHINE = _machine()
-_mine: set[str] = set()  # names that this process writes under at the moment
+_mine: set[str] = set()  # names of the parts that this process writes at the moment
+_LOCK = ".lock"  # in every part, if it can be had
+# Filesystems on which a lock (of POSIX, which NFS servers share with their clients) is seen by all
+# who can write there: those of one kernel, and those that carry locks from node to node.
+_ONE_KERNEL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
+_CARRIED = {"nfs", "nfs4", "lustre", "gpfs", "ceph", "ocfs2", "gfs2"}
+_NOT_CARRIED = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}  # options of a mount
 
 
 @contextlib.contextmanager
@@ -39,13 +50,15 @@ def writing(path: str | Path, folder: bool = False) -> Iterator[Path]:
     """
     path = Path(path)
     name = f".{path.name[:100]}.{os.getpid()}-{_MACHINE}-{secrets.token_hex(4)}.part"
-    temporary = path.with_name(name)
+    part = path.with_name(name)
+    temporary = part / path.name
+    lock = None
     _mine.add(name)
     try:
-        _begin(temporary, folder)
+        lock = _begin(part)
+        temporary.mkdir() if folder else temporary.touch()
         for left in path.parent.glob(f".{_escaped(path.name[:100])}.*.part"):
-            if _is_left(left.name):
-                _remove(left)
+            _remove_left(left)
         yield temporary
         _put(temporary, path)
     except errors.UserError:
@@ -53,36 +66,57 @@ def writing(path: str | Path, folder: bool = False) -> Iterator[Path]:
     except Exception as error:
         own = str(getattr(error, "filename", None) or temporary)
         trouble = errors.trouble(error, path)
-        if trouble and own.startswith(str(temporary)):
+        if trouble and own.startswith(str(part)):
             trouble = trouble.replace(own, str(path), 1)  # a name that tells nobody anything
         if trouble is None:
             raise
         raise errors.UserError(trouble) from error
     finally:
-        _remove(temporary)
+        if lock is not None:
+            os.close(lock)  # first: NFS keeps what is open
+        _remove(part)
         _mine.discard(name)
 
 
 def forget(folder: Path) -> None:
     """Removes a folder, but for what somebody else is writing into it."""
-    for place, _, names in os.walk(folder, topdown=False):
-        for name in names:
-            if not name.endswith(".part") or _is_left(name):
-                _remove(Path(place, name))
-        with contextlib.suppress(OSError):
-            os.rmdir(place)
+    with contextlib.suppress(OSError):
+        for path in list(folder.iterdir()):
+            if path.name.startswith(".") and path.name.endswith(".part"):
+                _remove_left(path)
+            elif path.is_dir() and not path.is_symlink():
+                forget(path)
+            else:
+                _remove(path)
+        folder.rmdir()
 
 
-def _begin(temporary: Path, folder: bool) -> None:
-    """Makes an empty file or folder, whose parent may be forgotten by another run at any moment."""
+def _begin(part: Path) -> int | None:
+    """Makes a part, whose parent may be forgotten by another run at any moment, and locks it.
+
+    Returns the lock's file, to be closed in the end; None where there are no locks.
+    """
     for left in reversed(range(100)):
         try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
-            temporary.mkdir() if folder else temporary.touch(exist_ok=False)
-            return
+            part.parent.mkdir(parents=True, exist_ok=True)
+            part.mkdir()
+            return _lock(part)
         except (FileNotFoundError, FileExistsError):
             if not left:
                 raise
+
+
+def _lock(part: Path) -> int | None:
+    new = part / f"{_LOCK}.new"
+    file = os.open(new, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(file)
+        new.unlink()
+        return None
+    os.rename(new, part / _LOCK)  # so that it is locked from the moment that others see it
+    return file
 
 
 def _put(temporary: Path, path: Path) -> None:
@@ -93,7 +127,7 @@ def _put(temporary: Path, path: Path) -> None:
         return
     while True:  # until no other run puts its own folder there in between
         if path.is_dir():
-            aside = path.with_name(f"{temporary.name.removesuffix('.part')}-old.part")
+            aside = temporary.with_name(f"{path.name}-old")
             with contextlib.suppress(FileNotFoundError):
                 os.replace(path, aside)
             _remove(aside)
@@ -105,20 +139,56 @@ def _put(temporary: Path, path: Path) -> None:
                 raise
 
 
-def _is_left(name: str) -> bool:
-    """Whether a program of this machine wrote under this name that runs no more."""
-    process, _, rest = name.split(".")[-2].partition("-")
-    if name in _mine or not rest.startswith(_MACHINE) or not process.isdecimal():
+def _remove_left(part: Path) -> None:
+    """Removes a part if whoever wrote it is gone."""
+    if part.name in _mine:
+        return
+    process, _, rest = part.name.split(".")[-2].partition("-")
+    here = rest.startswith(_MACHINE) and process.isdecimal()
+    if here and not _runs(int(process)):
+        _remove(part)
+    elif here or _locks_are_seen_by_all(part.parent):  # a process may have a dead one's number
+        with contextlib.suppress(OSError):  # it is locked, or can't be
+            file = os.open(part / _LOCK, os.O_RDWR)
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _remove(part)
+            finally:
+                os.close(file)
+            _remove(part)  # what NFS kept of it
+
+
+def _runs(process: int) -> bool:
+    """Whether there is such a process on this machine, other than this one."""
+    if process == os.getpid():
         return False
-    if int(process) == os.getpid():
-        return True
     try:
-        os.kill(int(process), 0)
+        os.kill(process, 0)
     except ProcessLookupError:
-        return True
+        return False
     except OSError:
         pass
-    return False
+    return True
+
+
+def _locks_are_seen_by_all(folder: Path) -> bool:
+    """Whether a lock in this folder is one for everybody who can write there, on any machine."""
+    place, found = os.path.realpath(folder), []
+    try:
+        with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+            for mount in map(str.split, mounts):
+                point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mount[4])
+                if f"{place}/".startswith(f"{point.rstrip('/')}/"):
+                    found.append((len(point), len(found), mount))
+    except OSError:
+        return False  # not Linux
+    if not found:
+        return False
+    mount = max(found)[2]  # the deepest one, and of those at one place the last
+    kind, options = mount[mount.index("-") + 1], {*mount[5].split(","), *mount[-1].split(",")}
+    if kind == "lustre" and "flock" not in options:
+        return False
+    return kind in _ONE_KERNEL or kind in _CARRIED and not options & _NOT_CARRIED
 
 
 def _remove(path: Path) -> None:
