@@ -17,7 +17,7 @@ import zoo_videos
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ppcl import families, needed, pipelines, preflight, prompt_tokens
+from ppcl import families, needed, pipelines, preflight, prompt_tokens, signatures
 from ppcl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -244,3 +244,17 @@ def test_a_class_by_the_name_that_published_indexes_have(tmp_path):
     edited(tmp_path / "transformer" / "config.json", norm_type="layer_norm")
     with pytest.raises(UserError, match="Transformer2DModel, which can't be pruned"):
         preflight._check_teacher(teacher, "mine.yaml")
+
+
+def test_components_that_are_published_elsewhere_are_asked_for(tmp_path):
+    zoo_images.SPECIMENS["hidream"].make(1).save_pretrained(tmp_path)
+    edited(tmp_path / "model_index.json", text_encoder_4=[None, None], tokenizer_4=[None, None])
+    with pytest.raises(UserError, match=r"names no text_encoder_4 and no tokenizer_4, .*save it"):
+        pipelines.load(tiny.source(tmp_path), CPU)
+
+
+def test_every_specimen_has_what_its_class_asks_for(made):
+    _, pipe = made
+    wanted = signatures.components(type(pipe).__name__)
+    assert "transformer" in wanted or "Wan" in type(pipe).__name__  # which has one or two
+    assert set(wanted) <= {name for name, part in pipe.components.items() if part is not None}

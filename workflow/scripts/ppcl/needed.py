@@ -1,13 +1,14 @@
-"""Packages that some teachers need and others don't: diffusers and transformers tell their lack
-late, or in other words.
+"""Packages and components that some teachers need and others don't: diffusers and transformers
+tell their lack late, or in other words.
 
 Imports nothing heavy, so that Snakefiles can.
 """
 
+from collections.abc import Collection
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import hub
+from ppcl import hub, signatures
 from ppcl.errors import UserError
 
 # Classes that can't do without a package, whatever they read.
@@ -47,6 +48,28 @@ def refuse_missing(folder: Path, parts: dict[str, tuple[str, str]], key: str) ->
                 f"{' and '.join(missing)}; install {'it' if len(missing) == 1 else 'them'} beside "
                 f"torch, for its version (pip install {' '.join(missing)})"
             )
+
+
+def refuse_incomplete(folder: Path, names: Collection[str], key: str) -> None:
+    """Checks that a pipeline of diffusers has all components that its class can't do without.
+
+    Args:
+        names: of its components, those that are left out for now among them.
+        key: what names the folder in messages.
+
+    Raises:
+        UserError: one is missing, as Llama is in HiDream's published folders.
+    """
+    pipeline = hub.read_index(folder, key).get("_class_name")
+    wanted = signatures.components(pipeline) if isinstance(pipeline, str) else ()
+    missing = [name for name in wanted if name not in names]
+    if missing:
+        raise UserError(
+            f"{key}: {folder / hub.INDEX} names no {' and no '.join(missing)}, without which a "
+            f"{pipeline} can't be made; load it once with what is missing "
+            f"({pipeline}.from_pretrained(..., {missing[0]}=...)), save it with save_pretrained, "
+            "and give that folder"
+        )
 
 
 def _of(part: Path, made_as: str) -> list[str]:

@@ -27,7 +27,7 @@ from ppcl import (
 )
 from ppcl.errors import UserError
 from ppcl.families import family_of
-from ppcl.needed import refuse_missing
+from ppcl.needed import refuse_incomplete, refuse_missing
 
 # Modules of diffusers that check what a call of a pipeline is given.
 _CHECKING = (
@@ -77,6 +77,7 @@ def load(
     weights.check_variant(folder, parts, teacher["variant"], key)
     needed = {name: made_as for name, made_as in parts.items() if name not in without}
     files = weights.check(folder, needed, teacher["variant"], key, hub.component(teacher))
+    refuse_incomplete(folder, {*parts, *without}, key)
     refuse_missing(folder, needed, key)
     try:
         with complete.accounts() as told:

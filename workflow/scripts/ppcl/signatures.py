@@ -4,6 +4,7 @@ imported, so that Snakefiles can."""
 import ast
 import inspect
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import Any
 
 # Of defaults such as 1024**2.
 _OPERATORS = {ast.Mult: operator.mul, ast.Pow: operator.pow}
+_OPTIONAL = "_optional_components"  # of a pipeline class
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,44 @@ def source(name: str) -> ast.ClassDef | None:
     return found[0] if found else None
 
 
+def components(name: str) -> tuple[str, ...]:
+    """What a pipeline class of diffusers can't be made without, by the names that model_index.json
+    has; nothing if diffusers has no such class."""
+    spec = find_spec("diffusers")
+    if spec is None or not spec.submodule_search_locations:
+        return ()
+    lineage = [*_lineage(name, Path(spec.submodule_search_locations[0]) / "__init__.py")]
+    optional: list[str] = []
+    for made, _ in lineage:
+        for node in made.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == _OPTIONAL:
+                optional += ast.literal_eval(node.value)
+    made = (_method(made, "__init__", file) for made, file in lineage)
+    found = next((signature for signature in made if signature), Signature({}))
+    return tuple(k for k, p in found.parameters.items() if p.required and k not in optional)
+
+
 def _call(name: str, file: Path) -> Signature | None:
     """Of a class that a module defines, or imports from another one of the package."""
+    found = (_method(made, "__call__", place) for made, place in _lineage(name, file))
+    return next((signature for signature in found if signature), None)
+
+
+def _lineage(name: str, file: Path) -> Iterator[tuple[ast.ClassDef, Path]]:
+    """A class and the classes that it is made from, those of the package, with their files."""
     found = _definition(name, file)
-    if found is None:
-        return None
-    made, file = found
+    if found is not None:
+        yield found
+        for base in found[0].bases:
+            if isinstance(base, ast.Name):
+                yield from _lineage(base.id, found[1])
+
+
+def _method(made: ast.ClassDef, name: str, file: Path) -> Signature | None:
     for node in made.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__call__":
+        if isinstance(node, ast.FunctionDef) and node.name == name:
             return _signature(node, file)
-    bases = (_call(base.id, file) for base in made.bases if isinstance(base, ast.Name))
-    return next((found for found in bases if found), None)
+    return None
 
 
 def _definition(name: str, file: Path) -> tuple[ast.ClassDef, Path] | None:
