@@ -16,7 +16,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import assembly, blocks, calls, pins, schemas, selection, students, tables, texts
+from ppcl import (
+    assembly,
+    blocks,
+    calls,
+    pins,
+    rehearsal,
+    schemas,
+    selection,
+    students,
+    tables,
+    texts,
+)
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -285,6 +296,77 @@ def test_the_gate_compares_every_weight(pruned, call, tmp_path, gate_inside):
         UserError, match=r"weights differ: transformer_blocks\.1\.attn\.to_q\.weight"
     ):
         assembly.prove(tmp_path / "p70", model, low)
+
+
+# ---- the rehearsal
+
+
+def rehearse(pipe, folder, call, done):
+    rehearsal.rehearse(pipe, pipe.transformer, tiny.source(folder), call, done)
+
+
+def test_a_teacher_is_exported_before_anything_is_trained(
+    tiny_teacher, call, tmp_path, gate_inside, monkeypatch
+):
+    """Its first and last block, once; nothing is kept, and what was loaded stays as it was."""
+    pipe, prove, seen = tiny.load(tiny_teacher), assembly.prove, []
+    before = dict(pipe.components)
+
+    def look(folder, model, *more):
+        prove(folder, model, *more)
+        kept = [b.attn.to_q.weight for b in model.transformer_blocks]
+        every = pipe.transformer.transformer_blocks
+        assert torch.equal(kept[0], every[0].attn.to_q.weight)
+        assert torch.equal(kept[1], every[4].attn.to_q.weight) and len(kept) == 2
+        links = [path for path in folder.rglob("*") if path.is_symlink()]
+        assert {path.parent.name for path in links} == {"text_encoder"}
+        seen.append(json.loads((folder / "transformer/block_map.json").read_text()))
+
+    monkeypatch.setattr(assembly, "prove", look)
+    for _ in range(2):
+        rehearse(pipe, tiny_teacher, call, tmp_path / "state" / "done")
+    assert seen == [[[0, 1, 2, 3], [4]]]
+    assert not list((tmp_path / "state" / "done").iterdir())
+    assert pipe.components == before and pipe.config.text_encoder[0] == "transformers"
+    assert len(pipe.transformer.transformer_blocks) == pipe.transformer.config.num_layers == 5
+
+
+def test_a_teacher_that_would_not_load_again_is_refused_at_once(
+    tiny_teacher, call, tmp_path, gate_inside
+):
+    pipe = tiny.load(tiny_teacher)
+    change_what_no_weight_shows(pipe.transformer)
+    with pytest.raises(UserError, match=r"teacher\.path: .* can't be exported(.|\n)*differ by"):
+        rehearse(pipe, tiny_teacher, call, tmp_path / "done")
+
+    class Unsaved:
+        pass
+
+    pipe = tiny.load(tiny_teacher)
+    pipe.register_modules(scheduler=Unsaved())
+    (tmp_path / "model_index.json").write_text('{"_class_name": "QwenImagePipeline"}')
+    with pytest.raises(UserError, match=r"teacher\.path: .* can't be exported"):
+        rehearse(pipe, tmp_path, call, tmp_path / "done")
+    assert [path.name for path in tmp_path.iterdir()] == ["model_index.json"]
+
+
+def test_a_class_that_needs_more_than_two_blocks_is_rehearsed_whole(
+    tiny_teacher, call, monkeypatch
+):
+    transformer, answer = tiny.load(tiny_teacher).transformer, blocks.answer
+
+    def picky(model, given):
+        if len(model.transformer_blocks) < 3:
+            raise IndexError("no middle block")
+        return answer(model, given)
+
+    monkeypatch.setattr(blocks, "answer", picky)
+    model, block_map = rehearsal._shortest(transformer, call)
+    assert block_map == [[index] for index in range(5)]
+    assert torch.equal(answer(model, call), answer(transformer, call))
+
+
+# ---- the program
 
 
 def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_inside):

@@ -42,7 +42,11 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
         "variants": [{"name": "p70", "budget": {"blocks": 3}, "finetune_steps": 2}],
     }
     calls, plan, state = tmp_path / "calls.parquet", tmp_path / "plan.json", tmp_path / "state"
-    tiny.stage("record", settings, calls=calls, state=state)
+    with pytest.MonkeyPatch.context() as patch:
+        proven = []  # test_assembly has the reload gate
+        patch.setattr("ppcl.assembly.prove", lambda *given: proven.append(given))
+        tiny.stage("record", settings, calls=calls, state=state)
+        assert len(proven) == 1
     start, alone = tmp_path / "start.safetensors", tmp_path / "distilled.safetensors"
     trained = tmp_path / "students.safetensors"
     chosen = {"intervals": tiny.intervals(tmp_path / "i.parquet", [(0, 1), (3, 4)])}

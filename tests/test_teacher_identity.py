@@ -112,6 +112,7 @@ def test_record_refuses_a_teacher_that_changes_meanwhile(teacher, tmp_path, monk
     }
     paths = {"calls": tmp_path / "calls.parquet", "state": tmp_path / "state"}
     plain = recording.record_batch
+    monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has it
 
     def replaced(*arguments):
         age(folder(teacher) / "text_encoder/model.safetensors")

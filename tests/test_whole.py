@@ -71,6 +71,58 @@ def test_nothing_is_left_of_what_fails(tmp_path):
     assert path.read_text() == "old" and names(tmp_path) == ["new"] and names(path.parent) == ["t"]
 
 
+@pytest.fixture
+def shared_with_the_group():
+    before = os.umask(0o027)
+    yield
+    os.umask(before)
+
+
+def mode(path):
+    return path.stat().st_mode & 0o777
+
+
+def test_modes_are_those_of_new_files_whatever_wrote_them(tmp_path, shared_with_the_group):
+    with whole.writing(tmp_path / "file") as part:
+        part.chmod(0o400)
+    with whole.writing(tmp_path / "folder", folder=True) as part:
+        (part / "inner").mkdir()
+        (part / "inner/copied").touch()
+        (part / "inner/copied").chmod(0o444)
+        (part / "inner").chmod(0o555)
+    tensors.write(tmp_path / "t.safetensors", {"w": torch.ones(1)}, {})
+    texts.write(tmp_path / "new/t", "text")
+    files = ["file", "folder/inner/copied", "t.safetensors", "new/t"]
+    assert {name: mode(tmp_path / name) for name in files} == dict.fromkeys(files, 0o640)
+    folders = ["folder", "folder/inner", "new"]
+    assert {name: mode(tmp_path / name) for name in folders} == dict.fromkeys(folders, 0o750)
+
+
+def test_all_is_on_the_disk_before_it_gets_its_name_and_then_the_name(tmp_path, monkeypatch):
+    done, sync, replace = [], os.fsync, os.replace
+
+    def note(file):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{file}")))
+        sync(file)
+
+    def put(source, target):
+        done.append("named")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(os, "replace", put)
+    with whole.writing(tmp_path / "f", folder=True) as part:
+        (part / "inner").mkdir()
+        (part / "inner/one").touch()
+        (part / "two").touch()
+        own = part.name
+    assert done == ["one", "inner", "two", own, "named", tmp_path.name]
+    done.clear()
+    with whole.writing(tmp_path / "t") as part:
+        own = part.name
+    assert done == [own, "named", tmp_path.name]
+
+
 def test_two_writers_of_one_file_do_not_meet(tmp_path):
     path = tmp_path / "t"
     with whole.writing(path) as one:

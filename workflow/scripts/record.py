@@ -27,6 +27,7 @@ from ppcl import (
     prompts,
     provenance,
     recording,
+    rehearsal,
     stopping,
     teacher_identity,
 )
@@ -103,8 +104,9 @@ def main() -> None:
                 calls.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)
-            first = reader.batch(reader.buckets[0][:1]).to(accelerator.device)
-            blocks.verify(transformer, first.arguments)
+            first = reader.batch(reader.buckets[0][:1])
+            blocks.verify(transformer, first.to(accelerator.device).arguments)
+            rehearsal.rehearse(pipe, transformer, teacher, first.arguments, folder / "exportable")
     teacher_identity.refuse_changed(teacher)
     accelerator.wait_for_everyone()
     stopping.ignore()

@@ -35,6 +35,7 @@ from ppcl import (
     tables,
     teacher_identity,
     training,
+    trust,
     width,
 )
 from ppcl.families import TEXT
@@ -67,6 +68,7 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
+    trust.refuse_narrowing(transformer)
     sequence = blocks.block_sequence(transformer)
     cka = text_cka(args.blocks, len(sequence))
     units = {

@@ -1,12 +1,13 @@
 """Variants: which students each budget takes, and pipeline folders that diffusers alone loads."""
 
+import inspect
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 import diffusers
@@ -27,6 +28,7 @@ from ppcl import (
     tables,
     tensors,
     texts,
+    trust,
     untrusted,
     whole,
 )
@@ -127,8 +129,8 @@ def export(
 ) -> None:
     """Writes a pipeline folder and proves, in a fresh process, that diffusers alone loads it.
 
-    A transformer with narrow blocks brings their code with it, and loads with trust_remote_code;
-    any other is stock.
+    A transformer with narrow blocks brings their code with it, as does a pipeline that was loaded
+    with code of its own, and loads with trust_remote_code; any other is stock.
 
     Args:
         pipe: the teacher's pipeline; everything but the transformer is saved as it is.
@@ -143,18 +145,39 @@ def export(
     Raises:
         UserError: the reloaded model misses weights or answers differently. Nothing is left behind.
     """
-    if narrow.specs(transformer):
-        transformer = narrow.from_stock(transformer, blocks.family(transformer).layouts())
+    transformer = with_code(transformer)
     with whole.writing(folder, folder=True) as temporary:
-        pipe.register_modules(**{component: transformer})
-        pipe.save_pretrained(temporary)
-        if source is not None:
-            copy_missing(source, temporary)
-        _forget_paths(temporary)
-        texts.write_json(temporary / component / "block_map.json", block_map)
-        prove(temporary, transformer, call, component)
+        trusted = save(pipe, transformer, block_map, temporary, component, source)
+        prove(temporary, transformer, call, component, trusted)
         files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
         texts.write_sealed(temporary / CARD, card | {"files": files})
+
+
+def with_code(transformer: nn.Module) -> nn.Module:
+    """The transformer as the class that it is saved as."""
+    if not narrow.specs(transformer):
+        return transformer
+    return narrow.from_stock(transformer, blocks.family(transformer).layouts())
+
+
+def save(
+    pipe: DiffusionPipeline,
+    transformer: nn.Module,
+    block_map: list[list[int]],
+    folder: Path,
+    component: str,
+    source: Path | None,
+    copy_file: Callable = shutil.copyfile,
+) -> bool:
+    """Writes all of an export but its card; whether there is code in it (`trust.bring`)."""
+    pipe.register_modules(**{component: transformer})
+    pipe.save_pretrained(folder)
+    if source is not None:
+        copy_missing(source, folder, pipe, copy_file)
+    trusted = trust.bring(pipe, folder)
+    _forget_paths(folder)
+    texts.write_json(folder / component / "block_map.json", block_map)
+    return trusted
 
 
 def verify(folder: Path) -> None:
@@ -172,25 +195,51 @@ def verify(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """All files of a folder, by their paths in it."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    """All files of a folder, by their paths in it, but for hidden ones: Snakemake puts its own
+    into folders."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found if not any(p[0] == "." for p in path.parts))
 
 
 def copied(source: Path) -> tuple[str, ...]:
     """Components of a pipeline's folder that are large, and that its class starts without: text
-    encoders."""
-    named = hub.read_index(source).items()
-    return tuple(k for k, v in named if k.startswith("text_encoder") and isinstance(v, list))
+    encoders. Not those with code of their own, or whose files are links to somewhere else."""
+    return tuple(
+        name
+        for name, (library, _) in hub.parts(source).items()
+        if name.startswith("text_encoder")
+        and not (source / name / f"{library}.py").exists()
+        and not any(hub.leaves(source, source / file) for file in hub.files(source, name))
+    )
 
 
-def copy_missing(source: Path, folder: Path) -> None:
-    """Copies the components that a pipeline's folder names no class for from another's."""
-    whole, index = hub.read_index(source), hub.read_index(folder)
-    for name, made_as in whole.items():
-        if isinstance(made_as, list) and made_as[0] and not (index.get(name) or [None])[0]:
-            shutil.copytree(source / name, folder / name, ignore=shutil.ignore_patterns(".*"))
-            index[name] = made_as
+def copy_missing(
+    source: Path, folder: Path, pipe: DiffusionPipeline, copy_file: Callable = shutil.copyfile
+) -> None:
+    """Copies the components that a pipeline's folder names no class for from another's.
+
+    Of each, the files that a download would take: no code, no hidden files.
+
+    Args:
+        pipe: of the class that both folders are of, whose parameters alone are components.
+        copy_file: (from, to); where links will do, something else than a copy.
+
+    Raises:
+        UserError: a file is a link to somewhere else.
+    """
+    index, known = hub.read_index(folder), inspect.signature(type(pipe).__init__).parameters
+    for name, made_as in hub.parts(source).items():
+        if name not in known or (index.get(name) or [None])[0]:
+            continue
+        for file in hub.files(source, name):
+            if hub.leaves(source, source / file):
+                raise UserError(
+                    f"teacher.path: {source / file} leads to {(source / file).resolve()}, out of "
+                    f"this folder, so it is not copied; put {name} itself there"
+                )
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            copy_file((source / file).resolve(), folder / file)
+        index[name] = list(made_as)
     texts.write_json(folder / hub.INDEX, index)
 
 
@@ -204,19 +253,33 @@ def _forget_paths(folder: Path) -> None:
 
 
 def own_code(folder: Path, component: str = "transformer") -> bool:
-    """Whether a pipeline's transformer has the code that `export` writes, to the letter."""
+    """Whether a pipeline's transformer has the code that `export` writes, to the letter, and
+    nothing else in its folder could be run."""
     module, name = hub.read_index(folder)[component]
-    path = folder / component / f"{narrow.MODULE}.py"
-    if module != narrow.MODULE or not path.is_file():
+    base = getattr(diffusers, name.removeprefix("Pruned"), None)
+    of = family_of(base.__name__) if isinstance(base, type) else None
+    if of is None or trust.code_in(folder) != [f"{component}/{module}.py"]:
         return False
-    base = name.removeprefix("Pruned")
-    expected = narrow.module_text(getattr(diffusers, base), family_of(base).layouts())
-    return path.read_text(encoding="utf-8") == expected
+    if module != narrow.module_name(base, of.layouts()):
+        return False
+    path = folder / component / f"{module}.py"
+    return path.read_text(encoding="utf-8") == narrow.module_text(base, of.layouts())
 
 
 @torch.no_grad()
-def prove(folder: Path, transformer: nn.Module, call: dict, component: str = "transformer") -> None:
+def prove(
+    folder: Path,
+    transformer: nn.Module,
+    call: dict,
+    component: str = "transformer",
+    trusted: bool | None = None,
+    light: Collection[str] = (),
+) -> None:
     """The reload gate: a fresh process that knows only diffusers must get the same answer.
+
+    Args:
+        trusted: whether the code in the folder may run; by default only what `export` writes.
+        light: components to load without their weights.
 
     Raises:
         UserError: it gets another, or weights are missing.
@@ -226,6 +289,8 @@ def prove(folder: Path, transformer: nn.Module, call: dict, component: str = "tr
         "arguments": json.dumps(calls.encode(call, "call", held.__setitem__)),
         "component": component,
         "dtype": str(_main_dtype(transformer)).removeprefix("torch."),
+        "light": json.dumps(list(light)),
+        "trusted": json.dumps(own_code(folder, component) if trusted is None else trusted),
         "weights": json.dumps(reload_gate.digests(transformer)),
     }
     probe = folder / ".call.safetensors"
@@ -234,6 +299,7 @@ def prove(folder: Path, transformer: nn.Module, call: dict, component: str = "tr
     with tempfile.TemporaryDirectory() as modules:  # where diffusers copies and compiles code to
         done = subprocess.run(
             [sys.executable, "-I", str(gate), str(folder), str(probe)],
+            stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             env=os.environ | {"HF_MODULES_CACHE": modules},

@@ -90,9 +90,7 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
         where |= {"fingerprint": None}  # which is the teacher's
         source = teacher | where
         if assembly.own_code(folder, hub.component(teacher)):
-            # diffusers copies it to one place for all; once it is there, processes only read it.
             source["trust_remote_code"] = True
-            pipelines.code_beside(source)
         found.append(Model(folder.name, source))
     return found
 

@@ -3,6 +3,7 @@
 Imports nothing heavy, so that Snakefiles can.
 """
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -54,6 +55,7 @@ def folder(
                 f"{key}: {found} can't be loaded: there is no such folder; give the folder of a "
                 "diffusers pipeline, or the name of a repository on the Hub (owner/name)"
             )
+        refuse_strange(found, key)
         return found
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -201,3 +203,52 @@ def _is_named(value: Any) -> bool:
         and re.fullmatch(r"[A-Za-z_][\w-]*(\.[\w-]+)*", value[0], re.ASCII) is not None
         and value[1].isidentifier()
     )
+
+
+def files(folder: Path, name: str) -> list[str]:
+    """A component's files by their paths in the pipeline's folder: those that a download would
+    take, and no code."""
+    found = []
+    for place, folders, names in os.walk(folder / name):
+        folders[:] = [f for f in folders if not f.startswith(".")]
+        found += [Path(place, n).relative_to(folder).as_posix() for n in names if n[0] != "."]
+    stock = {"variant": None, "trust_remote_code": False}
+    return sorted(f for f in wanted(found, "", (name,), (), stock) if (folder / f).is_file())
+
+
+def leaves(folder: Path, path: Path) -> bool:
+    """Whether a path in a pipeline's folder leads, by a link, out of it; the blobs of the Hub's
+    cache are where its files are."""
+    roots, whole = [folder.resolve()], folder.absolute()
+    for snapshots in (*whole.parents, *roots[0].parents):
+        if snapshots.name == "snapshots":
+            roots.append((snapshots.parent / "blobs").resolve())
+    real = path.resolve()
+    return not any(real.is_relative_to(root) for root in roots)
+
+
+def refuse_strange(folder: Path, key: str = "teacher.path") -> None:
+    """Raises UserError if a component's folder holds what none should: a link to a folder, a file
+    of text that is a link to somewhere else (it might be anything of yours, and would be exported),
+    or something that is no file, such as a pipe.
+
+    That a component's whole folder, or a file of weights, is a link is common, and no harm.
+    """
+    for name in parts(folder, key):
+        base = (folder / name).resolve()
+        for place, folders, names in os.walk(folder / name):
+            for path in (Path(place, entry) for entry in (*folders, *names) if entry[0] != "."):
+                strange = None
+                if path.is_dir():
+                    strange = "a link to a folder" if path.is_symlink() else None
+                elif not path.is_file():
+                    strange = "neither a file nor a folder" if path.exists() else None
+                elif path.suffix != ".safetensors" and leaves(folder, path):
+                    if not path.resolve().is_relative_to(base):
+                        strange = f"a link to {path.resolve()}, which is somewhere else"
+                if strange:
+                    raise UserError(
+                        f"{key}: {path} is {strange}, which is not followed; replace it with what "
+                        "belongs there, or remove it"
+                    )
+            folders[:] = [f for f in folders if not f.startswith(".")]

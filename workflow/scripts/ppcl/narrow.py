@@ -14,6 +14,7 @@ There it ends with lines that `module_text` adds, which define the class to load
 
 import copy
 import functools
+import hashlib
 import inspect
 import json
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-MODULE = "ppcl_narrow"  # the file's name beside exported weights, which model_index.json gives
+MODULE = "ppcl_narrow"  # how the file's name beside exported weights begins (`module_name`)
 _END = "# ---- Added by the export"
 _TEXT = Path(__file__).read_text(encoding="utf-8").split("\n" + _END)[0]
 _CAPTURE = "ppcl_capture"
@@ -276,17 +277,18 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
     key = inspect.Parameter("narrow_blocks", inspect.Parameter.KEYWORD_ONLY, default=None)
     init.__signature__ = stock.replace(parameters=[*stock.parameters.values(), key])
 
+    name, module = f"Pruned{base.__name__}", module_name(base, layouts)
+
     def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         os.makedirs(save_directory, exist_ok=True)
-        file = Path(save_directory, f"{MODULE}.py")
+        file = Path(save_directory, f"{module}.py")
         file.write_text(module_text(base, layouts), encoding="utf-8")
         base.save_config(self, save_directory, *args, **kwargs)
 
-    name = f"Pruned{base.__name__}"
     body = {
         "__doc__": f"A {base.__name__} with narrow blocks.",
         "__init__": init,
-        "__module__": MODULE,  # pipelines write it to model_index.json, as the name of the file
+        "__module__": module,  # pipelines write it to model_index.json, as the name of the file
         "_tp_plan": None,  # the stock plan of tensor parallelism names layers that may be gone
         "save_config": save_config,
         "stock": base,
@@ -304,6 +306,13 @@ def from_stock(transformer: nn.Module, layouts: dict[str, dict]) -> nn.Module:
     return made
 
 
+def module_name(base: type, layouts: dict[str, dict]) -> str:
+    """Name of the module beside exported weights, which model_index.json gives: another one for
+    every content, since diffusers keeps code of all folders in one place by its name."""
+    content = hashlib.sha256(module_text(base, layouts).encode())
+    return f"{MODULE}_{content.hexdigest()[:16]}"
+
+
 def module_text(base: type, layouts: dict[str, dict]) -> str:
     """The module beside exported weights: this file, and the class that model_index.json names."""
     name, where = base.__name__, pprint.pformat(layouts, width=96, sort_dicts=False)
@@ -316,5 +325,5 @@ Pruned{name} = pruned(
     {where.replace(chr(10), chr(10) + "    ")},
 )
 # Here pipelines look the class and ModelMixin up when they are given the transformer.
-sys.modules[MODULE] = sys.modules[__name__]
+sys.modules[Pruned{name}.__module__] = sys.modules[__name__]
 """

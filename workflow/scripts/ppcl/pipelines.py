@@ -10,7 +10,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils.dynamic_modules_utils import get_class_from_dynamic_module
 from PIL import Image
 
 from ppcl import (
@@ -23,6 +22,7 @@ from ppcl import (
     signatures,
     steps,
     teacher_identity,
+    trust,
     weights,
 )
 from ppcl.errors import UserError
@@ -73,6 +73,8 @@ def load(
         UserError: not a pipeline, not reachable, damaged weights, or a family we can't prune.
     """
     path, folder = teacher["path"], hub.folder(teacher, key, without=without)
+    if teacher["trust_remote_code"]:
+        trust.own_modules()
     parts = hub.parts(folder, key)
     weights.check_variant(folder, parts, teacher["variant"], key)
     needed = {name: made_as for name, made_as in parts.items() if name not in without}
@@ -208,11 +210,7 @@ def transformer_size(teacher: dict) -> int:
 def code_beside(teacher: dict) -> type:
     """The transformer's class from the code beside its weights, which the caller trusts."""
     part = hub.component(teacher)
-    folder = hub.folder(teacher, only=(part,))
-    library, name = hub.read_index(folder)[part]
-    return get_class_from_dynamic_module(
-        folder, f"{library}.py", class_name=name, trust_remote_code=True, subfolder=part
-    )
+    return trust.class_beside(hub.folder(teacher, only=(part,)), part)
 
 
 def call_arguments(pipe: DiffusionPipeline, settings: dict[str, Any]) -> dict[str, Any]:

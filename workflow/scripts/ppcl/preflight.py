@@ -180,6 +180,7 @@ def _check_teacher(teacher: dict, source: str) -> None:
             f"pipeline or the name of a repository on the Hub (owner/name)"
         )
     index, index_path = hub.read_index(folder, f"{source}: teacher.path"), folder / hub.INDEX
+    hub.refuse_strange(folder, f"{source}: teacher.path")
     parts = hub.parts(folder)
     transformers = [name for name, (_, made_as) in parts.items() if "Transformer" in made_as]
     if "_class_name" not in index or not (component in parts or transformers):
@@ -193,12 +194,13 @@ def _check_teacher(teacher: dict, source: str) -> None:
             f"{', '.join(transformers)}"
         )
     family = family_of(parts[component][1])
-    for name, (library, _) in parts.items():
-        beside = (folder / name / f"{library}.py").is_file()
-        if beside and name != component and not teacher["trust_remote_code"]:
+    for name, made_as in index.items():
+        place = folder if name == "_class_name" else folder / name
+        beside = isinstance(made_as, list) and (place / f"{made_as[0]}.py").is_file()
+        if beside and not teacher["trust_remote_code"]:
             raise UserError(
-                f"{source}: teacher.path: {folder / name} brings code of its own, as a pruned "
-                "transformer with narrow blocks does; if you trust it, set "
+                f"{source}: teacher.path: {place} brings code of its own ({made_as[0]}.py), as a "
+                "pruned transformer with narrow blocks does; if you trust it, set "
                 "teacher.trust_remote_code: true"
             )
     weights.check_variant(folder, parts, teacher["variant"], source)

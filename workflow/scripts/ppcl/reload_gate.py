@@ -1,7 +1,7 @@
 """Run in a fresh process by `assembly.prove`: loads a folder with diffusers alone and checks it.
 
-It imports nothing of this package, so that what it proves holds on a machine without it. Only a
-transformer that model_index.json does not name as diffusers' own is loaded with its code.
+It imports nothing of this package, so that what it proves holds on a machine without it. Code that
+lies in the folder runs only if whoever wrote it there says so.
 """
 
 import hashlib
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import diffusers
 import torch
+import transformers
 from safetensors import safe_open
 
 
@@ -42,7 +43,8 @@ def check(folder: Path, probe: Path) -> list[str]:
     and it answers a call as it should.
 
     Args:
-        probe: the call, the expected answer, and which component, dtype and weights they are of.
+        probe: the call, the expected answer, and which component, dtype and weights they are of;
+            whether the folder's code may run, and which components are loaded without weights.
     """
     with safe_open(probe, framework="pt") as file:
         about = file.metadata()
@@ -50,10 +52,19 @@ def check(folder: Path, probe: Path) -> list[str]:
         expected = file.get_tensor("expected").double()
     component, dtype = about["component"], getattr(torch, about["dtype"])
     index = json.loads((folder / "model_index.json").read_text())
-    # Whoever writes this folder has run the code that lies in it.
-    trusted = any((folder / name / f"{of[0]}.py").is_file() for name, of in components(index))
+    light = {
+        name: getattr(transformers, index[name][1]).from_pretrained(
+            folder / name, dtype=dtype, device_map="meta", use_safetensors=True
+        )
+        for name in json.loads(about["light"])
+        if index[name][0] == "transformers"
+    }
     pipe = diffusers.DiffusionPipeline.from_pretrained(
-        folder, dtype=dtype, trust_remote_code=trusted
+        folder,
+        dtype=dtype,
+        trust_remote_code=json.loads(about["trusted"]),
+        use_safetensors=True,
+        **light,
     )
     transformer = getattr(pipe, component).eval()
     del pipe  # large models should not be in memory twice with all that is beside them
@@ -81,11 +92,6 @@ def check(folder: Path, probe: Path) -> list[str]:
         folder, subfolder=component, dtype=dtype, output_loading_info=True
     )[1]
     return problems + [f"{kind}: {found}" for kind, found in info.items() if found]
-
-
-def components(index: dict) -> list[tuple[str, list[str]]]:
-    """Names of a pipeline's components, and what each is: library, class."""
-    return [(name, of) for name, of in index.items() if isinstance(of, list) and of[0]]
 
 
 if __name__ == "__main__":

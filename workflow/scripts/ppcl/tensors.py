@@ -15,8 +15,6 @@ from torch import Tensor
 from ppcl import errors, seals, whole
 from ppcl.errors import UserError
 
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 _DATA = "data.sha256"
 _NO_DIGEST = "0" * 64
 
@@ -41,7 +39,6 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
             empty = f'"{_DATA}":"{_NO_DIGEST}"'.encode()
             header = seals.seal(header.replace(empty, f'"{_DATA}":"{data}"'.encode()))
             file.write(header)
-        os.chmod(temporary, 0o666 & ~_UMASK)  # safetensors makes files that only we can read
 
 
 def _whole_and_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

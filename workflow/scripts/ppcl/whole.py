@@ -1,10 +1,11 @@
 """Files and folders that appear whole or not at all, whatever ends the program that writes them.
 
-Each is written in a folder of its own, its part, and put in its place when it is done. What a
-killed program left there, and what libraries left beside it, goes when the next one writes the same
-file. A writer holds a lock, which the system takes back when the process is gone, on whatever node
-of a cluster that was. Where nodes do not see each other's locks, a part goes only on the machine
-that it is of.
+Each is written in a folder of its own, its part, and put in its place when it is done and on the
+disk. What a killed program left there, and what libraries left beside it, goes when the next one
+writes the same file. A writer holds a lock, which the system takes back when the process is gone,
+on whatever node of a cluster that was. Where nodes do not see each other's locks, a part goes only
+on the machine that it is of. Modes are those that the system gives to new files, whatever made
+them.
 """
 
 import contextlib
@@ -16,6 +17,7 @@ import platform
 import re
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,8 +61,11 @@ def writing(path: str | Path, folder: bool = False) -> Iterator[Path]:
         temporary.mkdir() if folder else temporary.touch()
         for left in path.parent.glob(f".{_escaped(path.name[:100])}.*.part"):
             _remove_left(left)
+        modes = _modes(temporary)
         yield temporary
+        _settle(temporary, *modes)
         _put(temporary, path)
+        _sync_folder(path.parent)
     except errors.UserError:
         raise
     except Exception as error:
@@ -119,10 +124,57 @@ def _lock(part: Path) -> int | None:
     return file
 
 
+def _modes(temporary: Path) -> tuple[int, int]:
+    """Modes of a new file and of a new folder, as the umask and the place make them."""
+    if temporary.is_file():
+        return stat.S_IMODE(temporary.stat().st_mode), 0
+    probe = temporary / ".mode"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    return mode, stat.S_IMODE(temporary.stat().st_mode)
+
+
+def _settle(temporary: Path, file_mode: int, folder_mode: int) -> None:
+    """Sets the modes of all that was written, since libraries write files that only we can read,
+    and copy modes; and waits until it is on the disk."""
+    if temporary.is_file():
+        _settle_file(temporary, file_mode)
+        return
+    for place, _, names in os.walk(temporary, topdown=False):
+        for name in names:
+            if not os.path.islink(os.path.join(place, name)):
+                _settle_file(Path(place, name), file_mode)
+        _set_mode(Path(place), folder_mode)
+        _sync_folder(Path(place))
+
+
+def _settle_file(path: Path, mode: int) -> None:
+    _set_mode(path, mode)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def _set_mode(path: Path, mode: int) -> None:
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # some disks know no others
+        os.chmod(path, mode)
+
+
+def _sync_folder(path: Path) -> None:
+    """So that names are on the disk, too."""
+    with contextlib.suppress(FileNotFoundError):  # another run may forget the folder
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some disks can't
+                raise
+        finally:
+            os.close(opened)
+
+
 def _put(temporary: Path, path: Path) -> None:
     if temporary.is_file():
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
         os.replace(temporary, path)
         return
     while True:  # until no other run puts its own folder there in between
