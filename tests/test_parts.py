@@ -237,7 +237,8 @@ def test_a_class_by_the_name_that_published_indexes_have(tmp_path):
     edited(tmp_path / "transformer" / "config.json", _class_name="Transformer2DModel")
     teacher = tiny.source(tmp_path) | {"subfolder": None}
     preflight._check_teacher(teacher, "mine.yaml")
-    for found in (pipelines.load(teacher, CPU).transformer, pipelines.load_transformer(teacher, CPU)):
+    whole = pipelines.load(teacher, CPU)
+    for found in (whole.transformer, pipelines.load_transformer(teacher, CPU)):
         assert type(found) is diffusers.PixArtTransformer2DModel
         for a, b in zip(found.parameters(), pipe.transformer.parameters(), strict=True):
             assert torch.equal(a, b)

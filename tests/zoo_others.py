@@ -2,7 +2,6 @@
 `zoo`. They share their transformers' classes with specimens that go through every stage."""
 
 import diffusers
-import torch
 import zoo_images
 import zoo_parts as parts
 import zoo_videos

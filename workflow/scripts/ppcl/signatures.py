@@ -51,10 +51,8 @@ def of(name: str) -> Signature | None:
 
     None if diffusers has no such class (a pipeline with code of its own), or is not installed.
     """
-    spec = find_spec("diffusers")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return _call(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
+    found = (_method(made, "__call__", file) for made, file in _lineage(name))
+    return next((signature for signature in found if signature), None)
 
 
 def of_class(made: type) -> Signature:
@@ -78,38 +76,34 @@ def of_class(made: type) -> Signature:
 
 def source(name: str) -> ast.ClassDef | None:
     """The source of a class of diffusers; None as of `of`."""
-    spec = find_spec("diffusers")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    found = _definition(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
-    return found[0] if found else None
+    return next((made for made, _ in _lineage(name)), None)
 
 
 def components(name: str) -> tuple[str, ...]:
     """What a pipeline class of diffusers can't be made without, by the names that model_index.json
-    has; nothing if diffusers has no such class."""
-    spec = find_spec("diffusers")
-    if spec is None or not spec.submodule_search_locations:
-        return ()
-    lineage = [*_lineage(name, Path(spec.submodule_search_locations[0]) / "__init__.py")]
+    has; nothing where `of` gives None."""
+    lineage = [*_lineage(name)]
     optional: list[str] = []
     for made, _ in lineage:
         for node in made.body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == _OPTIONAL:
                 optional += ast.literal_eval(node.value)
-    made = (_method(made, "__init__", file) for made, file in lineage)
-    found = next((signature for signature in made if signature), Signature({}))
+    inits = (_method(made, "__init__", file) for made, file in lineage)
+    found = next((signature for signature in inits if signature), Signature({}))
     return tuple(k for k, p in found.parameters.items() if p.required and k not in optional)
 
 
-def _call(name: str, file: Path) -> Signature | None:
-    """Of a class that a module defines, or imports from another one of the package."""
-    found = (_method(made, "__call__", place) for made, place in _lineage(name, file))
-    return next((signature for signature in found if signature), None)
+def _lineage(name: str, file: Path | None = None) -> Iterator[tuple[ast.ClassDef, Path]]:
+    """A class and the classes that it is made from, those of diffusers, with their files.
 
-
-def _lineage(name: str, file: Path) -> Iterator[tuple[ast.ClassDef, Path]]:
-    """A class and the classes that it is made from, those of the package, with their files."""
+    Args:
+        file: the module that has or imports the class; without it diffusers itself.
+    """
+    if file is None:
+        spec = find_spec("diffusers")
+        if spec is None or not spec.submodule_search_locations:
+            return
+        file = Path(spec.submodule_search_locations[0]) / "__init__.py"
     found = _definition(name, file)
     if found is not None:
         yield found
