@@ -46,12 +46,15 @@ class Signature:
 
 
 @cache
-def of(name: str) -> Signature | None:
+def of(name: str, file: Path | None = None) -> Signature | None:
     """The signature of a pipeline class of diffusers, by the name that model_index.json has.
+
+    Args:
+        file: see `_lineage`.
 
     None if diffusers has no such class (a pipeline with code of its own), or is not installed.
     """
-    found = (_method(made, "__call__", file) for made, file in _lineage(name))
+    found = (_method(made, "__call__", place) for made, place in _lineage(name, file))
     return next((signature for signature in found if signature), None)
 
 
@@ -88,7 +91,7 @@ def components(name: str) -> tuple[str, ...]:
         for node in made.body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == _OPTIONAL:
                 optional += ast.literal_eval(node.value)
-    inits = (_method(made, "__init__", file) for made, file in lineage)
+    inits = (_method(made, "__init__", place) for made, place in lineage)
     found = next((signature for signature in inits if signature), Signature({}))
     return tuple(k for k, p in found.parameters.items() if p.required and k not in optional)
 
