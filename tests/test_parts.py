@@ -112,7 +112,8 @@ def test_specimens_are_made_of_published_parts(made):
 
 
 def test_specimens_work_with_prompts_of_any_number(made, tmp_path):
-    """Batches are made, and run; no prompt of a few words is called cut."""
+    """Batches are made, and run, and none of their prompts gets what is another's; no prompt of a
+    few words is called cut."""
     name, pipe = made
     one = SUPPORTED[name]
     if type(pipe).__name__ == "WanImageToVideoPipeline":
@@ -124,16 +125,34 @@ def test_specimens_work_with_prompts_of_any_number(made, tmp_path):
     found = pipelines.in_batches(pipe, items, 2)
     assert sorted(item["sample"] for batch in found for item in batch) == [0, 1, 2]
     assert not prompt_tokens.cut(pipe, prompts, one.settings)
-    batch = found[0]
-    columns = {key: [i.get(key) for i in batch] for key in ("prompt", "sample", "image")}
-    calls = []
-    hook = pipe.components[one.component].register_forward_hook(lambda *_: calls.append(1))
-    settings = one.settings | {"num_inference_steps": 4 if "experts" in name else 2}
-    result = pipelines.run(
-        pipe, columns["prompt"], columns["sample"], settings, columns["image"], output_type="latent"
-    )
-    hook.remove()
-    assert calls and torch.isfinite(result[0]).all() and len(result[0]) == len(batch)
+    batch = max(found, key=len)
+    together = latents(pipe, one, batch)
+    assert torch.isfinite(together).all() and len(together) == len(batch)
+    if len(batch) > 1:
+        alone = latents(pipe, one, batch[:1])
+        torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-4)
+
+
+def latents(pipe, one, batch: list[dict]) -> torch.Tensor:
+    prompts, seeds, images = ([i.get(k) for i in batch] for k in ("prompt", "sample", "image"))
+    settings = one.settings | {"num_inference_steps": 2}
+    return pipelines.run(pipe, prompts, seeds, settings, images, output_type="latent")[0]
+
+
+def test_prompts_that_another_guider_serves_are_apart():
+    """HunyuanImage guides a batch otherwise if one of its prompts has words in quotes."""
+    one = SUPPORTED["hunyuan-image"]
+    pipe = one.make(2)
+    pipe.set_progress_bar_config(disable=True)
+    quoted, words = 'a "red" 1', ["red"]
+    count = prompt_tokens.count(pipe.tokenizer, quoted)
+    while prompt_tokens.count(pipe.tokenizer, " ".join(words)) < count:
+        words.append("red")
+    items = [{"sample": n, "prompt": p} for n, p in enumerate([quoted, " ".join(words)])]
+    assert len({prompt_tokens.count(pipe.tokenizer, item["prompt"]) for item in items}) == 1
+    assert pipelines.in_batches(pipe, items, 2) == [[items[0]], [items[1]]]
+    together, alone = latents(pipe, one, items), latents(pipe, one, items[1:])
+    assert (together[1:] - alone).abs().max() > 1e-3  # else they need not be
 
 
 @pytest.mark.parametrize("made_as", [k for k, (_, why) in STAND_INS.items() if "vision" in why])

@@ -370,6 +370,7 @@ def _hunyuan_image(depth: int) -> DiffusionPipeline:
         text_encoder_2=parts.t5(glyphs),
         tokenizer_2=glyphs,
         guider=AdaptiveProjectedMixGuidance(guidance_scale=3.5),
+        ocr_guider=AdaptiveProjectedMixGuidance(guidance_scale=5.0),
         transformer=_moved(
             "HunyuanImageTransformer2DModel",
             in_channels=Z,

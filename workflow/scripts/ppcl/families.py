@@ -7,6 +7,7 @@ inspected (discovery.py), unless it is among those that are known not to work: R
 """
 
 import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -142,6 +143,7 @@ class Family:
     companions: tuple[str, ...] = ()
     texts: tuple[str, ...] = ("tokenizer",)
     framed: Callable[[Any, Any, Any, str], tuple[str, int]] | None = None
+    apart: Callable[[Any, str], int] | None = None
     fixed: str = ""
     limits: str = ""
 
@@ -217,6 +219,14 @@ def _filled(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
         return "", 0  # reads the prompt with its picture, however long they are
     before = pipe.prompt_template_encode.partition("{}")[0]
     return before + prompt, pipe.prompt_template_encode_start_idx
+
+
+def _lettered(pipe, prompt: str) -> int:
+    # One guider serves a whole batch: another one if any of its prompts has words in quotes.
+    for base in type(pipe).__mro__:
+        if found := getattr(sys.modules[base.__module__], "extract_glyph_text", None):
+            return int(found(prompt) is not None)
+    return 0
 
 
 # ---- what many classes have in common
@@ -370,6 +380,7 @@ FAMILIES: dict[str, Family] = {
         masks={TEXT: _hunyuan_image},
         unread=(TEXT,),
         framed=_filled,
+        apart=_lettered,
         limits="the attention gets no keywords, so text streams can't be shared",
     ),
     "HiDreamImageTransformer2DModel": Family(

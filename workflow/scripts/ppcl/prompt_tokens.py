@@ -98,7 +98,8 @@ def count(reader: Any, text: str) -> int:
 
 
 def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int, ...]]:
-    """Prompt -> what has to be equal in a batch, so that none of its prompts is padded.
+    """Prompt -> what has to be equal in a batch, so that none of its prompts is padded, nor gets
+    what another one asks for.
 
     The same for all where a stock pipeline pads every prompt to one length without a mask. The
     number of characters where there is no tokenizer.
@@ -107,7 +108,12 @@ def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int,
     if stock and known is not None and not known.masks:
         return dict.fromkeys(prompts, ())
     found = readers(pipe).values()
-    return {p: tuple(count(reader, p) for reader in found) or (len(p),) for p in set(prompts)}
+    apart = known.apart if known is not None else None
+    return {
+        p: (tuple(count(reader, p) for reader in found) or (len(p),))
+        + ((apart(pipe, p),) if apart is not None else ())
+        for p in set(prompts)
+    }
 
 
 def cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping) -> dict[str, int]:
