@@ -17,7 +17,7 @@ import zoo_videos
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ppcl import families, needed, pipelines, preflight, prompt_tokens, signatures
+from ppcl import families, needed, pipelines, preflight, prompt_tokens, signatures, weightless
 from ppcl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -150,7 +150,7 @@ def test_prompts_that_another_guider_serves_are_apart():
         words.append("red")
     items = [{"sample": n, "prompt": p} for n, p in enumerate([quoted, " ".join(words)])]
     assert len({prompt_tokens.count(pipe.tokenizer, item["prompt"]) for item in items}) == 1
-    assert pipelines.in_batches(pipe, items, 2) == [[items[0]], [items[1]]]
+    assert [len(batch) for batch in pipelines.in_batches(pipe, items, 2)] == [1, 1]
     together, alone = latents(pipe, one, items), latents(pipe, one, items[1:])
     assert (together[1:] - alone).abs().max() > 1e-3  # else they need not be
 
@@ -261,6 +261,9 @@ def test_a_class_by_the_name_that_published_indexes_have(tmp_path):
         assert type(found) is diffusers.PixArtTransformer2DModel
         for a, b in zip(found.parameters(), pipe.transformer.parameters(), strict=True):
             assert torch.equal(a, b)
+    config, where = weightless.architecture(teacher, None)
+    found = weightless.on_meta(config, torch.float32, where)
+    assert type(found) is diffusers.PixArtTransformer2DModel
     edited(tmp_path / "transformer" / "config.json", norm_type="layer_norm")
     with pytest.raises(UserError, match="Transformer2DModel, which can't be pruned"):
         preflight._check_teacher(teacher, "mine.yaml")
