@@ -53,7 +53,7 @@ def main() -> None:
     taught = students.load(args.students, transformer, students.parts_of(units))
     for student in taught.values():
         student.train().to(accelerator.device)
-    start = settings["prune"]["start"]
+    start = plan.facts["start"]
     # Of a block of its own, the teacher shows it.
     borrowing = [part for part in taught if part.borrows] if start != "first" else []
     uncut = students.uncut(students.start(transformer, borrowing, start))
