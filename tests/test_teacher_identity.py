@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from test_loading import NAME, put
 
 from ppcl import calls, evaluation, pipelines, recording, teacher_identity
@@ -31,12 +32,21 @@ def age(path: Path) -> None:
     os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns - 10**12))
 
 
+def train(path: Path) -> None:
+    """Other weights in a file of the same size and time."""
+    seen, held = path.stat(), load_file(path)
+    save_file({name: tensor + 1 for name, tensor in held.items()}, path, {"format": "pt"})
+    os.utime(path, ns=(seen.st_atime_ns, seen.st_mtime_ns))
+    assert path.stat().st_size == seen.st_size
+
+
 def folder(teacher: dict) -> Path:
     return Path(teacher["path"])
 
 
 CHANGES = {
     "weights behind a link": lambda at: age(at.parent / "elsewhere" / WEIGHTS),
+    "weights of the same size and time": lambda at: train(at / "vae" / WEIGHTS),
     "a file of another size": lambda at: (at / "vae/config.json").write_text("{}"),
     "a file more": lambda at: (at / "tokenizer/more.json").write_text("{}"),
     "a file less": lambda at: (at / "tokenizer/tokenizer_config.json").unlink(),

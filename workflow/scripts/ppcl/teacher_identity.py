@@ -5,6 +5,8 @@ whenever somebody pushes. `record` notes which teacher it has asked, and later s
 or stop. Imports nothing heavy, so that Snakefiles can.
 """
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +14,7 @@ from pathlib import Path
 from ppcl import hub, provenance
 from ppcl.errors import UserError
 
+_SAMPLE = 1 << 16  # bytes
 _MARKS = {True: "revision", False: "fingerprint"}  # of one on the Hub, or in a folder
 
 
@@ -48,13 +51,26 @@ def _below(folder: Path) -> list[Path]:
 
 
 def fingerprint(teacher: Mapping) -> str:
-    """Digest of the names, sizes and times of a local teacher's files, wherever its folder is
-    (weights are too large to read). Empty for a name on the Hub, whose commit tells."""
+    """Digest of the names, sizes and times of a local teacher's files, and of samples of what they
+    hold, wherever its folder is (weights are too large to read). Empty for a name on the Hub, whose
+    commit tells."""
     if hub.is_name(teacher["path"]):
         return ""
     folder = Path(teacher["path"], teacher.get("subfolder") or "")
-    found = ((path.relative_to(folder).as_posix(), path.stat()) for path in files(teacher))
-    return provenance.digest([(name, seen.st_size, seen.st_mtime_ns) for name, seen in found])
+    found = ((path.relative_to(folder).as_posix(), path) for path in files(teacher))
+    return provenance.digest([(name, *_looks(path)) for name, path in found])
+
+
+def _looks(path: Path) -> tuple[int, int, str]:
+    """Size, time, and digest of the beginning, middle and end: teachers of one shape have one size,
+    and whoever unpacks or copies may set one time for all."""
+    seen, read = path.stat(), hashlib.sha256()
+    # What may not be read is told where the teacher is loaded.
+    with contextlib.suppress(PermissionError), path.open("rb") as file:
+        for place in sorted({0, seen.st_size // 2, max(0, seen.st_size - _SAMPLE)}):
+            file.seek(place)
+            read.update(file.read(_SAMPLE))
+    return seen.st_size, seen.st_mtime_ns, read.hexdigest()
 
 
 def resolved(teacher: Mapping) -> dict:
@@ -105,7 +121,7 @@ def refuse_changed(teacher: Mapping) -> None:
 def _refuse(teacher: Mapping) -> None:
     raise UserError(
         f"teacher.path: {teacher['path']} was changed since its calls were recorded, or began to "
-        "be: its files have other names, sizes or times. Put the teacher back as it was, or rerun "
-        "the workflow, which records the present one and makes all that follows again (a stage's "
-        "program alone can't: delete record/calls.parquet first)"
+        "be: its files have other names, sizes, times or contents. Put the teacher back as it was, "
+        "or rerun the workflow, which records the present one and makes all that follows again (a "
+        "stage's program alone can't: delete record/calls.parquet first)"
     )
