@@ -141,6 +141,12 @@ def test_no_network_is_one_error_at_once(cache, no_network, load):
     assert "\n" not in message
 
 
+@pytest.mark.parametrize("inside", ["..", "a/../../b", "/etc"])
+def test_a_subfolder_on_the_hub_is_inside(inside):
+    with pytest.raises(UserError, match=r"teacher\.subfolder: .* is no folder inside"):
+        hub.folder(tiny.source(NAME) | {"subfolder": inside})
+
+
 def test_what_is_in_the_cache_needs_no_network(cache, no_network, tiny_teacher, call, expected):
     put(tiny_teacher, cache)
     for found in loaded(tiny.source(NAME), call):

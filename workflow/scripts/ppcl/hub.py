@@ -59,6 +59,8 @@ def folder(
             )
         refuse_strange(found, key)
         return found
+    if subfolder.startswith("/") or ".." in Path(subfolder).parts:
+        raise UserError(f"teacher.subfolder: {subfolder} is no folder inside of {path}; correct it")
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
