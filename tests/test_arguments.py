@@ -56,7 +56,7 @@ def test_what_people_write_passes():
         ({"prompt_2": 3}, "pipeline.prompt_2 is 3; allowed: text, a list"),
         ({"sigmas": []}, "pipeline.sigmas is an empty list; leave it out"),
         ({"negative_prompt": []}, "pipeline.negative_prompt is an empty list"),
-        ({"sigmas": 1.0}, "pipeline.sigmas is 1.0; allowed: a list"),
+        ({"sigmas": 1.0}, "pipeline.sigmas is 1.0; allowed: a list$"),
         ({"sigmas": ["a"]}, "pipeline.sigmas is .*; allowed: a list, a number"),
     ],
 )

@@ -248,14 +248,16 @@ def _refuse_value(parameter: Parameter, value: Any) -> None:
     if value == [] and (_goes_with_prompt(parameter) or parameter.name in ("sigmas", "timesteps")):
         raise UserError(f"{key} is an empty list; leave it out for the pipeline's own default")
     numbers = value if isinstance(value, list) else [value]
-    if not _fits(value, kinds) or not isinstance(value, list) and _lists_alone(parameter, value):
+    listed = _lists_alone(parameter, value)
+    if listed or not _fits(value, kinds):
         hint = ""
         if isinstance(value, str) and _number(value) is not None:
             hint = (
                 "; it is text: write it without quotes, with a point before an e (1.0e-3), in a "
                 "config file (--config makes all nested values text)"
             )
-        allowed = ", ".join(dict.fromkeys(_WORDS[kind] for kind in kinds))
+        words = dict.fromkeys(_WORDS[kind] for kind in kinds)
+        allowed = "a list" if listed else ", ".join(words)
         raise UserError(f"{key} is {shown}; allowed: {allowed}{hint}")
     if "int" in kinds and "float" not in kinds and _COUNT.fullmatch(parameter.name):
         if any(isinstance(number, (int, float)) and number < 1 for number in numbers):
@@ -294,7 +296,9 @@ def _fits(value: Any, kinds: list[str]) -> bool:
 
 
 def _lists_alone(parameter: Parameter, value: Any) -> bool:
-    """Whether an annotation names the type of a value only as that of a list's entries."""
+    """Whether a value is no list, and its type is only that of a list's entries."""
+    if isinstance(value, list) or not _fits(value, _kinds(parameter)):
+        return False
     outer, count = _plain(parameter), 1
     while count:
         outer, count = re.subn(r"\b(list|[Tt]uple)\[[^\[\]]*\]", r"\1", outer)

@@ -234,7 +234,7 @@ def leaves(folder: Path, path: Path) -> bool:
 def refuse_strange(folder: Path, key: str = "teacher.path") -> None:
     """Raises UserError if a component's folder holds what none should: a link to a folder, a file
     of text that is a link to somewhere else (it might be anything of yours, and would be exported),
-    or something that is no file, such as a pipe.
+    or is larger than any (it is read as a whole), or something that is no file, such as a pipe.
 
     That a component's whole folder, or a file of weights, is a link is common, and no harm.
     """
@@ -256,7 +256,7 @@ def refuse_strange(folder: Path, key: str = "teacher.path") -> None:
                         strange = f"a link to {path.resolve()}, which is somewhere else"
                 if strange:
                     raise UserError(
-                        f"{key}: {path} is {strange}, which is not followed; replace it with what "
+                        f"{key}: {path} is {strange}, which is not read; replace it with what "
                         "belongs there, or remove it"
                     )
             folders[:] = [f for f in folders if not f.startswith(".")]
