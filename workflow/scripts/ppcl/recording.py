@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ppcl import blocks, calls, pipelines, replays, steps
 from ppcl.errors import UserError
@@ -31,12 +32,17 @@ class _Recorder:
         self._counted = False
 
     def __enter__(self) -> "_Recorder":
+        family = blocks.family(self.transformer)
+        changing = family.state, family.time
+
         def hook(module, args, kwargs, returned):
             output = blocks.stacked(returned[0] if isinstance(returned, tuple) else returned.sample)
             branch = sum(call["step"] == self.step for call in self.calls)
             here = {"step": self.step, "branch": branch, "level": None}
-            here["arguments"] = blocks.signature_arguments(module, args, kwargs)
-            here["output"] = output.clone()  # the pipeline may go on to compute in it
+            given = blocks.signature_arguments(module, args, kwargs)
+            # The pipeline may go on to compute in place.
+            here["arguments"] = given | {k: _copied(given[k]) for k in changing if k in given}
+            here["output"] = output.clone()
             self.calls.append(here)
 
         self._undo = contextlib.ExitStack()
@@ -70,7 +76,7 @@ class _Recorder:
         if not self._counted:
             self._end(steps.told(self._scheduler, timestep))
         self._counted = False
-        self.latents[self.step - 1] = values["latents"]
+        self.latents[self.step - 1] = _copied(values["latents"])
         return {}
 
     def callback(self, pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -92,6 +98,10 @@ class _Recorder:
             f"{type(pipe).__name__} can't be recorded: it tells nobody when a step ends "
             "(callback_on_step_end)"
         )
+
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
 
 
 def record_batch(
