@@ -74,6 +74,10 @@ def of_another_class(transformer):
     block.__class__ = Merging
 
 
+def fused(transformer):
+    transformer.transformer_blocks[1].attn.to_q.weight.data *= 1.01
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -82,6 +86,10 @@ def of_another_class(transformer):
         (processed, r"an attention processor \(Silent of transformer_blocks.1.attn\)"),
         (cached, r"step 2: .* a cache \(FirstBlockCacheConfig\)"),
         (of_another_class, r"a class of its own \(Merging of transformer_blocks.1\)"),
+        (
+            fused,
+            r"changed its transformer's weights .*transformer_blocks.1.attn.to_q.weight and 0 m",
+        ),
         (replaced, r"a hook \(a forward of its own of the transformer\)"),
         (adapted, r"other weights than its class makes .*transformer_blocks.1.attn.to_q.lora_A"),
     ],

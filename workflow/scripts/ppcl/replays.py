@@ -16,7 +16,7 @@ from diffusers.hooks import HookRegistry
 from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
-from ppcl import blocks, devices
+from ppcl import blocks, complete, devices
 from ppcl.errors import UserError
 
 
@@ -70,8 +70,16 @@ def compare(
         recorded: arguments, output, step and branch of every call.
 
     Raises:
-        UserError: an answer is another one; names the branches, and what hangs on the model.
+        UserError: an answer is another one; names the branches, and what hangs on the model. Or
+            its weights are not those that were loaded.
     """
+    if fused := complete.changed(transformer):
+        raise UserError(
+            f"{type(pipe).__name__}: the pipeline has changed its transformer's weights since they "
+            f"were loaded ({fused[0]} and {len(fused) - 1} more), as by fusing an adapter; later "
+            "stages load them as they are stored: save the pipeline with the changed weights, and "
+            "give that as teacher.path"
+        )
     recorded = list(recorded)
     device = recorded[0]["output"].device
     bare = alone(transformer, device)
