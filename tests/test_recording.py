@@ -232,6 +232,31 @@ def test_a_step_taken_in_place_leaves_recorded_states_as_they_were(tiny_teacher)
         assert one.equals(other)
 
 
+class HandWritten(diffusers.QwenImagePipeline):
+    """A loop of its own, without a scheduler."""
+
+    @torch.no_grad()
+    def __call__(self, prompt, generator, output_type, callback_on_step_end):
+        texts, mask = self.encode_prompt(prompt=prompt, device=torch.device("cpu"))
+        state = torch.stack([torch.randn(16, 16, generator=each) for each in generator])
+        given = {"encoder_hidden_states": texts, "encoder_hidden_states_mask": mask}
+        given |= {"img_shapes": [[(1, 4, 4)]] * len(state), "return_dict": False}
+        for number in range(2):
+            time = torch.full((len(state),), 1 - number / 2)
+            state -= self.transformer(hidden_states=state, timestep=time, **given)[0] / 2
+            callback_on_step_end(self, number, 1000 * time[0], {"latents": state})
+
+
+def test_a_pipeline_without_a_scheduler_has_timesteps_alone(pipe):
+    made = HandWritten(**pipe.components | {"scheduler": None})
+    given = made, made.transformer, tiny.samples(PROMPTS[:1]), {}
+    first, second = recording.record_batch(*given, 0, seed=0)
+    assert [first["timestep"][0].as_py(), second["timestep"][0].as_py()] == [1000, 500]
+    assert np.isnan([first["sigma"][0].as_py(), second["sigma"][0].as_py()]).all()
+    with pytest.raises(UserError, match="renoised_per_sample: states of a pipeline without sch"):
+        recording.record_batch(*given, 1, seed=0)
+
+
 def test_timestep_0_tells_no_scale(pipe):
     given, schedule = {"timestep": torch.tensor([0.5])}, pipe.scheduler
     family = blocks.family(pipe.transformer)

@@ -138,8 +138,9 @@ def record_batch(
         pipelines.run(pipe, prompts, seeds, settings, images, output_type="latent", **more)
     family = blocks.family(transformer)
     found = []
+    most = len(getattr(getattr(pipe, "scheduler", None), "timesteps", recorder.calls))
     for call in recorder.calls:
-        if call["step"] >= len(pipe.scheduler.timesteps) or call["level"] is None:
+        if call["step"] >= most or call["level"] is None:
             raise UserError(
                 f"{type(pipe).__name__} denoises in several rounds, which can't be recorded yet; "
                 "make a shorter video, or a smaller picture, that takes one"
@@ -191,12 +192,14 @@ def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]
 @torch.no_grad()
 def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa.Table]:
     """x = (1 - sigma) x_0 + sigma noise, the interpolation that flow matching trains on."""
-    schedule = pipe.scheduler
-    flow = "FlowMatch" in type(schedule).__name__ or schedule.config.get("use_flow_sigmas")
+    schedule = getattr(pipe, "scheduler", None)
+    config = getattr(schedule, "config", {})
+    flow = "FlowMatch" in type(schedule).__name__ or config.get("use_flow_sigmas")
     if not flow:
+        name = type(schedule).__name__ if schedule is not None else "a pipeline without scheduler"
         raise UserError(
-            f"record.renoised_per_sample: states of {type(schedule).__name__} can't be renoised "
-            "(only flow-matching schedulers yet); set it to 0"
+            f"record.renoised_per_sample: states of {name} can't be renoised (only flow-matching "
+            "schedulers yet); set it to 0"
         )
     if recorder.step < 2:
         raise UserError(

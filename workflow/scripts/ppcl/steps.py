@@ -90,9 +90,10 @@ def told(scheduler: Any, timestep: Any) -> Level:
 
 def _found(scheduler: Any, timestep: Any) -> int | None:
     """The place of a timestep in the schedule, if it is there once."""
-    if isinstance(timestep, Tensor) and timestep.numel() != 1:
+    every = getattr(scheduler, "timesteps", None)  # a pipeline may have no scheduler
+    if every is None or (isinstance(timestep, Tensor) and timestep.numel() != 1):
         return None
-    every = torch.as_tensor(scheduler.timesteps).cpu().double()
+    every = torch.as_tensor(every).cpu().double()
     places = (every == float(timestep)).nonzero().flatten().tolist()
     return places[0] if len(places) == 1 else None
 
