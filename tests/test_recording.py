@@ -235,6 +235,8 @@ def test_a_step_taken_in_place_leaves_recorded_states_as_they_were(tiny_teacher)
 class HandWritten(diffusers.QwenImagePipeline):
     """A loop of its own, without a scheduler."""
 
+    per_frame = False
+
     @torch.no_grad()
     def __call__(self, prompt, generator, output_type, callback_on_step_end):
         texts, mask = self.encode_prompt(prompt=prompt, device=torch.device("cpu"))
@@ -244,7 +246,8 @@ class HandWritten(diffusers.QwenImagePipeline):
         for number in range(2):
             time = torch.full((len(state),), 1 - number / 2)
             state -= self.transformer(hidden_states=state, timestep=time, **given)[0] / 2
-            callback_on_step_end(self, number, 1000 * time[0], {"latents": state})
+            told = 1000 * (time[0].repeat(2) if self.per_frame else time[0])
+            callback_on_step_end(self, number, told, {"latents": state})
 
 
 def test_a_pipeline_without_a_scheduler_has_timesteps_alone(pipe):
@@ -255,6 +258,15 @@ def test_a_pipeline_without_a_scheduler_has_timesteps_alone(pipe):
     assert np.isnan([first["sigma"][0].as_py(), second["sigma"][0].as_py()]).all()
     with pytest.raises(UserError, match="renoised_per_sample: states of a pipeline without sch"):
         recording.record_batch(*given, 1, seed=0)
+
+
+def test_calls_of_frames_with_timesteps_of_their_own_have_none(pipe, tmp_path):
+    made = HandWritten(**pipe.components | {"scheduler": None})
+    made.per_frame = True
+    one, path = tiny.samples(PROMPTS[:1]), tmp_path / "calls.parquet"
+    found = recording.record_batch(made, made.transformer, one, {}, 0, seed=0)
+    calls.write(path, [table.schema for table in found], found, {})
+    assert np.isnan(calls.Reader(path).index["timestep"]).all()
 
 
 def test_timestep_0_tells_no_scale(pipe):
