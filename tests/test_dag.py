@@ -97,6 +97,18 @@ def test_a_finished_run_has_nothing_to_do(finished):
     assert "Nothing to be done" in snakemake(finished, "-n")
 
 
+def test_touch_leaves_what_an_unfinished_training_kept(finished):
+    """It ends well though outputs are missing, as of a training that was killed."""
+    kept = finished / RUN / "state/finetune-p55/checkpoint.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    try:
+        snakemake(finished, "--touch", "--forcerun", "plot_training")
+        assert kept.is_file()
+    finally:
+        shutil.rmtree(finished / RUN / "state", ignore_errors=True)
+
+
 def test_a_plan_changes_what_jobs_ask_for_and_reruns_none(finished):
     needs = finished / RUN / "plan/resources.json"
     needs.parent.mkdir()

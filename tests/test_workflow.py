@@ -358,3 +358,17 @@ def test_the_launcher_tells_which_of_its_processes_a_signal_ended(tmp_path):
     printed = run("python", launcher, *arguments, code=1)
     assert printed.startswith("error: process 1 of 2 was ended by signal 9 (SIGKILL), most likely")
     assert printed.count("\n") == 1
+
+
+def test_a_job_removes_the_state_of_what_it_reads_alone(snakemake):
+    """The ablation may be measuring, and a finetune that was switched off may go on one day."""
+    finetuned = {"name": "a", "budget": 0.6, "finetune_steps": 4}
+    depth = {"intervals": {"cost": "cka"}, "width": {"enabled": False}}
+    printed = snakemake("-n", "-p", "all", "ablation", variants=[finetuned], config="test")
+    removed = re.findall(r"forget\.py ([^;]*);", printed)
+    assert any("sensitivity" in of and "width" in of for of in removed)
+    assert any("state/finetune-a" in of for of in removed)
+    plain = [finetuned | {"finetune_steps": 0}]
+    printed = snakemake("-n", "-p", "all", "ablation", variants=plain, config="test", **depth)
+    removed = re.findall(r"forget\.py ([^;]*);", printed)
+    assert removed and not re.search("sensitivity|width|finetune", " ".join(removed))

@@ -120,14 +120,18 @@ def code(name):
 
 
 def taken(*stages):
-    """First command of a job that reads what stages made: what they kept to resume from goes."""
+    """First command of a job that reads what stages made: what they kept to resume from goes.
+
+    Not of stages whose outputs the job does without: they may be at work, or half done."""
     states = " ".join(result(f"state/{stage}") for stage in stages)
-    return f"python {program('forget.py')} {states}; "
+    return f"python {program('forget.py')} {states}; " if states else ""
 
 
 def forget_taken(jobs):
-    """At the end of a run that succeeded, and so has recorded all outputs of these jobs."""
-    for job in jobs:
+    """At the end of a run that succeeded, and so has recorded all outputs of these jobs.
+
+    Not with --touch, which takes missing outputs for success, too."""
+    for job in () if workflow.touch else jobs:
         if str(job.params.get("state", "")).startswith(result("state/")):
             whole.forget(Path(job.params.state))
     with contextlib.suppress(OSError):
