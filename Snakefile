@@ -24,7 +24,7 @@ include: "workflow/rules/common.smk"
 validate()
 PLANNED = planned()
 if reporting():
-    config["summary"] = summary("rst") if targets() <= {"all"} else ""
+    config["summary"] = reported()
 
 
 report: "workflow/report/workflow.rst"

@@ -329,6 +329,9 @@ def test_a_report_before_there_are_results_says_so(snakemake, tmp_path):
     printed = snakemake("--report", tmp_path / "report.zip", run="unfinished", code=1)
     assert "error: run 'unfinished' has no results/unfinished/evaluation/metrics" in printed
     assert "--configfile" in printed and "Traceback" not in printed
+    after = ("--report", tmp_path / "report.zip", "--report-after-run")
+    # A dry run makes no figures, which Snakemake finds out when it makes the report.
+    assert "Job stats" in snakemake("-n", *after, run="unfinished", code=1)
 
 
 @pytest.mark.parametrize("processes", [1, 2])

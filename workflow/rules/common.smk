@@ -379,6 +379,17 @@ def reporting():
     return workflow.is_main_process and any(word.startswith("--report") for word in sys.argv[1:])
 
 
+def reported():
+    """What makes the table that a report opens with: of a run that is there, unless it is made
+    first (--report-after-run)."""
+    if not targets() <= {"all"}:
+        return str  # which is empty
+    if "--report-after-run" in sys.argv[1:]:
+        return lambda: summary("rst")
+    table = summary("rst")
+    return lambda: table
+
+
 def summary(form):
     """The table of what the variants reach, as `text` or `rst`."""
     metrics = result("evaluation/metrics.parquet")
