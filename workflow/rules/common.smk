@@ -132,7 +132,7 @@ def forget_taken(jobs):
 
     Not with --touch, which takes missing outputs for success, too."""
     for job in () if workflow.touch else jobs:
-        if str(job.params.get("state", "")).startswith(result("state/")):
+        if job.params.get("state"):
             whole.forget(Path(job.params.state))
     with contextlib.suppress(OSError):
         os.rmdir(result("state"))
