@@ -68,7 +68,7 @@ def test_a_call_that_a_base_class_defines_is_found(tmp_path):
         "    def __call__(self, image: str | None, *, area=AREA, **more):\n        pass\n"
     )
     (tmp_path / "__init__.py").write_text("from .inner import Derived as Ours\n")
-    found = signatures._call("Ours", tmp_path / "__init__.py")
+    found = signatures.of("Ours", tmp_path / "__init__.py")
     assert found.open
     assert found.parameters == {
         "image": signatures.Parameter("image", True, None, "str | None"),

@@ -114,9 +114,9 @@ def test_record_refuses_a_teacher_that_changes_meanwhile(teacher, tmp_path, monk
     plain = recording.record_batch
     monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has it
 
-    def replaced(*arguments):
+    def replaced(*arguments, **more):
         age(folder(teacher) / "text_encoder/model.safetensors")
-        return plain(*arguments)
+        return plain(*arguments, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(recording, "record_batch", replaced)

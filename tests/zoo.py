@@ -1,6 +1,7 @@
 """Tiny pipelines of every supported family, made of stock parts with random weights: wiring only.
 
-`zoo_images` and `zoo_videos` list them; both build their text encoders with `zoo_parts`.
+`zoo_images` and `zoo_videos` list them, `zoo_others` further pipelines of the same classes; all
+build their text encoders with `zoo_parts`.
 """
 
 from collections.abc import Callable

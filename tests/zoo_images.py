@@ -23,9 +23,11 @@ from diffusers.guiders import AdaptiveProjectedMixGuidance
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE
 from transformers import (
     ByT5Tokenizer,
+    LlavaProcessor,
     Mistral3Config,
     Mistral3ForConditionalGeneration,
     PaddleOCRVLProcessor,
+    PixtralImageProcessorPil,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from zoo import Specimen
@@ -137,7 +139,15 @@ def _flux(depth: int, lite: bool = False) -> DiffusionPipeline:
 
 
 def _flux2(depth: int) -> DiffusionPipeline:
-    tokenizer = parts.llama_tokenizer(SYSTEM_MESSAGE, markers=parts.MARKERS[1:])
+    tokenizer = parts.llama_tokenizer(SYSTEM_MESSAGE, markers=(*parts.MARKERS[1:], "<image>"))
+    # PixtralProcessor needs torchvision; this one has the same call, and reads pictures with its
+    # image processor. Its template, not its tokenizer, begins the text.
+    processor = LlavaProcessor(
+        PixtralImageProcessorPil(),
+        tokenizer,
+        patch_size=14,
+        chat_template="{{ bos_token }}" + parts.CHAT_TEMPLATE,
+    )
     text = {
         "model_type": "mistral",
         "vocab_size": len(tokenizer),
@@ -171,7 +181,7 @@ def _flux2(depth: int) -> DiffusionPipeline:
             mid_block_add_attention=False,
         ),
         text_encoder=parts.seeded(Mistral3ForConditionalGeneration, config),
-        tokenizer=tokenizer,
+        tokenizer=processor,
         transformer=_moved(
             "Flux2Transformer2DModel",
             in_channels=4 * Z,
@@ -360,6 +370,7 @@ def _hunyuan_image(depth: int) -> DiffusionPipeline:
         text_encoder_2=parts.t5(glyphs),
         tokenizer_2=glyphs,
         guider=AdaptiveProjectedMixGuidance(guidance_scale=3.5),
+        ocr_guider=AdaptiveProjectedMixGuidance(guidance_scale=5.0),
         transformer=_moved(
             "HunyuanImageTransformer2DModel",
             in_channels=Z,

@@ -166,7 +166,7 @@ def _spelled(path: str, full: Callable[[str], str]) -> str:
     if not os.path.exists(path) or set("{}") & set(found := full(path)):
         return path
     here = os.path.realpath(os.curdir)
-    return os.path.relpath(found, here) if found.startswith(f"{here}/") else found
+    return os.path.relpath(found, here) if f"{found}/".startswith(f"{here}/") else found
 
 
 def subset(config: dict, *keys: str) -> str:

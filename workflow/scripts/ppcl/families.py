@@ -7,7 +7,8 @@ inspected (discovery.py), unless it is among those that are known not to work: R
 """
 
 import re
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -142,6 +143,7 @@ class Family:
     companions: tuple[str, ...] = ()
     texts: tuple[str, ...] = ("tokenizer",)
     framed: Callable[[Any, Any, Any, str], tuple[str, int]] | None = None
+    apart: Callable[[Any, str], int] | None = None
     fixed: str = ""
     limits: str = ""
 
@@ -217,6 +219,14 @@ def _filled(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
         return "", 0  # reads the prompt with its picture, however long they are
     before = pipe.prompt_template_encode.partition("{}")[0]
     return before + prompt, pipe.prompt_template_encode_start_idx
+
+
+def _lettered(pipe, prompt: str) -> int:
+    # One guider serves a whole batch: another one if any of its prompts has words in quotes.
+    for base in type(pipe).__mro__:
+        if found := getattr(sys.modules[base.__module__], "extract_glyph_text", None):
+            return int(found(prompt) is not None)
+    return 0
 
 
 # ---- what many classes have in common
@@ -370,6 +380,7 @@ FAMILIES: dict[str, Family] = {
         masks={TEXT: _hunyuan_image},
         unread=(TEXT,),
         framed=_filled,
+        apart=_lettered,
         limits="the attention gets no keywords, so text streams can't be shared",
     ),
     "HiDreamImageTransformer2DModel": Family(
@@ -474,6 +485,31 @@ REFUSED: dict[str, str] = {
     "WanAnimateTransformer3DModel": "faces enter at every fifth block, counted by number",
     "WanVACETransformer3DModel": "the config lists by number the blocks that control enters",
 }
+
+
+# Names that published indexes still have -> the key of the component's config that tells the
+# class, and the classes.
+_SPLIT = {
+    "Transformer2DModel": (
+        "norm_type",
+        {
+            "ada_norm_single": "PixArtTransformer2DModel",
+            "ada_norm_zero": "DiTTransformer2DModel",
+        },
+    )
+}
+
+
+def was_split(class_name: str) -> bool:
+    """Whether diffusers has made several classes of this one, which `today` tells apart."""
+    return class_name in _SPLIT
+
+
+def today(class_name: str, config: Mapping[str, Any]) -> str:
+    """The name that diffusers has now for a class of an index, from its component's config."""
+    key, classes = _SPLIT.get(class_name, ("", {}))
+    value = config.get(key)
+    return classes.get(value, class_name) if isinstance(value, str) else class_name
 
 
 def family_of(class_name: str) -> Family | None:

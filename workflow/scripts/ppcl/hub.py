@@ -9,7 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ppcl import untrusted, weights
+from ppcl import families, untrusted, weights
 from ppcl.errors import UserError
 
 PATIENCE = 10  # seconds to wait for the Hub
@@ -149,7 +149,7 @@ def wanted(
 
 
 def read_index(path: Path, key: str = "teacher.path") -> dict:
-    """model_index.json of a pipeline's folder.
+    """model_index.json of a pipeline's folder, with the names that diffusers has now for classes.
 
     Raises:
         UserError: it is missing, not JSON, or names what can't be a component.
@@ -172,6 +172,9 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
                 f"{path / INDEX}: '{name}' is {str(value)[:100]!r}, but should be the library and "
                 "the class of a component; restore the file"
             )
+        config = path / name / weights.CONFIG
+        if _is_named(value) and families.was_split(value[1]) and config.is_file():
+            value[1] = families.today(value[1], untrusted.json_object(config))
     return found
 
 

@@ -27,6 +27,7 @@ from ppcl import (
 )
 from ppcl.errors import UserError
 from ppcl.families import family_of
+from ppcl.needed import refuse_incomplete, refuse_missing
 
 # Modules of diffusers that check what a call of a pipeline is given.
 _CHECKING = (
@@ -78,6 +79,8 @@ def load(
     weights.check_variant(folder, parts, teacher["variant"], key)
     needed = {name: made_as for name, made_as in parts.items() if name not in without}
     files = weights.check(folder, needed, teacher["variant"], key, hub.component(teacher))
+    refuse_incomplete(folder, {*parts, *without}, key)
+    refuse_missing(folder, needed, key)
     try:
         with complete.accounts() as told:
             pipe = DiffusionPipeline.from_pretrained(
@@ -95,6 +98,7 @@ def load(
     transformer = denoiser(pipe, teacher)
     blocks.family(transformer)
     teacher_identity.refuse_changed(teacher)
+    prompt_tokens.as_published(pipe, folder)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
     for name, module in modules.items():
         account = next((account for model, account in told if model is module), None)

@@ -9,7 +9,7 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl import arguments, hub, pins, prompt_checks, schemas, untrusted, weights
+from ppcl import arguments, hub, needed, pins, prompt_checks, schemas, untrusted, weights
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import family_of, fixed_states
@@ -206,6 +206,7 @@ def _check_teacher(teacher: dict, source: str) -> None:
     weights.check_variant(folder, parts, teacher["variant"], source)
     key = f"{source}: teacher.path"
     held = weights.check(folder, parts, teacher["variant"], key, component)[component]
+    needed.refuse_missing(folder, parts, key)
     known = untrusted.json_object(folder / component / weights.CONFIG)
     for listed in family.lists if family else ():
         names = [name for header in held.values() for name in header]

@@ -1,17 +1,61 @@
-"""How many tokens a pipeline makes of a prompt, and how many of them it reads."""
+"""Which tokens a pipeline makes of a prompt, how many, and how many of them it reads."""
 
 import inspect
 import logging
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from transformers import PreTrainedTokenizerFast
 
 from ppcl import signatures
 from ppcl.families import FAMILIES, Family
 
 log = logging.getLogger(__name__)
+
+# Spaces, line breaks, digits, marks, letters with and without accents, other scripts.
+_SAMPLE = "A photo of 2 cats, it's 10:30.\nÜber Paris: 猫"
+
+
+def as_published(pipe: DiffusionPipeline, folder: Path) -> None:
+    """Replaces tokenizers that make other tokens than their tokenizer.json says, and logs which.
+
+    transformers 5 makes some classes anew from the file's words alone. LlamaTokenizer, which
+    HunyuanVideo's pipelines name, then takes words of bytes for those of sentencepiece and drops
+    every space. The text encoder was trained with what the file says.
+
+    Args:
+        pipe: just loaded.
+        folder: that it was loaded from.
+    """
+    for name, part in pipe.components.items():
+        tokenizer = getattr(part, "tokenizer", None) or part
+        if (
+            not isinstance(tokenizer, PreTrainedTokenizerFast)
+            or type(tokenizer) is PreTrainedTokenizerFast
+            or not (folder / name / "tokenizer.json").is_file()
+        ):
+            continue
+        plain = PreTrainedTokenizerFast.from_pretrained(
+            folder / name,
+            padding_side=tokenizer.padding_side,
+            model_input_names=tokenizer.model_input_names,
+        )
+        plainly = {"add_special_tokens": False, "verbose": False}
+        if tokenizer(_SAMPLE, **plainly).input_ids == plain(_SAMPLE, **plainly).input_ids:
+            continue
+        log.warning(
+            "%s: transformers' %s makes other tokens of prompts than its tokenizer.json says; "
+            "here, and in what is exported, the file is read as it is",
+            name,
+            type(tokenizer).__name__,
+        )
+        if tokenizer is part:
+            pipe.register_modules(**{name: plain})
+        else:
+            part.tokenizer = plain
 
 
 def family(pipe: DiffusionPipeline) -> Family | None:
@@ -54,7 +98,8 @@ def count(reader: Any, text: str) -> int:
 
 
 def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int, ...]]:
-    """Prompt -> what has to be equal in a batch, so that none of its prompts is padded.
+    """Prompt -> what has to be equal in a batch, so that none of its prompts is padded, nor gets
+    what another one asks for.
 
     The same for all where a stock pipeline pads every prompt to one length without a mask. The
     number of characters where there is no tokenizer.
@@ -63,7 +108,12 @@ def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int,
     if stock and known is not None and not known.masks:
         return dict.fromkeys(prompts, ())
     found = readers(pipe).values()
-    return {p: tuple(count(reader, p) for reader in found) or (len(p),) for p in set(prompts)}
+    apart = known.apart if known is not None else None
+    return {
+        p: (tuple(count(reader, p) for reader in found) or (len(p),))
+        + ((apart(pipe, p),) if apart is not None else ())
+        for p in set(prompts)
+    }
 
 
 def cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping) -> dict[str, int]:

@@ -4,6 +4,7 @@ imported, so that Snakefiles can."""
 import ast
 import inspect
 import operator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -12,6 +13,7 @@ from typing import Any
 
 # Of defaults such as 1024**2.
 _OPERATORS = {ast.Mult: operator.mul, ast.Pow: operator.pow}
+_OPTIONAL = "_optional_components"  # of a pipeline class
 
 
 @dataclass(frozen=True)
@@ -44,15 +46,16 @@ class Signature:
 
 
 @cache
-def of(name: str) -> Signature | None:
+def of(name: str, file: Path | None = None) -> Signature | None:
     """The signature of a pipeline class of diffusers, by the name that model_index.json has.
+
+    Args:
+        file: see `_lineage`.
 
     None if diffusers has no such class (a pipeline with code of its own), or is not installed.
     """
-    spec = find_spec("diffusers")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    return _call(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
+    found = (_method(made, "__call__", place) for made, place in _lineage(name, file))
+    return next((signature for signature in found if signature), None)
 
 
 def of_class(made: type) -> Signature:
@@ -76,24 +79,47 @@ def of_class(made: type) -> Signature:
 
 def source(name: str) -> ast.ClassDef | None:
     """The source of a class of diffusers; None as of `of`."""
-    spec = find_spec("diffusers")
-    if spec is None or not spec.submodule_search_locations:
-        return None
-    found = _definition(name, Path(spec.submodule_search_locations[0]) / "__init__.py")
-    return found[0] if found else None
+    return next((made for made, _ in _lineage(name)), None)
 
 
-def _call(name: str, file: Path) -> Signature | None:
-    """Of a class that a module defines, or imports from another one of the package."""
+def components(name: str) -> tuple[str, ...]:
+    """What a pipeline class of diffusers can't be made without, by the names that model_index.json
+    has; nothing where `of` gives None."""
+    lineage = [*_lineage(name)]
+    optional: list[str] = []
+    for made, _ in lineage:
+        for node in made.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == _OPTIONAL:
+                optional += ast.literal_eval(node.value)
+    inits = (_method(made, "__init__", place) for made, place in lineage)
+    found = next((signature for signature in inits if signature), Signature({}))
+    return tuple(k for k, p in found.parameters.items() if p.required and k not in optional)
+
+
+def _lineage(name: str, file: Path | None = None) -> Iterator[tuple[ast.ClassDef, Path]]:
+    """A class and the classes that it is made from, those of diffusers, with their files.
+
+    Args:
+        file: the module that has or imports the class; without it diffusers itself.
+    """
+    if file is None:
+        spec = find_spec("diffusers")
+        if spec is None or not spec.submodule_search_locations:
+            return
+        file = Path(spec.submodule_search_locations[0]) / "__init__.py"
     found = _definition(name, file)
-    if found is None:
-        return None
-    made, file = found
+    if found is not None:
+        yield found
+        for base in found[0].bases:
+            if isinstance(base, ast.Name):
+                yield from _lineage(base.id, found[1])
+
+
+def _method(made: ast.ClassDef, name: str, file: Path) -> Signature | None:
     for node in made.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "__call__":
+        if isinstance(node, ast.FunctionDef) and node.name == name:
             return _signature(node, file)
-    bases = (_call(base.id, file) for base in made.bases if isinstance(base, ast.Name))
-    return next((found for found in bases if found), None)
+    return None
 
 
 def _definition(name: str, file: Path) -> tuple[ast.ClassDef, Path] | None:

@@ -14,7 +14,7 @@ from diffusers import ConfigMixin, ModelMixin
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import nn
 
-from ppcl import blocks, footprint, hub, pins, plans, students, untrusted, width
+from ppcl import blocks, families, footprint, hub, pins, plans, students, untrusted, width
 from ppcl.errors import UserError
 from ppcl.plans import Unit
 
@@ -86,7 +86,7 @@ def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
     """
     import diffusers
 
-    name = config["_class_name"]
+    name = families.today(config["_class_name"], config)
     made_by = getattr(diffusers, name, None)
     if not (isinstance(made_by, type) and issubclass(made_by, ModelMixin)):
         raise UserError(
