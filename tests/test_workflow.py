@@ -375,3 +375,11 @@ def test_a_job_removes_the_state_of_what_it_reads_alone(snakemake):
     printed = snakemake("-n", "-p", "all", "ablation", variants=plain, config="test", **depth)
     removed = re.findall(r"forget\.py ([^;]*);", printed)
     assert removed and not re.search("sensitivity|width|finetune", " ".join(removed))
+
+
+def test_every_rule_that_reads_teacher_or_prompts_knows_which_ones():
+    """By a stamp among its params: a file in the place of another may be older."""
+    for path in (ROOT / "workflow/rules").glob("*.smk"):
+        for rule in re.split(r"^(?:rule|checkpoint) ", path.read_text(), flags=re.M)[1:]:
+            assert ("teacher=teacher_files()" in rule) == ("teacher=teacher_stamp()" in rule), rule
+            assert ("prompts=config[" in rule) == ("prompts=prompts_stamp(" in rule), rule
