@@ -300,7 +300,7 @@ def test_processes_are_warned_when_their_launcher_is_killed(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
         "import os, signal\n"
-        "if os.environ['RANK'] == '0':\n"
+        "if os.environ['RANK'] == '1':\n"  # the last to be started
         "    os.kill(os.getppid(), signal.SIGKILL)\n"
         "print(bool(signal.sigtimedwait([signal.SIGTERM], 60)))\n"  # it is blocked until heeded
     )
