@@ -503,6 +503,10 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     own = 4.302653 * logs.std()["amber", "plugged"] / 3**0.5  # t with 2 degrees of freedom
     own = (own**2 + math.log(1.1) ** 2) ** 0.5
     assert chance["high"] == pytest.approx(chance["mean"] * np.exp(own))
+    alone = comparison_figure.summary(  # over one prompt there is no interval; over seeds there is
+        table.assign(velocity_error_low=np.nan, velocity_error_high=np.nan), "velocity_error"
+    )
+    assert 1 < (alone["high"] / alone["mean"])["joint", "plugged"] < row["high"] / row["mean"]
 
 
 @pytest.mark.parametrize("judged", [True, False])

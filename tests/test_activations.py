@@ -192,11 +192,12 @@ def test_a_sample_gives_the_same_tokens_whatever_it_is_batched_with(world):
 def captions(teacher, tmp_path_factory):
     """Calls of `teacher`, of which some have no text at all: one in a batch, then all of them."""
 
-    def reader(lengths):
+    def reader(lengths, heldout=()):
         given = tiny.arguments((5, *lengths))
         given = {k: v[1:] if hasattr(v, "shape") else v for k, v in given.items()}
         given["img_shapes"] = given["img_shapes"][1:]
         rows = tiny.places(len(lengths))
+        rows["heldout"] = [row in heldout for row in range(len(lengths))]
         found = calls.to_tables(given, teacher(**given)[0], rows)
         path = tmp_path_factory.mktemp("captions") / "calls.parquet"
         calls.write(path, [table.schema for table in found], found, {})
@@ -217,6 +218,8 @@ def test_a_sample_without_text_gives_none_of_it(teacher, captions, size):
 def test_a_stream_of_padding_alone_is_named(teacher, captions):
     with pytest.raises(UserError, match="the text stream of every call is padding alone"):
         collect((teacher, captions((0, 0))))
+    with pytest.raises(UserError, match="the text stream of every call to fit on is padding"):
+        collect((teacher, captions((0, 3), heldout=(1,))))
 
 
 def test_padding_may_hold_nan(teacher, captions):

@@ -27,7 +27,7 @@ def test_what_people_write_passes():
     # None turns these instructions off, though the annotation does not say so.
     accepted({"complex_human_instruction": None, "negative_prompt": ""}, "SanaPipeline")
     accepted({"frame_rate": 24, "decode_timestep": 0.05}, "LTXPipeline")
-    accepted({"skip_guidance_layers": [7, 8]}, "StableDiffusion3Pipeline")
+    accepted({"text_encoder_out_layers": [7, 8]}, "Flux2Pipeline")
     accepted({"text_encoder_out_layers": [9, 18]}, "Flux2KleinPipeline")
 
 
@@ -61,6 +61,8 @@ def test_what_can_not_be_is_refused_by_name(settings, said):
 
 
 def test_other_multipliers_and_counts_are_found_by_their_names():
+    blocks = refused({"skip_guidance_layers": [7, 8]}, "StableDiffusion3Pipeline")
+    assert blocks.startswith("pipeline.skip_guidance_layers is [7, 8], numbers of blocks")
     assert "num_videos_per_prompt" in refused({"num_videos_per_prompt": 3}, "WanPipeline")
     assert "1 or more" in refused({"num_frames": 0}, "WanPipeline")
     given = signatures.Signature(

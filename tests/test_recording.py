@@ -214,6 +214,61 @@ def test_a_picture_starts_in_the_middle_of_the_schedule(pipe, tmp_path):
         assert reader.index["timestep"][row] == pytest.approx(1000 * sigma, rel=1e-6)
 
 
+def test_a_step_taken_in_place_leaves_recorded_states_as_they_were(tiny_teacher):
+    """Hand-written loops add to the latents, which the transformer got as they are."""
+    pipe = tiny.load(tiny_teacher)
+    kind = type(pipe.scheduler)
+
+    class FlowMatchInPlace(kind):
+        def step(self, model_output, timestep, sample, return_dict=True):
+            after = super().step(model_output, timestep, sample, return_dict=False)[0]
+            return (sample.copy_(after),)
+
+    given = tiny.samples(PROMPTS[:1]), tiny.SETTINGS, 1, 0
+    plain = recording.record_batch(pipe, pipe.transformer, *given)
+    pipe.scheduler.__class__ = FlowMatchInPlace
+    found = recording.record_batch(pipe, pipe.transformer, *given)
+    for one, other in zip(found, plain, strict=True):
+        assert one.equals(other)
+
+
+class HandWritten(diffusers.QwenImagePipeline):
+    """A loop of its own, without a scheduler."""
+
+    per_frame = False
+
+    @torch.no_grad()
+    def __call__(self, prompt, generator, output_type, callback_on_step_end):
+        texts, mask = self.encode_prompt(prompt=prompt, device=torch.device("cpu"))
+        state = torch.stack([torch.randn(16, 16, generator=each) for each in generator])
+        given = {"encoder_hidden_states": texts, "encoder_hidden_states_mask": mask}
+        given |= {"img_shapes": [[(1, 4, 4)]] * len(state), "return_dict": False}
+        for number in range(2):
+            time = torch.full((len(state),), 1 - number / 2)
+            state -= self.transformer(hidden_states=state, timestep=time, **given)[0] / 2
+            told = 1000 * (time[0].repeat(2) if self.per_frame else time[0])
+            callback_on_step_end(self, number, told, {"latents": state})
+
+
+def test_a_pipeline_without_a_scheduler_has_timesteps_alone(pipe):
+    made = HandWritten(**pipe.components | {"scheduler": None})
+    given = made, made.transformer, tiny.samples(PROMPTS[:1]), {}
+    first, second = recording.record_batch(*given, 0, seed=0)
+    assert [first["timestep"][0].as_py(), second["timestep"][0].as_py()] == [1000, 500]
+    assert np.isnan([first["sigma"][0].as_py(), second["sigma"][0].as_py()]).all()
+    with pytest.raises(UserError, match="renoised_per_sample: states of a pipeline without sch"):
+        recording.record_batch(*given, 1, seed=0)
+
+
+def test_calls_of_frames_with_timesteps_of_their_own_have_none(pipe, tmp_path):
+    made = HandWritten(**pipe.components | {"scheduler": None})
+    made.per_frame = True
+    one, path = tiny.samples(PROMPTS[:1]), tmp_path / "calls.parquet"
+    found = recording.record_batch(made, made.transformer, one, {}, 0, seed=0)
+    calls.write(path, [table.schema for table in found], found, {})
+    assert np.isnan(calls.Reader(path).index["timestep"]).all()
+
+
 def test_timestep_0_tells_no_scale(pipe):
     given, schedule = {"timestep": torch.tensor([0.5])}, pipe.scheduler
     family = blocks.family(pipe.transformer)

@@ -1,5 +1,7 @@
 """What changes a transformer's answers from outside of a call is refused, and named."""
 
+import functools
+
 import diffusers
 import pytest
 import tiny
@@ -61,15 +63,19 @@ def adapted(transformer):
     layer.register_parameter("lora_A", torch.nn.Parameter(torch.ones(1)))
 
 
-def random(transformer):
+def of_another_class(transformer):
+    """As those patch a model who have it merge tokens."""
     block = transformer.transformer_blocks[1]
 
-    class Random(type(block)):
+    class Merging(type(block)):
         def forward(self, *args, **kwargs):
-            text, image = super().forward(*args, **kwargs)
-            return text, image + torch.rand_like(image)
+            return louder(None, None, super().forward(*args, **kwargs))
 
-    block.__class__ = Random
+    block.__class__ = Merging
+
+
+def fused(transformer):
+    transformer.transformer_blocks[1].attn.to_q.weight.data *= 1.01
 
 
 @pytest.mark.parametrize(
@@ -79,6 +85,11 @@ def random(transformer):
         (hooked_late, r"\(branch 1, step 1: by [\d.]+ of its norm\)"),
         (processed, r"an attention processor \(Silent of transformer_blocks.1.attn\)"),
         (cached, r"step 2: .* a cache \(FirstBlockCacheConfig\)"),
+        (of_another_class, r"a class of its own \(Merging of transformer_blocks.1\)"),
+        (
+            fused,
+            r"changed its transformer's weights .*transformer_blocks.1.attn.to_q.weight and 0 m",
+        ),
         (replaced, r"a hook \(a forward of its own of the transformer\)"),
         (adapted, r"other weights than its class makes .*transformer_blocks.1.attn.to_q.lora_A"),
     ],
@@ -90,9 +101,15 @@ def test_what_a_replay_would_not_give_is_refused(tiny_teacher, change, named):
         record(pipe)
 
 
-def test_random_answers_are_refused(tiny_teacher):
+def test_random_answers_are_refused(tiny_teacher, monkeypatch):
     pipe = tiny.load(tiny_teacher)
-    random(pipe.transformer)
+    kind = type(pipe.transformer.transformer_blocks[1])
+    plain = kind.forward
+
+    def random(*args, **kwargs):
+        return tuple(x + torch.rand_like(x) for x in plain(*args, **kwargs))
+
+    monkeypatch.setattr(kind, "forward", functools.wraps(plain)(random))
     with pytest.raises(UserError, match="it draws random ones"):
         recording.record_batch(pipe, pipe.transformer, SAMPLES[:1], tiny.SETTINGS, 0, seed=0)
 

@@ -373,6 +373,9 @@ def test_timestep_groups_split_levels_not_rows(scattered):
     assert sorted([*low, *high]) == list(rows)
     with pytest.raises(UserError, match="ablation: 3 groups of 2 timesteps"):
         rivals.timestep_groups(reader, rows, 3)
+    several = SimpleNamespace(index={"timestep": np.array([1.0, np.nan])})
+    with pytest.raises(UserError, match="frames have a timestep each"):
+        rivals.timestep_groups(several, np.arange(2), 1)
 
 
 @torch.no_grad()

@@ -63,6 +63,15 @@ def test_a_scheduler_without_sigmas_has_none():
     assert [f.timestep for f in found] == [500, 250, 0] and np.isnan([f.sigma for f in found]).all()
 
 
+def test_a_timestep_by_another_name_is_the_schedules():
+    class Own(diffusers.FlowMatchEulerDiscreteScheduler):
+        def step(self, model_output, t, sample):
+            return super().step(model_output, t, sample)
+
+    found = levels(Own(), 1)
+    np.testing.assert_allclose([f.timestep for f in found], [1000 * f.sigma for f in found], 1e-6)
+
+
 def test_a_step_that_the_pipeline_takes_itself_is_found_by_its_timestep():
     made = diffusers.FlowMatchEulerDiscreteScheduler()
     made.set_timesteps(4)

@@ -33,6 +33,7 @@ from ppcl.students import Students
 
 BUDGETS = 8  # sizes at which students are measured that are to serve every budget
 ACCURACIES = tuple(f"{name}_accuracy" for name in prompts.JUDGE_COLUMNS) + ("all_correct",)
+ENDS = "velocity_error_low", "velocity_error_high"
 
 
 def phases(select: Mapping, train: Mapping, options: Mapping) -> dict[str, int]:
@@ -277,9 +278,9 @@ def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> di
             measured[TEACHER]["parameters"].value - of_model["parameters"].value
         ),
         "velocity_error": error.value,
-        "velocity_error_low": error.low,
-        "velocity_error_high": error.high,
     }
+    if math.isfinite(error.low):  # over one prompt there is no interval, and JSON has no NaN
+        found |= dict(zip(ENDS, (error.low, error.high), strict=True))
     found |= {key: of_model[key].value for key in ("parameter_fraction", "latency_ratio")}
     return found | accuracies(pipe, model, settings)
 
@@ -316,7 +317,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     extra = material.settings["ablation"]["finetune_steps"]
     intervals = json.dumps(sorted(chosen.starts))
     common = {"method": job["name"], "seed": material.seed, "intervals": intervals}
-    common |= dict.fromkeys(ACCURACIES, math.nan)
+    common |= dict.fromkeys((*ACCURACIES, *ENDS), math.nan)
     common |= {"removed_blocks": sum(last - first for first, last in chosen.starts)}
     common |= {"text_runs": json.dumps(chosen.runs), "linear_ffns": json.dumps(chosen.ffns)}
     if not chosen.starts and not chosen.runs and not chosen.ffns:

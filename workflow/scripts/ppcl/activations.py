@@ -161,7 +161,7 @@ def collect(
 
     Raises:
         UserError: an activation is NaN or infinite; says the block and the stream. Or there is no
-            room for the sample, or what a killed run left is damaged.
+            token to fit on, no room for the sample, or what a killed run left is damaged.
     """
     sequence = blocks.block_sequence(transformer)
     sample = token_store.resume(folder, identity)
@@ -245,11 +245,14 @@ def collect(
             sample.save(identity)
         progress.update(len(batch))
     moments.settle(everything=True)
+    fitted = {name.split(".")[0] for name in moments.sums}
     for stream, store in sample.stores.items():
-        if not store.shape[1]:
+        boundaries, tokens, _ = store.shape
+        if not tokens or (boundaries > 1 and stream not in fitted):
             raise UserError(
-                f"extract: the {stream} stream of every call is padding alone, by the mask that "
-                "the pipeline gives; record prompts that are not empty (record.prompts)"
+                f"extract: the {stream} stream of every call {'to fit on ' * bool(tokens)}is "
+                "padding alone, by the mask that the pipeline gives; record prompts that are not "
+                "empty (record.prompts)"
             )
     if sample.batches > resumed:  # what is made of it may be lost
         sample.sums = moments.sums

@@ -29,6 +29,7 @@ OURS = {
     "callback_on_step_end_tensor_inputs": "recording reads the latents from it",
 }
 _NEEDED = ("prompt", "generator", "output_type")
+_NUMBERED = "skip_guidance_layers"  # numbers of blocks
 
 # Pictures that a pipeline can't do without, and neither more nor fewer, where annotations that say
 # the same elsewhere say otherwise.
@@ -230,6 +231,11 @@ def _refuse_key(name: str, signature: Signature, key: str, known: Collection[str
 def _refuse_value(parameter: Parameter, value: Any) -> None:
     key, kinds = f"pipeline.{parameter.name}", _kinds(parameter)
     shown = json.dumps(value, default=str)
+    if parameter.name == _NUMBERED and value:
+        raise UserError(
+            f"{key} is {shown}, numbers of blocks, which would be other blocks after pruning; "
+            "remove the key"
+        )
     if re.fullmatch(r"num_\w+_per_prompt", parameter.name):
         if value != 1 or isinstance(value, bool):
             raise UserError(

@@ -53,7 +53,8 @@ def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
         if log:
             ends = np.maximum(found[[f"{column}_low", f"{column}_high"]].to_numpy(float), TINY)
             by_prompt = np.abs(np.log(ends) - found[["scaled"]].to_numpy()).mean(axis=0)
-            below, above = np.hypot([below, above], by_prompt)
+            # Over one prompt there is no interval, and the seeds' stays what it is.
+            below, above = np.hypot([below, above], np.nan_to_num(by_prompt))
         mean, low, high = found["scaled"].mean() + np.array([0, -below, above])
         mean, low, high = np.exp([mean, low, high]) if log else np.clip([mean, low, high], 0, 1)
         rows.append([method, state, mean, low, high, len(found)])

@@ -4,6 +4,7 @@ Loaders only warn: they draw missing weights at random, and drop those that a co
 for. Their accounts follow their own rules of ties, renamed keys and weights that may be absent.
 """
 
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,9 @@ from ppcl.errors import UserError
 from ppcl.weights import Header
 
 SHOWN = 3  # weights that a message names
+SAMPLED = 64  # values of each weight that tell whether it is changed after it was loaded
+_loaded: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, torch.Tensor]]
+_loaded = weakref.WeakKeyDictionary()
 
 
 @contextmanager
@@ -53,9 +57,28 @@ def _telling(base: type, stock: classmethod, told: list) -> classmethod:
         except Exception as error:
             raise RuntimeError(f"{Path(folder).name}: {error}") from error
         told.append((model, account))
+        if base is diffusers.ModelMixin:
+            _loaded[model] = _samples(model)
         return model
 
     return classmethod(from_pretrained)
+
+
+def _samples(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Some values of every weight, on the CPU."""
+    every = {n: p.detach().flatten() for n, p in model.named_parameters() if not p.is_meta}
+    return {n: p[:: max(1, len(p) // SAMPLED)].to("cpu", copy=True) for n, p in every.items()}
+
+
+def changed(model: torch.nn.Module) -> list[str]:
+    """Weights of a pipeline's model that are not what they were when it was loaded; a pipeline with
+    code of its own may have fused an adapter with them."""
+    now = _samples(model)
+    return [
+        name
+        for name, before in _loaded.get(model, {}).items()
+        if name in now and not torch.equal(before.to(now[name].dtype), now[name])
+    ]
 
 
 def check(

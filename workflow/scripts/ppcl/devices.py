@@ -242,10 +242,15 @@ class _Compiled:
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
         # A student starts as a copy of a block; it is trained, and stays as it was written.
-        plain = type(self).__mro__[2]
+        plain = uncompiled(self)
         copied = memo[id(self)] = plain.__new__(plain)
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
+
+
+def uncompiled(module: nn.Module) -> type:
+    """A module's class, without what `compile_blocks` has put before it."""
+    return type(module).__mro__[2] if isinstance(module, _Compiled) else type(module)
 
 
 def compile_blocks(block_modules: Iterable[nn.Module], backend: str = "inductor") -> None:

@@ -9,6 +9,7 @@ import pyarrow as pa
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ppcl import blocks, calls, pipelines, replays, steps
 from ppcl.errors import UserError
@@ -31,12 +32,17 @@ class _Recorder:
         self._counted = False
 
     def __enter__(self) -> "_Recorder":
+        family = blocks.family(self.transformer)
+        changing = family.state, family.time
+
         def hook(module, args, kwargs, returned):
             output = blocks.stacked(returned[0] if isinstance(returned, tuple) else returned.sample)
             branch = sum(call["step"] == self.step for call in self.calls)
             here = {"step": self.step, "branch": branch, "level": None}
-            here["arguments"] = blocks.signature_arguments(module, args, kwargs)
-            here["output"] = output.clone()  # the pipeline may go on to compute in it
+            given = blocks.signature_arguments(module, args, kwargs)
+            # The pipeline may go on to compute in place.
+            here["arguments"] = given | {k: _copied(given[k]) for k in changing if k in given}
+            here["output"] = output.clone()
             self.calls.append(here)
 
         self._undo = contextlib.ExitStack()
@@ -70,7 +76,7 @@ class _Recorder:
         if not self._counted:
             self._end(steps.told(self._scheduler, timestep))
         self._counted = False
-        self.latents[self.step - 1] = values["latents"]
+        self.latents[self.step - 1] = _copied(values["latents"])
         return {}
 
     def callback(self, pipe: DiffusionPipeline) -> dict[str, Any]:
@@ -92,6 +98,10 @@ class _Recorder:
             f"{type(pipe).__name__} can't be recorded: it tells nobody when a step ends "
             "(callback_on_step_end)"
         )
+
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
 
 
 def record_batch(
@@ -128,8 +138,9 @@ def record_batch(
         pipelines.run(pipe, prompts, seeds, settings, images, output_type="latent", **more)
     family = blocks.family(transformer)
     found = []
+    most = len(getattr(getattr(pipe, "scheduler", None), "timesteps", recorder.calls))
     for call in recorder.calls:
-        if call["step"] >= len(pipe.scheduler.timesteps) or call["level"] is None:
+        if call["step"] >= most or call["level"] is None:
             raise UserError(
                 f"{type(pipe).__name__} denoises in several rounds, which can't be recorded yet; "
                 "make a shorter video, or a smaller picture, that takes one"
@@ -181,12 +192,14 @@ def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]
 @torch.no_grad()
 def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa.Table]:
     """x = (1 - sigma) x_0 + sigma noise, the interpolation that flow matching trains on."""
-    schedule = pipe.scheduler
-    flow = "FlowMatch" in type(schedule).__name__ or schedule.config.get("use_flow_sigmas")
+    schedule = getattr(pipe, "scheduler", None)
+    config = getattr(schedule, "config", {})
+    flow = "FlowMatch" in type(schedule).__name__ or config.get("use_flow_sigmas")
     if not flow:
+        name = type(schedule).__name__ if schedule is not None else "a pipeline without scheduler"
         raise UserError(
-            f"record.renoised_per_sample: states of {type(schedule).__name__} can't be renoised "
-            "(only flow-matching schedulers yet); set it to 0"
+            f"record.renoised_per_sample: states of {name} can't be renoised (only flow-matching "
+            "schedulers yet); set it to 0"
         )
     if recorder.step < 2:
         raise UserError(

@@ -16,7 +16,7 @@ from diffusers.hooks import HookRegistry
 from diffusers.models.modeling_utils import no_init_weights
 from torch import Tensor, nn
 
-from ppcl import blocks, devices
+from ppcl import blocks, complete, devices
 from ppcl.errors import UserError
 
 
@@ -53,7 +53,8 @@ def alone(transformer: nn.Module, device: torch.device) -> nn.Module:
         made.get_submodule(path)._buffers[leaf] = buffers.get(name, buffer.to(device))
     listed = [[b.module for b in blocks.block_sequence(m)] for m in (transformer, made)]
     for block, new in zip(*listed, strict=True):
-        new.__class__ = type(block)  # compiled code is the class's
+        if type(block) is not type(new) and devices.uncompiled(block) is type(new):
+            new.__class__ = type(block)  # compiled code is the class's
     if any(t.device.type != device.type for t in (*made.parameters(), *made.buffers())):
         devices.stream(made, listed[1], device)
     return made.eval()
@@ -69,8 +70,16 @@ def compare(
         recorded: arguments, output, step and branch of every call.
 
     Raises:
-        UserError: an answer is another one; names the branches, and what hangs on the model.
+        UserError: an answer is another one; names the branches, and what hangs on the model. Or
+            its weights are not those that were loaded.
     """
+    if fused := complete.changed(transformer):
+        raise UserError(
+            f"{type(pipe).__name__}: the pipeline has changed its transformer's weights since they "
+            f"were loaded ({fused[0]} and {len(fused) - 1} more), as by fusing an adapter; later "
+            "stages load them as they are stored: save the pipeline with the changed weights, and "
+            "give that as teacher.path"
+        )
     recorded = list(recorded)
     device = recorded[0]["output"].device
     bare = alone(transformer, device)
@@ -137,9 +146,11 @@ def hanging(pipe: DiffusionPipeline, transformer: nn.Module, bare: nn.Module) ->
     ]
     if getattr(transformer, "is_cache_enabled", False):
         found.append(f"a cache ({type(transformer._cache_config).__name__})")
-    hooks, processors = {}, {}
+    hooks, processors, classes = {}, {}, {}
     stock = dict(bare.named_modules())
     for path, module in transformer.named_modules():
+        if path in stock and devices.uncompiled(module) is not devices.uncompiled(stock[path]):
+            classes[type(module).__name__] = path
         registry = getattr(module, "_diffusers_hook", None)
         named = registry.hooks if isinstance(registry, HookRegistry) else {}
         hooks |= dict.fromkeys(named, path)
@@ -154,4 +165,5 @@ def hanging(pipe: DiffusionPipeline, transformer: nn.Module, bare: nn.Module) ->
             processors[type(processor).__name__] = path
     found += [f"a hook ({name} of {path or 'the transformer'})" for name, path in hooks.items()]
     found += [f"an attention processor ({name} of {p})" for name, p in processors.items()]
+    found += [f"a class of its own ({name} of {path})" for name, path in classes.items()]
     return found

@@ -226,6 +226,8 @@ def skip_errors(
 def timestep_groups(reader: calls.Reader, rows: np.ndarray, count: int) -> list[np.ndarray]:
     """Rows in groups of neighbouring timesteps, low to high, with equally many timesteps each."""
     timesteps = reader.index["timestep"][rows]
+    if np.isnan(timesteps).any():
+        raise UserError("ablation: the calls' frames have a timestep each, which makes no groups")
     if len(levels := np.unique(timesteps)) < count:
         raise UserError(f"ablation: {count} groups of {len(levels)} timesteps; ask for fewer")
     return [rows[np.isin(timesteps, part)] for part in np.array_split(levels, count)]

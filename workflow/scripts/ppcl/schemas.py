@@ -24,7 +24,7 @@ def tokens(width: int) -> pa.Schema:
             _STREAM,
             column("prompt", pa.int32(), "index of the calibration prompt"),
             column("step", pa.int32(), "index of the denoising step"),
-            column("timestep", pa.float64(), "timestep as the transformer received it"),
+            column("timestep", pa.float64(), "that of the call, as in calls.parquet", nan=True),
             column("token", pa.int32(), "position in the sequence"),
             column("heldout", pa.bool_(), "the prompt was kept from the probes' fit"),
             column(
@@ -46,7 +46,12 @@ CALLS = pa.schema(
         column("kind", pa.string(), "`pipeline`: as called; `renoised`: fresh noise and timestep"),
         column("step", pa.int32(), "denoising step; -1 for renoised"),
         column("branch", pa.int32(), "which call of the step: 0, then 1 with guidance"),
-        column("timestep", pa.float64(), "the timestep that the scheduler's step was at"),
+        column(
+            "timestep",
+            pa.float64(),
+            "the timestep that the scheduler's step was at, if it was at one",
+            nan=True,
+        ),
         column("sigma", pa.float64(), "its noise level; NaN if the scheduler knows none", nan=True),
         column("heldout", pa.bool_(), "the prompt is kept from all fitting and training"),
         column("arguments", pa.string(), "JSON of the arguments that are not tensors"),

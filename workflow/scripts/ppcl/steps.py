@@ -60,7 +60,7 @@ def taken(scheduler: Any, step: Step, given: dict[str, Any]) -> tuple[Any, Level
     The scheduler's own count says so: a pipeline that starts from a picture starts in the middle,
     and one whose scheduler is of second order comes to a level twice, or to one in between.
     """
-    timestep, place = given["timestep"], getattr(scheduler, "step_index", None)
+    timestep, place = given.get("timestep", float("nan")), getattr(scheduler, "step_index", None)
     sigmas, between = getattr(scheduler, "sigmas", None), None
     second = getattr(scheduler, "state_in_first_order", True) is False
     if second and any(hasattr(scheduler, name) for name in ("sigmas_interpol", "mid_point_sigma")):
@@ -73,7 +73,8 @@ def taken(scheduler: Any, step: Step, given: dict[str, Any]) -> tuple[Any, Level
         place = _found(scheduler, timestep) if counted is None else counted - 1
     known = sigmas is not None and place is not None and place < len(sigmas)
     sigma = sigmas[place] if known else float("nan")
-    if isinstance(timestep, Tensor) and timestep.numel() != 1:  # one for every token, or frame
+    several = isinstance(timestep, Tensor) and timestep.numel() != 1  # of every token, or frame
+    if several or "timestep" not in given:  # or by another name, in a scheduler of one's own
         inside = place is not None and place < len(scheduler.timesteps)
         timestep = scheduler.timesteps[place] if inside else float("nan")
     return returned, Level(float(timestep), float(sigma if between is None else between))
@@ -90,9 +91,10 @@ def told(scheduler: Any, timestep: Any) -> Level:
 
 def _found(scheduler: Any, timestep: Any) -> int | None:
     """The place of a timestep in the schedule, if it is there once."""
-    if isinstance(timestep, Tensor) and timestep.numel() != 1:
+    every = getattr(scheduler, "timesteps", None)  # a pipeline may have no scheduler
+    if every is None or (isinstance(timestep, Tensor) and timestep.numel() != 1):
         return None
-    every = torch.as_tensor(scheduler.timesteps).cpu().double()
+    every = torch.as_tensor(every).cpu().double()
     places = (every == float(timestep)).nonzero().flatten().tolist()
     return places[0] if len(places) == 1 else None
 
