@@ -24,7 +24,7 @@ include: "workflow/rules/common.smk"
 validate()
 PLANNED = planned()
 if reporting():
-    config["summary"] = summary("rst") if targets() <= {"all"} else ""
+    config["summary"] = reported()
 
 
 report: "workflow/report/workflow.rst"
@@ -102,5 +102,6 @@ rule interval_plots:
 
 onsuccess:
     forget_taken(workflow.dag.jobs)
-    if "all" in map(str, workflow.dag.targetrules):
+    # It is left out by --until, --omit-from and --batch, which may leave no metrics.
+    if any(job.rule.name == "all" and workflow.dag.finished(job) for job in workflow.dag.jobs):
         logger.info(f"\n{summary('text')}\n")

@@ -97,6 +97,20 @@ def test_a_finished_run_has_nothing_to_do(finished):
     assert "Nothing to be done" in snakemake(finished, "-n")
 
 
+def test_touch_leaves_what_an_unfinished_training_kept(finished):
+    """It ends well though outputs are missing, as of a training that was killed."""
+    kept = finished / RUN / "state/finetune-p55/checkpoint.safetensors"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("")
+    try:
+        part = ("--forcerun", "plot_training", "--until", "plot_training")
+        printed = snakemake(finished, "--touch", *part)
+        assert kept.is_file()
+        assert "results/test/models/p" not in printed  # the table of a run that is not over
+    finally:
+        shutil.rmtree(finished / RUN / "state", ignore_errors=True)
+
+
 def test_a_plan_changes_what_jobs_ask_for_and_reruns_none(finished):
     needs = finished / RUN / "plan/resources.json"
     needs.parent.mkdir()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ppcl import gpus
+from ppcl import gpus, surroundings
 
 NAMES = [f"GPU-{n}{n}-aa" for n in range(4)]
 LISTED = "".join(f"GPU {n}: NVIDIA H200 (UUID: {name})\n" for n, name in enumerate(NAMES))
@@ -20,7 +20,7 @@ PARTED = (
 TAKER = """
 import os, sys
 from pathlib import Path
-from ppcl import gpus
+from ppcl import gpus, surroundings
 gpus.FOLDER, gpus.PATIENCE = Path(sys.argv[1]), 0.01
 gpus.take(int(sys.argv[2]))
 print(os.environ.get(gpus.VISIBLE), flush=True)
@@ -132,3 +132,10 @@ def test_without_a_folder_for_locks_a_job_says_so_and_goes_on(machine, tmp_path)
     (tmp_path / "locks").write_text("")
     process = job()
     assert "no locks on GPUs (" in process.stderr.readline() and sees(process) == ["None"]
+
+
+def test_a_process_of_several_uses_what_all_of_them_see(machine):
+    """As where a scheduler gave as many as there are processes, or torchrun started them."""
+    job, _ = machine
+    place = {gpus.RANK: "1", surroundings.RUN: "a", gpus.VISIBLE: "3,2"}
+    assert sees(job(SLURM_JOB_ID="7", **place)) == ["3", "2"]

@@ -293,3 +293,36 @@ def test_the_launcher_heeds_a_warning_before_it_has_started_anything(tmp_path):
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
     )
     assert done.returncode == stopping.EXIT_CODE
+
+
+def test_processes_are_warned_when_their_launcher_is_killed(tmp_path):
+    """Or they would train on beside those of the next run."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import os, signal\n"
+        "if os.environ['RANK'] == '1':\n"  # the last to be started
+        "    os.kill(os.getppid(), signal.SIGKILL)\n"
+        "print(bool(signal.sigtimedwait([signal.SIGTERM], 60)))\n"  # it is blocked until heeded
+    )
+    given = ["--threads", "2", "--device", "cpu", "--processes", "2", program]
+    command = [sys.executable, tiny.SCRIPTS / "launch.py", *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (-signal.SIGKILL, "True\nTrue\n")
+
+
+def test_a_warning_as_the_launcher_ends_changes_no_exit_code(monkeypatch):
+    def together(*_) -> int:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        return 0
+
+    monkeypatch.setattr(launch, "together", together)
+    given = ["--threads", "2", "--device", "cpu", "--processes", "2", "program.py"]
+    monkeypatch.setattr(sys, "argv", ["launch.py", *given])
+    monkeypatch.setattr(os, "environ", os.environ.copy())
+    with stopping.heeded():
+        with pytest.raises(SystemExit) as ended:
+            launch.main()
+        os.kill(os.getpid(), signal.SIGTERM)
+        # Python takes its own handlers back before it is gone, and leaves this.
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    assert ended.value.code == 0

@@ -52,6 +52,11 @@ def test_rows_tell_size_speed_error_and_the_largest_loss(metrics):
     assert max(map(len, summary.text(found).splitlines())) <= 100
 
 
+def test_a_loss_of_nothing_has_no_sign_of_loss():
+    same = dict.fromkeys(summary.ACCURACIES, 0.975)
+    assert summary._worst(same, same) == "digit +0.0 points"
+
+
 def test_the_report_shows_the_same_cells(metrics):
     found = metrics(judged=True)
     shown = publish_doctree(summary.rst(found), settings_overrides={"halt_level": 2})

@@ -334,6 +334,9 @@ def test_a_report_before_there_are_results_says_so(snakemake, tmp_path):
     printed = snakemake("--report", tmp_path / "report.zip", run="unfinished", code=1)
     assert "error: run 'unfinished' has no results/unfinished/evaluation/metrics" in printed
     assert "--configfile" in printed and "Traceback" not in printed
+    after = ("--report", tmp_path / "report.zip", "--report-after-run")
+    # A dry run makes no figures, which Snakemake finds out when it makes the report.
+    assert "Job stats" in snakemake("-n", *after, run="unfinished", code=1)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -363,3 +366,25 @@ def test_the_launcher_tells_which_of_its_processes_a_signal_ended(tmp_path):
     printed = run("python", launcher, *arguments, code=1)
     assert printed.startswith("error: process 1 of 2 was ended by signal 9 (SIGKILL), most likely")
     assert printed.count("\n") == 1
+
+
+def test_a_job_removes_the_state_of_what_it_reads_alone(snakemake):
+    """The ablation may be measuring, and a finetune that was switched off may go on one day."""
+    finetuned = {"name": "a", "budget": 0.6, "finetune_steps": 4}
+    depth = {"intervals": {"cost": "cka"}, "width": {"enabled": False}}
+    printed = snakemake("-n", "-p", "all", "ablation", variants=[finetuned], config="test")
+    removed = re.findall(r"forget\.py ([^;]*);", printed)
+    assert any("sensitivity" in of and "width" in of for of in removed)
+    assert any("state/finetune-a" in of for of in removed)
+    plain = [finetuned | {"finetune_steps": 0}]
+    printed = snakemake("-n", "-p", "all", "ablation", variants=plain, config="test", **depth)
+    removed = re.findall(r"forget\.py ([^;]*);", printed)
+    assert removed and not re.search("sensitivity|width|finetune", " ".join(removed))
+
+
+def test_every_rule_that_reads_teacher_or_prompts_knows_which_ones():
+    """By a stamp among its params: a file in the place of another may be older."""
+    for path in (ROOT / "workflow/rules").glob("*.smk"):
+        for rule in re.split(r"^(?:rule|checkpoint) ", path.read_text(), flags=re.M)[1:]:
+            assert ("teacher=teacher_files()" in rule) == ("teacher=teacher_stamp()" in rule), rule
+            assert ("prompts=config[" in rule) == ("prompts=prompts_stamp(" in rule), rule

@@ -89,6 +89,7 @@ rule ablate:
         shared=lambda wildcards, input: " ".join(f"--{name} {input[name]}" for name in SHARED),
         state=lambda wildcards: result(f"state/ablation-{wildcards.method}-{wildcards.number}"),
         teacher=teacher_stamp(),
+        prompts=prompts_stamp("evaluate"),
         code=code("ablate.py"),
     message:
         "Ablation: {wildcards.method}, run {wildcards.number}"

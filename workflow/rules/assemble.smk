@@ -35,7 +35,9 @@ rule assemble:
         finetuned=lambda wildcards, input: (
             f"--finetuned {input.finetuned}" if input.finetuned else ""
         ),
-        taken=lambda wildcards: taken(last_training(), f"finetune-{wildcards.variant}"),
+        taken=lambda wildcards, input: taken(
+            last_training(), *([f"finetune-{wildcards.variant}"] if input.finetuned else [])
+        ),
         teacher=teacher_stamp(),
         code=code("assemble.py"),
     message:

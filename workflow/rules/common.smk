@@ -124,15 +124,19 @@ def code(name):
 
 
 def taken(*stages):
-    """First command of a job that reads what stages made: what they kept to resume from goes."""
+    """First command of a job that reads what stages made: what they kept to resume from goes.
+
+    Not of stages whose outputs the job does without: they may be at work, or half done."""
     states = " ".join(result(f"state/{stage}") for stage in stages)
-    return f"python {program('forget.py')} {states}; "
+    return f"python {program('forget.py')} {states}; " if states else ""
 
 
 def forget_taken(jobs):
-    """At the end of a run that succeeded, and so has recorded all outputs of these jobs."""
-    for job in jobs:
-        if str(job.params.get("state", "")).startswith(result("state/")):
+    """At the end of a run that succeeded, and so has recorded all outputs of these jobs.
+
+    Not with --touch, which takes missing outputs for success, too."""
+    for job in () if workflow.touch else jobs:
+        if job.params.get("state"):
             whole.forget(Path(job.params.state))
     with contextlib.suppress(OSError):
         os.rmdir(result("state"))
@@ -377,6 +381,17 @@ def plan_inputs():
 def reporting():
     """Whether a report is made, rather than anything run; of the command line, as in `targets`."""
     return workflow.is_main_process and any(word.startswith("--report") for word in sys.argv[1:])
+
+
+def reported():
+    """What makes the table that a report opens with: of a run that is there, unless it is made
+    first (--report-after-run)."""
+    if not targets() <= {"all"}:
+        return str  # which is empty
+    if "--report-after-run" in sys.argv[1:]:
+        return lambda: summary("rst")
+    table = summary("rst")
+    return lambda: table
 
 
 def summary(form):

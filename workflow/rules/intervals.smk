@@ -36,7 +36,9 @@ rule intervals:
         candidates=lambda wildcards, output: (
             f"--candidates {output.candidates}" if output.candidates else ""
         ),
-        taken=taken("sensitivity", "width"),
+        taken=lambda wildcards, input: taken(
+            *(stage for stage in ("sensitivity", "width") if input.get(stage))
+        ),
         code=code("intervals.py"),
     message:
         "Choosing what to prune"

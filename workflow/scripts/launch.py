@@ -12,12 +12,14 @@ finds the processes. SIGTERM goes on to the processes, which have half a minute 
 """
 
 import argparse
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 
 from ppcl import endings, gpus, stopping, surroundings
 
@@ -64,7 +66,9 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if processes == 1:
         os.execv(sys.executable, command)
-    sys.exit(together(command, processes))
+    code = together(command, processes)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it takes a moment to end, as in stopping.done
+    sys.exit(code)
 
 
 def together(command: list[str], processes: int) -> int:
@@ -90,10 +94,11 @@ def together(command: list[str], processes: int) -> int:
         "LOCAL_WORLD_SIZE": str(processes),
     }
     started: list[subprocess.Popen] = []
+    last = _last_will(os.getpid())
     try:
         for rank in range(processes):
             mine = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            started.append(subprocess.Popen(command, env=mine))
+            started.append(subprocess.Popen(command, env=mine, preexec_fn=last))
         stopping.ignore()  # what the processes make of it decides
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         return _wait(started)
@@ -102,6 +107,21 @@ def together(command: list[str], processes: int) -> int:
     finally:
         for process in started:
             process.kill()
+
+
+def _last_will(launcher: int) -> Callable[[], None] | None:
+    """What a new process does first: it has the kernel send it SIGTERM when the launcher is gone,
+    also by kill -9, lest it trains on beside the next run. On Linux; elsewhere, nothing."""
+    if not sys.platform.startswith("linux"):
+        return None
+    prctl, of_parents_death = ctypes.CDLL(None).prctl, 1
+
+    def ask() -> None:
+        prctl(of_parents_death, signal.SIGTERM)
+        if os.getppid() != launcher:  # gone already
+            os._exit(stopping.EXIT_CODE)
+
+    return ask
 
 
 def _wait(started: list[subprocess.Popen]) -> int:

@@ -22,6 +22,7 @@ COMMON = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
 FOLDER = COMMON / f"ppcl-gpus-{os.getuid()}"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 HELD = "PPCL_GPUS"  # for the processes that a taker starts: files of the locks, which they share
+RANK = "LOCAL_RANK"  # of one of several processes, which counts what all of them see
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "OAR_JOB_ID", "COBALT_JOBID")
 PATIENCE = 1  # seconds between looks
 
@@ -33,7 +34,8 @@ def take(count: int = 1) -> None:
 
     To be called before CUDA looks for devices. Of CUDA_VISIBLE_DEVICES, if it is set, a part is
     taken; if there are no more than are needed, all. Those that a scheduler gave a job are its own.
-    Nothing happens where there is no GPU (or none that nvidia-smi lists), or a second time.
+    Nothing happens where there is no GPU (or none that nvidia-smi lists), a second time, or in one
+    of several processes whose launcher took none: each uses the one of its rank among all.
     """
     if _held:
         return
@@ -43,7 +45,7 @@ def take(count: int = 1) -> None:
             fcntl.flock(_held[-1], fcntl.LOCK_SH)
         return
     given = os.environ.get(VISIBLE)
-    if given is not None and not given.strip():
+    if RANK in os.environ or given is not None and not given.strip():
         return
     names = usable(given, listed())
     if given is not None and len(names) <= count and any(map(os.environ.get, SCHEDULERS)):

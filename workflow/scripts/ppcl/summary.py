@@ -94,5 +94,5 @@ def _worst(of: Mapping[str, float], teacher: Mapping[str, float]) -> str:
     }
     if losses:
         label = max(losses, key=losses.__getitem__)
-        return f"{label} {-losses[label]:+.1f} points"
+        return f"{label} {0.0 - round(losses[label], 1):+.1f} points"
     return f"PSNR {of['psnr']:.1f} dB" if "psnr" in of else ""
