@@ -1,6 +1,7 @@
 """Extraction against the plain forwards of the same calls: seconds, and peak memory."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +34,11 @@ def settings(size: Size, kept: int | None = None, every: bool = False) -> dict:
 
 
 def extract(teacher, path: Path, options: dict):
-    """As the stage does it, from opening the file."""
+    """As the stage does it, from opening the file, with nothing to resume from."""
     reader = calls.Reader(path, memory=0)
     rows = reader.rows()
-    return activations.collect(teacher, reader, rows, options, 0, CPU, path.parent, _NoBar())
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        return activations.collect(teacher, reader, rows, options, 0, CPU, Path(folder), _NoBar())
 
 
 @torch.no_grad()

@@ -347,7 +347,7 @@ def test_a_killed_process_is_explained(world):
     folder, _ = world
     missing = evaluation.Model("gone", tiny.source(folder / "nothing"))
     with evaluation.workers(1) as pool:
-        task = pool.submit(evaluation.plan_batches, missing, CPU, [], 1)
+        task = pool.submit(evaluation.plan_batches, missing, CPU, {}, [], 1)
         with pytest.raises(errors.UserError, match="variant gone: .*nothing can't be loaded"):
             task.result()
     lost = pytest.raises(errors.UserError, match="was killed, most likely for lack of memory")

@@ -21,7 +21,7 @@ SHOWN = [
     ("diffusers.pipelines.pipeline_utils", "self.vae=<x> of type <class 'x'> cannot be saved."),
     ("diffusers.pipelines.pipeline_utils", "Some weights were not initialized"),
     ("transformers.modeling_utils", "Some weights of T5EncoderModel were newly initialized"),
-    ("transformers.tokenization_utils_base", "Token indices sequence length is longer than 77"),
+    ("huggingface_hub.utils._http", "You are sending unauthenticated requests to the HF Hub"),
 ]
 
 

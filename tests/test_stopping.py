@@ -194,7 +194,7 @@ def test_a_warned_record_keeps_finished_batches_and_ends_within_one(
             tiny.stage("record", settings, **paths)
     assert stopped.value.code == stopping.EXIT_CODE
     assert len(taken) == 1 + tiny.SETTINGS["num_inference_steps"]  # the first of the second batch
-    assert [file.name for file in paths["state"].glob("*/*")] == ["00000.parquet"]
+    assert [file.name for file in paths["state"].glob("*/*.parquet")] == ["00000.parquet"]
     assert not paths["calls"].exists()
     taken.clear()
     monkeypatch.setattr(steps, "taken", lambda *given: (taken.append(1), own(*given))[1])

@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from test_narrow_distillation import OPTIONS, UNITS, made
 
-from ppcl import activations, calls, devices, distillation, optimizers, training
+from ppcl import activations, calls, devices, distillation, optimizers, token_store, training
 
 META = torch.device("meta")
 PATIENCE = 30  # seconds until a thread is given up
@@ -98,7 +98,11 @@ def test_extraction_reads_from_the_device_once_a_call(
     if apart:
         monkeypatch.setattr(devices, "free_memory", lambda _: 1)
         monkeypatch.setattr(devices, "to_main_memory", lambda x: x)
-        monkeypatch.setattr(activations.Moments, "_sum", lambda *_: None)
+        monkeypatch.setattr(
+            activations.Moments,
+            "_sum",
+            lambda self, stream, block, *_: self.sums.setdefault(f"{stream}.{block}.count", 1),
+        )
 
     def answer(x):
         asked.append(tuple(x.shape))
@@ -106,6 +110,8 @@ def test_extraction_reads_from_the_device_once_a_call(
 
     monkeypatch.setattr(activations, "_on_host", answer)
     options = {"batch_size": 4, "moment_tokens": 4, "sample_tokens": 2, "checkpoint_every": 99}
+    # At its end it keeps its sums, which are on no device here.
+    monkeypatch.setattr(token_store.Kept, "save", lambda *_: None)
     model = copy.deepcopy(teacher).to(META)
     rows = reader.rows()
     activations.collect(model, reader, rows, options, 0, META, tmp_path, tiny.NoBar())

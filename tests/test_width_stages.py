@@ -238,7 +238,8 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     assert len(table) == 4 and table["budget"].is_monotonic_increasing
     assert table["parameters"].is_monotonic_increasing
     assert (table["parameter_fraction"] <= table["budget"] + 1e-4).all()
-    assert (table["velocity_error_low"] <= table["velocity_error"]).all()
+    # Of one prompt to report on there is no interval.
+    assert not (table["velocity_error_low"] > table["velocity_error"]).any()
 
     plan, reader = students.read_plan(folder / "plan.json"), calls.Reader(tiny_calls)
     errors = tables.read(made["errors"], schemas.UNIT_ERRORS).to_pandas().set_index("unit")

@@ -246,9 +246,10 @@ def collect(
         progress.update(len(batch))
     moments.settle(everything=True)
     fitted = {name.split(".")[0] for name in moments.sums}
+    to_fit = not reader.index["heldout"][rows].all()
     for stream, store in sample.stores.items():
         boundaries, tokens, _ = store.shape
-        if not tokens or (boundaries > 1 and stream not in fitted):
+        if not tokens or (to_fit and boundaries > 1 and stream not in fitted):
             raise UserError(
                 f"extract: the {stream} stream of every call {'to fit on ' * bool(tokens)}is "
                 "padding alone, by the mask that the pipeline gives; record prompts that are not "
