@@ -80,6 +80,8 @@ class BlockList:
         inputs: stream -> the block argument that carries it.
         outputs: streams in the order in which the block returns them.
         width: what can be narrowed; None if nothing can.
+        modulations: paths in a block of every Linear that maps the conditioning to shifts, scales
+            and gates; none where one table serves all blocks.
     """
 
     attribute: str
@@ -87,6 +89,7 @@ class BlockList:
     inputs: dict[str, str]
     outputs: tuple[str, ...]
     width: Width | None = None
+    modulations: tuple[str, ...] = ()
 
     def layout(self) -> dict:
         """Where its blocks' parts are, as `narrow.narrow` wants it: JSON, for exported code."""
@@ -126,6 +129,7 @@ class Family:
             its tokens don't count against the limit, where that is not the prompt and none: from
             the pipeline, the settings of its call, the tokenizer and the prompt.
         fixed: why finished pictures can't be noised again for it; empty if they can.
+        last_modulation: path in the transformer of the Linear of its last AdaLN; empty without.
         limits: what else a user should know, for the table in the docs.
     """
 
@@ -145,6 +149,7 @@ class Family:
     framed: Callable[[Any, Any, Any, str], tuple[str, int]] | None = None
     apart: Callable[[Any, str], int] | None = None
     fixed: str = ""
+    last_modulation: str = ""
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:

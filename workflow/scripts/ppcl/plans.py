@@ -50,6 +50,43 @@ class Part:
         return bool(self.linear_ffn) or self.text != "own"
 
 
+# A modulation matrix: its block, or the number of blocks for the last AdaLN, and its path in there.
+Matrix = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """A Linear that maps the conditioning to shifts, scales and gates.
+
+    Attributes:
+        block: number of its block; the number of blocks for the model's last AdaLN.
+        path: in the block, or in the transformer for the last AdaLN.
+        inputs, outputs: channels.
+        bias: whether it has one; as a product of low rank it always has.
+        ffn: the stream whose linear FFN leaves only the first half of it; empty if none does.
+        text: whether it goes where the text stream is borrowed.
+    """
+
+    block: int
+    path: str
+    inputs: int
+    outputs: int
+    bias: bool = True
+    ffn: str = ""
+    text: bool = False
+
+    @property
+    def key(self) -> Matrix:
+        return self.block, self.path
+
+    def parameters(self, rank: int | None = None, sixths: int = 6) -> int:
+        """Of the matrix, or of its product of low rank, with so many sixths of its outputs kept."""
+        outputs = self.outputs * sixths // 6
+        if rank is None:
+            return outputs * (self.inputs + self.bias)
+        return rank * (self.inputs + outputs) + outputs
+
+
 @dataclass(frozen=True)
 class Unit:
     """Parts in a row that go in together: one part, or those of a text run."""

@@ -111,10 +111,17 @@ SENSITIVITY = pa.schema(
 
 def _width(unmeasured: bool) -> list[pa.Field]:
     return [
-        column("kind", pa.string(), "`text`: a run on its first text stream; `ffn`: a linear FFN"),
-        column("first", pa.int32(), "first block"),
+        column(
+            "kind",
+            pa.string(),
+            "`text`: a run on its first text stream; `ffn`: a linear FFN; `modulation`: a matrix "
+            "of low rank",
+        ),
+        column("first", pa.int32(), "first block; the number of blocks for the last AdaLN"),
         column("last", pa.int32(), "last block"),
-        _STREAM,
+        column("stream", pa.string(), "`image` or `text`; empty for a modulation"),
+        column("path", pa.string(), "of a modulation: where it is in its block; else empty"),
+        column("rank", pa.int32(), "of a modulation; else 0"),
         column(
             "fit_error_heldout",
             pa.float64(),
@@ -365,12 +372,14 @@ ARTIFACTS = {
     "record/calls.parquet": "the transformer's own calls on the calibration prompts",
     "activations/tokens.parquet": "a sample of tokens at every block boundary",
     "activations/moments.safetensors": "sums for the probes' least squares, float64, fit prompts",
+    "activations/conditioning.safetensors": "sums of what modulation matrices get, float64",
     "probes/probes.parquet": "quality of the linear probe of each block and stream",
     "probes/probes.safetensors": "the probes: `<stream>.<block>.weight` and `.bias`, float64",
     "similarity/cka.parquet": "CKA of every run of probes with the teacher",
     "similarity/blocks.parquet": "CKA between the outputs of all pairs of blocks",
     "sensitivity/intervals.parquet": "what every run of blocks costs before any training",
-    "width/measured.parquet": "what text runs and linear FFNs cost (if width.enabled)",
+    "width/measured.parquet": "what text runs, linear FFNs and low-rank modulations cost",
+    "width/maps.safetensors": "their least-squares maps: `<kind>.<ends>.weight` and `.bias`",
     "latency/blocks.parquet": "what parts of blocks take (if a budget is a latency)",
     "intervals/intervals.parquet": "candidate intervals and the selection",
     "width/candidates.parquet": "the selection of text runs and FFNs (if width.enabled)",
@@ -386,6 +395,8 @@ ARTIFACTS = {
     "subsets/students.safetensors": "trained in random subsets (unless subsets.steps is 0)",
     "subsets/errors.parquet": "what each of them costs, plugged into the teacher alone",
     "subsets/log.parquet": "velocity error while random subsets are trained",
+    "variants/sets.json": "what each variant is made of, and from which stage",
+    "variants/units.parquet": "the same as a table: every member of every variant",
     "finetune/<variant>.safetensors": "all weights of a fine-tuned variant",
     "finetune/<variant>.parquet": "losses during fine-tuning",
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",

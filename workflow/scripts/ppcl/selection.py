@@ -21,7 +21,7 @@ from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, TEXT
 from ppcl.pins import NOTHING, Ends, Ffn, Named, overlap
-from ppcl.plans import Unit
+from ppcl.plans import Matrix, Unit
 from ppcl.routes import Arc
 
 
@@ -30,22 +30,31 @@ class Weights:
     """What is saved in one measure, each per block unless it says otherwise.
 
     block: if the block goes. text: if its text stream is borrowed. output: what a run that closes
-    with it adds. ffn: (block, stream) -> if that FFN is linear.
+    with it adds. ffn: (block, stream) -> if that FFN is linear. ranks: (matrix, rank, sixths of its
+    outputs that are kept) -> if it has that rank. units: by name, of whole trained units.
     """
 
     block: Sequence[float]
     text: Sequence[float]
     output: Sequence[float]
     ffn: Mapping[Ffn, float] = field(default_factory=dict)
+    ranks: Mapping[tuple[Matrix, int, int], float] = field(default_factory=dict)
+    units: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What may be given up, and the cost of each."""
+    """What may be given up, and the cost of each.
+
+    ranks: of each modulation matrix, the cost of every rank on offer. units: trained ones, by name,
+    with their cost; they keep everything else off their blocks but ranks.
+    """
 
     intervals: Mapping[Ends, float]
     runs: Mapping[Ends, float] = field(default_factory=dict)
     ffns: Mapping[Ffn, float] = field(default_factory=dict)
+    ranks: Mapping[Matrix, Mapping[int, float]] = field(default_factory=dict)
+    units: Mapping[str, tuple[Unit, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,8 @@ class Plan:
     cost: float
     bound: float
     saved: Mapping[str, float]
+    ranks: Mapping[Matrix, int] = field(default_factory=dict)
+    units: tuple[str, ...] = ()
 
 
 def needed(budget: float | Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
