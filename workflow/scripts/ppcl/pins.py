@@ -16,11 +16,12 @@ Ffn = tuple[int, str]
 
 @dataclass(frozen=True)
 class Named:
-    """What a config's pin or forbid lists name."""
+    """What a config's pin or forbid lists name; units of a trained plan that hold such, by name."""
 
     intervals: frozenset[Ends] = frozenset()
     runs: frozenset[Ends] = frozenset()
     ffns: frozenset[Ffn] = frozenset()
+    units: frozenset[str] = frozenset()
 
 
 NOTHING = Named()
