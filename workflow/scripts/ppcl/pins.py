@@ -16,11 +16,12 @@ Ffn = tuple[int, str]
 
 @dataclass(frozen=True)
 class Named:
-    """What a config's pin or forbid lists name."""
+    """What a config's pin or forbid lists name; ranks: blocks, as `plans.Modulation.block`."""
 
     intervals: frozenset[Ends] = frozenset()
     runs: frozenset[Ends] = frozenset()
     ffns: frozenset[Ffn] = frozenset()
+    ranks: frozenset[int] = frozenset()
 
 
 NOTHING = Named()
