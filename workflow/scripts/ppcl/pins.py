@@ -16,12 +16,12 @@ Ffn = tuple[int, str]
 
 @dataclass(frozen=True)
 class Named:
-    """What a config's pin or forbid lists name; units of a trained plan that hold such, by name."""
+    """What a config's pin or forbid lists name; ranks: blocks, as `plans.Modulation.block`."""
 
     intervals: frozenset[Ends] = frozenset()
     runs: frozenset[Ends] = frozenset()
     ffns: frozenset[Ffn] = frozenset()
-    units: frozenset[str] = frozenset()
+    ranks: frozenset[int] = frozenset()
 
 
 NOTHING = Named()
