@@ -94,14 +94,6 @@ def selection_of(args: argparse.Namespace, unread_after: int | None) -> Selectio
     return Selection(every, plans.units(intervals), costs, total)
 
 
-def pinned_in(unit: Unit, pinned: pins.Named) -> bool:
-    """Whether a unit holds anything that the config pins, ranks of modulations aside."""
-    ffns = {(part.first, stream) for part in unit.parts for stream in part.linear_ffn}
-    within = [run for run in pinned.runs if pins.within(run, (unit.first, unit.last))]
-    ends = {(part.first, part.last) for part in unit.parts}
-    return bool(ffns & pinned.ffns or ends & pinned.intervals or within)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -146,7 +138,7 @@ def main() -> None:
         seconds = selection.saved_seconds(some, args.latency)
         return [
             students.plan_entry(
-                unit, width.saved_parameters(transformer, unit), saved, pinned_in(unit, pinned)
+                unit, width.saved_parameters(transformer, unit), saved, pins.holds(unit, pinned)
             )
             for unit, saved in zip(some, seconds, strict=True)
         ]

@@ -7,6 +7,7 @@ the latter is made of, is also how a whole variant is fine-tuned.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -279,20 +280,14 @@ def sequential_inputs(
 
 
 @torch.no_grad()
-def plugged_error(
-    transformer: nn.Module,
-    students: Students,
-    reader: calls.Reader,
-    rows,
-    batch_size: int,
-    accelerator: Accelerator,
+def model_error(
+    model: nn.Module, reader: calls.Reader, rows, batch_size: int, accelerator: Accelerator
 ) -> float:
-    """Relative velocity error of the teacher with these students plugged in, on recorded calls.
+    """Relative velocity error of a model on recorded calls.
 
     Raises:
         UserError: all recorded answers are zero.
     """
-    model, _, _ = plugged(transformer, students)
     error = power = 0.0
     for batch in reader.batches(rows, batch_size, accelerator.device):
         batch = batch.to(accelerator.device)
@@ -306,6 +301,19 @@ def plugged_error(
     return float(error) / float(power)
 
 
+def plugged_error(
+    transformer: nn.Module,
+    students: Students,
+    reader: calls.Reader,
+    rows,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> float:
+    """`model_error` of the teacher with these students plugged in."""
+    model, _, _ = plugged(transformer, students)
+    return model_error(model, reader, rows, batch_size, accelerator)
+
+
 def plugged_errors(
     transformer: nn.Module,
     students_of: Mapping[str, Callable[[], Students]],
@@ -316,12 +324,31 @@ def plugged_errors(
     state: Path | None = None,
     identity: str = "",
 ) -> list[float]:
-    """`plugged_error` of each of several sets of students, shared out over the processes.
-
-    Every process gets all errors back, in the order of `students_of`.
+    """`plugged_error` of each of several sets of students, as of `shared_errors`.
 
     Args:
         students_of: by name, what makes the set of students when its turn comes.
+    """
+
+    def measured(make: Callable[[], Students]) -> float:
+        return plugged_error(transformer, make(), reader, rows, batch_size, accelerator)
+
+    found = {name: partial(measured, make) for name, make in students_of.items()}
+    return shared_errors(found, accelerator, state, identity)
+
+
+def shared_errors(
+    measures: Mapping[str, Callable[[], float]],
+    accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
+) -> list[float]:
+    """Velocity errors that are measured one by one, shared out over the processes.
+
+    Every process gets all errors back, in the order of `measures`.
+
+    Args:
+        measures: by name, what measures the error when its turn comes.
         state: folder in which finished errors wait for a killed run to go on, one file per process.
         identity: digest of what decides the errors; files with another one are not used.
 
@@ -330,7 +357,7 @@ def plugged_errors(
     """
     rank, count = accelerator.process_index, accelerator.num_processes
     done = _finished(state, identity) if state else {}
-    names = list(students_of)
+    names = list(measures)
     known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
     known = devices.of_main(accelerator, known)  # all must share out the same rest
     rest = known.isnan().nonzero()[:, 0].tolist()
@@ -340,8 +367,7 @@ def plugged_errors(
         name = names[number]
         # Not a part that a warned program finishes: at full size it takes longer than schedulers
         # wait, and what it would lose is one error.
-        fitting = students_of[name]()
-        error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
+        error = measures[name]()
         found[number] = error
         if state and math.isfinite(error):
             done[name] = error

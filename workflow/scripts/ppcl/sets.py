@@ -71,14 +71,13 @@ class Offer:
     """What variants may take.
 
     Attributes:
-        closed: the price of every closed form: runs, ffns and ranks.
+        closed: the price of every closed form: runs, ffns and ranks. No intervals, no units.
         units: trained ones, by name.
         errors: of each, source -> velocity error of the teacher with it alone; every source that
             there is.
         weights: what everything saves; `units` among it.
         facts: transformer_parameters, blocks, and transformer_seconds for latency.
-        pinned: what the config asks for, units by their names.
-        unread_after: the block after which nothing reads the text stream, if there is one.
+        pinned: what the config asks for.
     """
 
     closed: Choices
@@ -87,7 +86,6 @@ class Offer:
     weights: Mapping[str, Weights]
     facts: Mapping[str, float]
     pinned: pins.Named = pins.NOTHING
-    unread_after: int | None = None
 
     def sources(self, name: str, train: bool = True) -> dict[str, float]:
         """Where a unit can be from, with its error; without training, it is untrained."""
@@ -144,17 +142,12 @@ def search(offer: Offer, wanted: Mapping) -> Choice:
         for name, unit in offer.units.items()
         if (found := offer.sources(name, train))
     }
-    lost = sorted(offer.pinned.units - set(units))
-    if lost:
-        raise UserError(
-            f"variant '{wanted['name']}': train is false, but the pinned unit {lost[0]} has no "
-            "untrained students (width.schedule: staged); drop the pin, or set train: true"
-        )
     needs = selection.targets([wanted], offer.facts)
     choices = replace(offer.closed, units=units)
-    plan = selection.select(choices, offer.weights, needs, offer.pinned)
+    whose = f"variants: the budget of '{wanted['name']}' needs"
+    plan = selection.select(choices, offer.weights, needs, offer.pinned, whose)
     members = [Member(units[name][0], offer.best(name, train)) for name in plan.units]
-    closed = plans.units((), plan.runs, plan.ffns, offer.unread_after)
+    closed = plans.units((), plan.runs, plan.ffns, offer.closed.unread)
     members += [Member(unit, CLOSED) for unit in closed]
     members.sort(key=lambda member: member.unit.first)
     found = Set(tuple(members), tuple(sorted(plan.ranks.items())))
@@ -355,10 +348,10 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
                 "kind": kind,
                 "stream": " ".join(s for s in (IMAGE, TEXT) if s in streams or kind != "ffn"),
                 "velocity_error": offer.errors[unit.name][member.source],
-                "pinned": unit.name in offer.pinned.units,
+                "pinned": pins.holds(unit, offer.pinned),
             }
             saved = {measure: w.units[unit.name] for measure, w in offer.weights.items()}
-            found.append(_row(name, unit, unit.first, unit.last, member.source, saved, row))
+            found.append(_row(name, unit.name, unit.first, unit.last, member.source, saved, row))
             continue
         for kind, item in _closed(unit):
             cost = (offer.closed.runs if kind == "text" else offer.closed.ffns)[item]
@@ -371,11 +364,33 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
             }
             saved = {
                 measure: selection.saved(
-                    (), [item] if kind == "text" else [], [item] if kind == "ffn" else [], each
+                    (),
+                    [item] if kind == "text" else [],
+                    [item] if kind == "ffn" else [],
+                    each,
+                    offer.closed.unread,
                 )
                 for measure, each in offer.weights.items()
             }
-            found.append(_row(name, unit, *ends, member.source, saved, row))
+            found.append(_row(name, unit.name, *ends, member.source, saved, row))
+    holding = {b: m for m in choice.found.members for b in range(m.unit.first, m.unit.last + 1)}
+    for (block, path), rank in choice.found.ranks:
+        matrix, member = (block, path), holding.get(block)
+        sixths = 6
+        if member:
+            modulation = offer.closed.modulations[matrix]
+            sixths = selection.sixths_left(member.unit, modulation, offer.closed.unread)
+        row = {
+            "kind": "modulation",
+            "stream": "",
+            "path": path,
+            "rank": rank,
+            "velocity_error": offer.closed.ranks[matrix][rank],
+            "pinned": block in offer.pinned.ranks,
+        }
+        saved = {m: w.ranks.get((matrix, rank, sixths), 0.0) for m, w in offer.weights.items()}
+        unit = member.unit.name if member else f"{block:02d}-{block:02d}"
+        found.append(_row(name, unit, block, block, CLOSED, saved, row))
     return found
 
 
@@ -390,7 +405,7 @@ def _closed(unit: Unit) -> Iterable[tuple[str, tuple]]:
 
 def _row(
     variant: str,
-    unit: Unit,
+    unit: str,
     first: int,
     last: int,
     source: str,
@@ -399,7 +414,7 @@ def _row(
 ) -> dict:
     return {
         "variant": variant,
-        "unit": unit.name,
+        "unit": unit,
         "first": first,
         "last": last,
         "path": "",
