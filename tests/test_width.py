@@ -196,7 +196,7 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path, accelerator):
         made, fit_error = narrow_unit(transformer, unit, reader)
         rows = reader.rows(heldout=True)
         key = (unit.name, *unit.parts[0].linear_ffn)
-        costs[key] = distillation.plugged_error(transformer, made, reader, rows, 8, accelerator)
+        costs[key] = prices.error(transformer, made, reader, rows, 8, CPU)
         if fit_error < 1e-6:
             free.add(key)
     text = {("03-04",), ("04-05",), ("03-05",)}
