@@ -66,15 +66,33 @@ class Conditioning:
             )
         return self.entries[self.places[matrix]]
 
+    def tensors(self) -> dict[str, Tensor]:
+        """`<entry>.count`, `.sum` and `.outer`."""
+        found: dict[str, Tensor] = {}
+        for place, entry in enumerate(self.entries):
+            found[f"{place}.count"] = torch.tensor([entry.count], dtype=torch.float64)
+            found |= {f"{place}.sum": entry.sum, f"{place}.outer": entry.outer}
+        return found
+
+    def described(self) -> str:
+        """Whose the entries are, as JSON."""
+        return json.dumps([[*matrix, place] for matrix, place in self.places.items()])
+
+    @classmethod
+    def stored(cls, held: Mapping[str, Tensor], described: str) -> "Conditioning":
+        """What gave these `tensors` and was `described` so."""
+        places = {(block, path): place for block, path, place in json.loads(described)}
+        entries = [
+            Moments(held[f"{n}.count"].item(), held[f"{n}.sum"], held[f"{n}.outer"])
+            for n in range(len({name.split(".")[0] for name in held}))
+        ]
+        return cls(entries, places)
+
 
 def write(path: Path, conditioning: Conditioning, provenance: Mapping[str, str]) -> None:
-    """Writes conditioning.safetensors: `<entry>.count`, `.sum` and `.outer`, and whose they are."""
-    held: dict[str, Tensor] = {}
-    for place, found in enumerate(conditioning.entries):
-        held[f"{place}.count"] = torch.tensor([found.count], dtype=torch.float64)
-        held |= {f"{place}.sum": found.sum, f"{place}.outer": found.outer}
-    of = [[*matrix, place] for matrix, place in conditioning.places.items()]
-    tensors.write(path, held, dict(provenance) | {"matrices": json.dumps(of)})
+    """Writes conditioning.safetensors."""
+    metadata = dict(provenance) | {"matrices": conditioning.described()}
+    tensors.write(path, conditioning.tensors(), metadata)
 
 
 def read(path: Path) -> Conditioning:
@@ -85,13 +103,8 @@ def read(path: Path) -> Conditioning:
     """
     held, metadata = tensors.read(path)
     try:
-        places = {(block, name): place for block, name, place in json.loads(metadata["matrices"])}
-        entries = [
-            Moments(held[f"{n}.count"].item(), held[f"{n}.sum"], held[f"{n}.outer"])
-            for n in range(len(set(places.values())))
-        ]
+        return Conditioning.stored(held, metadata["matrices"])
     except (LookupError, ValueError, TypeError) as error:
         raise UserError(
             f"{path}: holds no moments of modulations ({error!r}); {seals.REMAKE}"
         ) from error
-    return Conditioning(entries, places)
