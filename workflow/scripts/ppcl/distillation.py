@@ -126,7 +126,7 @@ def independent(
     family = blocks.family(transformer)
     parts, batch_of = list(students), batches_of_steps(reader, options, seed, accelerator)
     names = names or {part: part.name for part in parts}
-    sources = {part.key for part in parts if part.text == "source"}
+    sources = {part.key for part in parts if part.lends}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         batch = batch_of(step)
@@ -155,7 +155,7 @@ def independent(
                 returned = _call(student, lesson.bound, options["gradient_checkpointing"])
                 output = sequence[part.first].outputs(returned)
                 # A source returns its carry: its own text stream, and what it lends.
-                if part.text == "source":
+                if part.lends:
                     lent[part.key] = output[TEXT].detach().chunk(2, dim=-1)[1]
                 output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
                 loss, metrics = teaching.interval_losses(output, lesson.target, real, options)

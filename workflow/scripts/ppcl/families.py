@@ -42,6 +42,7 @@ class TextPath:
         modulation: gives that norm's shift and scale, and all gates; None if the norm does.
         extras: values that the norm returns beside its result: gates, shifts and scales.
         attention, argument: the attention, and its argument that gets that input.
+        query: the projection of the attention's text queries, and their norm, which may be None.
         output: the projection of the attention's text output.
         keywords: the block's argument whose items it hands to the attention.
         others: further modules that get these items.
@@ -52,6 +53,7 @@ class TextPath:
     extras: int
     attention: str
     argument: str
+    query: tuple[str, str]
     output: str
     keywords: str
     others: tuple[str, ...] = ()
@@ -272,12 +274,14 @@ _ZERO_FFN = {
     IMAGE: FeedForward("norm2", "ff", "norm1.linear"),
     TEXT: FeedForward("norm2_context", "ff_context", "norm1_context.linear"),
 }
+_TEXT_QUERY = ("attn.add_q_proj", "attn.norm_added_q")
 _ZERO_TEXT = TextPath(
     norm="norm1_context",
     modulation=None,
     extras=4,
     attention="attn",
     argument="encoder_hidden_states",
+    query=_TEXT_QUERY,
     output="attn.to_add_out",
     keywords="joint_attention_kwargs",
     others=("attn2",),
@@ -314,6 +318,7 @@ FAMILIES: dict[str, Family] = {
                         extras=0,
                         attention="attn",
                         argument="encoder_hidden_states",
+                        query=_TEXT_QUERY,
                         output="attn.to_add_out",
                         keywords="joint_attention_kwargs",
                     ),

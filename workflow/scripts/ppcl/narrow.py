@@ -3,7 +3,8 @@
 A linear FFN (Eq. 9) is a residual linear map of the post-attention stream, which is what a stock
 block returns if its FFN returns zeros. A text run (Eq. 8) is a
 row of blocks of which the first, the `source`, has a text stream; the others `borrow` its input of
-the attention, and the last may `close` the run by making the text stream that follows it. In
+the attention, and the last may `close` the run by making the text stream that follows it. Where
+nothing follows that would read one, the first block does nothing but `lend` that input. In
 between, the text stream of the blocks is a carry: the source's text output and that attention
 input, side by side along channels. The stock forwards compute all of it, and what is kept of a
 block keeps its parameter names.
@@ -60,10 +61,15 @@ class Borrowed(nn.Module):
 
 
 class Open(nn.Module):
-    """Adds the second half of a modulation [..., 3d]: zeros, which nothing reads any more."""
+    """Adds the rest of a modulation [..., 6d]: zeros, which nothing reads any more."""
 
-    def forward(self, first_half: Tensor) -> Tensor:
-        return torch.cat([first_half, torch.zeros_like(first_half)], dim=-1)
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, first: Tensor) -> Tensor:
+        rest = first.new_zeros(*first.shape[:-1], self.width - first.shape[-1])
+        return torch.cat([first, rest], dim=-1)
 
 
 class Shut(nn.Module):
@@ -97,8 +103,8 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
     Args:
         layout: where the block's parts are (`families.BlockList.layout`).
         spec: `linear_ffn`, the streams whose FFN becomes linear; `text`, the block's role in a
-            text run: own (none), source, borrow or close; and `ranks` (see `lower`). Each may be
-            missing. It stays with the block as `narrowed`.
+            text run: own (none), source, lend, borrow or close; and `ranks` (see `lower`). Each may
+            be missing. It stays with the block as `narrowed`.
 
     Raises:
         ValueError: a block of this class, or in this role, has no such part; or it is narrow, but
@@ -108,8 +114,8 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
     before = getattr(block, "narrowed", {})
     if set(before) - {"ranks"}:
         raise ValueError(f"the block is narrow already: {before}")
-    keys = {"text", "linear_ffn", "ranks"}
-    if role not in ("own", "source", "borrow", "close") or set(spec) - keys:
+    roles, keys = ("own", "source", "lend", "borrow", "close"), {"text", "linear_ffn", "ranks"}
+    if role not in roles or set(spec) - keys:
         raise ValueError(f"{spec} is not what `narrow` can do; see there")
     if set(spec) == {"ranks"}:
         return lower(block, spec["ranks"])
@@ -117,8 +123,8 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
         raise ValueError(f"blocks of this class have no {missing.pop()} FFN that could be linear")
     if role != "own" and not layout["text"]:
         raise ValueError("blocks of this class have no text stream that could be borrowed")
-    if role in ("borrow", "close") and "text" in streams:
-        raise ValueError("a borrowed text stream has no FFN that could be linear")
+    if role not in ("own", "source") and "text" in streams:
+        raise ValueError("a text stream that is borrowed, or unread, has no FFN to be linear")
     if streams:
         ffns = {s: block.get_submodule(layout["ffn"][s]["ffn"]) for s in streams}
         block.linear_ffn = nn.ModuleDict({s: _in_place_of(ffn) for s, ffn in ffns.items()})
@@ -190,7 +196,12 @@ def _drop_ffn(block: nn.Module, parts: dict) -> None:
     # Without an FFN the stock forward returns the stream after attention, which the map gets.
     _drop(block, parts["norm"], _same)
     _drop(block, parts["ffn"], _nothing)
-    modulation = parts["modulation"] and block.get_submodule(parts["modulation"])
+    _cut_modulation(block, parts["modulation"], 3)
+
+
+def _cut_modulation(block: nn.Module, path: str | None, kept: int) -> None:
+    """Keeps so many of a modulation's six parts: shift, scale and gate of the attention first."""
+    modulation = path and block.get_submodule(path)
     if not modulation:
         return  # shared by all blocks
     low = isinstance(modulation, LowRank)
@@ -199,26 +210,39 @@ def _drop_ffn(block: nn.Module, parts: dict) -> None:
     if rows.out_features != 6 * width:
         return  # laid out in another way
     for name, whole in list(rows.named_parameters()):
-        half = whole.detach()[: 3 * width].clone()
-        setattr(rows, name, nn.Parameter(half, requires_grad=whole.requires_grad))
-    rows.out_features = 3 * width
-    parent, _, name = parts["modulation"].rpartition(".")
+        first = whole.detach()[: kept * width].clone()
+        setattr(rows, name, nn.Parameter(first, requires_grad=whole.requires_grad))
+    rows.out_features = kept * width
+    parent, _, name = path.rpartition(".")
     holder = block.get_submodule(parent)
     if isinstance(holder, nn.Sequential):
-        holder.append(Open())
+        holder.append(Open(6 * width))
     else:
-        setattr(holder, name, nn.Sequential(modulation, Open()))
+        setattr(holder, name, nn.Sequential(modulation, Open(6 * width)))
 
 
 def _text_run(block: nn.Module, layout: dict, role: str) -> None:
     text, ffn = layout["text"], layout["ffn"]["text"]
-    if role == "source":
+    if role in ("source", "lend"):
         attention = block.get_submodule(text["attention"])
         hook = functools.partial(_capture, text["argument"])
         attention.register_forward_pre_hook(hook, with_kwargs=True)
         for path in text["others"]:
             if getattr(block, path, None) is not None:
                 block.get_submodule(path).register_forward_pre_hook(_ignore, with_kwargs=True)
+    if role == "source":
+        return
+    # Text queries have their effect on the text output alone, which nothing reads. Zeros are
+    # finite in every dtype, so no gradient through the attention is spoilt by them.
+    projection, norm = text["query"]
+    _drop(block, projection, _nothing)
+    if getattr(block.get_submodule(text["attention"]), norm.rpartition(".")[2]) is not None:
+        _drop(block, norm, _same)
+    if role == "lend":
+        _drop(block, text["output"], _nothing)
+        _drop(block, ffn["norm"], _same)
+        _drop(block, ffn["ffn"], _nothing)
+        _cut_modulation(block, ffn["modulation"], 2)
         return
     output = block.get_submodule(text["output"])
     width, like = output.out_features, output.weight
@@ -291,7 +315,7 @@ def _narrowed(base: type, role: str, linear: tuple[str, ...], layout: str) -> ty
     def forward(self, *args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs  # checkpointing gives positions
         taken: list[Tensor] = []  # local, so that recomputed and compiled calls have their own
-        if role == "source":
+        if role in ("source", "lend"):
             keywords = text["keywords"]
             given[keywords] = (given.get(keywords) or {}) | {_CAPTURE: taken}
         elif role != "own":
@@ -303,7 +327,7 @@ def _narrowed(base: type, role: str, linear: tuple[str, ...], layout: str) -> ty
         for stream in linear:
             place = streams.index(stream)
             outputs[place] = outputs[place] + self.linear_ffn[stream](outputs[place])
-        if role == "source":
+        if role in ("source", "lend"):
             place = streams.index("text")
             outputs[place] = torch.cat([outputs[place], taken[0]], dim=-1)
         elif role != "own":

@@ -97,7 +97,7 @@ def teacher_states(
             lesson.bound = lesson.bound | {
                 lesson.carry: torch.cat([outputs[last][TEXT], text_inputs[first]], dim=-1)
             }
-        if part.text == "borrow":
+        if part.text in ("borrow", "lend"):
             lesson.target = {s: v for s, v in lesson.target.items() if s != TEXT}
         found[part] = lesson
     return found

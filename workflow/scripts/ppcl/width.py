@@ -428,19 +428,25 @@ def _empty(module: nn.Module) -> nn.Module:
 
 
 def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
-    """Per block: parameters that it saves as a borrower (`text_saved`), and those of the map with
-    which a run that ends there makes a text stream again (`text_output`); 0 where there is none."""
-    found: dict[str, list[int]] = {"text_saved": [], "text_output": []}
+    """Per block: parameters that it saves as a borrower (`text_saved`), those of the map with
+    which a run that ends there makes a text stream again (`text_output`), and what it saves as the
+    source of a run that ends where nothing reads text (`text_lent`); 0 where there is none."""
+    found: dict[str, list[int]] = {"text_saved": [], "text_output": [], "text_lent": []}
+    unread = unread_after(transformer)
+    reached = unread is not None and blocks.block_sequence(transformer)[unread].width.text
     for block in blocks.block_sequence(transformer):
         here = (block.index, block.index)
-        saved = output = 0
+        saved = output = lent = 0
         if block.width.text:
             lender = (-1, -1)
             borrower = Unit((Part(*here, text="borrow", source=lender),))
             closing = Unit((Part(*here, text="close", source=lender),))
             saved = saved_parameters(transformer, borrower)
-            if block.index != unread_after(transformer):
+            if block.index != unread:
                 output = saved - saved_parameters(transformer, closing)
+            if reached and block.index != unread:
+                lent = saved_parameters(transformer, Unit((Part(*here, text="lend"),)))
         found["text_saved"].append(saved)
         found["text_output"].append(output)
+        found["text_lent"].append(lent)
     return found
