@@ -130,6 +130,9 @@ class Family:
             the pipeline, the settings of its call, the tokenizer and the prompt.
         fixed: why finished pictures can't be noised again for it; empty if they can.
         last_modulation: path in the transformer of the Linear of its last AdaLN; empty without.
+        gated: block list -> paths in a block of Linears whose outputs streams take up element by
+            element, times a gate or as they are. Those together that depend on none of each other;
+            they come in the order in which they run, and nothing else of the block follows them.
         limits: what else a user should know, for the table in the docs.
     """
 
@@ -150,6 +153,7 @@ class Family:
     apart: Callable[[Any, str], int] | None = None
     fixed: str = ""
     last_modulation: str = ""
+    gated: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
@@ -278,6 +282,12 @@ _ZERO_TEXT = TextPath(
 _ZERO = Width(_ZERO_FFN, _ZERO_TEXT)
 _FFN = FeedForward("norm2", "ff")
 
+# What `Family.gated` says of many classes: of blocks with two streams, with one that attends to
+# itself and then to texts, and with one linear for both branches.
+_GATED = (("attn.to_out.0", "attn.to_add_out"), ("ff.net.2", "ff_context.net.2"))
+_GATED_TWICE = (("attn2.to_out.0",), ("ff.net.2",))
+_GATED_ONCE = (("proj_out",),)
+
 _NO_FLOW = "its schedulers are not flow matching"
 _OWN_TIME = "its pipelines count noise the other way round than their schedulers"
 # Words in the names of pipelines that give a transformer more than the latents that it denoises.
@@ -314,12 +324,19 @@ FAMILIES: dict[str, Family] = {
         unread=(TEXT,),
         framed=_filled,
         limits="Qwen-Image-Edit: record.renoised_per_sample must be 0",
+        gated={
+            "transformer_blocks": (
+                ("attn.to_out.0", "attn.to_add_out"),
+                ("img_mlp.net.2", "txt_mlp.net.2"),
+            )
+        },
     ),
     "FluxTransformer2DModel": Family(
         lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO), dual(TEXT_IMAGE, *SINGLE)),
         shared=("img_ids", "txt_ids"),
         unread=(TEXT,),
         texts=("tokenizer_2",),
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "Flux2Transformer2DModel": Family(
         lists=(
@@ -343,10 +360,12 @@ FAMILIES: dict[str, Family] = {
         texts=("tokenizer", "tokenizer_2", "tokenizer_3"),
         limits="no skip-layer guidance, which names blocks by number; intervals don't cross from "
         "blocks with two attentions to others",
+        gated={DOUBLE[0]: _GATED},
     ),
     "PixArtTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
         fixed=_NO_FLOW,
+        gated={DOUBLE[0]: _GATED_TWICE},
     ),
     "SanaTransformer2DModel": Family(lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),)),
     "Lumina2Transformer2DModel": Family(
@@ -387,6 +406,7 @@ FAMILIES: dict[str, Family] = {
         framed=_filled,
         apart=_lettered,
         limits="the attention gets no keywords, so text streams can't be shared",
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "HiDreamImageTransformer2DModel": Family(
         lists=(
@@ -407,15 +427,18 @@ FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(
         lists=(single(IMAGE, "blocks", "num_layers", Width({IMAGE: FeedForward("norm3", "ffn")})),),
         limits="with two transformers, prune one run after the other (teacher.component)",
+        gated={"blocks": (("attn2.to_out.0",), ("ffn.net.2",))},
     ),
     "HunyuanVideoTransformer3DModel": Family(
         lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
         masks={TEXT: marked("encoder_attention_mask")},
         unread=(TEXT,),
         limits="the attention gets no keywords, so text streams can't be shared",
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "LTXVideoTransformer3DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
+        gated={DOUBLE[0]: _GATED_TWICE},
     ),
     "CogVideoXTransformer3DModel": Family(
         lists=(dual(IMAGE_TEXT, *DOUBLE),),
