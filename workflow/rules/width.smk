@@ -12,7 +12,7 @@ rule width:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        blocks=result("similarity/blocks.parquet"),
+        blocks=similarity("blocks.parquet") if config["width"]["enabled"] else [],
     output:
         table=result("width/measured.parquet"),
         maps=result("width/maps.safetensors"),
