@@ -28,6 +28,7 @@ PAPER = {
     "prune.start": ("first", "stage 1.3, open: block u [paper]"),
     "distill.loss": ("normalised", "stage 1.3, open: normalised [paper] (Eq. 6)"),
     "distill.mode": ("independent", "stage 1.3: sequential is the baseline of the ablation"),
+    "distill.outliers": (0, "stage 1.3: Eq. 6 leaves nothing out"),
     "subsets.steps": (0, "stage 1.3: no phase but Eq. 6"),
     "width.enabled": (True, "stage 2"),
     "width.linear_weight": (1.0, "stage 2: L_width and L_linear added up"),
@@ -52,8 +53,11 @@ PAPER = {
             # The one exception, of hardware: bf16 in the paper, which takes a GPU.
             ("mixed_precision", "no", "bf16 on GPUs"),
             ("gradient_checkpointing", True, "gradient checkpointing"),
+            ("ema", 0, "AdamW, no average of weights"),
         )
     },
+    "choose.closed_forms": (False, "pluggable variants: every subset of trained students"),
+    "choose.source": ("last", "pluggable variants: trained students"),
     "modulation.enabled": (False, "beyond the paper: low-rank modulation"),
 }
 # What the paper does not tell, or what does not change the method: where and how fast it runs, what
@@ -66,6 +70,7 @@ NOT_THE_METHOD = (
     # Which text runs and FFNs there are to choose from; the paper names no limits.
     *("width.rows", "width.fit_rows", "width.batch_size", "width.longest", "width.cka_floor"),
     "width.ridge",
+    *("choose.rows", "choose.batch_size"),
     *(
         f"{stage}.{key}"
         for stage in ("distill", "finetune")
