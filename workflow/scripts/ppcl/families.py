@@ -245,17 +245,22 @@ def single(
     depth_key: str,
     width: Width | None = None,
     argument: str = "hidden_states",
+    modulations: tuple[str, ...] = (),
 ) -> BlockList:
     """Blocks that take and return one sequence."""
-    return BlockList(attribute, depth_key, {stream: argument}, (stream,), width)
+    return BlockList(attribute, depth_key, {stream: argument}, (stream,), width, modulations)
 
 
 def dual(
-    outputs: tuple[str, ...], attribute: str, depth_key: str, width: Width | None = None
+    outputs: tuple[str, ...],
+    attribute: str,
+    depth_key: str,
+    width: Width | None = None,
+    modulations: tuple[str, ...] = (),
 ) -> BlockList:
     """Blocks that take and return image and text as hidden_states and encoder_hidden_states."""
     inputs = {IMAGE: "hidden_states", TEXT: "encoder_hidden_states"}
-    return BlockList(attribute, depth_key, inputs, outputs, width)
+    return BlockList(attribute, depth_key, inputs, outputs, width, modulations)
 
 
 IMAGE_TEXT, TEXT_IMAGE = (IMAGE, TEXT), (TEXT, IMAGE)
@@ -280,6 +285,9 @@ _ZERO_TEXT = TextPath(
     others=("attn2",),
 )
 _ZERO = Width(_ZERO_FFN, _ZERO_TEXT)
+_ZERO_MODULATIONS = ("norm1.linear", "norm1_context.linear")
+_SINGLE_MODULATIONS = ("norm.linear",)
+_LAST = "norm_out.linear"
 _FFN = FeedForward("norm2", "ff")
 
 _NO_FLOW = "its schedulers are not flow matching"
@@ -313,17 +321,23 @@ FAMILIES: dict[str, Family] = {
                         keywords="joint_attention_kwargs",
                     ),
                 ),
+                ("img_mod.1", "txt_mod.1"),
             ),
         ),
         masks={TEXT: marked("encoder_hidden_states_mask")},
         unread=(TEXT,),
+        last_modulation=_LAST,
         framed=_filled,
         limits="Qwen-Image-Edit: record.renoised_per_sample must be 0",
     ),
     "FluxTransformer2DModel": Family(
-        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO), dual(TEXT_IMAGE, *SINGLE)),
+        lists=(
+            dual(TEXT_IMAGE, *DOUBLE, _ZERO, _ZERO_MODULATIONS),
+            dual(TEXT_IMAGE, *SINGLE, modulations=_SINGLE_MODULATIONS),
+        ),
         shared=("img_ids", "txt_ids"),
         unread=(TEXT,),
+        last_modulation=_LAST,
         texts=("tokenizer_2",),
     ),
     "Flux2Transformer2DModel": Family(
@@ -339,7 +353,8 @@ FAMILIES: dict[str, Family] = {
         limits="one modulation serves all blocks, so text streams can't be shared",
     ),
     "SD3Transformer2DModel": Family(
-        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO),),
+        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO, _ZERO_MODULATIONS),),
+        last_modulation=_LAST,
         untouchable={
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
         },
@@ -361,8 +376,10 @@ FAMILIES: dict[str, Family] = {
                 "layers",
                 "num_layers",
                 Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
+                modulations=("norm1.linear",),
             ),
         ),
+        last_modulation="norm_out.linear_1",
         masks={IMAGE: _lumina},
         framed=_instructed,
         fixed=_OWN_TIME,
@@ -376,8 +393,10 @@ FAMILIES: dict[str, Family] = {
                 "n_layers",
                 Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
                 argument="x",
+                modulations=("adaLN_modulation.0",),
             ),
         ),
+        last_modulation="all_final_layer.2-1.adaLN_modulation.1",
         masks={IMAGE: _z_image},
         state="x",
         time="t",
@@ -386,7 +405,11 @@ FAMILIES: dict[str, Family] = {
         limits="the refiners, two blocks each, stay",
     ),
     "HunyuanImageTransformer2DModel": Family(
-        lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
+        lists=(
+            dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN), _ZERO_MODULATIONS),
+            dual(IMAGE_TEXT, *SINGLE, modulations=_SINGLE_MODULATIONS),
+        ),
+        last_modulation=_LAST,
         masks={TEXT: _hunyuan_image},
         unread=(TEXT,),
         framed=_filled,
@@ -395,9 +418,20 @@ FAMILIES: dict[str, Family] = {
     ),
     "HiDreamImageTransformer2DModel": Family(
         lists=(
-            dual(IMAGE_TEXT, "double_stream_blocks", "num_layers"),
-            single(JOINT, "single_stream_blocks", "num_single_layers"),
+            dual(
+                IMAGE_TEXT,
+                "double_stream_blocks",
+                "num_layers",
+                modulations=("block.adaLN_modulation.1",),
+            ),
+            single(
+                JOINT,
+                "single_stream_blocks",
+                "num_single_layers",
+                modulations=("block.adaLN_modulation.1",),
+            ),
         ),
+        last_modulation="final_layer.adaLN_modulation.1",
         masks={TEXT: _hidream, JOINT: _hidream},
         batch_dims={"encoder_hidden_states_llama3": 1},
         untouchable={
@@ -414,7 +448,11 @@ FAMILIES: dict[str, Family] = {
         limits="with two transformers, prune one run after the other (teacher.component)",
     ),
     "HunyuanVideoTransformer3DModel": Family(
-        lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
+        lists=(
+            dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN), _ZERO_MODULATIONS),
+            dual(IMAGE_TEXT, *SINGLE, modulations=_SINGLE_MODULATIONS),
+        ),
+        last_modulation=_LAST,
         masks={TEXT: marked("encoder_attention_mask")},
         unread=(TEXT,),
         limits="the attention gets no keywords, so text streams can't be shared",
@@ -423,7 +461,8 @@ FAMILIES: dict[str, Family] = {
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
     ),
     "CogVideoXTransformer3DModel": Family(
-        lists=(dual(IMAGE_TEXT, *DOUBLE),),
+        lists=(dual(IMAGE_TEXT, *DOUBLE, modulations=("norm1.linear", "norm2.linear")),),
+        last_modulation=_LAST,
         shared=("image_rotary_emb",),
         unread=(TEXT,),
         fixed=_NO_FLOW,
@@ -440,8 +479,11 @@ FAMILIES: dict[str, Family] = {
                         TEXT: FeedForward("norm3_context", "ff_context"),
                     }
                 ),
+                # The last block's text norm is of another class, whose Linear has another name.
+                (*_ZERO_MODULATIONS, "norm1_context.linear_1"),
             ),
         ),
+        last_modulation=_LAST,
         masks={TEXT: marked("encoder_attention_mask")},
         untouchable={
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
@@ -552,8 +594,9 @@ def fixed_states(transformer: str, pipeline: str) -> str:
 def table() -> str:
     """The registry as Markdown: what works on which class, and what does not and why."""
     lines = [
-        "| transformer class | blocks, in order of data flow | streams | width | limits |",
-        "|---|---|---|---|---|",
+        "| transformer class | blocks, in order of data flow | streams | width "
+        "| low-rank modulation | limits |",
+        "|---|---|---|---|---|---|",
     ]
     for name, family in sorted(FAMILIES.items()):
         lists = [f"`{listed.attribute}` (`{listed.depth_key}`)" for listed in family.lists]
@@ -561,8 +604,9 @@ def table() -> str:
         limits = [f"{where[0]}[{where[1]}]: {why}" for where, why in family.untouchable.items()]
         limits += [family.limits] if family.limits else []
         limits += [f"{family.fixed}: record.renoised_per_sample must be 0"] if family.fixed else []
-        cells = [f"`{name}`", " + ".join(lists), "; ".join(streams), _width_words(family)]
-        lines.append("| " + " | ".join([*cells, "; ".join(limits)]) + " |")
+        cells = [f"`{name}`", " + ".join(lists), "; ".join(streams)]
+        cells += [_width_words(family), _modulation_words(family), "; ".join(limits)]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| refused | because |", "|---|---|"]
     lines += [f"| `{name}` | {why} |" for name, why in sorted(REFUSED.items())]
     return "\n".join(lines) + "\n"
@@ -575,3 +619,9 @@ def _width_words(family: Family) -> str:
         found += [f"{stream} FFN" for stream in width.ffn]
         found += ["text runs"] if width.text else []
     return ", ".join(found) or "none"
+
+
+def _modulation_words(family: Family) -> str:
+    found = [f"`{path}`" for listed in family.lists for path in listed.modulations]
+    found += [f"last `{family.last_modulation}`"] if family.last_modulation else []
+    return ", ".join(dict.fromkeys(found)) or "none: one table serves all blocks"

@@ -9,6 +9,9 @@ between, the text stream of the blocks is a carry: the source's text output and 
 input, side by side along channels. The stock forwards compute all of it, and what is kept of a
 block keeps its parameter names.
 
+A modulation (AdaLN) matrix of low rank is a product, `up(down(x))`. The Linear of the model's last
+AdaLN can be one, too; there the module that holds it counts as the block.
+
 This file needs nothing but torch and diffusers, for its text travels beside exported weights.
 There it ends with lines that `module_text` adds, which define the class to load.
 """
@@ -80,24 +83,42 @@ class Shut(nn.Module):
         return temb.new_zeros(*temb.shape[:-1], self.width)
 
 
+class LowRank(nn.Module):
+    """Stands for a modulation's Linear: up(down(x)), with the bias on `up` alone."""
+
+    def __init__(self, linear: nn.Linear, rank: int):
+        super().__init__()
+        like = linear.weight
+        self.down = _zero_linear(linear.in_features, rank, like, bias=False)
+        self.up = _zero_linear(rank, linear.out_features, like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
 def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
-    """Narrows a stock block in place and returns it. New maps start as identities.
+    """Narrows a stock block in place and returns it. New maps start as identities; products of low
+    rank start at zero.
 
     Args:
         layout: where the block's parts are (`families.BlockList.layout`).
-        spec: `linear_ffn`, the streams whose FFN becomes linear; and `text`, the block's role in a
-            text run: own (none), source, lend, borrow or close. Both may be missing. It stays with
-            the block as `narrowed`.
+        spec: `linear_ffn`, the streams whose FFN becomes linear; `text`, the block's role in a
+            text run: own (none), source, lend, borrow or close; and `ranks` (see `lower`). Each may
+            be missing. It stays with the block as `narrowed`.
 
     Raises:
-        ValueError: a block of this class, or in this role, has no such part; or it is narrow.
+        ValueError: a block of this class, or in this role, has no such part; or it is narrow, but
+            for ranks.
     """
     role, streams = spec.get("text", "own"), spec.get("linear_ffn", ())
-    if hasattr(block, "narrowed"):
-        raise ValueError(f"the block is narrow already: {block.narrowed}")
-    roles = ("own", "source", "lend", "borrow", "close")
-    if role not in roles or set(spec) - {"text", "linear_ffn"}:
+    before = getattr(block, "narrowed", {})
+    if set(before) - {"ranks"}:
+        raise ValueError(f"the block is narrow already: {before}")
+    roles, keys = ("own", "source", "lend", "borrow", "close"), {"text", "linear_ffn", "ranks"}
+    if role not in roles or set(spec) - keys:
         raise ValueError(f"{spec} is not what `narrow` can do; see there")
+    if set(spec) == {"ranks"}:
+        return lower(block, spec["ranks"])
     if missing := set(streams) - set(layout["ffn"]):
         raise ValueError(f"blocks of this class have no {missing.pop()} FFN that could be linear")
     if role != "own" and not layout["text"]:
@@ -119,7 +140,45 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
         paths["text/output"] = "text_output.linear"
     block.map_paths = paths
     block.__class__ = _narrowed(type(block), role, tuple(streams), json.dumps(layout))
+    if left := {path: rank for path, rank in before.get("ranks", {}).items() if held(block, path)}:
+        block.narrowed["ranks"] = left
+    return lower(block, spec.get("ranks", {}))
+
+
+def lower(block: nn.Module, ranks: dict[str, int]) -> nn.Module:
+    """Puts products of low rank in place of modulation matrices of a block, narrow or not, or of
+    the module that holds the Linear of the last AdaLN. In place; they start at zero.
+
+    Args:
+        ranks: path of the Linear in the stock block -> rank. They stay in `narrowed`.
+
+    Raises:
+        ValueError: the block has no such matrix any more, or it is a product already.
+    """
+    for path, rank in ranks.items():
+        place = held(block, path)
+        linear = place and block.get_submodule(place)
+        if not isinstance(linear, nn.Linear) or rank < 1:
+            raise ValueError(f"{type(block).__name__}: {path} can't have rank {rank}")
+        block.set_submodule(place, LowRank(linear, rank))
+    if ranks:
+        before = getattr(block, "narrowed", {})
+        block.narrowed = before | {"ranks": before.get("ranks", {}) | dict(ranks)}
     return block
+
+
+def held(block: nn.Module, path: str) -> str:
+    """Where a modulation matrix of the stock block is in a block that may be narrow: a Linear or a
+    `LowRank`; empty if it is gone."""
+    place = path
+    try:
+        found = block.get_submodule(path)
+        if isinstance(found, nn.Sequential):  # with an `Open`, for a linear FFN
+            place, found = f"{path}.0", found[0]
+    except AttributeError:
+        return ""
+    maps_at = getattr(block, "map_paths", {}).values()
+    return place if isinstance(found, (nn.Linear, LowRank)) and place not in maps_at else ""
 
 
 def maps(block: nn.Module) -> dict[str, nn.Linear]:
@@ -143,13 +202,17 @@ def _drop_ffn(block: nn.Module, parts: dict) -> None:
 def _cut_modulation(block: nn.Module, path: str | None, kept: int) -> None:
     """Keeps so many of a modulation's six parts: shift, scale and gate of the attention first."""
     modulation = path and block.get_submodule(path)
-    if not modulation or modulation.out_features != 6 * modulation.in_features:
-        return  # shared by all blocks, or laid out in another way
-    width = modulation.in_features
-    for name, whole in list(modulation.named_parameters()):
+    if not modulation:
+        return  # shared by all blocks
+    low = isinstance(modulation, LowRank)
+    width = (modulation.down if low else modulation).in_features
+    rows = modulation.up if low else modulation
+    if rows.out_features != 6 * width:
+        return  # laid out in another way
+    for name, whole in list(rows.named_parameters()):
         first = whole.detach()[: kept * width].clone()
-        setattr(modulation, name, nn.Parameter(first, requires_grad=whole.requires_grad))
-    modulation.out_features = kept * width
+        setattr(rows, name, nn.Parameter(first, requires_grad=whole.requires_grad))
+    rows.out_features = kept * width
     parent, _, name = path.rpartition(".")
     holder = block.get_submodule(parent)
     if isinstance(holder, nn.Sequential):
@@ -187,11 +250,11 @@ def _text_run(block: nn.Module, layout: dict, role: str) -> None:
         block.set_submodule(text["modulation"], Shut(6 * width))
     for path in (ffn["norm"], ffn["ffn"], text["output"]):
         _drop(block, path, _same)
-    linear = _zero_linear(width, like)
+    linear = _zero_linear(width, width, like)
     made = Borrowed(linear, text["extras"]) if text["extras"] else Residual(linear)
     block.set_submodule(text["norm"], made)
     if role == "close":
-        block.text_output = Residual(_zero_linear(width, like))
+        block.text_output = Residual(_zero_linear(width, width, like))
 
 
 def _drop(block: nn.Module, path: str, instead: Callable) -> None:
@@ -212,14 +275,16 @@ def _nothing(x: Tensor, *_args, **_kwargs) -> Tensor:
 def _in_place_of(ffn: nn.Module) -> nn.Linear:
     """A zero map between an FFN's channels: the shorter side of its matrices, as it widens."""
     matrix = next(p for p in ffn.parameters() if p.ndim > 1)
-    return _zero_linear(min(matrix.shape[:2]), matrix)
+    width = min(matrix.shape[:2])
+    return _zero_linear(width, width, matrix)
 
 
-def _zero_linear(width: int, like: Tensor) -> nn.Linear:
+def _zero_linear(inputs: int, outputs: int, like: Tensor, bias: bool = True) -> nn.Linear:
     # An initialisation would draw from the global generator, and be overwritten.
-    made = nn.utils.skip_init(nn.Linear, width, width, device=like.device, dtype=like.dtype)
-    nn.init.zeros_(made.weight)
-    nn.init.zeros_(made.bias)
+    kind = {"bias": bias, "device": like.device, "dtype": like.dtype}
+    made = nn.utils.skip_init(nn.Linear, inputs, outputs, **kind)
+    for parameter in made.parameters():
+        nn.init.zeros_(parameter)
     return made
 
 
@@ -282,7 +347,8 @@ def specs(transformer: nn.Module) -> dict[str, dict]:
 def pruned(base: type, layouts: dict[str, dict]) -> type:
     """The class of a transformer with narrow blocks; its config has one key more than `base`.
 
-    `narrow_blocks` maps the path of a block to its spec (see `narrow`). A saved folder gets the
+    `narrow_blocks` maps the path of a block, or of what holds the Linear of the last AdaLN, to its
+    spec (see `narrow`). A saved folder gets the
     module that loads it, also from `save_pretrained` of a pipeline.
 
     Args:
@@ -295,7 +361,7 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(narrow_blocks=narrow_blocks or {})
         for path, spec in self.config.narrow_blocks.items():
-            narrow(self.get_submodule(path), layouts[path.rpartition(".")[0]], spec)
+            narrow(self.get_submodule(path), layouts.get(path.rpartition(".")[0], {}), spec)
 
     # diffusers takes from this signature which keys of a config are the class's own.
     stock = inspect.signature(base.__init__)
