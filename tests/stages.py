@@ -82,7 +82,12 @@ STAGES = [
         {"cka": "cka.parquet", "blocks": "blocks.parquet"},
     ),
     Stage("sensitivity", CALLS, {"table": "sensitivity.parquet"}, state=True),
-    Stage("width", CALLS | {"blocks": "blocks.parquet"}, {"table": "width.parquet"}, state=True),
+    Stage(
+        "width",
+        CALLS | {"blocks": "blocks.parquet"},
+        {"table": "width.parquet", "maps": "maps.safetensors"},
+        state=True,
+    ),
     Stage(
         "intervals",
         {"cka": "cka.parquet", "sensitivity": "sensitivity.parquet", "width": "width.parquet"},

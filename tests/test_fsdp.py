@@ -14,6 +14,7 @@ from killing import KILLER, assert_same_log
 from ppcl import schemas, tables, tensors
 
 TRAINING = {"batch_size": 5, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
+TRAINING |= {"ema": 0.5}  # an average is shared out, saved and resumed as weights are
 
 
 @pytest.fixture(scope="module")

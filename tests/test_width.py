@@ -178,10 +178,10 @@ def planted():
 
 
 def narrow_unit(transformer, unit, reader):
-    wholes = {part.key: m for part, m in width.whole_blocks(transformer, unit).items()}
+    wholes = {part.key: m for part, m in width.whole_blocks(transformer, unit.parts).items()}
     maps = [one for part in unit.parts for one in width.maps_of(part)]
     fits = width.fit(transformer, wholes, maps, reader, rows_of(reader), OPTIONS, CPU)
-    made = width.narrowed(transformer, width.whole_blocks(transformer, unit), fits)
+    made = width.closed(transformer, unit.parts, {one: fit.probe for one, fit in fits.items()})
     return made, max(fit.error_heldout for fit in fits.values())
 
 
@@ -196,7 +196,7 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path, accelerator):
         made, fit_error = narrow_unit(transformer, unit, reader)
         rows = reader.rows(heldout=True)
         key = (unit.name, *unit.parts[0].linear_ffn)
-        costs[key] = distillation.plugged_error(transformer, made, reader, rows, 8, accelerator)
+        costs[key] = prices.error(transformer, made, reader, rows, 8, CPU)
         if fit_error < 1e-6:
             free.add(key)
     text = {("03-04",), ("04-05",), ("03-05",)}
@@ -303,7 +303,7 @@ def test_saved_parameters_in_closed_form(teacher):
             teacher,
             {
                 part: students.shaped(teacher, part, student)
-                for part, student in width.whole_blocks(teacher, unit).items()
+                for part, student in width.whole_blocks(teacher, unit.parts).items()
             },
         )
         assert blocks.parameter_count(teacher) - blocks.parameter_count(model) == saved

@@ -84,6 +84,7 @@ def measure(tiny_teacher, tiny_calls, folder, name="w", **options):
     pairs = similar(folder / "blocks.parquet")
     path = folder / f"{name}.parquet"
     paths = {"calls": tiny_calls, "blocks": pairs, "state": folder / "state", "table": path}
+    paths["maps"] = folder / f"{name}.safetensors"
     tiny.stage("width", settings, **paths)
     return tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
 

@@ -12,9 +12,10 @@ rule width:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        blocks=result("similarity/blocks.parquet"),
+        blocks=similarity("blocks.parquet") if config["width"]["enabled"] else [],
     output:
         table=result("width/measured.parquet"),
+        maps=result("width/maps.safetensors"),
     log:
         result("logs/width.log"),
     benchmark:
@@ -39,4 +40,4 @@ rule width:
         "python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
         "--calls {input.calls} --blocks {input.blocks} --state {params.state} "
-        "--table {output.table} 2>&1 | tee {log}"
+        "--table {output.table} --maps {output.maps} 2>&1 | tee {log}"

@@ -24,10 +24,10 @@ from ppcl import (
     calls,
     config,
     devices,
-    distillation,
     errors,
     intervals,
     pipelines,
+    prices,
     provenance,
     schemas,
     stopping,
@@ -66,9 +66,10 @@ def main() -> None:
         made = students.start(transformer, [part], start)
         return {part: made[part].to(accelerator.device)}
 
-    found = distillation.plugged_errors(
+    plugged_in = {part.name: (part.first, partial(untrained, part)) for part in measured}
+    found = prices.measure(
         transformer,
-        {part.name: partial(untrained, part) for part in measured},
+        prices.of_students(transformer, plugged_in),
         reader,
         judged,
         options["batch_size"],

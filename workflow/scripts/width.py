@@ -5,7 +5,8 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     workflow/scripts/width.py --config config/digits.yaml \
     --calls results/digits/record/calls.parquet \
     --blocks results/digits/similarity/blocks.parquet \
-    --state results/digits/state/width --table results/digits/width/measured.parquet
+    --state results/digits/state/width --table results/digits/width/measured.parquet \
+    --maps results/digits/width/maps.safetensors
 
 Candidates are the FFNs, image and text each for itself, and the runs of blocks whose text outputs
 are alike (CKA). Their linear maps are fitted by least squares on recorded calls, judged on held-out
@@ -34,6 +35,7 @@ from ppcl import (
     stopping,
     tables,
     teacher_identity,
+    tensors,
     training,
     trust,
     width,
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=Path, required=True, help="CKA of pairs of blocks")
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--table", type=Path, required=True, help="measured.parquet to write")
+    parser.add_argument("--maps", type=Path, required=True, help="maps.safetensors to write")
     args = parser.parse_args()
     settings = config.load(args.config)
     options, seed = settings["width"], settings["seed"]
@@ -77,24 +80,24 @@ def main() -> None:
     runs = width.text_candidates(transformer, cka, options["longest"], options["cka_floor"])
     units |= {f"text {unit.name}": unit for unit in runs}
 
-    wholes = {(block.index, block.index): block.module for block in sequence}
     maps = {name: [m for p in u.parts for m in width.maps_of(p)] for name, u in units.items()}
-    fits = width.fit(
+    identity = training.identity(Path(__file__), settings, [args.calls, args.blocks])
+    files, fit_errors = width.fit_to_files(
         transformer,
-        wholes,
         [one for found in maps.values() for one in found],
         reader,
         width.fit_rows(reader, options, seed),
         options,
-        accelerator.device,
+        accelerator,
+        args.state,
+        identity,
     )
+    fitted = width.stored(*files)
     judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
     costs = distillation.plugged_errors(
         transformer,
         {
-            name: lambda u=unit: width.narrowed(
-                transformer, width.whole_blocks(transformer, u), fits
-            )
+            name: lambda u=unit: width.closed(transformer, u.parts, fitted)
             for name, unit in units.items()
         },
         reader,
@@ -102,7 +105,7 @@ def main() -> None:
         options["batch_size"],
         accelerator,
         args.state,
-        training.identity(Path(__file__), settings, [args.calls, args.blocks]),
+        identity,
     )
     stopping.ignore()
     if accelerator.is_main_process:
@@ -112,7 +115,9 @@ def main() -> None:
                 "first": unit.first,
                 "last": unit.last,
                 "stream": name.split()[1] if name.startswith("ffn") else TEXT,
-                "fit_error_heldout": max(fits[one].error_heldout for one in maps[name]),
+                "path": "",
+                "rank": 0,
+                "fit_error_heldout": max(fit_errors[one] for one in maps[name]),
                 "cka": cka[unit.first, unit.first : unit.last + 1].min()
                 if name.startswith("text")
                 else np.nan,
@@ -124,8 +129,9 @@ def main() -> None:
         ]
         table = pd.DataFrame(rows, columns=schemas.WIDTH_MEASURED.names)
         sizes = {k: json.dumps(v) for k, v in width.text_sizes(transformer).items()}
-        stamp = provenance.stamp(settings, judged=len(judged)) | sizes
-        tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp)
+        stamp = provenance.stamp(settings, judged=len(judged))
+        tensors.join(args.maps, files, stamp)
+        tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp | sizes)
     devices.finish(accelerator)
 
 

@@ -18,6 +18,7 @@ from ppcl import (
     metrics,
     pipelines,
     plans,
+    prices,
     prompts,
     rivals,
     schedules,
@@ -197,10 +198,14 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
     """Of each unit: its error when plugged in alone, on the rows of selection; what it saves."""
     for student in taught.values():
         student.eval()
-    sets = {unit.name: lambda u=unit: {part: taught[part] for part in u.parts} for unit in units}
+    sets = {
+        unit.name: (unit.first, lambda u=unit: {part: taught[part] for part in u.parts})
+        for unit in units
+    }
     size = material.settings["sensitivity"]["batch_size"]
-    errors = distillation.plugged_errors(
-        material.transformer, sets, material.reader, material.judged, size, material.accelerator
+    changes = prices.of_students(material.transformer, sets)
+    errors = prices.measure(
+        material.transformer, changes, material.reader, material.judged, size, material.accelerator
     )
     return errors, [width.saved_parameters(material.transformer, unit) for unit in units]
 

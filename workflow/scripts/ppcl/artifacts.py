@@ -43,15 +43,17 @@ def sizes(planner: Planner) -> dict[str, float | None]:
     trained |= {"narrow": whole} if staged else {}
     trained |= {"subsets": whole} if settings["subsets"]["steps"] else {}
     for stage, parameters in trained.items():
-        kind = settings["distill" if stage == "narrow" else stage]["optimizer"]
+        options = settings["distill" if stage == "narrow" else stage]
+        kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
         found[f"{stage}/students.safetensors"] = 4 * parameters
-        found[f"state/{stage}/"] = 4 * parameters + weightless.optimizer_bytes(parameters, kind)
+        found[f"state/{stage}/"] = 4 * parameters + kept
     found |= _streams(planner, planner.depth if staged else planner.every)
     for variant in settings["variants"]:
         parameters = _variant_parameters(planner, variant["budget"])
         if variant["finetune_steps"]:
             found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
-            kept = weightless.optimizer_bytes(parameters, settings["finetune"]["optimizer"])
+            options = settings["finetune"]
+            kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
             found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
         found[f"models/{variant['name']}/"] = planner.dtype.itemsize * parameters
     return found

@@ -142,6 +142,7 @@ def watch(
     before: Callable[[Block, dict[str, Any]], None] | None = None,
     after: Callable[[Block, Streams], None] | None = None,
     stop_after: int | None = None,
+    stop_before: int | None = None,
 ):
     """Shows the calls of blocks while a transformer runs; yields a function that runs it.
 
@@ -149,6 +150,7 @@ def watch(
         before: gets each block with the bound arguments of its call.
         after: gets each block with the streams that it returned.
         stop_after: the block after which the forward pass ends early. Its caller gets None.
+        stop_before: the block at whose call it ends.
     """
     handles = []
 
@@ -159,10 +161,13 @@ def watch(
             return None
 
     for block in blocks:
-        if before is not None:
+        if before is not None or block.index == stop_before:
 
             def pre(_module, args, kwargs, block=block):
-                before(block, block.bind(args, kwargs))
+                if before is not None:
+                    before(block, block.bind(args, kwargs))
+                if block.index == stop_before:
+                    raise _Enough
 
             handles.append(block.module.register_forward_pre_hook(pre, with_kwargs=True))
         if after is not None or block.index == stop_after:

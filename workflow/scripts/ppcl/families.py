@@ -132,6 +132,10 @@ class Family:
             the pipeline, the settings of its call, the tokenizer and the prompt.
         fixed: why finished pictures can't be noised again for it; empty if they can.
         last_modulation: path in the transformer of the Linear of its last AdaLN; empty without.
+        guidance: what pipelines give it for a guidance of 1, where it gets that as a number.
+        gated: block list -> paths in a block of Linears whose outputs streams take up element by
+            element, times a gate or as they are. Those together that depend on none of each other;
+            they come in the order in which they run, and nothing else of the block follows them.
         limits: what else a user should know, for the table in the docs.
     """
 
@@ -152,6 +156,8 @@ class Family:
     apart: Callable[[Any, str], int] | None = None
     fixed: str = ""
     last_modulation: str = ""
+    guidance: float = 1.0
+    gated: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
@@ -290,6 +296,12 @@ _SINGLE_MODULATIONS = ("norm.linear",)
 _LAST = "norm_out.linear"
 _FFN = FeedForward("norm2", "ff")
 
+# What `Family.gated` says of many classes: of blocks with two streams, with one that attends to
+# itself and then to texts, and with one linear for both branches.
+_GATED = (("attn.to_out.0", "attn.to_add_out"), ("ff.net.2", "ff_context.net.2"))
+_GATED_TWICE = (("attn2.to_out.0",), ("ff.net.2",))
+_GATED_ONCE = (("proj_out",),)
+
 _NO_FLOW = "its schedulers are not flow matching"
 _OWN_TIME = "its pipelines count noise the other way round than their schedulers"
 # Words in the names of pipelines that give a transformer more than the latents that it denoises.
@@ -329,6 +341,12 @@ FAMILIES: dict[str, Family] = {
         last_modulation=_LAST,
         framed=_filled,
         limits="Qwen-Image-Edit: record.renoised_per_sample must be 0",
+        gated={
+            "transformer_blocks": (
+                ("attn.to_out.0", "attn.to_add_out"),
+                ("img_mlp.net.2", "txt_mlp.net.2"),
+            )
+        },
     ),
     "FluxTransformer2DModel": Family(
         lists=(
@@ -339,6 +357,7 @@ FAMILIES: dict[str, Family] = {
         unread=(TEXT,),
         last_modulation=_LAST,
         texts=("tokenizer_2",),
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "Flux2Transformer2DModel": Family(
         lists=(
@@ -363,10 +382,12 @@ FAMILIES: dict[str, Family] = {
         texts=("tokenizer", "tokenizer_2", "tokenizer_3"),
         limits="no skip-layer guidance, which names blocks by number; intervals don't cross from "
         "blocks with two attentions to others",
+        gated={DOUBLE[0]: _GATED},
     ),
     "PixArtTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
         fixed=_NO_FLOW,
+        gated={DOUBLE[0]: _GATED_TWICE},
     ),
     "SanaTransformer2DModel": Family(lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),)),
     "Lumina2Transformer2DModel": Family(
@@ -414,7 +435,9 @@ FAMILIES: dict[str, Family] = {
         unread=(TEXT,),
         framed=_filled,
         apart=_lettered,
+        guidance=1000.0,
         limits="the attention gets no keywords, so text streams can't be shared",
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "HiDreamImageTransformer2DModel": Family(
         lists=(
@@ -446,6 +469,7 @@ FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(
         lists=(single(IMAGE, "blocks", "num_layers", Width({IMAGE: FeedForward("norm3", "ffn")})),),
         limits="with two transformers, prune one run after the other (teacher.component)",
+        gated={"blocks": (("attn2.to_out.0",), ("ffn.net.2",))},
     ),
     "HunyuanVideoTransformer3DModel": Family(
         lists=(
@@ -455,10 +479,13 @@ FAMILIES: dict[str, Family] = {
         last_modulation=_LAST,
         masks={TEXT: marked("encoder_attention_mask")},
         unread=(TEXT,),
+        guidance=1000.0,
         limits="the attention gets no keywords, so text streams can't be shared",
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "LTXVideoTransformer3DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
+        gated={DOUBLE[0]: _GATED_TWICE},
     ),
     "CogVideoXTransformer3DModel": Family(
         lists=(dual(IMAGE_TEXT, *DOUBLE, modulations=("norm1.linear", "norm2.linear")),),

@@ -523,7 +523,10 @@ class Planner:
         count = sum(map(blocks.parameter_count, modules))
         held = sum(map(weightless.weight_bytes, modules))
         plain, again = measured(False), measured(True)
-        states, small = (weightless.optimizer_bytes(count, kind) for kind in ("adamw", "adamw8bit"))
+        states, small = (
+            weightless.optimizer_bytes(count, kind, options["ema"])
+            for kind in ("adamw", "adamw8bit")
+        )
         lowered = options["mixed_precision"] == "bf16"
         casts = 2 * sum(map(blocks.parameter_count, cast)) if lowered else 0
         parts = {

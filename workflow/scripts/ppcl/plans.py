@@ -4,7 +4,7 @@ A part is one new block. A unit is what is plugged into the teacher together or 
 never overlap, so every set of them is a model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ppcl.families import IMAGE, TEXT
@@ -54,6 +54,16 @@ class Part:
     def narrow(self) -> bool:
         """Whether it is anything but a stock block."""
         return bool(self.linear_ffn) or self.text != "own"
+
+
+def part(entry: Mapping) -> Part:
+    """The part of which `dataclasses.asdict` made this, perhaps by way of JSON.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is of something else.
+    """
+    source = entry["source"] and tuple(entry["source"])
+    return Part(**{**entry, "linear_ffn": tuple(entry["linear_ffn"]), "source": source})
 
 
 # A modulation matrix: its block, or the number of blocks for the last AdaLN, and its path in there.
@@ -145,20 +155,20 @@ def units(
     single = [(b, b) for b in inside | set(ffns) if not any(f <= b <= t for f, t in intervals)]
     pieces = sorted([*intervals, *single])
 
-    def part(ends: tuple[int, int], text: str = "own", source: tuple[int, int] | None = None):
+    def made(ends: tuple[int, int], text: str = "own", source: tuple[int, int] | None = None):
         linear_here = ffns.get(ends[0], set())
         if text not in ("own", "source"):
             linear_here = linear_here - {TEXT}
         return Part(*ends, tuple(s for s in (IMAGE, TEXT) if s in linear_here), text, source)
 
-    found = [Unit((part(ends),)) for ends in pieces if ends[0] not in inside]
+    found = [Unit((made(ends),)) for ends in pieces if ends[0] not in inside]
     for first, last in runs:
         source, *others = (ends for ends in pieces if first <= ends[0] and ends[1] <= last)
         if not others:
             raise ValueError(f"the text run [{first},{last}] has a single part")
-        parts = [part(source, "lend" if last == unread_after else "source")]
+        parts = [made(source, "lend" if last == unread_after else "source")]
         for ends in others:
             closes = ends[1] == last and last != unread_after
-            parts.append(part(ends, "close" if closes else "borrow", source))
+            parts.append(made(ends, "close" if closes else "borrow", source))
         found.append(Unit(tuple(parts)))
     return sorted(found, key=lambda unit: unit.first)

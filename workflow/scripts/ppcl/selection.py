@@ -10,19 +10,18 @@ a config are met at once, in several measures if need be. PPCL, arXiv 2511.16156
 Needs no torch.
 """
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from ppcl import routes, schemas, tables
+from ppcl import programs, schemas, tables
 from ppcl.config import limits
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, TEXT
-from ppcl.pins import NOTHING, Ends, Ffn, Named, overlap
-from ppcl.plans import Matrix, Unit
-from ppcl.routes import Arc
+from ppcl.pins import NOTHING, Ends, Ffn, Named
+from ppcl.plans import Matrix, Modulation, Unit
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class Weights:
     """What is saved in one measure, each per block unless it says otherwise.
 
     block: if the block goes. text: if its text stream is borrowed. output: what a run that closes
-    with it adds. ffn: (block, stream) -> if that FFN is linear. ranks: (matrix, rank, sixths of its
-    outputs that are kept) -> if it has that rank. units: by name, of whole trained units.
+    with it adds. source: what the first block of a run saves beside that, if the run reaches
+    `Choices.unread`. ffn: (block, stream) -> if that FFN is linear. ranks: (matrix, rank, sixths of
+    its outputs that are kept) -> if it has that rank. units: by name, of whole trained units.
     """
 
     block: Sequence[float]
@@ -40,28 +40,32 @@ class Weights:
     ffn: Mapping[Ffn, float] = field(default_factory=dict)
     ranks: Mapping[tuple[Matrix, int, int], float] = field(default_factory=dict)
     units: Mapping[str, float] = field(default_factory=dict)
+    source: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What may be given up, and the cost of each.
+    """What may be given up, and the cost of each; no cost is negative.
 
     ranks: of each modulation matrix, the cost of every rank on offer. units: trained ones, by name,
-    with their cost; they keep everything else off their blocks but ranks.
+    with their cost; they keep everything else off their blocks but ranks. modulations: the matrices
+    of `ranks`. unread: the block after which nothing reads the text stream, if there is one.
     """
 
-    intervals: Mapping[Ends, float]
+    intervals: Mapping[Ends, float] = field(default_factory=dict)
     runs: Mapping[Ends, float] = field(default_factory=dict)
     ffns: Mapping[Ffn, float] = field(default_factory=dict)
     ranks: Mapping[Matrix, Mapping[int, float]] = field(default_factory=dict)
     units: Mapping[str, tuple[Unit, float]] = field(default_factory=dict)
+    modulations: Mapping[Matrix, Modulation] = field(default_factory=dict)
+    unread: int | None = None
 
 
 @dataclass(frozen=True)
 class Plan:
     """The chosen set in order of depth, its cost, and what it saves in every measure.
 
-    bound: no set that meets the needs costs less; below the cost only if ppcl.routes had to thin.
+    bound: no set that meets the needs costs less; it lies below the cost by the solver's tolerance.
     """
 
     intervals: tuple[Ends, ...]
@@ -179,40 +183,32 @@ def select(
     weights: Mapping[str, Weights],
     needs: Mapping[str, float],
     pinned: Named = NOTHING,
-    cap: int = routes.CAP,
+    whose: str = "variants: the smallest budgets need",
 ) -> Plan:
     """The cheapest set that holds all that is pinned and saves what is needed in every measure.
 
-    Exact for one measure and for several, unless a front of ppcl.routes outgrows `cap`: then
-    `Plan.bound` says how low the least cost can be. Where the pinned set is enough, it is the plan.
+    What is pinned may be held by a trained unit. Where the pinned set is enough, it is the plan.
 
     Args:
         choices: hold what is pinned.
         weights: of the measures blocks, parameters and all that `needs` names.
         needs: measure -> how much has to go, as `targets` gives it.
+        whose: how the message begins if nothing saves enough.
 
     Raises UserError, with what can be reached and the keys to relax, if nothing saves enough.
     """
     needs = {measure: need for measure, need in needs.items() if need > 0}
-    counted = [weights[measure] for measure in needs]
-    only = Choices(
-        *(
-            {item: cost for item, cost in offered.items() if item in wanted}
-            for offered, wanted in (
-                (choices.intervals, pinned.intervals),
-                (choices.runs, pinned.runs),
-                (choices.ffns, pinned.ffns),
-            )
-        )
-    )
-    for offered in (only, choices):
-        arcs = graph(offered, pinned, counted, len(weights["blocks"].block))
-        route = routes.cheapest(arcs, list(needs.values()), cap)
-        if route:
-            return _plan(route, weights)
-    reached = dict(zip(needs, routes.most(arcs), strict=True))
+    columns = _Columns(choices, pinned, len(weights["blocks"].block))
+    gains = {measure: columns.gains(weights[measure]) for measure in needs}
+    wanted = list(needs.values())
+    costs = [cost for *_, cost in columns.every]
+    every = list(zip(*gains.values(), strict=True)) or [()] * len(costs)
+    found = programs.cheapest(costs, every, wanted, columns.rows)
+    if found:
+        return columns.plan(found, weights)
+    reached = {m: max(0.0, programs.most(gained, columns.rows)) for m, gained in gains.items()}
     raise UserError(
-        f"variants: the smallest budgets need {amounts(needs)} removed; what may be used removes "
+        f"{whose} {amounts(needs)} removed; what may be used removes "
         f"at most {amounts(reached)}{'' if len(needs) == 1 else ' (each on its own)'}. Lower "
         "intervals.cka_floor, width.cka_floor, intervals.protect_first or intervals.protect_last, "
         "shorten the forbid lists, raise those budgets or, with measured costs, "
@@ -221,107 +217,214 @@ def select(
 
 
 def saved(
-    intervals: Iterable[Ends], runs: Iterable[Ends], ffns: Iterable[Ffn], weights: Weights
+    intervals: Iterable[Ends],
+    runs: Iterable[Ends],
+    ffns: Iterable[Ffn],
+    weights: Weights,
+    unread: int | None = None,
 ) -> float:
-    """What a set saves in one measure."""
+    """What a set of intervals, text runs and FFNs saves in one measure.
+
+    unread: as in `Choices`.
+    """
     gone = {block for first, last in intervals for block in range(first + 1, last + 1)}
     total = sum(weights.block[block] for block in gone)
     for first, last in runs:
-        total -= weights.output[last]
+        total += weights.source.get(first, 0) if last == unread else -weights.output[last]
         total += sum(weights.text[b] for b in range(first + 1, last + 1) if b not in gone)
     return total + sum(weights.ffn.get(ffn, 0) for ffn in ffns)
 
 
-def graph(choices: Choices, pinned: Named, weights: Sequence[Weights], depth: int) -> list[Arc]:
-    """All sets as paths from (0, 1) to (depth, 1).
-
-    Node (b, 1): blocks before b are decided and no text run is open. Node (b, 0, a, lent): a run
-    from block a is open; `lent` if a part after its first has borrowed already, so that it may
-    close. An arc is one part, with or without linear FFNs, or the end of a run.
-    """
-    steps = []  # (tail, head, part, whether it borrows)
-    parts = _parts(choices, pinned, depth)
-    runs = _agreeing(choices.runs, pinned.runs)
-    outside = [p for p in parts if not any(overlap(p, run) for run in pinned.runs)]
-    steps += [((f, 1), (t + 1, 1), (f, t), False) for f, t in outside]
-    for start in {first for first, _ in runs}:
-        furthest = max(last for first, last in runs if first == start)
-        inside = [p for p in parts if start <= p[0] and p[1] <= furthest]
-        for first, last in inside:
-            head = (last + 1, 0, start, first > start)
-            if first == start:
-                steps.append(((first, 1), head, (first, last), False))
-            else:
-                steps += [((first, 0, start, lent), head, (first, last), True) for lent in (0, 1)]
-    keyed = [
-        (tail, head, *_step(part, borrows, linear, choices, weights))
-        for tail, head, part, borrows in steps
-        for linear in _linear(part[0], borrows, choices, pinned)
-    ]
-    for first, last in runs:
-        gains = tuple(-w.output[last] for w in weights)
-        ends = (last + 1, 0, first, 1), (last + 1, 1)
-        keyed.append((*ends, choices.runs[first, last], gains, (("run", (first, last)),)))
-    nodes = sorted({(0, 1), (depth, 1), *(k for arc in keyed for k in arc[:2])})
-    number = {key: at for at, key in enumerate(nodes)}
-    return [Arc(number[tail], number[head], *rest) for tail, head, *rest in keyed]
+# Names of columns: (kind, what), where a rank is (matrix, rank, sixths of its outputs kept), and
+# `borrows` is a block whose text stream is borrowed, which the runs and intervals taken decide.
+Column = tuple[str, Any]
 
 
-def _parts(choices: Choices, pinned: Named, depth: int) -> list[Ends]:
-    """Kept blocks and intervals that agree with the pinned intervals and FFNs."""
-    kept = [(block, block) for block in range(depth)]
-    return [
-        part
-        for part in _agreeing([*kept, *choices.intervals], pinned.intervals)
-        if not any(part[0] < block <= part[1] for block, _ in pinned.ffns)
-    ]
+class _Columns:
+    """The integer program of a selection: a column for each member, a row for each exclusion."""
+
+    def __init__(self, choices: Choices, pinned: Named, depth: int):
+        self.choices = choices
+        borrowers = {b for first, last in choices.runs for b in range(first + 1, last + 1)}
+        self.every: list[tuple[str, Any, float]] = [
+            *(("interval", ends, cost) for ends, cost in sorted(choices.intervals.items())),
+            *(("run", ends, cost) for ends, cost in sorted(choices.runs.items())),
+            *(("ffn", ffn, cost) for ffn, cost in sorted(choices.ffns.items())),
+            *(("unit", name, cost) for name, (_, cost) in sorted(choices.units.items())),
+            *(("borrows", block, 0.0) for block in sorted(borrowers)),
+        ]
+        self.number = {(kind, item): n for n, (kind, item, _) in enumerate(self.every)}
+        self.rows: list[programs.Row] = []
+        self.holding, self.going, self.runs, self.ending = self._by_block(depth)
+        self._exclude_overlaps(depth)
+        for block in borrowers:
+            self._borrow(block)
+        for matrix in sorted(choices.ranks):
+            self._low_rank(matrix, depth, matrix[0] in pinned.ranks)
+        self._pin(pinned)
+
+    def gains(self, weights: Weights) -> list[float]:
+        """What each column saves in one measure."""
+        return [self._gain(kind, item, weights) for kind, item, _ in self.every]
+
+    def plan(self, found: programs.Taken, weights: Mapping[str, Weights]) -> Plan:
+        taken = [self.every[column] for column in found.columns]
+        members: dict[str, list] = {
+            kind: sorted(item for k, item, _ in taken if k == kind)
+            for kind in ("interval", "run", "ffn", "unit", "rank")
+        }
+        saves = {
+            measure: sum(self._gain(kind, item, each) for kind, item, _ in taken)
+            for measure, each in weights.items()
+        }
+        return Plan(
+            *(tuple(members[kind]) for kind in ("interval", "run", "ffn")),
+            found.cost,
+            found.bound,
+            saves,
+            {matrix: rank for matrix, rank, _ in members["rank"]},
+            tuple(sorted(members["unit"], key=lambda name: self.choices.units[name][0].first)),
+        )
+
+    def _gain(self, kind: str, item: Any, weights: Weights) -> float:
+        if kind == "interval":
+            return sum(weights.block[item[0] + 1 : item[1] + 1])
+        if kind == "run":
+            ends = item[1] == self.choices.unread
+            return weights.source.get(item[0], 0) if ends else -weights.output[item[1]]
+        if kind == "borrows":
+            return weights.text[item]
+        return {"ffn": weights.ffn, "unit": weights.units, "rank": weights.ranks}[kind].get(item, 0)
+
+    def _by_block(self, depth: int) -> tuple[list[list[int]], ...]:
+        """Of each block: columns of the units that hold it, of the intervals with which it goes,
+        of the runs that hold it, and of the runs that start there and reach the unread end."""
+        holding, going, runs, ending = ([[] for _ in range(depth)] for _ in range(4))
+        for number, (kind, item, _) in enumerate(self.every):
+            if kind == "unit":
+                unit, _ = self.choices.units[item]
+                for block in range(unit.first, unit.last + 1):
+                    holding[block].append(number)
+            elif kind == "interval":
+                for block in range(item[0] + 1, item[1] + 1):
+                    going[block].append(number)
+            elif kind == "run":
+                for block in range(item[0], item[1] + 1):
+                    runs[block].append(number)
+                if item[1] == self.choices.unread:
+                    ending[item[0]].append(number)
+        return holding, going, runs, ending
+
+    def _at_most_one(self, columns: Iterable[int]) -> None:
+        columns = dict.fromkeys(columns, 1.0)
+        if len(columns) > 1:
+            self.rows.append((columns, 1.0))
+
+    def _only_with(self, columns: Iterable[int], others: Iterable[int]) -> None:
+        """At most one of `columns`, and that only with one of `others`."""
+        self.rows.append((dict.fromkeys(columns, 1.0) | dict.fromkeys(others, -1.0), 0.0))
+
+    def _exclude_overlaps(self, depth: int) -> None:
+        starting = [[] for _ in range(depth)]  # type: list[list[int]]
+        for ends in self.choices.intervals:
+            starting[ends[0]].append(self.number["interval", ends])
+        for block in range(depth):
+            going, held = self.going[block], self.holding[block]
+            self._at_most_one([*starting[block], *going, *held])
+            self._at_most_one([*self.runs[block], *held])
+            # No run begins or ends inside an interval.
+            runs = [(n, self.every[n][1]) for n in self.runs[block]]
+            self._at_most_one([*going, *(n for n, (first, _) in runs if first == block)])
+            if block:
+                ended = [(n, self.every[n][1]) for n in self.runs[block - 1]]
+                self._at_most_one([*going, *(n for n, (_, last) in ended if last == block - 1)])
+            for stream in (IMAGE, TEXT):
+                if ("ffn", (block, stream)) in self.number:
+                    ffn = self.number["ffn", (block, stream)]
+                    without = self._textless(block) if stream == TEXT else []
+                    self._at_most_one([ffn, *going, *held, *without])
+        for ends in self.choices.runs:
+            if ends in self.choices.intervals:  # one part, which would lend its text to nobody
+                self._at_most_one([self.number["run", ends], self.number["interval", ends]])
+
+    def _textless(self, block: int) -> list[int]:
+        """Columns with which what would follow a block's text attention is gone: it borrows its
+        text, or lends it up to the unread end."""
+        borrows = self.number.get(("borrows", block))
+        return [*([] if borrows is None else [borrows]), *self.ending[block]]
+
+    def _borrow(self, block: int) -> None:
+        """A block borrows if a run holds it after the run's first, unless it goes."""
+        borrows, going = self.number["borrows", block], self.going[block]
+        lent = [n for n in self.runs[block] if self.every[n][1][0] < block]
+        self._only_with([borrows], lent)
+        self._at_most_one([borrows, *going])
+        self._only_with(lent, [borrows, *going])
+
+    def _low_rank(self, matrix: Matrix, depth: int, pinned: bool) -> None:
+        """Columns of a matrix: each rank with each share of its outputs that may be left."""
+        block, modulation = matrix[0], self.choices.modulations[matrix]
+        by_sixths: dict[int, list[int]] = {0: [], 2: [], 3: [], 6: []}
+        if block < depth:
+            ffn = self.number.get(("ffn", (block, modulation.ffn)))
+            borrows = self.number.get(("borrows", block)) if modulation.text else None
+            by_sixths[0] += self.going[block]
+            by_sixths[0] += [] if borrows is None else [borrows]
+            by_sixths[2] += self.ending[block] if modulation.text else []
+            by_sixths[3] += [] if ffn is None else [ffn]
+            for number in self.holding[block]:
+                unit, _ = self.choices.units[self.every[number][1]]
+                by_sixths[sixths_left(unit, modulation, self.choices.unread)].append(number)
+        ranks: dict[int, list[int]] = {}
+        for sixths in (2, 3, 6):
+            if sixths < 6 and not by_sixths[sixths]:
+                continue
+            ranks[sixths] = []
+            for rank, cost in sorted(self.choices.ranks[matrix].items()):
+                self.number["rank", (matrix, rank, sixths)] = len(self.every)
+                ranks[sixths].append(len(self.every))
+                self.every.append(("rank", (matrix, rank, sixths), cost))
+            if sixths < 6:
+                self._only_with(ranks[sixths], by_sixths[sixths])
+        self._at_most_one([*by_sixths[0], *by_sixths[2], *by_sixths[3], *ranks[6]])
+        if pinned:  # one of them, unless its text stream is borrowed
+            kept = [n for n in by_sixths[0] if n not in self.going[block]]
+            kept = [n for n in kept if self.every[n][0] != "unit" or self._keeps(n, block)]
+            self._at_least_one([*kept, *(n for columns in ranks.values() for n in columns)])
+
+    def _keeps(self, number: int, block: int) -> bool:
+        """Whether a block starts a part of a unit."""
+        return any(block == p.first for p in self.choices.units[self.every[number][1]][0].parts)
+
+    def _at_least_one(self, columns: Iterable[int]) -> None:
+        self.rows.append((dict.fromkeys(columns, -1.0), -1.0))
+
+    def _pin(self, pinned: Named) -> None:
+        """What is pinned is in, by itself or in a unit."""
+        units = [(self.number["unit", name], u) for name, (u, _) in self.choices.units.items()]
+        holding: dict[Column, list[int]] = {
+            **{("interval", ends): [] for ends in pinned.intervals},
+            **{("run", ends): [] for ends in pinned.runs},
+            **{("ffn", ffn): [] for ffn in pinned.ffns},
+        }
+        for number, unit in units:
+            has = {("interval", part.key) for part in unit.parts}
+            has |= {("ffn", (p.first, stream)) for p in unit.parts for stream in p.linear_ffn}
+            has |= {("run", (unit.first, unit.last))} if len(unit.parts) > 1 else set()
+            for column in has & holding.keys():
+                holding[column].append(number)
+        for column, numbers in sorted(holding.items()):
+            if column in self.number:
+                numbers.append(self.number[column])
+            self._at_least_one(numbers)
 
 
-def _agreeing(found: Iterable[Ends], pinned: Iterable[Ends]) -> list[Ends]:
-    """Those that are pinned or apart from all that is."""
-    return [ends for ends in found if all(ends == p or not overlap(ends, p) for p in pinned)]
-
-
-def _linear(
-    block: int, borrows: bool, choices: Choices, pinned: Named
-) -> Iterator[tuple[Ffn, ...]]:
-    """Every set of FFNs that may be linear in the part that starts at a block."""
-    musts = [ffn for ffn in ((block, IMAGE), (block, TEXT)) if ffn in pinned.ffns]
-    if borrows and (block, TEXT) in musts:
-        return
-    free = [
-        ffn
-        for ffn in ((block, IMAGE), (block, TEXT))
-        if ffn in choices.ffns and ffn not in musts and not (borrows and ffn[1] == TEXT)
-    ]
-    for count in range(len(free) + 1):
-        for chosen in itertools.combinations(free, count):
-            yield (*musts, *chosen)
-
-
-def _step(
-    part: Ends, borrows: bool, linear: tuple[Ffn, ...], choices: Choices, weights: Sequence[Weights]
-) -> tuple[float, tuple[float, ...], tuple]:
-    """Cost, gains and choice of a part."""
-    first, last = part
-    chosen = tuple(("ffn", ffn) for ffn in linear)
-    cost = sum(choices.ffns[ffn] for ffn in linear)
-    if last > first:
-        chosen += (("interval", part),)
-        cost += choices.intervals[part]
-    gains = tuple(
-        sum(w.block[first + 1 : last + 1])
-        + (w.text[first] if borrows else 0)
-        + sum(w.ffn.get(ffn, 0) for ffn in linear)
-        for w in weights
-    )
-    return cost, gains, chosen
-
-
-def _plan(route: routes.Route, weights: Mapping[str, Weights]) -> Plan:
-    members = [
-        tuple(sorted(item for kind, item in route.chosen if kind == wanted))
-        for wanted in ("interval", "run", "ffn")
-    ]
-    total = {measure: saved(*members, each) for measure, each in weights.items()}
-    return Plan(*members, route.cost, route.bound, total)
+def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
+    """Sixths of a modulation matrix's outputs that a trained unit keeps."""
+    part = next((part for part in unit.parts if part.first == modulation.block), None)
+    if part is None or (modulation.text and part.borrows):
+        return 0
+    lends = part is unit.parts[0] and len(unit.parts) > 1
+    if modulation.text and lends and unit.last == unread:
+        return 2
+    return 3 if modulation.ffn and modulation.ffn in part.linear_ffn else 6

@@ -177,8 +177,10 @@ def weight_bytes(module: nn.Module) -> int:
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
-def optimizer_bytes(parameters: int, kind: str) -> int:
-    """Bytes of the states that `adamw` or `adamw8bit` keeps of so many parameters."""
+def optimizer_bytes(parameters: int, kind: str, ema: float = 0.0) -> int:
+    """Bytes that `adamw` or `adamw8bit` keeps of so many parameters, and an average of them if its
+    decay is not 0."""
+    average = 4 * parameters if ema else 0
     if kind == "adamw":
-        return 2 * 4 * parameters
-    return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK))
+        return 2 * 4 * parameters + average
+    return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK)) + average

@@ -1,0 +1,115 @@
+"""Integer programs: of columns that are taken or not, the cheapest that gain enough.
+
+Solved by HiGHS through `scipy.optimize.milp`, whose tolerances are absolute, 1e-6: costs are scaled
+by what the answer costs, and gains by what is needed, so that they are relative to it. Of columns
+that cost the same, fewer are taken, and among as many always the same ones. Needs no torch.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
+
+# What the answer costs, and what is needed, once they are scaled.
+SCALE = 1e5
+# Added to the scaled cost of a column, up to twice as much, so that no two answers cost the same.
+TIE = 1e-4
+# Relative, of the costs of what is found and of the best that there can be.
+GAP = 1e-9
+# Relative; for the rounding of sums.
+ROUNDING = 1e-12
+
+# Coefficients of some columns, of which the sum over those taken is at most `most`.
+Row = tuple[Mapping[int, float], float]
+
+
+@dataclass(frozen=True)
+class Taken:
+    """Numbers of the columns taken, in order, their cost, and the least that any answer costs."""
+
+    columns: tuple[int, ...]
+    cost: float
+    bound: float
+
+
+def cheapest(
+    costs: Sequence[float],
+    gains: Sequence[Sequence[float]],
+    needs: Sequence[float],
+    rows: Sequence[Row] = (),
+) -> Taken | None:
+    """The columns of least total cost that gain all that is needed and keep to the rows.
+
+    Args:
+        costs: of each column; none is negative.
+        gains: of each column, in every measure.
+        needs: in every measure; above zero.
+
+    None if there are none.
+    """
+    every, gained = np.array(costs, float), np.array(gains, float).reshape(len(costs), len(needs))
+    if not len(every):
+        return None if len(needs) else Taken((), 0.0, 0.0)
+    rows = list(rows)
+    for need, column in zip(needs, gained.T, strict=True):
+        scaled = SCALE * column / need
+        rows.append(({i: -g for i, g in enumerate(scaled) if g}, -SCALE * (1 - ROUNDING)))
+    # A number that no two columns share, and that neighbours differ in.
+    spread = (np.arange(1, len(every) + 1) * ((math.sqrt(5) - 1) / 2)) % 1
+    dearest = every.max()
+    while True:
+        scale = SCALE / dearest if dearest > 0 else 1.0
+        offered = every <= dearest
+        found = _solved(scale * every + TIE * (1 + spread), rows, offered)
+        if found is None:
+            return None
+        taken, low = found
+        cost = math.fsum(every[taken])
+        if not _enough(gained[taken].sum(axis=0), needs):
+            # Within the tolerance, but not enough: this one alone is cut off.
+            cut = {i: 1.0 if i in set(taken) else -1.0 for i in range(len(every))}
+            rows.append((cut, len(taken) - 1))
+        elif cost < dearest / 8:
+            dearest = cost
+        else:
+            bound = (low - 2 * TIE * len(taken)) / scale
+            return Taken(tuple(taken.tolist()), cost, max(0.0, min(cost, bound)))
+
+
+def most(gains: Sequence[float], rows: Sequence[Row]) -> float:
+    """The largest total gain of columns that keep to the rows."""
+    gains = np.array(gains, float)
+    if not gains.any():
+        return 0.0
+    found = _solved(-SCALE / np.abs(gains).max() * gains, rows, np.ones(len(gains), bool))
+    return 0.0 if found is None else math.fsum(gains[found[0]])
+
+
+def _solved(
+    costs: np.ndarray, rows: Sequence[Row], offered: np.ndarray
+) -> tuple[np.ndarray, float] | None:
+    """Numbers of the columns taken, and a bound below their cost; None if the rows allow none."""
+    start = np.cumsum([0, *(len(row) for row, _ in rows)])
+    columns = np.array([i for row, _ in rows for i in row], int)
+    values = np.array([v for row, _ in rows for v in row.values()], float)
+    matrix = csr_array((values, columns, start), shape=(len(rows), len(costs)))
+    found = milp(
+        costs,
+        integrality=np.ones(len(costs)),
+        bounds=Bounds(0, offered.astype(float)),
+        constraints=LinearConstraint(matrix, -np.inf, [most for _, most in rows]),
+        options={"mip_rel_gap": GAP},
+    )
+    if found.x is None:
+        if found.status != 2:  # 2: infeasible
+            raise RuntimeError(f"HiGHS stopped: {found.message}")
+        return None
+    bound = found.fun if found.mip_dual_bound is None else found.mip_dual_bound
+    return np.flatnonzero(found.x > 0.5), bound
+
+
+def _enough(gained: np.ndarray, needs: Sequence[float]) -> bool:
+    return bool((gained >= np.array(needs) * (1 - ROUNDING)).all())
