@@ -204,6 +204,11 @@ def trains(config: dict) -> bool:
     return config["intervals"]["enabled"] and any(v["train"] for v in config["variants"])
 
 
+def budgets(variants: list[dict]) -> list[dict]:
+    """The variants without what is done with them later: what the choice of sets depends on."""
+    return [{key: v[key] for key in ("name", "budget", "train")} for v in variants]
+
+
 def tightest(variants: list[dict]) -> list[dict]:
     """The smallest limit of each kind, as one variant each: what the selection depends on. Those of
     variants that trained students may be in; of all, if there are none such."""

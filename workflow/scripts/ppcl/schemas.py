@@ -263,8 +263,8 @@ VELOCITY_LOG = pa.schema(
 POINTS = pa.schema(
     [
         column("budget", pa.float64(), "fraction of the teacher's transformer parameters allowed"),
-        column("units", pa.string(), "JSON of the units that are plugged in"),
-        column("predicted_error", pa.float64(), "sum of these units' errors (errors.parquet)"),
+        column("units", pa.string(), "JSON of what is plugged in, as in variants/sets.json"),
+        column("predicted_error", pa.float64(), "sum of what its members cost alone, at best"),
         column("parameters", pa.float64(), "of the transformer"),
         column("parameter_fraction", pa.float64(), "of the teacher's"),
         column("latency_seconds", pa.float64(), "median of one batch through the transformer"),

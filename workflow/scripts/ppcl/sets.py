@@ -6,9 +6,10 @@ differ in how they stand each other's errors: those of `distill` know the teache
 `subsets` each other. Needs no torch.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from ppcl import pins, plans, provenance, selection, texts
@@ -49,6 +50,13 @@ class Set:
     def sources(self) -> dict[str, str]:
         """By unit."""
         return {member.unit.name: member.source for member in self.members}
+
+    @property
+    def first(self) -> int:
+        """The first block that differs from the teacher; the number of blocks, if it is behind all
+        of them."""
+        starts = [unit.first for unit in self.units] + [matrix[0] for matrix, _ in self.ranks]
+        return min(starts, default=0)
 
     @property
     def key(self) -> str:
@@ -102,26 +110,27 @@ class Offer:
 
 
 @dataclass(frozen=True)
-class Trial:
-    """A set that was measured for a variant."""
-
-    tried: str
-    found: Set
-    error: float
-
-
-@dataclass(frozen=True)
 class Choice:
-    """What was decided for a variant.
+    """A set for a variant.
 
-    saved: measure -> how much of it goes. cost: of the search, what the members cost alone.
+    Attributes:
+        cost: what its members cost alone, each at its best: what the search minimises.
+        saved: measure -> how much of it goes.
+        error: of the whole set, measured.
     """
 
     found: Set
     cost: float
     saved: Mapping[str, float]
     error: float = math.nan
-    trials: tuple[Trial, ...] = field(default=())
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a variant is, and all that was measured for it: in words -> the choice."""
+
+    choice: Choice
+    tried: Mapping[str, Choice]
 
 
 def search(offer: Offer, wanted: Mapping) -> Choice:
@@ -163,74 +172,82 @@ def meets(choice: Choice, offer: Offer, wanted: Mapping) -> bool:
     return enough and (wanted.get("train", True) or not trained)
 
 
+# Velocity errors of sets; asked for the same set again, it gives the same.
+Measure = Callable[[Sequence[Set]], list[float]]
+
+
 def decide(
-    offer: Offer,
-    found: Mapping[str, tuple[Mapping, Choice]],
-    measure: Callable[[Sequence[Set]], list[float]],
-    flips: bool = True,
-) -> dict[str, Choice]:
+    offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure, flips: bool = True
+) -> dict[str, Decided]:
     """Where each variant's trained units are from, by error measured in the whole set.
 
-    Tried are: each at its best alone, all of one stage, and then, one unit after the other, every
-    other source of it. In the end each variant is the set of least error of all that were measured
-    and that it may be, so that larger budgets have no larger error.
+    Tried are: each unit at its best alone, all of one stage, and then, one unit after the other,
+    every other source of it. In the end each variant is the set of least error of all that were
+    measured and that it may be, so that a larger budget has no larger error.
 
     Args:
-        found: variant -> its mapping in the config, and what `search` found for it.
-        measure: velocity errors of sets; asked for the same set again, it gives the same.
+        asked: variant -> its mapping in the config, and what `search` found for it.
         flips: whether single units are tried.
     """
-    pool: list[tuple[Choice, Trial]] = []
-    done: dict[str, list[Trial]] = {}
-    for name, (wanted, choice) in found.items():
-        trials = _trials(offer, choice.found, wanted.get("train", True), measure, flips)
-        pool += [(replace(choice, found=trial.found), trial) for trial in trials]
-        done[name] = trials
+    tried = {
+        name: _trials(offer, choice, wanted.get("train", True), measure, flips)
+        for name, (wanted, choice) in asked.items()
+    }
+    pool = [(name, choice) for name, found in tried.items() for choice in found.values()]
     decided = {}
-    for name, (wanted, choice) in found.items():
-        allowed = [(c, t) for c, t in pool if meets(c, offer, wanted)]
-        # Of equally good ones its own, then the smaller one.
-        taken, trial = min(
-            allowed,
-            key=lambda pair: (pair[1].error, pair[0].found.ranks != choice.found.ranks),
-        )
-        trials = done[name]
-        if trial not in trials:
-            trials = [*trials, replace(trial, tried="the set of a smaller budget")]
-        decided[name] = replace(taken, error=trial.error, trials=tuple(trials))
+    for name, (wanted, _) in asked.items():
+        allowed = [pair for pair in pool if meets(pair[1], offer, wanted)]
+        # Of equally good ones its own.
+        of, best = min(allowed, key=lambda pair: (pair[1].error, pair[0] != name))
+        borrowed = {} if of == name else {f"the set of {of}": best}
+        decided[name] = Decided(best, tried[name] | borrowed)
+    return decided
+
+
+def as_last_trained(
+    offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure
+) -> dict[str, Decided]:
+    """As `decide`, but every unit is from the last stage that it may be from, and no set is another
+    variant's."""
+    decided = {}
+    for name, (wanted, choice) in asked.items():
+        train = wanted.get("train", True)
+        last = {
+            u: list(offer.sources(u, train))[-1] for u in choice.found.sources if u in offer.units
+        }
+        found = choice.found.having(last)
+        chosen = replace(choice, found=found, error=measure([found])[0])
+        decided[name] = Decided(chosen, {"each of its last training": chosen})
     return decided
 
 
 def _trials(
-    offer: Offer,
-    start: Set,
-    train: bool,
-    measure: Callable[[Sequence[Set]], list[float]],
-    flips: bool,
-) -> list[Trial]:
-    """Sources of one set's units: what was tried, with what error."""
-    free = {name: list(offer.sources(name, train)) for name in start.sources if name in offer.units}
-    free = {name: sources for name, sources in free.items() if len(sources) > 1}
-    tried = {"each at its best alone": start}
-    for source in (START, CLOSED, *TRAINED):
-        if any(source in sources for sources in free.values()):
-            having = {name: source for name, sources in free.items() if source in sources}
-            tried[f"all of {source}"] = start.having(having)
-    found = _measured(tried, measure)
+    offer: Offer, start: Choice, train: bool, measure: Measure, flips: bool
+) -> dict[str, Choice]:
+    """One variant's sets: other sources of the units that the search took."""
+
+    def measured(sets: Mapping[str, Set]) -> dict[str, Choice]:
+        errors = measure(list(sets.values()))
+        return {
+            words: replace(start, found=found, error=error)
+            for (words, found), error in zip(sets.items(), errors, strict=True)
+        }
+
+    free = {
+        name: sources
+        for name in start.found.sources
+        if name in offer.units and len(sources := list(offer.sources(name, train))) > 1
+    }
+    sets = {"each at its best alone": start.found}
+    for source in (CLOSED, START, *TRAINED):
+        if having := {name: source for name, sources in free.items() if source in sources}:
+            sets[f"all of {source}"] = start.found.having(having)
+    found = measured(sets)
     for name, sources in free.items() if flips else ():
-        best = min(found, key=lambda trial: trial.error).found
+        best = min(found.values(), key=lambda choice: choice.error).found
         others = [source for source in sources if source != best.sources[name]]
-        found += _measured(
-            {f"{name} of {source}": best.having({name: source}) for source in others}, measure
-        )
+        found |= measured({f"{name} of {one}": best.having({name: one}) for one in others})
     return found
-
-
-def _measured(
-    tried: Mapping[str, Set], measure: Callable[[Sequence[Set]], list[float]]
-) -> list[Trial]:
-    errors = measure(list(tried.values()))
-    return [Trial(*item, error) for item, error in zip(tried.items(), errors, strict=True)]
 
 
 # ---- files
@@ -272,7 +289,7 @@ def write(path: Path, offer: Offer, choices: Mapping[str, Choice], stamp: Mappin
     variants = {
         name: entry(choice.found)
         | {
-            "parameters": round(offer.facts["transformer_parameters"] - choice.saved["parameters"]),
+            "parameters": left(offer, choice),
             "saved": dict(choice.saved),
             "predicted_error": choice.cost,
             "velocity_error": choice.error,
@@ -281,6 +298,11 @@ def write(path: Path, offer: Offer, choices: Mapping[str, Choice], stamp: Mappin
     }
     errors = {name: dict(found) for name, found in offer.errors.items()}
     texts.write_sealed(path, {"variants": variants, "alone": errors, "provenance": dict(stamp)})
+
+
+def left(offer: Offer, choice: Choice) -> int:
+    """Parameters that a choice's model has."""
+    return round(offer.facts["transformer_parameters"] - choice.saved["parameters"])
 
 
 @dataclass(frozen=True)
@@ -423,3 +445,33 @@ def _row(
         "saved_parameters": round(saved["parameters"]),
         "saved_seconds": saved.get("latency", math.nan),
     } | dict(more)
+
+
+def trial_rows(offer: Offer, name: str, decided: Decided) -> list[dict]:
+    """A variant's rows of measured.parquet."""
+    return [
+        {
+            "variant": name,
+            "tried": words,
+            "sources": json.dumps(
+                {u: source for u, source in choice.found.sources.items() if u in offer.units}
+            ),
+            "parameters": left(offer, choice),
+            "predicted_error": choice.cost,
+            "velocity_error": choice.error,
+            "chosen": choice == decided.choice,
+        }
+        for words, choice in decided.tried.items()
+    ]
+
+
+def told(offer: Offer, name: str, choice: Choice) -> str:
+    """A variant's choice in words, for the log."""
+    sources = [f"{unit} {s}" for unit, s in choice.found.sources.items() if unit in offer.units]
+    closed = len(choice.found.members) - len(sources)
+    share = left(offer, choice) / offer.facts["transformer_parameters"]
+    return (
+        f"{name}: {share:.4f} of the parameters, error {choice.error:.3g} (its members alone: "
+        f"{choice.cost:.3g}): {', '.join(sources) or 'no trained units'}; {closed} units by "
+        f"least squares, {len(choice.found.ranks)} modulations of low rank"
+    )
