@@ -172,7 +172,13 @@ def held(block: nn.Module, path: str) -> str:
     except AttributeError:
         return ""
     maps_at = getattr(block, "map_paths", {}).values()
-    return place if isinstance(found, (nn.Linear, LowRank)) and place not in maps_at else ""
+    known = isinstance(found, nn.Linear) or is_low_rank(found)
+    return place if known and place not in maps_at else ""
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """Whether it is a `LowRank`, of this module or of one beside exported weights."""
+    return type(module).__name__ == LowRank.__name__
 
 
 def maps(block: nn.Module) -> dict[str, nn.Linear]:
@@ -193,7 +199,7 @@ def _drop_ffn(block: nn.Module, parts: dict) -> None:
     modulation = parts["modulation"] and block.get_submodule(parts["modulation"])
     if not modulation:
         return  # shared by all blocks
-    low = isinstance(modulation, LowRank)
+    low = is_low_rank(modulation)
     width = (modulation.down if low else modulation).in_features
     rows = modulation.up if low else modulation
     if rows.out_features != 6 * width:
