@@ -80,11 +80,10 @@ class Shut(nn.Module):
 class LowRank(nn.Module):
     """Stands for a modulation's Linear: up(down(x)), with the bias on `up` alone."""
 
-    def __init__(self, linear: nn.Linear, rank: int):
+    def __init__(self, inputs: int, outputs: int, rank: int, like: Tensor):
         super().__init__()
-        like = linear.weight
-        self.down = _zero_linear(linear.in_features, rank, like, bias=False)
-        self.up = _zero_linear(rank, linear.out_features, like)
+        self.down = _zero_linear(inputs, rank, like, bias=False)
+        self.up = _zero_linear(rank, outputs, like)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -154,7 +153,8 @@ def lower(block: nn.Module, ranks: dict[str, int]) -> nn.Module:
         linear = place and block.get_submodule(place)
         if not isinstance(linear, nn.Linear) or rank < 1:
             raise ValueError(f"{type(block).__name__}: {path} can't have rank {rank}")
-        block.set_submodule(place, LowRank(linear, rank))
+        shape = linear.in_features, linear.out_features
+        block.set_submodule(place, LowRank(*shape, rank, linear.weight))
     if ranks:
         before = getattr(block, "narrowed", {})
         block.narrowed = before | {"ranks": before.get("ranks", {}) | dict(ranks)}
