@@ -130,6 +130,7 @@ class Family:
             the pipeline, the settings of its call, the tokenizer and the prompt.
         fixed: why finished pictures can't be noised again for it; empty if they can.
         last_modulation: path in the transformer of the Linear of its last AdaLN; empty without.
+        guidance: what pipelines give it for a guidance of 1, where it gets that as a number.
         limits: what else a user should know, for the table in the docs.
     """
 
@@ -150,6 +151,7 @@ class Family:
     apart: Callable[[Any, str], int] | None = None
     fixed: str = ""
     last_modulation: str = ""
+    guidance: float = 1.0
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
@@ -409,6 +411,7 @@ FAMILIES: dict[str, Family] = {
         unread=(TEXT,),
         framed=_filled,
         apart=_lettered,
+        guidance=1000.0,
         limits="the attention gets no keywords, so text streams can't be shared",
     ),
     "HiDreamImageTransformer2DModel": Family(
@@ -450,6 +453,7 @@ FAMILIES: dict[str, Family] = {
         last_modulation=_LAST,
         masks={TEXT: marked("encoder_attention_mask")},
         unread=(TEXT,),
+        guidance=1000.0,
         limits="the attention gets no keywords, so text streams can't be shared",
     ),
     "LTXVideoTransformer3DModel": Family(
