@@ -231,7 +231,7 @@ def with_grid(
     for matrix, entry in recorded.places.items():
         leaders.setdefault(entry, matrix)
     last = max(block for block, _ in leaders.values())
-    short = _short(transformer, {block for block, _ in leaders.values()})
+    short = blocks.emptied(transformer, {block for block, _ in leaders.values()})
     sequence = blocks.block_sequence(short)
     grid = Sums(transformer, leaders.values(), device)
     done = 0
@@ -321,23 +321,3 @@ def _filled(like: Tensor, values: np.ndarray) -> Tensor:
         found = found.round()
     found = found.to(like.dtype).to(like.device)
     return found.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape) if like.ndim else found[0]
-
-
-def _short(transformer: nn.Module, kept: set[int]) -> nn.Module:
-    """A transformer in which only some blocks do anything. It shares all else."""
-    sequence = blocks.block_sequence(transformer)
-    passing = {(b.index, b.index): _Passing(b) for b in sequence if b.index not in kept}
-    return blocks.assembled(transformer, passing)[0]
-
-
-class _Passing(nn.Module):
-    """Stands for a block, and gives its streams back: a conditioning does not depend on them."""
-
-    def __init__(self, block: blocks.Block):
-        super().__init__()
-        self._block = block
-
-    def forward(self, *args, **kwargs):
-        streams = self._block.inputs(self._block.bind(args, kwargs))
-        found = tuple(streams.get(stream) for stream in self._block.list.outputs)
-        return found if len(found) > 1 else found[0]
