@@ -188,7 +188,10 @@ UNREAD = "the stock class makes a text stream that nothing reads"
 # Class -> pattern of parameters' names -> share of them that is dead in the stock class, and why.
 DEAD = {
     "QwenImageTransformer2DModel": {
-        r"^transformer_blocks\.3\.(attn\.(add_q_proj|norm_added_q|to_add_out)|txt_mlp)\.": (1, UNREAD),
+        r"^transformer_blocks\.3\.(attn\.(add_q_proj|norm_added_q|to_add_out)|txt_mlp)\.": (
+            1,
+            UNREAD,
+        ),
         r"^transformer_blocks\.3\.txt_mod\.": (4 / 6, UNREAD),
     },
     "SD3Transformer2DModel": {
