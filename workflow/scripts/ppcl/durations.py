@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ppcl import blocks, example_calls, intervals, similarity, students, width
-from ppcl.config import compares, searches_by_cost, trains
+from ppcl.config import compares, limits, searches_by_cost, trains
 from ppcl.planner import Planner, Stage
 from ppcl.plans import Part, Unit
 
@@ -129,9 +129,10 @@ def works(planner: Planner) -> dict[str, Work]:
     if planner.widens or planner.matrices:
         done["width"] = _width(planner, found)
     timed = (evaluate["latency_repeats"] + 1) * evaluate["batch_size"]
-    # Whole blocks, and each without one of its parts.
-    kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
-    done["latency"] = forwards(kinds * timed, evaluate["batch_size"])
+    if any("latency" in limits(variant["budget"]) for variant in settings["variants"]):
+        # Whole blocks, and each without one of its parts.
+        kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
+        done["latency"] = forwards(kinds * timed, evaluate["batch_size"])
     if trains(settings):
         staged = planner.widens and settings["width"]["schedule"] == "staged"
         units = depth if staged else every
