@@ -200,12 +200,12 @@ def closed():
 
 def compared():
     """Whether blocks are compared with each other: for intervals, and for text runs."""
-    return depth() or config["width"]["enabled"]
+    return settings.compares(config)
 
 
 def sensitivity():
     """The measured costs, if selection goes by them."""
-    measured = depth() and config["intervals"]["cost"] == "velocity"
+    measured = settings.searches_by_cost(config)
     return [result("sensitivity/intervals.parquet")] if measured else []
 
 
