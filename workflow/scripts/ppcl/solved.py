@@ -13,13 +13,13 @@ its output depends on such a linear's element by element, so its Jacobian J is d
 is g, J^T r is g r, whatever else a family does with gates.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, devices, teaching
+from ppcl import blocks, calls, devices, students, teaching, width
 from ppcl.errors import UserError
 from ppcl.plans import Part
 from ppcl.students import Students
@@ -51,9 +51,32 @@ def stages(transformer: nn.Module, part: Part) -> tuple[tuple[str, ...], ...]:
     return found
 
 
+def start(
+    transformer: nn.Module,
+    parts: Iterable[Part],
+    how: str,
+    reader: calls.Reader,
+    options: Mapping,
+    seed: int,
+    device: torch.device,
+) -> Students:
+    """Whole blocks with their start weights as `students.start` makes them, refitted if `how` is
+    `solved`; on the device.
+
+    Args:
+        options: the config's `width`: fit_rows, batch_size, ridge.
+    """
+    made = students.start(transformer, parts, how)
+    for student in made.values():
+        student.to(device)
+    if how == "solved":
+        refit(transformer, made, reader, width.fit_rows(reader, options, seed)[0], options, device)
+    return made
+
+
 def refit(
     transformer: nn.Module,
-    students: Students,
+    wholes: Students,
     reader: calls.Reader,
     rows: np.ndarray,
     options: Mapping,
@@ -63,14 +86,14 @@ def refit(
 
     Args:
         transformer: the teacher, on the device.
-        students: on the device; those of one block are left as they are.
+        wholes: on the device; those of one block are left as they are.
         rows: numbers of the calls to fit on.
         options: batch_size, and ridge, of each channel's features.
 
     Raises:
         UserError: the registry does not say where these linears are, or is wrong about a block.
     """
-    longer = {part: module for part, module in students.items() if part.last > part.first}
+    longer = {part: module for part, module in wholes.items() if part.last > part.first}
     for number in range(max((len(stages(transformer, part)) for part in longer), default=0)):
         wanted = {
             part: every[number:]
@@ -81,15 +104,15 @@ def refit(
             _refit(
                 transformer, longer, {p: wanted[p] for p in group}, reader, rows, options, device
             )
-    return students
+    return wholes
 
 
-def _groups(students: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[Part]]:
+def _groups(wholes: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[Part]]:
     """Parts whose sums fit in memory."""
     group: list[Part] = []
     held = 0
     for part, paths in wanted.items():
-        linears = [students[part].get_submodule(path) for path in paths[0]]
+        linears = [wholes[part].get_submodule(path) for path in paths[0]]
         size = sum(8 * GROUPS * (linear.in_features + 1) ** 2 for linear in linears)
         if group and held + size > SUMS_BYTES:
             yield group
@@ -101,7 +124,7 @@ def _groups(students: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[P
 
 def _refit(
     transformer: nn.Module,
-    students: Students,
+    wholes: Students,
     wanted: Mapping[Part, tuple[tuple[str, ...], ...]],
     reader: calls.Reader,
     rows: np.ndarray,
@@ -114,7 +137,7 @@ def _refit(
         zip(rows[order].tolist(), np.arange(len(rows)) * GROUPS // len(rows), strict=True)
     )
     sums = {
-        (part, path): _Sums(students[part].get_submodule(path), device)
+        (part, path): _Sums(wholes[part].get_submodule(path), device)
         for part, paths in wanted.items()
         for path in paths[0]
     }
@@ -124,7 +147,7 @@ def _refit(
         lessons = teaching.teacher_states(transformer, list(wanted), batch.arguments)
         for part, (paths, *later) in wanted.items():
             block = blocks.block_sequence(transformer)[part.first]
-            block = blocks.Block(part.first, students[part], block.list)
+            block = blocks.Block(part.first, wholes[part], block.list)
             masks = _real(transformer, part, batch, lessons[part].target)
             seen = _answers(block, paths, sum(later, ()), lessons[part], masks)
             for path, (features, gate, target) in seen.items():
