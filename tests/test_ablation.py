@@ -28,8 +28,8 @@ from ppcl import (
     chain,
     comparison_figure,
     config,
-    distillation,
     methods,
+    prices,
     probes,
     provenance,
     schedules,
@@ -425,8 +425,8 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     first, last = int(row["first"]), int(row["last"])
     assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])
     made = students.start(pipe.transformer, [Part(first, last)], "first")
-    args = held.reader, held.judged, 2, accelerator
-    untrained = distillation.plugged_error(pipe.transformer, made, *args)
+    args = held.reader, held.judged, 2, accelerator.device
+    untrained = prices.error(pipe.transformer, made, *args)
     assert row["cost_untrained"] == pytest.approx(untrained, rel=1e-4)
 
     literal = copy.deepcopy(pipe.transformer)  # every block of the interval, one probe each

@@ -19,9 +19,9 @@ from ppcl import (
     calls,
     config,
     devices,
-    distillation,
     evaluation,
     pipelines,
+    prices,
     schemas,
     students,
     tables,
@@ -111,15 +111,15 @@ def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
 def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path, monkeypatch):
     whole = measure(tiny_teacher, tiny_calls, tmp_path, "whole")
     shutil.rmtree(tmp_path / "state")
-    asked, plugged_error = [], distillation.plugged_error
+    asked, error = [], prices.Judged.error
 
-    def stopping(transformer, taught, *rest):
-        asked.append(taught)
+    def stopping(judged, model, first):
+        asked.append(first)
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return plugged_error(transformer, taught, *rest)
+        return error(judged, model, first)
 
-    monkeypatch.setattr(distillation, "plugged_error", stopping)
+    monkeypatch.setattr(prices.Judged, "error", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
     assert not (tmp_path / "stopped.parquet").exists()

@@ -199,7 +199,7 @@ def closed():
 
 def compared():
     """Whether blocks are compared with each other: for intervals, and for text runs."""
-    return depth() or (config["width"]["enabled"] and config["width"]["longest"] > 1)
+    return depth() or config["width"]["enabled"]
 
 
 def sensitivity():
