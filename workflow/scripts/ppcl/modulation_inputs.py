@@ -95,7 +95,8 @@ class Sums:
         fit: which of the call's samples [batch] count.
         """
         leaders = self.leaders
-        self._fit, self._taken = fit, {p: self._rows(self._seen[m]) for p, m in leaders.items()}
+        self._fit = fit
+        self._taken = {p: self._rows(self._seen[m]) for p, m in leaders.items()}
         same = [
             _same(seen, self._seen[leaders[self.found.places[matrix]]])
             for matrix, seen in self._seen.items()
