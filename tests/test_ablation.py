@@ -224,7 +224,10 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accelerator):
+def test_every_method_runs_and_removes_the_same(
+    run, pipe, name, tmp_path, accelerator, monkeypatch
+):
+    monkeypatch.setattr(ablation, "PRICE_STEPS", 1)
     job = json.loads(methods.job(name))
     given_ = material(run, pipe, job, tmp_path, accelerator)
     found = ablation_run.run(given_, pipe, job, ablation.choose(given_, job["select"]))
@@ -546,11 +549,14 @@ def test_the_figure_names_every_method(tmp_path, judged):
     tables.write(path, table, schemas.ABLATION, {"commit": "0", "created": "now"})
     draw("ablation", "--config", "{}", "--results", path, "--output", tmp_path)
     text = svg_text(tmp_path / "ablation.svg")
-    other = svg_text(tmp_path / "schedules.svg")
+    schedules_, low = (svg_text(tmp_path / f"{name}.svg") for name in ("schedules", "low_rank"))
     for method in methods.METHODS.values():
-        assert method.group == "teacher" or method.label in (
-            other if method.group == "schedule" else text
-        )
+        kind = method.train.get("low_rank", "no")
+        if method.group == "schedule":
+            assert method.label in schedules_
+        elif method.group != "teacher":
+            assert (method.label in text) == (kind != "only")
+            assert (method.label in low) == (kind != "no")
     assert ("all three right" in text) == judged
 
 

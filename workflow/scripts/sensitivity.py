@@ -10,7 +10,7 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
 CKA of probes sees how linear a run is, not how much the output depends on it. A student that has
 only its start weights does: the error it leaves ranks runs as the error after training does. Reads
 of the config: seed, device, teacher, sensitivity, and prune for the start weights, with width's
-calls and ridge if those are solved. A killed run goes on with the runs of blocks that are not
+calls to fit on if those are solved. A killed run goes on with the runs of blocks that are not
 measured yet.
 """
 

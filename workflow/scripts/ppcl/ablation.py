@@ -355,12 +355,11 @@ def depth_and_width(
         Choices(
             {ends: float(costs[ends]) for ends in every if np.isfinite(costs[ends])},
             *reasons.usable_widths(widths, pins.NOTHING, limits),
-            ranks={matrix: {low.rank: 0.0} for matrix in low.matrices},
+            ranks={matrix: {low.rank: 0.0} for matrix in low.matrices},  # they cost all alike
             modulations=low.matrices,
         ),
         weights,
         needs,
-        pins.Named(ranks=frozenset(block for block, _ in low.matrices)),
     )
     return Chosen({ends: "first" for ends in plan.intervals}, plan.runs, plan.ffns)
 

@@ -139,7 +139,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         for student in taught.values():
             student.to(device)
         rows, _ = width.fit_rows(material.reader, wide, material.seed)
-        solved.refit(transformer, taught, material.reader, rows, wide, device)
+        solved.refit(transformer, taught, material.reader, rows, wide["batch_size"], device)
 
     def narrowed(whole: Students) -> tuple[Students, Students]:
         every = students.whole(transformer, parts, whole)
