@@ -45,10 +45,17 @@ class Stage:
 CALLS = {"calls": "calls.parquet"}
 SEARCHED = CALLS | {
     "tokens": "tokens.parquet",
+    "conditioning": "conditioning.safetensors",
     "probes": "probes.safetensors",
     "cka": "cka.parquet",
     "sensitivity": "sensitivity.parquet",
     "width": "width.parquet",
+    "latency": "latency.parquet",
+}
+CALIBRATED = {
+    name: path
+    for name, path in SEARCHED.items()
+    if name not in ("tokens", "conditioning", "latency")
 }
 PLAN = CALLS | {"plan": "plan.json"}
 TUNED = PLAN | {"students": "subsets.safetensors", "errors": "subsets-errors.parquet"}
@@ -164,7 +171,7 @@ MORE = [
     ),
     Stage(
         "calibrate",
-        {name: path for name, path in SEARCHED.items() if name != "tokens"},
+        CALIBRATED,
         {"table": "calibration.parquet"},
         state=True,
     ),

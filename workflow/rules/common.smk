@@ -424,7 +424,7 @@ def figures(group):
             "finetune": finetuned(),
         },
         "quality": {"pareto": True, "tradeoff": True, "images": True},
-        "ablation": {"ablation": True, "schedules": True, "calibration": True},
+        "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
     }
     return [name for name, there in shown[group].items() if there]
 
