@@ -3,7 +3,9 @@ low-rank modulation."""
 
 import copy
 import re
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import zoo_images
@@ -12,8 +14,9 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ppcl import blocks, families, modulation, narrow
+from ppcl import blocks, calls, families, modulation, narrow, solved, students, teaching
 from ppcl.families import TEXT
+from ppcl.plans import Part
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
 ONE_EACH = {one.family: name for name, one in ZOO.items() if one.family in families.FAMILIES}
@@ -23,6 +26,11 @@ FFN = [
     for listed in families.FAMILIES[family].lists
     if listed.width
     for stream in listed.width.ffn
+]
+GATED = [
+    (name, attribute)
+    for family, name in ONE_EACH.items()
+    for attribute in families.FAMILIES[family].gated
 ]
 SHARED_TEXT = [
     name
@@ -89,6 +97,31 @@ def random_maps(block) -> None:
     for linear in narrow.maps(block).values():
         for parameter in linear.parameters():
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize(("name", "attribute"), GATED)
+def test_a_refitted_start_is_nearer_to_its_interval(calls_of, name, attribute):
+    """On the call that it is refitted on: the registry is right about the linears, or it refuses."""
+    transformer, arguments = calls_of(name)
+    sequence = blocks.block_sequence(transformer)
+    first = next(block.index for block in sequence if block.list.attribute == attribute)
+    part, time = Part(first, first + 1), torch.zeros(1)
+    batch = calls.Batch(arguments, time, {}, np.arange(1))
+    reader = SimpleNamespace(index={"timestep": time.numpy()}, batches=lambda *_: [batch])
+    lesson = teaching.teacher_states(transformer, [part], arguments)[part]
+
+    def missing(block) -> float:
+        with torch.no_grad():
+            output = sequence[first].outputs(block(**lesson.bound))
+        target = lesson.target
+        real = {s: torch.ones(x.shape[:2]).bool() for s, x in target.items()}
+        real |= blocks.token_masks(blocks.family(transformer), arguments, target)
+        return sum(float((output[s] - x)[real[s]].square().sum()) for s, x in target.items())
+
+    copied = students.start(transformer, [part], "first")
+    before = missing(copied[part])
+    solved.refit(transformer, copied, reader, np.arange(1), 1, torch.device("cpu"))
+    assert missing(copied[part]) < 0.9 * before
 
 
 @pytest.mark.parametrize(("name", "attribute", "stream"), FFN)

@@ -13,8 +13,8 @@ Candidates are, with width.enabled, the FFNs, image and text each for itself, an
 runs of blocks whose text outputs are alike (CKA); and, with --conditioning, every modulation matrix
 at every rank on offer. Linear maps are fitted by least squares on recorded calls, products of low
 rank to what matrices got there; each is judged on held-out calls, and put into the teacher alone:
-the velocity error is what selection counts. Reads of the config: seed, device, teacher, width, modulation. A
-killed run goes on with what is not fitted and not measured yet.
+the velocity error is what selection counts. Reads of the config: seed, device, teacher, width,
+modulation. A killed run goes on with what is not fitted and not measured yet.
 """
 
 import argparse
