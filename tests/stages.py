@@ -211,6 +211,7 @@ def settings(teacher: Path, folder: Path) -> dict:
         },
         "extract": {"rows": 8, "batch_size": 4, "sample_tokens": 8, "moment_tokens": 8}
         | {"checkpoint_every": 4},
+        "modulation": {"timesteps": 6},
         "probe": {"ridge": 0.01},
         "similarity": {"bootstrap": 2},
         "sensitivity": {"rows": 3, "longest": 3},

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import fresh
 import launch
 import pytest
 import tiny
@@ -41,8 +42,7 @@ def command(program, settings, paths, processes=1):
 def warn_and_resume(program, settings, paths):
     """Runs a program that is warned in its third step, and then to its end in this process."""
     script = str(tiny.SCRIPTS / f"{program}.py")
-    given = [sys.executable, "-c", WARNED, script, *tiny.options(settings, paths)]
-    done = subprocess.run(given, capture_output=True, text=True)
+    done = fresh.run(fresh.MODELS, "-c", WARNED, script, *tiny.options(settings, paths))
     assert done.returncode == stopping.EXIT_CODE == 75, done.stderr
     assert "SIGTERM: stopped after step 3" in done.stderr and "Traceback" not in done.stderr
     assert [file.name for file in paths["state"].iterdir()] == ["checkpoint.safetensors"]

@@ -1,6 +1,7 @@
 # Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -199,12 +200,12 @@ def closed():
 
 def compared():
     """Whether blocks are compared with each other: for intervals, and for text runs."""
-    return depth() or config["width"]["enabled"]
+    return settings.compares(config)
 
 
 def sensitivity():
     """The measured costs, if selection goes by them."""
-    measured = depth() and config["intervals"]["cost"] == "velocity"
+    measured = settings.searches_by_cost(config)
     return [result("sensitivity/intervals.parquet")] if measured else []
 
 
@@ -315,6 +316,7 @@ def prompts_stamp(stage):
     return digest(stamps([path, *pictures(stage)])) if Path(path).is_file() else ""
 
 
+@functools.cache  # of a config that is complete: several rules ask, and a file may be long
 def pictures(stage):
     """Pictures that a stage's prompts name: a changed one reruns it."""
     if not Path(config[stage]["prompts"]).is_file():

@@ -43,7 +43,9 @@ class Subset(dict):
 @functools.cache
 def schema() -> dict:
     """The JSON schema of the configuration."""
-    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    # In C where there is: every job, and every start of Snakemake, reads it first.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(SCHEMA_PATH.read_text(encoding="utf-8"), loader)
 
 
 def load(source: str) -> dict:
@@ -195,6 +197,17 @@ def subset(config: dict, *keys: str) -> str:
 def limits(budget: float | dict) -> dict[str, float]:
     """What a variant's budget limits (fraction, parameters, blocks, latency), and to how much."""
     return dict(budget) if isinstance(budget, dict) else {"fraction": budget}
+
+
+def compares(config: dict) -> bool:
+    """Whether blocks are compared with each other: for intervals, and for text runs."""
+    runs = config["width"]["enabled"] and config["width"]["longest"] > 1
+    return config["intervals"]["enabled"] or runs
+
+
+def searches_by_cost(config: dict) -> bool:
+    """Whether intervals are searched for by what they cost, measured before."""
+    return config["intervals"]["enabled"] and config["intervals"]["cost"] == "velocity"
 
 
 def trains(config: dict) -> bool:
