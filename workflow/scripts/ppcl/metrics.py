@@ -146,12 +146,11 @@ def differences(
     Most samples are alike in both, so it is far narrower than those of the two means.
 
     Args:
-        scores, reference: metric -> one per sample [n], of the same prompts and seeds, in one order.
+        scores, reference: metric -> one per sample [n]; the same prompts and seeds in one order.
         prompts: of every sample [n].
     """
-    falls = {
-        name: np.subtract(scores[name], reference[name]) for name in scores if name in reference
-    }
+    both = [name for name in scores if name in reference]
+    falls = {name: np.subtract(scores[name], reference[name]) for name in both}
     return {f"{n}_difference": mean(fall, prompts, resamples, seed) for n, fall in falls.items()}
 
 

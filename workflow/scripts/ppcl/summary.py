@@ -22,10 +22,10 @@ COLUMNS = (
     *("worst metric", "folder"),
 )
 NOTE = (
-    "Parameters of the transformer, those without its modulation (AdaLN) matrices, which take memory "
-    "but no time, and latency of a call, over the teacher's; relative error of the velocity; PSNR to "
-    "the teacher's pictures; the accuracy that fell most, of the same prompts and seeds, with the "
-    "95 % interval of the difference."
+    "Parameters of the transformer, those without its modulation (AdaLN) matrices, which take "
+    "memory but no time, and latency of a call, over the teacher's; relative error of the "
+    "velocity; PSNR to the teacher's pictures; the accuracy that fell most, of the same prompts "
+    "and seeds, with the 95 % interval of the difference."
 )
 
 
