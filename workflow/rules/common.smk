@@ -200,12 +200,12 @@ def closed():
 
 def compared():
     """Whether blocks are compared with each other: for intervals, and for text runs."""
-    return depth() or config["width"]["enabled"]
+    return settings.compares(config)
 
 
 def sensitivity():
     """The measured costs, if selection goes by them."""
-    measured = depth() and config["intervals"]["cost"] == "velocity"
+    measured = settings.searches_by_cost(config)
     return [result("sensitivity/intervals.parquet")] if measured else []
 
 
@@ -424,7 +424,7 @@ def figures(group):
             "finetune": finetuned(),
         },
         "quality": {"pareto": True, "tradeoff": True, "images": True},
-        "ablation": {"ablation": True, "schedules": True, "calibration": True},
+        "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
     }
     return [name for name, there in shown[group].items() if there]
 

@@ -38,6 +38,7 @@ rule width:
             "seed",
             "device",
             "teacher",
+            "width.enabled",
             *WIDTH_PRICES,
             *(f"modulation.{key}" for key in ("enabled", "rank", "ladder")),
         ),

@@ -9,12 +9,12 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --state results/digits/state/width --table results/digits/width/measured.parquet \
     --maps results/digits/width/maps.safetensors
 
-Candidates are, with --blocks, the FFNs, image and text each for itself, and the runs of blocks
-whose text outputs are alike (CKA); and, with --conditioning, every modulation matrix at every rank
-on offer. Linear maps are fitted by least squares on recorded calls, products of low rank to what
-matrices got there; each is judged on held-out calls, and put into the teacher alone: the velocity
-error is what selection counts. Reads of the config: seed, device, teacher, width, modulation. A
-killed run goes on with what is not fitted and not measured yet.
+Candidates are, with width.enabled, the FFNs, image and text each for itself, and with --blocks the
+runs of blocks whose text outputs are alike (CKA); and, with --conditioning, every modulation matrix
+at every rank on offer. Linear maps are fitted by least squares on recorded calls, products of low
+rank to what matrices got there; each is judged on held-out calls, and put into the teacher alone:
+the velocity error is what selection counts. Reads of the config: seed, device, teacher, width,
+modulation. A killed run goes on with what is not fitted and not measured yet.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--blocks", type=Path, help="CKA of pairs of blocks, with width.enabled")
+    parser.add_argument("--blocks", type=Path, help="CKA of pairs of blocks, for text runs")
     parser.add_argument(
         "--conditioning", type=Path, help="conditioning.safetensors, with modulation.enabled"
     )
@@ -159,7 +159,7 @@ def main() -> None:
     judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
 
     cka = text_cka(args.blocks, depth) if args.blocks else np.full((depth, depth), np.nan)
-    units = narrow_units(transformer, cka, options) if args.blocks else {}
+    units = narrow_units(transformer, cka, options) if options["enabled"] else {}
     files, fit_errors = width.fit_to_files(
         transformer,
         [one for unit in units.values() for part in unit.parts for one in width.maps_of(part)],

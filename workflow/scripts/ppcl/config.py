@@ -199,6 +199,17 @@ def limits(budget: float | dict) -> dict[str, float]:
     return dict(budget) if isinstance(budget, dict) else {"fraction": budget}
 
 
+def compares(config: dict) -> bool:
+    """Whether blocks are compared with each other: for intervals, and for text runs."""
+    runs = config["width"]["enabled"] and config["width"]["longest"] > 1
+    return config["intervals"]["enabled"] or runs
+
+
+def searches_by_cost(config: dict) -> bool:
+    """Whether intervals are searched for by what they cost, measured before."""
+    return config["intervals"]["enabled"] and config["intervals"]["cost"] == "velocity"
+
+
 def trains(config: dict) -> bool:
     """Whether students are trained: those of intervals, for variants that want any."""
     return config["intervals"]["enabled"] and any(v["train"] for v in config["variants"])

@@ -42,7 +42,8 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: distill.mode is sequential, in which students learn from those before "
             "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
         )
-    if config["intervals"]["tolerance"] == "bootstrap" and not config["similarity"]["bootstrap"]:
+    searched = config["intervals"]["enabled"] and config["intervals"]["tolerance"] == "bootstrap"
+    if searched and not config["similarity"]["bootstrap"]:
         raise UserError(
             f"{source}: intervals.tolerance is bootstrap, the noise that resamples show, but "
             "similarity.bootstrap is 0; set tolerance to a number, or bootstrap to 2 or more"
