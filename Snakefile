@@ -49,14 +49,17 @@ if targets() != {"plan"} and not interval_plots_only():
     include: "workflow/rules/sensitivity.smk"
     include: "workflow/rules/width.smk"
     include: "workflow/rules/latency.smk"
-    include: "workflow/rules/intervals.smk"
-    include: "workflow/rules/prune.smk"
 
-    if config["distill"]["shards"] == 1:
+    if depth():
+
+        include: "workflow/rules/intervals.smk"
+        include: "workflow/rules/prune.smk"
+
+    if trains() and config["distill"]["shards"] == 1:
 
         include: "workflow/rules/distill.smk"
 
-    else:
+    elif trains():
 
         include: "workflow/rules/distill_shards.smk"
 
@@ -64,9 +67,10 @@ if targets() != {"plan"} and not interval_plots_only():
 
         include: "workflow/rules/narrow.smk"
 
-    if config["subsets"]["steps"]:
+    if "subsets" in training():
 
         include: "workflow/rules/subsets.smk"
+    include: "workflow/rules/choose.smk"
     include: "workflow/rules/finetune.smk"
     include: "workflow/rules/assemble.smk"
     include: "workflow/rules/pareto.smk"

@@ -80,8 +80,9 @@ def test_a_student_equal_to_its_interval_has_no_loss(reader, accelerator, mode, 
 def test_losses_are_sums_over_streams(teacher, reader, accelerator):
     taught = students.start(teacher, [FIRST], "first")
 
-    def one(loss):
-        ((_, value, metrics),) = losses_of(teacher, taught, reader, accelerator, loss=loss)(0)
+    def one(loss, **options):
+        options |= {"loss": loss}
+        ((_, value, metrics),) = losses_of(teacher, taught, reader, accelerator, **options)(0)
         return value.item(), {key: m.item() for key, m in metrics.items()}
 
     normalised, metrics = one("normalised")
@@ -91,6 +92,18 @@ def test_losses_are_sums_over_streams(teacher, reader, accelerator):
     assert same == metrics
     assert relative == pytest.approx(metrics["image/relative"] + metrics["text/relative"])
     assert one("mixed")[0] == pytest.approx(normalised + 0.5 * relative)
+    total, same = one("mixed", outliers=1e6)  # of which there are none
+    assert same == metrics and total == pytest.approx(normalised + 0.5 * relative)
+
+
+def test_outliers_are_left_out_of_the_loss_alone():
+    output, target = ({"image": x} for x in torch.randn(2, 2, 6, 4))
+    options = OPTIONS | {"outliers": 1.2}
+    loss, metrics = teaching.interval_losses(output, target, {}, options)
+    kept = [losses.without_outliers(x["image"], 1.2) for x in (output, target)]
+    assert loss == losses.normalised_error(*kept)
+    assert metrics["image/normalised"] == losses.normalised_error(output["image"], target["image"])
+    assert loss != metrics["image/normalised"]
 
 
 def test_the_loss_is_eq_6_on_real_tokens(teacher, reader, accelerator):

@@ -1,6 +1,7 @@
 """Eq. 6 and its companions against literal float64 loops."""
 
 import math
+import statistics
 
 import pytest
 import torch
@@ -154,3 +155,31 @@ def test_tokens_of_zero_length_keep_everything_finite():
     value = losses.normalised_error(leaf, target)
     value.backward()
     assert torch.isfinite(value) and torch.isfinite(leaf.grad).all()
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(0, 10**6), st.floats(0.3, 3), masks.filter(lambda m: m is None or all_rows(m)))
+def test_outliers_are_by_each_samples_own_deviation(seed, deviations, mask):
+    x, _ = tensors(seed)
+    mask = None if mask is None else torch.tensor(mask).reshape(2, 3)
+    found = losses.without_outliers(x, deviations, mask)
+    for b in range(len(x)):
+        real = [t for t in range(3) if mask is None or mask[b, t]]
+        values = [v for t in real for v in x[b, t].tolist()]
+        mean = statistics.fmean(values)
+        limit = deviations * statistics.stdev(values)
+        for t in real:
+            for c, value in enumerate(x[b, t].tolist()):
+                assert found[b, t, c] == (value if abs(value - mean) < limit else 0)
+
+
+def all_rows(mask):
+    return any(mask[:3]) and any(mask[3:])
+
+
+def test_outliers_have_no_gradient_and_padding_no_say():
+    x = torch.tensor([[[1.0, -1.0, 1.0, 50.0], [1.0, -1.0, 1.0, -1.0], [math.nan] * 4]])
+    leaf = x.requires_grad_()
+    kept = losses.without_outliers(leaf, 2, torch.tensor([[True, True, False]]))
+    kept[:, :2].sum().backward()
+    assert leaf.grad[0, :2].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]

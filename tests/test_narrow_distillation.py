@@ -211,7 +211,7 @@ def test_borrowers_learn_from_what_the_model_lends(
             wanted[part] = attention_input(block, bound)[real]
     uncut = students.uncut(wholes)
     taught = {part: students.shaped(teacher, part, block) for part, block in wholes.items()}
-    (source,) = (part for part in taught if part.text == "source")
+    (source,) = (part for part in taught if part.text == "lend")
     others = [part for part in taught if part.borrows and not part.linear_ffn]
     for _ in range(2):
         lent = in_the_model(teacher, taught, batch)

@@ -311,6 +311,7 @@ def test_optimizer_states_are_those_of_adamw():
     count = blocks.parameter_count(model)
     moments = sum(t.nbytes for t in states if t.ndim)
     assert weightless.optimizer_bytes(count, "adamw") == moments
+    assert weightless.optimizer_bytes(count, "adamw", 0.9) == moments + 4 * count
     assert 2 * count < weightless.optimizer_bytes(count, "adamw8bit") < 0.26 * moments
 
 

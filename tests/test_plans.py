@@ -48,13 +48,14 @@ def test_units_of_any_selection(selection):
     for unit in found:
         assert len(unit.parts) > 1 or unit.parts[0].narrow or unit.first < unit.last
         assert unit.removed_blocks == sum(part.last - part.first for part in unit.parts)
-    borrowing = {part.first for part in every if part.borrows}
-    wanted = {(b, s) for b, s in linear if not (s == "text" and b in borrowing)}
+    without = {part.first for part in every if part.borrows or part.text == "lend"}
+    wanted = {(b, s) for b, s in linear if not (s == "text" and b in without)}
     assert {(part.first, s) for part in every for s in part.linear_ffn} == wanted
 
     for unit in found:
         head, *others = unit.parts
-        assert head.source is None and head.text == ("source" if others else "own")
+        lends = "lend" if unit.last == unread else "source"
+        assert head.source is None and head.text == (lends if others else "own")
         end = unit.first - 1
         for part in unit.parts:  # the parts of a run cover it
             assert part.first == end + 1
@@ -76,7 +77,9 @@ def test_a_selection_with_everything():
     assert found == [Unit((kept,)), Unit((student,)), Unit(run)]
     assert [unit.name for unit in found] == ["00-00", "01-03", "05-09"]
     assert [unit.removed_blocks for unit in found] == [0, 2, 1]
-    assert units([(8, 9)], [(5, 9)], unread_after=9)[0].parts[-1].text == "borrow"
+    (unread,) = units([(8, 9)], [(5, 9)], [(5, "text"), (5, "image")], unread_after=9)
+    assert unread.parts[0] == Part(5, 5, ("image",), "lend")
+    assert {part.text for part in unread.parts[1:]} == {"borrow"}
     assert units([]) == []
 
 

@@ -182,6 +182,33 @@ def test_resumed_is_uninterrupted_to_the_bit(train):
         assert untimed == [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
+def test_an_average_is_that_of_its_recurrence_and_resumes_to_the_bit(train, tmp_path):
+    options = training.Optimisation(**vars(OPTIONS) | {"ema": 0.7})
+    modules, plain = parts("a", "b"), parts("a", "b")
+    expected = weights(plain)
+
+    def follow(done):  # what is seen before a step is what the steps done so far made
+        decay = min(0.7, done / (done + 9)) if done > 1 else 0.0
+        for key, value in weights(plain).items() if done else ():
+            expected[key] = decay * expected[key] + (1 - decay) * value
+
+    train(plain, before=follow, identity="plain")
+    follow(OPTIONS.steps)
+    train(modules, options, identity="whole")
+    for key, value in weights(modules).items():
+        torch.testing.assert_close(value, expected[key], rtol=1e-5, atol=1e-6)
+    assert not same(weights(modules), weights(plain))
+    again = parts("a", "b")
+    with pytest.raises(Stop):
+        train(again, options, before=stop_at(6), identity="killed")
+    again = parts("a", "b")
+    train(again, options, identity="killed")
+    assert same(weights(again), weights(modules))
+    finished = parts("a", "b")  # killed after its last step
+    train(finished, options, before=stop_at(0), identity="killed")
+    assert same(weights(finished), weights(modules))
+
+
 def test_a_resumed_log_has_only_the_metrics_that_a_module_had(train, accelerator, tmp_path):
     """As where one part of a text run has a text stream and another has none."""
 

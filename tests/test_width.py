@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import blocks, calls, distillation, plans, students, width
+from ppcl import blocks, calls, plans, prices, students, width
 from ppcl.plans import Part, Unit
 from ppcl.width import Map
 
@@ -178,14 +178,14 @@ def planted():
 
 
 def narrow_unit(transformer, unit, reader):
-    wholes = {part.key: m for part, m in width.whole_blocks(transformer, unit).items()}
+    wholes = {part.key: m for part, m in width.whole_blocks(transformer, unit.parts).items()}
     maps = [one for part in unit.parts for one in width.maps_of(part)]
     fits = width.fit(transformer, wholes, maps, reader, rows_of(reader), OPTIONS, CPU)
-    made = width.narrowed(transformer, width.whole_blocks(transformer, unit), fits)
+    made = width.closed(transformer, unit.parts, {one: fit.probe for one, fit in fits.items()})
     return made, max(fit.error_heldout for fit in fits.values())
 
 
-def test_planted_redundancy_is_found_and_costs_nothing(tmp_path, accelerator):
+def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
     transformer = planted()
     reader = recorded(transformer, tmp_path / "calls.parquet")
     everything_alike = np.ones((6, 6))
@@ -196,7 +196,7 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path, accelerator):
         made, fit_error = narrow_unit(transformer, unit, reader)
         rows = reader.rows(heldout=True)
         key = (unit.name, *unit.parts[0].linear_ffn)
-        costs[key] = distillation.plugged_error(transformer, made, reader, rows, 8, accelerator)
+        costs[key] = prices.error(transformer, made, reader, rows, 8, CPU)
         if fit_error < 1e-6:
             free.add(key)
     text = {("03-04",), ("04-05",), ("03-05",)}
@@ -221,7 +221,7 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
         CPU,
     )
     rows = reader.rows(heldout=True)
-    assert distillation.plugged_error(transformer, made, reader, rows, 8, accelerator) < 1e-8
+    assert prices.error(transformer, made, reader, rows, 8, CPU) < 1e-8
     # And they survive their file, to the bit.
     path = tmp_path / "students.safetensors"
     students.save(path, made, {})
@@ -258,7 +258,8 @@ def test_text_candidates_are_all_runs_of_alike_blocks(teacher, longest, seed):
     for unit in found:
         roles = [part.text for part in unit.parts]
         middle = ["borrow"] * (len(roles) - 2)
-        assert roles == ["source", *middle, "borrow" if unit.last == 5 else "close"]
+        closed = ["source", *middle, "close"]
+        assert roles == (["lend", *middle, "borrow"] if unit.last == 5 else closed)
 
 
 def test_what_may_not_be_touched_is_no_candidate(teacher, monkeypatch):
@@ -272,8 +273,11 @@ def test_what_may_not_be_touched_is_no_candidate(teacher, monkeypatch):
 
 LINEAR = D * D + D
 FFN_SAVED = (4 * D * D + 4 * D) + (4 * D * D + D) + 3 * LINEAR - LINEAR
-# Modulation, FFN and the attention's output projection go, one map comes.
-TEXT_SAVED = 6 * LINEAR + (4 * D * D + 4 * D) + (4 * D * D + D) + LINEAR - LINEAR
+# Modulation, FFN and the attention's projections of output and query with its norm, of one head,
+# go; one map comes.
+TEXT_SAVED = 6 * LINEAR + (4 * D * D + 4 * D) + (4 * D * D + D) + 2 * LINEAR + D - LINEAR
+# Two sixths of the modulation stay, and no map comes.
+TEXT_LENT = TEXT_SAVED + LINEAR - 2 * LINEAR
 
 
 def test_saved_parameters_in_closed_form(teacher):
@@ -286,18 +290,20 @@ def test_saved_parameters_in_closed_form(teacher):
             Part(4, 4, (), "close", source),
         )
     )
+    unread = Unit((Part(4, 4, (), "lend"), Part(5, 5, (), "borrow", (4, 4))))
     for unit, saved in (
         (Unit((Part(1, 3),)), 2 * block),
         (Unit((Part(1, 1, ("image",)),)), FFN_SAVED),
         (Unit((Part(0, 1, ("image", "text")),)), block + 2 * FFN_SAVED),
         (run, block + 2 * FFN_SAVED + 2 * TEXT_SAVED - LINEAR),
+        (unread, TEXT_LENT + TEXT_SAVED),
     ):
         assert width.saved_parameters(teacher, unit) == saved
         model, _, _ = students.plugged(
             teacher,
             {
                 part: students.shaped(teacher, part, student)
-                for part, student in width.whole_blocks(teacher, unit).items()
+                for part, student in width.whole_blocks(teacher, unit.parts).items()
             },
         )
         assert blocks.parameter_count(teacher) - blocks.parameter_count(model) == saved
@@ -305,4 +311,8 @@ def test_saved_parameters_in_closed_form(teacher):
 
 def test_text_sizes_in_closed_form(teacher):
     found = width.text_sizes(teacher)
-    assert found == {"text_saved": [TEXT_SAVED] * 6, "text_output": [LINEAR] * 5 + [0]}
+    assert found == {
+        "text_saved": [TEXT_SAVED] * 6,
+        "text_output": [LINEAR] * 5 + [0],
+        "text_lent": [TEXT_LENT] * 5 + [0],
+    }

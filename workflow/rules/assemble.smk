@@ -1,7 +1,7 @@
 # A complete pipeline folder of one variant, for stock DiffusionPipeline.from_pretrained.
 #
-# in:  the teacher, the plan, the trained students and their errors; fine-tuned weights, if any;
-#      recorded calls, on which the folder must answer as the model in memory does
+# in:  the teacher, variants/sets.json, and what sets are made of; fine-tuned weights, if any; recorded
+#      calls, on which the folder must answer as the model in memory does
 # out: models/<variant>/, with the map from old to new blocks beside the weights
 
 
@@ -10,9 +10,13 @@ rule assemble:
         script=program("assemble.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
-        students=taught("students.safetensors"),
-        errors=taught("errors.parquet"),
+        sets=result("variants/sets.json"),
+        maps=widths("maps.safetensors"),
+        conditioning=conditioning(),
+        start=start(),
+        distill=taught("distill", "students.safetensors"),
+        narrow=taught("narrow", "students.safetensors"),
+        subsets=taught("subsets", "students.safetensors"),
         finetuned=lambda wildcards: [
             result(f"finetune/{name}.safetensors")
             for name in finetuned()
@@ -32,11 +36,9 @@ rule assemble:
         runtime=30,
     params:
         config=lambda wildcards: subset_for_variant(wildcards.variant, "seed", "teacher"),
-        finetuned=lambda wildcards, input: (
-            f"--finetuned {input.finetuned}" if input.finetuned else ""
-        ),
+        files=optional(*MODELS, "finetuned"),
         taken=lambda wildcards, input: taken(
-            last_training(), *([f"finetune-{wildcards.variant}"] if input.finetuned else [])
+            "choose", *([f"finetune-{wildcards.variant}"] if input.finetuned else [])
         ),
         teacher=teacher_stamp(),
         code=code("assemble.py"),
@@ -44,6 +46,5 @@ rule assemble:
         "Assembling {wildcards.variant}"
     shell:
         "{params.taken}python {input.script} --config {params.config:q} "
-        "--variant {wildcards.variant} --calls {input.calls} --plan {input.plan} "
-        "--students {input.students} --errors {input.errors} {params.finetuned} "
+        "--variant {wildcards.variant} --calls {input.calls} --sets {input.sets} {params.files} "
         "--output {output.model} 2>&1 | tee {log}"

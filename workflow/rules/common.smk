@@ -1,6 +1,7 @@
 # Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -41,6 +42,16 @@ THREADS = 8
 # Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
 WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
 WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
+# And what is pinned and forbidden, that stages which search read.
+WISHES = [
+    "intervals.enabled",
+    "intervals.pin",
+    "intervals.forbid",
+    "intervals.protect_first",
+    "intervals.protect_last",
+    *(f"width.{key}" for key in ("enabled", "cka_floor", "text", "ffn_image", "ffn_text")),
+    *(f"modulation.{key}" for key in ("enabled", "pin", "forbid")),
+]
 # What a plan, and so the limits of jobs, depend on.
 PLAN_KEYS = [
     "seed",
@@ -55,19 +66,15 @@ PLAN_KEYS = [
     "sensitivity",
     "intervals",
     "width",
+    "modulation",
     "distill",
     "subsets",
+    "choose",
     "finetune",
     "evaluate",
     "pareto",
     "variants",
 ]
-PLOTS = {
-    "intervals": ["search", "heatmap", "probes", "width"],
-    "training": ["distill", "subsets", "finetune"],
-    "quality": ["pareto", "tradeoff", "images"],
-    "ablation": ["ablation", "schedules", "calibration"],
-}
 
 
 def targets():
@@ -152,10 +159,15 @@ def subset(*keys):
     return as_it_is(settings.subset(config, *keys))
 
 
+# Inputs of stages that make models from sets, and of those that search for sets (optional).
+MODELS = ["maps", "conditioning", "start", "distill", "narrow", "subsets"]
+PRICES = ["plan", "width", "latency", "distill_errors", "narrow_errors", "subsets_errors"]
+
+
 def optional(*names):
     """For params: the options that hand over inputs which a run may do without."""
     return lambda wildcards, input: " ".join(
-        f"--{name} {path}"
+        f"--{name.replace('_', '-')} {path}"
         for name in names
         for path in ([input.get(name)] if input.get(name) else [])
     )
@@ -171,15 +183,51 @@ def finetuned():
     return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
 
 
+def depth():
+    """Whether depth is pruned, so that there are intervals to search for, and students."""
+    return config["intervals"]["enabled"]
+
+
+def trains():
+    """Whether students are trained."""
+    return settings.trains(config)
+
+
+def closed():
+    """Whether there are closed forms: linear FFNs, text runs or modulations of low rank."""
+    return config["width"]["enabled"] or config["modulation"]["enabled"]
+
+
+def compared():
+    """Whether blocks are compared with each other: for intervals, and for text runs."""
+    return settings.compares(config)
+
+
 def sensitivity():
     """The measured costs, if selection goes by them."""
-    measured = config["intervals"]["cost"] == "velocity"
+    measured = settings.searches_by_cost(config)
     return [result("sensitivity/intervals.parquet")] if measured else []
 
 
+def similarity(name):
+    """An artifact of the comparison of blocks, if they are compared."""
+    return [result(f"similarity/{name}")] if compared() else []
+
+
 def widths(name):
-    """An artifact of the search for narrower blocks, if there is one."""
-    return [result(f"width/{name}")] if config["width"]["enabled"] else []
+    """An artifact of closed forms, if there are any."""
+    return [result(f"width/{name}")] if closed() else []
+
+
+def candidates():
+    """Selection's verdicts on closed forms; it runs for intervals."""
+    return widths("candidates.parquet") if depth() else []
+
+
+def conditioning():
+    """What modulations get, if they may become low rank."""
+    wanted = config["modulation"]["enabled"]
+    return [result("activations/conditioning.safetensors")] if wanted else []
 
 
 def latency():
@@ -190,7 +238,8 @@ def latency():
 
 def staged():
     """Whether distilled blocks become narrow in a training of their own."""
-    return config["width"]["enabled"] and config["width"]["schedule"] == "staged"
+    narrow = trains() and config["width"]["enabled"]
+    return narrow and config["width"]["schedule"] == "staged"
 
 
 def distill_keys():
@@ -215,14 +264,26 @@ def distilled(name):
     return result(f"{'narrow' if staged() else 'distill'}/{name}")
 
 
-def last_training():
-    """The stage, by its folder, whose students variants are made of."""
-    return "subsets" if config["subsets"]["steps"] else "narrow" if staged() else "distill"
+def training():
+    """The stages, by their folders, that train students, in their order."""
+    stages = ["distill", "narrow", "subsets"]
+    wanted = [trains(), staged(), trains() and config["subsets"]["steps"]]
+    return [stage for stage, on in zip(stages, wanted) if on]
 
 
-def taught(name):
-    """An artifact of the students' last training: any-subset distillation, unless it is off."""
-    return result(f"{last_training()}/{name}")
+def taught(stage, name):
+    """An artifact of a stage that trains students, if it is one of this run."""
+    return [result(f"{stage}/{name}")] if stage in training() else []
+
+
+def start():
+    """The students before any training, if depth is pruned."""
+    return [result("prune/students.safetensors")] if depth() else []
+
+
+def plan_of_students():
+    """What each student stands for, if depth is pruned."""
+    return [result("prune/plan.json")] if depth() else []
 
 
 def subset_for_variant(name, *keys):
@@ -255,6 +316,7 @@ def prompts_stamp(stage):
     return digest(stamps([path, *pictures(stage)])) if Path(path).is_file() else ""
 
 
+@functools.cache  # of a config that is complete: several rules ask, and a file may be long
 def pictures(stage):
     """Pictures that a stage's prompts name: a changed one reruns it."""
     if not Path(config[stage]["prompts"]).is_file():
@@ -316,15 +378,20 @@ def megabytes(stage, program, teacher=True):
 def artifacts():
     """Every file of the contract: a stage whose output was deleted is remade, and what follows."""
     wanted = {
-        "subsets/": config["subsets"]["steps"],
+        "activations/": compared() or conditioning(),
+        "probes/": compared(),
+        "similarity/": compared(),
         "sensitivity/": sensitivity(),
-        "width/": config["width"]["enabled"],
+        "width/candidates.parquet": candidates(),
+        "width/": closed(),
         "latency/": latency(),
-        "narrow/": staged(),
+        "intervals/": depth(),
+        "prune/": depth(),
+        **{f"{stage}/": stage in training() for stage in ("distill", "narrow", "subsets")},
         "ablation/": False,  # a target of its own, as is the next
         "plan/": False,
     }
-    left_out = tuple(folder for folder, needed in wanted.items() if not needed)
+    left_out = tuple(path for path, needed in wanted.items() if not needed)
     named = [
         path
         for path in schemas.ARTIFACTS
@@ -342,25 +409,61 @@ def models():
     return [result(f"models/{name}") for name in variants()]
 
 
+def figures(group):
+    """Names of a group's figures, as far as this run has what they show."""
+    shown = {
+        "intervals": {
+            "search": depth(),
+            "heatmap": compared(),
+            "probes": compared(),
+            "width": candidates(),
+        },
+        "training": {
+            "distill": "distill" in training(),
+            "subsets": "subsets" in training(),
+            "finetune": finetuned(),
+        },
+        "quality": {"pareto": True, "tradeoff": True, "images": True},
+        "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
+    }
+    return [name for name, there in shown[group].items() if there]
+
+
 def plots(*groups):
     """The figures of some groups, as SVG and PNG."""
     return [
         result(f"plots/{group}/{name}.{extension}")
         for group in groups
-        for name in PLOTS[group]
-        if name != "width" or config["width"]["enabled"]
+        for name in figures(group)
         for extension in ("svg", "png")
     ]
+
+
+def figure(group, name, title):
+    """For a rule's output: a figure as SVG, in the report, if the run has it."""
+    if name not in figures(group):
+        return []
+    return report(
+        result(f"plots/{group}/{name}.svg"),
+        caption=f"../report/{name}.rst",
+        category=group.capitalize(),
+        labels={"figure": title},
+    )
+
+
+def png(group, name):
+    """For a rule's output: the same figure as PNG."""
+    return result(f"plots/{group}/{name}.png") if name in figures(group) else []
 
 
 def interval_plots_only():
     """Whether nothing but the interval plots is asked for, and their tables exist."""
     tables = [
-        result("similarity/cka.parquet"),
-        result("similarity/blocks.parquet"),
-        result("probes/probes.parquet"),
-        result("intervals/intervals.parquet"),
-        *widths("candidates.parquet"),
+        *similarity("cka.parquet"),
+        *similarity("blocks.parquet"),
+        *([result("probes/probes.parquet")] if compared() else []),
+        *([result("intervals/intervals.parquet")] if depth() else []),
+        *candidates(),
     ]
     return targets() == {"interval_plots"} and all(Path(table).is_file() for table in tables)
 
@@ -372,7 +475,7 @@ def plan_inputs():
     names = {
         "architecture": config["plan"]["transformer_config"] or str(own),
         "intervals": result("intervals/intervals.parquet"),
-        "candidates": result("width/candidates.parquet") if config["width"]["enabled"] else "",
+        "candidates": next(iter(candidates()), ""),
         "calls": result("record/calls.parquet"),
     }
     return {name: path for name, path in names.items() if Path(path).is_file()}

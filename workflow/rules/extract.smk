@@ -2,7 +2,9 @@
 #
 # in:  the teacher and record/calls.parquet
 # out: activations/tokens.parquet, a sample of tokens at every block boundary;
-#      activations/moments.safetensors, the sums that the probes are solved from
+#      activations/moments.safetensors, the sums that the probes are solved from;
+#      activations/conditioning.safetensors, those that low-rank modulations are (none unless
+#      modulation.enabled)
 
 
 rule extract:
@@ -13,6 +15,7 @@ rule extract:
     output:
         tokens=result("activations/tokens.parquet"),
         moments=result("activations/moments.safetensors"),
+        conditioning=result("activations/conditioning.safetensors"),
     log:
         result("logs/extract.log"),
     benchmark:
@@ -25,7 +28,15 @@ rule extract:
         mem_mb=megabytes("extract", 16000),
         runtime=minutes("extract", 120),
     params:
-        config=subset("seed", "device", "teacher", "extract"),
+        config=subset(
+            "seed",
+            "device",
+            "teacher",
+            "extract",
+            "modulation.enabled",
+            "modulation.timesteps",
+            "modulation.guidance",
+        ),
         state=result("state/extract"),
         taken=taken("record"),
         teacher=teacher_stamp(),
@@ -36,4 +47,5 @@ rule extract:
         "{params.taken}python {input.script} --config {params.config:q} "
         "--calls {input.calls} --state {params.state} "
         "--tokens {output.tokens} "
-        "--moments {output.moments} 2>&1 | tee {log}"
+        "--moments {output.moments} "
+        "--conditioning {output.conditioning} 2>&1 | tee {log}"

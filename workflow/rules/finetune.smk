@@ -1,6 +1,7 @@
 # Full-parameter output distillation of one assembled variant.
 #
-# in:  the teacher, record/calls.parquet, the plan, the trained students and their errors
+# in:  the teacher, record/calls.parquet, variants/sets.json, and what sets are made of: maps, what
+#      modulations get, students of every stage
 # out: finetune/<variant>.safetensors and the loss curve, finetune/<variant>.parquet
 #
 # Only variants with finetune_steps > 0. Checkpoints live in state/finetune-<variant>, as in
@@ -13,9 +14,13 @@ rule finetune:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
-        students=taught("students.safetensors"),
-        errors=taught("errors.parquet"),
+        sets=result("variants/sets.json"),
+        maps=widths("maps.safetensors"),
+        conditioning=conditioning(),
+        start=start(),
+        distill=taught("distill", "students.safetensors"),
+        narrow=taught("narrow", "students.safetensors"),
+        subsets=taught("subsets", "students.safetensors"),
     output:
         weights=result("finetune/{variant}.safetensors"),
         log=result("finetune/{variant}.parquet"),
@@ -41,7 +46,8 @@ rule finetune:
             "finetune",
         ),
         state=lambda wildcards: result(f"state/finetune-{wildcards.variant}"),
-        taken=taken(last_training()),
+        files=optional(*MODELS),
+        taken=taken("choose"),
         teacher=teacher_stamp(),
         code=code("finetune.py"),
     message:
@@ -49,6 +55,5 @@ rule finetune:
     shell:
         "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--variant {wildcards.variant} --calls {input.calls} --plan {input.plan} "
-        "--students {input.students} --errors {input.errors} "
+        "--variant {wildcards.variant} --calls {input.calls} --sets {input.sets} {params.files} "
         "--state {params.state} --output {output.weights} --log-table {output.log} 2>&1 | tee {log}"

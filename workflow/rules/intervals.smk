@@ -15,7 +15,7 @@ rule intervals:
         latency=latency(),
     output:
         intervals=result("intervals/intervals.parquet"),
-        candidates=widths("candidates.parquet"),
+        candidates=candidates(),
     log:
         result("logs/intervals.log"),
     benchmark:

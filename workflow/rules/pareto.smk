@@ -1,6 +1,6 @@
-# What every budget would get from the same students, pins aside, without further training.
+# What the budgets between would get, pins aside, without further training.
 #
-# in:  the teacher, record/calls.parquet, the plan, the trained students and their errors
+# in:  what choose.smk takes, and variants/sets.json
 # out: pareto/points.parquet, quality, size and speed at evenly spaced budgets
 
 
@@ -9,9 +9,19 @@ rule pareto:
         script=program("pareto.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
-        students=taught("students.safetensors"),
-        errors=taught("errors.parquet"),
+        sets=result("variants/sets.json"),
+        maps=widths("maps.safetensors"),
+        conditioning=conditioning(),
+        start=start(),
+        distill=taught("distill", "students.safetensors"),
+        narrow=taught("narrow", "students.safetensors"),
+        subsets=taught("subsets", "students.safetensors"),
+        plan=plan_of_students(),
+        width=widths("measured.parquet"),
+        latency=latency(),
+        distill_errors=taught("distill", "errors.parquet"),
+        narrow_errors=taught("narrow", "errors.parquet"),
+        subsets_errors=taught("subsets", "errors.parquet"),
     output:
         points=result("pareto/points.parquet"),
     log:
@@ -26,21 +36,25 @@ rule pareto:
         mem_mb=megabytes("pareto", 32000),
         runtime=minutes("pareto", 240),
     params:
-        config=subset(
+        config=lambda wildcards: settings.subset(
+            {**config, "variants": settings.budgets(config["variants"])},
             "seed",
             "device",
             "teacher",
+            "choose",
+            "variants",
+            *WISHES,
             "pareto",
             "evaluate.velocity_rows",
             "evaluate.batch_size",
             "evaluate.bootstrap",
             "evaluate.latency_repeats",
         ),
+        files=optional(*MODELS, *PRICES),
         teacher=teacher_stamp(),
         code=code("pareto.py"),
     message:
         "Measuring the budgets between"
     shell:
         "python {input.script} --config {params.config:q} "
-        "--calls {input.calls} --plan {input.plan} --students {input.students} "
-        "--errors {input.errors} --points {output.points} 2>&1 | tee {log}"
+        "--calls {input.calls} --sets {input.sets} {params.files} --points {output.points} 2>&1 | tee {log}"

@@ -4,120 +4,83 @@
 # out: plots/intervals, plots/training and plots/quality
 
 
-rule plot_intervals:
-    input:
-        script=program("plot.py"),
-        cka=result("similarity/cka.parquet"),
-        blocks=result("similarity/blocks.parquet"),
-        probes=result("probes/probes.parquet"),
-        intervals=result("intervals/intervals.parquet"),
-        width=widths("candidates.parquet"),
-    output:
-        search=report(
-            result("plots/intervals/search.svg"),
-            caption="../report/search.rst",
-            category="Intervals",
-            labels={"figure": "Search for intervals"},
-        ),
-        heatmap=report(
-            result("plots/intervals/heatmap.svg"),
-            caption="../report/heatmap.rst",
-            category="Intervals",
-            labels={"figure": "CKA between blocks"},
-        ),
-        probes=report(
-            result("plots/intervals/probes.svg"),
-            caption="../report/probes.rst",
-            category="Intervals",
-            labels={"figure": "Probe error along depth"},
-        ),
-        width=(
-            report(
-                result("plots/intervals/width.svg"),
-                caption="../report/width.rst",
-                category="Intervals",
-                labels={"figure": "Linear FFNs and text runs"},
-            )
-            if config["width"]["enabled"]
-            else []
-        ),
-        search_png=result("plots/intervals/search.png"),
-        heatmap_png=result("plots/intervals/heatmap.png"),
-        probes_png=result("plots/intervals/probes.png"),
-        width_png=result("plots/intervals/width.png") if config["width"]["enabled"] else [],
-    log:
-        result("logs/plot-intervals.log"),
-    benchmark:
-        result("benchmarks/plot-intervals.tsv")
-    conda:
-        ENVIRONMENT
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=30,
-    params:
-        config=subset("similarity"),
-        width=optional("width"),
-        output=lambda wildcards, output: os.path.dirname(output.search),
-        code=code("plot.py"),
-    message:
-        "Drawing the search for intervals"
-    shell:
-        "python {input.script} intervals --config {params.config:q} "
-        "--cka {input.cka} --blocks {input.blocks} --probes {input.probes} "
-        "--intervals {input.intervals} {params.width} "
-        "--output {params.output} 2>&1 | tee {log}"
+if figures("intervals"):
+
+    rule plot_intervals:
+        input:
+            script=program("plot.py"),
+            cka=similarity("cka.parquet"),
+            blocks=similarity("blocks.parquet"),
+            probes=[result("probes/probes.parquet")] if compared() else [],
+            intervals=[result("intervals/intervals.parquet")] if depth() else [],
+            width=candidates(),
+        output:
+            search=figure("intervals", "search", "Search for intervals"),
+            heatmap=figure("intervals", "heatmap", "CKA between blocks"),
+            probes=figure("intervals", "probes", "Probe error along depth"),
+            width=figure("intervals", "width", "Linear FFNs and text runs"),
+            search_png=png("intervals", "search"),
+            heatmap_png=png("intervals", "heatmap"),
+            probes_png=png("intervals", "probes"),
+            width_png=png("intervals", "width"),
+        log:
+            result("logs/plot-intervals.log"),
+        benchmark:
+            result("benchmarks/plot-intervals.tsv")
+        conda:
+            ENVIRONMENT
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=30,
+        params:
+            config=subset("similarity"),
+            tables=optional("cka", "blocks", "probes", "intervals", "width"),
+            output=result("plots/intervals"),
+            code=code("plot.py"),
+        message:
+            "Drawing the search for intervals"
+        shell:
+            "python {input.script} intervals --config {params.config:q} {params.tables} "
+            "--output {params.output} 2>&1 | tee {log}"
 
 
-rule plot_training:
-    input:
-        script=program("plot.py"),
-        distilled=result("distill/log.parquet"),
-        subsets=[result("subsets/log.parquet")] if config["subsets"]["steps"] else [],
-        finetuned=[result(f"finetune/{name}.parquet") for name in finetuned()],
-    output:
-        distill=report(
-            result("plots/training/distill.svg"),
-            caption="../report/distill.rst",
-            category="Training",
-            labels={"figure": "Distillation"},
-        ),
-        subsets=report(
-            result("plots/training/subsets.svg"),
-            caption="../report/subsets.rst",
-            category="Training",
-            labels={"figure": "Any-subset distillation"},
-        ),
-        finetune=report(
-            result("plots/training/finetune.svg"),
-            caption="../report/finetune.rst",
-            category="Training",
-            labels={"figure": "Fine-tuning"},
-        ),
-        distill_png=result("plots/training/distill.png"),
-        subsets_png=result("plots/training/subsets.png"),
-        finetune_png=result("plots/training/finetune.png"),
-    log:
-        result("logs/plot-training.log"),
-    benchmark:
-        result("benchmarks/plot-training.tsv")
-    conda:
-        ENVIRONMENT
-    threads: 1
-    resources:
-        mem_mb=2000,
-        runtime=30,
-    params:
-        config=subset("distill.loss", "variants"),
-        output=lambda wildcards, output: os.path.dirname(output.distill),
-        code=code("plot.py"),
-    message:
-        "Drawing loss curves"
-    shell:
-        "python {input.script} training --config {params.config:q} "
-        "--distill-log {input.distilled} --subsets-log {input.subsets} "
-        "--finetune-logs {input.finetuned} "
-        "--output {params.output} 2>&1 | tee {log}"
+if figures("training"):
+
+    rule plot_training:
+        input:
+            script=program("plot.py"),
+            distill_log=taught("distill", "log.parquet"),
+            subsets_log=taught("subsets", "log.parquet"),
+            finetuned=[result(f"finetune/{name}.parquet") for name in finetuned()],
+        output:
+            distill=figure("training", "distill", "Distillation"),
+            subsets=figure("training", "subsets", "Any-subset distillation"),
+            finetune=figure("training", "finetune", "Fine-tuning"),
+            distill_png=png("training", "distill"),
+            subsets_png=png("training", "subsets"),
+            finetune_png=png("training", "finetune"),
+        log:
+            result("logs/plot-training.log"),
+        benchmark:
+            result("benchmarks/plot-training.tsv")
+        conda:
+            ENVIRONMENT
+        threads: 1
+        resources:
+            mem_mb=2000,
+            runtime=30,
+        params:
+            config=subset("distill.loss", "variants"),
+            logs=optional("distill_log", "subsets_log"),
+            output=result("plots/training"),
+            code=code("plot.py"),
+        message:
+            "Drawing loss curves"
+        shell:
+            "python {input.script} training --config {params.config:q} {params.logs} "
+            "--finetune-logs {input.finetuned} "
+            "--output {params.output} 2>&1 | tee {log}"
 
 
 rule plot_quality:
@@ -127,27 +90,12 @@ rule plot_quality:
         images=result("evaluation/images.parquet"),
         points=result("pareto/points.parquet"),
     output:
-        pareto=report(
-            result("plots/quality/pareto.svg"),
-            caption="../report/pareto.rst",
-            category="Quality",
-            labels={"figure": "Every budget from one set of students"},
-        ),
-        tradeoff=report(
-            result("plots/quality/tradeoff.svg"),
-            caption="../report/tradeoff.rst",
-            category="Quality",
-            labels={"figure": "Quality against size and latency"},
-        ),
-        images=report(
-            result("plots/quality/images.svg"),
-            caption="../report/images.rst",
-            category="Quality",
-            labels={"figure": "Images"},
-        ),
-        pareto_png=result("plots/quality/pareto.png"),
-        tradeoff_png=result("plots/quality/tradeoff.png"),
-        images_png=result("plots/quality/images.png"),
+        pareto=figure("quality", "pareto", "Every budget by itself"),
+        tradeoff=figure("quality", "tradeoff", "Quality against size and latency"),
+        images=figure("quality", "images", "Images"),
+        pareto_png=png("quality", "pareto"),
+        tradeoff_png=png("quality", "tradeoff"),
+        images_png=png("quality", "images"),
     log:
         result("logs/plot-quality.log"),
     benchmark:
@@ -160,7 +108,7 @@ rule plot_quality:
         runtime=30,
     params:
         config=subset("variants"),
-        output=lambda wildcards, output: os.path.dirname(output.tradeoff),
+        output=result("plots/quality"),
         code=code("plot.py"),
     message:
         "Drawing quality against cost"

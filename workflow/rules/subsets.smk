@@ -14,7 +14,7 @@ rule subsets:
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         plan=result("prune/plan.json"),
-        students=distilled("students.safetensors"),
+        students=taught(training()[-2], "students.safetensors"),
     output:
         students=result("subsets/students.safetensors"),
         log=result("subsets/log.parquet"),
@@ -35,7 +35,7 @@ rule subsets:
     params:
         config=subset("seed", "device", "teacher", "subsets", "width.lr_scale"),
         state=result("state/subsets"),
-        taken=taken("narrow" if staged() else "distill"),
+        taken=taken(training()[-2]),
         teacher=teacher_stamp(),
         code=code("subsets.py"),
     message:

@@ -30,6 +30,7 @@ from ppcl import (
     errors,
     measured,
     pipelines,
+    prices,
     provenance,
     schemas,
     stopping,
@@ -99,7 +100,7 @@ def main() -> None:
     def cost(plugged: students.Students, rows: np.ndarray) -> float:
         for student in plugged.values():
             student.to(accelerator.device).eval()
-        return distillation.plugged_error(transformer, plugged, reader, rows, size, accelerator)
+        return prices.error(transformer, plugged, reader, rows, size, accelerator.device)
 
     found = {"kind": [kind for kind, _ in drawn]}
     found |= {"first": [u.first for _, u in drawn], "last": [u.last for _, u in drawn]}

@@ -55,15 +55,18 @@ def main() -> None:
         student.train().to(accelerator.device)
     start = plan.facts["start"]
     # Of a block of its own, the teacher shows it.
-    borrowing = [part for part in taught if part.borrows] if start != "first" else []
+    same = start in ("first", "solved")  # up to the attention
+    borrowing = [] if same else [part for part in taught if part.borrows]
     uncut = students.uncut(students.start(transformer, borrowing, start))
     for block in uncut.values():
         block.to(accelerator.device)
     identity = training.identity(Path(__file__), settings, inputs)
     caching, inputs = entrance.caching(reader, options, seed), None
     if shards.cached(units, caching):
-        # Two checkpoints, each of weights and two moments, are there while one is replaced.
-        checkpoint = 3 * sum(p.nbytes for s in taught.values() for p in s.parameters())
+        # Two checkpoints, each of weights, two moments and the average, are there while one is
+        # replaced.
+        tensors = 4 if options["ema"] else 3
+        checkpoint = tensors * sum(p.nbytes for s in taught.values() for p in s.parameters())
         inputs = entrance.Inputs(
             transformer,
             list(taught),

@@ -3,7 +3,8 @@
     python workflow/scripts/extract.py --config config/digits.yaml \
         --calls results/digits/record/calls.parquet --state results/digits/state/extract \
         --tokens results/digits/activations/tokens.parquet \
-        --moments results/digits/activations/moments.safetensors
+        --moments results/digits/activations/moments.safetensors \
+        --conditioning results/digits/activations/conditioning.safetensors
 """
 
 import argparse
@@ -17,9 +18,12 @@ from ppcl import (
     activations,
     blocks,
     calls,
+    conditioning,
     config,
     devices,
     errors,
+    modulation,
+    modulation_inputs,
     pipelines,
     provenance,
     stopping,
@@ -47,22 +51,32 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--tokens", type=Path, required=True, help="tokens.parquet to write")
     parser.add_argument("--moments", type=Path, required=True, help="moments.safetensors to write")
+    parser.add_argument(
+        "--conditioning", type=Path, required=True, help="conditioning.safetensors to write"
+    )
     args = parser.parse_args()
     settings = config.load(args.config)
     options, seed = settings["extract"], settings["seed"]
+    lowered = settings["modulation"]
 
     reader = calls.Reader(args.calls, memory=0)  # every row is read once
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     rows = choose_rows(reader, options["rows"], seed)
     device = devices.choose(settings["device"])
     transformer = pipelines.load_transformer(teacher, device, compiled=True)
+    given = [m.key for m in modulation.matrices(transformer)] if lowered["enabled"] else []
+    summed = modulation_inputs.Sums(transformer, given, device)
     identity = training.identity(Path(__file__), settings, [args.calls])
     # A folder of its own, so that a run of other settings can't write over its tokens.
     folder = args.state / identity[:16]
     with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
         moments, samples = activations.collect(
-            transformer, reader, rows, options, seed, device, folder, bar, identity
+            transformer, reader, rows, options, seed, device, folder, bar, identity, summed
         )
+    fitted = rows[~reader.index["heldout"][rows]]
+    conditioned = modulation_inputs.with_grid(
+        transformer, summed.result(), reader, fitted, lowered, options["batch_size"], seed, device
+    )
     for stream, sample in samples.items():
         asked, found = len(rows) * options["sample_tokens"], len(sample["token"])
         what = f"tokens of the {stream} stream in these {len(rows)} calls"
@@ -77,6 +91,7 @@ def main() -> None:
     stamp = provenance.stamp(settings, rows=len(rows)) | facts
     stopping.ignore()
     tensors.write(args.moments, moments.sums, stamp)
+    conditioning.write(args.conditioning, conditioned, stamp)
     activations.write_sample(args.tokens, samples, stamp)
 
 

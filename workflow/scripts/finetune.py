@@ -3,9 +3,13 @@
 One process:        python workflow/scripts/finetune.py --variant p50 --config ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/finetune.py --config config/digits.yaml --variant p50 \
-    --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
-    --students results/digits/subsets/students.safetensors \
-    --errors results/digits/subsets/errors.parquet --state results/digits/state/finetune-p50 \
+    --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
+    --maps results/digits/width/maps.safetensors \
+    --conditioning results/digits/activations/conditioning.safetensors \
+    --start results/digits/prune/students.safetensors \
+    --distill results/digits/distill/students.safetensors \
+    --subsets results/digits/subsets/students.safetensors \
+    --state results/digits/state/finetune-p50 \
     --output results/digits/finetune/p50.safetensors --log-table results/digits/finetune/p50.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends
@@ -13,7 +17,6 @@ with the same weights. With finetune.sharding: fsdp every process keeps a share 
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import pandas as pd
@@ -31,12 +34,13 @@ from ppcl import (
     pipelines,
     provenance,
     schemas,
+    sets,
     stopping,
-    students,
     tables,
     teacher_identity,
     tensors,
     training,
+    variants,
 )
 
 
@@ -47,9 +51,8 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--variant", required=True, help="name of the variant in the config")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="trained students")
-    parser.add_argument("--errors", type=Path, required=True, help="their errors.parquet")
+    parser.add_argument("--sets", type=Path, required=True, help="sets.json")
+    variants.add_arguments(parser, models_only=True)
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--output", type=Path, required=True, help="weights to write")
     parser.add_argument("--log-table", type=Path, required=True, help="log table to write")
@@ -61,17 +64,13 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
-    plan = students.read_plan(args.plan)
-    chosen = plan.named(assembly.choose(args.errors, plan.facts, variant, plan.pinned))
+    chosen, files = sets.read(args.sets).of(args.variant), variants.Files.of(args)
     # The record has the teacher's answers, so it never runs, nor is on the device.
     transformer = pipelines.load_transformer(
         teacher | {"offload": "none"}, torch.device("cpu"), gradients=True
     )
-    taught = students.load(args.students, transformer, students.parts_of(chosen))
-    model, _ = blocks.assembled(
-        transformer, {part.key: student for part, student in taught.items()}
-    )
-    del transformer, taught  # what the model has of them is its own now
+    model, _ = variants.Workshop(transformer, files, as_teacher=False).model(chosen)
+    del transformer  # what the model has of it is its own now
     shared_out = options["sharding"] == "fsdp" and (
         accelerator.num_processes > 1 or options["cpu_offload"]
     )
@@ -93,15 +92,14 @@ def main() -> None:
         accelerator,
         args.state / "checkpoint.safetensors",
         training.identity(
-            Path(__file__), settings, [args.calls, args.plan, args.students, args.errors]
+            Path(__file__), settings | {"set": chosen.key}, [args.calls, *files.every]
         ),
     )
     state = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
     stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
-        names = json.dumps([unit.name for unit in chosen])
-        tensors.write(args.output, state, stamp | {"units": names})
+        tensors.write(args.output, state, stamp | {"set": chosen.key})
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)

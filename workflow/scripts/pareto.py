@@ -1,40 +1,50 @@
-"""Every budget that one training serves: quality, size and speed of the best set of units for each.
+"""Sizes between: quality, size and speed of what each budget would get, without further training.
 
     python workflow/scripts/pareto.py --config config/digits.yaml \
-        --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
-        --students results/digits/subsets/students.safetensors \
-        --errors results/digits/subsets/errors.parquet \
+        --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
+        --width results/digits/width/measured.parquet --maps results/digits/width/maps.safetensors \
+        --conditioning results/digits/activations/conditioning.safetensors \
+        --plan results/digits/prune/plan.json --start results/digits/prune/students.safetensors \
+        --distill results/digits/distill/students.safetensors \
+        --distill-errors results/digits/distill/errors.parquet \
+        --subsets results/digits/subsets/students.safetensors \
+        --subsets-errors results/digits/subsets/errors.parquet \
         --points results/digits/pareto/points.parquet
 
-Nothing is trained: for `pareto.budgets` sizes, evenly spaced from all units plugged in to none, the
-cheapest set by measured errors, pins aside, goes into the teacher. Velocity errors are of held-out
-calls that chose nothing; times are measured in rounds, all models in turn. Reads of the config:
-seed, device, teacher, pareto, and of evaluate velocity_rows, batch_size, bootstrap and
-latency_repeats.
+For `pareto.budgets` sizes, evenly spaced from the smallest variant's to the teacher's, the cheapest
+set of all closed forms and trained units, pins aside, goes into the teacher, its units from the
+stage that serves it best on calls to choose by. Velocity errors are of held-out calls that chose
+nothing; times are measured in rounds, all models in turn. Reads of the config: seed, device,
+teacher, pareto, choose, variants, what is forbidden (intervals, width, modulation), and of evaluate
+velocity_rows, batch_size, bootstrap and latency_repeats.
 """
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from ppcl import (
-    assembly,
     blocks,
     calls,
     config,
     devices,
     errors,
     evaluation,
+    pins,
     pipelines,
+    prices,
     provenance,
     schemas,
+    sets,
     stopping,
     students,
     tables,
     teacher_identity,
+    variants,
 )
 from ppcl.metrics import TEACHER
 
@@ -45,9 +55,8 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help="trained students")
-    parser.add_argument("--errors", type=Path, required=True, help="their errors.parquet")
+    parser.add_argument("--sets", type=Path, required=True, help="sets.json")
+    variants.add_arguments(parser)
     parser.add_argument("--points", type=Path, required=True, help="points.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
@@ -57,32 +66,49 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     source = teacher_identity.recorded(settings["teacher"], reader.provenance)
     teacher = pipelines.load_transformer(source, device)
-    plan = students.read_plan(args.plan)
-    trained = students.load(args.students, teacher, students.parts_of(plan.units))
-    for part, student in trained.items():
-        # At once, or each budget would hold copies of its own.
-        students.as_teacher(teacher, part, student).requires_grad_(False).eval().to(device)
-    table = tables.read(args.errors, schemas.UNIT_ERRORS).to_pandas().set_index("unit")
-    whole = blocks.parameter_count(teacher)
-    smallest = 1 - table["saved_parameters"].sum() / whole
-    transformers, chosen = {TEACHER: teacher}, {}
+    plan = students.read_plan(args.plan) if args.plan else None
+    files, written = variants.Files.of(args), sets.read(args.sets)
+    workshop = variants.Workshop(teacher, files, device=device)
+    offer = variants.offer(settings, teacher, files, plan, written.alone)
+    offer = replace(offer, pinned=pins.NOTHING)
+    asked = {}
     # Without 1 itself, which is the teacher.
+    smallest = min(written.parameters.values()) / blocks.parameter_count(teacher)
     budgets = np.linspace(smallest, 1, settings["pareto"]["budgets"], endpoint=False)
     for number, budget in enumerate(budgets):
-        name = f"budget {number}"
         # Upwards, so that rounding does not leave the smallest budget out of reach.
-        wanted = {"name": name, "budget": min(1.0, float(budget) + 1e-9)}
-        chosen[name] = plan.named(assembly.choose(args.errors, plan.facts, wanted))
-        plugged = {part: trained[part] for unit in chosen[name] for part in unit.parts}
-        transformers[name], _, _ = students.plugged(teacher, plugged)
+        wanted = {"name": f"budget {number}", "budget": min(1.0, float(budget) + 1e-9)}
+        wanted["train"] = any(variant["train"] for variant in settings["variants"])
+        asked[wanted["name"]] = wanted, sets.search(offer, wanted)
+    options = settings["choose"]
+    judged = prices.Judged(
+        teacher,
+        reader,
+        reader.sample_heldout("select", options["rows"], seed),
+        options["batch_size"],
+        device,
+    )
+
+    def measure(some: list[sets.Set]) -> list[float]:
+        return [judged.error(workshop.model(one)[0], one.first) for one in some]
+
+    if options["source"] == "measured":
+        decided = sets.decide(offer, asked, measure, flips=False)
+    else:
+        decided = sets.as_last_trained(offer, asked, measure)
+    chosen = {name: one.choice for name, one in decided.items()}
+    transformers = {TEACHER: teacher}
+    for name, choice in chosen.items():
+        # Kept, or each budget would hold copies of its own.
+        kept = [one.found for one in chosen.values()]
+        transformers[name], _ = workshop.model(choice.found, kept)
 
     timed = reader.draw(reader.heldout_rows("report"), settings["evaluate"]["batch_size"], (seed,))
     found = evaluation.measure_transformers(transformers, reader, timed, settings, device)
     rows = []
-    for budget, (name, picked) in zip(budgets, chosen.items(), strict=True):
-        names = [unit.name for unit in picked]
-        row = {"budget": float(budget), "units": json.dumps(names)}
-        row["predicted_error"] = float(table.loc[names, "velocity_error"].sum())
+    for budget, (name, choice) in zip(budgets, chosen.items(), strict=True):
+        row = {"budget": float(budget), "units": json.dumps(sets.entry(choice.found))}
+        row["predicted_error"] = choice.cost
         for metric in ("parameters", "parameter_fraction", "latency_seconds"):
             row[metric] = found[name][metric].value
         for metric in ("velocity_error", "latency_ratio"):

@@ -32,13 +32,14 @@ from ppcl import (
     untrusted,
     weightless,
 )
+from ppcl.plans import Matrix
 
 log = logging.getLogger(__name__)
 
 
-def detected(args: argparse.Namespace) -> dict:
-    """The selection that the run's tables hold, as `weightless.selection` takes it."""
-    found = {}
+def detected(args: argparse.Namespace) -> tuple[dict, dict[Matrix, int] | None]:
+    """The selection that the run's tables hold, as `weightless.selection` takes it, and ranks."""
+    found, ranks = {}, None
     if args.intervals:
         table = tables.read(args.intervals, schemas.INTERVALS).to_pandas()
         table = table[table["selected"]]
@@ -46,12 +47,14 @@ def detected(args: argparse.Namespace) -> dict:
     if args.candidates:
         table = tables.read(args.candidates, schemas.WIDTH_CANDIDATES).to_pandas()
         table = table[table["selected"]]
-        texts, ffns = (table[table["kind"] == kind] for kind in ("text", "ffn"))
+        texts, ffns, low = (table[table["kind"] == k] for k in ("text", "ffn", "modulation"))
         found["narrower"] = (
             list(zip(texts["first"].tolist(), texts["last"].tolist(), strict=True)),
             list(zip(ffns["first"].tolist(), ffns["stream"].tolist(), strict=True)),
         )
-    return found
+        matrices = zip(low["first"].tolist(), low["path"], strict=True)
+        ranks = dict(zip(matrices, low["rank"].tolist(), strict=True))
+    return found, ranks
 
 
 def latent_scale(teacher: dict) -> int | None:
@@ -73,7 +76,8 @@ def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
     teacher = settings["teacher"]
     found, where = weightless.architecture(teacher, settings["plan"]["transformer_config"])
     transformer = weightless.on_meta(found, devices.dtype(teacher["dtype"]), where)
-    depth, every = weightless.selection(settings, transformer, **detected(args))
+    selected, ranks = detected(args)
+    depth, every = weightless.selection(settings, transformer, **selected)
     pipeline = example_calls.PIPELINES.get(type(transformer).__name__)
     example = None
     if args.calls:
@@ -90,7 +94,7 @@ def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
             "recorded some (record/calls.parquet)",
             type(transformer).__name__,
         )
-    made = planner.Planner(settings, transformer, depth, every, example, pipeline)
+    made = planner.Planner(settings, transformer, depth, every, example, pipeline, ranks)
     made.forget_unusable()
     return made
 
@@ -104,13 +108,13 @@ def printed(table: pd.DataFrame) -> str:
     variants = table[table["item"] == "variant"].pivot(
         index="name", columns="measure", values="value"
     )
-    lines = [f"{'variant':<14}{'blocks':>8}{'parameters':>18}{'GiB':>9}{'TFLOPs':>10}{'share':>8}"]
+    lines = [f"{'variant':<24}{'blocks':>8}{'parameters':>18}{'GiB':>9}{'TFLOPs':>10}{'share':>8}"]
     for name in table[table["item"] == "variant"]["name"].unique():
         one = variants.loc[name]
         spent = "?" if pd.isna(one["flops"]) else f"{one['flops'] / 1e12:,.3f}"
         share = "?" if pd.isna(one["latency share"]) else f"{one['latency share']:.3f}"
         lines.append(
-            f"{name:<14}{one['blocks']:>8.0f}{one['parameters']:>18,.0f}{_gib(one['size']):>9}"
+            f"{name:<24}{one['blocks']:>8.0f}{one['parameters']:>18,.0f}{_gib(one['size']):>9}"
             f"{spent:>10}{share:>8}"
         )
     gpus = sorted(table[table["item"] == "gpu"]["gpu_gib"].unique())
@@ -140,7 +144,11 @@ def time_rows(made: planner.Planner, works: dict[str, durations.Work]) -> pd.Dat
     rows = []
     for name, work in works.items():
         speed = durations.speed(settings, work) / 1e12
-        note = f"{work.flops / 1e12:.4g} TFLOPs at {speed:g} TFLOP/s on each of {work.devices}"
+        note = f"{work.flops / 1e12:.4g} TFLOPs at {speed:g} TFLOP/s"
+        if work.float32:
+            slow = durations.speed(settings, work, float32=True) / 1e12
+            note += f", {work.float32 / 1e12:.4g} at {slow:g} in float32"
+        note += f" on each of {work.devices}"
         spent = durations.seconds(work, settings, made.weights)
         what = {"item": "job", "name": name, "measure": "time", "unit": "s", "note": note}
         rows.append(what | {"block": -1, "gpu_gib": math.nan, "value": spent})

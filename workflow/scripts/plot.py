@@ -47,14 +47,17 @@ def origin(path: Path) -> str:
 
 
 def intervals(options: argparse.Namespace, settings: dict) -> None:
-    """Figures of the interval search."""
-    cka, chosen = read(options.cka, schemas.CKA), read(options.intervals, schemas.INTERVALS)
-    blocks, probes = read(options.blocks, schemas.BLOCKS), read(options.probes, schemas.PROBES)
-    drawn = {
-        "search": (figures.search(cka, chosen, settings["similarity"]["streams"]), options.cka),
-        "heatmap": (figures.heatmap(blocks, chosen), options.blocks),
-        "probes": (figures.probes(probes, chosen), options.probes),
-    }
+    """Figures of the interval search, as far as there are their tables."""
+    chosen = pd.DataFrame(columns=schemas.INTERVALS.names)
+    drawn = {}
+    if options.intervals:
+        cka, chosen = read(options.cka, schemas.CKA), read(options.intervals, schemas.INTERVALS)
+        search = figures.search(cka, chosen, settings["similarity"]["streams"])
+        drawn["search"] = search, options.cka
+    if options.blocks:
+        blocks, probes = read(options.blocks, schemas.BLOCKS), read(options.probes, schemas.PROBES)
+        drawn["heatmap"] = figures.heatmap(blocks, chosen), options.blocks
+        drawn["probes"] = figures.probes(probes, chosen), options.probes
     if options.width:
         candidates = read(options.width, schemas.WIDTH_CANDIDATES)
         depth = int(cka["end"].max()) + 1
@@ -63,32 +66,24 @@ def intervals(options: argparse.Namespace, settings: dict) -> None:
 
 
 def training(options: argparse.Namespace, settings: dict) -> None:
-    """Loss curves."""
-    log = read(options.distill_log, schemas.DISTILL_LOG)
-    # Colours follow the config's order of variants, whatever the order of the files.
-    names = [variant["name"] for variant in settings["variants"]]
-    paths = {path.stem: path for path in options.finetune_logs}
-    order = sorted(paths, key=lambda n: (names.index(n) if n in names else len(names), n))
-    tuned = {name: read(paths[name], schemas.VELOCITY_LOG) for name in order}
-    joint = {path.parent.name: read(path, schemas.VELOCITY_LOG) for path in options.subsets_log}
-    drawn = {
-        "subsets": (
-            result_figures.velocity(
-                joint, ["subsets"], "Random subsets of students against the teacher's output"
-            ),
-            options.subsets_log[0] if joint else None,
-        ),
-        "distill": (
-            result_figures.distill(log, settings["distill"]["loss"]),
-            options.distill_log,
-        ),
-        "finetune": (
-            result_figures.velocity(
-                tuned, names, "Fine-tuning of the assembled variants against the teacher's output"
-            ),
-            paths[order[0]] if order else None,
-        ),
-    }
+    """Loss curves, of what was trained."""
+    drawn = {}
+    if options.distill_log:
+        log = read(options.distill_log, schemas.DISTILL_LOG)
+        figure = result_figures.distill(log, settings["distill"]["loss"])
+        drawn["distill"] = figure, options.distill_log
+    if options.subsets_log:
+        joint = {"subsets": read(options.subsets_log, schemas.VELOCITY_LOG)}
+        title = "Random subsets of students against the teacher's output"
+        drawn["subsets"] = result_figures.velocity(joint, ["subsets"], title), options.subsets_log
+    if options.finetune_logs:
+        # Colours follow the config's order of variants, whatever the order of the files.
+        names = [variant["name"] for variant in settings["variants"]]
+        paths = {path.stem: path for path in options.finetune_logs}
+        order = sorted(paths, key=lambda n: (names.index(n) if n in names else len(names), n))
+        tuned = {name: read(paths[name], schemas.VELOCITY_LOG) for name in order}
+        title = "Fine-tuning of the assembled variants against the teacher's output"
+        drawn["finetune"] = result_figures.velocity(tuned, names, title), paths[order[0]]
     save(drawn, options.output)
 
 
@@ -110,6 +105,7 @@ def ablation(options: argparse.Namespace, settings: dict) -> None:
     table = read(options.results, schemas.ABLATION)
     drawn = {
         "ablation": (comparison_figure.comparison(table), options.results),
+        "low_rank": (comparison_figure.low_rank(table), options.results),
         "schedules": (ablation_figures.schedules(table), options.results),
     }
     save(drawn, options.output)
@@ -135,8 +131,8 @@ def main() -> None:
     )
     groups = parser.add_subparsers(required=True, metavar="GROUP")
     inputs = {
-        intervals: ("cka", "blocks", "probes", "intervals"),
-        training: ("distill-log",),
+        intervals: (),
+        training: (),
         quality: ("metrics", "images", "points"),
         ablation: ("results",),
         calibration: ("calibration",),
@@ -148,11 +144,15 @@ def main() -> None:
         for name in names:
             group.add_argument(f"--{name}", type=Path, required=True, metavar="PARQUET")
         if draw is intervals:
-            group.add_argument("--width", type=Path, metavar="PARQUET", help="for figure width")
+            for name in ("cka", "blocks", "probes", "intervals", "width"):
+                group.add_argument(
+                    f"--{name}", type=Path, metavar="PARQUET", help="if there is one"
+                )
         if draw is training:
-            group.add_argument(
-                "--subsets-log", type=Path, nargs="*", default=[], metavar="PARQUET", help="or none"
-            )
+            for name in ("distill-log", "subsets-log"):
+                group.add_argument(
+                    f"--{name}", type=Path, metavar="PARQUET", help="if there is one"
+                )
             group.add_argument(
                 "--finetune-logs",
                 type=Path,

@@ -6,12 +6,16 @@
         --calls results/digits/record/calls.parquet \
         --plan results/digits/prune/plan.json --students results/digits/prune/students.safetensors
 
-The plan holds all units of the selection, and those that distill trains: with width.schedule:
+The plan holds the units of the selection that are trained: all with intervals, and kept blocks
+whose least-squares maps cost more than width.floor of the whole plan; training could only harm the
+others, which it lists as closed. Of them it names those that distill trains: with width.schedule:
 staged these are the depth students alone, whole blocks still. Narrow blocks start from least
 squares on recorded calls.
 """
 
 import argparse
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
@@ -28,6 +32,7 @@ from ppcl import (
     provenance,
     schemas,
     selection,
+    solved,
     stopping,
     students,
     tables,
@@ -39,34 +44,55 @@ from ppcl.errors import UserError
 from ppcl.plans import Unit
 
 
+@dataclass(frozen=True)
+class Selection:
+    """What selection took.
+
+    Attributes:
+        every: all units. depth: its depth students alone.
+        costs: by unit, what its closed forms cost; of depth students there are none.
+        total: what the selection costs, ranks of modulations included.
+    """
+
+    every: list[Unit]
+    depth: list[Unit]
+    costs: dict[str, float]
+    total: float
+
+    def trained(self, floor: float) -> list[Unit]:
+        """Units with intervals, and those that cost no less than a share of the whole."""
+        return [
+            unit
+            for unit in self.every
+            if unit.removed_blocks or self.costs[unit.name] >= floor * self.total
+        ]
+
+
 def selected(path: Path, schema) -> pd.DataFrame:
     """The selected rows of a table of candidates."""
     table = tables.read(path, schema).to_pandas()
     return table[table["selected"]]
 
 
-def planned(args: argparse.Namespace, unread_after: int | None) -> tuple[list[Unit], list[Unit]]:
-    """All units of the selection, and its depth students alone."""
-    ends = selected(args.intervals, schemas.INTERVALS)[["first", "last"]].to_numpy().tolist()
-    intervals, runs, linear = [tuple(pair) for pair in ends], [], []
+def selection_of(args: argparse.Namespace, unread_after: int | None) -> Selection:
+    """What the tables of candidates say."""
+    depth = selected(args.intervals, schemas.INTERVALS)
+    intervals = [tuple(pair) for pair in depth[["first", "last"]].to_numpy().tolist()]
+    total, prices = float(depth["cost"].sum()), {}  # what is not measured counts as nothing
     if args.candidates:
         narrower = selected(args.candidates, schemas.WIDTH_CANDIDATES)
-        text = narrower[narrower["kind"] == "text"]
-        ffns = narrower[narrower["kind"] == "ffn"]
-        runs = [(int(r.first), int(r.last)) for r in text.itertuples()]
-        linear = [(int(r.first), r.stream) for r in ffns.itertuples()]
-    every = plans.units(intervals, runs, linear, unread_after)
-    if not every:
-        raise UserError(f"{args.intervals}: nothing is selected; lower a budget in variants")
-    return every, plans.units(intervals)
-
-
-def pinned_in(unit: Unit, pinned: pins.Named) -> bool:
-    """Whether a unit holds anything that the config pins."""
-    ffns = {(part.first, stream) for part in unit.parts for stream in part.linear_ffn}
-    within = [run for run in pinned.runs if pins.within(run, (unit.first, unit.last))]
-    ends = {(part.first, part.last) for part in unit.parts}
-    return bool(ffns & pinned.ffns or ends & pinned.intervals or within)
+        total += float(narrower["velocity_error"].sum())
+        for row in narrower[narrower["kind"] != "modulation"].itertuples():
+            key = (row.first, row.last if row.kind == "text" else row.stream)
+            prices[key] = 0.0 if math.isnan(row.velocity_error) else row.velocity_error
+    runs = [key for key in prices if not isinstance(key[1], str)]
+    every = plans.units(intervals, runs, [key for key in prices if key not in runs], unread_after)
+    costs = {
+        unit.name: prices.get((unit.first, unit.last), 0.0)
+        + sum(prices[part.first, stream] for part in unit.parts for stream in part.linear_ffn)
+        for unit in every
+    }
+    return Selection(every, plans.units(intervals), costs, total)
 
 
 def main() -> None:
@@ -88,25 +114,35 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     transformer = pipelines.load_transformer(teacher, device)
-    every, depth_only = planned(args, width.unread_after(transformer))
-    if every[-1].last >= len(blocks.block_sequence(transformer)):
+    found = selection_of(args, width.unread_after(transformer))
+    if found.every and found.every[-1].last >= len(blocks.block_sequence(transformer)):
         raise UserError(
             f"{args.intervals} names blocks that this teacher lacks; delete it and rerun"
         )
-    distilled = depth_only if options["schedule"] == "staged" else every
-    made = students.start(transformer, students.parts_of(distilled), how)
-    made = width.start(transformer, made, reader, options, settings["seed"], device)
-    stamp = provenance.stamp(settings, units=len(every))
+    units = found.trained(options["floor"])
+    closed = [unit for unit in found.every if unit not in units]
+    distilled = found.depth if options["schedule"] == "staged" else units
+    shared = reader, options, settings["seed"], device
+    made = solved.start(transformer, students.parts_of(distilled), how, *shared)
+    made = width.start(transformer, made, *shared)
+    stamp = provenance.stamp(settings, units=len(units), closed=len(closed))
     depth = len(blocks.block_sequence(transformer))
     pinned, _ = pins.wishes(settings, depth)
+    if closed:
+        print(
+            f"{len(units)} units are trained; {len(closed)} are left as least squares makes them, "
+            f"since each costs less than {options['floor']:g} of the selection's {found.total:.3g} "
+            "(width.floor)",
+            flush=True,
+        )
 
-    def entries(units: list[Unit]) -> list[dict]:
-        seconds = selection.saved_seconds(units, args.latency)
+    def entries(some: list[Unit]) -> list[dict]:
+        seconds = selection.saved_seconds(some, args.latency)
         return [
             students.plan_entry(
-                unit, width.saved_parameters(transformer, unit), saved, pinned_in(unit, pinned)
+                unit, width.saved_parameters(transformer, unit), saved, pins.holds(unit, pinned)
             )
-            for unit, saved in zip(units, seconds, strict=True)
+            for unit, saved in zip(some, seconds, strict=True)
         ]
 
     timed = (
@@ -117,8 +153,9 @@ def main() -> None:
         "blocks": depth,
         "transformer_parameters": blocks.parameter_count(transformer),
         "start": how,
-        "units": entries(every),
+        "units": entries(units),
         "distilled": entries(distilled),
+        "closed": entries(closed),
         "provenance": stamp,
     }
     stopping.ignore()

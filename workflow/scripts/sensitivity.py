@@ -9,8 +9,9 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
 
 CKA of probes sees how linear a run is, not how much the output depends on it. A student that has
 only its start weights does: the error it leaves ranks runs as the error after training does. Reads
-of the config: seed, device, teacher, sensitivity, and prune for the start weights. A killed run
-goes on with the runs of blocks that are not measured yet.
+of the config: seed, device, teacher, sensitivity, and prune for the start weights, with width's
+calls to fit on if those are solved. A killed run goes on with the runs of blocks that are not
+measured yet.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from ppcl import (
     calls,
     config,
     devices,
-    distillation,
     errors,
     intervals,
     pipelines,
+    prices,
     provenance,
     schemas,
+    solved,
     stopping,
     students,
     tables,
@@ -63,12 +65,14 @@ def main() -> None:
 
     def untrained(part: Part) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.
-        made = students.start(transformer, [part], start)
-        return {part: made[part].to(accelerator.device)}
+        return solved.start(
+            transformer, [part], start, reader, settings["width"], seed, accelerator.device
+        )
 
-    found = distillation.plugged_errors(
+    plugged_in = {part.name: (part.first, partial(untrained, part)) for part in measured}
+    found = prices.measure(
         transformer,
-        {part.name: partial(untrained, part) for part in measured},
+        prices.of_students(transformer, plugged_in),
         reader,
         judged,
         options["batch_size"],

@@ -68,7 +68,7 @@ def main() -> None:
         plan.units,
         plan.facts["units"],
         taught,
-        pd.DataFrame(rows)[schemas.VELOCITY_LOG.names],
+        pd.DataFrame(rows, columns=schemas.VELOCITY_LOG.names),
         schemas.VELOCITY_LOG,
         reader,
         accelerator,

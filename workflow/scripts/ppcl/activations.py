@@ -13,7 +13,17 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, devices, probes, schemas, seals, tables, token_store
+from ppcl import (
+    blocks,
+    calls,
+    devices,
+    modulation_inputs,
+    probes,
+    schemas,
+    seals,
+    tables,
+    token_store,
+)
 from ppcl.errors import UserError
 
 
@@ -144,6 +154,7 @@ def collect(
     folder: Path,
     progress,
     identity: str = "",
+    modulations: modulation_inputs.Sums | None = None,
 ) -> tuple[Moments, dict[str, dict]]:
     """Replays recorded calls and returns the probes' moments and the token sample.
 
@@ -153,6 +164,7 @@ def collect(
             checkpoint_every so many rows.
         folder: where the token sample is kept, and a checkpoint, from which a killed run goes on.
         identity: digest of what decides the result, for checkpoints; others are not used.
+        modulations: sums up what modulation matrices get, of rows of the fit split.
 
     Returns:
         The moments (rows of the fit split only), and per stream the sample: `value`, a
@@ -167,6 +179,10 @@ def collect(
     sample = token_store.resume(folder, identity)
     moments = Moments(device, apart=devices.free_memory(device) is not None)
     moments.put(sample.sums)
+    if modulations is None:
+        modulations = modulation_inputs.Sums(transformer, [], device)
+    modulations.put(sample.conditioning)
+    last = None if modulations.last else sequence[-1].index
     size, most = settings["batch_size"], len(rows) * settings["sample_tokens"]
     regular = max(1, settings["checkpoint_every"] // size)
     every = reader.in_batches(rows, size)
@@ -223,10 +239,12 @@ def collect(
                 if len(before[stream]):
                     moments.add(stream, block.index, before[stream], many[stream].of(out))
 
-        with blocks.watch(sequence, look, learn, stop_after=sequence[-1].index) as run:
+        with modulations.watching(), blocks.watch(sequence, look, learn, stop_after=last) as run:
             run(transformer, batch.arguments)
+        modulations.take(~batch.rows["heldout"])
         _refuse_nonfinite(finite)
         moments.settle()
+        modulations.settle()
         for stream, values in kept.items():
             values = _on_host(torch.stack(values).float())
             per_row = {
@@ -241,10 +259,12 @@ def collect(
         sample.batches += 1
         if sample.batches % regular == 0 and sample.batches < len(every):
             moments.settle(everything=True)
-            sample.sums = moments.sums
+            modulations.sum_up(everything=True)
+            sample.sums, sample.conditioning = moments.sums, modulations.found
             sample.save(identity)
         progress.update(len(batch))
     moments.settle(everything=True)
+    modulations.sum_up(everything=True)
     fitted = {name.split(".")[0] for name in moments.sums}
     to_fit = not reader.index["heldout"][rows].all()
     for stream, store in sample.stores.items():
@@ -256,7 +276,7 @@ def collect(
                 "empty (record.prompts)"
             )
     if sample.batches > resumed:  # what is made of it may be lost
-        sample.sums = moments.sums
+        sample.sums, sample.conditioning = moments.sums, modulations.found
         sample.save(identity)
     return moments, {
         stream: sample.joined(stream) | {"first": sample.first[stream], "value": store}

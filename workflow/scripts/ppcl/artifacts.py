@@ -3,14 +3,15 @@
 from collections.abc import Mapping
 
 from ppcl import blocks, shards, students, weightless
-from ppcl.config import limits
+from ppcl.config import compares, limits
+from ppcl.families import TEXT
 from ppcl.planner import Planner, bytes_of
 from ppcl.plans import Unit
 
 
 def sizes(planner: Planner) -> dict[str, float | None]:
     """Bytes of every artifact that is large; path -> bytes, None where they can't be told."""
-    settings, count = planner.settings, blocks.parameter_count
+    settings = planner.settings
     sequence = blocks.block_sequence(planner.transformer)
     extract = settings["extract"]
     per_token = sum(
@@ -25,14 +26,42 @@ def sizes(planner: Planner) -> dict[str, float | None]:
         # While it runs: two checkpoints are there while one is replaced.
         "state/extract/": tokens + 2 * sum(planner.moments()),
         "activations/moments.safetensors": sum(planner.moments()),
-        "probes/probes.safetensors": sum(
+    }
+    if compares(settings):
+        found["probes/probes.safetensors"] = sum(
             8 * (channels**2 + channels)
             for block in sequence
             for channels in planner.channels(block).values()
-        ),
-    }
-    if not planner.every:
-        return found
+        )
+    if planner.widens:
+        found["width/maps.safetensors"] = found["state/width/"] = _maps(planner)
+    if planner.trains:
+        found |= _students(planner)
+    for variant in settings["variants"]:
+        parameters = _variant_parameters(planner, variant["budget"])
+        if variant["finetune_steps"]:
+            found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
+            options = settings["finetune"]
+            kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
+            found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
+        found[f"models/{variant['name']}/"] = planner.dtype.itemsize * parameters
+    return found
+
+
+def _maps(planner: Planner) -> int:
+    """Bytes of the maps of all linear FFNs and text runs, in the teacher's type."""
+    size, longest = planner.dtype.itemsize, planner.settings["width"]["longest"]
+    total = 0
+    for block in blocks.block_sequence(planner.transformer):
+        channels, found = planner.channels(block), block.width
+        kinds = [*found.ffn, *([TEXT] * 2 * (longest - 1) if found.text else [])]
+        total += sum(size * (channels[kind] ** 2 + channels[kind]) for kind in kinds)
+    return total
+
+
+def _students(planner: Planner) -> dict[str, float]:
+    """Bytes of what the trainings of students leave and keep; path -> bytes."""
+    settings, count, found = planner.settings, blocks.parameter_count, {}
     staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
     whole = sum(map(count, weightless.new_blocks(planner.transformer, planner.every).values()))
     first = whole
@@ -43,24 +72,16 @@ def sizes(planner: Planner) -> dict[str, float | None]:
     trained |= {"narrow": whole} if staged else {}
     trained |= {"subsets": whole} if settings["subsets"]["steps"] else {}
     for stage, parameters in trained.items():
-        kind = settings["distill" if stage == "narrow" else stage]["optimizer"]
+        options = settings["distill" if stage == "narrow" else stage]
+        kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
         found[f"{stage}/students.safetensors"] = 4 * parameters
-        found[f"state/{stage}/"] = 4 * parameters + weightless.optimizer_bytes(parameters, kind)
-    found |= _streams(planner, planner.depth if staged else planner.every)
-    for variant in settings["variants"]:
-        parameters = _variant_parameters(planner, variant["budget"])
-        if variant["finetune_steps"]:
-            found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
-            kept = weightless.optimizer_bytes(parameters, settings["finetune"]["optimizer"])
-            found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
-        found[f"models/{variant['name']}/"] = planner.dtype.itemsize * parameters
-    return found
+        found[f"state/{stage}/"] = 4 * parameters + kept
+    return found | _streams(planner, planner.depth if staged else planner.every)
 
 
 def _variant_parameters(planner: Planner, budget: float | Mapping) -> int:
-    """At most: what its budget allows, and no less than the whole selection leaves."""
-    total = blocks.parameter_count(planner.transformer)
-    least = blocks.parameter_count(next(reversed(planner.variants.values()))[0])
+    """At most: what its budget allows, and no less than all that there is leaves."""
+    total, least = blocks.parameter_count(planner.transformer), planner.least
     allowed = [
         {"fraction": int(value * total), "parameters": int(value)}.get(kind, total)
         for kind, value in limits(budget).items()

@@ -6,7 +6,7 @@ keywords, or positionally under gradient checkpointing, so arguments are bound b
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -142,6 +142,7 @@ def watch(
     before: Callable[[Block, dict[str, Any]], None] | None = None,
     after: Callable[[Block, Streams], None] | None = None,
     stop_after: int | None = None,
+    stop_before: int | None = None,
 ):
     """Shows the calls of blocks while a transformer runs; yields a function that runs it.
 
@@ -149,6 +150,7 @@ def watch(
         before: gets each block with the bound arguments of its call.
         after: gets each block with the streams that it returned.
         stop_after: the block after which the forward pass ends early. Its caller gets None.
+        stop_before: the block at whose call it ends.
     """
     handles = []
 
@@ -159,10 +161,13 @@ def watch(
             return None
 
     for block in blocks:
-        if before is not None:
+        if before is not None or block.index == stop_before:
 
             def pre(_module, args, kwargs, block=block):
-                before(block, block.bind(args, kwargs))
+                if before is not None:
+                    before(block, block.bind(args, kwargs))
+                if block.index == stop_before:
+                    raise _Enough
 
             handles.append(block.module.register_forward_pre_hook(pre, with_kwargs=True))
         if after is not None or block.index == stop_after:
@@ -356,6 +361,27 @@ def assembled(
         setattr(copied, attribute, nn.ModuleList(chosen))
     copied.register_to_config(**changed)
     return copied, block_map
+
+
+class _Passing(nn.Module):
+    """Stands for a block, and gives its streams back as they are."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self._block = block
+
+    def forward(self, *args, **kwargs):
+        streams = self._block.inputs(self._block.bind(args, kwargs))
+        found = tuple(streams.get(stream) for stream in self._block.list.outputs)
+        return found if len(found) > 1 else found[0]
+
+
+def emptied(transformer: nn.Module, kept: Collection[int] = ()) -> nn.Module:
+    """A transformer of as many blocks, of which only those of these numbers do anything: what is
+    around the blocks computes as ever. It shares all else with the original."""
+    every = block_sequence(transformer)
+    passing = {(b.index, b.index): _Passing(b) for b in every if b.index not in kept}
+    return assembled(transformer, passing)[0]
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -43,7 +43,9 @@ class Subset(dict):
 @functools.cache
 def schema() -> dict:
     """The JSON schema of the configuration."""
-    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    # In C where there is: every job, and every start of Snakemake, reads it first.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(SCHEMA_PATH.read_text(encoding="utf-8"), loader)
 
 
 def load(source: str) -> dict:
@@ -122,6 +124,14 @@ def complete(config: dict, source: str) -> dict:
     for name in names:
         if names.count(name) > 1:
             raise UserError(f"{source}: variants: the name '{name}' is used twice; rename one")
+    for variant in filled.get("variants", []):
+        if variant["finetune_steps"] and not variant["train"]:
+            raise UserError(
+                f"{source}: variants: '{variant['name']}' has train: false, so nothing of it is "
+                "trained, but finetune_steps is {}; set that to 0, or leave train out".format(
+                    variant["finetune_steps"]
+                )
+            )
     if filled["run"].lower() in TAKEN:  # there are disks on which Teacher is teacher
         raise UserError(
             f"{source}: run: results/{filled['run']} is {TAKEN[filled['run'].lower()]}; choose "
@@ -189,10 +199,32 @@ def limits(budget: float | dict) -> dict[str, float]:
     return dict(budget) if isinstance(budget, dict) else {"fraction": budget}
 
 
+def compares(config: dict) -> bool:
+    """Whether blocks are compared with each other: for intervals, and for text runs."""
+    runs = config["width"]["enabled"] and config["width"]["longest"] > 1
+    return config["intervals"]["enabled"] or runs
+
+
+def searches_by_cost(config: dict) -> bool:
+    """Whether intervals are searched for by what they cost, measured before."""
+    return config["intervals"]["enabled"] and config["intervals"]["cost"] == "velocity"
+
+
+def trains(config: dict) -> bool:
+    """Whether students are trained: those of intervals, for variants that want any."""
+    return config["intervals"]["enabled"] and any(v["train"] for v in config["variants"])
+
+
+def budgets(variants: list[dict]) -> list[dict]:
+    """The variants without what is done with them later: what the choice of sets depends on."""
+    return [{key: v[key] for key in ("name", "budget", "train")} for v in variants]
+
+
 def tightest(variants: list[dict]) -> list[dict]:
-    """The smallest limit of each kind, as one variant each: what the selection depends on."""
+    """The smallest limit of each kind, as one variant each: what the selection depends on. Those of
+    variants that trained students may be in; of all, if there are none such."""
     least: dict[str, float] = {}
-    for variant in variants:
+    for variant in [v for v in variants if v["train"]] or variants:
         for kind, value in limits(variant["budget"]).items():
             least[kind] = min(value, least.get(kind, value))
     return [{"name": f"smallest-{kind}", "budget": {kind: least[kind]}} for kind in sorted(least)]

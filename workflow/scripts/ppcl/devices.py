@@ -4,7 +4,8 @@ import copy
 import functools
 import resource
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -232,6 +233,58 @@ def stream_leaves(module: nn.Module, device: torch.device) -> None:
         offload_device=torch.device("cpu"),
         offload_type="leaf_level",
     )
+
+
+# ---- precision
+
+
+class _Lift:
+    """Hooks that have a module's weights in float32 while it runs."""
+
+    def __init__(self):
+        self._kept: dict[torch.Tensor, torch.Tensor] = {}
+
+    def up(self, module: nn.Module, *_call) -> None:
+        self.up_all([*module.parameters(), *module.buffers()])
+
+    def up_all(self, tensors: Iterable[torch.Tensor]) -> None:
+        for tensor in tensors:
+            if tensor.dtype in (torch.bfloat16, torch.float16):
+                self._kept[tensor] = tensor.data
+                tensor.data = tensor.data.float()
+
+    def down(self, *_call) -> None:
+        for tensor, data in self._kept.items():
+            tensor.data = data
+        self._kept.clear()
+
+
+@contextmanager
+def in_float32(transformer: nn.Module, block_modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Has a model compute in float32 with the weights that it has, without gradients.
+
+    One block's weights are in float32 at a time, so that a model needs no second memory. Streamed
+    blocks are, too. Its calls must be of float32 (`calls.Batch.to_float32`).
+    """
+    every = (*transformer.parameters(), *transformer.buffers())
+    if all(tensor.dtype not in (torch.bfloat16, torch.float16) for tensor in every):
+        yield
+        return
+    modules = list(dict.fromkeys(block_modules))
+    inside = {t for m in modules for t in (*m.parameters(), *m.buffers())}
+    handles, rest = [], _Lift()
+    for module in modules:
+        lift = _Lift()
+        handles.append(module.register_forward_pre_hook(lift.up))
+        # Before a streamed block's own hook takes its weights away.
+        handles.append(module.register_forward_hook(lift.down, prepend=True, always_call=True))
+    rest.up_all(tensor for tensor in every if tensor not in inside)
+    try:
+        yield
+    finally:
+        rest.down()
+        for handle in handles:
+            handle.remove()
 
 
 # ---- compiled blocks

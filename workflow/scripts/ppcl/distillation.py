@@ -17,18 +17,15 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 from ppcl import (
     blocks,
     calls,
-    devices,
     entrance,
     losses,
+    prices,
     schemas,
-    stopping,
     teaching,
-    texts,
 )
 from ppcl.errors import UserError
 from ppcl.families import TEXT
@@ -129,7 +126,7 @@ def independent(
     family = blocks.family(transformer)
     parts, batch_of = list(students), batches_of_steps(reader, options, seed, accelerator)
     names = names or {part: part.name for part in parts}
-    sources = {part.key for part in parts if part.text == "source"}
+    sources = {part.key for part in parts if part.lends}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         batch = batch_of(step)
@@ -158,7 +155,7 @@ def independent(
                 returned = _call(student, lesson.bound, options["gradient_checkpointing"])
                 output = sequence[part.first].outputs(returned)
                 # A source returns its carry: its own text stream, and what it lends.
-                if part.text == "source":
+                if part.lends:
                     lent[part.key] = output[TEXT].detach().chunk(2, dim=-1)[1]
                 output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
                 loss, metrics = teaching.interval_losses(output, lesson.target, real, options)
@@ -278,96 +275,6 @@ def sequential_inputs(
     return inputs
 
 
-@torch.no_grad()
-def plugged_error(
-    transformer: nn.Module,
-    students: Students,
-    reader: calls.Reader,
-    rows,
-    batch_size: int,
-    accelerator: Accelerator,
-) -> float:
-    """Relative velocity error of the teacher with these students plugged in, on recorded calls.
-
-    Raises:
-        UserError: all recorded answers are zero.
-    """
-    model, _, _ = plugged(transformer, students)
-    error = power = 0.0
-    for batch in reader.batches(rows, batch_size, accelerator.device):
-        batch = batch.to(accelerator.device)
-        with accelerator.autocast():
-            output = blocks.answer(model, batch.arguments)
-        where = devices.statistics_device(output.device)
-        output, target = (x.to(where).double() for x in (output, batch.output))
-        error += (output - target).square().sum()  # on the device, which need not be waited for
-        power += target.square().sum()
-    calls.refuse_zeros(float(power))
-    return float(error) / float(power)
-
-
-def plugged_errors(
-    transformer: nn.Module,
-    students_of: Mapping[str, Callable[[], Students]],
-    reader: calls.Reader,
-    rows,
-    batch_size: int,
-    accelerator: Accelerator,
-    state: Path | None = None,
-    identity: str = "",
-) -> list[float]:
-    """`plugged_error` of each of several sets of students, shared out over the processes.
-
-    Every process gets all errors back, in the order of `students_of`.
-
-    Args:
-        students_of: by name, what makes the set of students when its turn comes.
-        state: folder in which finished errors wait for a killed run to go on, one file per process.
-        identity: digest of what decides the errors; files with another one are not used.
-
-    Raises:
-        UserError: an error is NaN or infinite.
-    """
-    rank, count = accelerator.process_index, accelerator.num_processes
-    done = _finished(state, identity) if state else {}
-    names = list(students_of)
-    known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
-    known = devices.of_main(accelerator, known)  # all must share out the same rest
-    rest = known.isnan().nonzero()[:, 0].tolist()
-    # The sum over processes counts an error once.
-    found = known.nan_to_num(0.0) if rank == 0 else torch.zeros_like(known)
-    for number in tqdm(rest[rank::count], desc="plugging", unit="set", disable=rank > 0):
-        name = names[number]
-        # Not a part that a warned program finishes: at full size it takes longer than schedulers
-        # wait, and what it would lose is one error.
-        fitting = students_of[name]()
-        error = plugged_error(transformer, fitting, reader, rows, batch_size, accelerator)
-        found[number] = error
-        if state and math.isfinite(error):
-            done[name] = error
-            with stopping.part():
-                texts.write_sealed(state / f"{rank}.json", {"identity": identity, "errors": done})
-    if count > 1:
-        found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
-    for name, error in zip(names, found.tolist(), strict=True):
-        if not math.isfinite(error):
-            raise UserError(
-                f"velocity error with a student for {name} is {error}; its weights or the "
-                "teacher's activations overflow: set teacher.dtype: float32 or bfloat16"
-            )
-    return found.tolist()
-
-
-def _finished(state: Path, identity: str) -> dict[str, float]:
-    """Errors by name that earlier runs of the same identity left, of whatever process."""
-    found = {}
-    for path in sorted(state.glob("*.json")):
-        kept = texts.read_sealed(path)
-        if kept["identity"] == identity:
-            found |= kept["errors"]
-    return found
-
-
 def cost_table(
     transformer: nn.Module,
     units: Sequence[Unit],
@@ -385,14 +292,18 @@ def cost_table(
     Args:
         entries: the plan's, one per unit.
         options: the stage's, with heldout_rows and batch_size.
-        state, identity: as of `plugged_errors`.
+        state, identity: as of `prices.measure`.
     """
     judged = reader.sample_heldout("select", options["heldout_rows"], seed, "heldout_rows")
     for student in students.values():
         student.eval()
-    costs = plugged_errors(
+    plugged_in = {
+        unit.name: (unit.first, lambda u=unit: {part: students[part] for part in u.parts})
+        for unit in units
+    }
+    costs = prices.measure(
         transformer,
-        {unit.name: lambda u=unit: {part: students[part] for part in u.parts} for unit in units},
+        prices.of_students(transformer, plugged_in),
         reader,
         judged,
         options["batch_size"],

@@ -8,9 +8,10 @@ nothing is selected, every block is taken to have a student. Limits are `SAFETY`
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppcl import blocks, example_calls, intervals, similarity, students, width
+from ppcl.config import compares, limits, searches_by_cost, trains
 from ppcl.planner import Planner, Stage
 from ppcl.plans import Part, Unit
 
@@ -44,6 +45,7 @@ class Work:
         trains: whether it computes in its own precision instead of the teacher's.
         models: how many models it loads, one after the other.
         pictures: how many it makes.
+        float32: further FLOPs, of passes in float32, whatever the teacher's type.
         devices: how many share flops and passes.
         streams: whether the teacher comes to the device a block at a time, if teacher.offload
             says so.
@@ -53,6 +55,7 @@ class Work:
     flops: float
     passes: float
     trains: str = ""
+    float32: float = 0.0
     models: int = 1
     pictures: int = 0
     devices: int = 1
@@ -83,9 +86,10 @@ def works(planner: Planner) -> dict[str, Work]:
         batch, steps = options["batch_size"], options["steps"]
         devices = _devices(settings)
         return Work(
-            steps * batch * step + judged * whole,
+            steps * batch * step,
             steps * devices + math.ceil(judged / batch),
             trains=stage,
+            float32=judged * whole,
             devices=devices,
             **more,
         )
@@ -110,40 +114,51 @@ def works(planner: Planner) -> dict[str, Work]:
             rows, record["batch_size"], pictures=record["samples"], devices=_devices(settings)
         )
     done["extract"] = forwards(settings["extract"]["rows"], settings["extract"]["batch_size"])
-    done["similarity"] = _similarity(planner)
-    options = settings["sensitivity"]
-    runs = intervals.spans(
-        len(sequence), blocks.seams(planner.transformer), blocks.untouchable(planner.transformer)
-    )
-    tried = len(intervals.all_within(runs, options["longest"]))
-    done["sensitivity"] = forwards(
-        (tried + 1) * options["rows"], options["batch_size"], devices=_devices(settings)
-    )
-    if settings["width"]["enabled"]:
-        done["width"] = _width(planner, forwards)
+    if compares(settings):
+        done["similarity"] = _similarity(planner)
+    if searches_by_cost(settings):
+        options = settings["sensitivity"]
+        runs = intervals.spans(
+            len(sequence),
+            blocks.seams(planner.transformer),
+            blocks.untouchable(planner.transformer),
+        )
+        tried = intervals.all_within(runs, options["longest"])
+        starts = [first for first, _ in tried]
+        done["sensitivity"] = _prices(planner, found, starts, options)
+    if planner.widens or planner.matrices:
+        done["width"] = _width(planner, found)
     timed = (evaluate["latency_repeats"] + 1) * evaluate["batch_size"]
-    # Whole blocks, and each without one of its parts.
-    kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
-    done["latency"] = forwards(kinds * timed, evaluate["batch_size"])
-    staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
-    units = depth if staged else every
-    done["distill"] = distilled(units)
-    jobs = planner.jobs(units) if planner.every else []
-    if len(jobs) > 1:
-        done |= {f"distill/{number}": distilled(job) for number, job in enumerate(jobs)}
-    if staged:
-        done["narrow"] = distilled(every, settings["width"]["steps"])
-    if settings["subsets"]["steps"]:
-        step = times("subsets") * whole
-        done["subsets"] = trained("subsets", step, every, settings["subsets"], streams=False)
+    if any("latency" in limits(variant["budget"]) for variant in settings["variants"]):
+        # Whole blocks, and each without one of its parts.
+        kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
+        done["latency"] = forwards(kinds * timed, evaluate["batch_size"])
+    if trains(settings):
+        staged = planner.widens and settings["width"]["schedule"] == "staged"
+        units = depth if staged else every
+        done["distill"] = distilled(units)
+        jobs = planner.jobs(units) if planner.every else []
+        if len(jobs) > 1:
+            done |= {f"distill/{number}": distilled(job) for number, job in enumerate(jobs)}
+        if staged:
+            done["narrow"] = distilled(every, settings["width"]["steps"])
+        if settings["subsets"]["steps"]:
+            step = times("subsets") * whole
+            done["subsets"] = trained("subsets", step, every, settings["subsets"], streams=False)
+    # Every unit alone, and for every variant its units of one stage each, and one flipped by one.
+    tried = len(every) * (1 + 3 * len(settings["variants"])) if trains(settings) else 0
+    tried += len(settings["variants"])
+    done["choose"] = _prices(planner, found, [0] * tried, settings["choose"])
     steps = max(variant["finetune_steps"] for variant in settings["variants"])
     if steps:
         options = settings["finetune"] | {"steps": steps}
         step = times("finetune") * whole
         done["finetune"] = trained("finetune", step, [], options, streams=False)
-    sizes = settings["pareto"]["budgets"]
+    sizes, judged = settings["pareto"]["budgets"], settings["choose"]["rows"]
     done["pareto"] = forwards(
-        (sizes + 1) * (evaluate["velocity_rows"] + timed), evaluate["batch_size"]
+        (sizes + 1) * (evaluate["velocity_rows"] + timed),
+        evaluate["batch_size"],
+        float32=(sizes + 1) * judged * whole,
     )
     if planner.pipeline is not None:
         models = len(settings["variants"]) + 1
@@ -166,18 +181,38 @@ def steps_of(planner: Planner) -> int:
     return steps * branches_of(planner)
 
 
-def _width(planner: Planner, forwards) -> Work:
-    """Fits, in as many passes as their sums need, and every narrower block plugged in alone."""
+def _prices(
+    planner: Planner, found: tuple[list[int], int], starts: list[int], options: Mapping
+) -> Work:
+    """Changed models in float32, each from the block on where its change begins, and the teacher.
+
+    starts: those blocks; the number of blocks for a change behind all of them.
+    """
+    per_block, whole = found
+    spent = 2 * whole + sum(whole - sum(per_block[:start]) for start in starts)
+    passes = math.ceil(options["rows"] / options["batch_size"]) * (len(starts) + 2)
+    return Work(0.0, passes, float32=options["rows"] * spent, devices=_devices(planner.settings))
+
+
+def _width(planner: Planner, found: tuple[list[int], int]) -> Work:
+    """Fits, in as many passes as their sums need, and every closed form priced alone."""
     options, sequence = planner.settings["width"], blocks.block_sequence(planner.transformer)
-    candidates = len(width.ffn_candidates(planner.transformer))
-    texts = sum(block.width.text is not None for block in sequence) * (options["longest"] - 1)
-    channels = max(max(planner.channels(block).values()) for block in sequence)
-    sums = 4 * 8 * channels**2 * (candidates + 2 * texts)
-    passes = math.ceil(sums / width.SUMS_BYTES)
-    rows = passes * math.ceil(1.25 * options["fit_rows"])  # a quarter more to judge the maps on
-    # A pass also runs the blocks that the maps stand for once more.
-    rows = 2 * rows + (candidates + texts + 1) * options["rows"]
-    return forwards(rows, options["batch_size"], devices=_devices(planner.settings))
+    starts, rows = [], 0
+    if planner.widens:
+        starts += [unit.first for unit in width.ffn_candidates(planner.transformer)]
+        texts = [block.index for block in sequence if block.width.text]
+        texts *= options["longest"] - 1
+        channels = max(max(planner.channels(block).values()) for block in sequence)
+        sums = 4 * 8 * channels**2 * (len(starts) + 2 * len(texts))
+        passes = math.ceil(sums / width.SUMS_BYTES)
+        # A quarter more to judge the maps on; and a pass also runs the blocks that the maps stand
+        # for once more.
+        rows = 2 * passes * math.ceil(1.25 * options["fit_rows"])
+        starts += texts
+    starts += [block for (block, _), ranks in planner.matrices.items() for _ in ranks]
+    work = _prices(planner, found, starts, options)
+    fits = math.ceil(rows / options["batch_size"])
+    return replace(work, flops=rows * found[1], passes=work.passes + fits)
 
 
 def heldout_tokens(settings: Mapping) -> int:
@@ -210,19 +245,19 @@ def _devices(settings: Mapping) -> int:
     return 1 if processes == "auto" or settings["device"] == "cpu" else processes
 
 
-def speed(settings: Mapping, work: Work) -> float:
+def speed(settings: Mapping, work: Work, float32: bool = False) -> float:
     """FLOP/s of one device, in the precision of a stage's work: the teacher's, unless it has its
-    own."""
+    own; or of its passes in float32."""
     cpu = settings["device"] == "cpu"
-    given = settings["plan"]["tflops"] or (CPU_TFLOPS if cpu else GPU_TFLOPS)
+    given = 1e12 * (settings["plan"]["tflops"] or (CPU_TFLOPS if cpu else GPU_TFLOPS))
     if work.float64:
-        return 1e12 * given * (CPU_FLOAT64 if cpu else GPU_FLOAT64)
-    low = (
+        return given * (CPU_FLOAT64 if cpu else GPU_FLOAT64)
+    low = not float32 and (
         settings[work.trains]["mixed_precision"] != "no"
         if work.trains
         else (settings["teacher"]["dtype"] != "float32")
     )
-    return 1e12 * given * (1.0 if low or cpu else FLOAT32)
+    return given * (1.0 if low or cpu else FLOAT32)
 
 
 def seconds(work: Work, settings: Mapping, weights: int) -> float:
@@ -232,6 +267,7 @@ def seconds(work: Work, settings: Mapping, weights: int) -> float:
         weights: bytes of the teacher's transformer.
     """
     spent = work.flops / work.devices / speed(settings, work)
+    spent += work.float32 / work.devices / speed(settings, work, float32=True)
     spent += work.passes / work.devices * PASS + work.pictures * PICTURE
     if work.streams and settings["teacher"]["offload"] in ("stream", "auto"):
         spent += work.passes / work.devices * weights / STREAMING

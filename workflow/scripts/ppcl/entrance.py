@@ -56,10 +56,11 @@ class Door(nn.Module):
     def __init__(self, block: blocks.Block):
         super().__init__()
         self.block, self.module = block, block.module
+        self.signature = inspect.signature(block.module.forward)
         self.given: Mapping[str, Sequence[Tensor]] = {}
 
     def forward(self, *args, **kwargs) -> Any:
-        call = inspect.signature(self.module.forward).bind(*args, **kwargs)
+        call = self.signature.bind(*args, **kwargs)
         for stream, values in self.given.items():
             argument = self.block.list.inputs[stream]
             call.arguments[argument] = fitted(values, call.arguments[argument])
@@ -87,14 +88,20 @@ class Entrance:
     """A transformer that starts at block `first`: those before it pass on what they are given.
 
     Embeddings, modulation and rotary embeddings are still the transformer's own work. Blocks from
-    `first` on are the transformer's, so what watches them there sees them here.
+    `first` on are the transformer's, so what watches them there sees them here. With the number of
+    blocks as `first`, it starts behind the last one.
     """
 
     def __init__(self, transformer: nn.Module, first: int):
         sequence = blocks.block_sequence(transformer)
-        self._door = Door(sequence[first])
-        instead = {(b.index, b.index): Passing(b) for b in sequence[:first]}
-        self._model, _ = blocks.assembled(transformer, instead | {(first, first): self._door})
+        instead: dict[tuple[int, int], nn.Module] = {
+            (b.index, b.index): Passing(b) for b in sequence[:first]
+        }
+        at = min(first, len(sequence) - 1)
+        self._door = Door(sequence[at])
+        if first > at:
+            self._door.module = instead[at, at]
+        self._model, _ = blocks.assembled(transformer, instead | {(at, at): self._door})
 
     def model(self, streams: Mapping[str, Sequence[Tensor]]) -> nn.Module:
         """The model, whose next call is on these streams (`Door.given`)."""
@@ -109,15 +116,21 @@ def streams_before(
     arguments: dict[str, Any],
     running: nn.Module | None = None,
 ) -> blocks.Streams:
-    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...].
+    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...]; with
+    the number of blocks, what the last one returns.
 
     running: what runs in its place, with that block of it (`Entrance.model`).
     """
     found: blocks.Streams = {}
-    block = blocks.block_sequence(transformer)[first]
-    with blocks.watch(
-        [block], lambda _block, bound: found.update(block.inputs(bound)), stop_after=first
-    ) as run:
+    sequence = blocks.block_sequence(transformer)
+    if first == len(sequence):
+        seen = {"after": lambda _block, streams: found.update(streams), "stop_after": first - 1}
+        watched = [sequence[-1]]
+    else:
+        seen = {"before": lambda block, bound: found.update(block.inputs(bound))}
+        seen |= {"stop_before": first}
+        watched = [sequence[first]]
+    with blocks.watch(watched, **seen) as run:
         run(transformer if running is None else running, arguments)
     return found
 

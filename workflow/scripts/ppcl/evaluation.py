@@ -363,16 +363,24 @@ def interleaved_times(
 
     So all share the machine's ups and downs. An unmeasured round comes first.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    rounds = list(timed_rounds(runs, repeats, device))
+    return {name: np.array([times[name] for times in rounds]) for name in runs}
+
+
+def timed_rounds(
+    runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> Iterator[dict[str, float]]:
+    """As `interleaved_times`, round by round: seconds by run."""
     for round_ in range(repeats + 1):
+        times = {}
         for name, run in runs.items():
             devices.synchronise(device)
             start = time.perf_counter()
             run()
             devices.synchronise(device)
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: np.array(seconds) for name, seconds in times.items()}
+            times[name] = time.perf_counter() - start
+        if round_:
+            yield times
 
 
 @torch.no_grad()

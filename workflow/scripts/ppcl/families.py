@@ -42,6 +42,7 @@ class TextPath:
         modulation: gives that norm's shift and scale, and all gates; None if the norm does.
         extras: values that the norm returns beside its result: gates, shifts and scales.
         attention, argument: the attention, and its argument that gets that input.
+        query: the projection of the attention's text queries, and their norm, which may be None.
         output: the projection of the attention's text output.
         keywords: the block's argument whose items it hands to the attention.
         others: further modules that get these items.
@@ -52,6 +53,7 @@ class TextPath:
     extras: int
     attention: str
     argument: str
+    query: tuple[str, str]
     output: str
     keywords: str
     others: tuple[str, ...] = ()
@@ -130,6 +132,10 @@ class Family:
             the pipeline, the settings of its call, the tokenizer and the prompt.
         fixed: why finished pictures can't be noised again for it; empty if they can.
         last_modulation: path in the transformer of the Linear of its last AdaLN; empty without.
+        guidance: what pipelines give it for a guidance of 1, where it gets that as a number.
+        gated: block list -> paths in a block of Linears whose outputs streams take up element by
+            element, times a gate or as they are. Those together that depend on none of each other;
+            they come in the order in which they run, and nothing else of the block follows them.
         limits: what else a user should know, for the table in the docs.
     """
 
@@ -150,6 +156,8 @@ class Family:
     apart: Callable[[Any, str], int] | None = None
     fixed: str = ""
     last_modulation: str = ""
+    guidance: float = 1.0
+    gated: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     limits: str = ""
 
     def layouts(self) -> dict[str, dict]:
@@ -243,17 +251,22 @@ def single(
     depth_key: str,
     width: Width | None = None,
     argument: str = "hidden_states",
+    modulations: tuple[str, ...] = (),
 ) -> BlockList:
     """Blocks that take and return one sequence."""
-    return BlockList(attribute, depth_key, {stream: argument}, (stream,), width)
+    return BlockList(attribute, depth_key, {stream: argument}, (stream,), width, modulations)
 
 
 def dual(
-    outputs: tuple[str, ...], attribute: str, depth_key: str, width: Width | None = None
+    outputs: tuple[str, ...],
+    attribute: str,
+    depth_key: str,
+    width: Width | None = None,
+    modulations: tuple[str, ...] = (),
 ) -> BlockList:
     """Blocks that take and return image and text as hidden_states and encoder_hidden_states."""
     inputs = {IMAGE: "hidden_states", TEXT: "encoder_hidden_states"}
-    return BlockList(attribute, depth_key, inputs, outputs, width)
+    return BlockList(attribute, depth_key, inputs, outputs, width, modulations)
 
 
 IMAGE_TEXT, TEXT_IMAGE = (IMAGE, TEXT), (TEXT, IMAGE)
@@ -265,18 +278,29 @@ _ZERO_FFN = {
     IMAGE: FeedForward("norm2", "ff", "norm1.linear"),
     TEXT: FeedForward("norm2_context", "ff_context", "norm1_context.linear"),
 }
+_TEXT_QUERY = ("attn.add_q_proj", "attn.norm_added_q")
 _ZERO_TEXT = TextPath(
     norm="norm1_context",
     modulation=None,
     extras=4,
     attention="attn",
     argument="encoder_hidden_states",
+    query=_TEXT_QUERY,
     output="attn.to_add_out",
     keywords="joint_attention_kwargs",
     others=("attn2",),
 )
 _ZERO = Width(_ZERO_FFN, _ZERO_TEXT)
+_ZERO_MODULATIONS = ("norm1.linear", "norm1_context.linear")
+_SINGLE_MODULATIONS = ("norm.linear",)
+_LAST = "norm_out.linear"
 _FFN = FeedForward("norm2", "ff")
+
+# What `Family.gated` says of many classes: of blocks with two streams, with one that attends to
+# itself and then to texts, and with one linear for both branches.
+_GATED = (("attn.to_out.0", "attn.to_add_out"), ("ff.net.2", "ff_context.net.2"))
+_GATED_TWICE = (("attn2.to_out.0",), ("ff.net.2",))
+_GATED_ONCE = (("proj_out",),)
 
 _NO_FLOW = "its schedulers are not flow matching"
 _OWN_TIME = "its pipelines count noise the other way round than their schedulers"
@@ -304,22 +328,36 @@ FAMILIES: dict[str, Family] = {
                         extras=0,
                         attention="attn",
                         argument="encoder_hidden_states",
+                        query=_TEXT_QUERY,
                         output="attn.to_add_out",
                         keywords="joint_attention_kwargs",
                     ),
                 ),
+                ("img_mod.1", "txt_mod.1"),
             ),
         ),
         masks={TEXT: marked("encoder_hidden_states_mask")},
         unread=(TEXT,),
+        last_modulation=_LAST,
         framed=_filled,
         limits="Qwen-Image-Edit: record.renoised_per_sample must be 0",
+        gated={
+            "transformer_blocks": (
+                ("attn.to_out.0", "attn.to_add_out"),
+                ("img_mlp.net.2", "txt_mlp.net.2"),
+            )
+        },
     ),
     "FluxTransformer2DModel": Family(
-        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO), dual(TEXT_IMAGE, *SINGLE)),
+        lists=(
+            dual(TEXT_IMAGE, *DOUBLE, _ZERO, _ZERO_MODULATIONS),
+            dual(TEXT_IMAGE, *SINGLE, modulations=_SINGLE_MODULATIONS),
+        ),
         shared=("img_ids", "txt_ids"),
         unread=(TEXT,),
+        last_modulation=_LAST,
         texts=("tokenizer_2",),
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "Flux2Transformer2DModel": Family(
         lists=(
@@ -334,7 +372,8 @@ FAMILIES: dict[str, Family] = {
         limits="one modulation serves all blocks, so text streams can't be shared",
     ),
     "SD3Transformer2DModel": Family(
-        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO),),
+        lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO, _ZERO_MODULATIONS),),
+        last_modulation=_LAST,
         untouchable={
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
         },
@@ -343,10 +382,12 @@ FAMILIES: dict[str, Family] = {
         texts=("tokenizer", "tokenizer_2", "tokenizer_3"),
         limits="no skip-layer guidance, which names blocks by number; intervals don't cross from "
         "blocks with two attentions to others",
+        gated={DOUBLE[0]: _GATED},
     ),
     "PixArtTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
         fixed=_NO_FLOW,
+        gated={DOUBLE[0]: _GATED_TWICE},
     ),
     "SanaTransformer2DModel": Family(lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),)),
     "Lumina2Transformer2DModel": Family(
@@ -356,8 +397,10 @@ FAMILIES: dict[str, Family] = {
                 "layers",
                 "num_layers",
                 Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
+                modulations=("norm1.linear",),
             ),
         ),
+        last_modulation="norm_out.linear_1",
         masks={IMAGE: _lumina},
         framed=_instructed,
         fixed=_OWN_TIME,
@@ -371,8 +414,10 @@ FAMILIES: dict[str, Family] = {
                 "n_layers",
                 Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
                 argument="x",
+                modulations=("adaLN_modulation.0",),
             ),
         ),
+        last_modulation="all_final_layer.2-1.adaLN_modulation.1",
         masks={IMAGE: _z_image},
         state="x",
         time="t",
@@ -381,18 +426,35 @@ FAMILIES: dict[str, Family] = {
         limits="the refiners, two blocks each, stay",
     ),
     "HunyuanImageTransformer2DModel": Family(
-        lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
+        lists=(
+            dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN), _ZERO_MODULATIONS),
+            dual(IMAGE_TEXT, *SINGLE, modulations=_SINGLE_MODULATIONS),
+        ),
+        last_modulation=_LAST,
         masks={TEXT: _hunyuan_image},
         unread=(TEXT,),
         framed=_filled,
         apart=_lettered,
+        guidance=1000.0,
         limits="the attention gets no keywords, so text streams can't be shared",
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "HiDreamImageTransformer2DModel": Family(
         lists=(
-            dual(IMAGE_TEXT, "double_stream_blocks", "num_layers"),
-            single(JOINT, "single_stream_blocks", "num_single_layers"),
+            dual(
+                IMAGE_TEXT,
+                "double_stream_blocks",
+                "num_layers",
+                modulations=("block.adaLN_modulation.1",),
+            ),
+            single(
+                JOINT,
+                "single_stream_blocks",
+                "num_single_layers",
+                modulations=("block.adaLN_modulation.1",),
+            ),
         ),
+        last_modulation="final_layer.adaLN_modulation.1",
         masks={TEXT: _hidream, JOINT: _hidream},
         batch_dims={"encoder_hidden_states_llama3": 1},
         untouchable={
@@ -407,18 +469,27 @@ FAMILIES: dict[str, Family] = {
     "WanTransformer3DModel": Family(
         lists=(single(IMAGE, "blocks", "num_layers", Width({IMAGE: FeedForward("norm3", "ffn")})),),
         limits="with two transformers, prune one run after the other (teacher.component)",
+        gated={"blocks": (("attn2.to_out.0",), ("ffn.net.2",))},
     ),
     "HunyuanVideoTransformer3DModel": Family(
-        lists=(dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN)), dual(IMAGE_TEXT, *SINGLE)),
+        lists=(
+            dual(IMAGE_TEXT, *DOUBLE, Width(_ZERO_FFN), _ZERO_MODULATIONS),
+            dual(IMAGE_TEXT, *SINGLE, modulations=_SINGLE_MODULATIONS),
+        ),
+        last_modulation=_LAST,
         masks={TEXT: marked("encoder_attention_mask")},
         unread=(TEXT,),
+        guidance=1000.0,
         limits="the attention gets no keywords, so text streams can't be shared",
+        gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
     "LTXVideoTransformer3DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
+        gated={DOUBLE[0]: _GATED_TWICE},
     ),
     "CogVideoXTransformer3DModel": Family(
-        lists=(dual(IMAGE_TEXT, *DOUBLE),),
+        lists=(dual(IMAGE_TEXT, *DOUBLE, modulations=("norm1.linear", "norm2.linear")),),
+        last_modulation=_LAST,
         shared=("image_rotary_emb",),
         unread=(TEXT,),
         fixed=_NO_FLOW,
@@ -435,8 +506,11 @@ FAMILIES: dict[str, Family] = {
                         TEXT: FeedForward("norm3_context", "ff_context"),
                     }
                 ),
+                # The last block's text norm is of another class, whose Linear has another name.
+                (*_ZERO_MODULATIONS, "norm1_context.linear_1"),
             ),
         ),
+        last_modulation=_LAST,
         masks={TEXT: marked("encoder_attention_mask")},
         untouchable={
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
@@ -547,8 +621,9 @@ def fixed_states(transformer: str, pipeline: str) -> str:
 def table() -> str:
     """The registry as Markdown: what works on which class, and what does not and why."""
     lines = [
-        "| transformer class | blocks, in order of data flow | streams | width | limits |",
-        "|---|---|---|---|---|",
+        "| transformer class | blocks, in order of data flow | streams | width "
+        "| low-rank modulation | limits |",
+        "|---|---|---|---|---|---|",
     ]
     for name, family in sorted(FAMILIES.items()):
         lists = [f"`{listed.attribute}` (`{listed.depth_key}`)" for listed in family.lists]
@@ -556,8 +631,9 @@ def table() -> str:
         limits = [f"{where[0]}[{where[1]}]: {why}" for where, why in family.untouchable.items()]
         limits += [family.limits] if family.limits else []
         limits += [f"{family.fixed}: record.renoised_per_sample must be 0"] if family.fixed else []
-        cells = [f"`{name}`", " + ".join(lists), "; ".join(streams), _width_words(family)]
-        lines.append("| " + " | ".join([*cells, "; ".join(limits)]) + " |")
+        cells = [f"`{name}`", " + ".join(lists), "; ".join(streams)]
+        cells += [_width_words(family), _modulation_words(family), "; ".join(limits)]
+        lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| refused | because |", "|---|---|"]
     lines += [f"| `{name}` | {why} |" for name, why in sorted(REFUSED.items())]
     return "\n".join(lines) + "\n"
@@ -570,3 +646,9 @@ def _width_words(family: Family) -> str:
         found += [f"{stream} FFN" for stream in width.ffn]
         found += ["text runs"] if width.text else []
     return ", ".join(found) or "none"
+
+
+def _modulation_words(family: Family) -> str:
+    found = [f"`{path}`" for listed in family.lists for path in listed.modulations]
+    found += [f"last `{family.last_modulation}`"] if family.last_modulation else []
+    return ", ".join(dict.fromkeys(found)) or "none: one table serves all blocks"

@@ -75,6 +75,28 @@ def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     return x.float() if mask is None else torch.where(mask[..., None], x.float(), 0.0)
 
 
+def without_outliers(x: Tensor, deviations: float, mask: Tensor | None = None) -> Tensor:
+    """x in float32 with zeros for values that are further than so many standard deviations from
+    their sample's mean, over its real tokens and their channels.
+
+    As TinyFusion (arXiv 2412.01199, train_masked_kd.py) masks features before it compares them:
+    each side by its own mean and deviation, which have no gradient. Its code takes 2 deviations.
+
+    Args:
+        x: [batch, tokens, channels]. mask: as in `normalised_error`; padding is left as it is.
+    """
+    x = x.float()
+    known = without_padding(x.detach(), mask)
+    if mask is None:
+        spread, mean = torch.var_mean(known, dim=(1, 2), keepdim=True)
+    else:
+        count = (mask.sum(1) * x.shape[-1])[:, None, None].clamp_min(2)
+        mean = known.sum((1, 2), keepdim=True) / count
+        spread = without_padding(known - mean, mask).square().sum((1, 2), keepdim=True)
+        spread = spread / (count - 1)
+    return torch.where((x.detach() - mean).abs() < deviations * spread.sqrt(), x, 0.0)
+
+
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
     """Of values [batch, tokens] that are zero at padding."""
     return values.mean() if mask is None else values.sum() / mask.sum().clamp_min(1)

@@ -3,10 +3,14 @@
 A linear FFN (Eq. 9) is a residual linear map of the post-attention stream, which is what a stock
 block returns if its FFN returns zeros. A text run (Eq. 8) is a
 row of blocks of which the first, the `source`, has a text stream; the others `borrow` its input of
-the attention, and the last may `close` the run by making the text stream that follows it. In
+the attention, and the last may `close` the run by making the text stream that follows it. Where
+nothing follows that would read one, the first block does nothing but `lend` that input. In
 between, the text stream of the blocks is a carry: the source's text output and that attention
 input, side by side along channels. The stock forwards compute all of it, and what is kept of a
 block keeps its parameter names.
+
+A modulation (AdaLN) matrix of low rank is a product, `up(down(x))`. The Linear of the model's last
+AdaLN can be one, too; there the module that holds it counts as the block.
 
 This file needs nothing but torch and diffusers, for its text travels beside exported weights.
 There it ends with lines that `module_text` adds, which define the class to load.
@@ -57,10 +61,15 @@ class Borrowed(nn.Module):
 
 
 class Open(nn.Module):
-    """Adds the second half of a modulation [..., 3d]: zeros, which nothing reads any more."""
+    """Adds the rest of a modulation [..., 6d]: zeros, which nothing reads any more."""
 
-    def forward(self, first_half: Tensor) -> Tensor:
-        return torch.cat([first_half, torch.zeros_like(first_half)], dim=-1)
+    def __init__(self, width: int):
+        super().__init__()
+        self.width = width
+
+    def forward(self, first: Tensor) -> Tensor:
+        rest = first.new_zeros(*first.shape[:-1], self.width - first.shape[-1])
+        return torch.cat([first, rest], dim=-1)
 
 
 class Shut(nn.Module):
@@ -74,29 +83,47 @@ class Shut(nn.Module):
         return temb.new_zeros(*temb.shape[:-1], self.width)
 
 
+class LowRank(nn.Module):
+    """Stands for a modulation's Linear: up(down(x)), with the bias on `up` alone."""
+
+    def __init__(self, inputs: int, outputs: int, rank: int, like: Tensor):
+        super().__init__()
+        self.down = _zero_linear(inputs, rank, like, bias=False)
+        self.up = _zero_linear(rank, outputs, like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.down(x))
+
+
 def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
-    """Narrows a stock block in place and returns it. New maps start as identities.
+    """Narrows a stock block in place and returns it. New maps start as identities; products of low
+    rank start at zero.
 
     Args:
         layout: where the block's parts are (`families.BlockList.layout`).
-        spec: `linear_ffn`, the streams whose FFN becomes linear; and `text`, the block's role in a
-            text run: own (none), source, borrow or close. Both may be missing. It stays with the
-            block as `narrowed`.
+        spec: `linear_ffn`, the streams whose FFN becomes linear; `text`, the block's role in a
+            text run: own (none), source, lend, borrow or close; and `ranks` (see `lower`). Each may
+            be missing. It stays with the block as `narrowed`.
 
     Raises:
-        ValueError: a block of this class, or in this role, has no such part; or it is narrow.
+        ValueError: a block of this class, or in this role, has no such part; or it is narrow, but
+            for ranks.
     """
     role, streams = spec.get("text", "own"), spec.get("linear_ffn", ())
-    if hasattr(block, "narrowed"):
-        raise ValueError(f"the block is narrow already: {block.narrowed}")
-    if role not in ("own", "source", "borrow", "close") or set(spec) - {"text", "linear_ffn"}:
+    before = getattr(block, "narrowed", {})
+    if set(before) - {"ranks"}:
+        raise ValueError(f"the block is narrow already: {before}")
+    roles, keys = ("own", "source", "lend", "borrow", "close"), {"text", "linear_ffn", "ranks"}
+    if role not in roles or set(spec) - keys:
         raise ValueError(f"{spec} is not what `narrow` can do; see there")
+    if set(spec) == {"ranks"}:
+        return lower(block, spec["ranks"])
     if missing := set(streams) - set(layout["ffn"]):
         raise ValueError(f"blocks of this class have no {missing.pop()} FFN that could be linear")
     if role != "own" and not layout["text"]:
         raise ValueError("blocks of this class have no text stream that could be borrowed")
-    if role in ("borrow", "close") and "text" in streams:
-        raise ValueError("a borrowed text stream has no FFN that could be linear")
+    if role not in ("own", "source") and "text" in streams:
+        raise ValueError("a text stream that is borrowed, or unread, has no FFN to be linear")
     if streams:
         ffns = {s: block.get_submodule(layout["ffn"][s]["ffn"]) for s in streams}
         block.linear_ffn = nn.ModuleDict({s: _in_place_of(ffn) for s, ffn in ffns.items()})
@@ -112,7 +139,52 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
         paths["text/output"] = "text_output.linear"
     block.map_paths = paths
     block.__class__ = _narrowed(type(block), role, tuple(streams), json.dumps(layout))
+    if left := {path: rank for path, rank in before.get("ranks", {}).items() if held(block, path)}:
+        block.narrowed["ranks"] = left
+    return lower(block, spec.get("ranks", {}))
+
+
+def lower(block: nn.Module, ranks: dict[str, int]) -> nn.Module:
+    """Puts products of low rank in place of modulation matrices of a block, narrow or not, or of
+    the module that holds the Linear of the last AdaLN. In place; they start at zero.
+
+    Args:
+        ranks: path of the Linear in the stock block -> rank. They stay in `narrowed`.
+
+    Raises:
+        ValueError: the block has no such matrix any more, or it is a product already.
+    """
+    for path, rank in ranks.items():
+        place = held(block, path)
+        linear = place and block.get_submodule(place)
+        if not isinstance(linear, nn.Linear) or rank < 1:
+            raise ValueError(f"{type(block).__name__}: {path} can't have rank {rank}")
+        shape = linear.in_features, linear.out_features
+        block.set_submodule(place, LowRank(*shape, rank, linear.weight))
+    if ranks:
+        before = getattr(block, "narrowed", {})
+        block.narrowed = before | {"ranks": before.get("ranks", {}) | dict(ranks)}
     return block
+
+
+def held(block: nn.Module, path: str) -> str:
+    """Where a modulation matrix of the stock block is in a block that may be narrow: a Linear or a
+    `LowRank`; empty if it is gone."""
+    place = path
+    try:
+        found = block.get_submodule(path)
+        if isinstance(found, nn.Sequential):  # with an `Open`, for a linear FFN
+            place, found = f"{path}.0", found[0]
+    except AttributeError:
+        return ""
+    maps_at = getattr(block, "map_paths", {}).values()
+    known = isinstance(found, nn.Linear) or is_low_rank(found)
+    return place if known and place not in maps_at else ""
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """Whether it is a `LowRank`, of this module or of one beside exported weights."""
+    return type(module).__name__ == LowRank.__name__
 
 
 def maps(block: nn.Module) -> dict[str, nn.Linear]:
@@ -130,31 +202,53 @@ def _drop_ffn(block: nn.Module, parts: dict) -> None:
     # Without an FFN the stock forward returns the stream after attention, which the map gets.
     _drop(block, parts["norm"], _same)
     _drop(block, parts["ffn"], _nothing)
-    modulation = parts["modulation"] and block.get_submodule(parts["modulation"])
-    if not modulation or modulation.out_features != 6 * modulation.in_features:
-        return  # shared by all blocks, or laid out in another way
-    width = modulation.in_features
-    for name, whole in list(modulation.named_parameters()):
-        half = whole.detach()[: 3 * width].clone()
-        setattr(modulation, name, nn.Parameter(half, requires_grad=whole.requires_grad))
-    modulation.out_features = 3 * width
-    parent, _, name = parts["modulation"].rpartition(".")
+    _cut_modulation(block, parts["modulation"], 3)
+
+
+def _cut_modulation(block: nn.Module, path: str | None, kept: int) -> None:
+    """Keeps so many of a modulation's six parts: shift, scale and gate of the attention first."""
+    modulation = path and block.get_submodule(path)
+    if not modulation:
+        return  # shared by all blocks
+    low = is_low_rank(modulation)
+    width = (modulation.down if low else modulation).in_features
+    rows = modulation.up if low else modulation
+    if rows.out_features != 6 * width:
+        return  # laid out in another way
+    for name, whole in list(rows.named_parameters()):
+        first = whole.detach()[: kept * width].clone()
+        setattr(rows, name, nn.Parameter(first, requires_grad=whole.requires_grad))
+    rows.out_features = kept * width
+    parent, _, name = path.rpartition(".")
     holder = block.get_submodule(parent)
     if isinstance(holder, nn.Sequential):
-        holder.append(Open())
+        holder.append(Open(6 * width))
     else:
-        setattr(holder, name, nn.Sequential(modulation, Open()))
+        setattr(holder, name, nn.Sequential(modulation, Open(6 * width)))
 
 
 def _text_run(block: nn.Module, layout: dict, role: str) -> None:
     text, ffn = layout["text"], layout["ffn"]["text"]
-    if role == "source":
+    if role in ("source", "lend"):
         attention = block.get_submodule(text["attention"])
         hook = functools.partial(_capture, text["argument"])
         attention.register_forward_pre_hook(hook, with_kwargs=True)
         for path in text["others"]:
             if getattr(block, path, None) is not None:
                 block.get_submodule(path).register_forward_pre_hook(_ignore, with_kwargs=True)
+    if role == "source":
+        return
+    # Text queries have their effect on the text output alone, which nothing reads. Zeros are
+    # finite in every dtype, so no gradient through the attention is spoilt by them.
+    projection, norm = text["query"]
+    _drop(block, projection, _nothing)
+    if getattr(block.get_submodule(text["attention"]), norm.rpartition(".")[2]) is not None:
+        _drop(block, norm, _same)
+    if role == "lend":
+        _drop(block, text["output"], _nothing)
+        _drop(block, ffn["norm"], _same)
+        _drop(block, ffn["ffn"], _nothing)
+        _cut_modulation(block, ffn["modulation"], 2)
         return
     output = block.get_submodule(text["output"])
     width, like = output.out_features, output.weight
@@ -162,11 +256,11 @@ def _text_run(block: nn.Module, layout: dict, role: str) -> None:
         block.set_submodule(text["modulation"], Shut(6 * width))
     for path in (ffn["norm"], ffn["ffn"], text["output"]):
         _drop(block, path, _same)
-    linear = _zero_linear(width, like)
+    linear = _zero_linear(width, width, like)
     made = Borrowed(linear, text["extras"]) if text["extras"] else Residual(linear)
     block.set_submodule(text["norm"], made)
     if role == "close":
-        block.text_output = Residual(_zero_linear(width, like))
+        block.text_output = Residual(_zero_linear(width, width, like))
 
 
 def _drop(block: nn.Module, path: str, instead: Callable) -> None:
@@ -187,14 +281,16 @@ def _nothing(x: Tensor, *_args, **_kwargs) -> Tensor:
 def _in_place_of(ffn: nn.Module) -> nn.Linear:
     """A zero map between an FFN's channels: the shorter side of its matrices, as it widens."""
     matrix = next(p for p in ffn.parameters() if p.ndim > 1)
-    return _zero_linear(min(matrix.shape[:2]), matrix)
+    width = min(matrix.shape[:2])
+    return _zero_linear(width, width, matrix)
 
 
-def _zero_linear(width: int, like: Tensor) -> nn.Linear:
+def _zero_linear(inputs: int, outputs: int, like: Tensor, bias: bool = True) -> nn.Linear:
     # An initialisation would draw from the global generator, and be overwritten.
-    made = nn.utils.skip_init(nn.Linear, width, width, device=like.device, dtype=like.dtype)
-    nn.init.zeros_(made.weight)
-    nn.init.zeros_(made.bias)
+    kind = {"bias": bias, "device": like.device, "dtype": like.dtype}
+    made = nn.utils.skip_init(nn.Linear, inputs, outputs, **kind)
+    for parameter in made.parameters():
+        nn.init.zeros_(parameter)
     return made
 
 
@@ -225,7 +321,7 @@ def _narrowed(base: type, role: str, linear: tuple[str, ...], layout: str) -> ty
     def forward(self, *args, **kwargs):
         given = dict(zip(names, args, strict=False)) | kwargs  # checkpointing gives positions
         taken: list[Tensor] = []  # local, so that recomputed and compiled calls have their own
-        if role == "source":
+        if role in ("source", "lend"):
             keywords = text["keywords"]
             given[keywords] = (given.get(keywords) or {}) | {_CAPTURE: taken}
         elif role != "own":
@@ -237,7 +333,7 @@ def _narrowed(base: type, role: str, linear: tuple[str, ...], layout: str) -> ty
         for stream in linear:
             place = streams.index(stream)
             outputs[place] = outputs[place] + self.linear_ffn[stream](outputs[place])
-        if role == "source":
+        if role in ("source", "lend"):
             place = streams.index("text")
             outputs[place] = torch.cat([outputs[place], taken[0]], dim=-1)
         elif role != "own":
@@ -257,7 +353,8 @@ def specs(transformer: nn.Module) -> dict[str, dict]:
 def pruned(base: type, layouts: dict[str, dict]) -> type:
     """The class of a transformer with narrow blocks; its config has one key more than `base`.
 
-    `narrow_blocks` maps the path of a block to its spec (see `narrow`). A saved folder gets the
+    `narrow_blocks` maps the path of a block, or of what holds the Linear of the last AdaLN, to its
+    spec (see `narrow`). A saved folder gets the
     module that loads it, also from `save_pretrained` of a pipeline.
 
     Args:
@@ -270,7 +367,7 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
         base.__init__(self, *args, **kwargs)
         self.register_to_config(narrow_blocks=narrow_blocks or {})
         for path, spec in self.config.narrow_blocks.items():
-            narrow(self.get_submodule(path), layouts[path.rpartition(".")[0]], spec)
+            narrow(self.get_submodule(path), layouts.get(path.rpartition(".")[0], {}), spec)
 
     # diffusers takes from this signature which keys of a config are the class's own.
     stock = inspect.signature(base.__init__)

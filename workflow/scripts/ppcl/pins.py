@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, TEXT
+from ppcl.plans import Unit
 
 Ends = tuple[int, int]
 Ffn = tuple[int, str]
@@ -103,6 +104,14 @@ def check(
             else:
                 continue
             raise UserError(f"{key}.pin: {shown(item)} can't be had: {why}; drop it")
+
+
+def holds(unit: Unit, named: Named) -> bool:
+    """Whether a unit holds anything of what is named, ranks of modulations aside."""
+    ffns = {(part.first, stream) for part in unit.parts for stream in part.linear_ffn}
+    inside = [run for run in named.runs if within(run, (unit.first, unit.last))]
+    ends = {(part.first, part.last) for part in unit.parts}
+    return bool(ffns & named.ffns or ends & named.intervals or inside)
 
 
 def _named(settings: Mapping, verb: str, depth: int | None) -> Named:

@@ -23,13 +23,15 @@ from ppcl import (
     distillation,
     example_calls,
     footprint,
+    modulation,
     shards,
     students,
     teaching,
     weightless,
     width,
 )
-from ppcl.plans import Part, Unit
+from ppcl.config import compares, searches_by_cost, trains
+from ppcl.plans import Matrix, Part, Unit, units
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +89,7 @@ class Planner:
         settings: the config.
         transformer: the teacher, on the meta device.
         depth, every: units of depth alone, and of the whole selection.
+        ranks: of modulation matrices, as selected; None before there is a selection.
         example: (batch, dtype) -> arguments of a call; None if nothing tells its shapes.
         pipeline: how its stock pipeline calls it, if known.
     """
@@ -97,22 +100,59 @@ class Planner:
     every: list[Unit]
     example: Callable[[int, torch.dtype], dict[str, Any]] | None
     pipeline: example_calls.Pipeline | None
+    ranks: Mapping[Matrix, int] | None = None
     _kept: dict = field(default_factory=dict)
 
     @cached_property
     def variants(self) -> dict[str, tuple[nn.Module, list[list[int]]]]:
-        """Name -> model in the teacher's dtype, and its block map; the last one is the smallest."""
+        """Name -> model in the teacher's dtype, and its block map; the last one is the smallest.
+
+        `modulation`: with the ranks that are selected, else every matrix at the highest on offer.
+        """
         chosen = {"teacher": []}
         if self.depth:
             chosen["depth"] = self.depth
         if any(part.narrow for part in students.parts_of(self.every)):
             chosen["depth+width" if self.depth else "width"] = self.every
-        return {
-            name: weightless.plugged(
-                self.transformer, weightless.new_blocks(self.transformer, units)
-            )
-            for name, units in chosen.items()
-        }
+        ranks = {m: max(offered) for m, offered in self.matrices.items()}
+        ranks = ranks if self.ranks is None else self.ranks
+        found = {}
+        for name, taken in chosen.items():
+            made = weightless.new_blocks(self.transformer, taken)
+            model, block_map = found[name] = weightless.plugged(self.transformer, made)
+            if ranks:
+                low = "modulation" if name == "teacher" else f"{name}+modulation"
+                found[low] = weightless.low_rank(model, block_map, ranks), block_map
+        return found
+
+    @cached_property
+    def matrices(self) -> dict[Matrix, list[int]]:
+        """Modulation matrices that may become low rank, and the ranks on offer."""
+        return weightless.matrices(self.settings, self.transformer)
+
+    @cached_property
+    def least(self) -> int:
+        """Parameters of the smallest model that variants can be: with every closed form in it, if
+        variants choose among all."""
+        smallest = [blocks.parameter_count(model) for model, _ in self.variants.values()]
+        if self.settings["choose"]["closed_forms"]:
+            wanted = width.ffn_candidates(self.transformer) if self.widens else []
+            linear = [(unit.first, s) for unit in wanted for s in unit.parts[0].linear_ffn]
+            made = weightless.new_blocks(self.transformer, units([], linear=linear))
+            model, block_map = weightless.plugged(self.transformer, made)
+            ranks = {matrix: min(offered) for matrix, offered in self.matrices.items()}
+            smallest.append(blocks.parameter_count(weightless.low_rank(model, block_map, ranks)))
+        return min(smallest)
+
+    @property
+    def widens(self) -> bool:
+        """Whether FFNs and text streams may become linear."""
+        return self.settings["width"]["enabled"]
+
+    @property
+    def trains(self) -> bool:
+        """Whether students are trained."""
+        return bool(self.every) and trains(self.settings)
 
     @cached_property
     def dtype(self) -> torch.dtype:
@@ -133,19 +173,23 @@ class Planner:
         """Of one call with a batch of one."""
         return self.example and footprint.flops(model, self.example(1, self.dtype))
 
-    def inference(self, batch: int) -> int | None:
-        """Activations of the teacher without gradients."""
+    def inference(self, batch: int, dtype: torch.dtype | None = None) -> int | None:
+        """Activations of the teacher without gradients; dtype: what it computes in, if not its
+        own."""
         if self.example is None:
             return None
-        if batch not in self._kept:
-            arguments = self.example(batch, self.dtype)
+        dtype = dtype or self.dtype
+        if (batch, dtype) not in self._kept:
+            arguments, model = self.example(batch, dtype), self.transformer
+            if dtype != self.dtype:  # diffusers' own `to` would warn
+                model = nn.Module.to(copy.deepcopy(model), dtype)
 
             @torch.no_grad()
             def run():
-                return self.transformer(**arguments)
+                return model(**arguments)
 
-            self._kept[batch] = footprint.measured(run).peak + bytes_of(arguments)
-        return self._kept[batch]
+            self._kept[batch, dtype] = footprint.measured(run).peak + bytes_of(arguments)
+        return self._kept[batch, dtype]
 
     def forget_unusable(self) -> None:
         """Does without an example call, and says so, if the transformer needs content to run."""
@@ -203,29 +247,29 @@ class Planner:
         alone = "transformer alone: text encoder and autoencoder come on top"
         yield self._still("record", settings["record"]["batch_size"] * doubled, note=alone)
         yield self._extract()
-        largest = max(
-            blocks.parameter_count(b.module) for b in blocks.block_sequence(self.transformer)
-        )
-        # A float32 student, and its copy in the teacher's dtype if that is another one.
-        plugged_in = largest * (4 + (self.dtype.itemsize if self.dtype != torch.float32 else 0))
-        yield self._still("sensitivity", settings["sensitivity"]["batch_size"], students=plugged_in)
-        if settings["width"]["enabled"]:
-            yield self._width(settings["width"]["batch_size"], plugged_in)
-        if self.every:
-            staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
-            units = self.depth if staged else self.every
-            yield from self._distillations(units)
+        if searches_by_cost(settings):
+            yield self._priced("sensitivity", settings["sensitivity"]["batch_size"])
+        if self.widens or self.matrices:
+            yield self._width(settings["width"]["batch_size"])
+        if self.trains:
+            staged = self.widens and settings["width"]["schedule"] == "staged"
+            yield from self._distillations(self.depth if staged else self.every)
             if staged:
                 yield self._distill("narrow", self.every)
             if settings["subsets"]["steps"]:
                 yield self._subsets()
+        yield self._priced("choose", settings["choose"]["batch_size"])
+        if any(variant["finetune_steps"] for variant in settings["variants"]):
             yield self._finetune()
         yield self._still("evaluate", settings["evaluate"]["batch_size"] * doubled, note=alone)
 
     def _extract(self) -> Stage:
         """On a GPU, sums and the tokens that wait for them are in main memory, and a block's come
-        to the device at a time (activations.Moments)."""
+        to the device at a time (activations.Moments). Only where blocks are compared; sums of what
+        modulations get are small beside them."""
         options, sums = self.settings["extract"], sum(self.moments())
+        if not sums:
+            return self._still("extract", options["batch_size"])
         if self.settings["device"] == "cpu":
             return self._still("extract", options["batch_size"], statistics=sums)
         added = options["batch_size"] * options["moment_tokens"]
@@ -244,7 +288,9 @@ class Planner:
         return stage
 
     def moments(self) -> list[int]:
-        """Bytes of the sums that `extract` keeps, float64, of every block and stream."""
+        """Bytes of the sums that `extract` keeps for probes, float64, of every block and stream."""
+        if not compares(self.settings):
+            return []
         return [
             8 * (2 * channels**2 + 2 * channels + 2)
             for block in blocks.block_sequence(self.transformer)
@@ -262,15 +308,32 @@ class Planner:
             self._kept["channels"] = [dict.fromkeys(b.list.inputs, least) for b in sequence]
         return self._kept["channels"][block.index]
 
-    def _still(
-        self, name: str, batch: int, note: str = "", statistics: int = 0, students: int = 0
-    ) -> Stage:
+    def _priced(self, name: str, batch: int, fit: int | None = 0, statistics: int = 0) -> Stage:
+        """A stage that measures changed models in float32 (prices.measure): weights of one block at
+        a time, and of all that is no block.
+
+        Args:
+            fit, statistics: bytes that are there at other times: all, and what of it is sums.
+        """
+        sizes = [blocks.parameter_count(b.module) for b in blocks.block_sequence(self.transformer)]
+        rest = blocks.parameter_count(self.transformer) - sum(sizes)
+        # A student, and if its teacher's type is another one, the lifted block and the rest.
+        lifted = max(sizes) + rest if self.dtype != torch.float32 else 0
+        held = max(sizes) * self.dtype.itemsize + 4 * lifted
+        activations = self.inference(batch, torch.float32)
+        beside = None
+        if activations is not None and fit is not None:
+            beside = max(held + activations, fit)
+        parts = {"students": held, "statistics": statistics, "activations": activations}
+        return self._stage(name, parts, beside, note=f"batch {batch}, prices in float32")
+
+    def _still(self, name: str, batch: int, note: str = "", statistics: int = 0) -> Stage:
         """A stage that trains nothing."""
         activations = self.inference(batch)
         return self._stage(
             name,
-            {"students": students, "statistics": statistics, "activations": activations},
-            None if activations is None else students + statistics + activations,
+            {"statistics": statistics, "activations": activations},
+            None if activations is None else statistics + activations,
             note=f"batch {batch}{'; ' if note else ''}{note}",
         )
 
@@ -296,8 +359,15 @@ class Planner:
             note,
         )
 
-    def _width(self, batch: int, students: int) -> Stage:
-        """Sums of as many maps as fit in a pass, and what the teacher shows of their blocks."""
+    def _width(self, batch: int) -> Stage:
+        """Sums of as many maps as fit in a pass, and what the teacher shows of their blocks; or the
+        largest modulation, as it is taken apart; then prices."""
+        shapes = [(m.inputs, m.outputs) for m in modulation.matrices(self.transformer)]
+        # Moments, directions and products of the inputs; W, its basis and what it is made from.
+        factored = max((8 * (3 * d * d + 3 * d * out) for d, out in shapes), default=0)
+        factored = factored if self.matrices else 0
+        if not self.widens:
+            return self._priced("width", batch, factored, factored)
         candidates = width.ffn_candidates(self.transformer)
         maps = [one for unit in candidates for p in unit.parts for one in width.maps_of(p)]
         sequence = blocks.block_sequence(self.transformer)
@@ -317,15 +387,9 @@ class Planner:
             def run():
                 return teaching.teacher_states(self.transformer, parts, arguments)
 
-            activations = self.inference(batch)
-            if parts:
-                activations = max(activations, footprint.measured(run).peak + bytes_of(arguments))
-        return self._stage(
-            "width",
-            {"students": students, "statistics": statistics, "activations": activations},
-            None if activations is None else students + statistics + activations,
-            note=f"batch {batch}",
-        )
+            activations = footprint.measured(run).peak + bytes_of(arguments) if parts else 0
+        fit = None if activations is None else max(statistics + activations, factored)
+        return self._priced("width", batch, fit, max(statistics, factored))
 
     def _distillations(self, units: list[Unit]) -> Iterator[Stage]:
         """One job that distills these units, or those that share them out."""
@@ -523,7 +587,10 @@ class Planner:
         count = sum(map(blocks.parameter_count, modules))
         held = sum(map(weightless.weight_bytes, modules))
         plain, again = measured(False), measured(True)
-        states, small = (weightless.optimizer_bytes(count, kind) for kind in ("adamw", "adamw8bit"))
+        states, small = (
+            weightless.optimizer_bytes(count, kind, options["ema"])
+            for kind in ("adamw", "adamw8bit")
+        )
         lowered = options["mixed_precision"] == "bf16"
         casts = 2 * sum(map(blocks.parameter_count, cast)) if lowered else 0
         parts = {

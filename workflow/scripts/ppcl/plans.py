@@ -4,7 +4,7 @@ A part is one new block. A unit is what is plugged into the teacher together or 
 never overlap, so every set of them is a model.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from ppcl.families import IMAGE, TEXT
@@ -19,8 +19,9 @@ class Part:
     Attributes:
         linear_ffn: streams whose FFN is a residual linear map (Eq. 9).
         text: its role in a text run (Eq. 8). `own`: none; `source`: it keeps its text stream and
-            lends it; `borrow`: it has none of its own; `close`: nor has it, and it ends the run,
-            which makes a text stream for the blocks that follow.
+            lends it; `lend`: it keeps of it what it lends, as nothing reads text after the run;
+            `borrow`: it has none of its own; `close`: nor has it, and it ends the run, which makes
+            a text stream for the blocks that follow.
         source: ends of the part that it borrows from.
     """
 
@@ -40,6 +41,11 @@ class Part:
         return self.first, self.last
 
     @property
+    def lends(self) -> bool:
+        """Whether others borrow its text stream."""
+        return self.text in ("source", "lend")
+
+    @property
     def borrows(self) -> bool:
         """Whether it has no text stream of its own."""
         return self.text in ("borrow", "close")
@@ -48,6 +54,16 @@ class Part:
     def narrow(self) -> bool:
         """Whether it is anything but a stock block."""
         return bool(self.linear_ffn) or self.text != "own"
+
+
+def part(entry: Mapping) -> Part:
+    """The part of which `dataclasses.asdict` made this, perhaps by way of JSON.
+
+    Raises:
+        ValueError, LookupError, TypeError: it is of something else.
+    """
+    source = entry["source"] and tuple(entry["source"])
+    return Part(**{**entry, "linear_ffn": tuple(entry["linear_ffn"]), "source": source})
 
 
 # A modulation matrix: its block, or the number of blocks for the last AdaLN, and its path in there.
@@ -123,9 +139,10 @@ def units(
         intervals: (first, last) of depth students; disjoint.
         runs: (first, last) of text runs; disjoint, and none cuts an interval.
         linear: (block, stream) of FFNs that become linear; the block is kept or starts an interval.
-            A borrowed text stream has no FFN, so there its entry says nothing.
+            A borrowed text stream has no FFN, nor has one that nothing reads, so there its entry
+            says nothing.
         unread_after: the block after which nothing reads the text stream, if there is one: a run
-            that ends there makes no text stream.
+            that ends there makes no text stream, and its source none but what it lends.
 
     Raises:
         ValueError: a run of one part, which would lend its text to nobody.
@@ -138,18 +155,20 @@ def units(
     single = [(b, b) for b in inside | set(ffns) if not any(f <= b <= t for f, t in intervals)]
     pieces = sorted([*intervals, *single])
 
-    def part(ends: tuple[int, int], text: str = "own", source: tuple[int, int] | None = None):
-        linear_here = ffns.get(ends[0], set()) - ({TEXT} if source else set())
+    def made(ends: tuple[int, int], text: str = "own", source: tuple[int, int] | None = None):
+        linear_here = ffns.get(ends[0], set())
+        if text not in ("own", "source"):
+            linear_here = linear_here - {TEXT}
         return Part(*ends, tuple(s for s in (IMAGE, TEXT) if s in linear_here), text, source)
 
-    found = [Unit((part(ends),)) for ends in pieces if ends[0] not in inside]
+    found = [Unit((made(ends),)) for ends in pieces if ends[0] not in inside]
     for first, last in runs:
         source, *others = (ends for ends in pieces if first <= ends[0] and ends[1] <= last)
         if not others:
             raise ValueError(f"the text run [{first},{last}] has a single part")
-        parts = [part(source, "source")]
+        parts = [made(source, "lend" if last == unread_after else "source")]
         for ends in others:
             closes = ends[1] == last and last != unread_after
-            parts.append(part(ends, "close" if closes else "borrow", source))
+            parts.append(made(ends, "close" if closes else "borrow", source))
         found.append(Unit(tuple(parts)))
     return sorted(found, key=lambda unit: unit.first)

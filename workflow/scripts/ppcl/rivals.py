@@ -22,7 +22,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, distillation, probes, students, training
+from ppcl import blocks, calls, distillation, prices, probes, students, training
 from ppcl.activations import TokenReader
 from ppcl.cka import linear_cka
 from ppcl.errors import UserError
@@ -207,7 +207,7 @@ def skip_errors(
     """Relative velocity error with each block skipped, on each group of rows: [groups, depth].
 
     With one group: one-block-out scores, in the style of FLUX.1 Lite (Freepik, 2024); the measure
-    is ours. NaN for blocks that may not go. state, identity: see `distillation.plugged_errors`.
+    is ours. NaN for blocks that may not go. state, identity: see `prices.measure`.
     """
     sequence = blocks.block_sequence(transformer)
     errors, skipped = np.full((len(groups), len(sequence)), np.nan), {}
@@ -215,10 +215,14 @@ def skip_errors(
         for block in run if len(run) > 1 else ():
             ((ends, kept),) = merged({block}, [run]).items()
             skipped[block] = {Part(*ends): sequence[kept].module}
-    sets = {f"without {b:02d}": lambda made=made: made for b, made in skipped.items()}
+    sets = {
+        f"without {b:02d}": (min(part.first for part in made), lambda made=made: made)
+        for b, made in skipped.items()
+    }
+    changes = prices.of_students(transformer, sets)
     for number, rows in enumerate(groups):
-        shared = transformer, sets, reader, rows, batch_size, accelerator
-        found = distillation.plugged_errors(*shared, state and state / str(number), identity)
+        shared = transformer, changes, reader, rows, batch_size, accelerator
+        found = prices.measure(*shared, state and state / str(number), identity)
         errors[number, list(skipped)] = found
     return errors
 

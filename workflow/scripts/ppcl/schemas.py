@@ -209,6 +209,47 @@ UNIT_ERRORS = pa.schema(
     ]
 )
 
+VARIANT_UNITS = pa.schema(
+    [
+        column("variant", pa.string(), "name of the variant"),
+        column(
+            "kind",
+            pa.string(),
+            "`interval`: one student for a run of blocks, perhaps with more in it; `text`, `ffn`, "
+            "`modulation`",
+        ),
+        column("unit", pa.string(), "first-last block of the unit that it is in, such as `03-04`"),
+        column("first", pa.int32(), "first block; the number of blocks for the last AdaLN"),
+        column("last", pa.int32(), "last block"),
+        column("stream", pa.string(), "`image`, `text` or both; empty for a modulation"),
+        column("path", pa.string(), "of a modulation: where it is in its block; else empty"),
+        column("rank", pa.int32(), "of a modulation; else 0"),
+        column(
+            "source",
+            pa.string(),
+            "`closed`: least squares; `start`: untrained; or the stage that trained it: `distill`, "
+            "`narrow`, `subsets`",
+        ),
+        column("velocity_error", pa.float64(), "of the teacher with only this, held out"),
+        column("saved_parameters", pa.int64(), "parameters that it saves in this variant"),
+        column("saved_seconds", pa.float64(), "time; NaN without a latency budget", nan=True),
+        column("pinned", pa.bool_(), "the config asks for it whatever it costs"),
+    ]
+)
+
+# Every set that was measured, in the order in which that was asked for.
+VARIANT_SETS = pa.schema(
+    [
+        column("variant", pa.string(), "the variant that it was measured for"),
+        column("tried", pa.string(), "what it is: sources of its units in words"),
+        column("sources", pa.string(), "JSON of its trained units, name to source"),
+        column("parameters", pa.int64(), "of the transformer"),
+        column("predicted_error", pa.float64(), "sum of what its members cost alone, at best"),
+        column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
+        column("chosen", pa.bool_(), "the variant is this one"),
+    ]
+)
+
 VELOCITY_LOG = pa.schema(
     [
         column("step", pa.int64(), "optimiser steps made"),
@@ -222,8 +263,8 @@ VELOCITY_LOG = pa.schema(
 POINTS = pa.schema(
     [
         column("budget", pa.float64(), "fraction of the teacher's transformer parameters allowed"),
-        column("units", pa.string(), "JSON of the units that are plugged in"),
-        column("predicted_error", pa.float64(), "sum of these units' errors (errors.parquet)"),
+        column("units", pa.string(), "JSON of what is plugged in, as in variants/sets.json"),
+        column("predicted_error", pa.float64(), "sum of what its members cost alone, at best"),
         column("parameters", pa.float64(), "of the transformer"),
         column("parameter_fraction", pa.float64(), "of the teacher's"),
         column("latency_seconds", pa.float64(), "median of one batch through the transformer"),
@@ -241,7 +282,8 @@ _MEASURED = [
     column(
         "state",
         pa.string(),
-        "`plugged`, `finetuned` after that, or `part` of the students plugged in",
+        "`plugged`, `finetuned` after that, both with modulations of low rank (`low_rank`, "
+        "`low_rank_finetuned`), or `part` of the students plugged in",
     ),
     column("removed_blocks", pa.int32(), "blocks that went"),
     column("removed_parameters", pa.int64(), "parameters that went"),
@@ -268,7 +310,11 @@ ABLATION_RUN = pa.schema([_METHOD, *_MEASURED])
 ABLATION = pa.schema(
     [
         _METHOD,
-        column("group", pa.string(), "`teacher`, `ladder`, `choice`, `schedule` or `rival`"),
+        column(
+            "group",
+            pa.string(),
+            "`teacher`, `ladder`, `choice`, `schedule`, `depth`, `latency` or `rival`",
+        ),
         column("label", pa.string(), "the method in words"),
         column("order", pa.int32(), "place in the figure"),
         *_MEASURED,
@@ -356,6 +402,8 @@ TABLES = {
     "narrow/errors.parquet": UNIT_ERRORS,
     "subsets/log.parquet": VELOCITY_LOG,
     "subsets/errors.parquet": UNIT_ERRORS,
+    "variants/units.parquet": VARIANT_UNITS,
+    "variants/measured.parquet": VARIANT_SETS,
     "finetune/<variant>.parquet": VELOCITY_LOG,
     "pareto/points.parquet": POINTS,
     "ablation/results.parquet": ABLATION,
@@ -397,6 +445,7 @@ ARTIFACTS = {
     "subsets/log.parquet": "velocity error while random subsets are trained",
     "variants/sets.json": "what each variant is made of, and from which stage",
     "variants/units.parquet": "the same as a table: every member of every variant",
+    "variants/measured.parquet": "errors of the sets that were tried for each variant",
     "finetune/<variant>.safetensors": "all weights of a fine-tuned variant",
     "finetune/<variant>.parquet": "losses during fine-tuning",
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",

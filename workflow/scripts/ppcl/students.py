@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, narrow, tensors, texts
+from ppcl import blocks, narrow, plans, tensors, texts
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -28,11 +28,11 @@ def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
         modules: the interval's teacher blocks, in order.
         how: `first` (block u, PPCL), `middle` (block floor((u+v)/2), PPCL's published script), or
             `average`: weights that fall linearly with the distance from the middle (Amber-Image,
-            arXiv 2602.17047).
+            arXiv 2602.17047). `solved` begins as `first`; `solved.start` does the rest.
     """
     states = [m.state_dict() for m in modules]
     count = len(states)
-    if how == "first":
+    if how in ("first", "solved"):
         weights = [1.0] + [0.0] * (count - 1)
     elif how == "middle":
         weights = [float(i == (count - 1) // 2) for i in range(count)]
@@ -194,33 +194,21 @@ class Plan:
     """plan.json.
 
     Attributes:
-        units: the whole selection.
+        units: what is trained of the selection.
         distilled: what distill trains of it.
+        closed: what is not, since its least-squares maps cost next to nothing.
         facts: the file's content; its `units` and `distilled` tell what each saves.
     """
 
     units: list[Unit]
     distilled: list[Unit]
+    closed: list[Unit]
     facts: dict
 
     @property
     def pinned(self) -> set[str]:
-        """Names of the units that every variant has."""
+        """Names of the units that every variant has, as far as they are trained."""
         return {entry["name"] for entry in self.facts["units"] if entry["pinned"]}
-
-    def named(self, names: Iterable[str]) -> list[Unit]:
-        """The units with these names, in order of depth.
-
-        Raises:
-            UserError: the plan has no such unit.
-        """
-        wanted = set(names)
-        if unknown := wanted - {unit.name for unit in self.units}:
-            raise UserError(
-                f"the plan has no unit {min(unknown)}, of which errors.parquet tells: it is of "
-                "another plan; delete it and rerun"
-            )
-        return [unit for unit in self.units if unit.name in wanted]
 
 
 def read_plan(path: Path) -> Plan:
@@ -233,8 +221,8 @@ def read_plan(path: Path) -> Plan:
     try:
         for key in ("transformer_parameters", "blocks"):
             int(facts[key])
-        plan = Plan(_units(facts["units"]), _units(facts["distilled"]), facts)
-        for part in parts_of([*plan.units, *plan.distilled]):
+        plan = Plan(*(_units(facts[key]) for key in ("units", "distilled", "closed")), facts)
+        for part in parts_of([*plan.units, *plan.distilled, *plan.closed]):
             if not 0 <= part.first <= part.last < facts["blocks"]:
                 raise ValueError(f"part {part.name} is not of {facts['blocks']} blocks")
         return plan
@@ -243,7 +231,7 @@ def read_plan(path: Path) -> Plan:
 
 
 def _units(entries: list[dict]) -> list[Unit]:
-    found = [Unit(tuple(_part(part) for part in entry["parts"])) for entry in entries]
+    found = [Unit(tuple(map(plans.part, entry["parts"]))) for entry in entries]
     for entry, unit in zip(entries, found, strict=True):
         if entry["name"] != unit.name:
             raise ValueError(f"unit {entry['name']} has the parts of {unit.name}")
@@ -251,8 +239,3 @@ def _units(entries: list[dict]) -> list[Unit]:
         bool(entry["pinned"])
         float(entry["saved_seconds"] or 0)
     return found
-
-
-def _part(entry: dict) -> Part:
-    source = entry["source"] and tuple(entry["source"])
-    return Part(**entry | {"linear_ffn": tuple(entry["linear_ffn"]), "source": source})

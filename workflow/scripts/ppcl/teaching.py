@@ -97,7 +97,7 @@ def teacher_states(
             lesson.bound = lesson.bound | {
                 lesson.carry: torch.cat([outputs[last][TEXT], text_inputs[first]], dim=-1)
             }
-        if part.text == "borrow":
+        if part.text in ("borrow", "lend"):
             lesson.target = {s: v for s, v in lesson.target.items() if s != TEXT}
         found[part] = lesson
     return found
@@ -139,23 +139,28 @@ def interval_losses(
     """L_depth (Eq. 6) or L_width of one part, summed over streams, and both errors of each.
 
     real: as of `real_tokens`; without an entry, all tokens of a stream count.
+    options: with `outliers`, the loss is of the streams without them; the errors are of all.
     """
-    metrics = {}
+    deviations = options.get("outliers", 0)
+    metrics: dict[str, Tensor] = {}
+    taught = {"normalised": 0.0, "relative": 0.0}
     kinds = {"normalised": losses.normalised_error, "relative": losses.relative_error}
     for stream, value in target.items():
         mask, weight = real.get(stream, Real())
         for kind, error in kinds.items():
+            wanted = options["loss"] in (kind, "mixed")
             # An error that is only reported needs no graph.
-            taught = torch.is_grad_enabled() and options["loss"] in (kind, "mixed")
-            with torch.set_grad_enabled(taught):
-                metrics[f"{stream}/{kind}"] = weight * error(output[stream], value, mask)
-    normalised = sum(m for k, m in metrics.items() if k.endswith("/normalised"))
-    relative = sum(m for k, m in metrics.items() if k.endswith("/relative"))
-    if options["loss"] == "normalised":
-        return normalised, metrics
-    if options["loss"] == "relative":
-        return relative, metrics
-    return normalised + options["relative_weight"] * relative, metrics
+            with torch.set_grad_enabled(torch.is_grad_enabled() and wanted and not deviations):
+                found = weight * error(output[stream], value, mask)
+            metrics[f"{stream}/{kind}"] = found
+            if wanted and deviations:
+                both = output[stream], value
+                kept = (losses.without_outliers(x, deviations, mask) for x in both)
+                found = weight * error(*kept, mask)
+            taught[kind] = taught[kind] + found
+    if options["loss"] == "mixed":
+        return taught["normalised"] + options["relative_weight"] * taught["relative"], metrics
+    return taught[options["loss"]], metrics
 
 
 def linear_loss(

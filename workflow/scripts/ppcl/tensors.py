@@ -5,7 +5,8 @@ The header's metadata holds the digest of the tensors' bytes and a seal of the h
 
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import safetensors
@@ -26,19 +27,57 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         UserError: the disk is full, fails, or may not be written to.
         ValueError: the metadata has one of the keys that digests are stored under.
     """
+    unsealed = _unsealed(path, metadata)
+    with whole.writing(path) as temporary:
+        safetensors.torch.save_file(_whole_and_apart(tensors), temporary, metadata=unsealed)
+        _seal(temporary)
+
+
+def join(path: str | Path, sources: Iterable[Path], metadata: Mapping[str, str]) -> None:
+    """Writes the tensors of several files of `write` to one, none of them in memory.
+
+    Args:
+        sources: no two of them with a tensor of the same name.
+
+    Raises:
+        UserError: as `write` and `read`.
+    """
+    content: dict[str, dict] = {"__metadata__": _unsealed(path, metadata)}
+    regions, size = [], 0
+    for source in sources:
+        _checked(Path(source), whole=True)
+        with open(source, "rb") as file:
+            header, _ = _parts(file.fileno(), whole=False)
+        found = json.loads(header[8:])
+        del found["__metadata__"]
+        for entry in found.values():
+            entry["data_offsets"] = [offset + size for offset in entry["data_offsets"]]
+        content |= found
+        size = max((entry["data_offsets"][1] for entry in found.values()), default=size)
+        regions.append((source, len(header)))
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors lie where their types may
+    with whole.writing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for source, start in regions:
+                with open(source, "rb") as part:
+                    part.seek(start)
+                    shutil.copyfileobj(part, file)
+        _seal(temporary)
+
+
+def _unsealed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
     if taken := {_DATA, seals.KEY} & metadata.keys():
         raise ValueError(f"{path}: the metadata's key {min(taken)!r} is the format's own")
-    with whole.writing(path) as temporary:
-        safetensors.torch.save_file(
-            _whole_and_apart(tensors),
-            temporary,
-            metadata=dict(metadata) | {_DATA: _NO_DIGEST, seals.KEY: seals.EMPTY},
-        )
-        with open(temporary, "rb+") as file:
-            header, data = _parts(file.fileno())
-            empty = f'"{_DATA}":"{_NO_DIGEST}"'.encode()
-            header = seals.seal(header.replace(empty, f'"{_DATA}":"{data}"'.encode()))
-            file.write(header)
+    return dict(metadata) | {_DATA: _NO_DIGEST, seals.KEY: seals.EMPTY}
+
+
+def _seal(path: Path) -> None:
+    with open(path, "rb+") as file:
+        header, data = _parts(file.fileno())
+        empty = f'"{_DATA}":"{_NO_DIGEST}"'.encode()
+        file.write(seals.seal(header.replace(empty, f'"{_DATA}":"{data}"'.encode())))
 
 
 def _whole_and_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ppcl import errors, seals, tensors
+from ppcl.conditioning import Conditioning
 from ppcl.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -123,6 +124,7 @@ class Kept:
         folder: for its files.
         batches: how many are done.
         sums: of `activations.Moments`.
+        conditioning: of `modulation_inputs.Sums`.
         stores, about, first: by stream: its tokens; vectors with an entry per token, as lists of
             parts; the number of its first boundary.
     """
@@ -130,6 +132,7 @@ class Kept:
     folder: Path
     batches: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
+    conditioning: Conditioning = field(default_factory=lambda: Conditioning([], {}))
     stores: dict[str, Store] = field(default_factory=dict)
     about: dict[str, list[dict[str, np.ndarray]]] = field(default_factory=dict)
     first: dict[str, int] = field(default_factory=dict)
@@ -153,11 +156,14 @@ class Kept:
     def save(self, identity: str) -> None:
         """Writes a checkpoint."""
         held = {f"sum/{name}": value for name, value in self.sums.items()}
+        given = self.conditioning.tensors().items()
+        held |= {f"conditioning/{name}": value for name, value in given}
         for stream in self.stores:
             found = self.joined(stream).items()
             held |= {f"{stream}/{name}": torch.from_numpy(value) for name, value in found}
         streams = {s: store.kept() | {"first": self.first[s]} for s, store in self.stores.items()}
         metadata = {"batches": str(self.batches), "streams": json.dumps(streams)}
+        metadata |= {"matrices": self.conditioning.described()}
         tensors.write(self.folder / CHECKPOINT, held, metadata | {"identity": identity})
 
 
@@ -174,11 +180,16 @@ def resume(folder: Path, identity: str) -> Kept:
     if metadata["identity"] != identity:
         return found
     found.batches = int(metadata["batches"])
-    found.sums = {k.removeprefix("sum/"): v for k, v in held.items() if k.startswith("sum/")}
+    found.sums = _under("sum", held)
+    found.conditioning = Conditioning.stored(_under("conditioning", held), metadata["matrices"])
     for stream, kept in json.loads(metadata["streams"]).items():
         shape, path = tuple(kept["shape"]), folder / f"{stream}.tokens"
         found.stores[stream] = Store(path, shape, kept["length"], kept["digest"])
         found.first[stream] = kept["first"]
-        names = (name for name in held if name.startswith(f"{stream}/"))
-        found.about[stream] = [{n.removeprefix(f"{stream}/"): held[n].numpy() for n in names}]
+        found.about[stream] = [{n: value.numpy() for n, value in _under(stream, held).items()}]
     return found
+
+
+def _under(name: str, held: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors whose names begin with this one and a slash, by the rest of their names."""
+    return {k.removeprefix(f"{name}/"): v for k, v in held.items() if k.startswith(f"{name}/")}

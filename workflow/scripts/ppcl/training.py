@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -26,7 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Optimisation:
-    """How to optimise; AdamW with linear warm-up, then a cosine down to zero."""
+    """How to optimise; AdamW with linear warm-up, then a cosine down to zero.
+
+    ema: decay of an exponential moving average of the weights, which training ends with; 0 for
+        none. diffusers' EMAModel, whose decay rises as (1 + n) / (10 + n) over the first steps.
+    """
 
     steps: int
     lr: float
@@ -37,6 +42,7 @@ class Optimisation:
     checkpoint_every: int = 200
     log_every: int = 10
     optimizer: str = "adamw"
+    ema: float = 0.0
 
     @classmethod
     def from_settings(cls, settings: Mapping, **overrides) -> "Optimisation":
@@ -126,7 +132,8 @@ def train(
         options.betas,
         options.weight_decay,
     )
-    progress = _resume(checkpoint, identity, parameters, optimizer, accelerator)
+    average = EMAModel(parameters.values(), options.ema) if options.ema else None
+    progress = _resume(checkpoint, identity, parameters, optimizer, average, accelerator)
     _refuse_two_steps(progress.step, checkpoint, accelerator)
     began = time.perf_counter() - progress.seconds
     agreement = _Agreement(accelerator)
@@ -145,11 +152,13 @@ def train(
             means = _mean_over_processes(total, progress.unlogged, accelerator)
             _refuse_nonfinite(means, name, progress.step - progress.unlogged + 1, progress.step)
         sums = _of_all_processes(progress.sums, accelerator)
-        _save(checkpoint, identity, parameters, optimizer, progress, sums, accelerator)
+        _save(checkpoint, identity, parameters, optimizer, average, progress, sums, accelerator)
 
     with stopping.part():
         for step in range(progress.step, options.steps):
             _one_step(step, modules, losses, options, accelerator, optimizer, progress.sums)
+            if average:
+                average.step(parameters.values())
             bar.update()
             progress.step, progress.unlogged = step + 1, progress.unlogged + 1
             progress.seconds = time.perf_counter() - began
@@ -166,6 +175,8 @@ def train(
                 accelerator.wait_for_everyone()  # whoever ends first has the others killed
                 stopping.end()
     bar.close()
+    if average:  # not in the checkpoint's weights, from which a longer training could go on
+        average.copy_to(parameters.values())
     return progress.rows
 
 
@@ -274,9 +285,13 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
             )
 
 
-def _save(checkpoint, identity, parameters, optimizer, progress, sums, accelerator) -> None:
+def _save(
+    checkpoint, identity, parameters, optimizer, average, progress, sums, accelerator
+) -> None:
     """Writes whole tensors, so that any number of processes can go on from them."""
     state = {f"weight/{k}": p for k, p in parameters.items()}
+    if average:
+        state |= _averages(parameters, average)
     for key, p in parameters.items():
         moments = optimizers.state_of(optimizer, p)
         state |= {f"{name}/{key}": value for name, value in moments.items()}
@@ -300,8 +315,12 @@ def _save(checkpoint, identity, parameters, optimizer, progress, sums, accelerat
     tensors.write(checkpoint, state, metadata)
 
 
-def _resume(checkpoint, identity, parameters, optimizer, accelerator) -> _Progress:
-    """Loads the checkpoint, if there is one of this run, into parameters and optimizer."""
+def _averages(parameters: Mapping[str, nn.Parameter], average: EMAModel) -> dict[str, Tensor]:
+    return dict(zip((f"average/{key}" for key in parameters), average.shadow_params, strict=True))
+
+
+def _resume(checkpoint, identity, parameters, optimizer, average, accelerator) -> _Progress:
+    """Loads the checkpoint, if there is one of this run, into parameters, optimizer, average."""
     if not checkpoint.exists():
         return _Progress()
     state, metadata = tensors.read(checkpoint)
@@ -311,7 +330,7 @@ def _resume(checkpoint, identity, parameters, optimizer, accelerator) -> _Progre
     kept: dict[str, dict[str, Tensor]] = {}
     for place, value in state.items():
         name, _, key = place.partition("/")
-        if name not in ("weight", "log", "sum"):
+        if name not in ("weight", "average", "log", "sum"):
             kept.setdefault(key, {})[name] = value
     with torch.no_grad():
         for key, p in parameters.items():
@@ -319,6 +338,10 @@ def _resume(checkpoint, identity, parameters, optimizer, accelerator) -> _Progre
             # A parameter that never had a gradient (the last block's text output) has no state.
             if key in kept:
                 optimizers.restore(optimizer, p, kept[key])
+        if average:
+            average.optimization_step = int(metadata["step"])  # by which its decay goes
+            for key, mean in _averages(parameters, average).items():
+                mean.copy_(fsdp.like(state[key], mean))
     names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
     rows = [
         {"name": names[int(values[0])]}

@@ -14,9 +14,21 @@ from diffusers import ConfigMixin, ModelMixin
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import nn
 
-from ppcl import blocks, families, footprint, hub, pins, plans, students, untrusted, width
+from ppcl import (
+    blocks,
+    families,
+    footprint,
+    hub,
+    modulation,
+    narrow,
+    pins,
+    plans,
+    students,
+    untrusted,
+    width,
+)
 from ppcl.errors import UserError
-from ppcl.plans import Unit
+from ppcl.plans import Matrix, Unit
 
 # What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
 # for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
@@ -140,6 +152,8 @@ def selection(
         ffns,
         width.text_sizes(transformer)["text_saved"] if pinned.runs else [0] * len(sequence),
     )
+    if not settings["intervals"]["enabled"]:
+        intervals = ()
     chosen = sorted(pinned.intervals if intervals is None else intervals)
     runs, linear = narrower or (sorted(pinned.runs), sorted(pinned.ffns))
     ends = [*(last for _, last in (*chosen, *runs)), *(block for block, _ in linear)]
@@ -172,13 +186,47 @@ def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module,
     return blocks.assembled(transformer, {part.key: module for part, module in made.items()})
 
 
+def ranks_on_offer(options: Mapping) -> list[int]:
+    """Of modulation matrices, by the config's `modulation`; none if they stay."""
+    if not options["enabled"]:
+        return []
+    return sorted(options["ladder"]) if options["rank"] == "auto" else [options["rank"]]
+
+
+def matrices(settings: Mapping, transformer: nn.Module) -> dict[Matrix, list[int]]:
+    """Every modulation matrix that may become low rank, and the ranks on offer that it can have."""
+    offered, forbidden = ranks_on_offer(settings["modulation"]), settings["modulation"]["forbid"]
+    found = {
+        matrix.key: [rank for rank in offered if rank <= min(matrix.inputs, matrix.outputs)]
+        for matrix in modulation.matrices(transformer)
+        if matrix.block not in forbidden
+    }
+    return {key: ranks for key, ranks in found.items() if ranks}
+
+
+def low_rank(
+    model: nn.Module, block_map: list[list[int]], ranks: Mapping[Matrix, int]
+) -> nn.Module:
+    """A model without weights, with those of these matrices of low rank that it still has."""
+    depth, every = block_map[-1][-1] + 1, blocks.block_sequence(model)
+    kept = {old[0]: block.module for old, block in zip(block_map, every, strict=True)}
+
+    def has(matrix: Matrix) -> bool:
+        block, path = matrix
+        return block == depth or (block in kept and bool(narrow.held(kept[block], path)))
+
+    return modulation.shaped(model, block_map, {m: rank for m, rank in ranks.items() if has(m)})
+
+
 def weight_bytes(module: nn.Module) -> int:
     """Bytes of parameters and buffers."""
     return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
 
 
-def optimizer_bytes(parameters: int, kind: str) -> int:
-    """Bytes of the states that `adamw` or `adamw8bit` keeps of so many parameters."""
+def optimizer_bytes(parameters: int, kind: str, ema: float = 0.0) -> int:
+    """Bytes that `adamw` or `adamw8bit` keeps of so many parameters, and an average of them if its
+    decay is not 0."""
+    average = 4 * parameters if ema else 0
     if kind == "adamw":
-        return 2 * 4 * parameters
-    return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK))
+        return 2 * 4 * parameters + average
+    return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK)) + average

@@ -7,11 +7,17 @@ do: their sums over tokens are added up while the teacher runs. PPCL, arXiv 2511
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import json
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ppcl import (
@@ -22,16 +28,22 @@ from ppcl import (
     narrow,
     plans,
     probes,
+    provenance,
+    stopping,
     students,
     teaching,
+    tensors,
 )
-from ppcl.errors import warn_of_fewer
+from ppcl.errors import UserError, warn_of_fewer
 from ppcl.families import TEXT
 from ppcl.plans import Part, Unit
 from ppcl.students import Students
 
+log = logging.getLogger(__name__)
+
 Ends = tuple[int, int]
 INPUT, OUTPUT = "text/input", "text/output"
+_LEAVES = "weight", "bias"
 # Sums of one pass over the calls: x x^T and x y^T in float64, of fitted and of held-out tokens.
 SUMS_BYTES = 8 << 30
 
@@ -52,6 +64,18 @@ class Map:
     def ends(self) -> str:
         """Names it in sums and errors."""
         return "{:02d}-{:02d}>{:02d}-{:02d}".format(*self.source, *self.part)
+
+    @property
+    def name(self) -> str:
+        """Names its tensors in files."""
+        return f"{self.kind}.{self.ends}"
+
+    @classmethod
+    def named(cls, name: str) -> "Map":
+        """The map of such a `name`."""
+        kind, ends = name.split(".")
+        source_first, source_last, first, last = map(int, re.split("[->]", ends))
+        return cls(kind, (source_first, source_last), (first, last))
 
 
 @dataclass(frozen=True)
@@ -102,26 +126,45 @@ def fit(
     Raises:
         UserError: NaN or infinity in an activation.
     """
+    every = list(dict.fromkeys(maps))
     found = {}
-    for group in _groups(list(dict.fromkeys(maps)), transformer):
-        sums = [activations.Moments(device) for _ in rows]
-        for numbers, moments in zip(rows, sums, strict=True):
-            for batch in reader.batches(numbers, options["batch_size"], device):
-                _add(transformer, wholes, group, batch.to(device), moments)
-        for one in group:
-            fitted, judged = (
-                activations.stored_moments(moments.sums, one.kind, one.ends) for moments in sums
-            )
-            probe = probes.solve(fitted, options["ridge"], one.ends, one.kind)
-            found[one] = Fit(probe, 1 - probes.fit_r2(probe, judged))
+    for group in _groups(every, transformer):
+        found |= _fit(transformer, wholes, group, reader, rows, options, device)
     return found
 
 
-def _groups(maps: list[Map], transformer: nn.Module) -> Iterator[list[Map]]:
-    """As many maps as their sums fit in memory; each group costs a pass over the calls."""
+def _fit(
+    transformer: nn.Module,
+    wholes: Mapping[Ends, nn.Module],
+    maps: list[Map],
+    reader: calls.Reader,
+    rows: tuple[np.ndarray, np.ndarray],
+    options: dict,
+    device: torch.device,
+) -> dict[Map, Fit]:
+    """As `fit`, in one pass over the calls."""
+    sums = [activations.Moments(device) for _ in rows]
+    for numbers, moments in zip(rows, sums, strict=True):
+        for batch in reader.batches(numbers, options["batch_size"], device):
+            _add(transformer, wholes, maps, batch.to(device), moments)
+    found = {}
+    for one in maps:
+        fitted, judged = (
+            activations.stored_moments(moments.sums, one.kind, one.ends) for moments in sums
+        )
+        probe = probes.solve(fitted, options["ridge"], one.ends, one.kind)
+        found[one] = Fit(probe, 1 - probes.fit_r2(probe, judged))
+    return found
+
+
+def _groups(maps: list[Map], transformer: nn.Module, least: int = 1) -> Iterator[list[Map]]:
+    """As many maps as their sums fit in memory; each group costs a pass over the calls.
+
+    least: how many groups there are, if so many maps.
+    """
     shapes = (p.shape for b in blocks.block_sequence(transformer) for p in b.module.parameters())
     channels = max(min(shape) for shape in shapes if len(shape) == 2)
-    size = max(1, SUMS_BYTES // (4 * 8 * channels**2))
+    size = max(1, min(SUMS_BYTES // (4 * 8 * channels**2), -(-len(maps) // least)))
     for start in range(0, len(maps), size):
         yield maps[start : start + size]
 
@@ -160,15 +203,138 @@ def _add(
         moments.add(one.kind, one.ends, before.flatten(0, -2), after.flatten(0, -2))
 
 
-def narrowed(transformer: nn.Module, wholes: Students, fits: Mapping[Map, Fit]) -> Students:
+def fit_to_files(
+    transformer: nn.Module,
+    maps: Iterable[Map],
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+    folder: Path,
+    identity: str,
+) -> tuple[list[Path], dict[Map, float]]:
+    """As `fit` for the teacher's own blocks, shared out over the processes; a killed run keeps what
+    it has fitted.
+
+    Args:
+        options: the config's `width`.
+        folder: for the files, which processes share.
+        identity: digest of what decides the maps. Files of another identity are not used.
+
+    Returns:
+        The files of all processes, whose tensors are in the teacher's main type, and the held-out
+        error of every map.
+    """
+    wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(transformer)}
+    # In order of depth, so that the teacher need not run to its end for all of them.
+    every = sorted(dict.fromkeys(maps), key=lambda one: (one.part, one.source, one.kind))
+    rank, count = accelerator.process_index, accelerator.num_processes
+    rows = fit_rows(reader, options, seed) if every else ()
+    groups = list(_groups(every, transformer, least=count))
+    files = [folder / f"maps-{number}.safetensors" for number in range(len(groups))]
+    for path, group in list(zip(files, groups, strict=True))[rank::count]:
+        of = provenance.digest([identity, [one.name for one in group]])
+        if _is_of(path, of):
+            continue
+        found = _fit(transformer, wholes, group, reader, rows, options, accelerator.device)
+        state = {}
+        for one, fit in found.items():
+            for leaf in _LEAVES:
+                value = torch.from_numpy(getattr(fit.probe, leaf))
+                state[f"{one.name}.{leaf}"] = value.to(transformer.dtype)
+        errors = {one.name: fit.error_heldout for one, fit in found.items()}
+        with stopping.part():
+            tensors.write(path, state, {"identity": of, "errors": json.dumps(errors)})
+    accelerator.wait_for_everyone()
+    told = [json.loads(tensors.metadata(path)["errors"]) for path in files]
+    return files, {Map.named(name): error for of in told for name, error in of.items()}
+
+
+def _is_of(path: Path, identity: str) -> bool:
+    """Whether a killed run left a whole file of this identity."""
+    if not path.exists():
+        return False
+    try:
+        _, metadata = tensors.opened(path)
+    except UserError as error:
+        log.warning("%s; it is made again", error)
+        return False
+    return metadata.get("identity") == identity
+
+
+class Stored(Mapping[Map, probes.Probe]):
+    """Maps in files, read when they are asked for."""
+
+    def __init__(self, paths: Sequence[Path]):
+        self._paths = paths
+        self._files: dict[Map, Any] = {}
+        for path in paths:
+            file, _ = tensors.opened(path)
+            names = [name for name in file.keys() if name.endswith(".weight")]
+            try:
+                found = {Map.named(name.removesuffix(".weight")): file for name in names}
+            except ValueError as error:
+                raise UserError(f"{path}: holds no maps ({error}); delete it and rerun") from error
+            self._files |= found
+
+    def __getitem__(self, one: Map) -> probes.Probe:
+        if one not in self._files:
+            raise UserError(
+                f"{self._paths[0]} has no map {one.name}; it is of other settings: delete it and "
+                "rerun"
+            )
+        leaves = (self._files[one].get_tensor(f"{one.name}.{leaf}") for leaf in _LEAVES)
+        return probes.Probe(*(leaf.double().numpy() for leaf in leaves))
+
+    def __contains__(self, one: object) -> bool:
+        return one in self._files
+
+    def __iter__(self) -> Iterator[Map]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+def stored(*paths: Path) -> Stored:
+    """The least-squares maps of width/maps.safetensors, or of `fit_to_files`.
+
+    Raises:
+        UserError: one is missing, or not what the stage `width` wrote; or, later, there is no map
+            that is asked for.
+    """
+    return Stored(paths)
+
+
+def closed(
+    transformer: nn.Module, parts: Sequence[Part], maps: Mapping[Map, probes.Probe]
+) -> Students:
+    """Kept blocks as narrow as these parts, made from least-squares maps alone.
+
+    Args:
+        parts: with first == last, of text runs whose source is a kept block, too.
+        maps: such as `stored`.
+
+    Returns:
+        Copies of the teacher's blocks, in its types, where it rests; untrained.
+    """
+    if grown := [part for part in parts if part.first != part.last]:
+        raise ValueError(f"part {grown[0].name} is no kept block")
+    return narrowed(transformer, whole_blocks(transformer, parts), maps)
+
+
+def narrowed(
+    transformer: nn.Module, wholes: Students, maps: Mapping[Map, probes.Probe]
+) -> Students:
     """The whole blocks of some parts, made as narrow as these, with fitted maps. In place."""
     for part, student in wholes.items():
         students.shaped(transformer, part, student)
         layers = narrow.maps(student)
         with torch.no_grad():
             for one in maps_of(part):
-                layers[one.kind].weight.copy_(torch.from_numpy(fits[one].probe.weight))
-                layers[one.kind].bias.copy_(torch.from_numpy(fits[one].probe.bias))
+                probe = maps[one]
+                layers[one.kind].weight.copy_(torch.from_numpy(probe.weight))
+                layers[one.kind].bias.copy_(torch.from_numpy(probe.bias))
     return wholes
 
 
@@ -193,7 +359,7 @@ def start(
         by_ends = {part.key: student for part, student in wholes.items()}
         rows = fit_rows(reader, options, seed)
         fits = fit(transformer, by_ends, maps, reader, rows, options, device)
-        narrowed(transformer, wholes, fits)
+        narrowed(transformer, wholes, {one: found.probe for one, found in fits.items()})
     return {part: student.cpu() for part, student in wholes.items()}
 
 
@@ -240,10 +406,10 @@ def text_candidates(
     ]
 
 
-def whole_blocks(transformer: nn.Module, unit: Unit) -> Students:
-    """Copies of the teacher's blocks for the parts of a candidate."""
+def whole_blocks(transformer: nn.Module, parts: Iterable[Part]) -> Students:
+    """Copies of the teacher's blocks at which some parts start."""
     sequence = blocks.block_sequence(transformer)
-    return {part: copy.deepcopy(sequence[part.first].module) for part in unit.parts}
+    return {part: copy.deepcopy(sequence[part.first].module) for part in parts}
 
 
 def saved_parameters(transformer: nn.Module, unit: Unit) -> int:
@@ -265,19 +431,25 @@ def _empty(module: nn.Module) -> nn.Module:
 
 
 def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
-    """Per block: parameters that it saves as a borrower (`text_saved`), and those of the map with
-    which a run that ends there makes a text stream again (`text_output`); 0 where there is none."""
-    found: dict[str, list[int]] = {"text_saved": [], "text_output": []}
+    """Per block: parameters that it saves as a borrower (`text_saved`), those of the map with
+    which a run that ends there makes a text stream again (`text_output`), and what it saves as the
+    source of a run that ends where nothing reads text (`text_lent`); 0 where there is none."""
+    found: dict[str, list[int]] = {"text_saved": [], "text_output": [], "text_lent": []}
+    unread = unread_after(transformer)
+    reached = unread is not None and blocks.block_sequence(transformer)[unread].width.text
     for block in blocks.block_sequence(transformer):
         here = (block.index, block.index)
-        saved = output = 0
+        saved = output = lent = 0
         if block.width.text:
             lender = (-1, -1)
             borrower = Unit((Part(*here, text="borrow", source=lender),))
             closing = Unit((Part(*here, text="close", source=lender),))
             saved = saved_parameters(transformer, borrower)
-            if block.index != unread_after(transformer):
+            if block.index != unread:
                 output = saved - saved_parameters(transformer, closing)
+            if reached and block.index != unread:
+                lent = saved_parameters(transformer, Unit((Part(*here, text="lend"),)))
         found["text_saved"].append(saved)
         found["text_output"].append(output)
+        found["text_lent"].append(lent)
     return found

@@ -1,0 +1,68 @@
+# What each variant is made of: closed forms and trained units, and the stage that each is from.
+#
+# in:  the teacher, record/calls.parquet; what closed forms cost (width/), what modulations get, block
+#      times (latency budgets); the plan, and students and errors of every stage, as far as the config
+#      has them
+# out: variants/sets.json, what finetune and assemble build; variants/units.parquet, the same as a
+#      table; variants/measured.parquet, errors of the sets that were tried
+#
+# Measured errors wait in state/choose, as in sensitivity.smk.
+
+
+rule choose:
+    input:
+        script=program("choose.py"),
+        launcher=program("launch.py"),
+        teacher=teacher_files(),
+        calls=result("record/calls.parquet"),
+        maps=widths("maps.safetensors"),
+        conditioning=conditioning(),
+        start=start(),
+        distill=taught("distill", "students.safetensors"),
+        narrow=taught("narrow", "students.safetensors"),
+        subsets=taught("subsets", "students.safetensors"),
+        plan=plan_of_students(),
+        width=widths("measured.parquet"),
+        latency=latency(),
+        distill_errors=taught("distill", "errors.parquet"),
+        narrow_errors=taught("narrow", "errors.parquet"),
+        subsets_errors=taught("subsets", "errors.parquet"),
+    output:
+        sets=result("variants/sets.json"),
+        units=result("variants/units.parquet"),
+        measured=result("variants/measured.parquet"),
+    log:
+        result("logs/choose.log"),
+    benchmark:
+        result("benchmarks/choose.tsv")
+    conda:
+        ENVIRONMENT
+    threads: THREADS
+    resources:
+        gpu=1,
+        mem_mb=megabytes("choose", 32000),
+        runtime=minutes("choose", 720),
+        processes=config["processes"],
+        device=config["device"],
+    params:
+        config=lambda wildcards: settings.subset(
+            {**config, "variants": settings.budgets(config["variants"])},
+            "seed",
+            "device",
+            "teacher",
+            "choose",
+            "variants",
+            *WISHES,
+        ),
+        files=optional(*MODELS, *PRICES),
+        state=result("state/choose"),
+        taken=taken(*training()[-1:], *(["width"] if closed() and not depth() else [])),
+        teacher=teacher_stamp(),
+        code=code("choose.py"),
+    message:
+        "Choosing what each variant is made of"
+    shell:
+        "{params.taken}python {input.launcher} --processes {resources.processes} "
+        "--threads {threads} --device {resources.device} {input.script} --config {params.config:q} "
+        "--calls {input.calls} {params.files} --state {params.state} --sets {output.sets} "
+        "--units {output.units} --measured {output.measured} 2>&1 | tee {log}"

@@ -1,0 +1,323 @@
+"""Models of variants: the teacher with a set of units and low-rank modulations plugged in.
+
+One way for all who need one: `choose` measures sets, `finetune` trains one, `assemble` exports it,
+`pareto` compares sizes. Closed forms are made from stored sums and maps, students read from the
+stage that each is from.
+"""
+
+import argparse
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ppcl import (
+    blocks,
+    conditioning,
+    measured,
+    modulation,
+    pins,
+    reasons,
+    schemas,
+    selection,
+    students,
+    tables,
+    width,
+)
+from ppcl.errors import UserError
+from ppcl.plans import Matrix, Part
+from ppcl.selection import Choices, Weights
+from ppcl.sets import CLOSED, START, TRAINED, Member, Offer, Set
+from ppcl.students import Students
+
+# Makes up one piece of a model: a unit from a source, or a kept block, or the last AdaLN, each with
+# the ranks of its matrices.
+Piece = tuple[Member | int, tuple[tuple[Matrix, int], ...]]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What sets are made from, as far as the config asks for it.
+
+    Attributes:
+        width, maps: prices of closed forms, and their least-squares maps.
+        conditioning: what modulations get.
+        latency: measured times.
+        students: of `start` and each stage that trains. errors: of these stages.
+    """
+
+    width: Path | None = None
+    maps: Path | None = None
+    conditioning: Path | None = None
+    latency: Path | None = None
+    students: Mapping[str, Path] = field(default_factory=dict)
+    errors: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Files":
+        """Those of a command line with `add_arguments`."""
+        given = {name: path for name, path in vars(args).items() if path is not None}
+        return cls(
+            *(given.get(name) for name in ("width", "maps", "conditioning", "latency")),
+            {source: given[source] for source in (START, *TRAINED) if source in given},
+            {stage: given[f"{stage}_errors"] for stage in TRAINED if f"{stage}_errors" in given},
+        )
+
+    @property
+    def every(self) -> list[Path]:
+        """All that there are."""
+        single = (self.width, self.maps, self.conditioning, self.latency)
+        return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
+
+
+def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) -> None:
+    """Adds `Files` to a command line; models_only: those alone that models are made from."""
+
+    def add(name: str, text: str) -> None:
+        parser.add_argument(f"--{name}", type=Path, help=text)
+
+    add("maps", "maps.safetensors, with closed forms")
+    add("conditioning", "conditioning.safetensors, with modulation.enabled")
+    add(START, "start weights, with intervals.enabled")
+    for stage in TRAINED:
+        add(stage, f"students of {stage}, if it trains")
+    if models_only:
+        return
+    add("plan", "plan.json, with intervals.enabled")
+    add("width", "prices of closed forms")
+    add("latency", "measured times, with a latency budget")
+    for stage in TRAINED:
+        add(f"{stage}-errors", "errors of these students")
+
+
+def untrained(plan: students.Plan | None, files: Files) -> dict[str, Member]:
+    """Every unit of the plan, by name, as it is without training; but for those that nothing but
+    training makes: with width.schedule: staged, narrow students of intervals."""
+    if plan is None:
+        return {}
+    maps = width.stored(files.maps) if files.maps else {}
+    found = {}
+    for unit in plan.units:
+        wanted = [one for part in unit.parts for one in width.maps_of(part)]
+        if not unit.removed_blocks and all(one in maps for one in wanted):
+            found[unit.name] = Member(unit, CLOSED)
+        elif START in files.students and unit in plan.distilled:
+            found[unit.name] = Member(unit, START)
+    return found
+
+
+def offer(
+    settings: Mapping,
+    transformer: nn.Module,
+    files: Files,
+    plan: students.Plan | None,
+    alone: Mapping[str, Mapping[str, float]],
+) -> Offer:
+    """All that variants may take.
+
+    Args:
+        settings: intervals, width and modulation, for pins; choose.closed_forms.
+        alone: errors of untrained units, by name and source.
+    """
+    depth = len(blocks.block_sequence(transformer))
+    pinned, forbidden = pins.wishes(settings, depth)
+    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
+    closed, counted = _closed(transformer, files, pinned, limits, settings)
+    units = {unit.name: unit for unit in plan.units} if plan else {}
+    if not settings["choose"]["closed_forms"]:
+        left = plan.closed if plan else ()
+        linear = {(p.first, stream) for u in left for p in u.parts for stream in p.linear_ffn}
+        runs = {(unit.first, unit.last) for unit in left if len(unit.parts) > 1}
+        closed = replace(
+            closed,
+            runs={ends: cost for ends, cost in closed.runs.items() if ends in runs},
+            ffns={ffn: cost for ffn, cost in closed.ffns.items() if ffn in linear},
+        )
+    entries = plan.facts["units"] if plan else []
+    none = [0.0] * depth
+    saving = {
+        key: {entry["name"]: entry[key] for entry in entries}
+        for key in ("removed_blocks", "saved_parameters")
+    }
+    weights = {
+        "blocks": Weights(none, none, none, units=saving["removed_blocks"]),
+        "parameters": replace(counted, units=saving["saved_parameters"]),
+    }
+    facts = {"transformer_parameters": blocks.parameter_count(transformer), "blocks": depth}
+    if files.latency:
+        timed, facts["transformer_seconds"] = selection.timing(files.latency, depth)
+        seconds = selection.saved_seconds(units.values(), files.latency)
+        weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
+    errors = {name: dict(alone.get(name, {})) for name in units}
+    for stage, path in files.errors.items():
+        found = tables.read(path, schemas.UNIT_ERRORS).to_pandas()
+        for row in found.itertuples():
+            # With width.schedule: staged, distill has whole blocks where units may be narrow.
+            if row.unit in units and (stage != "distill" or units[row.unit] in plan.distilled):
+                errors[row.unit][stage] = row.velocity_error
+    return Offer(closed, units, errors, weights, facts, pinned)
+
+
+def _closed(
+    transformer: nn.Module, files: Files, pinned: pins.Named, limits: dict, settings: Mapping
+) -> tuple[Choices, Weights]:
+    """Closed forms at their prices, and the parameters that each saves."""
+    depth = len(blocks.block_sequence(transformer))
+    if files.width is None:
+        return Choices(), Weights(*[[0.0] * depth] * 3)
+    widths = measured.widths(files.width, depth)
+    width_limits = {**limits, "floor": settings["width"]["cka_floor"]}
+    named = [one for one in widths if one.kind != "modulation"]
+    runs, ffns = reasons.usable_widths(named, pinned, width_limits)
+    table = tables.read(files.width, schemas.WIDTH_MEASURED).to_pandas()
+    matrices = {one.key: one for one in modulation.matrices(transformer)}
+    ranks: dict[Matrix, dict[int, float]] = {}
+    for row in table[table["kind"] == "modulation"].itertuples():
+        if row.first not in limits["forbidden"].ranks:
+            ranks.setdefault((int(row.first), row.path), {})[int(row.rank)] = row.velocity_error
+    text = width.text_sizes(transformer)
+    saves = {
+        (matrix, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
+        for matrix, one in matrices.items()
+        for rank in ranks.get(matrix, ())
+        for sixths in (2, 3, 6)
+    }
+    counted = Weights(
+        [0.0] * depth,
+        text["text_saved"],
+        text["text_output"],
+        {one.ffn: one.saved for one in named if one.kind == "ffn"},
+        ranks=saves,
+        source=dict(enumerate(text["text_lent"])),
+    )
+    unread = width.unread_after(transformer)
+    return Choices({}, runs, ffns, ranks, modulations=matrices, unread=unread), counted
+
+
+class Workshop:
+    """Makes models of one teacher; a model is the teacher's but for what differs.
+
+    Args:
+        transformer: the teacher, which stays as it is.
+        files: maps, conditioning and students.
+        as_teacher: whether students get the teacher's types, as in an export; else they are as they
+            were trained, float32.
+        device: where students go; None: they stay on the CPU.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        files: Files,
+        as_teacher: bool = True,
+        device: torch.device | None = None,
+    ):
+        self._teacher, self._students = transformer, files.students
+        self._maps = width.stored(files.maps) if files.maps else {}
+        self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
+        self._as_teacher, self._device = as_teacher, device
+        self._depth = len(blocks.block_sequence(transformer))
+        self._made: dict[Piece, dict[tuple[int, int], nn.Module]] = {}
+
+    def model(self, found: Set, keep: Iterable[Set] = ()) -> tuple[nn.Module, list[list[int]]]:
+        """The model of a set, and the block map of `blocks.assembled`.
+
+        What the last model had in common with this one is used again.
+
+        Args:
+            keep: sets whose blocks stay in memory, too.
+
+        Raises:
+            UserError: a source lacks a unit, or its shapes are others; or nothing was told of what
+                a modulation gets.
+        """
+        pieces = self._pieces(found)
+        kept = {piece for one in keep for piece in self._pieces(one)} | set(pieces)
+        self._made = {piece: made for piece, made in self._made.items() if piece in kept}
+        missing = [piece for piece in pieces if piece not in self._made]
+        if missing:
+            self._made |= self._make(missing)
+        modules: dict[tuple[int, int], nn.Module] = {}
+        last = None
+        for piece in pieces:
+            made = self._made[piece]
+            if piece[0] == self._depth:
+                (last,) = made.values()
+            else:
+                modules |= made
+        model, block_map = blocks.assembled(self._teacher, modules)
+        if last is not None:
+            model._modules[_last(self._teacher)] = last
+        return model, block_map
+
+    def _pieces(self, found: Set) -> list[Piece]:
+        """What a set consists of, in order of depth."""
+        ranks: dict[int, list[tuple[Matrix, int]]] = {}
+        for matrix, rank in found.ranks:
+            ranks.setdefault(matrix[0], []).append((matrix, rank))
+        pieces: list[Piece] = []
+        for member in found.members:
+            own = [one for part in member.unit.parts for one in ranks.pop(part.first, ())]
+            pieces.append((member, tuple(own)))
+        return pieces + [(block, tuple(own)) for block, own in sorted(ranks.items())]
+
+    def _make(self, pieces: Sequence[Piece]) -> dict[Piece, dict[tuple[int, int], nn.Module]]:
+        """The blocks of some pieces of one set, by the ends of their parts."""
+        members = [piece[0] for piece in pieces if isinstance(piece[0], Member)]
+        taught = self._students(members)
+        if self._as_teacher:
+            model, _, block_map = students.plugged(self._teacher, taught)
+        else:
+            model, block_map = blocks.assembled(
+                self._teacher, {part.key: student for part, student in taught.items()}
+            )
+        ranks = {matrix: rank for piece in pieces for matrix, rank in piece[1]}
+        if ranks:
+            if self._conditioning is None:
+                raise UserError(
+                    "sets.json has modulations of low rank, but nothing tells what they get: name "
+                    "activations/conditioning.safetensors, --conditioning"
+                )
+            model = modulation.low_rank(model, block_map, ranks, self._conditioning)
+        starts = {members[0]: number for number, members in enumerate(block_map)}
+        sequence = blocks.block_sequence(model)
+        made: dict[Piece, dict[tuple[int, int], nn.Module]] = {}
+        for piece in pieces:
+            of = piece[0]
+            if of == self._depth:
+                made[piece] = {(of, of): model._modules[_last(model)]}
+                continue
+            ends = [part.key for part in of.unit.parts] if isinstance(of, Member) else [(of, of)]
+            made[piece] = {key: sequence[starts[key[0]]].module for key in ends}
+        return made
+
+    def _students(self, members: Sequence[Member]) -> Students:
+        """The blocks of units, without ranks."""
+        parts: dict[str, list[Part]] = {}
+        for member in members:
+            parts.setdefault(member.source, []).extend(member.unit.parts)
+        found: Students = {}
+        for source, wanted in parts.items():
+            if source == CLOSED:
+                found |= width.closed(self._teacher, wanted, self._maps)
+            elif source in self._students:
+                found |= students.load(self._students[source], self._teacher, wanted)
+            else:
+                raise UserError(
+                    f"unit {wanted[0].name} is from {source}, of which no students are given; "
+                    f"name them, --{source}"
+                )
+        for part, student in found.items():
+            if self._as_teacher:
+                students.as_teacher(self._teacher, part, student)
+            student.requires_grad_(not self._as_teacher).eval()
+            if self._device is not None:
+                student.to(self._device)
+        return found
+
+
+def _last(transformer: nn.Module) -> str:
+    """The attribute of a transformer that holds its last AdaLN."""
+    return blocks.family(transformer).last_modulation.split(".")[0]
