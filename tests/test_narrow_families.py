@@ -101,7 +101,7 @@ def random_maps(block) -> None:
 
 @pytest.mark.parametrize(("name", "attribute"), GATED)
 def test_a_refitted_start_is_nearer_to_its_interval(calls_of, name, attribute):
-    """On the call that it is refitted on: the registry is right about the linears, or it refuses."""
+    """On the call that it is refitted on: the registry is right about the linears."""
     transformer, arguments = calls_of(name)
     sequence = blocks.block_sequence(transformer)
     first = next(block.index for block in sequence if block.list.attribute == attribute)
