@@ -89,6 +89,18 @@ def _linear(module: nn.Module, path: str) -> nn.Linear | None:
     return found if isinstance(found, nn.Linear) else None
 
 
+def parameter_count(transformer: nn.Module) -> int:
+    """Of all modulation matrices of a model, pruned or not, products of low rank included."""
+    of, sequence = blocks.family(transformer), blocks.block_sequence(transformer)
+    places = [(block.module, path) for block in sequence for path in block.list.modulations]
+    places += [(transformer, of.last_modulation)] if of.last_modulation else []
+    return sum(
+        blocks.parameter_count(module.get_submodule(place))
+        for module, path in places
+        if (place := narrow.held(module, path))
+    )
+
+
 # ---- closed form
 
 
