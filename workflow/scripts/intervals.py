@@ -149,7 +149,8 @@ def main() -> None:
     print(
         f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs, "
         f"{len(plan.ffns)} linear FFNs and {len(plan.ranks)} low-rank modulations: they save "
-        f"{selection.amounts(plan.saved)} at cost {plan.cost:.6g}; no set that is enough costs less than {plan.bound:.6g}",
+        f"{selection.amounts(plan.saved)} at cost {plan.cost:.6g}; no set that is enough "
+        f"costs less than {plan.bound:.6g}",
         flush=True,
     )
     stamp = provenance.stamp(
