@@ -221,9 +221,8 @@ def as_last_trained(
     decided = {}
     for name, (wanted, choice) in asked.items():
         train = wanted.get("train", True)
-        last = {
-            u: list(offer.sources(u, train))[-1] for u in choice.found.sources if u in offer.units
-        }
+        trained = offer.trained(choice.found)
+        last = {unit: list(offer.sources(unit, train))[-1] for unit in trained}
         found = choice.found.having(last)
         chosen = replace(choice, found=found, error=measure([found])[0])
         decided[name] = Decided(chosen, {"each of its last training": chosen})
