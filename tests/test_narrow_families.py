@@ -1,7 +1,6 @@
 """Width in every family: what a narrow block computes, against the stock block under hooks."""
 
 import copy
-import math
 import re
 
 import pytest
