@@ -15,8 +15,11 @@ def table(judged: bool = True, seed: int = 0) -> pd.DataFrame:
         count = 3 if method.group == "ladder" or name in ("amber", "shortgpt") else 1
         for number in range(1 if name == "teacher" else count):
             error = level * rng.lognormal(0, 0.15)
-            for state in ("plugged", "finetuned"):
-                error *= 0.4 if state == "finetuned" else 1
+            kind = method.train.get("low_rank")
+            states = [] if kind == "only" else ["plugged", "finetuned"]
+            states += ["low_rank", "low_rank_finetuned"] if kind else []
+            for state in states:
+                error *= 0.4 if state.endswith("finetuned") else 1
                 row = dict.fromkeys(schemas.ABLATION.names, 0.9)
                 row |= {"method": name, "group": method.group, "label": method.label}
                 row |= {"order": order, "seed": number, "state": state, "steps": 200}

@@ -1,9 +1,8 @@
 """Programs that are killed while they train, and what they end with when they are run again."""
 
 import signal
-import subprocess
-import sys
 
+import fresh
 import pandas as pd
 import tiny
 import torch
@@ -31,8 +30,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def kill_and_resume(program, settings, paths):
     """Runs a program until the kill, then again to its end in this process."""
     script = str(tiny.SCRIPTS / f"{program}.py")
-    command = [sys.executable, "-c", KILLER, script, *tiny.options(settings, paths)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = fresh.run(fresh.MODELS, "-c", KILLER, script, *tiny.options(settings, paths))
     assert done.returncode == -signal.SIGKILL, done.stderr
     left = {file.name for file in paths["state"].iterdir()} - {"inputs"}
     assert "checkpoint.safetensors" in left and len(left) == 2  # and half of the second one

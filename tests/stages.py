@@ -45,10 +45,17 @@ class Stage:
 CALLS = {"calls": "calls.parquet"}
 SEARCHED = CALLS | {
     "tokens": "tokens.parquet",
+    "conditioning": "conditioning.safetensors",
     "probes": "probes.safetensors",
     "cka": "cka.parquet",
     "sensitivity": "sensitivity.parquet",
     "width": "width.parquet",
+    "latency": "latency.parquet",
+}
+CALIBRATED = {
+    name: path
+    for name, path in SEARCHED.items()
+    if name not in ("tokens", "conditioning", "latency")
 }
 PLAN = CALLS | {"plan": "plan.json"}
 TUNED = PLAN | {"students": "subsets.safetensors", "errors": "subsets-errors.parquet"}
@@ -68,7 +75,11 @@ STAGES = [
     Stage(
         "extract",
         CALLS,
-        {"tokens": "tokens.parquet", "moments": "moments.safetensors"},
+        {
+            "tokens": "tokens.parquet",
+            "moments": "moments.safetensors",
+            "conditioning": "conditioning.safetensors",
+        },
         state=True,
     ),
     Stage(
@@ -160,7 +171,7 @@ MORE = [
     ),
     Stage(
         "calibrate",
-        {name: path for name, path in SEARCHED.items() if name != "tokens"},
+        CALIBRATED,
         {"table": "calibration.parquet"},
         state=True,
     ),
@@ -200,6 +211,7 @@ def settings(teacher: Path, folder: Path) -> dict:
         },
         "extract": {"rows": 8, "batch_size": 4, "sample_tokens": 8, "moment_tokens": 8}
         | {"checkpoint_every": 4},
+        "modulation": {"timesteps": 6},
         "probe": {"ridge": 0.01},
         "similarity": {"bootstrap": 2},
         "sensitivity": {"rows": 3, "longest": 3},

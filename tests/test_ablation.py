@@ -28,8 +28,8 @@ from ppcl import (
     chain,
     comparison_figure,
     config,
-    distillation,
     methods,
+    prices,
     probes,
     provenance,
     schedules,
@@ -42,13 +42,19 @@ from ppcl import (
 from ppcl.errors import UserError
 from ppcl.plans import Part
 
-BLOCKS, REMOVED = 8, 4
+BLOCKS, REMOVED, RANK = 8, 4, 3
+# Parameters that go, beside so many blocks, with two matrices [192, 32] of each other block and
+# the last one, [64, 32], at that rank: 32 inputs, and a bias that stays.
+_SAVED = {out: 32 * out - RANK * (32 + out) for out in (192, 64)}
+LOWERED = (BLOCKS - REMOVED) * 2 * _SAVED[192] + _SAVED[64]
 SHARED = {
     "tokens": "tokens.parquet",
+    "conditioning": "conditioning.safetensors",
     "probes": "probes.safetensors",
     "cka": "cka.parquet",
     "sensitivity": "sensitivity.parquet",
     "width": "width.parquet",
+    "latency": "latency.parquet",
 }
 
 
@@ -75,6 +81,7 @@ def run(tmp_path_factory):
             "finetune_steps": 1,
             "batch_size": 2,
             "velocity_rows": 4,
+            "rank": RANK,
         },
     }
     whole = config.complete(given_, "test")
@@ -89,6 +96,7 @@ def run(tmp_path_factory):
             "state": state,
             "moments": moments,
             "tokens": at["tokens"],
+            "conditioning": at["conditioning"],
         },
         "probe": {
             "moments": moments,
@@ -103,7 +111,14 @@ def run(tmp_path_factory):
             "blocks": map_,
         },
         "sensitivity": {"calls": at["calls"], "state": state, "table": at["sensitivity"]},
-        "width": {"calls": at["calls"], "blocks": map_, "state": state, "table": at["width"]},
+        "width": {
+            "calls": at["calls"],
+            "blocks": map_,
+            "state": state,
+            "table": at["width"],
+            "maps": folder / "maps.safetensors",
+        },
+        "latency": {"calls": at["calls"], "table": at["latency"]},
     }
     for name, paths in stages.items():
         tiny.stage(name, whole, **paths)
@@ -135,8 +150,8 @@ def ablate(run, job: str, folder) -> pd.DataFrame:
 
 def test_every_rung_choice_and_rival_of_the_comparison_is_there():
     ladder = methods.of_group("ladder")
-    assert ladder[0] == "sensitivity" and ladder[-1] == "joint" and len(ladder) == 12
-    assert len(methods.of_group("choice")) == 10 and len(methods.of_group("rival")) == 10
+    assert ladder[0] == "sensitivity" and ladder[-1] == "low-rank" and len(ladder) == 13
+    assert len(methods.of_group("choice")) == 13 and len(methods.of_group("rival")) == 10
     assert {m.group for m in methods.METHODS.values()} == set(methods.GROUPS)
     assert len({m.label for m in methods.METHODS.values() if m.group == "rival"}) == 10
     assert {m.select["by"] for m in methods.METHODS.values()} == set(ablation.SELECTIONS)
@@ -144,6 +159,7 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
         assert set(json.loads(methods.job(name))) == {"name", "select", "train"}
     assert {m.repeated for m in methods.METHODS.values() if m.group == "ladder"} == {True}
     known = {"mode", "subsets", "schedule", "start", "loss", "share", "draw", "mixed", "budgets"}
+    known |= {"low_rank", "outliers", "ema"}
     draws = {m.train.get("draw", "uniform") for m in methods.METHODS.values()}
     assert draws == set(schedules.DRAWS)
     assert all(set(m.train) <= known for m in methods.METHODS.values())
@@ -208,7 +224,10 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accelerator):
+def test_every_method_runs_and_removes_the_same(
+    run, pipe, name, tmp_path, accelerator, monkeypatch
+):
+    monkeypatch.setattr(ablation, "PRICE_STEPS", 1)
     job = json.loads(methods.job(name))
     given_ = material(run, pipe, job, tmp_path, accelerator)
     found = ablation_run.run(given_, pipe, job, ablation.choose(given_, job["select"]))
@@ -219,22 +238,34 @@ def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accel
     parts = found[found["state"] == "part"]
     assert len(parts) == (7 if "budgets" in job["train"] else 0)
     found = found.drop(parts.index)
-    assert found["state"].tolist() == ["plugged", "finetuned"]
+    plain, low = ["plugged", "finetuned"], ["low_rank", "low_rank_finetuned"]
+    kind = job["train"].get("low_rank", "no")
+    states = {"no": plain, "also": plain + low, "only": low}[kind]
+    assert found["state"].tolist() == states
     masks = 2 if name == "tinyfusion" else 0
-    assert found["steps"].tolist() == [6 + masks, 7 + masks]
+    assert found["steps"].tolist() == [6 + masks, 7 + masks] * (len(states) // 2)
     assert (found["velocity_error"] > 0).all() and found["all_correct"].isna().all()
     if len(parts):
         wanted = found["removed_parameters"].iloc[0] * np.arange(1, 8) / 8
         assert (parts["removed_parameters"] >= wanted).all()
         assert (parts["velocity_error"] > 0).all() and (parts["steps"] == 6).all()
-    saved = found["removed_parameters"].iloc[0]
+    whole = blocks.parameter_count(tiny.transformer(BLOCKS))
+    np.testing.assert_allclose(found["parameter_fraction"], 1 - found["removed_parameters"] / whole)
     block = blocks.parameter_count(tiny.transformer(1).transformer_blocks[0])
-    if methods.METHODS[name].select["by"] == "depth_and_width":
+    lowered = found[found["state"].isin(low)]["removed_parameters"]
+    if kind == "also":
+        assert (lowered == REMOVED * block + LOWERED).all()
+    elif kind == "only":
+        wanted = REMOVED * block + LOWERED
+        assert wanted <= lowered.min() == lowered.max() < wanted + block
+        return
+    saved = found["removed_parameters"].iloc[0]
+    if name == "latency":
+        assert (found["removed_blocks"] >= REMOVED / 2).all()
+    elif methods.METHODS[name].select["by"] == "depth_and_width":
         assert REMOVED * block <= saved < (REMOVED + 1) * block
     else:
         assert saved == REMOVED * block and (found["removed_blocks"] == REMOVED).all()
-    whole = blocks.parameter_count(tiny.transformer(BLOCKS))
-    np.testing.assert_allclose(found["parameter_fraction"], 1 - saved / whole)
 
 
 @pytest.mark.parametrize("script", ["ablate.py", "calibrate.py"])
@@ -425,8 +456,8 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     first, last = int(row["first"]), int(row["last"])
     assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])
     made = students.start(pipe.transformer, [Part(first, last)], "first")
-    args = held.reader, held.judged, 2, accelerator
-    untrained = distillation.plugged_error(pipe.transformer, made, *args)
+    args = held.reader, held.judged, 2, accelerator.device
+    untrained = prices.error(pipe.transformer, made, *args)
     assert row["cost_untrained"] == pytest.approx(untrained, rel=1e-4)
 
     literal = copy.deepcopy(pipe.transformer)  # every block of the interval, one probe each
@@ -518,11 +549,14 @@ def test_the_figure_names_every_method(tmp_path, judged):
     tables.write(path, table, schemas.ABLATION, {"commit": "0", "created": "now"})
     draw("ablation", "--config", "{}", "--results", path, "--output", tmp_path)
     text = svg_text(tmp_path / "ablation.svg")
-    other = svg_text(tmp_path / "schedules.svg")
+    schedules_, low = (svg_text(tmp_path / f"{name}.svg") for name in ("schedules", "low_rank"))
     for method in methods.METHODS.values():
-        assert method.group == "teacher" or method.label in (
-            other if method.group == "schedule" else text
-        )
+        kind = method.train.get("low_rank", "no")
+        if method.group == "schedule":
+            assert method.label in schedules_
+        elif method.group != "teacher":
+            assert (method.label in text) == (kind != "only")
+            assert (method.label in low) == (kind != "no")
     assert ("all three right" in text) == judged
 
 

@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 
-from ppcl import activations, calls, devices, schemas, tables, token_store
+from ppcl import activations, calls, devices, modulation_inputs, schemas, tables, token_store
 from ppcl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -355,7 +355,11 @@ def collect_in(folder, world, bar, identity="i"):
     transformer, reader = world
     options = {"batch_size": 4, "moment_tokens": 9, "sample_tokens": 3, "checkpoint_every": 8}
     rows = np.arange(len(reader))
-    return activations.collect(transformer, reader, rows, options, 0, CPU, folder, bar, identity)
+    given = modulation_inputs.Sums(transformer, [(1, "img_mod.1"), (5, "norm_out.linear")], CPU)
+    found = activations.collect(
+        transformer, reader, rows, options, 0, CPU, folder, bar, identity, given
+    )
+    return *found, given.result()
 
 
 def assert_same(one, other):
@@ -382,6 +386,9 @@ def test_killed_and_resumed_is_uninterrupted_to_the_bit(
     assert bar.seen[0] == 8 * (killed_after // 2)  # as far as the last checkpoint
     assert sum(bar.seen) == len(world[1])
     assert_same(whole, resumed)
+    given, again = whole[2], resumed[2]
+    assert given.places == again.places == {(1, "img_mod.1"): 0, (5, "norm_out.linear"): 0}
+    assert all(torch.equal(x, again.tensors()[name]) for name, x in given.tensors().items())
 
 
 def test_what_a_killed_run_left_is_used_only_if_it_is_whole_and_of_this_run(world, tmp_path):

@@ -8,12 +8,26 @@ import pandas as pd
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from ppcl import blocks, calls, devices, distillation, schemas, students, tables
+from ppcl import (
+    blocks,
+    calls,
+    devices,
+    distillation,
+    pipelines,
+    prices,
+    schemas,
+    students,
+    tables,
+    width,
+)
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
+CPU = torch.device("cpu")
 FIRST, SECOND = Part(0, 1), Part(3, 4)
 EVERY = [SECOND, Part(1, 3), FIRST]
 
@@ -21,38 +35,68 @@ EVERY = [SECOND, Part(1, 3), FIRST]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_plugged_error_is_the_relative_velocity_error(teacher, reader, accelerator, dtype):
-    """Also with a teacher of lower precision than the students."""
+def test_the_price_is_the_relative_velocity_error_in_float32(teacher, reader, dtype):
+    """Of weights in the teacher's lower precision, without the rounding of activations."""
     low = copy.deepcopy(teacher).to(dtype)
-    taught = students.start(low, [FIRST], "first")
+    taught = students.start(low, [SECOND], "first")
     rows = reader.rows(heldout=True)
-    batches = list(reader.batches(rows, 4))
-    for batch in batches:
-        for key, value in batch.arguments.items():
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                batch.arguments[key] = value.to(dtype)
-
-    class Same:
-        @staticmethod
-        def batches(_rows, _size, _device):
-            return batches
-
-    found = distillation.plugged_error(low, taught, Same, rows, 4, accelerator)
-    student = copy.deepcopy(taught[FIRST]).to(dtype)
-    model, _ = blocks.assembled(low, {FIRST.key: student})
-    with torch.no_grad():
-        answer, wanted = model(**batches[0].arguments)[0].double(), batches[0].output.double()
-    expected = (answer - wanted).square().sum() / wanted.square().sum()
-    assert found == pytest.approx(expected.item(), rel=1e-6) and found > 1e-4
-    inputs = distillation.sequential_inputs(low, taught, batches[0].arguments, accelerator)
-    assert inputs[FIRST]["hidden_states"].dtype == dtype
-    assert all(p.dtype == torch.float32 for p in taught[FIRST].parameters())
+    found = prices.error(low, taught, reader, rows, 4, CPU)
+    exact = copy.deepcopy(low).double()
+    model, _ = blocks.assembled(
+        exact, {SECOND.key: copy.deepcopy(taught[SECOND]).to(dtype).double()}
+    )
+    error = power = 0.0
+    for batch in reader.batches(rows, 4):
+        given = tree_map(lambda x: x.double() if is_float(x) else x, batch.arguments)
+        with torch.no_grad():
+            answer, wanted = model(**given)[0], exact(**given)[0]
+        error, power = error + (answer - wanted).square().sum(), power + wanted.square().sum()
+    assert found == pytest.approx((error / power).item(), rel=1e-4) and found > 1e-4
+    # Everything has the type that it had.
+    assert {p.dtype for p in low.parameters()} == {dtype}
+    assert all(p.dtype == torch.float32 for p in taught[SECOND].parameters())
+    batch = next(reader.batches(rows, 4))
+    low_call = tree_map(lambda x: x.to(dtype) if is_float(x) else x, batch.arguments)
+    inputs = distillation.sequential_inputs(low, taught, low_call, Accelerator(cpu=True))
+    assert inputs[SECOND]["hidden_states"].dtype == dtype
 
 
-def test_plugged_error_of_a_perfect_student_is_zero(teacher, reader, accelerator):
+def is_float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def test_the_price_of_a_perfect_student_is_zero(teacher, reader):
     own = {Part(2, 2): teacher.transformer_blocks[2]}
-    rows = reader.rows(heldout=True)
-    assert distillation.plugged_error(teacher, own, reader, rows, 4, accelerator) < 1e-12
+    assert prices.error(teacher, own, reader, reader.rows(heldout=True), 4, CPU) < 1e-12
+
+
+def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkeypatch):
+    """Forwards, back again, behind all blocks, and where there is no room for streams."""
+    rows, models = reader.rows(heldout=True), []
+    for index in (1, 4, 2):
+        other = copy.deepcopy(teacher.transformer_blocks[index])
+        other.attn.to_out[0].weight.mul_(1.1)
+        models.append((index, blocks.assembled(teacher, {(index, index): other})[0]))
+    behind = copy.copy(teacher)
+    behind._modules = dict(teacher._modules) | {"proj_out": copy.deepcopy(teacher.proj_out)}
+    behind.proj_out.weight.mul_(1.1)
+    models.append((6, behind))
+    judged = prices.Judged(teacher, reader, rows, 3, CPU)
+    whole = [judged.error(model, 0) for _, model in models]
+    assert min(whole) > 1e-5
+    assert [judged.error(m, first) for first, m in models] == pytest.approx(whole, rel=1e-5)
+    # The blocks before it do not run.
+    ran = []
+    judged.error(models[0][1], 1)
+    with blocks.watch(
+        blocks.block_sequence(teacher), lambda block, _bound: ran.append(block.index)
+    ):
+        judged.error(models[0][1], 1)
+    assert set(ran) == {2, 3, 4, 5}  # and block 1 is the other one
+    monkeypatch.setattr(prices, "KEPT_BYTES", 0)
+    judged = prices.Judged(teacher, reader, rows, 3, CPU)
+    assert [judged.error(m, first) for first, m in models] == pytest.approx(whole, rel=1e-5)
+    assert judged._streams[0] and not judged._streams[1]
 
 
 def errors_of(process, teacher, taught, reader, asked=None):
@@ -61,8 +105,10 @@ def errors_of(process, teacher, taught, reader, asked=None):
             asked.append(part)
         return {part: taught[part]}
 
-    rows, students_of = reader.rows(heldout=True), {p.name: partial(student_of, p) for p in EVERY}
-    return distillation.plugged_errors(teacher, students_of, reader, rows, 4, process)
+    rows = reader.rows(heldout=True)
+    students_of = {p.name: (p.first, partial(student_of, p)) for p in EVERY}
+    changes = prices.of_students(teacher, students_of)
+    return prices.measure(teacher, changes, reader, rows, 4, process)
 
 
 @pytest.fixture
@@ -75,10 +121,7 @@ def nothing_done(monkeypatch):
 def test_errors_are_shared_out_over_processes(teacher, reader, accelerator):
     taught = students.start(teacher, EVERY, "first")
     rows = reader.rows(heldout=True)
-    expected = [
-        distillation.plugged_error(teacher, {part: taught[part]}, reader, rows, 4, accelerator)
-        for part in EVERY
-    ]
+    expected = [prices.error(teacher, {part: taught[part]}, reader, rows, 4, CPU) for part in EVERY]
     assert errors_of(accelerator, teacher, taught, reader) == expected
     assert len(set(expected)) == 3 and min(expected) > 1e-4
     for count in (2, 4):  # one of the four has nothing to do
@@ -100,9 +143,9 @@ def test_a_broken_student_is_named_by_every_process(teacher, reader):
     broken = torch.tensor([torch.nan, 0, 0], dtype=torch.float64)
     for index in range(2):
         process = tiny.Process(index, 2, lambda _i, v: v + broken, "sum")
-        with pytest.raises(UserError, match=r"a student for 03-04 is nan.*set teacher\.dtype"):
+        with pytest.raises(UserError, match=r"03-04 changed is nan.*set teacher\.dtype"):
             errors_of(process, teacher, taught, reader)
-    with pytest.raises(UserError, match="a student for 03-04 is nan"):
+    with pytest.raises(UserError, match="03-04 changed is nan"):
         errors_of(tiny.Process(0, 1, None), teacher, taught, reader)
 
 
@@ -122,11 +165,44 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
     expected = expected.assign(removed_blocks=1, saved_parameters=[9, 7])
     expected["saved_seconds"] = [0.5, np.nan]
     expected["velocity_error"] = [
-        distillation.plugged_error(teacher, {part: student}, reader, rows, 2, accelerator)
+        prices.error(teacher, {part: student}, reader, rows, 2, CPU)
         for part, student in taught.items()
     ]
     pd.testing.assert_frame_equal(found, expected.assign(rows=3), check_exact=True)
     assert list(found) == schemas.UNIT_ERRORS.names
+
+
+# ---- a teacher of lower precision
+
+
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory):
+    """The embedded teacher, some recorded calls, and linear maps for text FFNs of little effect."""
+    folder = tiny.SCRIPTS.parents[1] / "resources" / "digits"
+    prompts = ["a red 3 on blue", "a white 7 on black", "a green 1 on red", "a blue 9 on white"]
+    path = tmp_path_factory.mktemp("digits") / "calls.parquet"
+    reader = calls.Reader(tiny.record(folder, path, prompts))
+    teacher = pipelines.load_transformer(tiny.source(folder), CPU)
+    parts = [Part(block, block, ("text",)) for block in (4, 11, 12, 17, 21)]
+    wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(teacher)}
+    maps = [one for part in parts for one in width.maps_of(part)]
+    rows = reader.rows(heldout=False), reader.rows(heldout=True)
+    fits = width.fit(teacher, wholes, maps, reader, rows, {"batch_size": 64, "ridge": 1e-6}, CPU)
+    return teacher, reader, parts, {one: fit.probe for one, fit in fits.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prices_of_harmless_units_add_up(harmless, dtype):
+    """In bfloat16, each would cost about 2e-5 by rounding alone."""
+    teacher, reader, parts, maps = harmless
+    low = copy.deepcopy(teacher).to(dtype)
+    made = width.closed(low, parts, maps)
+    judged = prices.Judged(low, reader, reader.rows(heldout=True), 64, CPU)
+    costs = [
+        judged.error(students.plugged(low, {part: made[part]})[0], part.first) for part in parts
+    ]
+    together = judged.error(students.plugged(low, made)[0], parts[0].first)
+    assert max(costs) < 2e-6 and sum(costs) == pytest.approx(together, rel=0.2)
 
 
 # ---- untrained students: the program sensitivity
@@ -195,15 +271,15 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     tiny_teacher, tiny_calls, tmp_path, monkeypatch
 ):
     whole = measure(tiny_teacher, tiny_calls, tmp_path / "whole" / "whole.parquet")
-    asked, plugged_error = [], distillation.plugged_error
+    asked, error = [], prices.Judged.error
 
-    def stopping(transformer, taught, *rest):
-        asked.extend(taught)
+    def stopping(judged, model, first):
+        asked.append(first)
         if len(asked) == 4:
             raise KeyboardInterrupt
-        return plugged_error(transformer, taught, *rest)
+        return error(judged, model, first)
 
-    monkeypatch.setattr(distillation, "plugged_error", stopping)
+    monkeypatch.setattr(prices.Judged, "error", stopping)
     path = tmp_path / "stopped.parquet"
     with pytest.raises(KeyboardInterrupt):
         measure(tiny_teacher, tiny_calls, path)

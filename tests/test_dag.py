@@ -10,6 +10,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import fresh
 import pandas as pd
 import pytest
 from safetensors import safe_open
@@ -60,10 +61,11 @@ def started(folder: Path, *arguments: str) -> subprocess.Popen:
 
 
 def snakemake(folder: Path, *arguments: str) -> str:
-    done = started(folder, *arguments)
-    printed = done.communicate()[0]
-    assert done.returncode == 0, printed[-4000:]
-    return printed
+    words = ["-m", "snakemake", "--cores", "2", "--configfile", "config/test.yaml", *arguments]
+    quiet = os.environ | {"TQDM_DISABLE": "1"}
+    done = fresh.run(fresh.SNAKEMAKE, *words, cwd=folder, env=quiet, merged=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return done.stdout
 
 
 def weights(path: Path) -> dict[str, bytes]:

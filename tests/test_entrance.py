@@ -283,7 +283,7 @@ def test_blocks_that_can_not_pass_streams_on_are_refused(
     )
     kept = entrance.Inputs(teacher, [PART], reader, HOW, 0, accelerator, tmp_path, "")
     batch = reader.batch(reader.rows(heldout=False)[:3])
-    with pytest.raises(UserError, match="start at block 3 .*never"):
+    with pytest.raises(UserError, match="block 3 gets .* of the shape .*never"):
         kept.model(batch.numbers, batch.arguments)
 
 

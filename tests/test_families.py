@@ -101,6 +101,7 @@ def make(name: str, folder: Path) -> dict:
                 "heldout_fraction": 0.5,
             },
             "extract": {"rows": 16, "batch_size": 4, "moment_tokens": 64, "sample_tokens": 16},
+            "modulation": {"timesteps": 8},
             "similarity": {"bootstrap": 4},
             "sensitivity": {"rows": 4, "longest": 3, "batch_size": 4},
             "intervals": {"segmentation": "optimal"},
@@ -157,6 +158,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
         "calls": "calls.parquet",
         "tokens": "tokens.parquet",
         "moments": "moments.safetensors",
+        "conditioning": "conditioning.safetensors",
         "probes": "probes.safetensors",
         "probes_table": "probes.parquet",
         "cka": "cka.parquet",
@@ -176,7 +178,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
 
     wide = settings["width"]["enabled"]
     run("record", "calls", "state")
-    run("extract", "calls", "state", "tokens", "moments")
+    run("extract", "calls", "state", "tokens", "moments", "conditioning")
     run("probe", "moments", "tokens", "probes_table", "probes")
     run("similarity", "probes", "tokens", "cka", "blocks")
     run("sensitivity", "calls", "state", table=at["sensitivity"])

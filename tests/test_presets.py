@@ -5,11 +5,10 @@ import functools
 import inspect
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import fresh
 import pytest
 import yaml
 
@@ -49,20 +48,13 @@ def in_the_repository(monkeypatch):
 
 def dry_run(name: str) -> str:
     """Rules and numbers of jobs that Snakemake would run for a preset."""
-    command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "2", "-n"]
     # --nolock: other tests may run the workflow in this folder.
-    command += ["--nolock", "--configfile", f"config/presets/{name}.yaml"]
+    command = ["-m", "snakemake", "--cores", "2", "-n", "--nolock"]
+    command += ["--configfile", f"config/presets/{name}.yaml"]
     quick = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=quick)
+    done = fresh.run(fresh.SNAKEMAKE, *command, cwd=ROOT, env=quick)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     return done.stdout.split("Job stats:")[1].split("total")[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def dry_runs():
-    """Name to the future result of `dry_run`; started first, since they take seconds each."""
-    with ThreadPoolExecutor(2) as pool:
-        yield {name: pool.submit(dry_run, name) for name in SIZES}
 
 
 def test_there_is_a_preset_and_an_architecture_for_each_model():
@@ -182,7 +174,7 @@ def test_preset_can_be_planned(name, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_workflow_of_the_preset_resolves(name, dry_runs):
-    jobs = dry_runs[name].result()
+def test_workflow_of_the_preset_resolves(name):
+    jobs = dry_run(name)
     for rule in ("record", "extract", "distill", "narrow", "subsets", "finetune", "evaluate"):
         assert rule in jobs

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ppcl import blocks, calls, distillation, evaluation, recording, steps
+from ppcl import blocks, calls, evaluation, prices, recording, steps
 from ppcl.errors import UserError
 
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background"]
@@ -187,9 +187,8 @@ def test_zero_answers_of_an_older_record_are_refused(pipe, tmp_path):
     found = calls.to_tables(given, answered, tiny.places(1))
     calls.write(path, [table.schema for table in found], found, {})
     reader, rows = calls.Reader(path), np.arange(1)
-    accelerator = tiny.Process(0, 1, None)
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
-        distillation.plugged_error(pipe.transformer, {}, reader, rows, 1, accelerator)
+        prices.error(pipe.transformer, {}, reader, rows, 1, torch.device("cpu"))
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
         evaluation.velocity_errors("p", pipe.transformer, reader, rows, 1, torch.device("cpu"))
 

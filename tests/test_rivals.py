@@ -15,8 +15,8 @@ from ppcl import (
     activations,
     blocks,
     calls,
-    distillation,
     intervals,
+    prices,
     probes,
     rivals,
     similarity,
@@ -346,7 +346,7 @@ def test_one_block_out_goes_on_where_it_was_killed(scattered, accelerator, tmp_p
             measured.append(len(measured))
             return float(measured[-1])
 
-        monkeypatch.setattr(distillation, "plugged_error", error)
+        monkeypatch.setattr(prices.Judged, "error", error)
         place = (8, accelerator, tmp_path, "one")
         return rivals.skip_errors(transformer, RUNS, reader, groups, *place)
 

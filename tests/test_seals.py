@@ -192,7 +192,8 @@ def test_a_stage_whose_outputs_are_lost_ends_at_once_with_the_same(
     paths |= {name: tmp_path / path for name, path in stage.writes.items()}
     for work in (
         "training._one_step",
-        "distillation.plugged_error",
+        "prices.Judged.error",
+        "width._fit",
         "recording.record_batch",
         "activations.pick_tokens",
         "pipelines.run",

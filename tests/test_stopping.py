@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import fresh
 import launch
 import pytest
 import tiny
@@ -41,8 +42,7 @@ def command(program, settings, paths, processes=1):
 def warn_and_resume(program, settings, paths):
     """Runs a program that is warned in its third step, and then to its end in this process."""
     script = str(tiny.SCRIPTS / f"{program}.py")
-    given = [sys.executable, "-c", WARNED, script, *tiny.options(settings, paths)]
-    done = subprocess.run(given, capture_output=True, text=True)
+    done = fresh.run(fresh.MODELS, "-c", WARNED, script, *tiny.options(settings, paths))
     assert done.returncode == stopping.EXIT_CODE == 75, done.stderr
     assert "SIGTERM: stopped after step 3" in done.stderr and "Traceback" not in done.stderr
     assert [file.name for file in paths["state"].iterdir()] == ["checkpoint.safetensors"]
@@ -70,7 +70,7 @@ def test_a_warned_training_ends_with_the_same_students(world, distilled, program
 
 @pytest.mark.parametrize(
     ("moment", "step", "errors"),
-    [("training._save", 3, 0), ("distillation.plugged_error", 6, 1), ("loading", 0, 0)],
+    [("training._save", 3, 0), ("prices.Judged.error", 6, 1), ("loading", 0, 0)],
 )
 def test_a_warning_at_any_other_moment_loses_nothing(  # noqa: F811
     world,  # noqa: F811
@@ -83,8 +83,11 @@ def test_a_warning_at_any_other_moment_loses_nothing(  # noqa: F811
     """While a checkpoint is written, between the errors at the end, and as nothing is there yet."""
     paths, calls = distill_paths(world, f"warned-{moment}"), []
     place = "pipelines.load_transformer" if moment == "loading" else moment
-    module = importlib.import_module(f"ppcl.{place.split('.')[0]}")
-    own = getattr(module, place.split(".")[1])
+    module, *owners, name = place.split(".")
+    owner = importlib.import_module(f"ppcl.{module}")
+    for part in owners:
+        owner = getattr(owner, part)
+    own = getattr(owner, name)
 
     def warned(*given, **more):
         calls.append(1)
@@ -93,7 +96,7 @@ def test_a_warning_at_any_other_moment_loses_nothing(  # noqa: F811
         return own(*given, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, place.split(".")[1], warned)
+        patch.setattr(owner, name, warned)
         with pytest.raises(SystemExit) as stopped:
             tiny.stage("distill", world[1], **paths)
     assert stopped.value.code == stopping.EXIT_CODE and not paths["output"].exists()

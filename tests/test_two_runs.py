@@ -11,25 +11,26 @@ SCRIPT = f"""
 import sys
 sys.path[:0] = {[str(tiny.SCRIPTS), str(Path(__file__).parent)]!r}
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import train_teacher
 from torch import nn
 
-from ppcl import devices, distillation, entrance, texts, training
+from ppcl import devices, entrance, prices, texts, training
 from ppcl.errors import UserError
 
 accelerator = devices.accelerator("cpu")
 rank, here = accelerator.process_index, Path(sys.argv[1])
 
+prices.Judged = lambda *_: SimpleNamespace(error=lambda *_: 2.0)
 # Finished errors: seen by the main process alone, by the other one alone, and other ones by both.
 asked = []
 for seen in ([["a"], []], [[], ["a", "b"]], [["a", "b"], ["c"]]):
-    distillation._finished = lambda *_: dict.fromkeys(seen[rank], 2.0)
-    distillation.plugged_error = lambda *_: 2.0
-    students_of = {{name: dict for name in "abcde"}}
-    found = distillation.plugged_errors(
-        None, students_of, None, [], 1, accelerator, here / "errors", ""
+    prices._finished = lambda *_: dict.fromkeys(seen[rank], 2.0)
+    changes = {{name: prices.Change(0, dict) for name in "abcde"}}
+    found = prices.measure(
+        None, changes, None, [], 1, accelerator, here / "errors", ""
     )
     assert found == 5 * [2.0], (seen, found)
 

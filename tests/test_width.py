@@ -9,7 +9,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import blocks, calls, distillation, plans, students, width
+from ppcl import blocks, calls, plans, prices, students, width
 from ppcl.plans import Part, Unit
 from ppcl.width import Map
 
@@ -185,7 +185,7 @@ def narrow_unit(transformer, unit, reader):
     return made, max(fit.error_heldout for fit in fits.values())
 
 
-def test_planted_redundancy_is_found_and_costs_nothing(tmp_path, accelerator):
+def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
     transformer = planted()
     reader = recorded(transformer, tmp_path / "calls.parquet")
     everything_alike = np.ones((6, 6))
@@ -221,7 +221,7 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
         CPU,
     )
     rows = reader.rows(heldout=True)
-    assert distillation.plugged_error(transformer, made, reader, rows, 8, accelerator) < 1e-8
+    assert prices.error(transformer, made, reader, rows, 8, CPU) < 1e-8
     # And they survive their file, to the bit.
     path = tmp_path / "students.safetensors"
     students.save(path, made, {})

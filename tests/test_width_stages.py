@@ -17,16 +17,22 @@ from ppcl import (
     assembly,
     blocks,
     calls,
+    conditioning,
     config,
     devices,
-    distillation,
     evaluation,
+    modulation,
+    modulation_prices,
     pipelines,
+    plans,
+    prices,
     schemas,
     students,
     tables,
     tensors,
+    width,
 )
+from ppcl.errors import UserError
 
 TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 EVALUATE = {"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 3}
@@ -78,19 +84,41 @@ def similar(path, depth=5, text=0.9):
     return path
 
 
-def measure(tiny_teacher, tiny_calls, folder, name="w", **options):
-    settings = settings_of(tiny_teacher)
-    settings["width"] |= options
-    pairs = similar(folder / "blocks.parquet")
+def measure(tiny_teacher, tiny_calls, folder, name="w", without=(), **modulation):
+    """The prices; `without` names inputs that the stage is not given."""
+    settings = settings_of(tiny_teacher) | {"modulation": modulation}
     path = folder / f"{name}.parquet"
-    paths = {"calls": tiny_calls, "blocks": pairs, "state": folder / "state", "table": path}
-    paths["maps"] = folder / f"{name}.safetensors"
-    tiny.stage("width", settings, **paths)
+    paths = {
+        "blocks": similar(folder / "blocks.parquet"),
+        "conditioning": conditioned(tiny_teacher, tiny_calls, folder / "conditioning.safetensors"),
+    }
+    paths = {key: value for key, value in paths.items() if key not in without}
+    paths |= {"calls": tiny_calls, "state": folder / "state", "table": path}
+    tiny.stage("width", settings, **paths, maps=folder / f"{name}.safetensors")
     return tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
+
+
+def conditioned(tiny_teacher, tiny_calls, path):
+    """What matrices get in the calls to fit on, an entry each."""
+    if path.exists():  # the order of a header's entries is not the same twice
+        return path
+    reader, transformer = calls.Reader(tiny_calls), tiny.load(tiny_teacher).transformer
+    every = modulation.matrices(transformer)
+    rows = reader.rows(heldout=False)
+    seen = modulation_prices.inputs_of(transformer, every, reader, rows, 4, torch.device("cpu"))
+    entries = [
+        conditioning.Moments(float(len(x)), x.sum(0), x.T @ x)
+        for x in (seen[one.key].double() for one in every)
+    ]
+    places = {one.key: place for place, one in enumerate(every)}
+    conditioning.write(path, conditioning.Conditioning(entries, places), {})
+    return path
 
 
 def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
     found = measure(tiny_teacher, tiny_calls, tmp_path)
+    modulations = found[found["kind"] == "modulation"]
+    found = found[found["kind"] != "modulation"]
     ffns, runs = found[found["kind"] == "ffn"], found[found["kind"] == "text"]
     both = [(block, stream) for block in range(5) for stream in ("image", "text")]
     assert list(zip(ffns["first"], ffns["stream"], strict=True)) == both
@@ -106,26 +134,83 @@ def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
     assert (found["parameters_saved"] > 0).all()
     sizes = tables.provenance(tmp_path / "w.parquet")
     assert json.loads(sizes["text_output"]) == [32 * 32 + 32] * 4 + [0]
+    assert (found["path"] == "").all() and (found["rank"] == 0).all()
+    # Each matrix of every block and the last one's, at 2, 4 and 8: what gets silu(temb) of six
+    # timesteps and no more has five directions.
+    every = [plans.Modulation(**entry) for entry in json.loads(sizes["modulations"])]
+    assert [one.key for one in every] == [
+        *((block, f"{name}_mod.1") for block in range(5) for name in ("img", "txt")),
+        (5, "norm_out.linear"),
+    ]
+    ranks = sorted(set(modulations["rank"]))
+    assert len(modulations) == len(every) * len(ranks) and ranks[:2] == [2, 4]
+    saved = modulations.set_index(["first", "path", "rank"])["parameters_saved"]
+    assert saved[0, "img_mod.1", 2] == 32 * 6 * 32 - 2 * (32 + 6 * 32)
+    assert saved[5, "norm_out.linear", 4] == 32 * 2 * 32 - 4 * (32 + 2 * 32)
+    costs = modulations.pivot_table(
+        index=["first", "path"], columns="rank", values=["velocity_error", "fit_error_heldout"]
+    )
+    for column in ("velocity_error", "fit_error_heldout"):
+        assert (costs[column][2] >= costs[column][4]).all() and costs[column].min().min() >= 0
+    assert costs["velocity_error"][2].max() > 1e-9
+
+
+def test_either_kind_of_closed_form_may_be_off(tiny_teacher, tiny_calls, tmp_path):
+    """And each costs what it does beside the other."""
+    whole = measure(tiny_teacher, tiny_calls, tmp_path, rank=3)
+    is_modulation = whole["kind"] == "modulation"
+    for name, without in (("narrow", "conditioning"), ("lower", "blocks")):
+        found = measure(tiny_teacher, tiny_calls, tmp_path, name, (without,), rank=3)
+        wanted = whole[is_modulation if name == "lower" else ~is_modulation]
+        pd.testing.assert_frame_equal(found, wanted.reset_index(drop=True))
+        maps = width.stored(tmp_path / f"{name}.safetensors")
+        assert bool(len(maps)) == (name == "narrow")
+    assert set(whole["rank"]) == {0, 3}
+
+
+def test_maps_in_the_file_are_those_that_were_priced(tiny_teacher, tiny_calls, tmp_path):
+    found = measure(tiny_teacher, tiny_calls, tmp_path, without=("conditioning",))
+    transformer = tiny.load(tiny_teacher).transformer
+    maps = width.stored(tmp_path / "w.safetensors")
+    last = width.unread_after(transformer)
+    reader = calls.Reader(tiny_calls)
+    rows = reader.sample_heldout("select", 3, 0)
+    for row in (found[found["kind"] == "ffn"].iloc[2], found[found["kind"] == "text"].iloc[1]):
+        if row["kind"] == "ffn":
+            units = plans.units([], [], [(row["first"], row["stream"])], last)
+        else:
+            units = plans.units([], [(row["first"], row["last"])], (), last)
+        made = width.closed(transformer, units[0].parts, maps)
+        cost = prices.error(transformer, made, reader, rows, 4, torch.device("cpu"))
+        assert cost == pytest.approx(row["velocity_error"], rel=1e-5)
+        with pytest.raises(ValueError, match="no kept block"):
+            width.closed(transformer, [plans.Part(1, 2)], maps)
+    with pytest.raises(UserError, match=r"w\.safetensors has no map ffn/image\.07"):
+        maps[width.Map("ffn/image", (7, 7), (7, 7))]
 
 
 def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path, monkeypatch):
     whole = measure(tiny_teacher, tiny_calls, tmp_path, "whole")
     shutil.rmtree(tmp_path / "state")
-    asked, plugged_error = [], distillation.plugged_error
+    asked, error, fitted = [], prices.Judged.error, []
+    fit = width._fit
+    monkeypatch.setattr(width, "_fit", lambda *a: fitted.append(1) or fit(*a))
 
-    def stopping(transformer, taught, *rest):
-        asked.append(taught)
+    def stopping(judged, model, first):
+        asked.append(first)
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return plugged_error(transformer, taught, *rest)
+        return error(judged, model, first)
 
-    monkeypatch.setattr(distillation, "plugged_error", stopping)
+    monkeypatch.setattr(prices.Judged, "error", stopping)
     with pytest.raises(KeyboardInterrupt):
         measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
     assert not (tmp_path / "stopped.parquet").exists()
     found = measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
     pd.testing.assert_frame_equal(found, whole, check_exact=True)
     assert len(asked) == len(whole) + 1
+    assert len(fitted) == 1  # and nothing is fitted twice
+    assert equal(tmp_path / "stopped.safetensors", tmp_path / "whole.safetensors")
 
 
 # ---- from block times to a folder

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import fresh
 import pytest
 import yaml
 from plotting import search_tables, width_table
@@ -39,15 +40,14 @@ STAGES = {
 
 def run(*command, code=0, **variables) -> str:
     """What a command prints, after it ended with the expected exit code."""
+    words = [os.path.join(BIN, command[0]), *map(str, command[1:])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    done = subprocess.run(
-        [os.path.join(BIN, command[0]), *map(str, command[1:])],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    if command[0] == "snakemake" and not variables:
+        given = ["-m", *command]
+        done = fresh.run(fresh.SNAKEMAKE, *given, cwd=ROOT, env=environment, merged=True)
+    else:
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        done = subprocess.run(words, cwd=ROOT, env=environment, text=True, **both)
     assert done.returncode == code, done.stdout
     return done.stdout
 

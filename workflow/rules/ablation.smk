@@ -1,6 +1,7 @@
 # The comparison: every method of ppcl/methods.py at the same size, with the same training.
 #
-# in:  shared artifacts of the run: calls, tokens, probes, CKA, and what intervals and widths cost
+# in:  shared artifacts of the run: calls, tokens, what modulations get, probes, CKA, what intervals
+#      and widths cost, and block times
 # out: ablation/runs/<method>-<number>.parquet, one run each; ablation/results.parquet, all of them;
 #      ablation/calibration.parquet, prices against errors after training; plots/ablation/
 #
@@ -40,11 +41,14 @@ ABLATION_KEYS = [
 SHARED = {
     "calls": "record/calls.parquet",
     "tokens": "activations/tokens.parquet",
+    "conditioning": "activations/conditioning.safetensors",
     "probes": "probes/probes.safetensors",
     "cka": "similarity/cka.parquet",
     "sensitivity": "sensitivity/intervals.parquet",
     "width": "width/measured.parquet",
+    "latency": "latency/blocks.parquet",
 }
+CALIBRATED = {name: SHARED[name] for name in ("calls", "probes", "cka", "sensitivity", "width")}
 
 
 # Seconds each, from small tables: not worth a place in a cluster's queue.
@@ -150,7 +154,7 @@ rule gather_ablation:
 
 rule calibrate:
     input:
-        **{name: result(path) for name, path in SHARED.items() if name != "tokens"},
+        **{name: result(path) for name, path in CALIBRATED.items()},
         script=program("calibrate.py"),
         teacher=teacher_files(),
     output:
@@ -180,9 +184,7 @@ rule calibrate:
             "ablation.subsets_steps",
             "ablation.batch_size",
         ),
-        shared=lambda wildcards, input: " ".join(
-            f"--{name} {input[name]}" for name in SHARED if name != "tokens"
-        ),
+        shared=lambda wildcards, input: " ".join(f"--{name} {input[name]}" for name in CALIBRATED),
         state=result("state/calibrate"),
         teacher=teacher_stamp(),
         code=code("calibrate.py"),
@@ -205,6 +207,12 @@ rule plot_ablation:
             category="Ablation",
             labels={"figure": "The method against its alternatives"},
         ),
+        low_rank=report(
+            result("plots/ablation/low_rank.svg"),
+            caption="../report/low_rank.rst",
+            category="Ablation",
+            labels={"figure": "The same with low-rank modulations"},
+        ),
         schedules=report(
             result("plots/ablation/schedules.svg"),
             caption="../report/schedules.rst",
@@ -218,6 +226,7 @@ rule plot_ablation:
             labels={"figure": "Prices against errors after training"},
         ),
         ablation_png=result("plots/ablation/ablation.png"),
+        low_rank_png=result("plots/ablation/low_rank.png"),
         schedules_png=result("plots/ablation/schedules.png"),
         calibration_png=result("plots/ablation/calibration.png"),
     log:

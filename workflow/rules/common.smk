@@ -1,6 +1,7 @@
 # Helpers of the rules: paths, the parts of the config that a stage depends on, and its code.
 
 import contextlib
+import functools
 import os
 import re
 import shlex
@@ -315,6 +316,7 @@ def prompts_stamp(stage):
     return digest(stamps([path, *pictures(stage)])) if Path(path).is_file() else ""
 
 
+@functools.cache  # of a config that is complete: several rules ask, and a file may be long
 def pictures(stage):
     """Pictures that a stage's prompts name: a changed one reruns it."""
     if not Path(config[stage]["prompts"]).is_file():
@@ -422,7 +424,7 @@ def figures(group):
             "finetune": finetuned(),
         },
         "quality": {"pareto": True, "tradeoff": True, "images": True},
-        "ablation": {"ablation": True, "schedules": True, "calibration": True},
+        "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
     }
     return [name for name, there in shown[group].items() if there]
 

@@ -26,7 +26,14 @@ rule sensitivity:
         processes=config["processes"],
         device=config["device"],
     params:
-        config=subset("seed", "device", "teacher", "sensitivity", "prune"),
+        config=subset(
+            "seed",
+            "device",
+            "teacher",
+            "sensitivity",
+            "prune",
+            *(WIDTH_FITS if config["prune"]["start"] == "solved" else []),
+        ),
         state=result("state/sensitivity"),
         teacher=teacher_stamp(),
         code=code("sensitivity.py"),

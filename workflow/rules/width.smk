@@ -1,9 +1,12 @@
-# What each text run and each linear FFN costs if least-squares maps replace it: stage 2's prices.
+# What closed forms cost: least-squares maps in place of text runs and FFNs, low-rank modulations.
 #
-# in:  the teacher, record/calls.parquet and similarity/blocks.parquet (which texts are alike)
-# out: width/measured.parquet, fit error, velocity error and saving of each candidate
+# in:  the teacher, record/calls.parquet, and as the config asks similarity/blocks.parquet (which
+#      texts are alike; width.enabled), activations/conditioning.safetensors (modulation.enabled)
+# out: width/measured.parquet, fit error, velocity error and saving of each candidate;
+#      width/maps.safetensors, the least-squares maps
 #
-# Only with width.enabled. Selection adds the verdicts, width/candidates.parquet (intervals.smk).
+# Only with width.enabled or modulation.enabled. Selection adds the verdicts,
+# width/candidates.parquet (intervals.smk).
 
 
 rule width:
@@ -13,6 +16,7 @@ rule width:
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         blocks=similarity("blocks.parquet") if config["width"]["enabled"] else [],
+        conditioning=conditioning(),
     output:
         table=result("width/measured.parquet"),
         maps=result("width/maps.safetensors"),
@@ -30,14 +34,23 @@ rule width:
         processes=config["processes"],
         device=config["device"],
     params:
-        config=subset("seed", "device", "teacher", *WIDTH_PRICES),
+        config=subset(
+            "seed",
+            "device",
+            "teacher",
+            "width.enabled",
+            *WIDTH_PRICES,
+            *(f"modulation.{key}" for key in ("enabled", "rank", "ladder")),
+        ),
+        inputs=optional("blocks", "conditioning"),
         state=result("state/width"),
+        taken=taken(*([] if compared() else ["extract"])),
         teacher=teacher_stamp(),
         code=code("width.py"),
     message:
-        "Measuring what narrower blocks cost"
+        "Fitting and measuring closed forms"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --blocks {input.blocks} --state {params.state} "
+        "--calls {input.calls} {params.inputs} --state {params.state} "
         "--table {output.table} --maps {output.maps} 2>&1 | tee {log}"

@@ -3,10 +3,12 @@
     python workflow/scripts/ablate.py --config config/digits.yaml --method "$(...)" --number 0 \
         --calls results/digits/record/calls.parquet \
         --tokens results/digits/activations/tokens.parquet \
+        --conditioning results/digits/activations/conditioning.safetensors \
         --probes results/digits/probes/probes.safetensors \
         --cka results/digits/similarity/cka.parquet \
         --sensitivity results/digits/sensitivity/intervals.parquet \
         --width results/digits/width/measured.parquet \
+        --latency results/digits/latency/blocks.parquet \
         --state results/digits/state/ablation-joint-0 \
         --output results/digits/ablation/runs/joint-0.parquet
 
@@ -39,7 +41,7 @@ from ppcl import (
 )
 
 WORK = "work"  # in --state, until the rows are there
-SHARED = ("tokens", "probes", "cka", "sensitivity", "width")
+SHARED = ("tokens", "conditioning", "probes", "cka", "sensitivity", "width", "latency")
 
 
 def main() -> None:

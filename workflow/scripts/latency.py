@@ -4,11 +4,11 @@
         --calls results/digits/record/calls.parquet --table results/digits/latency/blocks.parquet
 
 Only needed for variants with a latency budget. One batch of recorded calls; every block, whole and
-narrow in each way, runs in turn, round after round, and the least time of each counts: other work
-on a machine only ever adds, to the transformer's one long run more than to its many short blocks,
-and selection would then have to remove what nobody can. Blocks of one list do the same work, so
-each is given the median over its list. Reads of the config: seed, device, teacher,
-evaluate.batch_size and evaluate.latency_repeats.
+narrow in each way, and the transformer without its blocks run in turn, round after round, until
+the least time of each has settled: other work on a machine only ever adds. Blocks of one list do
+the same work, so each is given the median over its list. The transformer's own time is the sum,
+and all are rounded, so that a run on the same machine gives the same shares (latencies.py). Reads
+of the config: seed, device, teacher, evaluate.batch_size and evaluate.latency_repeats.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import logging
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 from torch import nn
@@ -28,7 +27,7 @@ from ppcl import (
     config,
     devices,
     errors,
-    evaluation,
+    latencies,
     pipelines,
     provenance,
     schemas,
@@ -42,8 +41,6 @@ from ppcl.families import TEXT
 from ppcl.plans import Part
 
 log = logging.getLogger(__name__)
-# The transformer's time over that of its blocks together, from which on somebody should look.
-UNLIKELY = 1.3
 
 
 def narrow_parts(block: blocks.Block) -> dict[str, Part]:
@@ -79,42 +76,38 @@ def main() -> None:
     arguments = reader.batch(rows).to(device).arguments
     sequence = blocks.block_sequence(transformer)
     whole = {block.index: Part(block.index, block.index) for block in sequence}
-    runs = {"transformer": partial(transformer, **arguments)}
+    runs = {"around": partial(blocks.emptied(transformer), **arguments)}
     narrow = {block.index: narrow_parts(block) for block in sequence}
     every = [*whole.values(), *(p for parts in narrow.values() for p in parts.values())]
     lessons = teaching.teacher_states(transformer, every, arguments)
-    named = [("block", whole[block.index], block) for block in sequence]
+    named = [(latencies.WHOLE, whole[block.index], block) for block in sequence]
     named += [(name, part, b) for b in sequence for name, part in narrow[b.index].items()]
     # One kind after the other: right after itself, a block would find its weights in the cache.
-    for name, part, block in sorted(named, key=lambda one: one[0]):
+    named.sort(key=lambda one: one[0])
+    for name, part, block in named:
         module = students.shaped(transformer, part, _sharing(block.module))
         runs[f"{block.index} {name}"] = partial(module, **lessons[part].bound)
     with torch.no_grad():
-        times = evaluation.interleaved_times(runs, options["latency_repeats"], device)
-    seconds = {name: float(np.min(values)) for name, values in times.items()}
-    together = sum(seconds[f"{block.index} block"] for block in sequence)
-    if seconds["transformer"] > UNLIKELY * together:
+        seconds, settled = latencies.least_times(runs, options["latency_repeats"], device)
+    if not settled:
         log.warning(
-            "the transformer took %.3g s, its blocks %.3g s together. If another program used the "
-            "machine meanwhile, delete %s and run again: budgets of latency go by it",
-            seconds["transformer"],
-            together,
+            "times of blocks still fell after %d rounds. If another program used the machine "
+            "meanwhile, delete %s and run again: budgets of latency go by it. Else raise "
+            "evaluate.latency_repeats",
+            options["latency_repeats"],
             args.table,
         )
-
-    found = []
+    least = {(block.index, name): seconds[f"{block.index} {name}"] for name, _, block in named}
+    lists: dict[str, list[int]] = {}
     for block in sequence:
-        alike = [b.index for b in sequence if b.list is block.list]
-        for name in ("block", *narrow[block.index]):
-            # What a block saves when it goes is all of its time; a narrow one, the difference.
-            saved = [
-                seconds[f"{i} block"] - (0 if name == "block" else seconds[f"{i} {name}"])
-                for i in alike
-            ]
-            saving = max(0.0, float(np.median(saved)))
-            found.append({"block": block.index, "part": name, "seconds": saving})
+        lists.setdefault(block.list.attribute, []).append(block.index)
+    saved = latencies.savings(least, seconds["around"], list(lists.values()))
+    found = [
+        {"block": block, "part": part, "seconds": value}
+        for (block, part), value in sorted(saved.parts.items())
+    ]
     stamp = provenance.stamp(settings, rows=len(rows))
-    stamp["transformer_seconds"] = repr(seconds["transformer"])
+    stamp["transformer_seconds"] = repr(saved.transformer)
     stopping.ignore()
     tables.write(args.table, pd.DataFrame(found), schemas.LATENCY, stamp)
 

@@ -105,6 +105,7 @@ def ablation(options: argparse.Namespace, settings: dict) -> None:
     table = read(options.results, schemas.ABLATION)
     drawn = {
         "ablation": (comparison_figure.comparison(table), options.results),
+        "low_rank": (comparison_figure.low_rank(table), options.results),
         "schedules": (ablation_figures.schedules(table), options.results),
     }
     save(drawn, options.output)

@@ -32,6 +32,7 @@ from ppcl import (
     provenance,
     schemas,
     selection,
+    solved,
     stopping,
     students,
     tables,
@@ -121,8 +122,9 @@ def main() -> None:
     units = found.trained(options["floor"])
     closed = [unit for unit in found.every if unit not in units]
     distilled = found.depth if options["schedule"] == "staged" else units
-    made = students.start(transformer, students.parts_of(distilled), how)
-    made = width.start(transformer, made, reader, options, settings["seed"], device)
+    shared = reader, options, settings["seed"], device
+    made = solved.start(transformer, students.parts_of(distilled), how, *shared)
+    made = width.start(transformer, made, *shared)
     stamp = provenance.stamp(settings, units=len(units), closed=len(closed))
     depth = len(blocks.block_sequence(transformer))
     pinned, _ = pins.wishes(settings, depth)

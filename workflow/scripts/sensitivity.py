@@ -9,8 +9,9 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
 
 CKA of probes sees how linear a run is, not how much the output depends on it. A student that has
 only its start weights does: the error it leaves ranks runs as the error after training does. Reads
-of the config: seed, device, teacher, sensitivity, and prune for the start weights. A killed run
-goes on with the runs of blocks that are not measured yet.
+of the config: seed, device, teacher, sensitivity, and prune for the start weights, with width's
+calls to fit on if those are solved. A killed run goes on with the runs of blocks that are not
+measured yet.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from ppcl import (
     prices,
     provenance,
     schemas,
+    solved,
     stopping,
     students,
     tables,
@@ -63,8 +65,9 @@ def main() -> None:
 
     def untrained(part: Part) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.
-        made = students.start(transformer, [part], start)
-        return {part: made[part].to(accelerator.device)}
+        return solved.start(
+            transformer, [part], start, reader, settings["width"], seed, accelerator.device
+        )
 
     plugged_in = {part.name: (part.first, partial(untrained, part)) for part in measured}
     found = prices.measure(

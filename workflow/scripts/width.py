@@ -1,38 +1,50 @@
-"""Stage 2: what every text run and every linear FFN costs, before any training.
+"""Closed forms: what text runs, linear FFNs and low-rank modulations cost, and the maps for them.
 
 One process:        python workflow/scripts/width.py --config config/digits.yaml ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/width.py --config config/digits.yaml \
     --calls results/digits/record/calls.parquet \
     --blocks results/digits/similarity/blocks.parquet \
+    --conditioning results/digits/activations/conditioning.safetensors \
     --state results/digits/state/width --table results/digits/width/measured.parquet \
     --maps results/digits/width/maps.safetensors
 
-Candidates are the FFNs, image and text each for itself, and the runs of blocks whose text outputs
-are alike (CKA). Their linear maps are fitted by least squares on recorded calls, judged on held-out
-ones, and plugged into the teacher: the velocity error is what selection counts. Reads of the
-config: seed, device, teacher, width. A killed run goes on with what is not measured yet.
+Candidates are, with width.enabled, the FFNs, image and text each for itself, and with --blocks the
+runs of blocks whose text outputs are alike (CKA); and, with --conditioning, every modulation matrix
+at every rank on offer. Linear maps are fitted by least squares on recorded calls, products of low
+rank to what matrices got there; each is judged on held-out calls, and put into the teacher alone:
+the velocity error is what selection counts. Reads of the config: seed, device, teacher, width,
+modulation. A killed run goes on with what is not fitted and not measured yet.
 """
 
 import argparse
 import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import nn
 
 from ppcl import (
     blocks,
     calls,
+    conditioning,
     config,
     devices,
-    distillation,
     errors,
+    modulation,
+    modulation_prices,
     pipelines,
+    prices,
     provenance,
     schemas,
     selection,
     stopping,
+    students,
     tables,
     teacher_identity,
     tensors,
@@ -41,6 +53,8 @@ from ppcl import (
     width,
 )
 from ppcl.families import TEXT
+from ppcl.modulation_prices import Offers
+from ppcl.plans import Unit
 
 
 def text_cka(path: Path, depth: int) -> np.ndarray:
@@ -53,13 +67,79 @@ def text_cka(path: Path, depth: int) -> np.ndarray:
     return values
 
 
+def narrow_units(transformer: nn.Module, cka: np.ndarray, options: Mapping) -> dict[str, Unit]:
+    """Linear FFNs and text runs by name."""
+    units = {
+        f"ffn {u.parts[0].linear_ffn[0]} {u.name}": u for u in width.ffn_candidates(transformer)
+    }
+    runs = width.text_candidates(transformer, cka, options["longest"], options["cka_floor"])
+    return units | {f"text {unit.name}": unit for unit in runs}
+
+
+def made_narrow(
+    transformer: nn.Module, unit: Unit, maps: width.Stored, device: torch.device
+) -> students.Students:
+    """Blocks for a unit, on the device, even if the teacher's come there only to run."""
+    made = width.closed(transformer, unit.parts, maps)
+    return {part: block.to(device) for part, block in made.items()}
+
+
+def narrow_rows(
+    transformer: nn.Module,
+    units: Mapping[str, Unit],
+    fit_errors: Mapping[width.Map, float],
+    cka: np.ndarray,
+) -> dict[str, dict]:
+    """Columns of the table, but for the velocity error."""
+    return {
+        name: {
+            "kind": name.split()[0],
+            "first": unit.first,
+            "last": unit.last,
+            "stream": name.split()[1] if name.startswith("ffn") else TEXT,
+            "path": "",
+            "rank": 0,
+            "fit_error_heldout": max(
+                fit_errors[one] for part in unit.parts for one in width.maps_of(part)
+            ),
+            "cka": cka[unit.first, unit.first : unit.last + 1].min()
+            if name.startswith("text")
+            else np.nan,
+            "parameters_saved": width.saved_parameters(transformer, unit),
+        }
+        for name, unit in units.items()
+    }
+
+
+def modulation_rows(offers: Offers, fit_errors: Mapping[str, float]) -> dict[str, dict]:
+    """As `narrow_rows`."""
+    return {
+        name: {
+            "kind": "modulation",
+            "first": matrix.block,
+            "last": matrix.block,
+            "stream": "",
+            "path": matrix.path,
+            "rank": rank,
+            "fit_error_heldout": fit_errors[name],
+            "cka": np.nan,
+            "parameters_saved": matrix.parameters() - matrix.parameters(rank),
+        }
+        for matrix, ranks in offers.ranks.items()
+        for rank, name in ((rank, modulation_prices.name(matrix, rank)) for rank in ranks)
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--blocks", type=Path, required=True, help="CKA of pairs of blocks")
+    parser.add_argument("--blocks", type=Path, help="CKA of pairs of blocks, for text runs")
+    parser.add_argument(
+        "--conditioning", type=Path, help="conditioning.safetensors, with modulation.enabled"
+    )
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--table", type=Path, required=True, help="measured.parquet to write")
     parser.add_argument("--maps", type=Path, required=True, help="maps.safetensors to write")
@@ -68,70 +148,62 @@ def main() -> None:
     options, seed = settings["width"], settings["seed"]
 
     accelerator = devices.accelerator(settings["device"])
+    device = accelerator.device
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
-    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
+    transformer = pipelines.load_transformer(teacher, device, compiled=True)
     trust.refuse_narrowing(transformer)
-    sequence = blocks.block_sequence(transformer)
-    cka = text_cka(args.blocks, len(sequence))
-    units = {
-        f"ffn {u.parts[0].linear_ffn[0]} {u.name}": u for u in width.ffn_candidates(transformer)
-    }
-    runs = width.text_candidates(transformer, cka, options["longest"], options["cka_floor"])
-    units |= {f"text {unit.name}": unit for unit in runs}
+    depth = len(blocks.block_sequence(transformer))
+    inputs = [path for path in (args.calls, args.blocks, args.conditioning) if path]
+    identity = training.identity(Path(__file__), settings, inputs)
+    judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
 
-    maps = {name: [m for p in u.parts for m in width.maps_of(p)] for name, u in units.items()}
-    identity = training.identity(Path(__file__), settings, [args.calls, args.blocks])
+    cka = text_cka(args.blocks, depth) if args.blocks else np.full((depth, depth), np.nan)
+    units = narrow_units(transformer, cka, options) if options["enabled"] else {}
     files, fit_errors = width.fit_to_files(
         transformer,
-        [one for found in maps.values() for one in found],
+        [one for unit in units.values() for part in unit.parts for one in width.maps_of(part)],
         reader,
-        width.fit_rows(reader, options, seed),
         options,
+        seed,
         accelerator,
         args.state,
         identity,
     )
-    fitted = width.stored(*files)
-    judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
-    costs = distillation.plugged_errors(
+    maps = width.stored(*files)
+    changes = prices.of_students(
         transformer,
         {
-            name: lambda u=unit: width.closed(transformer, u.parts, fitted)
+            name: (unit.first, partial(made_narrow, transformer, unit, maps, device))
             for name, unit in units.items()
         },
-        reader,
-        judged,
-        options["batch_size"],
-        accelerator,
-        args.state,
-        identity,
     )
-    stopping.ignore()
+    offers = None
+    if args.conditioning:
+        given = conditioning.read(args.conditioning)
+        offers = Offers(transformer, given, settings["modulation"], device)
+        changes |= offers.changes()
+    batch = options["batch_size"]
+    costs = prices.measure(
+        transformer, changes, reader, judged, batch, accelerator, args.state, identity
+    )
     if accelerator.is_main_process:
-        rows = [
-            {
-                "kind": name.split()[0],
-                "first": unit.first,
-                "last": unit.last,
-                "stream": name.split()[1] if name.startswith("ffn") else TEXT,
-                "path": "",
-                "rank": 0,
-                "fit_error_heldout": max(fit_errors[one] for one in maps[name]),
-                "cka": cka[unit.first, unit.first : unit.last + 1].min()
-                if name.startswith("text")
-                else np.nan,
-                "parameters_saved": width.saved_parameters(transformer, unit),
-                "velocity_error": cost,
-                "rows": len(judged),
-            }
-            for (name, unit), cost in zip(units.items(), costs, strict=True)
-        ]
-        table = pd.DataFrame(rows, columns=schemas.WIDTH_MEASURED.names)
-        sizes = {k: json.dumps(v) for k, v in width.text_sizes(transformer).items()}
+        found = narrow_rows(transformer, units, fit_errors, cka)
+        if offers:
+            seen = modulation_prices.inputs_of(
+                transformer, offers.ranks, reader, judged, batch, device
+            )
+            found |= modulation_rows(offers, offers.errors(seen))
+        for name, cost in zip(changes, costs, strict=True):
+            found[name] |= {"velocity_error": cost, "rows": len(judged)}
+        table = pd.DataFrame(list(found.values()), columns=schemas.WIDTH_MEASURED.names)
+        facts = width.text_sizes(transformer)
+        facts["modulations"] = [asdict(one) for one in modulation.matrices(transformer)]
         stamp = provenance.stamp(settings, judged=len(judged))
+        stopping.ignore()
         tensors.join(args.maps, files, stamp)
-        tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp | sizes)
+        stamp |= {name: json.dumps(value) for name, value in facts.items()}
+        tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp)
     devices.finish(accelerator)
 
 

@@ -6,7 +6,7 @@ exactly `removed` blocks; those with width save at least as many parameters, as 
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,33 @@ from ppcl import (
     activations,
     blocks,
     calls,
+    distillation,
     intervals,
     measured,
+    modulation,
     pins,
+    prices,
     probes,
     reasons,
+    refinement,
     rivals,
     selection,
     similarity,
+    students,
     tensors,
     texts,
+    training,
 )
 from ppcl.errors import UserError
 from ppcl.families import JOINT
 from ppcl.pins import Ends, Ffn
+from ppcl.plans import Matrix, Modulation, Part
 from ppcl.rivals import Starts
 from ppcl.selection import Choices, Weights
+from ppcl.students import Students
 
+# Eq. 6's steps behind prices `trained`; sets that a step of `refine` measures.
+PRICE_STEPS, TRIES = 40, 24
 # Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
 # the rank of the update that is learned beside the masks, and their learning rate.
 TIMESTEP_GROUPS, LOCAL_GROUP, RANK, MASKS_LR = 4, 4, 8, 0.01
@@ -55,9 +65,10 @@ class Material:
     """What a run of the ablation works with.
 
     Attributes:
-        transformer: the teacher's, frozen. paths: of the shared artifacts: tokens, probes, cka,
-            sensitivity, width. seed: of this run. state, identity: as in `training.train`.
-        steps: `ablation_run.phases` of the method.
+        transformer: the teacher's, frozen. paths: of the shared artifacts: tokens, conditioning,
+            probes, cka, sensitivity, width, latency. seed: of this run. state, identity: as in
+            `training.train`.
+        steps: `ablation_run.phases` of the method. ema: its own, if it has one.
     """
 
     transformer: nn.Module
@@ -69,6 +80,7 @@ class Material:
     state: Path
     identity: str
     steps: Mapping[str, int] = field(default_factory=dict)
+    ema: float | None = None
 
     @functools.cached_property
     def tokens(self) -> activations.TokenReader:
@@ -135,11 +147,16 @@ def ppcl(
     cost: str,
     shortest: int = 2,
     similarity: Mapping | None = None,
+    priced: str = "start",
+    refined: str = "",
 ) -> Starts:
     """Eq. 5's runs and their parts (`trend`) or all runs of blocks (`optimal`), the cheapest.
 
     Args:
         cost: `velocity`, as sensitivity measured it, or `cka`: 1 - cka.
+        priced: `trained` measures velocity anew, with students that Eq. 6 has taught a little.
+        refined: students by whose errors in whole sets the set is refined, `start` or `trained`;
+            empty if it is not.
         shortest: least blocks of an interval. The paper does not say how its ablation "longer
             intervals" was made; here it is: any runs of at least so many, wherever they begin.
         similarity: keys that differ from the config's.
@@ -156,7 +173,76 @@ def ppcl(
         for first, last in found
         if last - first + 1 >= least and np.isfinite(costs[first, last])
     }
-    return {ends: "first" for ends in exactly(offered, removed, len(cka))}
+    if "trained" in (priced, refined):
+        taught = _taught_a_little(material, offered)
+    if priced == "trained":
+        offered = _alone(material, taught)
+    found = exactly(offered, removed, len(cka))
+    if refined:
+        of = taught if refined == "trained" else _untaught(material, offered)
+        found = _refined(material, found, offered, of)
+    return {ends: "first" for ends in found}
+
+
+def _untaught(material: Material, offered: Iterable[Ends]) -> Students:
+    return students.start(material.transformer, [Part(*ends) for ends in offered], "first")
+
+
+def _taught_a_little(material: Material, offered: Iterable[Ends]) -> Students:
+    """A student of every interval on offer, after a few steps of Eq. 6."""
+    options = material.settings["distill"] | {"linear_weight": 0.0, "mode": "independent"}
+    options |= {"steps": PRICE_STEPS, "warmup_steps": PRICE_STEPS // 4}
+    options |= {"batch_size": material.settings["ablation"]["batch_size"]}
+    taught = _untaught(material, offered)
+    for student in taught.values():
+        student.to(material.accelerator.device)
+    shared = material.reader, options, material.seed, material.accelerator
+    training.train(
+        {part.name: student for part, student in taught.items()},
+        distillation.independent(material.transformer, taught, *shared),
+        training.Optimisation.from_settings(options),
+        material.accelerator,
+        material.state / "prices-checkpoint.safetensors",
+        f"{material.identity} prices",
+    )
+    for student in taught.values():
+        student.requires_grad_(False).eval()
+    return taught
+
+
+def _alone(material: Material, taught: Students) -> dict[Ends, float]:
+    """What each of these students costs, plugged in alone."""
+    sets = {part.name: (part.first, lambda p=part: {p: taught[p]}) for part in taught}
+    found = prices.measure(
+        material.transformer,
+        prices.of_students(material.transformer, sets),
+        material.reader,
+        material.judged,
+        material.settings["sensitivity"]["batch_size"],
+        material.accelerator,
+        material.state / "prices",
+        material.identity,
+    )
+    return {part.key: error for part, error in zip(taught, found, strict=True)}
+
+
+def _refined(
+    material: Material, found: list[Ends], costs: Mapping[Ends, float], of: Students
+) -> list[Ends]:
+    """`refinement.refine` with these students' errors."""
+    transformer, device = material.transformer, material.accelerator.device
+    size = material.settings["sensitivity"]["batch_size"]
+    by_ends = {part.key: (part, student.to(device).eval()) for part, student in of.items()}
+    judged = prices.Judged(transformer, material.reader, material.judged, size, device)
+
+    def error(chosen: refinement.Set) -> float:
+        model, _, _ = students.plugged(transformer, dict(by_ends[ends] for ends in chosen))
+        return judged.error(model, min(first for first, _ in chosen))
+
+    def refine() -> list[Ends]:
+        return list(refinement.refine(found, costs, material.runs, error, TRIES))
+
+    return [(first, last) for first, last in material.once("refined", refine)]
 
 
 def exactly(costs: Mapping[Ends, float], removed: int, depth: int) -> list[Ends]:
@@ -220,13 +306,21 @@ def _seen(runs: list[range], cka: np.ndarray) -> list[range]:
 
 
 def depth_and_width(
-    material: Material, removed: int, kinds: Collection[str] = ("text", "ffn"), depth_share=0.5
+    material: Material,
+    removed: int,
+    kinds: Collection[str] = ("text", "ffn"),
+    depth_share=0.5,
+    like: str = "rivals",
 ) -> Chosen:
     """The workflow's own selection, with segmentation `optimal`: any runs of blocks, text runs and
     FFNs, by measured costs.
 
-    depth_share: how many of the `removed` blocks go at least. Linear maps alone may save as many
-    parameters, but not the time.
+    Args:
+        depth_share: how many of the `removed` blocks go at least. Linear maps alone may save as
+            many parameters, but not the time.
+        like: what it saves: the parameters of as many blocks (`rivals`), of these and of what is
+            left with every modulation at the ablation's rank (`low-rank rivals`), or the time of as
+            many blocks (`rivals' time`).
     """
     settings, paths, depth = material.settings, material.paths, material.depth
     facts = material.tokens.facts
@@ -234,9 +328,12 @@ def depth_and_width(
     widths = [width for width in measured.widths(paths["width"], depth) if width.kind in kinds]
     ffns = {width.ffn: width.saved for width in widths if width.kind == "ffn"}
     sizes = facts["block_parameters"]
+    low = _modulations(material) if like == "low-rank rivals" else _Modulations()
     weights = {
         "blocks": selection.by_blocks(depth),
-        "parameters": Weights(sizes, text["text_saved"], text["text_output"], ffns),
+        "parameters": Weights(
+            sizes, text["text_saved"], text["text_output"], ffns, ranks=low.saved
+        ),
     }
     cka = measured.cka(paths["cka"], settings["similarity"]["streams"], depth)
     leaves = settings["intervals"]["training_leaves"]
@@ -247,18 +344,55 @@ def depth_and_width(
         "kept": pins.protected(settings, depth),
         "floor": settings["width"]["cka_floor"],
     }
+    needs: dict[str, float] = {"blocks": math.ceil(depth_share * removed)}
+    if like == "rivals' time":
+        weights["latency"], _ = selection.timing(paths["latency"], depth)
+        needs["latency"] = removed * float(np.mean(weights["latency"].block))
+    else:
+        left = low.after(removed / depth)
+        needs["parameters"] = math.ceil(removed * float(np.mean(sizes)) + left)
     plan = selection.select(
         Choices(
             {ends: float(costs[ends]) for ends in every if np.isfinite(costs[ends])},
             *reasons.usable_widths(widths, pins.NOTHING, limits),
+            ranks={matrix: {low.rank: 0.0} for matrix in low.matrices},  # they cost all alike
+            modulations=low.matrices,
         ),
         weights,
-        {
-            "parameters": math.ceil(removed * float(np.mean(sizes))),
-            "blocks": math.ceil(depth_share * removed),
-        },
+        needs,
     )
     return Chosen({ends: "first" for ends in plan.intervals}, plan.runs, plan.ffns)
+
+
+@dataclass(frozen=True)
+class _Modulations:
+    """Every modulation at one rank, as a selection counts them; none by default.
+
+    saved: as `Weights.ranks`.
+    """
+
+    rank: int = 0
+    matrices: Mapping[Matrix, Modulation] = field(default_factory=dict)
+    saved: Mapping[tuple[Matrix, int, int], float] = field(default_factory=dict)
+
+    def after(self, share: float) -> float:
+        """Parameters that they save where such a share of the blocks is gone."""
+        last = max((block for block, _ in self.matrices), default=0)
+        return sum(
+            self.saved[key, self.rank, 6] * (1 if key[0] == last else 1 - share)
+            for key in self.matrices
+        )
+
+
+def _modulations(material: Material) -> _Modulations:
+    rank = material.settings["ablation"]["rank"]
+    matrices = {one.key: one for one in modulation.matrices(material.transformer)}
+    saved = {
+        (key, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
+        for key, one in matrices.items()
+        for sixths in (2, 3, 6)
+    }
+    return _Modulations(rank, matrices, saved)
 
 
 # ---- rivals: those that delete blocks, and those that replace runs

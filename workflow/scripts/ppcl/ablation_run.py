@@ -12,16 +12,19 @@ from torch import nn
 from ppcl import (
     blocks,
     chain,
+    conditioning,
     digits,
     distillation,
     evaluation,
     metrics,
+    modulation,
     pipelines,
     plans,
     prices,
     prompts,
     rivals,
     schedules,
+    solved,
     students,
     tensors,
     training,
@@ -35,6 +38,10 @@ from ppcl.students import Students
 BUDGETS = 8  # sizes at which students are measured that are to serve every budget
 ACCURACIES = tuple(f"{name}_accuracy" for name in prompts.JUDGE_COLUMNS) + ("all_correct",)
 ENDS = "velocity_error_low", "velocity_error_high"
+# Names of what is done without and with low-rank modulations: the states measured, the last phase.
+STATES = ("plugged", "finetuned"), ("low_rank", "low_rank_finetuned")
+FINETUNE = "finetune", "finetune-low-rank"
+WITH_LOW_RANK = {"no": (False,), "also": (False, True), "only": (True,)}
 
 
 def phases(select: Mapping, train: Mapping, options: Mapping) -> dict[str, int]:
@@ -109,7 +116,8 @@ def seconds_of(material: Material, *phases: str) -> float:
 
 def stage_options(material: Material, stage: str, steps: int, **changed) -> dict:
     """Settings of a stage for a phase of the ablation."""
-    options = material.settings[stage] | changed
+    own = {} if material.ema is None else {"ema": material.ema}
+    options = material.settings[stage] | own | changed
     warmup = min(options["warmup_steps"], steps // 4)
     size = material.settings["ablation"]["batch_size"]
     return options | {"steps": steps, "warmup_steps": warmup, "batch_size": size}
@@ -127,6 +135,11 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
     units = plans.units(starts, chosen.runs, chosen.ffns, unread_after)
     parts = students.parts_of(units)
     taught, uncut = rivals.start(transformer, starts), {}
+    if train.get("start") == "solved":
+        for student in taught.values():
+            student.to(device)
+        rows, _ = width.fit_rows(material.reader, wide, material.seed)
+        solved.refit(transformer, taught, material.reader, rows, wide["batch_size"], device)
 
     def narrowed(whole: Students) -> tuple[Students, Students]:
         every = students.whole(transformer, parts, whole)
@@ -142,6 +155,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             linear_weight=wide["linear_weight"],
             mode=train.get("mode", "independent"),
             loss=train.get("loss", "normalised"),
+            outliers=train.get("outliers", 0.0),
         )
         for student in taught.values():
             student.to(device)
@@ -175,7 +189,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         )
         if "mixed" in train:
             also = options | {"linear_weight": wide["linear_weight"], "mode": "independent"}
-            also |= {"loss": "normalised"}
+            also |= {"loss": "normalised", "outliers": 0.0}
             others = distillation.independent(
                 transformer,
                 taught,
@@ -248,11 +262,28 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
     return found
 
 
-def finetuned(material: Material, taught: Students) -> nn.Module:
+def with_low_rank(material: Material, model: nn.Module, block_map: list[list[int]]) -> nn.Module:
+    """A model with all modulations that it has at the ablation's rank, in closed form."""
+    firsts = [members[0] for members in block_map] + [material.depth]
+    rank = material.settings["ablation"]["rank"]
+    ranks = {(firsts[one.block], one.path): rank for one in modulation.matrices(model)}
+    sums = conditioning.read(material.paths["conditioning"])
+    return modulation.low_rank(model, block_map, ranks, sums)
+
+
+def plugged(material: Material, taught: Students, low_rank: bool) -> nn.Module:
+    """The model as its export holds it."""
+    model, _, block_map = students.plugged(material.transformer, taught)
+    return with_low_rank(material, model, block_map) if low_rank else model
+
+
+def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module:
     """The assembled model with all its parameters trained on the recorded velocities."""
-    exported = students.types(students.plugged(material.transformer, taught)[0])
+    exported = students.types(plugged(material, taught, low_rank))
     modules = {part.key: student for part, student in taught.items()}
-    model, _ = blocks.assembled(material.transformer, modules)
+    model, block_map = blocks.assembled(material.transformer, modules)
+    if low_rank:
+        model = with_low_rank(material, model, block_map)
     model = copy.deepcopy(model).float().requires_grad_(True)
     steps, lr = (material.settings["ablation"][f"finetune_{key}"] for key in ("steps", "lr"))
     options = stage_options(material, "finetune", steps, lr=lr)
@@ -262,7 +293,7 @@ def finetuned(material: Material, taught: Students) -> nn.Module:
     losses = distillation.output_distillation(
         lambda _step: model, "transformer", *shared, in_float32=True
     )
-    phase(material, "finetune", {"transformer": model}, losses, options)
+    phase(material, FINETUNE[low_rank], {"transformer": model}, losses, options)
     return students.cast(model.requires_grad_(False).eval(), exported)
 
 
@@ -316,8 +347,8 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> 
 
 
 def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chosen) -> list[dict]:
-    """Rows of a run: its states `plugged` and `finetuned`, and `part` where smaller budgets are
-    asked for; the teacher's alone without a choice."""
+    """Rows of a run: its `STATES`, and `part` where smaller budgets are asked for; the teacher's
+    alone without a choice."""
     steps = sum(material.steps.values())
     extra = material.settings["ablation"]["finetune_steps"]
     intervals = json.dumps(sorted(chosen.starts))
@@ -330,16 +361,18 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
         return [common | found | {"state": "plugged", "steps": 0, "seconds": 0.0}]
     units, taught = teach(material, chosen, job["train"])
     trained = seconds_of(material, "distill", "narrow", "subsets")
-    model, _, _ = students.plugged(material.transformer, taught)
-    plugged = material.once("plugged", lambda: measure(material, pipe, model))
-    tuned = finetuned(material, taught)
-    seconds = {"plugged": trained, "finetuned": trained + seconds_of(material, "finetune")}
-    found = {"plugged": plugged, "finetuned": measure(material, pipe, tuned)}
-    done = {"plugged": steps, "finetuned": steps + extra}
-    rows = [
-        common | found[state] | {"state": state, "steps": done[state], "seconds": seconds[state]}
-        for state in found
-    ]
+    rows = []
+    for low_rank in WITH_LOW_RANK[job["train"].get("low_rank", "no")]:
+        before, after = STATES[low_rank]
+        model = plugged(material, taught, low_rank)
+        found = {before: material.once(before, lambda m=model: measure(material, pipe, m))}
+        model = finetuned(material, taught, low_rank)
+        found[after] = material.once(after, lambda m=model: measure(material, pipe, m))
+        tuning = seconds_of(material, FINETUNE[low_rank])
+        done = {before: (steps, trained), after: (steps + extra, trained + tuning)}
+        for state, measured in found.items():
+            taken, seconds = done[state]
+            rows.append(common | measured | {"state": state, "steps": taken, "seconds": seconds})
     if job["train"].get("budgets"):
         same = {"state": "part", "steps": steps, "seconds": trained}
         rows += [common | part | same for part in at_budgets(material, units, taught)]
@@ -350,4 +383,5 @@ def material_of(settings: Mapping, pipe, job: Mapping, **given) -> Material:
     """The material of one job."""
     steps = phases(job["select"], job["train"], settings["ablation"])
     transformer = pipelines.denoiser(pipe, settings["teacher"]).requires_grad_(False).eval()
-    return Material(transformer, settings=settings, steps=steps, **given)
+    more = {"steps": steps, "ema": job["train"].get("ema")}
+    return Material(transformer, settings=settings, **more, **given)

@@ -6,7 +6,7 @@ keywords, or positionally under gradient checkpointing, so arguments are bound b
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -361,6 +361,27 @@ def assembled(
         setattr(copied, attribute, nn.ModuleList(chosen))
     copied.register_to_config(**changed)
     return copied, block_map
+
+
+class _Passing(nn.Module):
+    """Stands for a block, and gives its streams back as they are."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self._block = block
+
+    def forward(self, *args, **kwargs):
+        streams = self._block.inputs(self._block.bind(args, kwargs))
+        found = tuple(streams.get(stream) for stream in self._block.list.outputs)
+        return found if len(found) > 1 else found[0]
+
+
+def emptied(transformer: nn.Module, kept: Collection[int] = ()) -> nn.Module:
+    """A transformer of as many blocks, of which only those of these numbers do anything: what is
+    around the blocks computes as ever. It shares all else with the original."""
+    every = block_sequence(transformer)
+    passing = {(b.index, b.index): _Passing(b) for b in every if b.index not in kept}
+    return assembled(transformer, passing)[0]
 
 
 def parameter_count(module: nn.Module) -> int:

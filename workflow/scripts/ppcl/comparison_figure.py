@@ -17,12 +17,16 @@ from ppcl import figure_style as style
 TITLES = {
     "ladder": "The ladder (+ keeps what came before)",
     "choice": "Open choices",
+    "depth": "Depth alone, trained as rivals",
+    "latency": "Depth and width, as fast as rivals",
     "rival": "Rivals, all students plugged in at every step",
 }
 STATES = {
     "plugged": (style.SKY, "o", "before the fine-tune"),
     "finetuned": (style.BLUE, "D", "after"),
 }
+# Another pair of states, drawn as these are.
+LOW_RANK = {"low_rank": "plugged", "low_rank_finetuned": "finetuned"}
 TINY = 1e-12  # the teacher's own error is zero, which has no logarithm
 APART = {"plugged": 0.17, "finetuned": -0.17}  # rows between the two states of a method
 
@@ -75,10 +79,16 @@ def _spread(groups: Iterable[pd.DataFrame]) -> tuple[float, int]:
     return (float(squares / freedom) ** 0.5 if freedom else 0.0), freedom
 
 
+def low_rank(table: pd.DataFrame) -> Figure:
+    """`comparison` of the methods that were measured with low-rank modulations, with them."""
+    table = table[table["state"].isin(LOW_RANK) | (table["group"] == "teacher")]
+    return comparison(table.assign(state=table["state"].replace(LOW_RANK)))
+
+
 @style.styled
 def comparison(table: pd.DataFrame) -> Figure:
     """Velocity error, and accuracy where it was judged, of all methods in order."""
-    table = table[(table["group"] != "schedule") & (table["state"] != "part")]
+    table = table[(table["group"] != "schedule") & table["state"].isin(STATES)]
     methods = table[table["group"] != "teacher"].drop_duplicates("method").sort_values("order")
     if methods.empty:
         return style.message("Ablation", "The table holds no method.")

@@ -43,7 +43,9 @@ class Subset(dict):
 @functools.cache
 def schema() -> dict:
     """The JSON schema of the configuration."""
-    return yaml.safe_load(SCHEMA_PATH.read_text(encoding="utf-8"))
+    # In C where there is: every job, and every start of Snakemake, reads it first.
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    return yaml.load(SCHEMA_PATH.read_text(encoding="utf-8"), loader)
 
 
 def load(source: str) -> dict:

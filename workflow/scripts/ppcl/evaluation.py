@@ -33,6 +33,7 @@ from ppcl import (
     devices,
     hub,
     metrics,
+    modulation,
     pipelines,
     prompt_tokens,
     provenance,
@@ -317,14 +318,9 @@ def measure_transformers(
     """
     options, seed = settings["evaluate"], settings["seed"]
     resamples = options["bootstrap"]
-    whole = blocks.parameter_count(transformers[TEACHER])
     found: Found = {}
     for name, transformer in transformers.items():
-        count = blocks.parameter_count(transformer)
-        found[name] = {
-            "parameters": Estimate(float(count)),
-            "parameter_fraction": Estimate(count / whole),
-        }
+        found[name] = sizes(transformer, transformers[TEACHER])
 
     rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed, "velocity_rows"))
     compared = {}
@@ -356,6 +352,18 @@ def measure_transformers(
     return found
 
 
+def sizes(transformer: nn.Module, teacher: nn.Module) -> dict[str, Estimate]:
+    """Parameters, and their share of the teacher's; the same without modulation matrices, if there
+    are any: making these small saves memory, not time."""
+    count, whole = blocks.parameter_count(transformer), blocks.parameter_count(teacher)
+    found = {"parameters": float(count), "parameter_fraction": count / whole}
+    if of_whole := modulation.parameter_count(teacher):
+        own = modulation.parameter_count(transformer)
+        found["modulation_parameters"] = float(own)
+        found["parameter_fraction_without_modulation"] = (count - own) / (whole - of_whole)
+    return {name: Estimate(value) for name, value in found.items()}
+
+
 def interleaved_times(
     runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
 ) -> dict[str, np.ndarray]:
@@ -363,16 +371,24 @@ def interleaved_times(
 
     So all share the machine's ups and downs. An unmeasured round comes first.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    rounds = list(timed_rounds(runs, repeats, device))
+    return {name: np.array([times[name] for times in rounds]) for name in runs}
+
+
+def timed_rounds(
+    runs: Mapping[str, Callable[[], object]], repeats: int, device: torch.device
+) -> Iterator[dict[str, float]]:
+    """As `interleaved_times`, round by round: seconds by run."""
     for round_ in range(repeats + 1):
+        times = {}
         for name, run in runs.items():
             devices.synchronise(device)
             start = time.perf_counter()
             run()
             devices.synchronise(device)
-            if round_:
-                times[name].append(time.perf_counter() - start)
-    return {name: np.array(seconds) for name, seconds in times.items()}
+            times[name] = time.perf_counter() - start
+        if round_:
+            yield times
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ data; an entry says only what it does differently from the rest. To add a method
 import json
 from dataclasses import dataclass, field
 
-GROUPS = ("teacher", "ladder", "choice", "schedule", "rival")
+GROUPS = ("teacher", "ladder", "choice", "schedule", "depth", "latency", "rival")
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,11 @@ class Method:
         train: what differs from the best training: `mode` (independent | sequential: block-local |
             chain: gradients go through the chain of students), `subsets` (false: no any-subset
             phase, its steps go to distillation), `schedule` (joint | staged, of narrow blocks),
-            `start` and `loss` (as in the config's prune and distill), and of the any-subset phase
-            `share` (of all steps), `draw` (of `schedules.DRAWS`) and `mixed` (weight of Eq. 6 in
-            it). `budgets` (true): smaller sets of the students are measured as well.
+            `start`, `loss`, `outliers` (as in the config's prune and distill), `ema` (of every
+            phase), and of the any-subset phase `share` (of all steps), `draw` (of
+            `schedules.DRAWS`) and `mixed` (weight of Eq. 6 in it). `budgets` (true): smaller sets
+            of the students are measured as well. `low_rank`: `also` measures and fine-tunes the
+            trained model with low-rank modulations as well, `only` nothing without them.
     """
 
     group: str
@@ -45,9 +47,16 @@ def _schedule(label: str, repeated: bool = False, **train) -> Method:
     return Method("schedule", label, _OPTIMAL, train | {"budgets": True}, repeated)
 
 
+# One unit or ten: all are plugged in at every step, or those with few would see more of it.
+_AT_ONCE = {"draw": "everything"}
+
+
 def _rival(label: str, by: str, repeated: bool = False, **train) -> Method:
-    # One unit or ten: all are plugged in at every step, or those with few would see more of it.
-    return Method("rival", label, {"by": by}, {"draw": "everything"} | train, repeated)
+    return Method("rival", label, {"by": by}, _AT_ONCE | {"low_rank": "also"} | train, repeated)
+
+
+def _depth(label: str, **select) -> Method:
+    return Method("depth", label, _OPTIMAL | select, _AT_ONCE, repeated=True)
 
 
 _SEQUENTIAL = {"mode": "sequential", "subsets": False}
@@ -88,12 +97,19 @@ METHODS = {
     "text": _ladder("+ text width", _WIDTH | {"kinds": ["text"]}, schedule="staged"),
     "ffn": _ladder("+ FFN width", _WIDTH, schedule="staged"),
     "joint": _ladder("joint instead of staged", _WIDTH),
+    # As large as the rivals are with the same low-rank modulation put into them.
+    "low-rank": _ladder(
+        "+ low-rank modulation", _WIDTH | {"like": "low-rank rivals"}, low_rank="only"
+    ),
     # Choices that METHOD.md leaves open, each against `cka-default`: there intervals carry it all,
     # and nothing that was measured with start `first` chose them. The last is against `joint`.
     "start-middle": _choice("start: middle block", _TREND, start="middle"),
     "start-average": _choice("start: weighted average", _TREND, start="average"),
     "loss-relative": _choice("loss: relative", _TREND, loss="relative"),
     "loss-mixed": _choice("loss: normalised and relative", _TREND, loss="mixed"),
+    "start-solved": _choice("start: first block, refitted", _TREND, start="solved"),
+    "outliers": _choice("loss: without outliers (2 deviations)", _TREND, outliers=2.0),
+    "ema": _choice("moving average (decay 0.95)", _TREND, ema=0.95),
     "cka-default": _cka("at the end, image, plain"),
     "cka-start": _cka("reference at the start", reference="start"),
     "cka-text": _cka("text stream", streams="text"),
@@ -113,6 +129,16 @@ METHODS = {
         "as the first, half of the sets as budgets choose", share=0.7, draw="budgets"
     ),
     "schedule-mixed": _schedule("as the first, Eq. 6 goes on (weight 0.05)", share=0.7, mixed=0.05),
+    # Depth alone, as rivals are trained; "+ optimal segmentation" so trained is `schedule-whole`.
+    "depth-trained": _depth("measured costs, after 40 steps of Eq. 6", priced="trained"),
+    "depth-refined": _depth("measured costs, then errors of whole sets", refined="start"),
+    "depth-both": _depth(
+        "both: costs after 40 steps, then errors of whole sets", priced="trained", refined="trained"
+    ),
+    # Depth and width, as fast as rivals are.
+    "latency": Method(
+        "latency", "depth and width, as fast", _WIDTH | {"like": "rivals' time"}, _AT_ONCE, True
+    ),
     # Other ways to choose blocks, with the training that suits a model of one size best. What they
     # draw by chance, they draw anew for every seed.
     "every-nth": _rival("every n-th block", "every_nth"),

@@ -89,6 +89,18 @@ def _linear(module: nn.Module, path: str) -> nn.Linear | None:
     return found if isinstance(found, nn.Linear) else None
 
 
+def parameter_count(transformer: nn.Module) -> int:
+    """Of all modulation matrices of a model, pruned or not, products of low rank included."""
+    of, sequence = blocks.family(transformer), blocks.block_sequence(transformer)
+    places = [(block.module, path) for block in sequence for path in block.list.modulations]
+    places += [(transformer, of.last_modulation)] if of.last_modulation else []
+    return sum(
+        blocks.parameter_count(module.get_submodule(place))
+        for module, path in places
+        if (place := narrow.held(module, path))
+    )
+
+
 # ---- closed form
 
 
@@ -189,17 +201,23 @@ def low_rank(
     """
     made, spread, of = shaped(model, block_map, ranks), None, None
     for matrix, rank in sorted(ranks.items()):
-        old, new = (_matrix(one, block_map, matrix) for one in (model, made))
+        old, new = (matrix_in(one, block_map, matrix) for one in (model, made))
         device = devices.statistics_device(old.weight.device)
         moments = conditioning.of(matrix)
         if of is None or not torch.equal(moments.outer, of.outer):  # most have the same inputs
             spread, of = Spread.of(moments, device), moments
         bias = None if old.bias is None else old.bias.to(device)
         factors = reductions(old.weight.to(device), bias, spread, [rank])[rank]
-        new.down.weight.copy_(factors.down)
-        new.up.weight.copy_(factors.up)
-        new.up.bias.copy_(factors.bias)
+        put(new, factors)
     return made
+
+
+@torch.no_grad()
+def put(product: nn.Module, factors: Factors) -> None:
+    """Gives a product of `shaped` its weights."""
+    product.down.weight.copy_(factors.down)
+    product.up.weight.copy_(factors.up)
+    product.up.bias.copy_(factors.bias)
 
 
 def shaped(model: nn.Module, block_map: list[list[int]], ranks: Mapping[Matrix, int]) -> nn.Module:
@@ -217,7 +235,8 @@ def shaped(model: nn.Module, block_map: list[list[int]], ranks: Mapping[Matrix, 
     return made
 
 
-def _matrix(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> nn.Module:
+def matrix_in(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> nn.Module:
+    """A matrix of an assembled model, or the product in its place; arguments as of `low_rank`."""
     place, path = _place(model, block_map, matrix)
     block = model.get_submodule(place)
     return block.get_submodule(narrow.held(block, path))

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ppcl import arguments, hub, needed, pins, prompt_checks, schemas, untrusted, weights
-from ppcl.config import limits
+from ppcl.config import limits, trains
 from ppcl.errors import UserError
 from ppcl.families import family_of, fixed_states
 
@@ -31,7 +31,7 @@ def check(config: dict, source: str = "config") -> None:
                 f"{source}: processes is {config['processes']}, but {stage}.batch_size only "
                 f"{size}, and every process needs a sample; raise one or lower the other"
             )
-    if config["teacher"]["dtype"] == "float16" and config["subsets"]["steps"]:
+    if config["teacher"]["dtype"] == "float16" and trains(config) and config["subsets"]["steps"]:
         raise UserError(
             f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
             f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
@@ -42,7 +42,8 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: distill.mode is sequential, in which students learn from those before "
             "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
         )
-    if config["intervals"]["tolerance"] == "bootstrap" and not config["similarity"]["bootstrap"]:
+    searched = config["intervals"]["enabled"] and config["intervals"]["tolerance"] == "bootstrap"
+    if searched and not config["similarity"]["bootstrap"]:
         raise UserError(
             f"{source}: intervals.tolerance is bootstrap, the noise that resamples show, but "
             "similarity.bootstrap is 0; set tolerance to a number, or bootstrap to 2 or more"
@@ -58,6 +59,12 @@ def check(config: dict, source: str = "config") -> None:
             "that too (one process is enough), or leave cpu_offload out"
         )
     _check_offload(config, source)
+    kinds = [name for name in ("intervals", "width", "modulation") if config[name]["enabled"]]
+    if not kinds:
+        raise UserError(
+            f"{source}: intervals, width and modulation all have enabled: false, so nothing can be "
+            "pruned; set one of them to true"
+        )
     blocks, total = _parameters(config["teacher"])
     try:
         pins.wishes(config, len(blocks) or None)
@@ -121,11 +128,14 @@ def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> 
             shown = f"{left:.3f} of this teacher's parameters"
             if kind != "fraction":
                 shown = f"{left:,} of this teacher's {kind}"
+            why = "even the fewest students in place of all unprotected blocks leave"
+            fix = "raise sensitivity.longest or lower intervals.protect_first and protect_last"
+            if not config["intervals"]["enabled"]:
+                why = "without depth pruning, the least that closed forms leave is"
+                fix = "set intervals.enabled: true"
             raise UserError(
                 f"{source}: variants: budget {variant['budget']} of '{variant['name']}' is "
-                f"impossible: even the fewest students in place of all unprotected blocks leave "
-                f"{shown}; choose a larger budget, or raise sensitivity.longest or lower "
-                "intervals.protect_first and protect_last"
+                f"impossible: {why} {shown}; choose a larger budget, or {fix}"
             )
 
 
@@ -140,7 +150,9 @@ def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
 
 def _check_optimizers(config: dict, source: str) -> None:
     """Raises UserError if 8-bit moments are asked for where there can be none."""
-    for stage in ("distill", "subsets", "finetune"):
+    stages = ["distill", "subsets"] if trains(config) else []
+    stages += ["finetune"] if any(v["finetune_steps"] for v in config["variants"]) else []
+    for stage in stages:
         if config[stage]["optimizer"] != "adamw8bit":
             continue
         if find_spec("bitsandbytes") is None:
@@ -157,7 +169,8 @@ def _check_optimizers(config: dict, source: str) -> None:
 
 def _check_offload(config: dict, source: str) -> None:
     """Raises UserError if gradients would pass through a teacher whose weights come and go."""
-    if config["teacher"]["offload"] == "stream" and config["subsets"]["steps"]:
+    trained = trains(config) and config["subsets"]["steps"]
+    if config["teacher"]["offload"] == "stream" and trained:
         raise UserError(
             f"{source}: teacher.offload is stream, but gradients of subsets pass through the "
             "teacher, which needs all its weights on the device; set subsets.steps to 0, or "
@@ -254,7 +267,8 @@ def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[in
 
     As few students as may be in place of all unprotected blocks: one, or with measured costs one
     for every sensitivity.longest blocks (or as many as a pinned interval has). Narrow blocks count
-    as nothing with width.enabled, since how much of them stays is not known here.
+    as nothing with width.enabled or modulation.enabled, since how much of them stays is not known
+    here; all stay without intervals.enabled.
     """
     intervals = config["intervals"]
     protected = intervals["protect_first"] + intervals["protect_last"]
@@ -266,5 +280,8 @@ def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[in
     longest = len(blocks) if intervals["cost"] == "cka" else config["sensitivity"]["longest"]
     longest = max([longest, *(last - first + 1 for first, last in intervals["pin"])])
     students = math.ceil((len(blocks) - protected) / longest)
+    if not intervals["enabled"]:
+        students = len(blocks) - protected
     whole = protected if config["width"]["enabled"] else protected + students
+    whole = 0 if config["modulation"]["enabled"] else whole
     return protected + students, total - sum(blocks[whole:])

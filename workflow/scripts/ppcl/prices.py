@@ -59,7 +59,7 @@ class Judged:
         reader, rows, batch_size: which calls.
 
     Raises:
-        UserError: all answers are zero.
+        UserError: all recorded answers are zero.
     """
 
     def __init__(
@@ -72,13 +72,13 @@ class Judged:
     ):
         self._teacher, self._device = transformer, device
         self._batches = [b.to_float32() for b in reader.batches(rows, batch_size, device)]
+        calls.refuse_zeros(sum(float(b.output.square().sum()) for b in self._batches))
         self._first = 0
         self._streams: list[blocks.Streams] = [{} for _ in self._batches]
         with torch.no_grad(), devices.in_float32(transformer, _modules(transformer)):
             for batch in self._batches:
                 batch.output = blocks.answer(transformer, batch.to(device).arguments)
         self._power = sum(float(self._double(b.output).square().sum()) for b in self._batches)
-        calls.refuse_zeros(self._power)
 
     @torch.no_grad()
     def error(self, model: nn.Module, first: int) -> float:

@@ -6,7 +6,7 @@ that cost the same, fewer are taken, and among as many always the same ones. Nee
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,9 @@ from scipy.sparse import csr_array
 # What the answer costs, and what is needed, once they are scaled.
 SCALE = 1e5
 # Added to the scaled cost of a column, up to twice as much, so that no two answers cost the same.
-TIE = 1e-4
-# Relative, of the costs of what is found and of the best that there can be.
-GAP = 1e-9
+TIE = 2e-5
+# What is found may cost so much more than the answer, relatively, while the scale is looked for.
+ROUGH = 0.1
 # Relative; for the rounding of sums.
 ROUNDING = 1e-12
 
@@ -40,6 +40,7 @@ def cheapest(
     gains: Sequence[Sequence[float]],
     needs: Sequence[float],
     rows: Sequence[Row] = (),
+    implied: Collection[int] = (),
 ) -> Taken | None:
     """The columns of least total cost that gain all that is needed and keep to the rows.
 
@@ -47,6 +48,7 @@ def cheapest(
         costs: of each column; none is negative.
         gains: of each column, in every measure.
         needs: in every measure; above zero.
+        implied: numbers of columns that the rows decide, given the others; they break no ties.
 
     None if there are none.
     """
@@ -57,13 +59,14 @@ def cheapest(
     for need, column in zip(needs, gained.T, strict=True):
         scaled = SCALE * column / need
         rows.append(({i: -g for i, g in enumerate(scaled) if g}, -SCALE * (1 - ROUNDING)))
-    # A number that no two columns share, and that neighbours differ in.
-    spread = (np.arange(1, len(every) + 1) * ((math.sqrt(5) - 1) / 2)) % 1
-    dearest = every.max()
+    # Another number for each column, and a rather different one for its neighbours.
+    ties = TIE * (1 + np.arange(len(every)) * (math.sqrt(5) - 1) / 2 % 1)
+    ties[list(implied)] = 0
+    # The answer costs no more than any that is enough: what costs more by itself is left out.
+    dearest, gap = every.max(), ROUGH
     while True:
         scale = SCALE / dearest if dearest > 0 else 1.0
-        offered = every <= dearest
-        found = _solved(scale * every + TIE * (1 + spread), rows, offered)
+        found = _solved(scale * every + ties, rows, every <= dearest, gap)
         if found is None:
             return None
         taken, low = found
@@ -72,10 +75,11 @@ def cheapest(
             # Within the tolerance, but not enough: this one alone is cut off.
             cut = {i: 1.0 if i in set(taken) else -1.0 for i in range(len(every))}
             rows.append((cut, len(taken) - 1))
-        elif cost < dearest / 8:
+        elif gap:
+            gap = 0.0 if cost > dearest / 8 else ROUGH
             dearest = cost
         else:
-            bound = (low - 2 * TIE * len(taken)) / scale
+            bound = (low - ties.sum()) / scale
             return Taken(tuple(taken.tolist()), cost, max(0.0, min(cost, bound)))
 
 
@@ -89,7 +93,7 @@ def most(gains: Sequence[float], rows: Sequence[Row]) -> float:
 
 
 def _solved(
-    costs: np.ndarray, rows: Sequence[Row], offered: np.ndarray
+    costs: np.ndarray, rows: Sequence[Row], offered: np.ndarray, gap: float = 0.0
 ) -> tuple[np.ndarray, float] | None:
     """Numbers of the columns taken, and a bound below their cost; None if the rows allow none."""
     start = np.cumsum([0, *(len(row) for row, _ in rows)])
@@ -101,7 +105,7 @@ def _solved(
         integrality=np.ones(len(costs)),
         bounds=Bounds(0, offered.astype(float)),
         constraints=LinearConstraint(matrix, -np.inf, [most for _, most in rows]),
-        options={"mip_rel_gap": GAP},
+        options={"mip_rel_gap": gap},
     )
     if found.x is None:
         if found.status != 2:  # 2: infeasible

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -91,18 +92,20 @@ def code_digest(script: str | Path) -> str:
 @functools.cache  # by content: most modules are of most stages, and every rule asks
 def _imported(source: bytes, path: Path) -> frozenset[str]:
     """Names that may be ppcl modules which a source file imports, or starts as `<name>.py`."""
-    modules = set()
-    for node in ast.walk(ast.parse(source, filename=str(path))):
+    names = [f"ppcl.{name}" for name in re.findall(r"(\w+)\.py[\"']", source.decode())]
+    # Imports are statements: expressions, nine nodes of ten, need no look.
+    queue: list[ast.AST] = [ast.parse(source, filename=str(path))]
+    while queue:
+        node = queue.pop()
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = "ppcl" if node.level else ""
             base = ".".join(part for part in (base, node.module) if part)
-            names = [base, *(f"{base}.{alias.name}" for alias in node.names)]
-        elif isinstance(node, ast.Constant) and str(node.value).endswith(".py"):
-            names = [f"ppcl.{Path(node.value).stem}"]
+            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
         else:
-            continue
-        parts = [name.split(".") for name in names]
-        modules.update(part[1] for part in parts if part[0] == "ppcl" and len(part) > 1)
-    return frozenset(modules)
+            for block in ("body", "orelse", "finalbody", "handlers", "cases"):
+                found = getattr(node, block, [])
+                queue += found if isinstance(found, list) else []
+    parts = [name.split(".") for name in names]
+    return frozenset(part[1] for part in parts if part[0] == "ppcl" and len(part) > 1)

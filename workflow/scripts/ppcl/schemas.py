@@ -282,7 +282,8 @@ _MEASURED = [
     column(
         "state",
         pa.string(),
-        "`plugged`, `finetuned` after that, or `part` of the students plugged in",
+        "`plugged`, `finetuned` after that, both with modulations of low rank (`low_rank`, "
+        "`low_rank_finetuned`), or `part` of the students plugged in",
     ),
     column("removed_blocks", pa.int32(), "blocks that went"),
     column("removed_parameters", pa.int64(), "parameters that went"),
@@ -309,7 +310,11 @@ ABLATION_RUN = pa.schema([_METHOD, *_MEASURED])
 ABLATION = pa.schema(
     [
         _METHOD,
-        column("group", pa.string(), "`teacher`, `ladder`, `choice`, `schedule` or `rival`"),
+        column(
+            "group",
+            pa.string(),
+            "`teacher`, `ladder`, `choice`, `schedule`, `depth`, `latency` or `rival`",
+        ),
         column("label", pa.string(), "the method in words"),
         column("order", pa.int32(), "place in the figure"),
         *_MEASURED,

@@ -203,7 +203,8 @@ def select(
     wanted = list(needs.values())
     costs = [cost for *_, cost in columns.every]
     every = list(zip(*gains.values(), strict=True)) or [()] * len(costs)
-    found = programs.cheapest(costs, every, wanted, columns.rows)
+    implied = [number for (kind, _), number in columns.number.items() if kind == "borrows"]
+    found = programs.cheapest(costs, every, wanted, columns.rows, implied)
     if found:
         return columns.plan(found, weights)
     reached = {m: max(0.0, programs.most(gained, columns.rows)) for m, gained in gains.items()}

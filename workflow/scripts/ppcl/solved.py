@@ -13,13 +13,13 @@ its output depends on such a linear's element by element, so its Jacobian J is d
 is g, J^T r is g r, whatever else a family does with gates.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppcl import blocks, calls, devices, teaching
+from ppcl import blocks, calls, devices, students, teaching, width
 from ppcl.errors import UserError
 from ppcl.plans import Part
 from ppcl.students import Students
@@ -31,7 +31,9 @@ GROUPS = 16
 SUMS_BYTES = 4 << 30
 # Share of the largest gate by which others may differ from it by rounding.
 ALIKE = 1e-3
-FLOOR = 1e-9  # least ridge: tokens may be fewer than features
+# Ridge on the change of each channel, in units of a feature's mean square. On the embedded teacher
+# with 256 calls, a hundredth of it left errors 1 to 18 % higher; with 1024 it hardly matters.
+RIDGE = 1e-2
 
 
 def stages(transformer: nn.Module, part: Part) -> tuple[tuple[str, ...], ...]:
@@ -51,26 +53,50 @@ def stages(transformer: nn.Module, part: Part) -> tuple[tuple[str, ...], ...]:
     return found
 
 
+def start(
+    transformer: nn.Module,
+    parts: Iterable[Part],
+    how: str,
+    reader: calls.Reader,
+    options: Mapping,
+    seed: int,
+    device: torch.device,
+) -> Students:
+    """Whole blocks with their start weights as `students.start` makes them, refitted if `how` is
+    `solved`; on the device.
+
+    Args:
+        options: the config's `width`: fit_rows, batch_size.
+    """
+    made = students.start(transformer, parts, how)
+    for student in made.values():
+        student.to(device)
+    if how == "solved":
+        rows, _ = width.fit_rows(reader, options, seed)
+        refit(transformer, made, reader, rows, options["batch_size"], device)
+    return made
+
+
 def refit(
     transformer: nn.Module,
-    students: Students,
+    wholes: Students,
     reader: calls.Reader,
     rows: np.ndarray,
-    options: Mapping,
+    batch_size: int,
     device: torch.device,
 ) -> Students:
     """Refits whole blocks that are copies of their interval's first; in place.
 
     Args:
         transformer: the teacher, on the device.
-        students: on the device; those of one block are left as they are.
+        wholes: on the device; those of one block are left as they are.
         rows: numbers of the calls to fit on.
-        options: batch_size, and ridge, of each channel's features.
+        batch_size: of calls.
 
     Raises:
         UserError: the registry does not say where these linears are, or is wrong about a block.
     """
-    longer = {part: module for part, module in students.items() if part.last > part.first}
+    longer = {part: module for part, module in wholes.items() if part.last > part.first}
     for number in range(max((len(stages(transformer, part)) for part in longer), default=0)):
         wanted = {
             part: every[number:]
@@ -78,18 +104,17 @@ def refit(
             if len(every := stages(transformer, part)) > number
         }
         for group in _groups(longer, wanted):
-            _refit(
-                transformer, longer, {p: wanted[p] for p in group}, reader, rows, options, device
-            )
-    return students
+            now = {part: wanted[part] for part in group}
+            _refit(transformer, longer, now, reader, rows, batch_size, device)
+    return wholes
 
 
-def _groups(students: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[Part]]:
+def _groups(wholes: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[Part]]:
     """Parts whose sums fit in memory."""
     group: list[Part] = []
     held = 0
     for part, paths in wanted.items():
-        linears = [students[part].get_submodule(path) for path in paths[0]]
+        linears = [wholes[part].get_submodule(path) for path in paths[0]]
         size = sum(8 * GROUPS * (linear.in_features + 1) ** 2 for linear in linears)
         if group and held + size > SUMS_BYTES:
             yield group
@@ -101,11 +126,11 @@ def _groups(students: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[P
 
 def _refit(
     transformer: nn.Module,
-    students: Students,
+    wholes: Students,
     wanted: Mapping[Part, tuple[tuple[str, ...], ...]],
     reader: calls.Reader,
     rows: np.ndarray,
-    options: Mapping,
+    batch_size: int,
     device: torch.device,
 ) -> None:
     """One stage: the first paths of each part; those that follow return nothing."""
@@ -114,23 +139,23 @@ def _refit(
         zip(rows[order].tolist(), np.arange(len(rows)) * GROUPS // len(rows), strict=True)
     )
     sums = {
-        (part, path): _Sums(students[part].get_submodule(path), device)
+        (part, path): _Sums(wholes[part].get_submodule(path), device)
         for part, paths in wanted.items()
         for path in paths[0]
     }
-    for batch in reader.batches(rows, options["batch_size"], device):
+    for batch in reader.batches(rows, batch_size, device):
         batch = batch.to(device)
         groups = torch.tensor([group_of[number] for number in batch.numbers.tolist()])
         lessons = teaching.teacher_states(transformer, list(wanted), batch.arguments)
         for part, (paths, *later) in wanted.items():
             block = blocks.block_sequence(transformer)[part.first]
-            block = blocks.Block(part.first, students[part], block.list)
+            block = blocks.Block(part.first, wholes[part], block.list)
             masks = _real(transformer, part, batch, lessons[part].target)
             seen = _answers(block, paths, sum(later, ()), lessons[part], masks)
             for path, (features, gate, target) in seen.items():
                 sums[part, path].add(features, gate, target, groups, f"block {part.first}, {path}")
     for one in sums.values():
-        one.solve(options["ridge"])
+        one.solve()
 
 
 def _real(
@@ -255,7 +280,7 @@ class _Sums:
         self.counts.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
 
     @torch.no_grad()
-    def solve(self, ridge: float) -> None:
+    def solve(self) -> None:
         """Adds each channel's least-squares change to the linear."""
         weights = self.gates / self.counts.clamp_min(1)[:, None]
         scale = self.moments.sum(0).diagonal().sqrt()
@@ -268,7 +293,7 @@ class _Sums:
             mean = left.diagonal()[: weight.shape[1]].mean()
             if not mean > 0:
                 continue  # its gate is shut throughout
-            left.diagonal()[: weight.shape[1]] += max(ridge, FLOOR) * mean
+            left.diagonal()[: weight.shape[1]] += RIDGE * mean
             change = torch.linalg.solve(left, (self.right[channel] / scale)[used]) / scale[used]
             weight[channel] += change[: weight.shape[1]].to(weight)
             if bias is not None:

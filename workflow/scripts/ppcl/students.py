@@ -28,11 +28,11 @@ def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
         modules: the interval's teacher blocks, in order.
         how: `first` (block u, PPCL), `middle` (block floor((u+v)/2), PPCL's published script), or
             `average`: weights that fall linearly with the distance from the middle (Amber-Image,
-            arXiv 2602.17047).
+            arXiv 2602.17047). `solved` begins as `first`; `solved.start` does the rest.
     """
     states = [m.state_dict() for m in modules]
     count = len(states)
-    if how == "first":
+    if how in ("first", "solved"):
         weights = [1.0] + [0.0] * (count - 1)
     elif how == "middle":
         weights = [float(i == (count - 1) // 2) for i in range(count)]

@@ -207,8 +207,8 @@ def fit_to_files(
     transformer: nn.Module,
     maps: Iterable[Map],
     reader: calls.Reader,
-    rows: tuple[np.ndarray, np.ndarray],
     options: dict,
+    seed: int,
     accelerator: Accelerator,
     folder: Path,
     identity: str,
@@ -217,6 +217,7 @@ def fit_to_files(
     it has fitted.
 
     Args:
+        options: the config's `width`.
         folder: for the files, which processes share.
         identity: digest of what decides the maps. Files of another identity are not used.
 
@@ -228,6 +229,7 @@ def fit_to_files(
     # In order of depth, so that the teacher need not run to its end for all of them.
     every = sorted(dict.fromkeys(maps), key=lambda one: (one.part, one.source, one.kind))
     rank, count = accelerator.process_index, accelerator.num_processes
+    rows = fit_rows(reader, options, seed) if every else ()
     groups = list(_groups(every, transformer, least=count))
     files = [folder / f"maps-{number}.safetensors" for number in range(len(groups))]
     for path, group in list(zip(files, groups, strict=True))[rank::count]:
@@ -264,7 +266,7 @@ class Stored(Mapping[Map, probes.Probe]):
     """Maps in files, read when they are asked for."""
 
     def __init__(self, paths: Sequence[Path]):
-        self._path = paths[0]
+        self._paths = paths
         self._files: dict[Map, Any] = {}
         for path in paths:
             file, _ = tensors.opened(path)
@@ -278,7 +280,8 @@ class Stored(Mapping[Map, probes.Probe]):
     def __getitem__(self, one: Map) -> probes.Probe:
         if one not in self._files:
             raise UserError(
-                f"{self._path} has no map {one.name}; it is of other settings: delete it and rerun"
+                f"{self._paths[0]} has no map {one.name}; it is of other settings: delete it and "
+                "rerun"
             )
         leaves = (self._files[one].get_tensor(f"{one.name}.{leaf}") for leaf in _LEAVES)
         return probes.Probe(*(leaf.double().numpy() for leaf in leaves))

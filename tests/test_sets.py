@@ -1,0 +1,200 @@
+"""What variants are made of: the search, whose students, and the files."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ppcl import schemas, selection, sets, tables
+from ppcl.errors import UserError
+from ppcl.plans import Modulation, Part, Unit
+from ppcl.selection import Choices, Weights
+from ppcl.sets import Member, Offer, Set
+
+DEPTH, TOTAL = 6, 1500
+INTERVAL = Unit((Part(1, 2),))
+NARROW = Unit((Part(4, 4, ("image", "text")),))
+MATRICES = {
+    (block, "mod"): Modulation(block, "mod", 5, 60, ffn="image" if block < DEPTH else "")
+    for block in (0, 1, DEPTH)
+}
+
+
+def offered(**changes) -> Offer:
+    saves = {
+        (key, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
+        for key, one in MATRICES.items()
+        for rank in (1, 2)
+        for sixths in (2, 3, 6)
+    }
+    none = [0.0] * DEPTH
+    counted = Weights(
+        none,
+        [50.0] * DEPTH,
+        [20.0] * DEPTH,
+        {(block, stream): 30.0 for block in range(DEPTH) for stream in ("image", "text")},
+        saves,
+        {"01-02": 100, "04-04": 60},
+    )
+    ffns = {
+        (block, stream): 1e-5 * (1 + block) * (10 if stream == "image" else 1)
+        for block in range(DEPTH)
+        for stream in ("image", "text")
+    }
+    closed = Choices(
+        {},
+        {(0, 1): 4e-5, (3, 5): 9e-5},
+        ffns,
+        {key: {1: 3e-6, 2: 1e-6} for key in MATRICES},
+        modulations=MATRICES,
+    )
+    errors = {
+        "01-02": {"start": 9e-4, "distill": 2e-4, "subsets": 3e-4},
+        "04-04": {"closed": 5.5e-4, "distill": 4e-4, "subsets": 6e-4},
+    }
+    blocks = Weights(none, none, none, units={"01-02": 1, "04-04": 0})
+    given = {
+        "closed": closed,
+        "units": {"01-02": INTERVAL, "04-04": NARROW},
+        "errors": errors,
+        "weights": {"parameters": counted, "blocks": blocks},
+        "facts": {"transformer_parameters": TOTAL, "blocks": DEPTH},
+    }
+    return Offer(**given | changes)
+
+
+def variant(budget, train=True, name="v"):
+    return {"name": name, "budget": budget, "train": train}
+
+
+def searched(offer, *variants):
+    return {v["name"]: (v, sets.search(offer, v)) for v in variants}
+
+
+def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
+    """What the rows save adds up to what the plan does, ranks of halved matrices included."""
+    offer, before = offered(), np.inf
+    reached = set()
+    for budget in np.linspace(0.32, 1, 14):
+        choice = sets.search(offer, variant(float(budget)))
+        assert choice.cost <= before + 1e-12
+        before = choice.cost
+        assert sets.left(offer, choice) <= budget * TOTAL + 1e-9
+        rows = sets.rows(offer, "v", choice)
+        assert sum(row["saved_parameters"] for row in rows) == TOTAL - sets.left(offer, choice)
+        assert sum(row["velocity_error"] for row in rows) == pytest.approx(choice.cost)
+        reached |= {(row["kind"], row["source"]) for row in rows}
+        taken = [b for u in choice.found.units for b in range(u.first, u.last + 1)]
+        assert len(taken) == len(set(taken))
+    assert reached == {
+        ("interval", "distill"),
+        ("text", "closed"),
+        ("ffn", "closed"),
+        ("modulation", "closed"),
+    }
+
+
+def test_without_training_nothing_trained_is_in_it():
+    offer = offered()
+    tight = variant({"blocks": DEPTH - 1}, train=False)
+    choice = sets.search(offer, tight)
+    assert choice.found.sources["01-02"] == "start"
+    assert choice.cost == pytest.approx(9e-4)
+    assert sets.search(offer, tight | {"train": True}).cost == pytest.approx(2e-4)
+    with pytest.raises(UserError, match="the budget of 'v' needs .* blocks"):
+        sets.search(offer, variant({"blocks": 1}))
+
+
+def measured_as(errors):
+    """Errors of sets from those of sources, and a count of what was asked for."""
+    asked = []
+
+    def measure(some):
+        asked.append([one.sources for one in some])
+        return [errors(one) for one in some]
+
+    return measure, asked
+
+
+def test_each_unit_is_from_the_stage_that_serves_the_set():
+    """Alone, 01-02 is best after distill; beside 04-04, that of subsets is."""
+    offer = offered(closed=Choices())
+    both = Set((Member(INTERVAL, "distill"), Member(NARROW, "distill")))
+    start = sets.Choice(both, 6e-4, {"parameters": 160.0, "blocks": 1})
+    worth = {("subsets", "distill"): 1.0, ("subsets", "subsets"): 2.0, ("start", "closed"): 2.5}
+
+    def error(one):
+        return worth.get((one.sources["01-02"], one.sources["04-04"]), 3.0)
+
+    measure, asked = measured_as(error)
+    found = sets.decide(offer, {"v": (variant(0.9), start)}, measure)["v"]
+    assert found.choice.found.sources == {"01-02": "subsets", "04-04": "distill"}
+    assert found.choice.error == 1.0
+    # Its best alone, all of each of four sources; then the others of each unit.
+    assert [len(one) for one in asked] == [5, 2, 2]
+    assert list(found.tried)[:2] == ["each at its best alone", "all of closed"]
+    whole = sets.decide(offer, {"v": (variant(0.9), start)}, measure, flips=False)["v"]
+    assert whole.choice.error == 2.0
+    last = sets.as_last_trained(offer, {"v": (variant(0.9), start)}, measure)["v"]
+    assert set(last.choice.found.sources.values()) == {"subsets"}
+    untrained = variant(0.9, train=False)
+    plain = start.found.having({"01-02": "start", "04-04": "closed"})
+    asked_for = {"v": (untrained, sets.replace(start, found=plain))}
+    assert sets.decide(offer, asked_for, measure)["v"].choice.error == 2.5
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_larger_budgets_are_never_measured_worse(seed):
+    """Whatever the sets cost together; but nothing trained goes into what may not be trained."""
+    offer, rng = offered(), np.random.default_rng(seed)
+    drawn = {}
+
+    def measure(some):
+        return [drawn.setdefault(one.key, rng.random()) for one in some]
+
+    budgets = sorted(rng.uniform(0.4, 1, 4))
+    wanted = [variant(float(b), name=f"p{n}") for n, b in enumerate(budgets)]
+    wanted += [variant(float(budgets[1]), False, "free")]
+    found = sets.decide(offer, searched(offer, *wanted), measure)
+    errors = [found[f"p{n}"].choice.error for n in range(4)]
+    assert errors == sorted(errors, reverse=True)
+    for each in wanted:
+        choice = found[each["name"]].choice
+        assert sets.meets(choice, offer, each)
+        assert choice.error == min(c.error for c in found[each["name"]].tried.values())
+    assert not set(found["free"].choice.found.sources.values()) & set(sets.TRAINED)
+
+
+def test_files_hold_what_was_decided(tmp_path):
+    offer = offered()
+    asked = searched(offer, variant(0.5, name="a"), variant(0.8, name="b"))
+    found = sets.decide(offer, asked, lambda some: [1e-3] * len(some))
+    choices = {name: one.choice for name, one in found.items()}
+    path = tmp_path / "sets.json"
+    sets.write(path, offer, choices, {})
+    written = sets.read(path)
+    assert written.sets == {name: choice.found for name, choice in choices.items()}
+    assert written.parameters["a"] == sets.left(offer, choices["a"]) <= 750
+    assert written.alone == offer.errors and written.of("a").key == choices["a"].found.key
+    assert written.of("a").key != written.of("b").key
+    with pytest.raises(UserError, match="has no variant 'c'; it has a, b"):
+        written.of("c")
+    rows = [row for name, choice in choices.items() for row in sets.rows(offer, name, choice)]
+    trials = [row for name, one in found.items() for row in sets.trial_rows(offer, name, one)]
+    for rows_, schema in ((rows, schemas.VARIANT_UNITS), (trials, schemas.VARIANT_SETS)):
+        table = pd.DataFrame(rows_, columns=schema.names)
+        tables.write(tmp_path / "t.parquet", table, schema, {})
+    assert sum(row["chosen"] for row in trials) >= 2
+    assert all(json.loads(row["sources"]).keys() <= offer.units.keys() for row in trials)
+    path.write_text(path.read_text().replace('"a"', '"e"'))
+    with pytest.raises(UserError, match="delete"):
+        sets.read(path)
+
+
+def test_a_closed_text_run_is_a_unit_of_several_parts():
+    offer = offered(units={}, errors={})
+    choice = sets.search(offer, variant(0.4))
+    runs = [unit for unit in choice.found.units if len(unit.parts) > 1]
+    assert runs and set(choice.found.sources.values()) == {"closed"}
+    assert selection.saved([], [(runs[0].first, runs[0].last)], [], offer.weights["parameters"]) > 0

@@ -1,0 +1,85 @@
+"""From least times of blocks to the table that selection by a latency budget adds up.
+
+Selection takes the best of many sets that save almost the same, so another run whose times differ
+by a few thousandths would choose another set. Three things keep that from happening:
+
+- All times are of short runs, of which even a busy machine leaves some alone. The transformer's is
+  the sum of its blocks' and of what is around them, never that of its own one long run.
+- Blocks of one list do the same work and get one time, the median of the list's least times.
+- What is left is rounded: every time is a number of small STEPS of the first block's.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ppcl import evaluation
+
+# Of the time of a block, into which it is divided: what a narrow one saves is rounded to these.
+STEPS = 32
+# What is around the blocks is one number, and rounded to so many steps: a quarter of a block.
+AROUND = 8
+WHOLE = "block"  # the kind of a block that is whole
+# Rounds end when the sum of least times fell by no more than this in the last SETTLED of them.
+FALL, SETTLED = 1e-3, 5
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Seconds that parts of blocks save, by block and part, and those of the whole transformer."""
+
+    parts: dict[tuple[int, str], float]
+    transformer: float
+
+
+def savings(
+    least: Mapping[tuple[int, str], float], around: float, lists: Sequence[Sequence[int]]
+) -> Savings:
+    """What each part of a block saves if it goes, from least times.
+
+    Args:
+        least: seconds by block and kind: WHOLE, or the part that a narrow one lacks.
+        around: seconds of the transformer without its blocks.
+        lists: numbers of the blocks that do the same work, in data-flow order.
+    """
+    step = float(np.median([least[block, WHOLE] for block in lists[0]])) / STEPS
+    found = {}
+    for alike in lists:
+        kinds = [kind for block, kind in least if block == alike[0]]
+        kinds += [k for b, k in least if b in alike and k not in kinds]
+        for kind in dict.fromkeys(kinds):
+            # What a block saves when it goes is all of its time; a narrow one, the difference.
+            saved = [
+                least[block, WHOLE] - (0 if kind == WHOLE else least[block, kind])
+                for block in alike
+                if (block, kind) in least
+            ]
+            saving = step * max(0, round(float(np.median(saved)) / step))
+            found |= {(block, kind): saving for block in alike if (block, kind) in least}
+    whole = sum(seconds for (_, kind), seconds in found.items() if kind == WHOLE)
+    return Savings(found, whole + AROUND * step * round(around / (AROUND * step)))
+
+
+def least_times(
+    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
+) -> tuple[dict[str, float], bool]:
+    """The least seconds of every run in rounds, and whether they had settled before the last one.
+
+    Args:
+        rounds: at most.
+    """
+    sums: list[float] = []
+    least: dict[str, float] = {}
+    for times in evaluation.timed_rounds(runs, rounds, device):
+        least = {name: min(seconds, least.get(name, seconds)) for name, seconds in times.items()}
+        sums.append(sum(least.values()))
+        if settled(sums):
+            return least, True
+    return least, False
+
+
+def settled(sums: Sequence[float]) -> bool:
+    """Whether sums of least times, after each round, have stopped falling."""
+    return len(sums) > SETTLED and sums[-1 - SETTLED] - sums[-1] <= FALL * sums[-1]
