@@ -10,6 +10,11 @@
 # more seeds, redoes nothing. Checkpoints live in state/ablation-<method>-<number>, as in
 # distill.smk.
 
+if "ablation" in targets():
+    for part in ("intervals", "width", "modulation"):
+        if not config[part]["enabled"]:
+            refuse(f"the target ablation compares what {part} gains; set {part}.enabled to true")
+
 # What a run depends on; how long the main run trains is not among it.
 ABLATION_KEYS = [
     *(f"intervals.{k}" for k in ("tolerance", "training_leaves", "protect_first", "protect_last")),
