@@ -259,12 +259,12 @@ def test_catalog_entry_has_the_same_default_target(snakemake):
 
 def test_the_ablation_is_a_target_of_its_own(snakemake):
     found = counts(snakemake("-n", "-F", "ablation"))
-    shared = {"record", "extract", "probe", "similarity", "sensitivity", "width"}
+    shared = {"record", "extract", "probe", "similarity", "sensitivity", "width", "latency"}
     own = {"ablate", "rank_rivals", "gather_ablation", "calibrate", "plot_ablation", "ablation"}
     assert found.keys() == shared | own
-    # The teacher; 12 rungs, 2 schedules and 3 rivals with 3 seeds; the rest of 10 choices, 8
-    # schedules and 10 rivals. Which of these run again shows later.
-    assert found["ablate"] == 1 + 3 * (12 + 2 + 3) + 10 + 6 + 7
+    # The teacher; 13 rungs, 2 schedules, 3 of depth alone, 1 of equal latency and 3 rivals with 3
+    # seeds; the rest of 13 choices, 8 schedules and 10 rivals. Who runs again shows later.
+    assert found["ablate"] == 1 + 3 * (13 + 2 + 3 + 1 + 3) + 13 + 6 + 7
 
 
 def test_train_teacher_stands_alone(snakemake):
