@@ -7,7 +7,7 @@ import runpy
 import pytest
 import tiny
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import FluxPipeline, QwenImagePipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
@@ -168,6 +168,34 @@ def test_at_full_rank_nothing_is_lost(stock, adapted, recorded, call):
     model = modulation.low_rank(stock, identity(stock), every(stock, WIDTH), recorded)
     _, lost, _ = lora.projected(model, identity(stock), layers, recorded)
     assert max(lost.values()) < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("alphas", "metadata", "scale"),
+    [
+        ({}, {}, 1.0),
+        ({"alpha": torch.tensor(3.0)}, {}, 1.5),
+        ({}, {"r": 2, "lora_alpha": 4, "alpha_pattern": {}}, 2.0),
+        ({}, {"r": 2, "lora_alpha": 4, "alpha_pattern": {"norm1.linear": 8}}, 4.0),
+        ({}, {"r": 2, "lora_alpha": 4, "use_rslora": True}, 4 / 2**0.5),
+    ],
+)
+@pytest.mark.parametrize("pipeline", [FluxPipeline, QwenImagePipeline])
+def test_scales_are_read(tmp_path, pipeline, alphas, metadata, scale):
+    """Alphas in the weights, or peft's own notes; all classes turn the former into something."""
+    file, name = tmp_path / "a.safetensors", "transformer.transformer_blocks.0.norm1.linear"
+    state = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    if alphas and pipeline is QwenImagePipeline:
+        state = {key.replace("transformer.", "diffusion_model.", 1): v for key, v in state.items()}
+        alphas = {f"diffusion_model.{name.partition('.')[2]}.alpha": alphas["alpha"]}
+    else:
+        alphas = {f"{name}.alpha": alpha for alpha in alphas.values()}
+    notes = {f"transformer.{key}": value for key, value in metadata.items()}
+    save_file(state | alphas, file, {"lora_adapter_metadata": json.dumps(notes)} if notes else None)
+    (layer,) = lora.read(pipeline, file, "transformer").values()
+    assert layer.scale * layer.b.double() @ layer.a.double() == pytest.approx(
+        torch.full((8, 8), 2 * scale).double().numpy()
+    )
 
 
 def test_what_is_no_lora_of_this_model_is_refused(stock, tmp_path):
