@@ -111,10 +111,16 @@ import sys
 sys.path[:0] = {[str(tiny.SCRIPTS), str(Path(__file__).parent)]!r}
 import tiny
 import torch
-from ppcl import blocks, devices, fsdp
+from ppcl import blocks, devices, fsdp, narrow
 
 accelerator = devices.accelerator("cpu")
-model = tiny.transformer(blocks=2).requires_grad_(True)
+model = tiny.transformer(blocks=2)
+narrow.lower(model.transformer_blocks[0], {{"img_mod.1": 4}})
+narrow.lower(model.norm_out, {{"linear": 4}})
+for product in (model.transformer_blocks[0].img_mod[1], model.norm_out.linear):
+    torch.nn.init.constant_(product.down.weight, 0.1)
+    torch.nn.init.constant_(product.up.weight, 0.1)
+model.requires_grad_(True)
 count = blocks.parameter_count(model)
 fsdp.shard(model, list(model.transformer_blocks), accelerator, cpu_offload=False)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)

@@ -389,7 +389,12 @@ def test_gradient_checkpointing_gives_the_same_gradients(stock, call):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_whole_model_compiles_without_a_graph_break(stock, call, checkpointing):
-    model = copy.deepcopy(run_of(stock)).requires_grad_(checkpointing)
+    model = copy.deepcopy(run_of(stock))
+    for index in (0, 1):  # a halved modulation, and a whole one, of low rank
+        product = narrow.lower(model.transformer_blocks[index], {"img_mod.1": 4}).img_mod[1]
+        for parameter in product.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    model.requires_grad_(checkpointing)
     if checkpointing:
         model.train().enable_gradient_checkpointing()
     expected = model(**call)[0]

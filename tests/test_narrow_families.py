@@ -1,4 +1,5 @@
-"""Width in every family: what a narrow block computes, against the stock block under hooks."""
+"""Narrow blocks in every family: what they compute, against the stock block under hooks; and their
+low-rank modulation."""
 
 import copy
 
@@ -7,8 +8,9 @@ import torch
 import zoo_images
 import zoo_videos
 from PIL import Image
+from torch import nn
 
-from ppcl import blocks, families, narrow
+from ppcl import blocks, families, modulation, narrow
 from ppcl.families import TEXT
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
@@ -25,6 +27,7 @@ SHARED_TEXT = [
     for family, name in ONE_EACH.items()
     if any(listed.width and listed.width.text for listed in families.FAMILIES[family].lists)
 ]
+MODULATED = [name for family, name in ONE_EACH.items() if families.FAMILIES[family].last_modulation]
 
 
 @pytest.fixture(scope="module")
@@ -174,3 +177,89 @@ def test_z_a_is_what_the_attention_of_the_source_gets(calls_of, name):
     with torch.no_grad():
         carried = first.outputs(source(**bound))[TEXT]
     assert torch.equal(carried.chunk(2, dim=-1)[1], tapped["text/input"])
+
+
+# ---- low-rank modulation
+
+
+@pytest.mark.parametrize("name", ONE_EACH.values())
+def test_every_matrix_that_sees_the_conditioning_is_named(calls_of, name):
+    """Of the Linears in blocks, and of those from the last block on, the ones that get one vector
+    per sample, and no tokens: no other, and none but in families where one table serves all."""
+    transformer, arguments = calls_of(name)
+    sequence, seen, handles = blocks.block_sequence(transformer), [], []
+    inside = {id(m): b for b in sequence for m in b.module.modules()}
+    paths = {id(m): path for b in sequence for path, m in b.module.named_modules()}
+    outside = {id(m): path for path, m in transformer.named_modules()}
+    batch = len(arguments[blocks.family(transformer).state])
+
+    def look(module, args):
+        block = inside.get(id(module))
+        if args[0].ndim == 2 and len(args[0]) == batch:
+            key = (block.index, paths[id(module)]) if block else outside[id(module)]
+            seen.append(key)
+
+    def done(*_call):
+        seen.append("blocks end")
+
+    for module in transformer.modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(look))
+    handles.append(sequence[-1].module.register_forward_hook(done))
+    with torch.no_grad():
+        transformer(**arguments)
+    for handle in handles:
+        handle.remove()
+    last = seen[seen.index("blocks end") + 1 :]
+    found = {key for key in seen if isinstance(key, tuple)} | {(len(sequence), p) for p in last}
+    if name == "flux2":  # of a last AdaLN alone there is too little to gain
+        assert found == {(len(sequence), "norm_out.linear")}
+        found = set()
+    assert found == {matrix.key for matrix in modulation.matrices(transformer)}
+
+
+class Drawn:
+    """Inputs for the matrices of a transformer, drawn at random."""
+
+    def __init__(self, found):
+        self.found = {matrix.key: matrix for matrix in found}
+
+    def of(self, key):
+        generator = torch.Generator().manual_seed(0)
+        inputs = torch.randn(99, self.found[key].inputs, generator=generator).double()
+        return Sums(len(inputs), inputs.sum(0), inputs.T @ inputs)
+
+
+class Sums:
+    def __init__(self, count, total, outer):
+        self.count, self.sum, self.outer = count, total, outer
+
+
+@pytest.mark.parametrize("name", MODULATED)
+@torch.no_grad()
+def test_every_matrix_can_be_a_product(calls_of, name, tmp_path):
+    """At full rank the model answers as before; at low rank it has as many parameters as was told,
+    and loads as its own class, every weight to the bit."""
+    transformer, arguments = calls_of(name)
+    found = modulation.matrices(transformer)
+    block_map = [[b.index] for b in blocks.block_sequence(transformer)]
+    expected = blocks.answer(transformer, arguments)
+    full = {matrix.key: min(matrix.inputs, matrix.outputs) for matrix in found}
+    same = modulation.low_rank(transformer, block_map, full, Drawn(found))
+    torch.testing.assert_close(blocks.answer(same, arguments), expected, rtol=1e-4, atol=1e-5)
+
+    low = modulation.low_rank(transformer, block_map, dict.fromkeys(full, 2), Drawn(found))
+    answer = blocks.answer(low, arguments)
+    assert not torch.allclose(answer, expected, rtol=1e-4, atol=1e-5)
+    saved = sum(matrix.parameters() - matrix.parameters(2) for matrix in found)
+    assert blocks.parameter_count(transformer) - blocks.parameter_count(low) == saved
+    made = narrow.from_stock(low, blocks.family(transformer).layouts())
+    made.save_pretrained(tmp_path)
+    again, info = type(made).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values())
+    # Products as thin as these round differently where weights lie elsewhere in memory.
+    torch.testing.assert_close(blocks.answer(again, arguments), answer, rtol=1e-5, atol=1e-5)
+    kept = again.state_dict()
+    assert all(torch.equal(kept.pop(name), value) for name, value in low.state_dict().items())
+    assert not kept
+    assert narrow.specs(again) == narrow.specs(low)

@@ -80,11 +80,10 @@ class Shut(nn.Module):
 class LowRank(nn.Module):
     """Stands for a modulation's Linear: up(down(x)), with the bias on `up` alone."""
 
-    def __init__(self, linear: nn.Linear, rank: int):
+    def __init__(self, inputs: int, outputs: int, rank: int, like: Tensor):
         super().__init__()
-        like = linear.weight
-        self.down = _zero_linear(linear.in_features, rank, like, bias=False)
-        self.up = _zero_linear(rank, linear.out_features, like)
+        self.down = _zero_linear(inputs, rank, like, bias=False)
+        self.up = _zero_linear(rank, outputs, like)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.up(self.down(x))
@@ -154,7 +153,8 @@ def lower(block: nn.Module, ranks: dict[str, int]) -> nn.Module:
         linear = place and block.get_submodule(place)
         if not isinstance(linear, nn.Linear) or rank < 1:
             raise ValueError(f"{type(block).__name__}: {path} can't have rank {rank}")
-        block.set_submodule(place, LowRank(linear, rank))
+        shape = linear.in_features, linear.out_features
+        block.set_submodule(place, LowRank(*shape, rank, linear.weight))
     if ranks:
         before = getattr(block, "narrowed", {})
         block.narrowed = before | {"ranks": before.get("ranks", {}) | dict(ranks)}
@@ -172,7 +172,13 @@ def held(block: nn.Module, path: str) -> str:
     except AttributeError:
         return ""
     maps_at = getattr(block, "map_paths", {}).values()
-    return place if isinstance(found, (nn.Linear, LowRank)) and place not in maps_at else ""
+    known = isinstance(found, nn.Linear) or is_low_rank(found)
+    return place if known and place not in maps_at else ""
+
+
+def is_low_rank(module: nn.Module) -> bool:
+    """Whether it is a `LowRank`, of this module or of one beside exported weights."""
+    return type(module).__name__ == LowRank.__name__
 
 
 def maps(block: nn.Module) -> dict[str, nn.Linear]:
@@ -193,7 +199,7 @@ def _drop_ffn(block: nn.Module, parts: dict) -> None:
     modulation = parts["modulation"] and block.get_submodule(parts["modulation"])
     if not modulation:
         return  # shared by all blocks
-    low = isinstance(modulation, LowRank)
+    low = is_low_rank(modulation)
     width = (modulation.down if low else modulation).in_features
     rows = modulation.up if low else modulation
     if rows.out_features != 6 * width:

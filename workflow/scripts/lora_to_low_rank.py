@@ -1,0 +1,80 @@
+"""Puts a LoRA of the teacher into a pruned pipeline whose modulation is of low rank.
+
+    python workflow/scripts/lora_to_low_rank.py --model results/digits/models/p70 \
+        --lora style.safetensors --merged p70-style
+    python workflow/scripts/lora_to_low_rank.py --model results/digits/models/p70 \
+        --lora style.safetensors --projected p70-style.safetensors \
+        --conditioning results/digits/activations/conditioning.safetensors
+
+--merged writes a pipeline that has the LoRA in its weights, exactly; products of low rank become
+wider by its rank. --projected writes a LoRA file for the pipeline as it is, and prints what share
+of each modulation's change is lost. Blocks are renumbered as block_map.json tells.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from ppcl import (
+    assembly,
+    blocks,
+    conditioning,
+    errors,
+    lora,
+    pipelines,
+    tensors,
+    whole,
+)
+from ppcl.errors import UserError
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, required=True, help="folder of a pruned pipeline")
+    parser.add_argument("--component", default="transformer", help="of it, the pruned one")
+    parser.add_argument("--dtype", default="float32", help="number format of its weights")
+    parser.add_argument("--lora", type=Path, required=True, help="file of a LoRA of the teacher")
+    output = parser.add_mutually_exclusive_group(required=True)
+    output.add_argument("--merged", type=Path, help="pipeline folder to write")
+    output.add_argument("--projected", type=Path, help="LoRA file to write")
+    parser.add_argument("--conditioning", type=Path, help="conditioning.safetensors of the run")
+    args = parser.parse_args()
+    if args.projected and not args.conditioning:
+        raise UserError("--projected needs --conditioning, which `extract` has written")
+    assembly.verify(args.model)
+    source = {
+        "path": str(args.model),
+        "component": args.component,
+        "revision": None,
+        "variant": None,
+        "dtype": args.dtype,
+        "trust_remote_code": assembly.own_code(args.model, args.component),
+    }
+    pipe = pipelines.load(source, torch.device("cpu"), key="--model")
+    model = pipelines.denoiser(pipe, source)
+    map_file = args.model / args.component / "block_map.json"
+    block_map = json.loads(map_file.read_text(encoding="utf-8"))
+    layers = lora.read(type(pipe), args.lora, args.component)
+    if args.merged:
+        gone = lora.merge(model, block_map, layers)
+        model = assembly.with_code(model)
+        with whole.writing(args.merged, folder=True) as folder:
+            assembly.save(pipe, model, block_map, folder, args.component, None)
+        print(f"{args.merged}: {blocks.parameter_count(model)} parameters")
+    else:
+        found = conditioning.read(args.conditioning)
+        made, lost, gone = lora.projected(model, block_map, layers, found)
+        tensors.write(args.projected, lora.state(made, args.component), {"format": "pt"})
+        for path, share in lost.items():
+            print(f"{path}: {share:.2%} of what it changes is lost")
+    print(f"{len(layers) - len(gone)} of {len(layers)} layers have a place in {args.model}")
+    for path in gone:
+        print(f"{path} is gone")
+
+
+if __name__ == "__main__":
+    errors.run(main)
