@@ -29,6 +29,7 @@ from ppcl import (
     families,
     footprint,
     planner,
+    plans,
     schemas,
     tables,
     weightless,
@@ -84,6 +85,7 @@ def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
             "gpus": [24, 80],
         },
         "intervals": {"pin": INTERVALS},
+        "modulation": {"rank": 16},
         "width": {
             "text": {"pin": GROUPS},
             "ffn_image": {"pin": [2, 58, 59]},
@@ -102,7 +104,9 @@ def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
 def test_published_counts(qwen):
     found = values(qwen[0], "variant", "parameters")
     assert (found["teacher"], found["depth"]) == (QWEN, QWEN_DEPTH)
-    assert values(qwen[0], "variant", "blocks") == {"teacher": 60, "depth": 35, "depth+width": 35}
+    left = {"teacher": 60, "depth": 35, "depth+width": 35}
+    left |= {"modulation": 60, "depth+modulation": 35, "depth+width+modulation": 35}
+    assert values(qwen[0], "variant", "blocks") == left
     assert values(qwen[0], "variant", "size")["depth"] == 2 * QWEN_DEPTH
 
 
@@ -112,15 +116,54 @@ def test_width_counts_by_hand(qwen):
     mlp = (d * 4 * d + 4 * d) + (4 * d * d + d)
     # An FFN goes with the second half of its modulation, for one map.
     ffn = mlp + 3 * linear - linear
-    # A borrowed text stream: modulation, MLP and output projection go, for the map of its input.
-    text = 6 * linear + mlp + linear - linear
+    # A borrowed text stream: modulation, MLP, projections of output and query with its norm go, for
+    # the map of its input.
+    query = linear + 128
+    text = 6 * linear + mlp + linear + query - linear
+    # Nothing reads text after [50,59], so its source has none but what it lends: a third of its
+    # modulation stays.
+    lent = mlp + linear + query + 4 * linear
+    assert 11 * query == 103_844_224 and lent == 84_953_088 + 9_440_384 + 37_761_024
     # Students and kept blocks in each group, less its source; [50,59] holds four students and two
     # kept blocks, and ends where nothing reads the text stream.
     borrowers = {(13, 14): 1, (31, 32): 1, (33, 34): 1, (36, 37): 1, (40, 41): 1, (50, 59): 6}
     closing = 5 * linear  # all groups but the last make a text stream again
-    saved = 4 * ffn + sum(borrowers.values()) * text - closing
+    saved = 4 * ffn + sum(borrowers.values()) * text - closing + lent
     found = values(qwen[0], "variant", "parameters")
-    assert found["depth+width"] == QWEN_DEPTH - saved
+    assert found["depth+width"] == QWEN_DEPTH - saved == 9_914_549_824
+
+
+# Text groups, FFNs, and parameters with every modulation and the last AdaLN at rank 16, before dead
+# weights go.
+RANK_16 = [
+    ([], [], [], 13_658_189_376),
+    (INTERVALS, [], [], 7_976_358_976),
+    (INTERVALS, GROUPS[3:], [2, 58, 59], 7_123_319_872),
+    (INTERVALS, GROUPS, [2, 58, 59], 6_924_014_656),
+]
+
+
+@pytest.mark.parametrize(("intervals", "groups", "ffns", "with_dead"), RANK_16)
+def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
+    made = weightless.on_meta(
+        {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
+    )
+    every = plans.units(
+        [tuple(ends) for ends in intervals],
+        [tuple(ends) for ends in groups],
+        [(block, stream) for block in ffns for stream in ("image", "text")],
+        width.unread_after(made),
+    )
+    model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
+    settings = config.complete({"modulation": {"rank": 16}}, "test")
+    ranks = {matrix: rank for matrix, (rank,) in weightless.matrices(settings, made).items()}
+    assert len(ranks) == 121
+    low = weightless.low_rank(model, block_map, ranks)
+    d, borrowers = 3072, sum(part.borrows for unit in every for part in unit.parts)
+    dead = borrowers * (d * d + d + 128)  # text queries, and of the source of [50,59] all but a
+    if groups:  # third of its modulation, whose product loses rows of `up` and of the bias
+        dead += 84_953_088 + (d * d + d + 128) + 4 * d * (16 + 1)
+    assert blocks.parameter_count(low) == with_dead - dead
 
 
 def test_flux_count():

@@ -457,6 +457,7 @@ ARTIFACTS = {
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",
     "pareto/points.parquet": "the sizes between: quality and speed without further training",
     "ablation/results.parquet": "every method at one size and training (target `ablation` only)",
+    "ablation/tables.md": "the same for a reader",
     "ablation/calibration.parquet": "which price foretells an error (target `ablation` only)",
     "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
     "evaluation/images.parquet": "every image behind the metrics",
