@@ -356,7 +356,7 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
         tables.write(path, frame, schema, {})
     found = width_table(search_tables(12, 3)["intervals"], 12)
     candidates = work / "results/digits/width/candidates.parquet"
-    tables.write(candidates, found, schemas.WIDTH_CANDIDATES, {})
+    tables.write(candidates, found, schemas.WIDTH_CANDIDATES, {"blocks": "12"})
     blocked = tmp_path / "blocked/torch"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('torch was imported')")
@@ -369,7 +369,7 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
     )
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     made = {path.name for path in (work / "results/digits/plots/intervals").iterdir()}
-    names = ("search", "heatmap", "probes", "width")
+    names = ("search", "heatmap", "probes", "width", "modulation")
     assert made == {f"{n}.{e}" for n in names for e in ("svg", "png")}
     # 10 seconds are promised; on a busy machine only the processor's time can be tested.
     assert used.ru_utime + used.ru_stime - began.ru_utime - began.ru_stime < 10

@@ -27,6 +27,7 @@ from ppcl import (
     schemas,
     tables,
 )
+from ppcl.errors import UserError
 
 
 def read(path: Path, schema) -> pd.DataFrame:
@@ -47,6 +48,14 @@ def origin(path: Path) -> str:
     return json.dumps({k: v for k, v in sorted(stamps.items()) if k != "created"})
 
 
+def depth(path: Path) -> int:
+    """Number of the teacher's blocks, which a table's provenance tells."""
+    stamps = tables.provenance(path)
+    if "blocks" not in stamps:
+        raise UserError(f"{path}: does not tell the number of blocks; delete it and rerun")
+    return int(stamps["blocks"])
+
+
 def intervals(options: argparse.Namespace, settings: dict) -> None:
     """Figures of the search, as far as the run has what they show."""
     drawn = {}
@@ -64,11 +73,11 @@ def intervals(options: argparse.Namespace, settings: dict) -> None:
         drawn["probes"] = figures.probes(table, chosen), options.probes
     if options.width:
         table = read(options.width, schemas.WIDTH_CANDIDATES)
-        depth = int(tables.provenance(options.width)["blocks"])
+        blocks = depth(options.width)
         if settings["width"]["enabled"]:
-            drawn["width"] = figures.width(table, chosen, depth), options.width
+            drawn["width"] = figures.width(table, chosen, blocks), options.width
         if settings["modulation"]["enabled"]:
-            drawn["modulation"] = closed_figures.modulation(table, depth), options.width
+            drawn["modulation"] = closed_figures.modulation(table, blocks), options.width
     save(drawn, options.output)
 
 
@@ -101,9 +110,8 @@ def quality(options: argparse.Namespace, settings: dict) -> None:
     names = [variant["name"] for variant in settings["variants"]]
     tuned = [variant["name"] for variant in settings["variants"] if variant["finetune_steps"]]
     units = read(options.units, schemas.VARIANT_UNITS)
-    depth = int(tables.provenance(options.units)["blocks"])
     drawn = {
-        "sets": (closed_figures.sets(units, names, depth), options.units),
+        "sets": (closed_figures.sets(units, names, depth(options.units)), options.units),
         "pareto": (result_figures.pareto(points, metrics, tuned), options.points),
         "tradeoff": (result_figures.tradeoff(metrics), options.metrics),
         "images": (result_figures.images(pictures, metrics), options.images),
