@@ -206,7 +206,7 @@ class Workshop:
         as_teacher: bool = True,
         device: torch.device | None = None,
     ):
-        self._teacher, self._students = transformer, files.students
+        self._teacher, self._sources = transformer, files.students
         self._maps = width.stored(files.maps) if files.maps else {}
         self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
         self._as_teacher, self._device = as_teacher, device
@@ -294,8 +294,8 @@ class Workshop:
         for source, wanted in parts.items():
             if source == CLOSED:
                 found |= width.closed(self._teacher, wanted, self._maps)
-            elif source in self._students:
-                found |= students.load(self._students[source], self._teacher, wanted)
+            elif source in self._sources:
+                found |= students.load(self._sources[source], self._teacher, wanted)
             else:
                 raise UserError(
                     f"unit {wanted[0].name} is from {source}, of which no students are given; "
