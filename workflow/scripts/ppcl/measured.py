@@ -107,5 +107,5 @@ def rank_savings(found: Iterable[Rank]) -> dict[tuple[Matrix, int, int], int]:
         (one.modulation.key, one.rank, sixths): one.modulation.parameters(sixths=sixths)
         - one.modulation.parameters(one.rank, sixths)
         for one in found
-        for sixths in (2, 3, 6)
+        for sixths in one.modulation.shares
     }
