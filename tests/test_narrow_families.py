@@ -324,10 +324,11 @@ def test_every_matrix_that_sees_the_conditioning_is_named(calls_of, name):
     inside = {id(m): b for b in sequence for m in b.module.modules()}
     paths = {id(m): path for b in sequence for path, m in b.module.named_modules()}
     outside = {id(m): path for path, m in transformer.named_modules()}
+    batch = len(arguments[blocks.family(transformer).state])
 
     def look(module, args):
         block = inside.get(id(module))
-        if args[0].ndim == 2 and len(args[0]) == 1:  # the calls are of one sample
+        if args[0].ndim == 2 and len(args[0]) == batch:
             key = (block.index, paths[id(module)]) if block else outside[id(module)]
             seen.append(key)
 

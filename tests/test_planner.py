@@ -149,8 +149,8 @@ def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
         {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
     )
     every = plans.units(
-        map(tuple, intervals),
-        map(tuple, groups),
+        [tuple(ends) for ends in intervals],
+        [tuple(ends) for ends in groups],
         [(block, stream) for block in ffns for stream in ("image", "text")],
         width.unread_after(made),
     )

@@ -416,14 +416,15 @@ def figures(group):
             "search": depth(),
             "heatmap": compared(),
             "probes": compared(),
-            "width": candidates(),
+            "width": candidates() and config["width"]["enabled"],
+            "modulation": candidates() and config["modulation"]["enabled"],
         },
         "training": {
             "distill": "distill" in training(),
             "subsets": "subsets" in training(),
             "finetune": finetuned(),
         },
-        "quality": {"pareto": True, "tradeoff": True, "images": True},
+        "quality": dict.fromkeys(("sets", "pareto", "tradeoff", "images"), True),
         "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
     }
     return [name for name, there in shown[group].items() if there]

@@ -6,8 +6,9 @@
         --intervals results/digits/intervals/intervals.parquet \
         --candidates results/digits/width/candidates.parquet
 
-Reads of the config: intervals, similarity.streams, width (enabled, cka_floor and the lists), and
-variants for the smallest budgets: larger ones use subsets of the same students. Needs no torch.
+Reads of the config: intervals, similarity.streams, width (enabled, cka_floor and the lists),
+modulation (enabled and the lists), and variants for the smallest budgets: what is trained is for
+them. Needs no torch.
 """
 
 import argparse
@@ -69,8 +70,11 @@ def main() -> None:
     settings = config.load(options.config)
     chosen, stream = settings["intervals"], settings["similarity"]["streams"]
     wide = settings["width"]["enabled"]
-    if wide and not (options.width and options.candidates):
-        raise UserError("width.enabled is true: name the tables --width and --candidates")
+    low = settings["modulation"]["enabled"]
+    if (wide or low) and not (options.width and options.candidates):
+        raise UserError(
+            "width.enabled or modulation.enabled is true: name the tables --width and --candidates"
+        )
 
     names = (
         "block_parameters",
@@ -94,16 +98,23 @@ def main() -> None:
             "was made without; set a number, or similarity.bootstrap to 2 or more"
         )
     tolerance = noise if chosen["tolerance"] == "bootstrap" else chosen["tolerance"]
-    text = {"text_saved": [0] * depth, "text_output": [0] * depth}
-    widths = []
+    text = {name: [0] * depth for name in ("text_saved", "text_output", "text_lent")}
+    widths, ranks = [], []
     if wide:
         text = measured.facts(options.width, *text)
         widths = measured.widths(options.width, depth)
+    if low:
+        ranks = measured.ranks(options.width)
     ffns = {width.ffn: width.saved for width in widths if width.kind == "ffn"}
     weights = {
         "blocks": selection.by_blocks(depth),
         "parameters": Weights(
-            facts["block_parameters"], text["text_saved"], text["text_output"], ffns
+            facts["block_parameters"],
+            text["text_saved"],
+            text["text_output"],
+            ffns,
+            measured.rank_savings(ranks),
+            source=dict(enumerate(text["text_lent"])),
         ),
     }
     if any("latency" in config.limits(v["budget"]) for v in settings["variants"]):
@@ -129,25 +140,31 @@ def main() -> None:
     choices = Choices(
         reasons.usable_intervals(priced, pinned, depth_limits),
         *reasons.usable_widths(widths, pinned, width_limits),
+        reasons.usable_ranks(ranks, forbidden),
+        modulations={one.modulation.key: one.modulation for one in ranks},
+        unread=depth - 1 if any(text["text_lent"]) else None,
     )
     needs = selection.targets(settings["variants"], facts)
     plan = selection.select(choices, weights, needs, pinned)
     print(
-        f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs and "
-        f"{len(plan.ffns)} linear FFNs: they save {selection.amounts(plan.saved)} at cost "
-        f"{plan.cost:.6g}; no set that is enough costs less than {plan.bound:.6g}",
+        f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs, "
+        f"{len(plan.ffns)} linear FFNs and {len(plan.ranks)} low-rank modulations: they save "
+        f"{selection.amounts(plan.saved)} at cost {plan.cost:.6g}; no set that is enough "
+        f"costs less than {plan.bound:.6g}",
         flush=True,
     )
     stamp = provenance.stamp(
         settings,
         removed_blocks=round(plan.saved["blocks"]),
         removed_parameters=round(plan.saved["parameters"]),
+        blocks=depth,
     )
     stopping.ignore()
     rows = reasons.interval_rows(chain, priced, plan, needs, tolerance, pinned, depth_limits)
     table = pd.DataFrame(rows, columns=schemas.INTERVALS.names)
-    if wide:
+    if wide or low:
         candidates = reasons.width_rows(widths, plan, needs, pinned, width_limits)
+        candidates += reasons.rank_rows(ranks, plan, needs, pinned, forbidden)
         candidates = pd.DataFrame(candidates, columns=schemas.WIDTH_CANDIDATES.names)
         tables.write(options.candidates, candidates, schemas.WIDTH_CANDIDATES, stamp)
     tables.write(options.intervals, table, schemas.INTERVALS, stamp)

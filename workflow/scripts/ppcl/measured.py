@@ -4,12 +4,15 @@ Needs no torch.
 """
 
 import json
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ppcl import schemas, selection, tables
 from ppcl.errors import UserError
+from ppcl.plans import Matrix, Modulation
 from ppcl.reasons import Width
 
 
@@ -50,8 +53,9 @@ def facts(path: Path, *names: str) -> dict:
 
 
 def widths(path: Path, depth: int) -> list[Width]:
-    """The rows of width/measured.parquet."""
+    """Text runs and FFNs of width/measured.parquet."""
     table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
+    table = table[table["kind"] != "modulation"]
     selection.check_depth(path, table["last"], depth)
     return [
         Width(
@@ -66,3 +70,42 @@ def widths(path: Path, depth: int) -> list[Width]:
         )
         for row in table.itertuples()
     ]
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A modulation at a rank: a row of width/measured.parquet; cost is its velocity error."""
+
+    modulation: Modulation
+    rank: int
+    fit_error: float
+    cost: float
+
+
+def ranks(path: Path) -> list[Rank]:
+    """Modulations of width/measured.parquet."""
+    table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
+    table = table[table["kind"] == "modulation"]
+    if table.empty:
+        return []
+    every = [Modulation(**one) for one in facts(path, "modulations")["modulations"]]
+    by_key = {one.key: one for one in every}
+    return [
+        Rank(
+            by_key[int(row.first), row.path],
+            int(row.rank),
+            row.fit_error_heldout,
+            row.velocity_error,
+        )
+        for row in table.itertuples()
+    ]
+
+
+def rank_savings(found: Iterable[Rank]) -> dict[tuple[Matrix, int, int], int]:
+    """Parameters that each saves, by how many sixths of the matrix's outputs are kept."""
+    return {
+        (one.modulation.key, one.rank, sixths): one.modulation.parameters(sixths=sixths)
+        - one.modulation.parameters(one.rank, sixths)
+        for one in found
+        for sixths in (2, 3, 6)
+    }

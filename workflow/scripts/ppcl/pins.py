@@ -42,6 +42,10 @@ def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
             raise UserError(
                 f"{key}.pin: {shown(both[0])} is also in {key}.forbid; remove it from one of them"
             )
+    if both := sorted(pinned.ranks & forbidden.ranks):
+        raise UserError(
+            f"modulation.pin: block {both[0]} is also in modulation.forbid; remove it from one"
+        )
     for key, ends in (("intervals", pinned.intervals), ("width.text", pinned.runs)):
         for one, other in itertools.pairwise(sorted(ends)):
             if overlap(one, other):
@@ -116,7 +120,8 @@ def holds(unit: Unit, named: Named) -> bool:
 
 def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
     on = settings["width"]["enabled"]
-    lists = {"intervals": settings["intervals"][verb]}
+    depth_too = settings["intervals"]["enabled"]
+    lists = {"intervals": settings["intervals"][verb] if depth_too else []}
     for name in ("text", "ffn_image", "ffn_text"):
         lists[f"width.{name}"] = settings["width"][name][verb] if on else []
     for key, items in lists.items():
@@ -130,12 +135,21 @@ def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
                 raise UserError(
                     f"{key}.{verb}: {shown(item)} is beyond this teacher's blocks 0 to {depth - 1}"
                 )
+    modulation = settings["modulation"]
+    ranks = modulation[verb] if modulation["enabled"] else []
+    # The number of blocks stands for the last AdaLN.
+    if depth is not None and max(ranks, default=0) > depth:
+        raise UserError(
+            f"modulation.{verb}: block {max(ranks)} is beyond this teacher's blocks 0 to "
+            f"{depth - 1}, and {depth}, the last modulation"
+        )
     linear = [(b, IMAGE) for b in lists["width.ffn_image"]]
     linear += [(b, TEXT) for b in lists["width.ffn_text"]]
     return Named(
         frozenset(map(tuple, lists["intervals"])),
         frozenset(map(tuple, lists["width.text"])),
         frozenset(linear),
+        frozenset(ranks),
     )
 
 

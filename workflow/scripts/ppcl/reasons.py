@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ppcl.families import TEXT
 from ppcl.intervals import Interval
 from ppcl.pins import Ends, Ffn, Named, overlap, shown, within
+from ppcl.plans import Matrix
 from ppcl.selection import Plan, amounts
 
 
@@ -58,6 +59,15 @@ def usable_widths(
             costs, key = (runs, width.ends) if text else (ffns, width.ffn)
             costs[key] = _counted(width.cost)
     return runs, ffns
+
+
+def usable_ranks(ranks: Iterable, forbidden: Named) -> dict[Matrix, dict[int, float]]:
+    """The same of modulations: of each matrix, what its ranks cost. ranks: `measured.Rank`."""
+    found: dict[Matrix, dict[int, float]] = {}
+    for one in ranks:
+        if one.modulation.block not in forbidden.ranks:
+            found.setdefault(one.modulation.key, {})[one.rank] = one.cost
+    return found
 
 
 def _counted(cost: float) -> float:
@@ -170,10 +180,50 @@ def width_rows(
                 "first": width.first,
                 "last": width.last,
                 "stream": width.stream,
+                "path": "",
+                "rank": 0,
                 "fit_error_heldout": width.fit_error,
                 "cka": width.cka,
                 "parameters_saved": width.saved,
                 "velocity_error": width.cost,
+                "selected": selected,
+                "reason": reason,
+            }
+        )
+    return rows
+
+
+def rank_rows(
+    ranks: Iterable, plan: Plan, needs: Mapping[str, float], pinned: Named, forbidden: Named
+) -> list[dict]:
+    """The same of modulations at their ranks. ranks: `measured.Rank`."""
+    rows = []
+    for one in ranks:
+        matrix, block = one.modulation.key, one.modulation.block
+        selected = plan.ranks.get(matrix) == one.rank
+        if selected:
+            reason = _why(block in pinned.ranks, "modulation", one.cost, plan, needs)
+        elif block in forbidden.ranks:
+            reason = "forbidden by modulation.forbid"
+        elif matrix in plan.ranks:
+            reason = f"has rank {plan.ranks[matrix]}"
+        elif any(first < block <= last for first, last in plan.intervals):
+            reason = "goes with its block"
+        else:
+            reason = "not needed for the budget: other choices cost less"
+        rows.append(
+            {
+                "kind": "modulation",
+                "first": block,
+                "last": block,
+                "stream": "",
+                "path": one.modulation.path,
+                "rank": one.rank,
+                "fit_error_heldout": one.fit_error,
+                "cka": math.nan,
+                "parameters_saved": one.modulation.parameters()
+                - one.modulation.parameters(one.rank),
+                "velocity_error": one.cost,
                 "selected": selected,
                 "reason": reason,
             }

@@ -267,6 +267,12 @@ POINTS = pa.schema(
         column("predicted_error", pa.float64(), "sum of what its members cost alone, at best"),
         column("parameters", pa.float64(), "of the transformer"),
         column("parameter_fraction", pa.float64(), "of the teacher's"),
+        column(
+            "parameter_fraction_without_modulation",
+            pa.float64(),
+            "of all but modulation matrices, which cost no time; NaN if there are none",
+            nan=True,
+        ),
         column("latency_seconds", pa.float64(), "median of one batch through the transformer"),
         column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
         column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt", nan=True),

@@ -167,33 +167,25 @@ def _closed(
     depth = len(blocks.block_sequence(transformer))
     if files.width is None:
         return Choices(), Weights(*[[0.0] * depth] * 3)
-    widths = measured.widths(files.width, depth)
+    widths, ranks = measured.widths(files.width, depth), measured.ranks(files.width)
     width_limits = {**limits, "floor": settings["width"]["cka_floor"]}
-    named = [one for one in widths if one.kind != "modulation"]
-    runs, ffns = reasons.usable_widths(named, pinned, width_limits)
-    table = tables.read(files.width, schemas.WIDTH_MEASURED).to_pandas()
-    matrices = {one.key: one for one in modulation.matrices(transformer)}
-    ranks: dict[Matrix, dict[int, float]] = {}
-    for row in table[table["kind"] == "modulation"].itertuples():
-        if row.first not in limits["forbidden"].ranks:
-            ranks.setdefault((int(row.first), row.path), {})[int(row.rank)] = row.velocity_error
     text = width.text_sizes(transformer)
-    saves = {
-        (matrix, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
-        for matrix, one in matrices.items()
-        for rank in ranks.get(matrix, ())
-        for sixths in (2, 3, 6)
-    }
     counted = Weights(
         [0.0] * depth,
         text["text_saved"],
         text["text_output"],
-        {one.ffn: one.saved for one in named if one.kind == "ffn"},
-        ranks=saves,
+        {one.ffn: one.saved for one in widths if one.kind == "ffn"},
+        measured.rank_savings(ranks),
         source=dict(enumerate(text["text_lent"])),
     )
-    unread = width.unread_after(transformer)
-    return Choices({}, runs, ffns, ranks, modulations=matrices, unread=unread), counted
+    choices = Choices(
+        {},
+        *reasons.usable_widths(widths, pinned, width_limits),
+        reasons.usable_ranks(ranks, limits["forbidden"]),
+        modulations={one.modulation.key: one.modulation for one in ranks},
+        unread=width.unread_after(transformer),
+    )
+    return choices, counted
 
 
 class Workshop:
@@ -214,7 +206,7 @@ class Workshop:
         as_teacher: bool = True,
         device: torch.device | None = None,
     ):
-        self._teacher, self._students = transformer, files.students
+        self._teacher, self._sources = transformer, files.students
         self._maps = width.stored(files.maps) if files.maps else {}
         self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
         self._as_teacher, self._device = as_teacher, device
@@ -302,8 +294,8 @@ class Workshop:
         for source, wanted in parts.items():
             if source == CLOSED:
                 found |= width.closed(self._teacher, wanted, self._maps)
-            elif source in self._students:
-                found |= students.load(self._students[source], self._teacher, wanted)
+            elif source in self._sources:
+                found |= students.load(self._sources[source], self._teacher, wanted)
             else:
                 raise UserError(
                     f"unit {wanted[0].name} is from {source}, of which no students are given; "
