@@ -445,7 +445,7 @@ def test_composed_probes_do_what_the_probes_do_in_a_row():
 
 def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     whole, at = run
-    paths = {name: path for name, path in at.items() if name != "tokens"}
+    paths = {name: at[name] for name in ("calls", "probes", "cka", "sensitivity", "width")}
     output = tmp_path / "calibration.parquet"
     tiny.stage("calibrate", whole, **paths, state=tmp_path / "state", table=output)
     table = tables.read(output, schemas.CALIBRATION).to_pandas()

@@ -182,14 +182,10 @@ def test_a_run_without_training_trains_nothing(snakemake, keys, less):
     ("keys", "more", "less"),
     [
         (
-            {"width": {"enabled": False}, "modulation": {"enabled": False}},
-            {"latency"},
-            {"width"},
-        ),
-        (
             {
                 "width": {"enabled": False, "schedule": "staged"},
                 "modulation": {"enabled": False},
+                "variants": [{"name": "p", "budget": {"latency": 0.7}, "finetune_steps": 2}],
             },
             {"latency"},
             {"width"},

@@ -38,7 +38,7 @@ if figures("intervals"):
         params:
             config=subset("similarity", "width.enabled", "modulation.enabled"),
             tables=optional("cka", "blocks", "probes", "intervals", "width"),
-            output=result("plots/intervals"),
+            output=lambda wildcards, output: os.path.dirname(output[0]),
             code=code("plot.py"),
         message:
             "Drawing the search for intervals"
@@ -75,7 +75,7 @@ if figures("training"):
         params:
             config=subset("distill.loss", "variants"),
             logs=optional("distill_log", "subsets_log"),
-            output=result("plots/training"),
+            output=lambda wildcards, output: os.path.dirname(output[0]),
             code=code("plot.py"),
         message:
             "Drawing loss curves"
@@ -113,7 +113,7 @@ rule plot_quality:
         runtime=30,
     params:
         config=subset("variants"),
-        output=result("plots/quality"),
+        output=lambda wildcards, output: os.path.dirname(output[0]),
         code=code("plot.py"),
     message:
         "Drawing quality against cost"
