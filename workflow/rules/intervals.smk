@@ -1,8 +1,9 @@
 # Candidate intervals (Eq. 5), and the selection of depth and width under the config's budgets.
 #
 # in:  similarity/cka.parquet, and as the config asks sensitivity/intervals.parquet (intervals.cost:
-#      velocity), width/measured.parquet (width.enabled), latency/blocks.parquet (latency budgets)
-# out: intervals/intervals.parquet and, with width.enabled, width/candidates.parquet: each candidate
+#      velocity), width/measured.parquet (width.enabled, modulation.enabled), latency/blocks.parquet
+#      (latency budgets)
+# out: intervals/intervals.parquet and, with closed forms, width/candidates.parquet: each candidate
 #      with the reason for or against it
 
 
@@ -31,6 +32,7 @@ rule intervals:
             "similarity.streams",
             "intervals",
             *(f"width.{k}" for k in ("enabled", "cka_floor", "text", "ffn_image", "ffn_text")),
+            *(f"modulation.{k}" for k in ("enabled", "pin", "forbid")),
         ),
         inputs=optional("sensitivity", "width", "latency"),
         candidates=lambda wildcards, output: (

@@ -4,13 +4,17 @@ Needs no torch.
 """
 
 import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ppcl import schemas, selection, tables
 from ppcl.errors import UserError
+from ppcl.plans import Matrix, Modulation
 from ppcl.reasons import Width
+from ppcl.selection import Weights
 
 
 def cka(path: Path, stream: str, depth: int) -> np.ndarray:
@@ -52,7 +56,9 @@ def facts(path: Path, *names: str) -> dict:
 def widths(path: Path, depth: int) -> list[Width]:
     """The rows of width/measured.parquet."""
     table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
-    selection.check_depth(path, table["last"], depth)
+    # The last modulation's block is the number of blocks.
+    low_rank = table["kind"] == "modulation"
+    selection.check_depth(path, table["last"] - low_rank, depth)
     return [
         Width(
             row.kind,
@@ -63,6 +69,53 @@ def widths(path: Path, depth: int) -> list[Width]:
             row.cka,
             int(row.parameters_saved),
             row.velocity_error,
+            row.path,
+            int(row.rank),
         )
         for row in table.itertuples()
     ]
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Closed forms, as `width` left them in its table.
+
+    Attributes:
+        widths: rows of the table.
+        modulations: of every matrix of which there are rows.
+        weights: parameters that each saves, those of whole blocks among them.
+        unread: the block after which nothing reads the text stream, if there is one.
+    """
+
+    widths: list[Width]
+    modulations: dict[Matrix, Modulation]
+    weights: Weights
+    unread: int | None
+
+
+def closed(path: Path | None, block_parameters: Sequence[int], kinds: Collection[str]) -> Closed:
+    """Closed forms of some kinds (text, ffn, modulation) at their prices.
+
+    path: width/measured.parquet; without, there are none.
+    """
+    depth = len(block_parameters)
+    if path is None:
+        return Closed([], {}, Weights(block_parameters, [0] * depth, [0] * depth), None)
+    names = "text_saved", "text_output", "text_lent", "unread", "modulations"
+    known = facts(path, *names)
+    found = [width for width in widths(path, depth) if width.kind in kinds]
+    every = {one.key: one for one in (Modulation(**kept) for kept in known["modulations"])}
+    ranks = [(one.matrix, one.rank) for one in found if one.kind == "modulation"]
+    weights = Weights(
+        block_parameters,
+        known["text_saved"],
+        known["text_output"],
+        {width.ffn: width.saved for width in found if width.kind == "ffn"},
+        {
+            (matrix, rank, sixths): every[matrix].saved(rank, sixths)
+            for matrix, rank in ranks
+            for sixths in (2, 3, 6)
+        },
+        source=dict(enumerate(known["text_lent"])),
+    )
+    return Closed(found, {m: every[m] for m, _ in ranks}, weights, known["unread"])
