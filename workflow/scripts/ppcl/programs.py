@@ -76,7 +76,7 @@ def cheapest(
             cut = {i: 1.0 if i in set(taken) else -1.0 for i in range(len(every))}
             rows.append((cut, len(taken) - 1))
         elif gap:
-            gap = 0.0 if cost > dearest / 8 else ROUGH
+            gap = 0.0 if cost >= dearest / 8 else ROUGH
             dearest = cost
         else:
             bound = (low - ties.sum()) / scale
