@@ -14,9 +14,19 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ppcl import blocks, calls, families, modulation, narrow, solved, students, teaching
+from ppcl import (
+    blocks,
+    calls,
+    families,
+    modulation,
+    narrow,
+    solved,
+    students,
+    teaching,
+    width,
+)
 from ppcl.families import TEXT
-from ppcl.plans import Part
+from ppcl.plans import Part, Unit
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
 ONE_EACH = {one.family: name for name, one in ZOO.items() if one.family in families.FAMILIES}
@@ -102,6 +112,18 @@ def random_maps(block) -> None:
     for linear in narrow.maps(block).values():
         for parameter in linear.parameters():
             parameter.data = 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_what_goes_with_a_block_counts(calls_of):
+    """HiDream has a projection of texts for every block, which goes with it."""
+    (family,) = (name for name, found in families.FAMILIES.items() if found.companions)
+    transformer, _ = calls_of(ONE_EACH[family])
+    unit = Unit((Part(1, 3),))
+    student = blocks.block_sequence(transformer)[1].module
+    model, _ = blocks.assembled(transformer, {(1, 3): student})
+    saved = blocks.parameter_count(transformer) - blocks.parameter_count(model)
+    assert width.saved_parameters(transformer, unit) == saved
+    assert sum(blocks.parameters_of_blocks(transformer)[2:4]) == saved
 
 
 @pytest.mark.parametrize(("name", "attribute"), GATED)

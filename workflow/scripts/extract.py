@@ -95,9 +95,8 @@ def main() -> None:
         asked, found = len(rows) * options["sample_tokens"], len(sample["token"])
         what = f"tokens of the {stream} stream in these {len(rows)} calls"
         errors.warn_of_fewer("extract.sample_tokens", asked, found, what)
-    sequence = blocks.block_sequence(transformer)
     facts = {
-        "block_parameters": json.dumps([blocks.parameter_count(b.module) for b in sequence]),
+        "block_parameters": json.dumps(blocks.parameters_of_blocks(transformer)),
         "transformer_parameters": str(blocks.parameter_count(transformer)),
         "seams": json.dumps(blocks.seams(transformer)),
         "untouchable": json.dumps(sorted(blocks.untouchable(transformer))),
