@@ -27,7 +27,7 @@ from ppcl import (
     width,
 )
 from ppcl.errors import UserError
-from ppcl.plans import Matrix, Part
+from ppcl.plans import Matrix, Part, Unit
 from ppcl.selection import Choices, Weights
 from ppcl.sets import CLOSED, START, TRAINED, Member, Offer, Set
 from ppcl.students import Students
@@ -125,6 +125,7 @@ def offer(
     pinned, forbidden = pins.wishes(settings, depth)
     closed, counted = _closed(files, depth, pinned, forbidden, settings)
     units = {unit.name: unit for unit in plan.units} if plan else {}
+    _refuse_unpriced(pinned, closed, units.values())
     if not settings["choose"]["closed_forms"]:
         left = plan.closed if plan else ()
         linear = {(p.first, stream) for u in left for p in u.parts for stream in p.linear_ffn}
@@ -157,6 +158,23 @@ def offer(
             if row.unit in units and (stage != "distill" or units[row.unit] in plan.distilled):
                 errors[row.unit][stage] = row.velocity_error
     return Offer(closed, units, errors, weights, facts, pinned)
+
+
+def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit]) -> None:
+    """Raises UserError for what is pinned, but nothing on offer has it."""
+    units = list(units)
+    lists = (
+        ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),
+        ("width.ffn_image or width.ffn_text", "ffns", closed.ffns, "there is no such FFN"),
+        ("modulation", "ranks", {block for block, _ in closed.ranks}, "it has no rank on offer"),
+    )
+    for key, kind, priced, why in lists:
+        for item in sorted(getattr(pinned, kind) - set(priced)):
+            if not any(pins.holds(unit, pins.Named(**{kind: frozenset([item])})) for unit in units):
+                raise UserError(
+                    f"{key}: {pins.shown(item)} is pinned, but was not measured: {why}; change "
+                    "that or drop the pin"
+                )
 
 
 def _closed(
