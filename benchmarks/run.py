@@ -44,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[Size, Path], list[Ratio]]] = {
     "start-up": whole.start_up,
     "dry-run": whole.dry_run,
     "interval-plots": whole.interval_plots,
+    "free": whole.free,
 }
 
 

@@ -102,8 +102,18 @@ def width_table(intervals: pd.DataFrame, blocks: int, seed: int = 0) -> pd.DataF
         else:
             borrowed = stream == "text" and run[0] < first <= run[1]
             selected = error < 4e-4 and first not in gone and not borrowed
-        rows.append([kind, first, last, stream, fit, cka, saved, error, selected, reason])
+        rows.append([kind, first, last, stream, "", 0, fit, cka, saved, error, selected, reason])
 
+    def price(block, path, level):
+        chosen = rng.choice([0, 2, 4, 8])
+        for rank in (2, 4, 8):
+            error = level * rng.lognormal(0, 0.3) * 4.0**-rank
+            fields = [rank, 1e-3, np.nan, 1e4 * (9 - rank), error, rank == chosen, ""]
+            rows.append(["modulation", block, block, "", path, *fields])
+
+    for block in range(blocks + 1):
+        for path in ("img_mod.1", "txt_mod.1") if block < blocks else ("norm_out.linear",):
+            price(block, path, 1e-3)
     for block in range(blocks):
         add("ffn", block, block, "image", 3e-4, 0.15, np.nan, 4e4)
         if block < blocks - 1:
@@ -115,6 +125,30 @@ def width_table(intervals: pd.DataFrame, blocks: int, seed: int = 0) -> pd.DataF
             cka = 0.9 if first == run[0] else rng.uniform(0.5, 1)
             add("text", first, last, "text", 2e-4 * (last - first), 0.5, cka, 5e4 * (last - first))
     return pd.DataFrame(rows, columns=schemas.WIDTH_CANDIDATES.names)
+
+
+def variant_units() -> pd.DataFrame:
+    """Members of three variants of 24 blocks: everything, closed forms alone, two FFNs."""
+    rows = []
+
+    def add(variant, kind, first, last, stream, source, path="", rank=0):
+        unit = f"{first:02d}-{last:02d}"
+        fields = [path, rank, source, 1e-5, 1000, np.nan, False]
+        rows.append([variant, kind, unit, first, last, stream, *fields])
+
+    for first, last, source in ((3, 6, "subsets"), (8, 10, "distill"), (14, 17, "start")):
+        add("p55", "interval", first, last, "both", source)
+    add("p55", "text", 18, 21, "text", "closed")
+    for variant, count in (("p55", 12), ("p70", 20), ("p85", 2)):
+        for block in range(count):
+            stream = "text" if block % 2 else "image"
+            add(variant, "ffn", block, block, stream, "distill" if block == 9 else "closed")
+    for variant in ("p55", "p70"):
+        for block in range(25):
+            for path in ("img_mod.1", "txt_mod.1") if block < 24 else ("norm_out.linear",):
+                rank = 2 + block % 3
+                add(variant, "modulation", block, block, "", "closed", path, rank)
+    return pd.DataFrame(rows, columns=schemas.VARIANT_UNITS.names)
 
 
 def calibration_table(seed: int = 0) -> pd.DataFrame:
@@ -134,10 +168,11 @@ def calibration_table(seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=schemas.CALIBRATION.names)
 
 
-def write(folder: Path, name: str, table: pd.DataFrame) -> Path:
+def write(folder: Path, name: str, table: pd.DataFrame, blocks: int = 24) -> Path:
     path = folder / f"{name}.parquet"
     schema = getattr(schemas, name.upper().replace("-", "_"), schemas.VELOCITY_LOG)
-    tables.write(path, table, schema, {"commit": "0123abc", "created": "2026-01-01"})
+    stamp = {"commit": "0123abc", "created": "2026-01-01", "blocks": str(blocks)}
+    tables.write(path, table, schema, stamp)
     return path
 
 

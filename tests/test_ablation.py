@@ -22,6 +22,7 @@ from ppcl import (
     ablation,
     ablation_figures,
     ablation_run,
+    ablation_tables,
     blocks,
     calibration,
     calls,
@@ -163,6 +164,13 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
     draws = {m.train.get("draw", "uniform") for m in methods.METHODS.values()}
     assert draws == set(schedules.DRAWS)
     assert all(set(m.train) <= known for m in methods.METHODS.values())
+
+
+def test_a_part_of_the_comparison_has_the_methods_that_it_names():
+    assert methods.wanted({"methods": []}) == list(methods.METHODS)
+    assert methods.wanted({"methods": ["joint", "chain"]}) == ["chain", "joint"]
+    with pytest.raises(UserError, match="no method 'joined'; choose among teacher, sensitivity"):
+        methods.wanted({"methods": ["joint", "joined"]})
 
 
 @given(st.integers(4, 500), st.integers(2, 500))
@@ -437,7 +445,7 @@ def test_composed_probes_do_what_the_probes_do_in_a_row():
 
 def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     whole, at = run
-    paths = {name: path for name, path in at.items() if name != "tokens"}
+    paths = {name: at[name] for name in ("calls", "probes", "cka", "sensitivity", "width")}
     output = tmp_path / "calibration.parquet"
     tiny.stage("calibrate", whole, **paths, state=tmp_path / "state", table=output)
     table = tables.read(output, schemas.CALIBRATION).to_pandas()
@@ -514,6 +522,32 @@ def test_gathered_rows_carry_groups_and_order_and_the_best_rivals(tmp_path):
     assert gather.best(runs[runs["method"].isin(means.index)]) == means.index[:2].tolist()
 
 
+def test_tables_for_a_reader_have_each_method_where_it_is_compared(tmp_path):
+    import gather
+
+    table = comparison_tables.table()
+    tables.write(tmp_path / "a.parquet", table, schemas.ABLATION, {})
+    paths = ["--results", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "a.md")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["gather.py", "words", *paths])
+        gather.main()
+    text = (tmp_path / "a.md").read_text()
+    sections = {part.split("\n")[0]: part for part in text.split("## ")[1:]}
+    assert list(sections) == [*ablation_tables.SECTIONS, "What was chosen"]
+    low = "As large: everything, rivals with the same low-rank modulation"
+    for method in methods.METHODS.values():
+        found = {title for title, part in sections.items() if f"| {method.label} |" in part}
+        if method.group in ("teacher", "schedule"):
+            assert found <= set(list(sections)[1:3])
+        else:
+            assert (low in found) == ("low_rank" in method.train)
+            assert found - {low} or method.train["low_rank"] == "only"
+    state = (table["method"] == "ema") & (table["state"] == "finetuned")
+    mean = table[state]["velocity_error"].item()
+    row = next(line for line in sections["Open choices"].split("\n") if "moving average" in line)
+    assert f"{mean:.4f} (" in row and row.endswith("| 0.590 | 0.90 |")
+
+
 def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     table = comparison_tables.table()
     table = table[table["state"] != "part"]
@@ -538,6 +572,31 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
         table.assign(velocity_error_low=np.nan, velocity_error_high=np.nan), "velocity_error"
     )
     assert 1 < (alone["high"] / alone["mean"])["joint", "plugged"] < row["high"] / row["mean"]
+
+
+def test_ratios_are_of_the_same_prompts():
+    rng = np.random.default_rng(0)
+    every = comparison_tables.table()
+    every = every[every["method"].isin(["joint", "shortgpt"]) & (every["state"] == "plugged")]
+    errors, logs = rng.lognormal(size=(2, 3, 5)), {}  # of a method, seed and prompt
+    rows = []
+    for name, mine in zip(("joint", "shortgpt"), errors, strict=True):
+        logs[name] = np.log(mine.sum(1) / 5)
+        for row, sums in zip(every[every["method"] == name].to_dict("records"), mine, strict=True):
+            text = json.dumps([sums.tolist(), [1.0] * 5])
+            rows.append(row | {"velocity_error": sums.sum() / 5, "by_prompt": text})
+    value, low, high = comparison_figure.ratio(pd.DataFrame(rows), "joint", "shortgpt", "plugged")
+    assert value == pytest.approx(np.exp(logs["joint"].mean() - logs["shortgpt"].mean()))
+    # All draws of five prompts, each as likely as another.
+    draws = np.array(list(itertools.product(range(5), repeat=5)))
+    one, two = np.log(errors[..., draws].sum(-1)).mean(1)
+    ends = np.percentile(one - two, [2.5, 97.5]) - np.log(value)
+    spread = (logs["joint"].var(ddof=1) + logs["shortgpt"].var(ddof=1)) / 2
+    reach = 2.776445 * (spread * 2 / 3) ** 0.5  # t with 4 degrees of freedom
+    expected = np.exp(np.log(value) + np.array([-1, 1]) * np.hypot(reach, ends))
+    np.testing.assert_allclose((low, high), expected, rtol=0.05)
+    alike = [row | {"by_prompt": rows[0]["by_prompt"], "velocity_error": 0.5} for row in rows]
+    assert comparison_figure.ratio(pd.DataFrame(alike), "joint", "shortgpt", "plugged") == (1, 1, 1)
 
 
 @pytest.mark.parametrize("judged", [True, False])

@@ -12,7 +12,19 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ppcl import blocks, calls, devices, distillation, prices, schemas, students, tables
+from ppcl import (
+    blocks,
+    calls,
+    devices,
+    distillation,
+    entrance,
+    pipelines,
+    prices,
+    schemas,
+    students,
+    tables,
+    width,
+)
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
 
@@ -88,6 +100,29 @@ def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkey
     assert judged._streams[0] and not judged._streams[1]
 
 
+@torch.no_grad()
+def test_a_streamed_model_computes_in_float32_and_rests_as_it_was():
+    """Also one that is stopped before a block, or breaks within."""
+    low, call = tiny.transformer(blocks=3, scale=0.2).to(torch.bfloat16), tiny.arguments()
+    exact = copy.deepcopy(low).float()
+    kept = {name: (p.dtype, p.clone()) for name, p in low.named_parameters()}
+    modules = [block.module for block in blocks.block_sequence(low)]
+    devices.stream(low, modules, CPU)
+    with devices.in_float32(low, modules):
+        assert torch.equal(low(**call)[0], exact(**call)[0])
+        streams = entrance.streams_before(low, 2, call)
+        for stream, value in entrance.streams_before(exact, 2, call).items():
+            assert torch.equal(streams[stream], value)
+        with pytest.raises(RuntimeError):
+            low(**call | {"timestep": torch.zeros(5)})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in exact.modules())
+    for name, parameter in low.named_parameters():
+        dtype, value = kept[name]
+        assert parameter.dtype == dtype and torch.equal(parameter, value)
+    with pytest.raises(RuntimeError, match="dtype"):  # as ever, afterwards
+        low(**call)
+
+
 def errors_of(process, teacher, taught, reader, asked=None):
     def student_of(part):
         if asked is not None:
@@ -159,6 +194,39 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
     ]
     pd.testing.assert_frame_equal(found, expected.assign(rows=3), check_exact=True)
     assert list(found) == schemas.UNIT_ERRORS.names
+
+
+# ---- a teacher of lower precision
+
+
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory):
+    """The embedded teacher, some recorded calls, and linear maps for text FFNs of little effect."""
+    folder = tiny.SCRIPTS.parents[1] / "resources" / "digits"
+    prompts = ["a red 3 on blue", "a white 7 on black", "a green 1 on red", "a blue 9 on white"]
+    path = tmp_path_factory.mktemp("digits") / "calls.parquet"
+    reader = calls.Reader(tiny.record(folder, path, prompts))
+    teacher = pipelines.load_transformer(tiny.source(folder), CPU)
+    parts = [Part(block, block, ("text",)) for block in (4, 11, 12, 17, 21)]
+    wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(teacher)}
+    maps = [one for part in parts for one in width.maps_of(part)]
+    rows = reader.rows(heldout=False), reader.rows(heldout=True)
+    fits = width.fit(teacher, wholes, maps, reader, rows, {"batch_size": 64, "ridge": 1e-6}, CPU)
+    return teacher, reader, parts, {one: fit.probe for one, fit in fits.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_prices_of_harmless_units_add_up(harmless, dtype):
+    """In bfloat16, each would cost about 2e-5 by rounding alone."""
+    teacher, reader, parts, maps = harmless
+    low = copy.deepcopy(teacher).to(dtype)
+    made = width.closed(low, parts, maps)
+    judged = prices.Judged(low, reader, reader.rows(heldout=True), 64, CPU)
+    costs = [
+        judged.error(students.plugged(low, {part: made[part]})[0], part.first) for part in parts
+    ]
+    together = judged.error(students.plugged(low, made)[0], parts[0].first)
+    assert max(costs) < 2e-6 and sum(costs) == pytest.approx(together, rel=0.2)
 
 
 # ---- untrained students: the program sensitivity

@@ -1,16 +1,19 @@
 """LoRAs of the teacher in models whose modulation is of low rank: merged exactly, and projected."""
 
 import copy
+import json
+import runpy
 
 import pytest
 import tiny
 import torch
-from diffusers import QwenImagePipeline
+from diffusers import FluxPipeline, QwenImagePipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
 from test_modulation import LAST, WIDTH, Recorded, inputs_of
 
-from ppcl import blocks, lora, modulation, narrow
+from ppcl import assembly, blocks, conditioning, lora, modulation, narrow
 from ppcl.errors import UserError
 
 LAST_OF_FOUR = (4, LAST[1])
@@ -167,9 +170,35 @@ def test_at_full_rank_nothing_is_lost(stock, adapted, recorded, call):
     assert max(lost.values()) < 1e-9
 
 
-def test_what_is_no_lora_of_this_model_is_refused(stock, tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize(
+    ("alphas", "metadata", "scale"),
+    [
+        ({}, {}, 1.0),
+        ({"alpha": torch.tensor(3.0)}, {}, 1.5),
+        ({}, {"r": 2, "lora_alpha": 4, "alpha_pattern": {}}, 2.0),
+        ({}, {"r": 2, "lora_alpha": 4, "alpha_pattern": {"norm1.linear": 8}}, 4.0),
+        ({}, {"r": 2, "lora_alpha": 4, "use_rslora": True}, 4 / 2**0.5),
+    ],
+)
+@pytest.mark.parametrize("pipeline", [FluxPipeline, QwenImagePipeline])
+def test_scales_are_read(tmp_path, pipeline, alphas, metadata, scale):
+    """Alphas in the weights, or peft's own notes; all classes turn the former into something."""
+    file, name = tmp_path / "a.safetensors", "transformer.transformer_blocks.0.norm1.linear"
+    state = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    if alphas and pipeline is QwenImagePipeline:
+        state = {key.replace("transformer.", "diffusion_model.", 1): v for key, v in state.items()}
+        alphas = {f"diffusion_model.{name.partition('.')[2]}.alpha": alphas["alpha"]}
+    else:
+        alphas = {f"{name}.alpha": alpha for alpha in alphas.values()}
+    notes = {f"transformer.{key}": value for key, value in metadata.items()}
+    save_file(state | alphas, file, {"lora_adapter_metadata": json.dumps(notes)} if notes else None)
+    (layer,) = lora.read(pipeline, file, "transformer").values()
+    assert layer.scale * layer.b.double() @ layer.a.double() == pytest.approx(
+        torch.full((8, 8), 2 * scale).double().numpy()
+    )
 
+
+def test_what_is_no_lora_of_this_model_is_refused(stock, tmp_path):
     file = tmp_path / "a.safetensors"
     name = "transformer.transformer_blocks.0.img_mod.1"
     good = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
@@ -186,3 +215,48 @@ def test_what_is_no_lora_of_this_model_is_refused(stock, tmp_path):
         lora.read(QwenImagePipeline, file, "transformer")
     with pytest.raises(UserError, match="can't be read as a LoRA"):
         lora.read(QwenImagePipeline, tmp_path / "none.safetensors", "transformer")
+
+
+def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, capsys):
+    """Both ways, from a folder that an export has written."""
+    pipe = tiny.load(tiny_teacher)
+    stock = pipe.transformer
+    low = modulation.low_rank(stock, identity(stock), every(stock, 4), recorded)
+    pipe.register_modules(transformer=assembly.with_code(low))
+    assembly.save(pipe, pipe.transformer, identity(stock), tmp_path / "p", "transformer", None)
+    name = "transformer.transformer_blocks.0.img_mod.1"
+    layer = {f"{name}.lora_A.weight": torch.ones(2, WIDTH)}
+    layer[f"{name}.lora_B.weight"] = 0.1 * torch.ones(6 * WIDTH, 2)
+    save_file(layer, tmp_path / "lora.safetensors")
+    moments = recorded.of(None)
+    known = conditioning.Moments(moments.count, moments.sum, moments.outer)
+    found = conditioning.Conditioning([known], dict.fromkeys(every(stock, 4), 0))
+    monkeypatch.setattr(conditioning, "read", lambda _path: found)
+
+    def run(*more):
+        given = ["--model", tmp_path / "p", "--lora", tmp_path / "lora.safetensors", *more]
+        monkeypatch.setattr("sys.argv", ["lora_to_low_rank", *map(str, given)])
+        runpy.run_path(str(tiny.SCRIPTS / "lora_to_low_rank.py"), run_name="__main__")
+
+    run("--merged", tmp_path / "m")
+    index = json.loads((tmp_path / "m/transformer/config.json").read_text())
+    assert index["narrow_blocks"]["transformer_blocks.0"]["ranks"] == {
+        "img_mod.1": 6,
+        "txt_mod.1": 4,
+    }
+    assert assembly.own_code(tmp_path / "m")
+    assert (tmp_path / "m/transformer/block_map.json").exists()
+    with pytest.raises(SystemExit):
+        run("--projected", tmp_path / "l.safetensors")
+    assert "needs --conditioning" in capsys.readouterr().err
+    run("--projected", tmp_path / "l.safetensors", "--conditioning", tmp_path / "c")
+    told = capsys.readouterr().out
+    assert "% of what it changes is lost" in told and "1 of 1 layers have a place" in told
+    projected = lora.read(QwenImagePipeline, tmp_path / "l.safetensors", "transformer")
+    assert projected["transformer_blocks.0.img_mod.1.up"].bias is not None
+
+
+def test_nothing_is_unpickled(tmp_path):
+    torch.save({"transformer.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "a.bin")
+    with pytest.raises(UserError, match=r"a\.bin is no \.safetensors file"):
+        lora.read(QwenImagePipeline, tmp_path / "a.bin", "transformer")

@@ -121,6 +121,28 @@ def test_ratio_is_a_bootstrap_of_whole_prompts():
     assert (found.low, found.high) == pytest.approx(tuple(expected))
 
 
+def test_differences_are_of_pairs_and_their_interval_that_of_both_means_drawn_together():
+    rng = np.random.default_rng(1)
+    right = (rng.uniform(size=90) < 0.9).astype(float)
+    other, prompts = np.where(rng.uniform(size=90) < 0.05, 1 - right, right), np.arange(90) // 2
+    found = metrics.differences({"a": other, "psnr": other}, {"a": right}, prompts, 60, 4)
+    assert found.keys() == {"a_difference"}
+    drawn = np.random.default_rng(4)
+    values = []
+    for _ in range(60):
+        rows = np.zeros(90)  # how often each sample is drawn
+        for prompt in drawn.integers(45, size=45):
+            rows[prompts == prompt] += 1
+        values.append(np.average(other, weights=rows) - np.average(right, weights=rows))
+    found = found["a_difference"]
+    assert found.value == pytest.approx(other.mean() - right.mean())
+    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
+    alone = metrics.mean(other, prompts, 60, 4)
+    assert found.high - found.low < alone.high - alone.low
+    same = metrics.differences({"a": right}, {"a": right}, prompts, 60, 4)
+    assert same["a_difference"][:3] == (0, 0, 0)
+
+
 def test_repeating_every_sample_of_a_prompt_promises_nothing_more():
     values = np.random.default_rng(0).normal(size=50)
     once = metrics.mean(values, np.arange(50), 200, 0)
@@ -277,7 +299,15 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
     assert value["short", "peak_memory_bytes"] > 4 * value["short", "parameters"]
     assert value["teacher", "latency_ratio"] == 1
     assert value["teacher", "judge_digit_accuracy"] >= 0.98
-    assert "psnr" not in value["teacher"].index
+    assert not {"psnr", "digit_accuracy_difference"} & set(value["teacher"].index)
+    assert value["same", "all_correct_difference"] == 0
+    fall = value["short", "digit_accuracy"] - value["teacher", "digit_accuracy"]
+    assert value["short", "digit_accuracy_difference"] == pytest.approx(fall)
+    # A block less of five leaves the others' modulation whole, and what is around the blocks.
+    rest = value["short", "parameters"] - value["short", "modulation_parameters"]
+    whole = value["teacher", "parameters"] - value["teacher", "modulation_parameters"]
+    share = value["short", "parameter_fraction_without_modulation"]
+    assert share == rest / whole < 1 and value["teacher", "modulation_parameters"] > 0
 
 
 def test_velocity_error_is_the_ratio_of_recorded_and_replayed(world):

@@ -42,10 +42,15 @@ MODULATED = [name for family, name in ONE_EACH.items() if families.FAMILIES[fami
 
 @pytest.fixture(scope="module")
 def calls_of():
-    """name -> a transformer of 4 blocks per list, and the arguments of one real call of it: the
-    last, for some pipelines begin at time 0, whose embedding is zero; with letters to be written,
-    for some have an encoder of their own for them."""
+    """name -> a transformer of 4 blocks per list, and the arguments of one real call of it.
+
+    A late one, for some pipelines begin at time 0, whose embedding is zero, and with the prompt,
+    not without; letters are to be written, for which some have an encoder of their own."""
     found = {}
+
+    def marked(arguments) -> int:
+        values = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
+        return sum(int(v.sum()) for v in values if not v.is_floating_point())
 
     def make(name: str):
         if name not in found:
@@ -70,7 +75,7 @@ def calls_of():
                     **more,
                 )
             handle.remove()
-            found[name] = transformer, seen[-1]
+            found[name] = transformer, max(reversed(seen[-2:]), key=marked)
         return found[name]
 
     return make
@@ -101,14 +106,15 @@ def random_maps(block) -> None:
 
 @pytest.mark.parametrize(("name", "attribute"), GATED)
 def test_a_refitted_start_is_nearer_to_its_interval(calls_of, name, attribute):
-    """On the call that it is refitted on: the registry is right about the linears, or it refuses."""
+    """On the call that it is refitted on: the registry is right about the linears."""
     transformer, arguments = calls_of(name)
     sequence = blocks.block_sequence(transformer)
     first = next(block.index for block in sequence if block.list.attribute == attribute)
-    part, time = Part(first, first + 1), torch.zeros(1)
-    batch = calls.Batch(arguments, time, {}, np.arange(1))
-    reader = SimpleNamespace(index={"timestep": time.numpy()}, batches=lambda *_: [batch])
+    part = Part(first, first + 1)
     lesson = teaching.teacher_states(transformer, [part], arguments)[part]
+    rows = np.arange(len(next(iter(lesson.target.values()))))  # guidance may have made two of one
+    batch = calls.Batch(arguments, torch.zeros(len(rows)), {}, rows)
+    reader = SimpleNamespace(index={"timestep": 0.0 * rows}, batches=lambda *_: [batch])
 
     def missing(block) -> float:
         with torch.no_grad():
@@ -120,7 +126,7 @@ def test_a_refitted_start_is_nearer_to_its_interval(calls_of, name, attribute):
 
     copied = students.start(transformer, [part], "first")
     before = missing(copied[part])
-    solved.refit(transformer, copied, reader, np.arange(1), 1, torch.device("cpu"))
+    solved.refit(transformer, copied, reader, rows, 1, torch.device("cpu"))
     assert missing(copied[part]) < 0.9 * before
 
 
@@ -144,13 +150,15 @@ def test_a_linear_ffn_is_equation_9(calls_of, name, attribute, stream):
         torch.testing.assert_close(output[other], stock[other], rtol=1e-5, atol=1e-6)
     parts = block.width.ffn[stream]
     assert not [key for key in made.state_dict() if key.startswith(f"{parts.ffn}.")]
-    dropped = [block.module.get_submodule(path) for path in (parts.ffn, parts.norm)]
+    paths = filter(None, (parts.ffn, parts.norm, parts.after))
+    dropped = [block.module.get_submodule(path) for path in paths]
     gone = sum(p.numel() for module in dropped for p in module.parameters())
     new = sum(p.numel() for p in linear.parameters())
     kept = blocks.parameter_count(block.module) - gone + new
-    if parts.modulation and (half := block.module.get_submodule(parts.modulation)):
-        if half.out_features == 6 * half.in_features:  # of shift, scale and gate, twice each
-            kept -= sum(p.numel() for p in half.parameters()) // 2
+    if parts.modulation:
+        first, end = parts.parts
+        inputs = block.module.get_submodule(parts.modulation).in_features
+        kept -= (end - first) * linear.in_features * (inputs + 1)
     assert blocks.parameter_count(made) == kept
 
 
@@ -220,6 +228,8 @@ def test_z_a_is_what_the_attention_of_the_source_gets(calls_of, name):
 
 KEYS = "softmax does not change if all its scores do alike"
 UNREAD = "the stock class makes a text stream that nothing reads"
+# Of a block with a linear FFN, which is the first; 3 d numbers beside 12 d^2 and more.
+TABLE = {r"(?<!_)\b(transformer_)?blocks\.0\.scale_shift_table$": (1 / 2, "it is added as a whole")}
 # Class -> pattern of parameters' names -> share of them that is dead in the stock class, and why.
 DEAD = {
     "QwenImageTransformer2DModel": {
@@ -240,8 +250,15 @@ DEAD = {
         r"^transformer_blocks\.3\.norm1\.linear\.": (1 / 6, UNREAD),
         r"^transformer_blocks\.3\.norm2\.linear\.": (3 / 6, UNREAD),
     },
-    "PixArtTransformer2DModel": {r"\.attn[12]\.to_k\.bias$": (1, KEYS)},
-    "SanaTransformer2DModel": {r"\.attn2\.to_k\.bias$": (1, KEYS)},
+    "PixArtTransformer2DModel": {r"\.attn[12]\.to_k\.bias$": (1, KEYS)} | TABLE,
+    "SanaTransformer2DModel": {
+        r"\.attn2\.to_k\.bias$": (1, KEYS),
+        # Some of 16 rows in some blocks: not dead, and so not perturbed.
+        r"\.attn1\.to_[qk]\.weight$": (None, "no token of this call opens these rows' ReLU"),
+    }
+    | TABLE,
+    "WanTransformer3DModel": TABLE,
+    "LTXVideoTransformer3DModel": TABLE,
     "HunyuanImageTransformer2DModel": {r"\.refiner_blocks\..*\.to_k\.bias$": (1, KEYS)},
     "HunyuanVideoTransformer3DModel": {r"\.refiner_blocks\..*\.to_k\.bias$": (1, KEYS)},
 }
@@ -276,8 +293,7 @@ RUNS = [(family, False) for family in ONE_EACH] + [("QwenImageTransformer2DModel
 @pytest.mark.parametrize(("family", "unread"), RUNS)
 def test_every_parameter_that_is_left_moves_the_output(calls_of, family, unread):
     """Each number of each by itself: what it moves is not zero to first order, in float64. What is
-    dead in the stock class (DEAD) moves nothing, however far it is moved. Other blocks of the
-    models are stock."""
+    dead (DEAD) moves nothing, however far it is moved. Other blocks of the models are stock."""
 
     def double(value):
         floats = isinstance(value, torch.Tensor) and value.is_floating_point()
@@ -299,10 +315,14 @@ def test_every_parameter_that_is_left_moves_the_output(calls_of, family, unread)
         slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dead = slope.abs() < 1e-14
         (share,) = [s for p, (s, _) in expected.items() if re.search(p, name)] or [0]
+        if share is None:
+            assert dead.all(1).double().mean() < 0.5 and torch.equal(dead.all(1), dead.any(1)), name
+            continue
         assert dead.double().mean().item() == pytest.approx(share), name
         if share:
             found[name] = dead
-    assert all(any(re.search(pattern, name) for name in found) for pattern in expected)
+    asserted = [pattern for pattern, (share, _) in expected.items() if share]
+    assert all(any(re.search(pattern, name) for name in found) for pattern in asserted)
     with torch.no_grad():
         for name, dead in found.items():
             parameter = model.get_parameter(name)
@@ -323,10 +343,11 @@ def test_every_matrix_that_sees_the_conditioning_is_named(calls_of, name):
     inside = {id(m): b for b in sequence for m in b.module.modules()}
     paths = {id(m): path for b in sequence for path, m in b.module.named_modules()}
     outside = {id(m): path for path, m in transformer.named_modules()}
+    batch = len(arguments[blocks.family(transformer).state])
 
     def look(module, args):
         block = inside.get(id(module))
-        if args[0].ndim == 2 and len(args[0]) == 1:  # the calls are of one sample
+        if args[0].ndim == 2 and len(args[0]) == batch:
             key = (block.index, paths[id(module)]) if block else outside[id(module)]
             seen.append(key)
 

@@ -29,6 +29,7 @@ from ppcl import (
     families,
     footprint,
     planner,
+    plans,
     schemas,
     tables,
     weightless,
@@ -84,6 +85,7 @@ def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
             "gpus": [24, 80],
         },
         "intervals": {"pin": INTERVALS},
+        "modulation": {"rank": 16},
         "width": {
             "text": {"pin": GROUPS},
             "ffn_image": {"pin": [2, 58, 59]},
@@ -102,7 +104,9 @@ def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
 def test_published_counts(qwen):
     found = values(qwen[0], "variant", "parameters")
     assert (found["teacher"], found["depth"]) == (QWEN, QWEN_DEPTH)
-    assert values(qwen[0], "variant", "blocks") == {"teacher": 60, "depth": 35, "depth+width": 35}
+    left = {"teacher": 60, "depth": 35, "depth+width": 35}
+    left |= {"modulation": 60, "depth+modulation": 35, "depth+width+modulation": 35}
+    assert values(qwen[0], "variant", "blocks") == left
     assert values(qwen[0], "variant", "size")["depth"] == 2 * QWEN_DEPTH
 
 
@@ -112,15 +116,54 @@ def test_width_counts_by_hand(qwen):
     mlp = (d * 4 * d + 4 * d) + (4 * d * d + d)
     # An FFN goes with the second half of its modulation, for one map.
     ffn = mlp + 3 * linear - linear
-    # A borrowed text stream: modulation, MLP and output projection go, for the map of its input.
-    text = 6 * linear + mlp + linear - linear
+    # A borrowed text stream: modulation, MLP, projections of output and query with its norm go, for
+    # the map of its input.
+    query = linear + 128
+    text = 6 * linear + mlp + linear + query - linear
+    # Nothing reads text after [50,59], so its source has none but what it lends: a third of its
+    # modulation stays.
+    lent = mlp + linear + query + 4 * linear
+    assert 11 * query == 103_844_224 and lent == 84_953_088 + 9_440_384 + 37_761_024
     # Students and kept blocks in each group, less its source; [50,59] holds four students and two
     # kept blocks, and ends where nothing reads the text stream.
     borrowers = {(13, 14): 1, (31, 32): 1, (33, 34): 1, (36, 37): 1, (40, 41): 1, (50, 59): 6}
     closing = 5 * linear  # all groups but the last make a text stream again
-    saved = 4 * ffn + sum(borrowers.values()) * text - closing
+    saved = 4 * ffn + sum(borrowers.values()) * text - closing + lent
     found = values(qwen[0], "variant", "parameters")
-    assert found["depth+width"] == QWEN_DEPTH - saved
+    assert found["depth+width"] == QWEN_DEPTH - saved == 9_914_549_824
+
+
+# Text groups, FFNs, and parameters with every modulation and the last AdaLN at rank 16, before dead
+# weights go.
+RANK_16 = [
+    ([], [], [], 13_658_189_376),
+    (INTERVALS, [], [], 7_976_358_976),
+    (INTERVALS, GROUPS[3:], [2, 58, 59], 7_123_319_872),
+    (INTERVALS, GROUPS, [2, 58, 59], 6_924_014_656),
+]
+
+
+@pytest.mark.parametrize(("intervals", "groups", "ffns", "with_dead"), RANK_16)
+def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
+    made = weightless.on_meta(
+        {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
+    )
+    every = plans.units(
+        [tuple(ends) for ends in intervals],
+        [tuple(ends) for ends in groups],
+        [(block, stream) for block in ffns for stream in ("image", "text")],
+        width.unread_after(made),
+    )
+    model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
+    settings = config.complete({"modulation": {"rank": 16}}, "test")
+    ranks = {matrix: rank for matrix, (rank,) in weightless.matrices(settings, made).items()}
+    assert len(ranks) == 121
+    low = weightless.low_rank(model, block_map, ranks)
+    d, borrowers = 3072, sum(part.borrows for unit in every for part in unit.parts)
+    dead = borrowers * (d * d + d + 128)  # text queries, and of the source of [50,59] all but a
+    if groups:  # third of its modulation, whose product loses rows of `up` and of the bias
+        dead += 84_953_088 + (d * d + d + 128) + 4 * d * (16 + 1)
+    assert blocks.parameter_count(low) == with_dead - dead
 
 
 def test_flux_count():
@@ -318,7 +361,8 @@ def test_optimizer_states_are_those_of_adamw():
 def test_stages_and_gpus(qwen):
     table = qwen[0]
     parts = table[table["item"] == "stage"].pivot(index="name", columns="measure", values="value")
-    stages = {"record", "extract", "sensitivity", "width", "distill", "finetune", "evaluate"}
+    stages = {"record", "extract", "sensitivity", "width", "distill", "choose", "finetune"}
+    stages.add("evaluate")
     assert set(parts.index) == stages
     distill = parts.loc["distill"]
     assert distill["teacher"] == 2 * QWEN
@@ -331,7 +375,7 @@ def test_stages_and_gpus(qwen):
     assert finetune["activations checkpointed"] < 0.1 * finetune["activations"]
     assert (
         parts.loc["finetune", "students"]
-        == 4 * values(table, "variant", "parameters")["depth+width"]
+        == 4 * values(table, "variant", "parameters")["depth+width+modulation"]
     )
     assert finetune["casts"] == 0.5 * finetune["students"]
     assert finetune["peak offloaded"] == finetune["peak resident"]
@@ -437,9 +481,10 @@ def test_disk(qwen, recorded, tmp_path):
     # 640 samples, 50 steps and 12 renoised states; no negative prompt, so one branch.
     row = 2 * (2 * 4096 * 64 + 512 * 3584 + 1)
     assert sizes["record/calls.parquet"] == 640 * 62 * row
-    parameters = values(qwen[0], "variant", "parameters")
-    assert sizes["models/p50/"] == 2 * max(parameters["depth+width"], int(0.5 * QWEN))
-    assert sizes["models/p85/"] == 2 * int(0.85 * QWEN)
+    # Closed forms alone leave less than this selection: every FFN with its part of the modulation.
+    least = RANK_16[0][3] - 120 * (8 * d * d + 5 * d + 3 * d * 17 - (d * d + d))
+    assert sizes["models/p27/"] == 2 * max(least, int(0.27 * QWEN))
+    assert sizes["models/p50/"] == 2 * int(0.5 * QWEN)
     students = sizes["distill/students.safetensors"]
     assert sizes["state/distill/"] == 3 * students
 
@@ -459,12 +504,14 @@ def test_time_by_hand(tmp_path):
         "record": {"samples": 12, "batch_size": 4, "renoised_per_sample": 3},
         "extract": {"rows": 50, "batch_size": 8},
         "sensitivity": {"rows": 6, "batch_size": 6, "longest": 2},
-        "width": {"enabled": False},
+        "width": {"enabled": False, "rows": 6, "batch_size": 6},
+        "modulation": {"rank": 2},
+        "choose": {"rows": 6, "batch_size": 6},
         "intervals": {"pin": [[0, 1]]},
         "distill": {"steps": 100, "batch_size": 10, "heldout_rows": 20, "mixed_precision": "bf16"},
         "subsets": {"steps": 30, "batch_size": 6, "heldout_rows": 20, "mixed_precision": "bf16"},
         "finetune": {"batch_size": 4, "mixed_precision": "no", "gradient_checkpointing": True},
-        "variants": [{"name": "p", "budget": 0.7, "finetune_steps": 40}],
+        "variants": [{"name": "p", "budget": {"latency": 0.7}, "finetune_steps": 40}],
         "pareto": {"budgets": 2},
         "evaluate": {
             "judge": "none",
@@ -494,17 +541,25 @@ def test_time_by_hand(tmp_path):
         "evaluate": 2 * (9 * 5 + 7 + 5 * 3),
     }
     flops = {name: count * whole for name, count in rows.items()}
-    flops["sensitivity"] = (2 + 1) * 6 * whole / 2
-    flops["distill"] = (100 * 10 * (2 * block + 3 * block) + 20 * whole) / 2
-    flops["subsets"] = (30 * 6 * 3 * whole + 20 * whole) / 2
-    flops["finetune"] = 40 * 4 * 4 * whole / 2 * 16  # float32 is 16 times slower
+    # Float32 is 16 times slower. Prices are of the blocks from the change on, and of the teacher
+    # twice: runs begin at blocks 0 and 1, two matrices each in three blocks, one after them.
+    flops["sensitivity"] = 6 * (2 * whole + 2 * whole - block) / 2 * 16
+    flops["width"] = 6 * (2 * whole + 7 * whole - (2 * 1 + 2 * 2 + 3) * block) / 2 * 16
+    # The unit alone; one set; the unit from the start, from distill, from subsets.
+    flops["choose"] = 6 * (2 + 1 + 1 + 3) * whole / 2 * 16
+    flops["pareto"] += (2 + 1) * 6 * whole * 16
+    flops["distill"] = (100 * 10 * (2 * block + 3 * block) + 16 * 20 * whole) / 2
+    flops["subsets"] = (30 * 6 * 3 * whole + 16 * 20 * whole) / 2
+    flops["finetune"] = 40 * 4 * 4 * whole / 2 * 16
     # Six runs of three blocks, two streams, 4 products of n d^2 each, of half the calls' tokens.
     flops["similarity"] = 2 * 6 * 4 * 2 * (25 * 4) * d**2 * 200
     passes = {
         "similarity": 0,
         "record": 24 / 2,
         "extract": 7,
-        "sensitivity": 3 / 2,
+        "sensitivity": 4 / 2,
+        "width": 9 / 2,
+        "choose": 7 / 2,
         "latency": 20,
         "pareto": 22,
     }
@@ -552,7 +607,10 @@ def test_detected_selection_and_recorded_calls_are_taken(recorded, tmp_path, cap
         candidates=tiny.candidates(tmp_path / "candidates.parquet", [], [(0, "image")]),
         calls=recorded[1],
     )
-    assert values(found, "variant", "blocks") == {"teacher": 6, "depth": 4, "depth+width": 4}
+    left = {"teacher": 6, "depth": 4, "depth+width": 4}
+    assert values(found, "variant", "blocks") == left
+    # The table of candidates knows of no rank.
+    assert not any("modulation" in name for name in left)
     notes = found[(found["item"] == "block") & (found["name"] == "depth")]
     assert list(notes[notes["measure"] == "parameters"]["note"])[1] == "for 1 to 3"
     longest = max(b.arguments["encoder_hidden_states"].shape[1] for b in _batches(recorded[1]))
@@ -580,7 +638,7 @@ def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_
     given = _call(7) | {"hidden_states": torch.empty(1, 32, 16, device="meta")}
     given["img_shapes"] = [[(1, 8, 4)]]
     _, total = footprint.flops(tiny.transformer(6).to("meta"), given)
-    assert values(found, "variant", "flops") == {"teacher": total}
+    assert values(found, "variant", "flops")["teacher"] == total
     assert {"record", "evaluate"} <= set(found[found["item"] == "stage"]["name"])
     assert "distill" not in set(found[found["item"] == "stage"]["name"])
 

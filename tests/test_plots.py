@@ -12,11 +12,13 @@ import pandas as pd
 import pytest
 from plotting import draw, search_tables, svg_text, width_table, write
 
-from ppcl import figure_labels, figure_style, figures, pins, reasons
+from ppcl import closed_figures, figure_labels, figure_style, figures, pins, reasons
 from ppcl.errors import UserError
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "workflow" / "scripts"
-INTERVALS_CONFIG = json.dumps({"similarity": {"streams": "mean"}})
+INTERVALS_CONFIG = json.dumps(
+    {"similarity": {"streams": "mean"}, "width": {}, "modulation": {"enabled": True}}
+)
 
 
 def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
@@ -30,7 +32,7 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
 def interval_arguments(folder: Path, data: dict[str, pd.DataFrame], output: Path) -> list:
     inputs = [x for name, table in data.items() for x in (f"--{name}", write(folder, name, table))]
     blocks = len(data["probes"]["block"].unique())
-    width = write(folder, "width-candidates", width_table(data["intervals"], blocks))
+    width = write(folder, "width-candidates", width_table(data["intervals"], blocks), blocks)
     inputs += ["--width", width]
     return ["intervals", "--config", INTERVALS_CONFIG, *inputs, "--output", output]
 
@@ -43,7 +45,7 @@ def test_interval_plots_are_quick_and_repeatable(tmp_path, blocks, searches):
     seconds = sum(os.times()[2:4]) - begin
     # Processor time: the limit is 10 seconds of an idle machine, and this one may be busy.
     assert seconds < 10
-    figures_made = ("search", "heatmap", "probes", "width")
+    figures_made = ("search", "heatmap", "probes", "width", "modulation")
     names = {f"{n}.{s}" for n in figures_made for s in ("svg", "png")}
     assert {path.name for path in (tmp_path / "a").iterdir()} == names
 
@@ -209,15 +211,50 @@ def test_width_of_one_stream_of_free_ffns_and_of_nothing():
     assert "no FFN or text stream" in "".join(text.get_text() for text in nothing.texts)
 
 
+def test_modulation_shows_every_price_and_fills_what_was_taken():
+    table = width_table(search_tables(24, 6)["intervals"], 24)
+    figure = closed_figures.modulation(table, 24)
+    rows = table.query("kind == 'modulation'")
+    image, text, strip = figure.axes
+    assert image.get_title(loc="left") == "img_mod.1 and norm_out.linear"
+    least = rows["velocity_error"].max() / 1e6
+    for ax, paths in ((image, ["img_mod.1", "norm_out.linear"]), (text, ["txt_mod.1"])):
+        points = [line for line in ax.lines if line.get_marker() == "o"]
+        of = rows[rows["path"].isin(paths)]
+        found = sorted(
+            (n.get_xdata()[0], n.get_ydata()[0], n.get_markerfacecolor() != "white") for n in points
+        )
+        shown = of["velocity_error"].clip(lower=least)
+        wanted = sorted(zip(of["first"], shown, of["selected"], strict=True))
+        np.testing.assert_allclose(np.array(found, float), np.array(wanted, float))
+    picked = rows[rows["selected"]]
+    assert len(picked) and sorted(text.get_text() for text in strip.texts) == sorted(
+        picked["rank"].astype(str)
+    )
+    assert [tick.get_text() for tick in strip.get_xticklabels()][-1] == "last"
+    assert f"{len(picked)} of 49 modulation" in figure.texts[0].get_text()
+    none = closed_figures.modulation(table.query("kind == 'ffn'"), 24)
+    assert "no modulation matrices" in "".join(text.get_text() for text in none.texts)
+
+
+def test_a_run_without_depth_pruning_has_figures_of_its_closed_forms(tmp_path):
+    table = width_table(search_tables(24, 6)["intervals"], 24)
+    width = write(tmp_path, "width-candidates", table)
+    draw("intervals", "--config", INTERVALS_CONFIG, "--width", width, "--output", tmp_path / "a")
+    assert {path.stem for path in (tmp_path / "a").iterdir()} == {"width", "modulation"}
+    depth = svg_text(tmp_path / "a/width.svg").split("\n")
+    assert "selected depth interval" not in depth
+
+
 def test_a_stream_that_the_table_lacks_and_a_missing_file_are_named(tmp_path):
     data = search_tables(24, 4)
     data["cka"] = data["cka"].query("stream != 'mean'")
     arguments = interval_arguments(tmp_path, data, tmp_path)
     with pytest.raises(UserError, match=r"similarity\.streams"):
         draw(*arguments)
-    (tmp_path / "probes.parquet").unlink()
+    (tmp_path / "cka.parquet").unlink()
     error = run(*arguments, code=2).stderr
-    assert "probes.parquet" in error and "Traceback" not in error
+    assert "cka.parquet" in error and "Traceback" not in error
 
 
 def test_figures_import_no_model_library():

@@ -34,6 +34,7 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
             "heldout_fraction": 0.5,
         },
         "intervals": {},
+        "modulation": {},
         "prune": {"start": "average"},
         "width": {"schedule": schedule or "joint", "steps": 2, "fit_rows": 4, "batch_size": 2},
         "distill": how | {"steps": 2, "heldout_rows": 4, "mode": mode},

@@ -187,6 +187,19 @@ def test_prompts_as_written(tmp_path):
     assert prompts.read(table) == [{"prompt": "one\ntwo", "digit": "7"}]
 
 
+def test_starts_that_cannot_be_solved_are_known(inputs):
+    solved = inputs | {"prune": {"start": "solved"}}
+    preflight._check_start(solved, "mine.yaml")
+    index = Path(inputs["teacher"]["path"]) / "model_index.json"
+    named = json.loads(index.read_text()) | {
+        "transformer": ["diffusers", "MochiTransformer3DModel"]
+    }
+    index.write_text(json.dumps(named))
+    preflight._check_start(inputs, "mine.yaml")
+    with pytest.raises(UserError, match="mine.yaml: prune.start is solved, .* set it to first"):
+        preflight._check_start(solved, "mine.yaml")
+
+
 def test_states_that_cannot_be_renoised_are_known(inputs):
     index = Path(inputs["teacher"]["path"]) / "model_index.json"
     text = index.read_text()

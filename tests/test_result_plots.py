@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
-from plotting import calibration_table, draw, search_tables, svg_text, write
+from plotting import calibration_table, draw, search_tables, svg_text, variant_units, write
 
-from ppcl import ablation_figures, figure_style, figures, result_figures, schemas
+from ppcl import ablation_figures, closed_figures, figure_style, figures, result_figures, schemas
 
 TRAINING_CONFIG = json.dumps(
     {
@@ -57,6 +58,7 @@ def metrics_table(judged: bool = True, variants: dict = VARIANTS) -> pd.DataFram
     for name, (size, latency, loss) in variants.items():
         values = {"parameter_fraction": (size, np.nan), "latency_ratio": (latency, 0.01)}
         values |= {"velocity_error": (loss, 0.1 * loss), "ssim": (1 - 3 * loss, 0.01)}
+        values["parameter_fraction_without_modulation"] = (0.1 + 0.9 * size, np.nan)
         if name != "teacher":
             values["psnr"] = (18 - 4 * np.log10(loss), 0.5)
         if judged:
@@ -89,7 +91,8 @@ def points_table(budgets: int = 10) -> pd.DataFrame:
     predicted = 0.028 * ((1 - fraction) / 0.46) ** 1.7
     error = predicted * (1 + 1.2 * (1 - fraction))
     latency = 0.03 + 0.97 * fraction
-    columns = [fraction, ["[]"] * budgets, predicted, 2e7 * fraction, fraction, 0.4 * latency]
+    columns = [fraction, ["[]"] * budgets, predicted, 2e7 * fraction, fraction]
+    columns += [0.1 + 0.9 * fraction, 0.4 * latency]
     columns += [error, 0.9 * error, 1.12 * error, latency, latency - 0.01, latency + 0.012]
     return pd.DataFrame(dict(zip(schemas.POINTS.names, columns, strict=True)))
 
@@ -134,10 +137,8 @@ def test_training_plots(tmp_path):
     assert "subsets" in text.split("\n") and "Random subsets of students" in text
     assert "Not part of this run" not in text
     assert "0123abc" in (tmp_path / "subsets.svg").read_text()
-    for arguments in (common, [*common, "--subsets-log", "--finetune-logs"]):
-        draw(*arguments)
-        for figure in ("subsets", "finetune"):
-            assert "Not part of this run" in svg_text(tmp_path / f"{figure}.svg")
+    draw(*common[:-1], tmp_path / "alone")
+    assert {path.stem for path in (tmp_path / "alone").iterdir()} == {"distill"}
 
 
 def test_velocity_shows_every_logged_step_of_error_and_learning_rate():
@@ -154,18 +155,21 @@ def test_quality_plots(tmp_path, judged):
     metrics = write(tmp_path, "metrics", metrics_table(judged))
     pictures = write(tmp_path, "images", images_table(judged))
     points = write(tmp_path, "points", points_table())
-    inputs = ["--metrics", metrics, "--images", pictures, "--points", points]
+    units = write(tmp_path, "variant-units", variant_units())
+    inputs = ["--metrics", metrics, "--images", pictures, "--points", points, "--units", units]
     tuned = [{"name": "p55", "budget": 0.55, "finetune_steps": 5}, {"name": "p70", "budget": 0.7}]
     settings = json.dumps({"variants": tuned})
     draw("quality", "--config", settings, *inputs, "--output", tmp_path)
     pareto = svg_text(tmp_path / "pareto.svg").split("\n")
-    assert pareto.count("p55") == pareto.count("teacher") == 2 and "p70" not in pareto
-    assert "were fine-tuned" in "".join(pareto)
+    assert pareto.count("p55") == pareto.count("p70") == pareto.count("teacher") == 3
+    assert "Fine-tuned: p55." in "".join(pareto)
     lines = svg_text(tmp_path / "tradeoff.svg").split("\n")
-    panels = 8 if judged else 6
+    panels = 12 if judged else 9
     assert lines.count("p55") == lines.count("p85") == panels
-    # The teacher's own images have no PSNR to themselves, so those two panels go without it.
-    assert lines.count("teacher") == panels - (0 if judged else 2)
+    # The teacher's own images have no PSNR to themselves, so those panels go without it.
+    assert lines.count("teacher") == panels - (0 if judged else 3)
+    sets = svg_text(tmp_path / "sets.svg").split("\n")
+    assert "p55: 3 intervals, 1 text run, 12 linear FFNs, 49 low-rank modulations" in sets
     text = svg_text(tmp_path / "images.svg")
     wrong = sum('"correct": false' in read for read in images_table(judged)["read"])
     assert text.count("8 ") == wrong and ("Framed" in text) == (wrong > 0)
@@ -214,7 +218,8 @@ def test_pareto_shows_every_budget_measured_and_predicted():
     table = points_table().sample(frac=1, random_state=0)  # in any order
     figure = result_figures.pareto(table, metrics_table(), [])
     table = table.sort_values("budget")
-    for ax, cost in zip(figure.axes, ("parameter_fraction", "latency_ratio"), strict=True):
+    costs = ("parameter_fraction", "parameter_fraction_without_modulation", "latency_ratio")
+    for ax, cost in zip(figure.axes, costs, strict=True):
         curves = {line.get_linestyle(): line for line in ax.lines if len(line.get_xdata()) == 10}
         curves.pop("None")  # the caps of the bars
         for dashes, column in (("-", "velocity_error"), ("--", "predicted_error")):
@@ -223,20 +228,48 @@ def test_pareto_shows_every_budget_measured_and_predicted():
         bars = [c for c in ax.collections if np.ptp(c.get_segments()[0][:, 1]) > 0]
         ends = [segment[:, 1] for segment in bars[0].get_segments()]
         np.testing.assert_allclose(ends, table[["velocity_error_low", "velocity_error_high"]])
-        assert ax.get_ylim()[0] == 0
-        assert [text.get_text() for text in ax.texts] == ["teacher"]
+        assert [text.get_text() for text in ax.texts] == ["teacher", "p85", "p70", "p55"]
+        # An error of 0 has no place on this axis: the lower edge stands for it.
         (star,) = (line for line in ax.lines if line.get_marker() == "*")
-        assert (star.get_xdata()[0], star.get_ydata()[0]) == (1, 0)
-    assert "fine-tuned" not in "".join(text.get_text() for text in figure.texts)
+        assert (star.get_xdata()[0], star.get_ydata()[0]) == (1, ax.get_ylim()[0])
+        assert 0 < ax.get_ylim()[0] < table["velocity_error_low"].min() / 2
+    assert "Fine-tuned" not in "".join(text.get_text() for text in figure.texts)
+    whole = table.assign(parameter_fraction_without_modulation=np.nan)
+    assert len(result_figures.pareto(whole, metrics_table(), []).axes) == 2
 
 
-def test_a_fine_tuned_variant_has_the_colour_of_other_figures():
+def test_variants_have_the_colours_of_other_figures():
     points = result_figures.tradeoff(metrics_table()).axes[0].texts
     ends = result_figures.pareto(points_table(), metrics_table(), ["p55"]).axes[0].texts
-    colour = {text.get_text(): text.get_color() for text in points}
-    assert {text.get_text(): text.get_color() for text in ends} == {
-        name: colour[name] for name in ("teacher", "p55")
-    }
+    colours = [{text.get_text(): text.get_color() for text in of} for of in (points, ends)]
+    assert colours[0] == colours[1] and len(colours[0]) == 4
+
+
+def test_sets_show_what_every_variant_is_made_of_and_from_where():
+    units = variant_units()
+    figure = closed_figures.sets(units, ["p55", "p70", "p85", "whole"], 24)
+    fills = {to_rgba(colour): source for source, (colour, _) in closed_figures.SOURCES.items()}
+    words = {"interval": "depth intervals", "text": "text runs"}
+    for ax, variant in zip(figure.axes, ["p55", "p70", "p85", "whole"], strict=True):
+        rows = [label.get_text() for label in ax.get_yticklabels()]
+        drawn = set()
+        for bar in ax.collections:
+            colour = tuple(bar.get_facecolor()[0])
+            if colour not in fills:  # an empty cell
+                continue
+            box = bar.get_paths()[0].get_extents()
+            row = rows[round((box.y0 + box.y1) / 2)]
+            drawn.add((row, round(box.x0 + 0.45), round(box.x1 - 0.45), fills[colour]))
+        wanted = set()
+        for one in units[units["variant"] == variant].itertuples():
+            row = words.get(one.kind, f"linear {one.stream} FFNs")
+            if one.kind == "modulation":
+                row = "txt_mod rank" if one.path == "txt_mod.1" else "img_mod rank"
+            wanted.add((row, one.first, one.last, one.source))
+        assert drawn == wanted
+    assert "the teacher itself" in figure.axes[-1].get_title(loc="left")
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["closed form", "untrained", "distilled", "random subsets"]
 
 
 def test_names_keep_off_curves():

@@ -26,7 +26,7 @@ def offered(**changes) -> Offer:
         (key, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
         for key, one in MATRICES.items()
         for rank in (1, 2)
-        for sixths in (2, 3, 6)
+        for sixths in one.shares
     }
     none = [0.0] * DEPTH
     counted = Weights(

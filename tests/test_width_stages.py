@@ -48,6 +48,8 @@ def settings_of(teacher, **changed):
         "intervals": {},
         "prune": {"start": "first"},
         "width": width | {"schedule": "staged"},
+        "modulation": {},
+        "choose": {"rows": 4, "batch_size": 4},
         "distill": how,
         "subsets": how,
         "finetune": TRAINING,

@@ -18,6 +18,9 @@ from readme_tables import ROOT
 from ppcl import schemas, tables
 
 BIN = os.path.dirname(sys.executable)
+# Without training, and without depth pruning.
+TRAINING = {"distill", "subsets", "plot_training"}
+DEPTH = {"sensitivity", "intervals", "prune", *TRAINING}
 STAGES = {
     "record",
     "extract",
@@ -29,6 +32,7 @@ STAGES = {
     "prune",
     "distill",
     "subsets",
+    "choose",
     "assemble",
     "pareto",
     "evaluate",
@@ -107,7 +111,8 @@ def test_formatting_and_lint(snakemake):
 
 
 @pytest.mark.parametrize(
-    ("config", "assembled", "finetuned"), [("digits", 3, 1), ("digits-full", 4, 2), ("test", 2, 1)]
+    ("config", "assembled", "finetuned"),
+    [("digits", 3, 1), ("digits-full", 4, 2), ("digits-free", 2, 0), ("test", 2, 1)],
 )
 def test_dry_run_resolves_every_stage_without_torch(
     snakemake, tmp_path, config, assembled, finetuned
@@ -121,9 +126,11 @@ def test_dry_run_resolves_every_stage_without_torch(
         "-n", "-F", config=config, variables={"PYTHONPATH": str(tmp_path / "blocked")}
     )
     found = counts(printed)
-    timed = set() if config == "test" else {"latency"}  # the others have a latency budget
-    assert found.keys() == STAGES | {"finetune", "all"} | timed
-    assert (found["assemble"], found["finetune"]) == (assembled, finetuned)
+    free = config == "digits-free"
+    timed = {"latency"} if config in ("digits", "digits-full") else set()  # by their budgets
+    tuned = {"finetune"} if finetuned else set()
+    assert found.keys() == STAGES - (DEPTH if free else set()) | {"all"} | tuned | timed
+    assert (found["assemble"], found.get("finetune", 0)) == (assembled, finetuned)
 
 
 def test_variants_without_finetuning_train_nothing_of_their_own(snakemake):
@@ -131,11 +138,58 @@ def test_variants_without_finetuning_train_nothing_of_their_own(snakemake):
     assert found.keys() == STAGES | {"all"}
 
 
+FREE = [{"name": "p85", "budget": 0.85, "train": False}]
+
+
+@pytest.mark.parametrize(
+    ("keys", "less"),
+    [
+        ({"variants": FREE}, TRAINING),  # start students may be in it
+        ({"variants": FREE, "intervals": {"enabled": False}}, DEPTH),
+        (
+            {
+                "variants": [{"name": "p85", "budget": 0.85, "finetune_steps": 3}],
+                "intervals": {"enabled": False},
+                "width": {"enabled": False},
+            },
+            DEPTH - {"plot_training"} | {"probe", "similarity", "plot_intervals"},
+        ),
+        (
+            {
+                "variants": FREE,
+                "intervals": {"enabled": False},
+                "modulation": {"enabled": False},
+                "width": {"longest": 1},
+            },
+            DEPTH | {"probe", "similarity", "plot_intervals", "extract"},
+        ),
+    ],
+)
+def test_a_run_without_training_trains_nothing(snakemake, keys, less):
+    printed = snakemake("-n", "-F", "-p", **keys)
+    found = counts(printed).keys()
+    assert found == STAGES - less | {"all"} | ({"finetune"} if "train" not in str(keys) else set())
+    (line,) = [line for line in printed.splitlines() if "scripts/choose.py --" in line]
+    assert ("--start " in line) == ("--plan " in line) == ("prune" in found)
+    assert "--distill" not in line and "--subsets" not in line
+    # Who reads what a stage made has what it kept removed, whoever that is.
+    removed = " ".join(re.findall(r"forget\.py ([^;]*);", printed))
+    kept = {"extract", "sensitivity", "width"} & found
+    assert kept <= set(re.findall(r"state/(\w+)", removed))
+
+
 @pytest.mark.parametrize(
     ("keys", "more", "less"),
     [
-        ({"width": {"enabled": False}}, {"latency"}, {"width"}),
-        ({"width": {"enabled": False, "schedule": "staged"}}, {"latency"}, {"width"}),
+        (
+            {
+                "width": {"enabled": False, "schedule": "staged"},
+                "modulation": {"enabled": False},
+                "variants": [{"name": "p", "budget": {"latency": 0.7}, "finetune_steps": 2}],
+            },
+            {"latency"},
+            {"width"},
+        ),
         (
             {
                 "width": {"schedule": "staged"},
@@ -186,12 +240,13 @@ def test_without_subsets_variants_are_made_of_distilled_students(snakemake):
     printed = snakemake("-n", "-F", "-p", subsets={"steps": 0})
     assert counts(printed).keys() == STAGES - {"subsets"} | {"finetune", "latency", "all"}
     assert "results/digits/subsets/" not in printed
-    for program, jobs in (("assemble", 3), ("finetune", 1)):
+    for program, jobs in (("choose", 1), ("assemble", 3), ("finetune", 1)):
         lines = [line for line in printed.splitlines() if f"scripts/{program}.py --" in line]
         assert len(lines) == jobs
         for line in lines:
-            assert "--students results/digits/distill/students.safetensors " in line
-            assert "--errors results/digits/distill/errors.parquet " in line
+            assert "--distill results/digits/distill/students.safetensors " in line
+            errors = "--distill-errors results/digits/distill/errors.parquet " in line
+            assert errors == (program == "choose")
 
 
 def test_catalog_entry_has_the_same_default_target(snakemake):
@@ -200,12 +255,12 @@ def test_catalog_entry_has_the_same_default_target(snakemake):
 
 def test_the_ablation_is_a_target_of_its_own(snakemake):
     found = counts(snakemake("-n", "-F", "ablation"))
-    shared = {"record", "extract", "probe", "similarity", "sensitivity", "width"}
+    shared = {"record", "extract", "probe", "similarity", "sensitivity", "width", "latency"}
     own = {"ablate", "rank_rivals", "gather_ablation", "calibrate", "plot_ablation", "ablation"}
     assert found.keys() == shared | own
-    # The teacher; 12 rungs, 2 schedules and 3 rivals with 3 seeds; the rest of 10 choices, 8
-    # schedules and 10 rivals. Which of these run again shows later.
-    assert found["ablate"] == 1 + 3 * (12 + 2 + 3) + 10 + 6 + 7
+    # The teacher; 13 rungs, 2 schedules, 3 of depth alone, 1 of equal latency and 3 rivals with 3
+    # seeds; the rest of 13 choices, 8 schedules and 10 rivals. Who runs again shows later.
+    assert found["ablate"] == 1 + 3 * (13 + 2 + 3 + 1 + 3) + 13 + 6 + 7
 
 
 def test_train_teacher_stands_alone(snakemake):
@@ -228,7 +283,7 @@ CHANGES = [
     (
         {"probe": {"ridge": 0.5}, "prune": {"start": "middle"}, "finetune": {"lr": 0.5}},
         # Untrained students are what sensitivity measures.
-        {"probe", "prune", "sensitivity", "finetune p50"},
+        {"probe", "prune", "sensitivity", "finetune p27"},
     ),
     (
         {"similarity": {"bootstrap": 7}, "processes": 1, "subsets": {"lr": 0.5}},
@@ -244,32 +299,45 @@ CHANGES = [
             "pareto": {"budgets": 3},
         },
         # Steps are only those of a staged schedule.
-        {"width", "distill", "intervals", "prune", "pareto"},
+        {"width", "distill", "intervals", "prune", "choose", "pareto"},
     ),
     (
-        {"width": {"schedule": "staged", "ridge": 0.5}, "evaluate": {"samples": 5}},
-        {"width", "prune", "evaluate"},
+        {
+            "width": {"schedule": "staged", "ridge": 0.5, "floor": 0.5},
+            "modulation": {"ladder": [4]},
+            "choose": {"rows": 7},
+            "evaluate": {"samples": 5},
+        },
+        {"width", "prune", "choose", "pareto", "evaluate"},
     ),
     (
         {
             "variants": [
                 {
-                    "name": "p50",
-                    "budget": {"fraction": 0.5, "latency": 0.55},
+                    "name": "p27",
+                    "budget": {"fraction": 0.27, "latency": 0.55},
                     "finetune_steps": 7,
                 },
+                {"name": "p50", "budget": 0.5},
                 {"name": "p70", "budget": 0.75},
-                {"name": "p85", "budget": 0.85},
             ]
         },
-        {"finetune p50", "assemble p50", "assemble p70", "plot_training", "plot_quality"},
+        {
+            "finetune p27",
+            "assemble p27",
+            "assemble p70",
+            "choose",
+            "pareto",
+            "plot_training",
+            "plot_quality",
+        },
     ),
 ]
 
 
 def test_changed_key_changes_exactly_the_stages_that_read_it(snakemake):
     before = settings_of_jobs(snakemake("-n", "-F", "-p"))
-    assert len(before) == 20
+    assert len(before) == 21
     for keys, affected in CHANGES:
         after = settings_of_jobs(snakemake("-n", "-F", "-p", **keys))
         assert {name for name in before if before[name] != after.get(name)} == affected, keys
@@ -284,7 +352,7 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
         tables.write(path, frame, schema, {})
     found = width_table(search_tables(12, 3)["intervals"], 12)
     candidates = work / "results/digits/width/candidates.parquet"
-    tables.write(candidates, found, schemas.WIDTH_CANDIDATES, {})
+    tables.write(candidates, found, schemas.WIDTH_CANDIDATES, {"blocks": "12"})
     blocked = tmp_path / "blocked/torch"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('torch was imported')")
@@ -297,7 +365,7 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
     )
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     made = {path.name for path in (work / "results/digits/plots/intervals").iterdir()}
-    names = ("search", "heatmap", "probes", "width")
+    names = ("search", "heatmap", "probes", "width", "modulation")
     assert made == {f"{n}.{e}" for n in names for e in ("svg", "png")}
     # 10 seconds are promised; on a busy machine only the processor's time can be tested.
     assert used.ru_utime + used.ru_stime - began.ru_utime - began.ru_stime < 10
@@ -305,7 +373,8 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
     # Without width pruning there is no such table and no such figure.
     shutil.rmtree(candidates.parent)
     shutil.rmtree(work / "results/digits/plots")
-    snakemake(*arguments, teacher={"path": "resources/nowhere"}, width={"enabled": False})
+    off = {"width": {"enabled": False}, "modulation": {"enabled": False}}
+    snakemake(*arguments, teacher={"path": "resources/nowhere"}, **off)
     made = {path.name for path in (work / "results/digits/plots/intervals").iterdir()}
     assert made == {f"{n}.{e}" for n in names[:3] for e in ("svg", "png")}
 
@@ -373,7 +442,8 @@ def test_the_launcher_tells_which_of_its_processes_a_signal_ended(tmp_path):
 def test_a_job_removes_the_state_of_what_it_reads_alone(snakemake):
     """The ablation may be measuring, and a finetune that was switched off may go on one day."""
     finetuned = {"name": "a", "budget": 0.6, "finetune_steps": 4}
-    depth = {"intervals": {"cost": "cka"}, "width": {"enabled": False}}
+    off = {"enabled": False}
+    depth = {"intervals": {"cost": "cka"}, "width": off, "modulation": off}
     printed = snakemake("-n", "-p", "all", "ablation", variants=[finetuned], config="test")
     removed = re.findall(r"forget\.py ([^;]*);", printed)
     assert any("sensitivity" in of and "width" in of for of in removed)

@@ -152,6 +152,7 @@ def candidates(path: Path, runs: list[tuple[int, int]], ffns: list[tuple[int, st
     rows += [["ffn", block, block, stream] for block, stream in ffns]
     found = pd.DataFrame(rows, columns=["kind", "first", "last", "stream"])
     found = found.assign(fit_error_heldout=0.1, cka=0.9, parameters_saved=1, velocity_error=0.1)
+    found = found.assign(path="", rank=0)
     found = found.assign(selected=True, reason="test")
     tables.write(path, found[schemas.WIDTH_CANDIDATES.names], schemas.WIDTH_CANDIDATES, {})
     return path
@@ -199,6 +200,8 @@ def pruned(
         "intervals": {},
         "prune": {"start": "first"},
         "width": {},
+        "modulation": {},
+        "choose": {"rows": 4, "batch_size": 4},
         "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
         **more,
     }

@@ -3,12 +3,19 @@
 # in:  shared artifacts of the run: calls, tokens, what modulations get, probes, CKA, what intervals
 #      and widths cost, and block times
 # out: ablation/runs/<method>-<number>.parquet, one run each; ablation/results.parquet, all of them;
-#      ablation/calibration.parquet, prices against errors after training; plots/ablation/
+#      ablation/tables.md, for a reader; ablation/calibration.parquet, prices against errors after training; plots/ablation/
+#
+# In parts: with ablation.methods only these run, and are put together; what has been run stays.
 #
 # A job uses one core. Without a GPU, `--resources gpu=<cores>` lets as many run at once; the default
 # profile starts one per GPU. A run depends on its own entry of the table alone: a new method, or
 # more seeds, redoes nothing. Checkpoints live in state/ablation-<method>-<number>, as in
 # distill.smk.
+
+if "ablation" in targets():
+    for part in ("intervals", "width", "modulation"):
+        if not config[part]["enabled"]:
+            refuse(f"the target ablation compares what {part} gains; set {part}.enabled to true")
 
 # What a run depends on; how long the main run trains is not among it.
 ABLATION_KEYS = [
@@ -36,7 +43,11 @@ ABLATION_KEYS = [
         f"evaluate.{key}"
         for key in ("prompts", "judge", "batch_size", "bootstrap", "latency_repeats")
     ),
-    *(f"ablation.{key}" for key in config["ablation"] if not key.endswith("seeds")),
+    *(
+        f"ablation.{key}"
+        for key in config["ablation"]
+        if key != "methods" and not key.endswith("seeds")
+    ),
 ]
 SHARED = {
     "calls": "record/calls.parquet",
@@ -134,6 +145,7 @@ rule gather_ablation:
         more=more_ablation_runs,
     output:
         table=result("ablation/results.parquet"),
+        words=result("ablation/tables.md"),
     log:
         result("logs/gather-ablation.log"),
     benchmark:
@@ -149,7 +161,10 @@ rule gather_ablation:
     message:
         "Gathering the runs of the ablation"
     shell:
-        "python {input.script} table --runs {input.runs} {input.more} --output {output.table} 2>&1 | tee {log}"
+        "python {input.script} table --runs {input.runs} {input.more} --output {output.table} "
+        "2>&1 | tee {log}; "
+        "python {input.script} words --results {output.table} --output {output.words} "
+        "2>&1 | tee -a {log}"
 
 
 rule calibrate:

@@ -416,14 +416,15 @@ def figures(group):
             "search": depth(),
             "heatmap": compared(),
             "probes": compared(),
-            "width": candidates(),
+            "width": candidates() and config["width"]["enabled"],
+            "modulation": candidates() and config["modulation"]["enabled"],
         },
         "training": {
             "distill": "distill" in training(),
             "subsets": "subsets" in training(),
             "finetune": finetuned(),
         },
-        "quality": {"pareto": True, "tradeoff": True, "images": True},
+        "quality": dict.fromkeys(("sets", "pareto", "tradeoff", "images"), True),
         "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
     }
     return [name for name, there in shown[group].items() if there]
@@ -523,12 +524,23 @@ def ablation_runs(names, seeds=None):
     ]
 
 
+def compared_methods():
+    """Names of the methods that this part of the ablation is of."""
+    try:
+        return methods.wanted(config["ablation"])
+    except UserError as error:
+        refuse(error)
+
+
 def known_ablation_runs():
     """Tables of the runs that are made in any case."""
-    return ablation_runs(methods.METHODS)
+    return ablation_runs(compared_methods())
 
 
 def more_ablation_runs(wildcards):
-    """Tables of further runs, of the rivals that did best once each has been run."""
+    """Tables of further runs, of the rivals that did best once each has been run; none in a part of
+    the ablation without all of them."""
+    if not set(methods.of_group("rival")) <= set(compared_methods()):
+        return []
     best = texts.read_sealed(checkpoints.rank_rivals.get().output.best)["best"]
     return sorted({*ablation_runs(best, config["ablation"]["seeds"])} - {*known_ablation_runs()})

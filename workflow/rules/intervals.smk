@@ -31,8 +31,7 @@ rule intervals:
         config=subset_for_smallest_budgets(
             "similarity.streams",
             "intervals",
-            *(f"width.{k}" for k in ("enabled", "cka_floor", "text", "ffn_image", "ffn_text")),
-            *(f"modulation.{k}" for k in ("enabled", "pin", "forbid")),
+            *WISHES,
         ),
         inputs=optional("sensitivity", "width", "latency"),
         candidates=lambda wildcards, output: (

@@ -19,10 +19,12 @@ if figures("intervals"):
             heatmap=figure("intervals", "heatmap", "CKA between blocks"),
             probes=figure("intervals", "probes", "Probe error along depth"),
             width=figure("intervals", "width", "Linear FFNs and text runs"),
+            modulation=figure("intervals", "modulation", "Low-rank modulation"),
             search_png=png("intervals", "search"),
             heatmap_png=png("intervals", "heatmap"),
             probes_png=png("intervals", "probes"),
             width_png=png("intervals", "width"),
+            modulation_png=png("intervals", "modulation"),
         log:
             result("logs/plot-intervals.log"),
         benchmark:
@@ -34,9 +36,9 @@ if figures("intervals"):
             mem_mb=2000,
             runtime=30,
         params:
-            config=subset("similarity"),
+            config=subset("similarity", "width.enabled", "modulation.enabled"),
             tables=optional("cka", "blocks", "probes", "intervals", "width"),
-            output=result("plots/intervals"),
+            output=lambda wildcards, output: os.path.dirname(output[0]),
             code=code("plot.py"),
         message:
             "Drawing the search for intervals"
@@ -73,7 +75,7 @@ if figures("training"):
         params:
             config=subset("distill.loss", "variants"),
             logs=optional("distill_log", "subsets_log"),
-            output=result("plots/training"),
+            output=lambda wildcards, output: os.path.dirname(output[0]),
             code=code("plot.py"),
         message:
             "Drawing loss curves"
@@ -89,10 +91,13 @@ rule plot_quality:
         metrics=result("evaluation/metrics.parquet"),
         images=result("evaluation/images.parquet"),
         points=result("pareto/points.parquet"),
+        units=result("variants/units.parquet"),
     output:
+        sets=figure("quality", "sets", "What each variant is made of"),
         pareto=figure("quality", "pareto", "Every budget by itself"),
         tradeoff=figure("quality", "tradeoff", "Quality against size and latency"),
         images=figure("quality", "images", "Images"),
+        sets_png=png("quality", "sets"),
         pareto_png=png("quality", "pareto"),
         tradeoff_png=png("quality", "tradeoff"),
         images_png=png("quality", "images"),
@@ -108,11 +113,12 @@ rule plot_quality:
         runtime=30,
     params:
         config=subset("variants"),
-        output=result("plots/quality"),
+        output=lambda wildcards, output: os.path.dirname(output[0]),
         code=code("plot.py"),
     message:
         "Drawing quality against cost"
     shell:
         "python {input.script} quality --config {params.config:q} "
         "--metrics {input.metrics} --images {input.images} --points {input.points} "
+        "--units {input.units} "
         "--output {params.output} 2>&1 | tee {log}"

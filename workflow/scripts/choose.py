@@ -29,6 +29,7 @@ from pathlib import Path
 import pandas as pd
 
 from ppcl import (
+    blocks,
     calls,
     config,
     devices,
@@ -109,7 +110,8 @@ def main() -> None:
             print(sets.told(offer, name, choice), flush=True)
     stopping.ignore()
     if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, rows=len(judged))
+        depth = len(blocks.block_sequence(transformer))
+        stamp = provenance.stamp(settings, rows=len(judged), blocks=depth)
         members = [row for name, one in choices.items() for row in sets.rows(offer, name, one)]
         trials = [row for name, one in decided.items() for row in sets.trial_rows(offer, name, one)]
         for path, rows, schema in (

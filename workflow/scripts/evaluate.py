@@ -16,8 +16,12 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
                           and of a video, SSIM is the mean over its frames
     velocity_error        ||v - v_t||^2 / ||v_t||^2 over held-out recorded calls, v_t the teacher's
                           recorded answer; velocity_error_sigma_0.00_0.25 ...: by noise level
+    digit_accuracy_difference ...
+                          the variant's less the teacher's, over the same prompts and seeds
     parameters, parameter_fraction
                           of the transformer, and over the teacher's
+    modulation_parameters, parameter_fraction_without_modulation
+                          of its modulation matrices, and of all else over the teacher's
     latency_seconds, latency_ratio
                           median of one batch through the transformer, and over the teacher's;
                           measured in rounds, all models in turn, in one process
@@ -239,6 +243,7 @@ def main() -> None:
 
     stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
     found: Found = {}
+    of_teacher: dict[str, np.ndarray] = {}
     with tables.writer(args.images, schemas.IMAGES, stamp) as sink:
         for name, scores in compare_pictures(parts, readings, rows, sink):
             by_prompt = scores.pop("prompt_index")
@@ -246,6 +251,10 @@ def main() -> None:
                 metric: metrics.mean(values, by_prompt, resamples, seed)
                 for metric, values in scores.items()
             }
+            if name == TEACHER:
+                of_teacher = {metric: values.to_numpy() for metric, values in scores.items()}
+            else:
+                found[name] |= metrics.differences(scores, of_teacher, by_prompt, resamples, seed)
             found[name] |= measured[name] | memory[name]
         evaluation.refuse_changed(models, digests)
     if judge is not None:

@@ -2,9 +2,11 @@
 
 gather.py best --runs results/digits/ablation/runs/*.parquet --output .../best_rivals.json
 gather.py table --runs results/digits/ablation/runs/*.parquet --output .../results.parquet
+gather.py words --results results/digits/ablation/results.parquet --output .../tables.md
 
 best: names of the two methods with the least velocity error after the fine-tune;
-table: all rows, with the methods' groups, labels and order in the figure. Needs no torch.
+table: all rows, with the methods' groups, labels and order in the figure;
+words: tables for a reader. Needs no torch.
 """
 
 import argparse
@@ -12,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import errors, methods, provenance, schemas, tables, texts
+from ppcl import ablation_tables, errors, methods, provenance, schemas, tables, texts
 
 BEST = 2
 
@@ -38,10 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("best", "table"))
-    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="tables of ablate.py")
+    parser.add_argument("what", choices=("best", "table", "words"))
+    parser.add_argument("--runs", type=Path, nargs="+", help="tables of ablate.py")
+    parser.add_argument("--results", type=Path, help="the table of all of them, for words")
     parser.add_argument("--output", type=Path, required=True, help="file to write")
     args = parser.parse_args()
+    if args.what == "words":
+        results = tables.read(args.results, schemas.ABLATION).to_pandas()
+        texts.write(args.output, ablation_tables.markdown(results))
+        return
     read = [tables.read(path, schemas.ABLATION_RUN).to_pandas() for path in args.runs]
     runs = pd.concat(read, ignore_index=True)
     if args.what == "best":

@@ -27,6 +27,7 @@ from ppcl import (
     config,
     devices,
     errors,
+    evaluation,
     latencies,
     pipelines,
     provenance,
@@ -88,7 +89,8 @@ def main() -> None:
         module = students.shaped(transformer, part, _sharing(block.module))
         runs[f"{block.index} {name}"] = partial(module, **lessons[part].bound)
     with torch.no_grad():
-        seconds, settled = latencies.least_times(runs, options["latency_repeats"], device)
+        rounds = evaluation.timed_rounds(runs, options["latency_repeats"], device)
+        seconds, settled = latencies.least_times(rounds)
     if not settled:
         log.warning(
             "times of blocks still fell after %d rounds. If another program used the machine "

@@ -34,6 +34,7 @@ from ppcl import (
     devices,
     errors,
     evaluation,
+    metrics,
     pins,
     pipelines,
     prices,
@@ -111,6 +112,8 @@ def main() -> None:
         row["predicted_error"] = choice.cost
         for metric in ("parameters", "parameter_fraction", "latency_seconds"):
             row[metric] = found[name][metric].value
+        rest = found[name].get("parameter_fraction_without_modulation", metrics.Estimate(np.nan))
+        row["parameter_fraction_without_modulation"] = rest.value
         for metric in ("velocity_error", "latency_ratio"):
             value = found[name][metric]
             row |= {metric: value.value, f"{metric}_low": value.low, f"{metric}_high": value.high}

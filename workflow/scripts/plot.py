@@ -1,8 +1,8 @@
 """Draw the figures of a run from its parquet files (no model, no torch).
 
-    plot.py intervals    search, heatmap, probes, width: what went, and why
+    plot.py intervals    search, heatmap, probes, width, modulation: what went, and why
     plot.py training     distill, subsets, finetune: loss curves
-    plot.py quality      pareto, tradeoff, images: what the variants reach and what they cost
+    plot.py quality      sets, pareto, tradeoff, images: what variants are, reach and cost
     plot.py ablation     ablation: the method against its alternatives
     plot.py calibration  calibration: which price foretells the error after training
 
@@ -17,6 +17,7 @@ import pandas as pd
 
 from ppcl import (
     ablation_figures,
+    closed_figures,
     comparison_figure,
     config,
     errors,
@@ -26,6 +27,7 @@ from ppcl import (
     schemas,
     tables,
 )
+from ppcl.errors import UserError
 
 
 def read(path: Path, schema) -> pd.DataFrame:
@@ -46,22 +48,36 @@ def origin(path: Path) -> str:
     return json.dumps({k: v for k, v in sorted(stamps.items()) if k != "created"})
 
 
+def depth(path: Path) -> int:
+    """Number of the teacher's blocks, which a table's provenance tells."""
+    stamps = tables.provenance(path)
+    if "blocks" not in stamps:
+        raise UserError(f"{path}: does not tell the number of blocks; delete it and rerun")
+    return int(stamps["blocks"])
+
+
 def intervals(options: argparse.Namespace, settings: dict) -> None:
-    """Figures of the interval search, as far as there are their tables."""
-    chosen = pd.DataFrame(columns=schemas.INTERVALS.names)
+    """Figures of the search, as far as the run has what they show."""
     drawn = {}
+    chosen = pd.DataFrame(columns=schemas.INTERVALS.names)
     if options.intervals:
-        cka, chosen = read(options.cka, schemas.CKA), read(options.intervals, schemas.INTERVALS)
-        search = figures.search(cka, chosen, settings["similarity"]["streams"])
-        drawn["search"] = search, options.cka
+        chosen, cka = read(options.intervals, schemas.INTERVALS), read(options.cka, schemas.CKA)
+        stream = settings["similarity"]["streams"]
+        drawn["search"] = figures.search(cka, chosen, stream), options.cka
+    chosen = chosen.astype({"selected": bool})
     if options.blocks:
-        blocks, probes = read(options.blocks, schemas.BLOCKS), read(options.probes, schemas.PROBES)
-        drawn["heatmap"] = figures.heatmap(blocks, chosen), options.blocks
-        drawn["probes"] = figures.probes(probes, chosen), options.probes
+        table = read(options.blocks, schemas.BLOCKS)
+        drawn["heatmap"] = figures.heatmap(table, chosen), options.blocks
+    if options.probes:
+        table = read(options.probes, schemas.PROBES)
+        drawn["probes"] = figures.probes(table, chosen), options.probes
     if options.width:
-        candidates = read(options.width, schemas.WIDTH_CANDIDATES)
-        depth = int(cka["end"].max()) + 1
-        drawn["width"] = (figures.width(candidates, chosen, depth), options.width)
+        table = read(options.width, schemas.WIDTH_CANDIDATES)
+        blocks = depth(options.width)
+        if settings["width"]["enabled"]:
+            drawn["width"] = figures.width(table, chosen, blocks), options.width
+        if settings["modulation"]["enabled"]:
+            drawn["modulation"] = closed_figures.modulation(table, blocks), options.width
     save(drawn, options.output)
 
 
@@ -91,8 +107,11 @@ def quality(options: argparse.Namespace, settings: dict) -> None:
     """Quality against cost, and pictures."""
     metrics, pictures = read(options.metrics, schemas.METRICS), first_pictures(options.images)
     points = read(options.points, schemas.POINTS)
+    names = [variant["name"] for variant in settings["variants"]]
     tuned = [variant["name"] for variant in settings["variants"] if variant["finetune_steps"]]
+    units = read(options.units, schemas.VARIANT_UNITS)
     drawn = {
+        "sets": (closed_figures.sets(units, names, depth(options.units)), options.units),
         "pareto": (result_figures.pareto(points, metrics, tuned), options.points),
         "tradeoff": (result_figures.tradeoff(metrics), options.metrics),
         "images": (result_figures.images(pictures, metrics), options.images),
@@ -133,7 +152,7 @@ def main() -> None:
     inputs = {
         intervals: (),
         training: (),
-        quality: ("metrics", "images", "points"),
+        quality: ("metrics", "images", "points", "units"),
         ablation: ("results",),
         calibration: ("calibration",),
     }

@@ -390,7 +390,7 @@ def _modulations(material: Material) -> _Modulations:
     saved = {
         (key, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
         for key, one in matrices.items()
-        for sixths in (2, 3, 6)
+        for sixths in one.shares
     }
     return _Modulations(rank, matrices, saved)
 

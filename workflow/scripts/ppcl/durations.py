@@ -68,7 +68,7 @@ def works(planner: Planner) -> dict[str, Work]:
 
     `distill` is always that of one job; those of shards are `distill/<number>` besides.
     """
-    found = planner.flops(planner.transformer)
+    found = planner.flops(planner.variants["teacher"][0])
     if not found:
         return {}
     per_block, whole = found

@@ -33,6 +33,7 @@ from ppcl import (
     devices,
     hub,
     metrics,
+    modulation,
     pipelines,
     prompt_tokens,
     provenance,
@@ -317,14 +318,9 @@ def measure_transformers(
     """
     options, seed = settings["evaluate"], settings["seed"]
     resamples = options["bootstrap"]
-    whole = blocks.parameter_count(transformers[TEACHER])
     found: Found = {}
     for name, transformer in transformers.items():
-        count = blocks.parameter_count(transformer)
-        found[name] = {
-            "parameters": Estimate(float(count)),
-            "parameter_fraction": Estimate(count / whole),
-        }
+        found[name] = sizes(transformer, transformers[TEACHER])
 
     rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed, "velocity_rows"))
     compared = {}
@@ -343,17 +339,44 @@ def measure_transformers(
             picked = [columns[key][mask] for key in ("error", "norm", "prompt_index")]
             found[name][f"velocity_error{suffix}"] = metrics.ratio(*picked, resamples, seed)
 
+    for name, times in latencies(transformers, reader, timed, settings, device).items():
+        found[name] |= times
+    return found
+
+
+def latencies(
+    transformers: Mapping[str, nn.Module],
+    reader: calls.Reader,
+    timed: np.ndarray,
+    settings: Mapping,
+    device: torch.device,
+) -> Found:
+    """The latency part of `measure_transformers`."""
+    options, seed = settings["evaluate"], settings["seed"]
     arguments = reader.batch(timed).to(device).arguments
     with torch.no_grad():
         runs = {n: lambda t=t: t(**arguments) for n, t in transformers.items()}
         times = interleaved_times(runs, options["latency_repeats"], device)
-    for name, seconds in times.items():
-        one = np.ones_like(seconds)
-        found[name]["latency_seconds"] = metrics.median_ratio(seconds, one, resamples, seed)
-        found[name]["latency_ratio"] = metrics.median_ratio(
-            seconds, times[TEACHER], resamples, seed
-        )
-    return found
+    how = options["bootstrap"], seed
+    return {
+        name: {
+            "latency_seconds": metrics.median_ratio(seconds, np.ones_like(seconds), *how),
+            "latency_ratio": metrics.median_ratio(seconds, times[TEACHER], *how),
+        }
+        for name, seconds in times.items()
+    }
+
+
+def sizes(transformer: nn.Module, teacher: nn.Module) -> dict[str, Estimate]:
+    """Parameters, and their share of the teacher's; the same without modulation matrices, if there
+    are any: making these small saves memory, not time."""
+    count, whole = blocks.parameter_count(transformer), blocks.parameter_count(teacher)
+    found = {"parameters": float(count), "parameter_fraction": count / whole}
+    if of_whole := modulation.parameter_count(teacher):
+        own = modulation.parameter_count(transformer)
+        found["modulation_parameters"] = float(own)
+        found["parameter_fraction_without_modulation"] = (count - own) / (whole - of_whole)
+    return {name: Estimate(value) for name, value in found.items()}
 
 
 def interleaved_times(

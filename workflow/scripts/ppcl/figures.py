@@ -298,6 +298,7 @@ def width(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Fig
 
     blocks: the teacher's; not all need have candidates.
     """
+    candidates = candidates[candidates["kind"] != "modulation"]  # which have a figure of their own
     ffn = candidates["kind"] == "ffn"
     table = candidates.assign(kind=candidates["kind"].mask(ffn, "ffn_" + candidates["stream"]))
     kinds = [kind for kind in KINDS if (table["kind"] == kind).any()]

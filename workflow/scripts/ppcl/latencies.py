@@ -6,16 +6,16 @@ by a few thousandths would choose another set. Three things keep that from happe
 - All times are of short runs, of which even a busy machine leaves some alone. The transformer's is
   the sum of its blocks' and of what is around them, never that of its own one long run.
 - Blocks of one list do the same work and get one time, the median of the list's least times.
-- What is left is rounded: every time is a number of small STEPS of the first block's.
+- What is left is rounded: every time is a number of small STEPS of the first block's. A time that
+  is halfway between two of them may still go either way.
+
+Needs no torch.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-
-from ppcl import evaluation
 
 # Of the time of a block, into which it is divided: what a narrow one saves is rounded to these.
 STEPS = 32
@@ -47,9 +47,7 @@ def savings(
     step = float(np.median([least[block, WHOLE] for block in lists[0]])) / STEPS
     found = {}
     for alike in lists:
-        kinds = [kind for block, kind in least if block == alike[0]]
-        kinds += [k for b, k in least if b in alike and k not in kinds]
-        for kind in dict.fromkeys(kinds):
+        for kind in dict.fromkeys(kind for block, kind in least if block in alike):
             # What a block saves when it goes is all of its time; a narrow one, the difference.
             saved = [
                 least[block, WHOLE] - (0 if kind == WHOLE else least[block, kind])
@@ -62,17 +60,15 @@ def savings(
     return Savings(found, whole + AROUND * step * round(around / (AROUND * step)))
 
 
-def least_times(
-    runs: Mapping[str, Callable[[], object]], rounds: int, device: torch.device
-) -> tuple[dict[str, float], bool]:
-    """The least seconds of every run in rounds, and whether they had settled before the last one.
+def least_times(rounds: Iterable[Mapping[str, float]]) -> tuple[dict[str, float], bool]:
+    """The least seconds of every run, and whether they settled; rounds end when they have.
 
     Args:
-        rounds: at most.
+        rounds: seconds by run, of one round after the other.
     """
     sums: list[float] = []
     least: dict[str, float] = {}
-    for times in evaluation.timed_rounds(runs, rounds, device):
+    for times in rounds:
         least = {name: min(seconds, least.get(name, seconds)) for name, seconds in times.items()}
         sums.append(sum(least.values()))
         if settled(sums):

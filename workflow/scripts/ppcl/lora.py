@@ -13,10 +13,10 @@ on it, and the offset that the mean then does need, are
     A' = A C down^T (down C down^T)^+,   bias of B: s B (A m - A' down m)
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -57,11 +57,16 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
     """
     if not hasattr(pipeline, "lora_state_dict"):
         raise UserError(f"--lora: diffusers has no LoRAs for {pipeline.__name__}")
+    if path.suffix != ".safetensors":  # diffusers would unpickle it
+        raise UserError(f"--lora: {path} is no .safetensors file; convert it")
+    more = {"weight_name": path.name, "use_safetensors": True, "return_lora_metadata": True}
+    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
+        more["return_alphas"] = True  # classes without it have put them into the weights
     try:
-        found = pipeline.lora_state_dict(str(path.parent), weight_name=path.name)
+        state, *alphas, about = pipeline.lora_state_dict(str(path.parent), **more)
     except Exception as error:  # diffusers raises many kinds; all mean "not such a file"
         raise UserError(f"--lora: {path} can't be read as a LoRA: {error}") from error
-    state, alphas, about = _with_scales(pipeline, path, found)
+    known, about = (alphas[0] if alphas else None) or {}, about or {}
     prefix, layers = f"{component}.", {}
     for key in state:
         name, is_down, _ = key.partition(".lora_A.weight")
@@ -71,28 +76,17 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
             a, b = state[key], state[f"{name}.lora_B.weight"]
             if a.ndim != 2:
                 raise UserError(f"--lora: {path}: '{key}' is of no linear layer")
-            scale = _scale(name, len(a), alphas, about, component)
+            scale = _scale(name, len(a), known, about, component)
             layers[name.removeprefix(prefix)] = Layer(a, b, scale, state.get(f"{name}.lora_B.bias"))
     if not layers:
         raise UserError(f"--lora: {path} has no layers of '{component}'")
     return layers
 
 
-def _with_scales(pipeline: type, path: Path, plain: Any) -> tuple[dict, dict, dict]:
-    """Weights, alphas by key, and peft's own notes: classes return one, two or three of them."""
-    if isinstance(plain, tuple):
-        return plain[0], plain[1] or {}, {}
-    more = {"weight_name": path.name, "return_lora_metadata": True}
-    found = pipeline.lora_state_dict(str(path.parent), **more)
-    # Between them are alphas, of classes that return them only when asked for something.
-    return found[0], (found[1] or {}) if len(found) == 3 else {}, found[-1] or {}
-
-
 def _scale(name: str, rank: int, alphas: Mapping, about: Mapping, component: str) -> float:
     """What a layer's product is multiplied with: alpha / rank, 1 where no alpha is known."""
-    for key in (f"{name}.alpha", f"{name}.lora_A.weight.alpha", f"{name}.lora_B.weight.alpha"):
-        if key in alphas:
-            return float(alphas[key]) / rank
+    if f"{name}.alpha" in alphas:
+        return float(alphas[f"{name}.alpha"]) / rank
     alpha = about.get(f"{component}.lora_alpha")
     if alpha is None:
         return 1.0

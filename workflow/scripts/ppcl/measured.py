@@ -114,7 +114,7 @@ def closed(path: Path | None, block_parameters: Sequence[int], kinds: Collection
         {
             (matrix, rank, sixths): every[matrix].saved(rank, sixths)
             for matrix, rank in ranks
-            for sixths in (2, 3, 6)
+            for sixths in every[matrix].shares
         },
         source=dict(enumerate(known["text_lent"])),
     )

@@ -6,7 +6,10 @@ data; an entry says only what it does differently from the rest. To add a method
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from ppcl.errors import UserError
 
 GROUPS = ("teacher", "ladder", "choice", "schedule", "depth", "latency", "rival")
 
@@ -157,6 +160,20 @@ METHODS = {
 def of_group(group: str) -> list[str]:
     """Names of a group's methods, in order."""
     return [name for name, method in METHODS.items() if method.group == group]
+
+
+def wanted(options: Mapping) -> list[str]:
+    """Names of the methods to run, in order. options: the config's `ablation`.
+
+    Raises:
+        UserError: it names one that there is not.
+    """
+    if unknown := set(options["methods"]) - set(METHODS):
+        raise UserError(
+            f"ablation.methods: there is no method '{min(unknown)}'; choose among "
+            f"{', '.join(METHODS)}"
+        )
+    return [name for name in METHODS if name in options["methods"] or not options["methods"]]
 
 
 def seeds(name: str, options: dict) -> int:

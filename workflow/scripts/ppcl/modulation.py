@@ -60,10 +60,16 @@ def matrices(transformer: nn.Module) -> list[Modulation]:
     for block in sequence:
         text = block.width.text
         borrowed = (text.norm, text.modulation or text.norm) if text else ()
-        halved = {parts.modulation: stream for stream, parts in block.width.ffn.items()}
+        cut = {parts.modulation: stream for stream, parts in block.width.ffn.items()}
         for path in block.list.modulations:
             if linear := _linear(block.module, path):
-                six = linear.out_features == 6 * linear.in_features
+                stream = cut.get(path, "")
+                left = 3
+                if stream:
+                    ffn = block.width.ffn[stream]
+                    channels = narrow.width_of(block.module.get_submodule(ffn.ffn))
+                    gone = channels * (ffn.parts[1] - ffn.parts[0])
+                    left = 6 * (linear.out_features - gone) // linear.out_features
                 found.append(
                     Modulation(
                         block=block.index,
@@ -71,7 +77,8 @@ def matrices(transformer: nn.Module) -> list[Modulation]:
                         inputs=linear.in_features,
                         outputs=linear.out_features,
                         bias=linear.bias is not None,
-                        ffn=halved.get(path, "") if six else "",
+                        ffn=stream,
+                        left=left,
                         text=any(path.startswith(f"{place}.") for place in borrowed),
                     )
                 )
@@ -87,6 +94,18 @@ def _linear(module: nn.Module, path: str) -> nn.Linear | None:
     place = narrow.held(module, path)
     found = module.get_submodule(place) if place else None
     return found if isinstance(found, nn.Linear) else None
+
+
+def parameter_count(transformer: nn.Module) -> int:
+    """Of all modulation matrices of a model, pruned or not, products of low rank included."""
+    of, sequence = blocks.family(transformer), blocks.block_sequence(transformer)
+    places = [(block.module, path) for block in sequence for path in block.list.modulations]
+    places += [(transformer, of.last_modulation)] if of.last_modulation else []
+    return sum(
+        blocks.parameter_count(module.get_submodule(place))
+        for module, path in places
+        if (place := narrow.held(module, path))
+    )
 
 
 # ---- closed form

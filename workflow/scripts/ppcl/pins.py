@@ -43,6 +43,10 @@ def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
             raise UserError(
                 f"{key}.pin: {shown(both[0])} is also in {key}.forbid; remove it from one of them"
             )
+    if both := sorted(pinned.ranks & forbidden.ranks):
+        raise UserError(
+            f"modulation.pin: block {both[0]} is also in modulation.forbid; remove it from one"
+        )
     for key, ends in (("intervals", pinned.intervals), ("width.text", pinned.runs)):
         for one, other in itertools.pairwise(sorted(ends)):
             if overlap(one, other):
@@ -155,6 +159,14 @@ def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
                 raise UserError(
                     f"{key}.{verb}: {shown(item)} is beyond this teacher's blocks 0 to {depth - 1}"
                 )
+    modulation = settings["modulation"]
+    ranks = modulation[verb] if modulation["enabled"] else []
+    # The number of blocks stands for the last AdaLN.
+    if depth is not None and max(ranks, default=0) > depth:
+        raise UserError(
+            f"modulation.{verb}: block {max(ranks)} is beyond this teacher's blocks 0 to "
+            f"{depth - 1}, and {depth}, the last modulation"
+        )
     linear = [(b, IMAGE) for b in lists["width.ffn_image"]]
     linear += [(b, TEXT) for b in lists["width.ffn_text"]]
     return Named(

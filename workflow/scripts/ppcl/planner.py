@@ -170,8 +170,10 @@ class Planner:
         return self.weights - sum(sizes) + max(sizes)
 
     def flops(self, model: nn.Module) -> tuple[list[int], int] | None:
-        """Of one call with a batch of one."""
-        return self.example and footprint.flops(model, self.example(1, self.dtype))
+        """Of one call of a variant with a batch of one."""
+        if self.example and ("flops", model) not in self._kept:
+            self._kept["flops", model] = footprint.flops(model, self.example(1, self.dtype))
+        return self._kept.get(("flops", model))
 
     def inference(self, batch: int, dtype: torch.dtype | None = None) -> int | None:
         """Activations of the teacher without gradients; dtype: what it computes in, if not its

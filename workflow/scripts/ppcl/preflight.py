@@ -24,6 +24,7 @@ def check(config: dict, source: str = "config") -> None:
     prompt_checks.check(config, source)
     arguments.check(config, source)
     _check_renoising(config, source)
+    _check_start(config, source)
     for stage in ("distill", "subsets", "finetune"):
         size = config[stage]["batch_size"]
         if config["processes"] != "auto" and config["processes"] > size:
@@ -90,6 +91,20 @@ def _check_renoising(config: dict, source: str) -> None:
         raise UserError(
             f"{source}: record.renoised_per_sample is {count}, but pictures of a {pipeline} can't "
             f"be noised again ({why}); set it to 0"
+        )
+
+
+def _check_start(config: dict, source: str) -> None:
+    """Raises UserError if a local teacher's blocks can't be refitted and are to be."""
+    teacher = config["teacher"]
+    if config["prune"]["start"] != "solved" or hub.is_name(teacher["path"]):
+        return
+    name = str(hub.read_index(_folder(teacher))[hub.component(teacher)][1])
+    family = family_of(name)
+    if family is None or not family.gated:
+        raise UserError(
+            f"{source}: prune.start is solved, but the family registry names no linears of a "
+            f"{name} that could be refitted (workflow/scripts/ppcl/families.py); set it to first"
         )
 
 

@@ -33,8 +33,9 @@ FIDELITIES = {
     "velocity_error": "relative velocity error",
 }
 COSTS = {
-    "parameter_fraction": "transformer parameters (teacher = 1)",
-    "latency_ratio": "transformer latency (teacher = 1)",
+    "parameter_fraction": "parameters (teacher = 1)",
+    "parameter_fraction_without_modulation": "without modulation (teacher = 1)",
+    "latency_ratio": "latency (teacher = 1)",
 }
 
 
@@ -207,50 +208,62 @@ def tradeoff(metrics: pd.DataFrame) -> Figure:
 def pareto(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[str]) -> Figure:
     """Velocity error of every budget against size and latency, measured and predicted.
 
-    points: units plugged in without further training, as `schemas.POINTS`.
-    finetuned: names of the metrics table's variants that were trained further: the end points.
+    The errors lie decades apart; the teacher's, which is 0, stands at the lower edge. Sizes are
+    shown with modulation and without, as low rank saves memory alone.
+
+    points: what each budget gets without further training, as `schemas.POINTS`.
+    finetuned: names of the metrics table's variants that were trained further.
     """
     points = points.sort_values("budget")
     others = [name for name in dict.fromkeys(metrics["variant"]) if name != TEACHER]
     looks = dict(zip(others, _series(len(others)), strict=True))
-    ends = [name for name in others if name in finetuned]
     cells = metrics.set_index(["variant", "metric"])
+    tuned = [name for name in others if name in finetuned]
     figure = style.new_figure(
-        f"One set of students gives every size: {len(points)} budgets, without further training",
+        f"What each of {len(points)} budgets gets without further training, and the variants",
         4.05,
         note="Bars: 95 % bootstrap intervals, of the error by prompt, of latency by round."
-        + (" Coloured: variants that were fine-tuned." if ends else ""),
+        + (f" Fine-tuned: {', '.join(tuned)}." if tuned else ""),
     )
     figure.set_layout_engine(None)
-    left, gap, top, high = 0.85, 0.3, 1.0, 2.5
-    across = (style.WIDTH - left - gap - 0.15) / 2
+    costs = {cost: words for cost, words in COSTS.items() if points[cost].notna().any()}
+    left, gap, top, high = 0.85, 0.25, 1.0, 2.5
+    across = (style.WIDTH - left - gap * (len(costs) - 1) - 0.15) / len(costs)
+    errors = [points["velocity_error"], points["predicted_error"], points["velocity_error_low"]]
+    errors.append(metrics.loc[metrics["metric"] == "velocity_error", "value"])
+    positive = pd.concat(errors).dropna()
+    positive = positive[positive > 0]
+    floor = positive.min() / 3 if len(positive) else 1e-6
     labels = []
-    for number, (cost, words) in enumerate(COSTS.items()):
+    for number, (cost, words) in enumerate(costs.items()):
         shared = {"sharey": figure.axes[0]} if number else {}
         ax = style.axes_at(figure, left + number * (across + gap), top, across, high, **shared)
         x = points[cost]
-        ax.plot(x, points["predicted_error"], color=style.GREY, lw=0.9, ls="--", zorder=2)
+        shown = points["predicted_error"].clip(lower=floor)
+        ax.plot(x, shown, color=style.GREY, lw=0.9, ls="--", zorder=2)
         bars = {"xerr": _reach(points, cost), "yerr": _reach(points, "velocity_error")}
         look = {"ecolor": style.GREY, "elinewidth": 0.7, "capsize": 1.5, "zorder": 3}
         ax.errorbar(x, points["velocity_error"], **bars, color=DARK, marker="o", **look)
-        named = [(1.0, 0.0, TEACHER, style.BLACK)]
-        ax.plot(1, 0, "*", color=style.BLACK, ms=9, clip_on=False, zorder=5)
-        for name in ends:
+        named = [(1.0, floor, TEACHER, style.BLACK)]
+        ax.plot(1, floor, "*", color=style.BLACK, ms=9, clip_on=False, zorder=5)
+        for name in others:
             if {(name, cost), (name, "velocity_error")} <= set(cells.index):
                 colour, marker, _ = looks[name]
                 x_cell, y_cell = cells.loc[(name, cost)], cells.loc[(name, "velocity_error")]
+                if not y_cell["value"] > 0:
+                    continue
                 _point(ax, x_cell, y_cell, colour, marker)
                 named.append((x_cell["value"], y_cell["value"], name, colour))
         labels.append((ax, named))
-        ax.margins(x=0.06)
-        ax.set_ylim(bottom=0)
-        ax.xaxis.set_major_locator(MaxNLocator(6))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
-        ax.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        ax.margins(x=0.08)
+        ax.xaxis.set_major_locator(MaxNLocator(5))
         ax.set_xlabel(words)
         if number:
             ax.tick_params(labelleft=False)
-    figure.axes[0].set_ylabel("relative velocity error")
+    first = figure.axes[0]
+    first.set_ylim(floor, (positive.max() if len(positive) else 1) * 2)
+    style.log_axis(first)
+    first.set_ylabel("relative velocity error (teacher: 0)")
     for ax, named in labels:
         figure_labels.label_points(ax, named)
     handles = [

@@ -3,6 +3,8 @@
 `DRAWS` holds one function each; the workflow's own phase draws as `uniform`.
 """
 
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -13,7 +15,7 @@ from ppcl.plans import Unit
 # What a step plugs in, by its seed (run, step).
 Draw = Callable[[tuple[int, ...]], list[Unit]]
 # Of each unit: its error when it is plugged in alone, and what it saves.
-Prices = tuple[Sequence[float], Sequence[float]]
+Prices = tuple[Sequence[float], Sequence[int]]
 
 
 def uniform(units: Sequence[Unit], prices: Prices) -> Draw:
@@ -37,12 +39,16 @@ def budgets(units: Sequence[Unit], prices: Prices) -> Draw:
     """As `uniform` every other time; else what a budget drawn at random would choose."""
     costs, savings = prices
 
+    @functools.cache
+    def chosen(wanted: int) -> list[int]:
+        return cheapest(costs, savings, wanted)
+
     def draw(seed: tuple[int, ...]) -> list[Unit]:
         rng = np.random.default_rng((*seed, 2))
         if rng.random() < 0.5:
             return distillation.random_subset(units, seed)
-        wanted = (1 - rng.random()) * sum(savings)  # never zero, of which nothing would be chosen
-        return [units[i] for i in cheapest(costs, savings, wanted)]
+        # Never zero, of which nothing would be chosen; savings are whole numbers.
+        return [units[i] for i in chosen(math.ceil((1 - rng.random()) * sum(savings)))]
 
     return draw
 

@@ -267,6 +267,12 @@ POINTS = pa.schema(
         column("predicted_error", pa.float64(), "sum of what its members cost alone, at best"),
         column("parameters", pa.float64(), "of the transformer"),
         column("parameter_fraction", pa.float64(), "of the teacher's"),
+        column(
+            "parameter_fraction_without_modulation",
+            pa.float64(),
+            "of all but modulation matrices, which cost no time; NaN if there are none",
+            nan=True,
+        ),
         column("latency_seconds", pa.float64(), "median of one batch through the transformer"),
         column("velocity_error", pa.float64(), "relative squared error to the teacher's velocity"),
         column("velocity_error_low", pa.float64(), "2.5 % of the bootstrap by prompt", nan=True),
@@ -301,6 +307,8 @@ _MEASURED = [
     column("all_correct", pa.float64(), "share of pictures, all three right", nan=True),
     column("latency_ratio", pa.float64(), "median batch time over the teacher's", nan=True),
     column("seconds", pa.float64(), "of this job's training up to this state, one thread"),
+    column("by_prompt", pa.string(), "JSON: squared errors, and norms, summed by held-out prompt"),
+    column("right", pa.string(), "JSON of all pictures: 1 if all three are right; none unjudged"),
 ]
 _METHOD = column("method", pa.string(), "name of the method (`ppcl/methods.py`)")
 
@@ -451,6 +459,7 @@ ARTIFACTS = {
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",
     "pareto/points.parquet": "the sizes between: quality and speed without further training",
     "ablation/results.parquet": "every method at one size and training (target `ablation` only)",
+    "ablation/tables.md": "the same for a reader",
     "ablation/calibration.parquet": "which price foretells an error (target `ablation` only)",
     "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
     "evaluation/images.parquet": "every image behind the metrics",

@@ -368,7 +368,7 @@ class _Columns:
     def _low_rank(self, matrix: Matrix, depth: int, pinned: bool) -> None:
         """Columns of a matrix: each rank with each share of its outputs that may be left."""
         block, modulation = matrix[0], self.choices.modulations[matrix]
-        by_sixths: dict[int, list[int]] = {0: [], 2: [], 3: [], 6: []}
+        by_sixths: dict[int, list[int]] = {sixths: [] for sixths in (0, *modulation.shares)}
         if block < depth:
             lent = modulation.text and modulation.ffn  # else it is not of six parts
             ffn = self.number.get(("ffn", (block, modulation.ffn)))
@@ -376,12 +376,12 @@ class _Columns:
             by_sixths[0] += self.going[block]
             by_sixths[0] += [] if borrows is None else [borrows]
             by_sixths[2] += self.ending[block] if lent else []
-            by_sixths[3] += [] if ffn is None else [ffn]
+            by_sixths[modulation.left] += [] if ffn is None else [ffn]
             for number in self.holding[block]:
                 unit, _ = self.choices.units[self.every[number][1]]
                 by_sixths[sixths_left(unit, modulation, self.choices.unread)].append(number)
         ranks: dict[int, list[int]] = {}
-        for sixths in (2, 3, 6):
+        for sixths in modulation.shares:
             if sixths < 6 and not by_sixths[sixths]:
                 continue
             ranks[sixths] = []
@@ -391,7 +391,8 @@ class _Columns:
                 self.every.append(("rank", (matrix, rank, sixths), cost))
             if sixths < 6:
                 self._only_with(ranks[sixths], by_sixths[sixths])
-        self._at_most_one([*by_sixths[0], *by_sixths[2], *by_sixths[3], *ranks[6]])
+        less = [n for sixths, numbers in by_sixths.items() if sixths < 6 for n in numbers]
+        self._at_most_one([*less, *ranks[6]])
         if pinned:  # one of them, unless its text stream is borrowed
             kept = [n for n in by_sixths[0] if n not in self.going[block]]
             kept = [n for n in kept if self.every[n][0] != "unit" or self._keeps(n, block)]
@@ -432,4 +433,4 @@ def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
     lends = part is unit.parts[0] and len(unit.parts) > 1
     if modulation.text and modulation.ffn and lends and unit.last == unread:
         return 2
-    return 3 if modulation.ffn and modulation.ffn in part.linear_ffn else 6
+    return modulation.left if modulation.ffn and modulation.ffn in part.linear_ffn else 6

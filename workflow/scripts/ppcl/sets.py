@@ -103,6 +103,15 @@ class Offer:
             if train or source not in TRAINED
         }
 
+    def trained(self, found: Set) -> dict[str, str]:
+        """The trained units of a set, and where each is from. Closed forms that other variants take
+        on the same blocks may have the same name, and are other units."""
+        return {
+            member.unit.name: member.source
+            for member in found.members
+            if self.units.get(member.unit.name) == member.unit
+        }
+
     def best(self, name: str, train: bool = True) -> str:
         """The source whose error alone is the least."""
         found = self.sources(name, train)
@@ -212,9 +221,8 @@ def as_last_trained(
     decided = {}
     for name, (wanted, choice) in asked.items():
         train = wanted.get("train", True)
-        last = {
-            u: list(offer.sources(u, train))[-1] for u in choice.found.sources if u in offer.units
-        }
+        trained = offer.trained(choice.found)
+        last = {unit: list(offer.sources(unit, train))[-1] for unit in trained}
         found = choice.found.having(last)
         chosen = replace(choice, found=found, error=measure([found])[0])
         decided[name] = Decided(chosen, {"each of its last training": chosen})
@@ -235,8 +243,8 @@ def _trials(
 
     free = {
         name: sources
-        for name in start.found.sources
-        if name in offer.units and len(sources := list(offer.sources(name, train))) > 1
+        for name in offer.trained(start.found)
+        if len(sources := list(offer.sources(name, train))) > 1
     }
     sets = {"each at its best alone": start.found}
     for source in (CLOSED, START, *TRAINED):
@@ -363,7 +371,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
     found = []
     for member in choice.found.members:
         unit = member.unit
-        if unit.name in offer.units and offer.units[unit.name] == unit:
+        if offer.units.get(unit.name) == unit:
             streams = {stream for part in unit.parts for stream in part.linear_ffn}
             kind = "interval" if unit.removed_blocks else "text" if len(unit.parts) > 1 else "ffn"
             row = {
@@ -453,9 +461,7 @@ def trial_rows(offer: Offer, name: str, decided: Decided) -> list[dict]:
         {
             "variant": name,
             "tried": words,
-            "sources": json.dumps(
-                {u: source for u, source in choice.found.sources.items() if u in offer.units}
-            ),
+            "sources": json.dumps(offer.trained(choice.found)),
             "parameters": left(offer, choice),
             "predicted_error": choice.cost,
             "velocity_error": choice.error,
@@ -467,7 +473,7 @@ def trial_rows(offer: Offer, name: str, decided: Decided) -> list[dict]:
 
 def told(offer: Offer, name: str, choice: Choice) -> str:
     """A variant's choice in words, for the log."""
-    sources = [f"{unit} {s}" for unit, s in choice.found.sources.items() if unit in offer.units]
+    sources = [f"{unit} {source}" for unit, source in offer.trained(choice.found).items()]
     closed = len(choice.found.members) - len(sources)
     share = left(offer, choice) / offer.facts["transformer_parameters"]
     return (

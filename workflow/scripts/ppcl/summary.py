@@ -3,6 +3,7 @@
 From evaluation/metrics.parquet alone, without torch.
 """
 
+import math
 import re
 import textwrap
 from collections.abc import Mapping
@@ -16,10 +17,15 @@ ACCURACIES = {
     "digit_color_accuracy": "digit colour",
     "background_color_accuracy": "background",
 }
-COLUMNS = ("variant", "parameters", "latency", "error", "worst metric", "folder")
+COLUMNS = (
+    *("variant", "parameters", "without modulation", "latency", "error", "PSNR"),
+    *("worst metric", "folder"),
+)
 NOTE = (
-    "Parameters of the transformer and latency of a call, over the teacher's; relative error of "
-    "the velocity; the accuracy that fell most, or else the pictures' PSNR to the teacher's."
+    "Parameters of the transformer, those without its modulation (AdaLN) matrices, which take "
+    "memory but no time, and latency of a call, over the teacher's; relative error of the "
+    "velocity; PSNR to the teacher's pictures; the accuracy that fell most, of the same prompts "
+    "and seeds, with the 95 % interval of the difference."
 )
 
 
@@ -35,17 +41,21 @@ def rows(metrics: str | Path, models: str | Path, teacher: str) -> list[dict[str
         UserError: the table can't be read.
     """
     found: dict[str, dict[str, float]] = {}
-    wanted = ("variant", "metric", "value")
+    intervals: dict[tuple[str, str], tuple[float, float]] = {}
+    wanted = ("variant", "metric", "value", "ci_low", "ci_high")
     table = tables.read(metrics, schemas.METRICS)
-    for name, metric, value in zip(*(table[key].to_pylist() for key in wanted), strict=True):
+    for name, metric, value, *ends in zip(*(table[key].to_pylist() for key in wanted), strict=True):
         found.setdefault(name, {})[metric] = value
+        intervals[name, metric] = ends
     return [
         {
             "variant": name,
             "parameters": _share(of, "parameter_fraction", "parameters", _short),
+            "without modulation": _share(of, "parameter_fraction_without_modulation"),
             "latency": _share(of, "latency_ratio", "latency_seconds", lambda s: f"{s:.3g} s"),
-            "error": f"{of['velocity_error']:.4f}" if "velocity_error" in of else "",
-            "worst metric": "" if name == TEACHER else _worst(of, found.get(TEACHER, {})),
+            "error": _small(of["velocity_error"]) if "velocity_error" in of else "",
+            "PSNR": f"{of['psnr']:.1f} dB" if "psnr" in of else "",
+            "worst metric": _worst({m: (of[m], *intervals[name, m]) for m in of}),
             "folder": teacher if name == TEACHER else str(Path(models, name)),
         }
         for name, of in found.items()
@@ -70,11 +80,16 @@ def rst(found: list[dict[str, str]]) -> str:
     return "\n".join([*lines, "", NOTE])
 
 
-def _share(of: Mapping[str, float], share: str, measure: str, shown) -> str:
+def _share(of: Mapping[str, float], share: str, measure: str = "", shown=str) -> str:
     """A measure over the teacher's, and the measure itself."""
     if share not in of:
         return ""
     return f"{of[share]:.2f}" + (f" ({shown(of[measure])})" if measure in of else "")
+
+
+def _small(error: float) -> str:
+    """In two digits: errors lie decades apart."""
+    return f"{error:.1e}".replace("e-0", "e-") if error else "0"
 
 
 def _short(count: float) -> str:
@@ -85,14 +100,20 @@ def _short(count: float) -> str:
     return f"{count:.0f}"
 
 
-def _worst(of: Mapping[str, float], teacher: Mapping[str, float]) -> str:
-    """The accuracy that fell furthest below the teacher's, in points; without a judge, the PSNR."""
-    losses = {
-        label: 100 * (teacher[metric] - of[metric])
+def _worst(of: Mapping[str, tuple[float, float, float]]) -> str:
+    """The accuracy that fell furthest below the teacher's, in points, and the interval of that;
+    empty without a judge, and of the teacher.
+
+    of: metric -> value and interval.
+    """
+    falls = {
+        label: of[f"{metric}_difference"]
         for metric, label in ACCURACIES.items()
-        if metric in of and metric in teacher
+        if f"{metric}_difference" in of
     }
-    if losses:
-        label = max(losses, key=losses.__getitem__)
-        return f"{label} {0.0 - round(losses[label], 1):+.1f} points"
-    return f"PSNR {of['psnr']:.1f} dB" if "psnr" in of else ""
+    if not falls:
+        return ""
+    label = min(falls, key=lambda name: falls[name][0])
+    value, *interval = (f"{round(100 * x, 1) + 0.0:+.1f}" for x in falls[label])
+    known = not any(math.isnan(x) for x in falls[label])
+    return f"{label} {value} points" + (f" ({' to '.join(interval)})" if known else "")

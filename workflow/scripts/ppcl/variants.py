@@ -123,8 +123,7 @@ def offer(
     """
     depth = len(blocks.block_sequence(transformer))
     pinned, forbidden = pins.wishes(settings, depth)
-    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
-    closed, counted = _closed(transformer, files, pinned, limits, settings)
+    closed, counted = _closed(files, depth, pinned, forbidden, settings)
     units = {unit.name: unit for unit in plan.units} if plan else {}
     if not settings["choose"]["closed_forms"]:
         left = plan.closed if plan else ()
@@ -161,39 +160,22 @@ def offer(
 
 
 def _closed(
-    transformer: nn.Module, files: Files, pinned: pins.Named, limits: dict, settings: Mapping
+    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Mapping
 ) -> tuple[Choices, Weights]:
     """Closed forms at their prices, and the parameters that each saves."""
-    depth = len(blocks.block_sequence(transformer))
-    if files.width is None:
-        return Choices(), Weights(*[[0.0] * depth] * 3)
-    widths = measured.widths(files.width, depth)
-    width_limits = {**limits, "floor": settings["width"]["cka_floor"]}
-    named = [one for one in widths if one.kind != "modulation"]
-    runs, ffns = reasons.usable_widths(named, pinned, width_limits)
-    table = tables.read(files.width, schemas.WIDTH_MEASURED).to_pandas()
-    matrices = {one.key: one for one in modulation.matrices(transformer)}
-    ranks: dict[Matrix, dict[int, float]] = {}
-    for row in table[table["kind"] == "modulation"].itertuples():
-        if row.first not in limits["forbidden"].ranks:
-            ranks.setdefault((int(row.first), row.path), {})[int(row.rank)] = row.velocity_error
-    text = width.text_sizes(transformer)
-    saves = {
-        (matrix, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
-        for matrix, one in matrices.items()
-        for rank in ranks.get(matrix, ())
-        for sixths in (2, 3, 6)
-    }
-    counted = Weights(
-        [0.0] * depth,
-        text["text_saved"],
-        text["text_output"],
-        {one.ffn: one.saved for one in named if one.kind == "ffn"},
-        ranks=saves,
-        source=dict(enumerate(text["text_lent"])),
+    kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
+    wanted = [kind for key, some in kinds.items() if settings[key]["enabled"] for kind in some]
+    found = measured.closed(files.width, [0] * depth, wanted)
+    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
+    limits["floor"] = settings["width"]["cka_floor"]
+    choices = Choices(
+        {},
+        *reasons.usable_widths(found.widths, pinned, limits),
+        reasons.usable_ranks(found.widths, forbidden),
+        modulations=found.modulations,
+        unread=found.unread,
     )
-    unread = width.unread_after(transformer)
-    return Choices({}, runs, ffns, ranks, modulations=matrices, unread=unread), counted
+    return choices, found.weights
 
 
 class Workshop:
@@ -214,7 +196,7 @@ class Workshop:
         as_teacher: bool = True,
         device: torch.device | None = None,
     ):
-        self._teacher, self._students = transformer, files.students
+        self._teacher, self._sources = transformer, files.students
         self._maps = width.stored(files.maps) if files.maps else {}
         self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
         self._as_teacher, self._device = as_teacher, device
@@ -302,8 +284,8 @@ class Workshop:
         for source, wanted in parts.items():
             if source == CLOSED:
                 found |= width.closed(self._teacher, wanted, self._maps)
-            elif source in self._students:
-                found |= students.load(self._students[source], self._teacher, wanted)
+            elif source in self._sources:
+                found |= students.load(self._sources[source], self._teacher, wanted)
             else:
                 raise UserError(
                     f"unit {wanted[0].name} is from {source}, of which no students are given; "

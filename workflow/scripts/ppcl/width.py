@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,14 @@ def _add(
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
     parts = {ends: Part(*ends) for one in maps for ends in (one.source, one.part)}
-    lessons = teaching.teacher_states(transformer, list(parts.values()), batch.arguments)
+    wanted = {e for one in maps if one.kind != OUTPUT for e in (one.source, one.part)}
     inside: dict[Ends, blocks.Streams] = {}
-    for ends in {e for one in maps if one.kind != OUTPUT for e in (one.source, one.part)}:
+    with ExitStack() as stack:
+        for ends in wanted:  # the teacher's own blocks run once
+            if wholes[ends] is sequence[ends[0]].module:
+                inside[ends] = stack.enter_context(blocks.taps(sequence[ends[0]]))
+        lessons = teaching.teacher_states(transformer, list(parts.values()), batch.arguments)
+    for ends in wanted - inside.keys():
         block = blocks.Block(ends[0], wholes[ends], sequence[ends[0]].list)
         bound = teaching.fitting(lessons[parts[ends]].bound, block.module)
         with blocks.taps(block) as seen:

@@ -1,0 +1,198 @@
+"""The stage choose, and models of the sets that it writes."""
+
+import json
+
+import pandas as pd
+import pytest
+import tiny
+import torch
+from test_width_stages import measure
+
+from ppcl import (
+    blocks,
+    calls,
+    pipelines,
+    prices,
+    schemas,
+    sets,
+    students,
+    tables,
+    tensors,
+    variants,
+)
+from ppcl.plans import Part, Unit
+from ppcl.sets import Member, Set
+
+VARIANTS = [
+    {"name": "tight", "budget": {"fraction": 0.5, "blocks": 4}, "finetune_steps": 2},
+    {"name": "small", "budget": 0.6},
+    {"name": "free", "budget": 0.7, "train": False},
+]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_teacher, tiny_calls, tmp_path_factory):
+    """Settings, and what choose takes: prices of all closed forms, a plan of one interval and one
+    block without FFNs, and students that two trainings might have left."""
+    folder = tmp_path_factory.mktemp("choose")
+    measure(tiny_teacher, tiny_calls, folder, ladder=[2, 4])
+    settings, given = tiny.pruned(
+        folder,
+        tiny_teacher,
+        tiny_calls,
+        ffns=((3, "image"), (3, "text")),
+        runs=((1, 2),),
+        variants=VARIANTS,
+        width={"rows": 3, "fit_rows": 8, "batch_size": 4, "longest": 3, "cka_floor": 0.0},
+        finetune={"batch_size": 4, "warmup_steps": 1},
+        pareto={"budgets": 3},
+        evaluate={"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 1},
+    )
+    plan = students.read_plan(given["plan"])
+    start, _ = tensors.read(given["students"])
+    files = {"start": given["students"]}
+    for stage, moved, error in (("distill", 1e-3, 3e-3), ("subsets", 1e-2, 2e-3)):
+        torch.manual_seed(0)
+        state = {name: value + moved * torch.randn_like(value) for name, value in start.items()}
+        files[stage] = folder / f"{stage}.safetensors"
+        tensors.write(files[stage], state, {})
+        costs = pd.DataFrame({"unit": [u.name for u in plan.units], "velocity_error": error})
+        costs = costs.assign(rows=4, removed_blocks=0, saved_seconds=float("nan"))
+        costs = costs.assign(saved_parameters=1, first=0, last=0)[schemas.UNIT_ERRORS.names]
+        files[f"{stage}_errors"] = folder / f"{stage}.parquet"
+        tables.write(files[f"{stage}_errors"], costs, schemas.UNIT_ERRORS, {})
+    files |= {"maps": folder / "w.safetensors", "conditioning": folder / "conditioning.safetensors"}
+    return settings, files, {"plan": given["plan"], "width": folder / "w.parquet"}, folder
+
+
+@pytest.fixture(scope="module")
+def chosen(world, tiny_calls):
+    """The stage's files, made by a run that was killed once."""
+    settings, files, prices_, folder = world
+    made = {name: folder / f"{name}.parquet" for name in ("units", "measured")}
+    paths = {"calls": tiny_calls, "state": folder / "state-choose", "sets": folder / "sets.json"}
+    paths |= files | prices_ | made
+    asked, error = [], prices.Judged.error
+
+    def stopping(self, model, first):
+        if len(asked) == 3:
+            raise SystemExit(1)
+        asked.append(first)
+        return error(self, model, first)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prices.Judged, "error", stopping)
+        with pytest.raises(SystemExit):
+            tiny.stage("choose", settings, **paths)
+        assert not paths["sets"].exists()
+        kept = json.loads((paths["state"] / "0.json").read_text())["errors"]
+        seen = []
+        patch.setattr(prices.Judged, "error", lambda *a: seen.append(1) or error(*a))
+        tiny.stage("choose", settings, **paths)
+    everything = json.loads((paths["state"] / "0.json").read_text())["errors"]
+    assert len(seen) == len(everything) - len(kept)  # none of those that were kept
+    return paths
+
+
+def workshop(tiny_teacher, world, **options):
+    files = world[1] | world[2]
+    transformer = pipelines.load_transformer(tiny.source(tiny_teacher), torch.device("cpu"))
+    sources = (sets.START, *sets.TRAINED)
+    given = variants.Files(
+        files["width"],
+        files["maps"],
+        files["conditioning"],
+        None,
+        {source: files[source] for source in sources if source in files},
+    )
+    return transformer, variants.Workshop(transformer, given, **options)
+
+
+def test_sets_keep_their_budgets_and_models_have_what_was_foretold(
+    chosen, world, tiny_teacher, tiny_calls
+):
+    transformer, shop = workshop(tiny_teacher, world)
+    written = sets.read(chosen["sets"])
+    total, call = blocks.parameter_count(transformer), calls.Reader(tiny_calls)
+    batch = call.batch(call.buckets[0][:2])
+    units = tables.read(chosen["units"], schemas.VARIANT_UNITS).to_pandas()
+    for variant in VARIANTS:
+        name, budget = variant["name"], variant["budget"]
+        model, block_map = shop.model(written.of(name))
+        count = blocks.parameter_count(model)
+        assert count == written.parameters[name]
+        share = budget["fraction"] if isinstance(budget, dict) else budget
+        assert count <= share * total
+        assert units[units["variant"] == name]["saved_parameters"].sum() == total - count
+        assert torch.isfinite(model(**batch.arguments)[0]).all()
+        assert len(block_map) == (4 if name == "tight" else len(block_map))
+    assert "01-02" in written.of("tight").sources
+    free = set(written.of("free").sources.values())
+    assert free <= {"closed", "start"}
+    assert {"modulation", "ffn"} <= set(units["kind"])
+
+
+def test_every_set_that_was_tried_is_told_and_the_best_is_taken(chosen):
+    found = tables.read(chosen["measured"], schemas.VARIANT_SETS).to_pandas()
+    written = sets.read(chosen["sets"])
+    for name, rows in found.groupby("variant"):
+        least = rows["velocity_error"].min()
+        assert (rows[rows["chosen"]]["velocity_error"] == least).all() and rows["chosen"].any()
+        assert written.facts[name]["velocity_error"] == pytest.approx(least)
+    assert set(written.alone["01-02"]) == {"start", "distill", "subsets"}
+    assert set(written.alone["03-03"]) == {"closed", "distill", "subsets"}
+    assert written.alone["01-02"]["distill"] == 3e-3
+
+
+def test_a_workshop_uses_blocks_again_and_keeps_students_as_they_are(world, tiny_teacher):
+    transformer, shop = workshop(tiny_teacher, world)
+    here, last = Unit((Part(1, 2),)), Unit((Part(3, 3, ("image", "text")),))
+    ranks = (((0, "img_mod.1"), 2), ((1, "img_mod.1"), 2), ((5, "norm_out.linear"), 2))
+    one = Set((Member(here, "distill"), Member(last, "closed")), ranks)
+    model, _ = shop.model(one)
+    other, _ = shop.model(one.having({"01-02": "subsets"}))
+    assert other.norm_out is model.norm_out is not transformer.norm_out
+    shared = [a is b for a, b in zip(*(m.transformer_blocks for m in (model, other)), strict=True)]
+    assert shared == [True, False, True, True]
+    again, _ = shop.model(one)
+    assert again.transformer_blocks[1] is not model.transformer_blocks[1]
+    kept, _ = shop.model(one.having({"01-02": "subsets"}), keep=[one])
+    assert shop.model(one)[0].transformer_blocks[1] is again.transformer_blocks[1]
+    assert transformer.norm_out.linear.weight.shape[0] == 64  # the teacher stays
+    # In float32, as they were trained, for a fine-tune.
+    own, _ = workshop(tiny_teacher, world, as_teacher=False)[1].model(one)
+    assert all(p.requires_grad for p in own.transformer_blocks[1].parameters())
+
+
+def test_a_variant_is_trained_and_exported_as_its_set_says(
+    chosen, world, tiny_calls, tmp_path, monkeypatch
+):
+    settings, files, _, _ = world
+    paths = files | {"calls": tiny_calls, "sets": chosen["sets"]}
+    paths = {k: v for k, v in paths.items() if not k.endswith("_errors")}
+    tuned = tmp_path / "tight.safetensors"
+    made = {"output": tuned, "log_table": tmp_path / "log.parquet", "state": tmp_path / "state"}
+    tiny.stage("finetune", settings, **paths, variant="tight", **made)
+    written = sets.read(chosen["sets"])
+    assert tensors.metadata(tuned)["set"] == written.of("tight").key
+    monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_narrow_export has it
+    folder = tmp_path / "tight"
+    tiny.stage("assemble", settings, **paths, variant="tight", finetuned=tuned, output=folder)
+    card = json.loads((folder / "pruning.json").read_text())
+    assert {unit["name"]: unit["source"] for unit in card["units"]} == written.of("tight").sources
+    assert card["ranks"] and card["parameters"] == written.parameters["tight"]
+    with pytest.raises(SystemExit):  # of another set
+        tiny.stage(
+            "assemble", settings, **paths, variant="small", finetuned=tuned, output=tmp_path / "s"
+        )
+
+
+def test_pareto_goes_over_everything_that_is_priced(chosen, world, tiny_calls):
+    settings, files, prices_, folder = world
+    points = folder / "points.parquet"
+    paths = files | prices_ | {"calls": tiny_calls, "sets": chosen["sets"]}
+    tiny.stage("pareto", settings, **paths, points=points)
+    table = tables.read(points, schemas.POINTS).to_pandas()
+    assert len(table) == 3 and (table["parameter_fraction"] <= table["budget"] + 1e-6).all()
+    assert table["predicted_error"].is_monotonic_decreasing
+    assert any(json.loads(text)["ranks"] for text in table["units"])

@@ -1,0 +1,64 @@
+"""From least times to the table of savings, without a clock."""
+
+import numpy as np
+import pytest
+
+from ppcl import latencies
+from ppcl.latencies import AROUND, STEPS, WHOLE
+
+# Two lists; a block of the second has no text, and its last one no image FFN either.
+TRUE = {WHOLE: 7.0, "ffn_image": 5.4, "text": 5.27}
+SECOND = {WHOLE: 4.0, "ffn_image": 2.9}
+LISTS = [list(range(20)), list(range(20, 30))]
+
+
+def times(seed: int = 0, noise: float = 0.0) -> dict:
+    """Least times; other work only ever adds."""
+    rng = np.random.default_rng(seed)
+    every = [(b, kind, of) for b in LISTS[0] for kind, of in TRUE.items()]
+    every += [(b, kind, of) for b in LISTS[1] for kind, of in SECOND.items()]
+    found = {(b, kind): of * (1 + noise * rng.exponential()) for b, kind, of in every}
+    del found[29, "ffn_image"]
+    return found
+
+
+def test_savings_are_within_half_a_step():
+    found = latencies.savings(times(), 13.0, LISTS)
+    step = TRUE[WHOLE] / STEPS
+    for block, kind in times():
+        of = TRUE if block < 20 else SECOND
+        expected = of[kind] if kind == WHOLE else of[WHOLE] - of[kind]
+        assert found.parts[block, kind] == pytest.approx(expected, abs=step / 2 + 1e-9)
+        assert found.parts[block, kind] / step == pytest.approx(
+            round(found.parts[block, kind] / step)
+        )
+    assert found.parts.keys() == times().keys()
+    blocks = sum(found.parts[block, WHOLE] for one in LISTS for block in one)
+    assert found.transformer - blocks == pytest.approx(13.0, abs=AROUND * step / 2)
+
+
+def test_the_shares_of_five_noisy_runs_are_the_same():
+    """Also where all of a run is slower, and something else held up some blocks."""
+    shares = []
+    for seed in range(5):
+        least = {k: (1 + 0.1 * seed) * v for k, v in times(seed, noise=0.01).items()}
+        for block in (3, 8, 22):
+            least[block, WHOLE] *= 1.5
+        found = latencies.savings(least, (1 + 0.1 * seed) * (14 + 0.1 * seed), LISTS)
+        shares.append({k: round(v / found.transformer, 9) for k, v in found.parts.items()})
+    assert all(share == shares[0] for share in shares)
+
+
+def test_no_part_saves_less_than_nothing():
+    least = {(0, WHOLE): 1.0, (0, "text"): 1.2}
+    assert latencies.savings(least, 0.0, [[0]]).parts == {(0, WHOLE): 1.0, (0, "text"): 0.0}
+
+
+def test_rounds_end_when_times_have_settled():
+    rounds = ({"a": 1 + 0.5**n, "b": 3.0 + (n % 2)} for n in range(20))
+    least, settled = latencies.least_times(rounds)
+    ended = 19 - len(list(rounds))
+    assert settled and latencies.SETTLED < ended < 19
+    assert least == {"a": 1 + 0.5**ended, "b": 3.0}
+    assert 0.5 ** (ended - latencies.SETTLED) <= 4 * latencies.FALL < 0.5 ** (ended - 7)
+    assert not latencies.least_times([{"a": 1.0}] * latencies.SETTLED)[1]
