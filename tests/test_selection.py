@@ -30,7 +30,8 @@ class Sizes:
 
     def __init__(self, random, depth, unread):
         self.depth, self.unread = depth, unread
-        names = ("rest", "query", "lost", "text", "input", "output", "linear")
+        self.output = int(random.integers(1, 9))  # maps of text channels are alike
+        names = ("rest", "query", "lost", "text", "input", "linear")
         self.of = [{name: int(random.integers(1, 9)) for name in names} for _ in range(depth)]
         self.ffn = {
             (b, s): int(random.integers(9, 20)) for b in range(depth) for s in (IMAGE, TEXT)
@@ -51,7 +52,7 @@ class Sizes:
         streams = {IMAGE} if part.borrows else {IMAGE, TEXT}
         total += block["input"] if part.borrows else block["text"]
         total += 0 if part.borrows or part.text == "lend" else block["query"] + block["lost"]
-        total += block["output"] if part.text == "close" else 0
+        total += self.output if part.text == "close" else 0
         for stream in streams:
             sixths = 6
             if stream == TEXT and part.text == "lend":
@@ -61,7 +62,7 @@ class Sizes:
                 total += block["linear"]
             else:
                 total += self.ffn[part.first, stream]
-            matrix = part.first, {IMAGE: "image", TEXT: "text"}[stream]
+            matrix = part.first, stream
             total += self.modulations[matrix].parameters(ranks.get(matrix), sixths)
         return total
 
@@ -70,8 +71,8 @@ class Sizes:
         parts = [part for unit in units for part in unit.parts]
         held = {block for part in parts for block in range(part.first, part.last + 1)}
         parts += [Part(block, block) for block in range(self.depth) if block not in held]
-        there = {(part.first, "image") for part in parts} | {(self.depth, "")}
-        there |= {(part.first, "text") for part in parts if not part.borrows}
+        there = {(part.first, IMAGE) for part in parts} | {(self.depth, "")}
+        there |= {(part.first, TEXT) for part in parts if not part.borrows}
         if ranks.keys() - there:
             return None
         last = self.modulations[self.depth, ""]
@@ -88,7 +89,7 @@ class Sizes:
         return Weights(
             [self.part(Part(block, block)) for block in blocks],
             borrowed,
-            [0 if b == self.unread else self.of[b]["output"] for b in blocks],
+            [0 if b == self.unread else self.output for b in blocks],
             {(b, stream): saves(b, linear_ffn=(stream,)) for b, stream in ffns},
             {
                 (matrix, rank, sixths): self.modulations[matrix].saved(rank, sixths)
@@ -245,7 +246,7 @@ def ranks_pinned(units, ranks, choices, blocks):
             return False
         borrows = any(part.first == block and part.borrows for part in parts)
         for matrix in choices.ranks:
-            if matrix[0] == block and matrix not in ranks and not (borrows and matrix[1] == "text"):
+            if matrix[0] == block and matrix not in ranks and not (borrows and matrix[1] == TEXT):
                 return False
     return True
 
@@ -263,7 +264,7 @@ def members(plan):
     return plan.intervals, plan.runs, plan.ffns, plan.units, dict(plan.ranks)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seeds, st.sampled_from(MEASURES), st.tuples(tenths, tenths))
 def test_selection_is_the_best_of_all_sets(seed, measures, shares):
     choices, weights, sizes = problem(seed)
@@ -290,7 +291,7 @@ def check(plan, enough):
     assert plan.saved == pytest.approx(savings)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(seeds, st.data())
 def test_pins_are_kept_and_nothing_else_is_added_without_need(seed, data):
     choices, weights, sizes = problem(seed)
@@ -311,7 +312,7 @@ def test_pins_are_kept_and_nothing_else_is_added_without_need(seed, data):
         assert members(plan) == least[0]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seeds, st.sampled_from(["parameters", "blocks", "latency"]))
 def test_larger_budgets_never_cost_more(seed, measure):
     choices, weights, _ = problem(seed, 8, 12, 8, 10, 8, 2)
@@ -325,7 +326,7 @@ def test_larger_budgets_never_cost_more(seed, measure):
     assert costs and costs == sorted(costs, reverse=True)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds)
 def test_the_order_in_which_choices_come_decides_nothing(seed):
     choices, weights, _ = problem(seed, 8, 12, 8, 10, 8, 2)
