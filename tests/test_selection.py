@@ -264,7 +264,7 @@ def members(plan):
     return plan.intervals, plan.runs, plan.ffns, plan.units, dict(plan.ranks)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seeds, st.sampled_from(MEASURES), st.tuples(tenths, tenths))
 def test_selection_is_the_best_of_all_sets(seed, measures, shares):
     choices, weights, sizes = problem(seed)
@@ -291,7 +291,7 @@ def check(plan, enough):
     assert plan.saved == pytest.approx(savings)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seeds, st.data())
 def test_pins_are_kept_and_nothing_else_is_added_without_need(seed, data):
     choices, weights, sizes = problem(seed)
@@ -427,26 +427,46 @@ def test_units_save_the_seconds_of_their_parts(tmp_path):
 
 # ---- models of real depth
 
-# Qwen-Image's counts: parameters of a block, of a borrower's text stream, of l^h, and of an FFN.
+# Qwen-Image's counts: parameters of a block, of a borrower's text stream, of l^h, of an FFN, and of
+# what a source keeps for itself alone.
 BLOCK, BORROWED, OUTPUT, LINEAR = 339_831_296, 132_000_000, 9_440_256, 94_500_000
+LENT = 132_154_624
 QWEN = {"transformer_parameters": 20_430_401_088, "blocks": 60}
 
 
-def deep(depth=60, longest=6):
-    """All candidates of a Qwen-like model, with random costs that grow with their length."""
+def deep(depth=60, longest=7, ranks=(2, 4, 8, 16, 32)):
+    """All candidates of a Qwen-like model, with random costs of many magnitudes."""
     random = np.random.default_rng(0)
     every = [*itertools.product(range(depth), (IMAGE, TEXT))]
     pairs = [(a, b) for a, b in itertools.combinations(range(depth), 2) if b - a < longest]
+    matrices = [
+        Modulation(block, stream, 3072, 6 * 3072, ffn=stream, text=stream == TEXT)
+        for block, stream in every
+    ]
+    matrices.append(Modulation(depth, "", 3072, 2 * 3072))
     choices = Choices(
         {(a, b): float(random.exponential() * (b - a) ** 1.5) for a, b in pairs},
         {(a, b): float(random.exponential() * (b - a) / 3) for a, b in pairs},
-        {ffn: float(random.exponential() / 2) for ffn in every},
+        {ffn: 10.0 ** random.uniform(-9, 0) for ffn in every},
+        {m.key: {r: 10.0 ** random.uniform(-6, -3) / r**2 for r in ranks} for m in matrices},
+        modulations={matrix.key: matrix for matrix in matrices},
+        unread=depth - 1,
     )
     jitter = 1 + 0.01 * random.random((3, depth))
     weights = {
         "blocks": selection.by_blocks(depth),
         "parameters": Weights(
-            [BLOCK] * depth, [BORROWED] * depth, [OUTPUT] * depth, dict.fromkeys(every, LINEAR)
+            [BLOCK] * depth,
+            [BORROWED] * depth,
+            [OUTPUT] * depth,
+            dict.fromkeys(every, LINEAR),
+            {
+                (matrix.key, rank, sixths): matrix.saved(rank, sixths)
+                for matrix in matrices
+                for rank in ranks
+                for sixths in (2, 3, 6)
+            },
+            source=dict.fromkeys(range(depth), LENT),
         ),
         "latency": Weights(
             (0.04 * jitter[0]).tolist(),
@@ -458,15 +478,15 @@ def deep(depth=60, longest=6):
     return choices, weights
 
 
-@pytest.mark.parametrize("measures", [["parameters"], ["latency"], ["parameters", "latency"]])
-def test_sixty_blocks_with_all_candidates_take_seconds_and_are_exact(measures):
+def test_sixty_blocks_with_all_candidates_take_seconds_and_are_exact():
     choices, weights = deep()
-    needs = {"parameters": 0.45 * 60 * BLOCK, "latency": 0.5 * 60 * 0.04}
+    needs = {"parameters": 0.65 * 60 * BLOCK, "latency": 0.5 * 60 * 0.04}
     began = time.process_time()
-    plan = selection.select(choices, weights, {m: needs[m] for m in measures})
-    assert time.process_time() - began < 30
-    assert plan.bound == pytest.approx(plan.cost, rel=1e-6)
-    assert plan.intervals and plan.runs and plan.ffns
+    plan = selection.select(choices, weights, needs)
+    assert time.process_time() - began < 60
+    assert plan.cost <= plan.bound * (1 + 1e-5)
+    assert plan.intervals and plan.runs and plan.ffns and plan.ranks
+    assert all(plan.saved[measure] >= need * (1 - 1e-12) for measure, need in needs.items())
 
 
 def test_the_published_lists_are_a_config_and_come_out_as_they_are():
