@@ -17,6 +17,7 @@ from ppcl import (
     calls,
     devices,
     distillation,
+    entrance,
     pipelines,
     prices,
     schemas,
@@ -97,6 +98,29 @@ def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkey
     judged = prices.Judged(teacher, reader, rows, 3, CPU)
     assert [judged.error(m, first) for first, m in models] == pytest.approx(whole, rel=1e-5)
     assert judged._streams[0] and not judged._streams[1]
+
+
+@torch.no_grad()
+def test_a_streamed_model_computes_in_float32_and_rests_as_it_was():
+    """Also one that is stopped before a block, or breaks within."""
+    low, call = tiny.transformer(blocks=3, scale=0.2).to(torch.bfloat16), tiny.arguments()
+    exact = copy.deepcopy(low).float()
+    kept = {name: (p.dtype, p.clone()) for name, p in low.named_parameters()}
+    modules = [block.module for block in blocks.block_sequence(low)]
+    devices.stream(low, modules, CPU)
+    with devices.in_float32(low, modules):
+        assert torch.equal(low(**call)[0], exact(**call)[0])
+        streams = entrance.streams_before(low, 2, call)
+        for stream, value in entrance.streams_before(exact, 2, call).items():
+            assert torch.equal(streams[stream], value)
+        with pytest.raises(RuntimeError):
+            low(**call | {"timestep": torch.zeros(5)})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in exact.modules())
+    for name, parameter in low.named_parameters():
+        dtype, value = kept[name]
+        assert parameter.dtype == dtype and torch.equal(parameter, value)
+    with pytest.raises(RuntimeError, match="dtype"):  # as ever, afterwards
+        low(**call)
 
 
 def errors_of(process, teacher, taught, reader, asked=None):

@@ -202,8 +202,8 @@ def train(folder: Path, settings: dict, at: dict[str, Path]) -> dict[str, Path]:
         stage(name, settings, students=before, **common, **found)
         before = found["output"]
     at |= {"errors": found["errors"], "model": folder / "spare"}
-    of_variant = {key: at[key] for key in ("calls", "plan", "errors")}
-    of_variant |= {"variant": "spare", "students": before}
+    sets = tiny.chosen(folder / "sets.json", at["plan"], "subsets", "spare")
+    of_variant = {"calls": at["calls"], "sets": sets, "variant": "spare", "subsets": before}
     tuned, log = folder / "tuned.safetensors", folder / "tuned.parquet"
     stage("finetune", settings, **of_variant, state=at["state"], output=tuned, log_table=log)
     stage("assemble", settings, **of_variant, finetuned=tuned, output=at["model"])
@@ -298,13 +298,14 @@ def test_all_teachers_plugged_back_equal_the_teacher_to_the_bit(ran):
 
 @torch.no_grad()
 def test_a_teacher_that_starts_at_a_block_equals_it_to_the_bit(ran):
-    """Behind the first block, where a list of blocks of another kind begins, and at the last."""
+    """Behind the first block, where a list of blocks of another kind begins, at the last, and
+    behind it."""
     _, _, settings, at = ran
     transformer = pipelines.load_transformer(settings["teacher"], torch.device("cpu"))
     batch = recorded(at)
     whole = blocks.answer(transformer, batch.arguments)
     last = len(blocks.block_sequence(transformer)) - 1
-    for first in {1, *starts(transformer), last} - {0}:
+    for first in {1, *starts(transformer), last, last + 1} - {0}:
         streams = entrance.streams_before(transformer, first, batch.arguments)
         model = entrance.Entrance(transformer, first).model(streams)
         assert torch.equal(blocks.answer(model, batch.arguments), whole), first

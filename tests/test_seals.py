@@ -295,6 +295,35 @@ def test_every_byte_of_small_files_is_covered(tmp_path):
         read_all(path)
 
 
+def test_joined_files_are_as_if_written_at_once(tmp_path):
+    parts = {
+        "a": {"w": torch.arange(5.0), "x": torch.ones(2, 3, dtype=torch.bfloat16)},
+        "b": {"b": torch.zeros(1, dtype=torch.float64)},
+        "none": {},
+    }
+    for name, state in parts.items():
+        tensors.write(tmp_path / name, state, {"part": name})
+    path = tmp_path / "joined"
+    tensors.join(path, [tmp_path / name for name in parts], {"seed": "3"})
+    found, about = tensors.read(path)
+    assert about == {"seed": "3"}
+    every = parts["a"] | parts["b"]
+    assert found.keys() == every.keys()
+    assert all(torch.equal(value, every[name]) for name, value in found.items())
+    whole = bytearray(path.read_bytes())
+    for place in range(len(whole)):
+        whole[place] ^= 1
+        path.write_bytes(whole)
+        with pytest.raises(UserError):
+            tensors.read(path)
+        whole[place] ^= 1
+    tensors.join(path, [], {})
+    assert tensors.read(path) == ({}, {})
+    (tmp_path / "a").write_bytes((tmp_path / "a").read_bytes()[:-1])
+    with pytest.raises(UserError, match="too short"):
+        tensors.join(path, [tmp_path / "a"], {})
+
+
 @pytest.mark.parametrize("text", ["." * 32, "0" * 64, "seal", "sha256:" + "0" * 64])
 def test_a_table_of_one_column_and_texts_like_our_own(tmp_path, text):
     schema = pa.schema([schemas.column("prompt", pa.string(), "")])

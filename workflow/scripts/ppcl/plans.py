@@ -110,6 +110,10 @@ class Modulation:
             return outputs * (self.inputs + self.bias)
         return rank * (self.inputs + outputs) + outputs
 
+    def saved(self, rank: int, sixths: int = 6) -> int:
+        """Parameters that a rank saves, with so many sixths of the outputs kept either way."""
+        return self.parameters(sixths=sixths) - self.parameters(rank, sixths)
+
 
 @dataclass(frozen=True)
 class Unit:

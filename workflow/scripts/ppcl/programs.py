@@ -76,10 +76,10 @@ def cheapest(
             cut = {i: 1.0 if i in set(taken) else -1.0 for i in range(len(every))}
             rows.append((cut, len(taken) - 1))
         elif gap:
-            gap = 0.0 if cost > dearest / 8 else ROUGH
+            gap = 0.0 if cost >= dearest / 8 else ROUGH
             dearest = cost
         else:
-            bound = (low - ties.sum()) / scale
+            bound = float(low - ties.sum()) / scale
             return Taken(tuple(taken.tolist()), cost, max(0.0, min(cost, bound)))
 
 

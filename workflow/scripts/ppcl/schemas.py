@@ -307,6 +307,8 @@ _MEASURED = [
     column("all_correct", pa.float64(), "share of pictures, all three right", nan=True),
     column("latency_ratio", pa.float64(), "median batch time over the teacher's", nan=True),
     column("seconds", pa.float64(), "of this job's training up to this state, one thread"),
+    column("by_prompt", pa.string(), "JSON: squared errors, and norms, summed by held-out prompt"),
+    column("right", pa.string(), "JSON of all pictures: 1 if all three are right; none unjudged"),
 ]
 _METHOD = column("method", pa.string(), "name of the method (`ppcl/methods.py`)")
 

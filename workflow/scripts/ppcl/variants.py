@@ -123,8 +123,7 @@ def offer(
     """
     depth = len(blocks.block_sequence(transformer))
     pinned, forbidden = pins.wishes(settings, depth)
-    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
-    closed, counted = _closed(transformer, files, pinned, limits, settings)
+    closed, counted = _closed(files, depth, pinned, forbidden, settings)
     units = {unit.name: unit for unit in plan.units} if plan else {}
     if not settings["choose"]["closed_forms"]:
         left = plan.closed if plan else ()
@@ -161,31 +160,22 @@ def offer(
 
 
 def _closed(
-    transformer: nn.Module, files: Files, pinned: pins.Named, limits: dict, settings: Mapping
+    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Mapping
 ) -> tuple[Choices, Weights]:
     """Closed forms at their prices, and the parameters that each saves."""
-    depth = len(blocks.block_sequence(transformer))
-    if files.width is None:
-        return Choices(), Weights(*[[0.0] * depth] * 3)
-    widths, ranks = measured.widths(files.width, depth), measured.ranks(files.width)
-    width_limits = {**limits, "floor": settings["width"]["cka_floor"]}
-    text = width.text_sizes(transformer)
-    counted = Weights(
-        [0.0] * depth,
-        text["text_saved"],
-        text["text_output"],
-        {one.ffn: one.saved for one in widths if one.kind == "ffn"},
-        measured.rank_savings(ranks),
-        source=dict(enumerate(text["text_lent"])),
-    )
+    kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
+    wanted = [kind for key, some in kinds.items() if settings[key]["enabled"] for kind in some]
+    found = measured.closed(files.width, [0] * depth, wanted)
+    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
+    limits["floor"] = settings["width"]["cka_floor"]
     choices = Choices(
         {},
-        *reasons.usable_widths(widths, pinned, width_limits),
-        reasons.usable_ranks(ranks, limits["forbidden"]),
-        modulations={one.modulation.key: one.modulation for one in ranks},
-        unread=width.unread_after(transformer),
+        *reasons.usable_widths(found.widths, pinned, limits),
+        reasons.usable_ranks(found.widths, forbidden),
+        modulations=found.modulations,
+        unread=found.unread,
     )
-    return choices, counted
+    return choices, found.weights
 
 
 class Workshop:
