@@ -5,7 +5,6 @@ import json
 import runpy
 import subprocess
 
-import pandas as pd
 import pytest
 import tiny
 import torch
@@ -18,24 +17,11 @@ from ppcl import (
     blocks,
     calls,
     rehearsal,
-    schemas,
     students,
-    tables,
     texts,
 )
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
-
-
-def errors_table(path, errors, saved, blocks=1, seconds=float("nan")):
-    first = [3 * i for i in range(len(errors))]
-    found = pd.DataFrame({"first": first, "velocity_error": errors, "saved_parameters": saved})
-    found = found.assign(
-        last=found["first"] + 1, rows=1, removed_blocks=blocks, saved_seconds=seconds
-    )
-    found["unit"] = [f"{f:02d}-{f + 1:02d}" for f in first]
-    tables.write(path, found[schemas.UNIT_ERRORS.names], schemas.UNIT_ERRORS, {})
-    return path
 
 
 def test_an_unknown_variant_is_named():
@@ -257,16 +243,17 @@ def test_a_class_that_needs_more_than_two_blocks_is_rehearsed_whole(
 
 
 def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_inside):
-    """The program, from hand-made students: two intervals, of which the budget needs one."""
+    """The program, from a hand-made student."""
     teacher = tiny.load(tiny_teacher).transformer
-    every = [Part(0, 1), Part(3, 4)]
-    students.save(tmp_path / "students.safetensors", students.start(teacher, every, "first"), {})
+    unit = Unit((Part(3, 4),))
+    made = students.start(teacher, unit.parts, "first")
+    students.save(tmp_path / "students.safetensors", made, {})
     size = blocks.parameter_count(teacher.transformer_blocks[0])
     total = blocks.parameter_count(teacher)
-    entries = [students.plan_entry(Unit((part,)), size, float("nan")) for part in every]
-    plan = {"transformer_parameters": total, "blocks": 5, "units": entries, "distilled": entries}
+    entries = [students.plan_entry(unit, size, float("nan"))]
+    plan = {"transformer_parameters": total, "blocks": 5}
+    plan |= {"units": entries, "distilled": entries, "closed": []}
     texts.write_sealed(tmp_path / "plan.json", plan)
-    errors_table(tmp_path / "errors.parquet", [0.3, 0.1], [size, size])
     config = {
         "teacher": {"path": str(tiny_teacher)},
         "variants": [{"name": "p85", "budget": 1 - size / total}],
@@ -274,15 +261,16 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     paths = {
         "variant": "p85",
         "calls": tiny_calls,
-        "plan": tmp_path / "plan.json",
-        "students": tmp_path / "students.safetensors",
-        "errors": tmp_path / "errors.parquet",
+        "sets": tiny.chosen(tmp_path / "sets.json", tmp_path / "plan.json", "start", "p85"),
+        "start": tmp_path / "students.safetensors",
         "output": tmp_path / "p85",
     }
     tiny.stage("assemble", config, **paths)
     card = json.loads((tmp_path / "p85" / "pruning.json").read_text())
-    assert [unit["name"] for unit in card["units"]] == ["03-04"]
-    assert card["units"] == json.loads(json.dumps(entries[1:])) and card["finetuned"] is False
+    (found,) = card["units"]
+    assert found["name"] == "03-04" and found["source"] == "start" and card["ranks"] == []
+    assert found["parts"] == json.loads(json.dumps(entries[0]["parts"]))
+    assert card["finetuned"] is False
     assert card["parameters"] == total - size
     assert card["parameter_fraction"] == pytest.approx(1 - size / total)
     made = DiffusionPipeline.from_pretrained(tmp_path / "p85").transformer

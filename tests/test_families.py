@@ -202,8 +202,8 @@ def train(folder: Path, settings: dict, at: dict[str, Path]) -> dict[str, Path]:
         stage(name, settings, students=before, **common, **found)
         before = found["output"]
     at |= {"errors": found["errors"], "model": folder / "spare"}
-    of_variant = {key: at[key] for key in ("calls", "plan", "errors")}
-    of_variant |= {"variant": "spare", "students": before}
+    sets = tiny.chosen(folder / "sets.json", at["plan"], "subsets", "spare")
+    of_variant = {"calls": at["calls"], "sets": sets, "variant": "spare", "subsets": before}
     tuned, log = folder / "tuned.safetensors", folder / "tuned.parquet"
     stage("finetune", settings, **of_variant, state=at["state"], output=tuned, log_table=log)
     stage("assemble", settings, **of_variant, finetuned=tuned, output=at["model"])

@@ -27,7 +27,8 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
     trained = {"output": folder / "students.safetensors", "errors": folder / "errors.parquet"}
     more = {"state": folder / "state", "log_table": folder / "log.parquet"}
     tiny.stage("distill", settings, **given, **trained, **more)
-    return folder, settings, given | {"students": trained["output"], "errors": trained["errors"]}
+    sets = tiny.chosen(folder / "sets.json", given["plan"], "distill")
+    return folder, settings, {"calls": tiny_calls, "sets": sets, "distill": trained["output"]}
 
 
 def finetune(world, name, processes=1, kill=False, **options):

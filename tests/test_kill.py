@@ -60,9 +60,8 @@ def finetune_paths(world, distilled, name):
     return {
         "variant": "p70",
         "calls": recorded,
-        "plan": folder / "plan.json",
-        "students": distilled["output"],
-        "errors": distilled["errors"],
+        "sets": tiny.chosen(folder / "sets.json", folder / "plan.json", "distill"),
+        "distill": distilled["output"],
         "state": folder / name / "state",
         "output": folder / name / "p70.safetensors",
         "log_table": folder / name / "p70.parquet",

@@ -62,12 +62,11 @@ def main() -> None:
     measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]
     key, seed = "sensitivity.rows", settings["seed"]
     judged = reader.sample_heldout("select", options["rows"], seed, key)
+    fits = settings["width"] if start == "solved" else {}  # its rule passes them then alone
 
     def untrained(part: Part) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.
-        return solved.start(
-            transformer, [part], start, reader, settings["width"], seed, accelerator.device
-        )
+        return solved.start(transformer, [part], start, reader, fits, seed, accelerator.device)
 
     plugged_in = {part.name: (part.first, partial(untrained, part)) for part in measured}
     found = prices.measure(

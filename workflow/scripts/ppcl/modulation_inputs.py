@@ -235,7 +235,7 @@ def with_grid(
     sequence = blocks.block_sequence(short)
     grid = Sums(transformer, leaders.values(), device)
     done = 0
-    chosen = np.sort(np.resize(_one_of_each_text(reader, rows, rng), count))
+    chosen = np.sort(np.resize(rng.permutation(rows), count))  # neighbours are read at once
     for batch in reader.batches(chosen, size, device):
         batch, here = batch.to(device), slice(done, done := done + len(batch))
         arguments = batch.arguments
@@ -302,14 +302,6 @@ def _unknown(reader: calls.Reader) -> None:
         "as many steps as will be used (pipeline.num_inference_steps), or set modulation.enabled "
         "to false"
     )
-
-
-def _one_of_each_text(
-    reader: calls.Reader, rows: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """A random call of each prompt, in random order."""
-    rows = rng.permutation(rows)
-    return rows[np.sort(np.unique(reader.index["prompt_index"][rows], return_index=True)[1])]
 
 
 def _filled(like: Tensor, values: np.ndarray) -> Tensor:

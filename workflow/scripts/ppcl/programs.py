@@ -79,7 +79,7 @@ def cheapest(
             gap = 0.0 if cost >= dearest / 8 else ROUGH
             dearest = cost
         else:
-            bound = (low - ties.sum()) / scale
+            bound = float(low - ties.sum()) / scale
             return Taken(tuple(taken.tolist()), cost, max(0.0, min(cost, bound)))
 
 

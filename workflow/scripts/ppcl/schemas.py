@@ -167,7 +167,7 @@ INTERVALS = pa.schema(
         column("cka", pa.float64(), "cka(first - 1, last)"),
         column("selected", pa.bool_(), "a student is trained for this interval"),
         column("reason", pa.string(), "why it was selected or not"),
-        column("source", pa.string(), "`trend` (Eq. 5) or `optimal` (shortest path)"),
+        column("source", pa.string(), "`trend` (Eq. 5) or `optimal` (the cheapest set of all)"),
         column("cost", pa.float64(), "predicted loss of fidelity (intervals.cost)", nan=True),
         column("tolerance", pa.float64(), "rise of Delta that ended the search", nan=True),
     ]
