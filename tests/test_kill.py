@@ -2,8 +2,8 @@
 
 import os
 import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pandas as pd
 import pytest
@@ -135,7 +135,7 @@ def distill(settings, paths, processes, kill=False):
         killer = paths["state"].parent.parent / "killer.py"
         killer.write_text(KILLER)
         script.insert(0, str(killer))
-    command = [sys.executable]
+    command = [fresh.python(fresh.MODELS)]
     if processes > 1:
         command += [str(tiny.SCRIPTS / "launch.py"), "--processes", str(processes)]
         command += ["--threads", "2", "--device", "cpu"]

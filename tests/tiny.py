@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import multiprocessing.spawn  # noqa: F401  (before a stage stands another program for Python)
 import runpy
 import signal
 from pathlib import Path
 
+import fresh
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -187,6 +189,8 @@ def stage(name: str, settings: dict, *group: str, **paths) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", [name, *group, *options(settings, paths)])
+            # What is exported is loaded again in a fresh process.
+            patch.setattr("sys.executable", fresh.python(fresh.MODELS))
             by_row_group(patch)
             runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     finally:
