@@ -254,3 +254,9 @@ def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, cap
     assert "% of what it changes is lost" in told and "1 of 1 layers have a place" in told
     projected = lora.read(QwenImagePipeline, tmp_path / "l.safetensors", "transformer")
     assert projected["transformer_blocks.0.img_mod.1.up"].bias is not None
+
+
+def test_nothing_is_unpickled(tmp_path):
+    torch.save({"transformer.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "a.bin")
+    with pytest.raises(UserError, match=r"a\.bin is no \.safetensors file"):
+        lora.read(QwenImagePipeline, tmp_path / "a.bin", "transformer")

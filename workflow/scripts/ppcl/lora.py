@@ -57,7 +57,9 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
     """
     if not hasattr(pipeline, "lora_state_dict"):
         raise UserError(f"--lora: diffusers has no LoRAs for {pipeline.__name__}")
-    more = {"weight_name": path.name, "return_lora_metadata": True}
+    if path.suffix != ".safetensors":  # diffusers would unpickle it
+        raise UserError(f"--lora: {path} is no .safetensors file; convert it")
+    more = {"weight_name": path.name, "use_safetensors": True, "return_lora_metadata": True}
     if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
         more["return_alphas"] = True  # classes without it have put them into the weights
     try:
