@@ -180,6 +180,26 @@ def test_a_second_time_of_zero_is_a_sample_too(tmp_path):
         assert_close(sums.of(one), direct([expected[:1]]), 1e-6)
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+def test_extract_writes_nothing_where_no_modulation_is_wanted(
+    world, tiny_teacher, tiny_calls, tmp_path, monkeypatch, enabled
+):
+    if not enabled:
+        monkeypatch.setattr(modulation_inputs.Sums, "_rows", None)  # nothing may be computed
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"path": str(tiny_teacher)},
+        "extract": {"rows": 8, "batch_size": 4, "moment_tokens": 4, "sample_tokens": 1},
+        "modulation": {"enabled": enabled, "timesteps": 8},
+    }
+    made = {n: tmp_path / f"{n}.x" for n in ("tokens", "moments", "conditioning")}
+    tiny.stage("extract", settings, calls=tiny_calls, state=tmp_path / "state", **made)
+    found = conditioning.read(made["conditioning"])
+    assert set(found.places) == (set(keys(world[0])) if enabled else set())
+    assert [e.count for e in found.entries] == ([1.0] if enabled else [])
+
+
 # ---- every family, at schedules that were not recorded
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
