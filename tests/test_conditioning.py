@@ -145,8 +145,8 @@ def test_the_grid_is_the_schedulers_whole_range(world, tmp_path):
     temb = transformer.time_text_embed(times, torch.zeros(1))
     grid = direct([nn.functional.silu(temb)])
     once = recorded.entries[0]
-    share = min(len(np.unique(reader.index["timestep"][rows])), 16) / 16
-    expected = once.weighted(share / once.count) + grid.weighted(1 / 16)
+    share = modulation_inputs.RECORDED
+    expected = once.weighted(share / once.count) + grid.weighted((1 - share) / 16)
     torch.testing.assert_close(found.entries[0].outer, expected.outer, rtol=1e-4, atol=1e-6)
     assert found.places == recorded.places
     off = modulation_inputs.with_grid(
@@ -162,7 +162,8 @@ def test_a_second_time_of_zero_is_a_sample_too(tmp_path):
     shape = {"blocks": 2, "heads": 1, "head_dim": 32, "axes_dims_rope": [8, 12, 12]}
     torch.manual_seed(0)
     made = teacher.make_transformer(shape, tiny.Z_DIM, tiny.TEXT_WIDTH)
-    made = type(made).from_config(dict(made.config) | {"zero_cond_t": True})
+    settings = {k: v for k, v in made.config.items() if not k.startswith("_")}
+    made = type(made)(**settings | {"zero_cond_t": True}).eval()
     found = tiny.arguments()
     found["img_shapes"] = [[(1, 2, 4), (1, 2, 4)]] * 2  # half of the tokens are a given picture
     rows = tiny.places(2) | {"heldout": [False, True], "timestep": [700.0] * 2}
@@ -177,6 +178,26 @@ def test_a_second_time_of_zero_is_a_sample_too(tmp_path):
     assert_close(sums.of((1, "img_mod.1")), direct([expected]), 1e-6)
     for one in ((1, "txt_mod.1"), (2, "norm_out.linear")):
         assert_close(sums.of(one), direct([expected[:1]]), 1e-6)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_extract_writes_nothing_where_no_modulation_is_wanted(
+    world, tiny_teacher, tiny_calls, tmp_path, monkeypatch, enabled
+):
+    if not enabled:
+        monkeypatch.setattr(modulation_inputs.Sums, "_rows", None)  # nothing may be computed
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"path": str(tiny_teacher)},
+        "extract": {"rows": 8, "batch_size": 4, "moment_tokens": 4, "sample_tokens": 1},
+        "modulation": {"enabled": enabled, "timesteps": 8},
+    }
+    made = {n: tmp_path / f"{n}.x" for n in ("tokens", "moments", "conditioning")}
+    tiny.stage("extract", settings, calls=tiny_calls, state=tmp_path / "state", **made)
+    found = conditioning.read(made["conditioning"])
+    assert set(found.places) == (set(keys(world[0])) if enabled else set())
+    assert [e.count for e in found.entries] == ([1.0] if enabled else [])
 
 
 # ---- every family, at schedules that were not recorded
