@@ -246,6 +246,23 @@ def test_z_a_is_what_the_attention_of_the_source_gets(calls_of, name):
     assert torch.equal(carried.chunk(2, dim=-1)[1], tapped["text/input"])
 
 
+@pytest.mark.parametrize("family", ["FluxTransformer2DModel", "QwenImageTransformer2DModel"])
+def test_projections_are_fused_as_in_the_stock_class(calls_of, family):
+    """Where blocks have no text queries, too. The stock class of Qwen-Image fuses nothing; that of
+    SD3.5 can't run fused if it attends twice."""
+    transformer, arguments = calls_of(ONE_EACH[family])
+    model = copy.deepcopy(narrow_everywhere(transformer, unread=False))
+    made = narrow.from_stock(model, blocks.family(transformer).layouts())
+    with torch.no_grad():
+        expected = blocks.answer(made, arguments)
+        made.fuse_qkv_projections()
+        torch.testing.assert_close(blocks.answer(made, arguments), expected, rtol=1e-5, atol=1e-5)
+        fused = any("to_added_qkv" in key for key in made.state_dict())
+        assert fused == family.startswith("Flux")
+        made.unfuse_qkv_projections()
+        torch.testing.assert_close(blocks.answer(made, arguments), expected, rtol=1e-5, atol=1e-5)
+
+
 # ---- what is kept has an effect
 
 KEYS = "softmax does not change if all its scores do alike"

@@ -383,11 +383,25 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
         file.write_text(module_text(base, layouts), encoding="utf-8")
         base.save_config(self, save_directory, *args, **kwargs)
 
+    def fuse_qkv_projections(self) -> None:
+        # The stock class reads the weights of text queries, also of blocks that have none.
+        without = [m for m in self.modules() if getattr(m, "add_q_proj", None) is _nothing]
+        for attention in without:
+            key = attention.add_k_proj
+            shape = key.in_features, key.out_features
+            attention.add_q_proj = _zero_linear(*shape, key.weight, key.bias is not None)
+        try:
+            base.fuse_qkv_projections(self)
+        finally:
+            for attention in without:
+                _drop(attention, "add_q_proj", _nothing)
+
     body = {
         "__doc__": f"A {base.__name__} with narrow blocks.",
         "__init__": init,
         "__module__": module,  # pipelines write it to model_index.json, as the name of the file
         "_tp_plan": None,  # the stock plan of tensor parallelism names layers that may be gone
+        "fuse_qkv_projections": fuse_qkv_projections,
         "save_config": save_config,
         "stock": base,
     }
