@@ -89,7 +89,7 @@ def similar(path, depth=5, text=0.9):
 def measure(tiny_teacher, tiny_calls, folder, name="w", without=(), **modulation):
     """The prices; `without` names inputs that the stage is not given."""
     settings = settings_of(tiny_teacher) | {"modulation": modulation}
-    settings["width"] |= {"enabled": "blocks" not in without}
+    settings["width"]["enabled"] = "blocks" not in without
     path = folder / f"{name}.parquet"
     paths = {
         "blocks": similar(folder / "blocks.parquet"),

@@ -18,10 +18,10 @@ from ppcl.plans import Part, Unit
 # TFLOP/s, if plan.tflops names none. An A100's peak is 312 in bf16, of which large products leave a
 # third; a CPU's is that of two cores in float32.
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.02
-# Of a GPU's speed in bf16, what float32 leaves (an A100's peaks are 312 and 19.5), and float64 on
-# one that is not made for it, or on a server's CPU, which does it where the GPU has no room; of a
-# CPU's in float32, what float64 does.
-FLOAT32, GPU_FLOAT64, CPU_FLOAT64 = 1 / 16, 1 / 200, 1 / 2
+# Of a GPU's speed in bf16, what TensorFloat-32 leaves, float32 (an A100's peaks are 312, 156 and
+# 19.5), and float64 on one that is not made for it, or on a server's CPU, which does it where the
+# GPU has no room; of a CPU's in float32, what float64 does.
+TENSOR_FLOAT32, FLOAT32, GPU_FLOAT64, CPU_FLOAT64 = 1 / 2, 1 / 16, 1 / 200, 1 / 2
 # A training step is a forward pass and a backward one of twice its FLOPs; checkpointing repeats the
 # forward pass.
 STEP, CHECKPOINTED = 3, 4
@@ -45,7 +45,8 @@ class Work:
         trains: whether it computes in its own precision instead of the teacher's.
         models: how many models it loads, one after the other.
         pictures: how many it makes.
-        float32: further FLOPs, of passes in float32, whatever the teacher's type.
+        float32: further FLOPs, of passes in float32, whatever the teacher's type
+            (`devices.in_float32`).
         devices: how many share flops and passes.
         streams: whether the teacher comes to the device a block at a time, if teacher.offload
             says so.
@@ -252,11 +253,11 @@ def speed(settings: Mapping, work: Work, float32: bool = False) -> float:
     given = 1e12 * (settings["plan"]["tflops"] or (CPU_TFLOPS if cpu else GPU_TFLOPS))
     if work.float64:
         return given * (CPU_FLOAT64 if cpu else GPU_FLOAT64)
-    low = not float32 and (
-        settings[work.trains]["mixed_precision"] != "no"
-        if work.trains
-        else (settings["teacher"]["dtype"] != "float32")
-    )
+    low = settings["teacher"]["dtype"] != "float32"
+    if float32:
+        return given * (1.0 if cpu else TENSOR_FLOAT32 if low else FLOAT32)
+    if work.trains:
+        low = settings[work.trains]["mixed_precision"] != "no"
     return given * (1.0 if low or cpu else FLOAT32)
 
 
