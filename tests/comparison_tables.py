@@ -1,5 +1,7 @@
 """A table as a finished ablation could have left it."""
 
+import json
+
 import numpy as np
 import pandas as pd
 
@@ -26,6 +28,8 @@ def table(judged: bool = True, seed: int = 0) -> pd.DataFrame:
                 row |= {"removed_blocks": 10, "removed_parameters": 10**6, "intervals": "[]"}
                 row |= {"text_runs": "[]", "linear_ffns": "[]", "parameter_fraction": 0.59}
                 row |= {"velocity_error": error, "velocity_error_low": 0.9 * error}
+                parts = rng.dirichlet(np.ones(6)) * error
+                row |= {"by_prompt": json.dumps([parts.tolist(), [1 / 6] * 6]), "right": "[]"}
                 row |= {"velocity_error_high": 1.1 * error}
                 row |= {"all_correct": 0.98 - 4 * error if judged else np.nan}
                 rows.append(row)

@@ -1,23 +1,29 @@
 """Fresh processes that start at once: forks of one that has imported what takes seconds.
 
 Such a process has memory, signals, files and an exit code of its own, like any; it only finds the
-libraries already imported. Nothing of this repository is among them, so each reads its own code.
+libraries imported already. Nothing of this repository is among them, so each reads its own code.
+What libraries read from the environment while they are imported (HF_HOME, say) is the server's.
 """
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
 import runpy
+import selectors
+import shutil
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import types
 from collections.abc import Mapping
 from pathlib import Path
 
-# What programs of either kind import: the server of a kind is started once per session.
+# What programs of either kind import; the server of a kind is started once per session.
 MODELS = ("accelerate.state", "diffusers.hooks", "diffusers.QwenImagePipeline", "pandas")
 SNAKEMAKE = (
     "snakemake.cli",
@@ -36,6 +42,25 @@ SNAKEMAKE = (
     "PIL.Image",
 )
 
+# A program named python, which asks a server for a fork that does what it was to do. It hands over
+# its own files, passes signals on, and ends as the fork does; if it is killed, so is the fork.
+CLIENT = """#!{python} -IS
+import json, os, signal, socket, sys
+server = socket.socket(socket.AF_UNIX)
+server.connect({address!r})
+asked = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+socket.send_fds(server, [b"%20d" % len(json.dumps(asked))], [0, 1, 2])
+server.sendall(json.dumps(asked).encode())
+child = int(server.recv(20))
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, _: os.kill(child, number))
+code = int(server.recv(20))
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
+"""
+
 
 def run(
     kind: tuple[str, ...],
@@ -48,80 +73,161 @@ def run(
 
     Args:
         kind: MODELS or SNAKEMAKE.
-        words: `-c CODE`, `-m MODULE` or a script, and arguments.
-        env: other variables; OMP_NUM_THREADS is what it was when libraries were imported.
+        words: options, then `-c CODE`, `-m MODULE` or a script, and arguments.
+        env: other variables.
         merged: stderr goes to stdout.
     """
-    server = _server(kind)
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / name for name in ("stdout", "stdout" if merged else "stderr")]
-        asked = {
-            "words": [str(word) for word in words],
-            "cwd": str(cwd or Path.cwd()),
-            "env": dict(os.environ if env is None else env),
-            "outputs": [str(path) for path in outputs],
-        }
-        server.stdin.write(json.dumps(asked) + "\n")
-        server.stdin.flush()
-        code = int(server.stdout.readline())
-        texts = [path.read_text() for path in outputs]
-        return subprocess.CompletedProcess(words, code, texts[0], "" if merged else texts[1])
+    return subprocess.run(
+        [python(kind), *map(str, words)],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+    )
+
+
+_servers: list[subprocess.Popen] = []  # each ends when its stdin does, with this process
 
 
 @functools.cache
-def _server(kind: tuple[str, ...]) -> subprocess.Popen:
-    started = subprocess.Popen(
-        [sys.executable, __file__, *kind],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    atexit.register(started.wait)
-    atexit.register(started.stdin.close)
-    return started
+def python(kind: tuple[str, ...]) -> str:
+    """The program that stands for Python of a kind; Snakemake's starts jobs with that of MODELS."""
+    folder = tempfile.mkdtemp(prefix="fresh-")  # which the server removes
+    program, address = Path(folder, "python"), Path(folder, "socket")
+    program.write_text(CLIENT.format(python=sys.executable, address=str(address)))
+    program.chmod(0o755)
+    of_jobs = str(program) if kind == MODELS else python(MODELS)
+    command = [sys.executable, __file__, str(address), of_jobs, *kind]
+    started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    started.stdout.read(1)  # it listens
+    _servers.append(started)
+    return str(program)
 
 
-def _serve() -> list[str]:
-    """Forks for every line of stdin, and answers with the exit code; returns in a fork, with the
-    words that it is to run."""
-    for line in sys.stdin:
-        asked = json.loads(line)
-        if (child := os.fork()) == 0:
-            for number, place in enumerate([os.devnull, *asked["outputs"]]):
-                flags = os.O_RDWR if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                os.dup2(os.open(place, flags, 0o600), number)
-            # What this process has read ahead of its own input is not the fork's.
-            sys.stdin = open(0, closefd=False)
-            os.environ.clear()
-            os.environ.update(asked["env"])
-            os.chdir(asked["cwd"])
-            return asked["words"]
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-    sys.exit()
+def _serve(address: str) -> list[str]:
+    """Forks for everyone who asks, until stdin is closed; returns in a fork, with what it is to do.
+
+    A fork's end is told to who asked; who goes away before has the fork killed.
+    """
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(address)
+    listening.listen(64)
+    waiting = selectors.DefaultSelector()
+    waiting.register(listening, selectors.EVENT_READ)
+    waiting.register(0, selectors.EVENT_READ)
+    os.write(1, b"x")
+    while True:
+        for key, _ in waiting.select():
+            if key.fileobj == 0:
+                shutil.rmtree(os.path.dirname(address))
+                os._exit(0)
+            if key.fileobj is listening:
+                client, _ = listening.accept()
+                size, files, *_ = socket.recv_fds(client, 20, 3)
+                if not size:
+                    continue
+                text = b""
+                while len(text) < int(size):
+                    text += client.recv(int(size) - len(text))
+                if (child := os.fork()) == 0:
+                    for place, file in enumerate(files):
+                        os.dup2(file, place)
+                        os.close(file)
+                    client.close()
+                    _close(waiting)
+                    return _prepared(json.loads(text))
+                for file in files:
+                    os.close(file)
+                client.sendall(b"%20d" % child)
+                end = os.pidfd_open(child)
+                waiting.register(end, selectors.EVENT_READ, (child, end, client))
+                waiting.register(client, selectors.EVENT_READ, (child, end, client))
+                continue
+            child, end, client = key.data
+            if key.fileobj is client:  # nobody sends anything more: it is gone
+                os.kill(child, 9)
+            code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            for watched in (end, client):
+                waiting.unregister(watched)
+            try:
+                client.sendall(b"%20d" % code)
+            except OSError:
+                pass
+            client.close()
+            os.close(end)
+            break  # what else is ready may be of the same fork
 
 
-def _become(words: list[str]) -> None:
-    """Does what `python *words` does, from sys.argv and sys.path on."""
-    first, *rest = words
+def _close(waiting: selectors.BaseSelector) -> None:
+    """Closes what the server waits for: a fork that held a client would hide that it goes."""
+    held = [key.fileobj for key in waiting.get_map().values()]
+    waiting.close()
+    for one in held:
+        if isinstance(one, socket.socket):
+            one.close()
+        elif one:  # not stdin, which is the fork's own by now
+            os.close(one)
+
+
+def _prepared(asked: dict) -> list[str]:
+    os.environ.clear()
+    os.environ.update(asked["env"])
+    os.chdir(asked["cwd"])
+    sys.stdin = open(0, closefd=False)
+    return asked["words"]
+
+
+def _become(words: list[str], program: str) -> None:
+    """Does what `python *words` does once it has started."""
+    sys.executable = program
+    if "torch" in sys.modules:
+        threads = os.environ.get("OMP_NUM_THREADS") or len(os.sched_getaffinity(0))
+        sys.modules["torch"].set_num_threads(int(threads))
+    isolated = False
+    while words[0] in ("-u", "-I"):
+        isolated |= words.pop(0) == "-I"
     paths = os.environ.get("PYTHONPATH")
-    sys.path[1:1] = paths.split(os.pathsep) if paths else []
+    sys.path[1:1] = paths.split(os.pathsep) if paths and not isolated else []
+    first, *rest = words
     if first == "-c":
         main = types.ModuleType("__main__")
-        sys.modules["__main__"], sys.argv, sys.path[0] = main, ["-c", *rest[1:]], ""
+        sys.modules["__main__"], sys.argv = main, ["-c", *rest[1:]]
+        sys.path[:1] = [] if isolated else [""]
         exec(compile(rest[0], "<string>", "exec"), main.__dict__)
     elif first == "-m":
         sys.argv, sys.path[0] = ["-m", *rest[1:]], os.getcwd()
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
-        sys.argv, sys.path[0] = words, os.path.dirname(os.path.abspath(first))
+        sys.argv = words
+        sys.path[:1] = [] if isolated else [os.path.dirname(os.path.abspath(first))]
         runpy.run_path(first, run_name="__main__")
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:]:
+    for name in sys.argv[3:]:
         try:
             importlib.import_module(name)
         except ModuleNotFoundError:  # a name that its package makes on demand
             package, _, last = name.rpartition(".")
             getattr(importlib.import_module(package), last)
-    _become(_serve())
+    gc.freeze()  # or every fork's collector would copy all of it
+    words = _serve(sys.argv[1])
+    code: object = 0
+    try:
+        _become(words, sys.argv[2])
+    except SystemExit as stopped:
+        code = stopped.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    if not isinstance(code, int):
+        print(code, file=sys.stderr) if code is not None else None
+        code = int(code is not None)
+    # As at any process's end, but for freeing every module, which copies them first.
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code & 0xFF)

@@ -297,5 +297,6 @@ UNIT = {
     "saved_seconds": None,
     "parts": [PART],
 }
-PLAN = {"transformer_parameters": 100, "blocks": 5, "units": [UNIT], "distilled": [UNIT]}
+PLAN = {"transformer_parameters": 100, "blocks": 5}
+PLAN |= {"units": [UNIT], "distilled": [UNIT], "closed": [UNIT]}
 CONFIG = config.complete({"variants": [{"name": "p", "budget": 0.5}]}, "example")

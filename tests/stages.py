@@ -58,7 +58,12 @@ CALIBRATED = {
     if name not in ("tokens", "conditioning", "latency")
 }
 PLAN = CALLS | {"plan": "plan.json"}
-TUNED = PLAN | {"students": "subsets.safetensors", "errors": "subsets-errors.parquet"}
+STUDENTS = ("distill", "narrow", "subsets")
+MODELS = CALLS | {"maps": "maps.safetensors", "conditioning": "conditioning.safetensors"}
+MODELS |= {"start": "start.safetensors", **{stage: f"{stage}.safetensors" for stage in STUDENTS}}
+PRICES = {"plan": "plan.json", "width": "width.parquet", "latency": "latency.parquet"}
+PRICES |= {f"{stage}_errors": f"{stage}-errors.parquet" for stage in STUDENTS}
+TUNED = MODELS | {"sets": "sets.json"}
 
 
 def _taught(program: str, start: str) -> Stage:
@@ -131,6 +136,12 @@ STAGES = [
     _taught("narrow", "distill"),
     _taught("subsets", "narrow"),
     Stage(
+        "choose",
+        MODELS | PRICES,
+        {"sets": "sets.json", "units": "units.parquet", "measured": "measured.parquet"},
+        state=True,
+    ),
+    Stage(
         "finetune",
         TUNED,
         {"output": "small.safetensors", "log_table": "small-log.parquet"},
@@ -143,7 +154,7 @@ STAGES = [
         {"output": "small"},
         more={"variant": "small"},
     ),
-    Stage("pareto", TUNED, {"points": "points.parquet"}),
+    Stage("pareto", TUNED | PRICES, {"points": "points.parquet"}),
     Stage(
         "evaluate",
         CALLS | {"models": "small"},
@@ -229,6 +240,7 @@ def settings(teacher: Path, folder: Path) -> dict:
         },
         "distill": HOW | {"steps": 5, "heldout_rows": 3, "cache_inputs": "always"},
         "subsets": HOW | {"steps": 5, "heldout_rows": 3},
+        "choose": {"rows": 3, "batch_size": 2},
         "finetune": HOW,
         "variants": [
             {"name": "small", "budget": {"fraction": 0.8, "blocks": 4}, "finetune_steps": 5}

@@ -574,6 +574,31 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     assert 1 < (alone["high"] / alone["mean"])["joint", "plugged"] < row["high"] / row["mean"]
 
 
+def test_ratios_are_of_the_same_prompts():
+    rng = np.random.default_rng(0)
+    every = comparison_tables.table()
+    every = every[every["method"].isin(["joint", "shortgpt"]) & (every["state"] == "plugged")]
+    errors, logs = rng.lognormal(size=(2, 3, 5)), {}  # of a method, seed and prompt
+    rows = []
+    for name, mine in zip(("joint", "shortgpt"), errors, strict=True):
+        logs[name] = np.log(mine.sum(1) / 5)
+        for row, sums in zip(every[every["method"] == name].to_dict("records"), mine, strict=True):
+            text = json.dumps([sums.tolist(), [1.0] * 5])
+            rows.append(row | {"velocity_error": sums.sum() / 5, "by_prompt": text})
+    value, low, high = comparison_figure.ratio(pd.DataFrame(rows), "joint", "shortgpt", "plugged")
+    assert value == pytest.approx(np.exp(logs["joint"].mean() - logs["shortgpt"].mean()))
+    # All draws of five prompts, each as likely as another.
+    draws = np.array(list(itertools.product(range(5), repeat=5)))
+    one, two = np.log(errors[..., draws].sum(-1)).mean(1)
+    ends = np.percentile(one - two, [2.5, 97.5]) - np.log(value)
+    spread = (logs["joint"].var(ddof=1) + logs["shortgpt"].var(ddof=1)) / 2
+    reach = 2.776445 * (spread * 2 / 3) ** 0.5  # t with 4 degrees of freedom
+    expected = np.exp(np.log(value) + np.array([-1, 1]) * np.hypot(reach, ends))
+    np.testing.assert_allclose((low, high), expected, rtol=0.05)
+    alike = [row | {"by_prompt": rows[0]["by_prompt"], "velocity_error": 0.5} for row in rows]
+    assert comparison_figure.ratio(pd.DataFrame(alike), "joint", "shortgpt", "plugged") == (1, 1, 1)
+
+
 @pytest.mark.parametrize("judged", [True, False])
 def test_the_figure_names_every_method(tmp_path, judged):
     from plotting import draw, svg_text

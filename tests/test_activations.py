@@ -25,7 +25,7 @@ def world(tiny_teacher, tmp_path_factory):
     return tiny.load(tiny_teacher).transformer, calls.Reader(path)
 
 
-def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3):
+def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3, **more):
     transformer, reader = world
     rows = np.arange(len(reader)) if rows is None else rows
     options = {
@@ -33,7 +33,7 @@ def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3):
         "moment_tokens": moment_tokens,
         "sample_tokens": sample_tokens,
         "checkpoint_every": 10**6,
-    }
+    } | more
     # The files stay open, and may go.
     with tempfile.TemporaryDirectory() as folder:
         return activations.collect(
@@ -68,6 +68,15 @@ def lengths(batch):
     mask = batch.arguments.get("encoder_hidden_states_mask")
     count = batch.arguments["encoder_hidden_states"].shape[1]
     return mask.sum(1).tolist() if mask is not None else [count] * len(batch)
+
+
+def test_without_sums_the_rest_is_the_same(world):
+    """Where nothing is probed."""
+    _, expected = collect(world)
+    moments, samples = collect(world, sums=False)
+    assert moments.sums == {}
+    for stream, sample in expected.items():
+        assert np.array_equal(samples[stream]["token"], sample["token"])
 
 
 def test_moments_are_the_direct_sums(world):

@@ -1,154 +1,27 @@
 """Choosing students for a budget, and folders that stock diffusers must load."""
 
 import copy
-import itertools
 import json
 import runpy
 import subprocess
 
-import pandas as pd
 import pytest
 import tiny
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from ppcl import (
     assembly,
     blocks,
     calls,
-    pins,
     rehearsal,
-    schemas,
-    selection,
     students,
-    tables,
     texts,
 )
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
-
-# ---- which students
-
-
-@settings(max_examples=150, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 64), st.integers(1, 9)), max_size=8),
-    st.integers(0, 30),
-    st.sampled_from([1, 1 / 7]),
-)
-def test_cheapest_is_that_of_all_subsets(items, needed, unit):
-    """Of counts, and of times."""
-    costs = [cost / 64 for cost, _ in items]
-    savings = [saving for _, saving in items]
-    found = assembly.cheapest(costs, [[saving * unit] for saving in savings], [needed * unit])
-    subsets = itertools.chain.from_iterable(
-        itertools.combinations(range(len(items)), n) for n in range(len(items) + 1)
-    )
-    enough = [s for s in subsets if sum(savings[i] for i in s) >= needed]
-    if not enough:
-        assert found is None
-        return
-    assert found == sorted(set(found))
-    assert sum(savings[i] for i in found) >= needed
-    assert sum(costs[i] for i in found) == min(sum(costs[i] for i in s) for s in enough)
-
-
-def errors_table(path, errors, saved, blocks=1, seconds=float("nan")):
-    first = [3 * i for i in range(len(errors))]
-    found = pd.DataFrame({"first": first, "velocity_error": errors, "saved_parameters": saved})
-    found = found.assign(
-        last=found["first"] + 1, rows=1, removed_blocks=blocks, saved_seconds=seconds
-    )
-    found["unit"] = [f"{f:02d}-{f + 1:02d}" for f in first]
-    tables.write(path, found[schemas.UNIT_ERRORS.names], schemas.UNIT_ERRORS, {})
-    return path
-
-
-PLAN = {"transformer_parameters": 100, "blocks": 12, "transformer_seconds": 2.0}
-
-
-def test_variants_take_what_costs_least(tmp_path):
-    path = errors_table(tmp_path / "errors.parquet", [0.3, 0.1, 0.05, 0.2], [10, 10, 10, 20])
-
-    def chosen(budget):
-        return assembly.choose(path, PLAN, {"name": "v", "budget": budget})
-
-    assert chosen(1.0) == []
-    assert chosen(0.9) == chosen({"parameters": 90}) == ["06-07"]
-    assert chosen(0.8) == ["03-04", "06-07"]
-    assert chosen(0.7) == ["06-07", "09-10"]  # 0.25 for 30, against 0.45 for the three small ones
-    assert chosen(0.5) == ["00-01", "03-04", "06-07", "09-10"]
-    with pytest.raises(UserError, match=r"'v': all .* save 50 parameters, .*0\.49 needs 51 param"):
-        chosen(0.49)
-
-
-def test_variants_hold_what_is_pinned(tmp_path):
-    path = errors_table(tmp_path / "errors.parquet", [0.3, 0.1, 0.05, 0.2], [10, 10, 10, 20])
-
-    def chosen(budget):
-        return assembly.choose(path, PLAN, {"name": "v", "budget": budget}, {"00-01"})
-
-    assert chosen(1.0) == chosen(0.9) == ["00-01"]
-    assert chosen(0.8) == ["00-01", "06-07"]
-    assert chosen(0.6) == ["00-01", "06-07", "09-10"]
-
-
-def test_a_unit_is_pinned_by_anything_that_it_holds():
-    from prune import pinned_in
-
-    run = Unit((Part(3, 3, (), "source"), Part(4, 6, ("image",), "close", (3, 3))))
-    for named, expected in (
-        (pins.Named(intervals=frozenset({(4, 6)})), True),
-        (pins.Named(intervals=frozenset({(4, 5), (3, 6)})), False),
-        (pins.Named(runs=frozenset({(3, 6)})), True),
-        (pins.Named(runs=frozenset({(2, 6)})), False),
-        (pins.Named(ffns=frozenset({(4, "image")})), True),
-        (pins.Named(ffns=frozenset({(4, "text"), (5, "image")})), False),
-        (pins.NOTHING, False),
-    ):
-        assert pinned_in(run, named) == expected
-
-
-def test_variants_by_blocks_and_by_time(tmp_path):
-    path = errors_table(
-        tmp_path / "errors.parquet",
-        [0.3, 0.1, 0.05, 0.2],
-        [10, 10, 10, 20],
-        blocks=[3, 1, 0, 2],
-        seconds=[0.5, 0.1, 0.3, 0.2],
-    )
-
-    def chosen(**budget):
-        return assembly.choose(path, PLAN, {"name": "v", "budget": budget})
-
-    assert chosen(blocks=11) == ["03-04"] and chosen(blocks=9) == ["00-01"]  # ties are the first's
-    assert chosen(latency=0.85) == ["06-07"] and chosen(latency=0.75) == ["06-07", "09-10"]
-    with pytest.raises(UserError, match=r"save 6 blocks, but its budget .*5.* needs 7 blocks"):
-        chosen(blocks=5)
-    with pytest.raises(UserError, match="save 1100 ms per call, but its budget .* 1200 ms"):
-        chosen(latency=0.4)
-
-
-def test_a_latency_variant_needs_times(tmp_path):
-    path = errors_table(tmp_path / "errors.parquet", [0.3], [10])
-    wanted = {"name": "v", "budget": {"latency": 0.5}}
-    with pytest.raises(UserError, match=r"errors.parquet: holds no saved_seconds"):
-        assembly.choose(path, PLAN, wanted)
-    with pytest.raises(UserError, match="the plan does not tell 'transformer_seconds'"):
-        assembly.choose(path, {"transformer_parameters": 100, "blocks": 12}, wanted)
-
-
-@pytest.mark.parametrize(("total", "budget"), [(100, 0.29), (1000, 0.57), (100, 0.58), (7, 0.3)])
-def test_a_budget_is_the_one_that_was_selected_for(tmp_path, total, budget):
-    """0.29 * 100 is 28.999999999999996: the model may keep 29 parameters, not 28."""
-    needed = selection.parameters_needed(total, budget)
-    path = errors_table(tmp_path / "errors.parquet", [0.3], [needed])
-    wanted = {"name": "v", "budget": budget}
-    assert len(assembly.choose(path, {"transformer_parameters": total}, wanted)) == 1
 
 
 def test_an_unknown_variant_is_named():
@@ -370,16 +243,17 @@ def test_a_class_that_needs_more_than_two_blocks_is_rehearsed_whole(
 
 
 def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_inside):
-    """The program, from hand-made students: two intervals, of which the budget needs one."""
+    """The program, from a hand-made student."""
     teacher = tiny.load(tiny_teacher).transformer
-    every = [Part(0, 1), Part(3, 4)]
-    students.save(tmp_path / "students.safetensors", students.start(teacher, every, "first"), {})
+    unit = Unit((Part(3, 4),))
+    made = students.start(teacher, unit.parts, "first")
+    students.save(tmp_path / "students.safetensors", made, {})
     size = blocks.parameter_count(teacher.transformer_blocks[0])
     total = blocks.parameter_count(teacher)
-    entries = [students.plan_entry(Unit((part,)), size, float("nan")) for part in every]
-    plan = {"transformer_parameters": total, "blocks": 5, "units": entries, "distilled": entries}
+    entries = [students.plan_entry(unit, size, float("nan"))]
+    plan = {"transformer_parameters": total, "blocks": 5}
+    plan |= {"units": entries, "distilled": entries, "closed": []}
     texts.write_sealed(tmp_path / "plan.json", plan)
-    errors_table(tmp_path / "errors.parquet", [0.3, 0.1], [size, size])
     config = {
         "teacher": {"path": str(tiny_teacher)},
         "variants": [{"name": "p85", "budget": 1 - size / total}],
@@ -387,15 +261,16 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     paths = {
         "variant": "p85",
         "calls": tiny_calls,
-        "plan": tmp_path / "plan.json",
-        "students": tmp_path / "students.safetensors",
-        "errors": tmp_path / "errors.parquet",
+        "sets": tiny.chosen(tmp_path / "sets.json", tmp_path / "plan.json", "start", "p85"),
+        "start": tmp_path / "students.safetensors",
         "output": tmp_path / "p85",
     }
     tiny.stage("assemble", config, **paths)
     card = json.loads((tmp_path / "p85" / "pruning.json").read_text())
-    assert [unit["name"] for unit in card["units"]] == ["03-04"]
-    assert card["units"] == json.loads(json.dumps(entries[1:])) and card["finetuned"] is False
+    (found,) = card["units"]
+    assert found["name"] == "03-04" and found["source"] == "start" and card["ranks"] == []
+    assert found["parts"] == json.loads(json.dumps(entries[0]["parts"]))
+    assert card["finetuned"] is False
     assert card["parameters"] == total - size
     assert card["parameter_fraction"] == pytest.approx(1 - size / total)
     made = DiffusionPipeline.from_pretrained(tmp_path / "p85").transformer

@@ -11,6 +11,7 @@ from test_width_stages import measure
 from ppcl import (
     blocks,
     calls,
+    pins,
     pipelines,
     prices,
     schemas,
@@ -20,7 +21,9 @@ from ppcl import (
     tensors,
     variants,
 )
+from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
+from ppcl.selection import Choices
 from ppcl.sets import Member, Set
 
 VARIANTS = [
@@ -185,6 +188,39 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
         tiny.stage(
             "assemble", settings, **paths, variant="small", finetuned=tuned, output=tmp_path / "s"
         )
+
+
+def test_a_pinned_run_that_nobody_measured_is_trained(tiny_teacher, tiny_calls, tmp_path):
+    """Else nothing would have it: there are no maps of it among the closed forms."""
+    settings = {"seed": 0, "device": "cpu", "teacher": {"path": str(tiny_teacher)}}
+    settings |= {"width": {"fit_rows": 4, "text": {"pin": [[2, 3]]}}, "intervals": {}, "prune": {}}
+    paths = {"candidates": tiny.candidates(tmp_path / "c.parquet", [(2, 3)], [(4, "image")])}
+    table = tables.read(paths["candidates"], schemas.WIDTH_CANDIDATES).to_pandas()
+    table["velocity_error"] = [float("nan"), 1e-9]
+    tables.write(paths["candidates"], table, schemas.WIDTH_CANDIDATES, {})
+    paths |= {"intervals": tiny.intervals(tmp_path / "i.parquet", [(0, 1)]), "calls": tiny_calls}
+    made = {"plan": tmp_path / "p.json", "students": tmp_path / "s.safetensors"}
+    tiny.stage("prune", settings | {"modulation": {}}, **paths, **made)
+    plan = students.read_plan(made["plan"])
+    assert [unit.name for unit in plan.units] == ["00-01", "02-03"] and plan.pinned == {"02-03"}
+    assert [unit.name for unit in plan.closed] == ["04-04"]
+
+
+@pytest.mark.parametrize(
+    ("named", "words"),
+    [
+        ({"runs": (0, 3)}, "width.text: .0,3. is pinned, but was not measured: width.longest"),
+        ({"ffns": (1, "image")}, "width.ffn_image or width.ffn_text: block 1 is pinned"),
+        ({"ranks": 2}, "modulation: block 2 is pinned, but was not measured: it has no rank"),
+    ],
+)
+def test_what_is_pinned_and_not_on_offer_is_named(named, words):
+    pinned = pins.Named(**{kind: frozenset([item]) for kind, item in named.items()})
+    with pytest.raises(UserError, match=words):
+        variants._refuse_unpriced(pinned, Choices(), [])
+    units = [Unit((Part(0, 0, text="source"), Part(1, 3, ("image",), "close", (0, 0))))]
+    if "ranks" not in named:
+        variants._refuse_unpriced(pinned, Choices(), units)
 
 
 def test_pareto_goes_over_everything_that_is_priced(chosen, world, tiny_calls):

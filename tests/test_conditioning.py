@@ -6,9 +6,22 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import zoo_images
+import zoo_videos
 from torch import nn
 
-from ppcl import activations, calls, conditioning, modulation, modulation_inputs, tensors
+from ppcl import (
+    activations,
+    blocks,
+    calls,
+    conditioning,
+    families,
+    modulation,
+    modulation_inputs,
+    recording,
+    teacher,
+    tensors,
+)
 from ppcl.conditioning import Conditioning, Moments
 from ppcl.errors import UserError
 
@@ -48,10 +61,10 @@ def direct(x):
     return Moments(float(len(x)), x.sum(0), torch.einsum("ni,nj->ij", x, x))
 
 
-def assert_close(one, other):
+def assert_close(one, other, by=1e-9):
     assert one.count == pytest.approx(other.count)
-    torch.testing.assert_close(one.sum, other.sum, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(one.outer, other.outer, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(one.sum, other.sum, rtol=by, atol=by)
+    torch.testing.assert_close(one.outer, other.outer, rtol=by, atol=by)
 
 
 @torch.no_grad()
@@ -132,11 +145,169 @@ def test_the_grid_is_the_schedulers_whole_range(world, tmp_path):
     temb = transformer.time_text_embed(times, torch.zeros(1))
     grid = direct([nn.functional.silu(temb)])
     once = recorded.entries[0]
-    share = min(len(np.unique(reader.index["timestep"][rows])), 16) / 16
-    expected = once.weighted(share / once.count) + grid.weighted(1 / 16)
+    share = modulation_inputs.RECORDED
+    expected = once.weighted(share / once.count) + grid.weighted((1 - share) / 16)
     torch.testing.assert_close(found.entries[0].outer, expected.outer, rtol=1e-4, atol=1e-6)
     assert found.places == recorded.places
     off = modulation_inputs.with_grid(
         transformer, recorded, reader, rows, GRID | {"timesteps": 0}, 5, 0, CPU
     )
     assert off is recorded
+
+
+@torch.no_grad()
+def test_a_second_time_of_zero_is_a_sample_too(tmp_path):
+    """As Qwen-Image-Edit 2511 has it: image tokens of pictures that are given count as clean, so
+    image matrices get both conditionings, and text matrices one."""
+    shape = {"blocks": 2, "heads": 1, "head_dim": 32, "axes_dims_rope": [8, 12, 12]}
+    torch.manual_seed(0)
+    made = teacher.make_transformer(shape, tiny.Z_DIM, tiny.TEXT_WIDTH)
+    settings = {k: v for k, v in made.config.items() if not k.startswith("_")}
+    made = type(made)(**settings | {"zero_cond_t": True}).eval()
+    found = tiny.arguments()
+    found["img_shapes"] = [[(1, 2, 4), (1, 2, 4)]] * 2  # half of the tokens are a given picture
+    rows = tiny.places(2) | {"heldout": [False, True], "timestep": [700.0] * 2}
+    found["timestep"] = torch.tensor([0.7, 0.7])
+    path = tmp_path / "calls.parquet"
+    written = calls.to_tables(found, made(**found)[0], rows)
+    calls.write(path, [table.schema for table in written], written, {})
+    sums = summed(made, calls.Reader(path), tmp_path)
+    temb = made.time_text_embed(torch.tensor([0.7, 0.0]), torch.zeros(1))
+    expected = nn.functional.silu(temb)
+    assert len(sums.entries) == 2
+    assert_close(sums.of((1, "img_mod.1")), direct([expected]), 1e-6)
+    for one in ((1, "txt_mod.1"), (2, "norm_out.linear")):
+        assert_close(sums.of(one), direct([expected[:1]]), 1e-6)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_extract_writes_nothing_where_no_modulation_is_wanted(
+    world, tiny_teacher, tiny_calls, tmp_path, monkeypatch, enabled
+):
+    if not enabled:
+        monkeypatch.setattr(modulation_inputs.Sums, "_rows", None)  # nothing may be computed
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": {"path": str(tiny_teacher)},
+        "extract": {"rows": 8, "batch_size": 4, "moment_tokens": 4, "sample_tokens": 1},
+        "modulation": {"enabled": enabled, "timesteps": 8},
+    }
+    made = {n: tmp_path / f"{n}.x" for n in ("tokens", "moments", "conditioning")}
+    tiny.stage("extract", settings, calls=tiny_calls, state=tmp_path / "state", **made)
+    found = conditioning.read(made["conditioning"])
+    assert set(found.places) == (set(keys(world[0])) if enabled else set())
+    assert [e.count for e in found.entries] == ([1.0] if enabled else [])
+
+
+# ---- every family, at schedules that were not recorded
+
+ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
+# How a pipeline tells its transformer the timestep, by what its source says.
+TIME = {
+    "qwen-image": lambda t: t / 1000,
+    "flux": lambda t: t / 1000,
+    "sd3": lambda t: t,
+    "lumina2": lambda t: 1 - t / 1000,
+    "z-image": lambda t: 1 - t / 1000,
+    "hunyuan-image": lambda t: t,
+    "hidream": lambda t: t,
+    "hunyuan-video": lambda t: t,
+    "cogvideox": lambda t: t,
+    "mochi": lambda t: t,
+}
+
+
+def test_every_family_with_modulations_is_here():
+    named = {n: f for n, f in families.FAMILIES.items() if any(b.modulations for b in f.lists)}
+    assert {ZOO[name].family for name in TIME} == set(named)
+
+
+@torch.no_grad()
+def smooth(transformer):
+    """Its embeddings of timestep and guidance change as slowly as trained ones do, where random
+    weights take sines of all frequencies alike: those with a period of 300 timesteps are halved."""
+    for name, module in transformer.named_modules():
+        if name.endswith(("_embedder.linear_1", "_embedding.linear_1", "t_embedder.mlp.0")):
+            half = module.in_features // 2
+            frequencies = 10_000 ** (-torch.arange(half) / half)
+            slow = 500 if "guidance" in name else 50  # guidance is counted in thousandths
+            module.weight.mul_((1 / (1 + slow * frequencies)).repeat(2))
+
+
+@torch.no_grad()
+def given(transformer, reader, rows, matrices, times, guidance=None):
+    """What matrices get in calls like these recorded ones, but at other times: [n, d] each."""
+    sums, time = modulation_inputs.Sums(transformer, matrices, CPU), blocks.family(transformer).time
+    short, found = blocks.emptied(transformer, {b for b, _ in matrices}), {m: [] for m in matrices}
+    for row in rows:
+        batch = reader.batch(np.repeat(row, len(times)))
+        batch.arguments[time] = torch.as_tensor(times).to(batch.arguments[time].dtype)
+        if guidance is not None:
+            batch.arguments["guidance"].fill_(guidance)
+        with sums.watching():
+            short(**batch.arguments)
+        for matrix in matrices:
+            found[matrix] += sums._seen[matrix]
+    return {matrix: torch.cat(x).double() for matrix, x in found.items()}
+
+
+def wrong(linears, x, moments, rank):
+    """Mean square error of maps of a rank, fitted to moments, on what their matrices get."""
+    found = 0.0
+    for matrix, linear in linears.items():
+        made = modulation.reduced(linear.weight, linear.bias, moments.of(matrix), rank)
+        answer = x[matrix] @ linear.weight.double().T + linear.bias.double()
+        off = answer - (x[matrix] @ made.down.T @ made.up.T + made.bias)
+        found += float(off.square().sum(1).mean())
+    return found
+
+
+def schedule(steps, shift):
+    sigmas = np.linspace(1, 1 / steps, steps)
+    return 1000 * shift * sigmas / (1 + (shift - 1) * sigmas)
+
+
+@pytest.mark.parametrize("name", TIME)
+def test_other_schedules_are_at_most_twice_as_wrong(name, tmp_path):
+    """Steps, shifts and guidances that nobody recorded, of every family, against those that were;
+    without the grid they are not, unless the conditioning has no more directions than the map."""
+    one = ZOO[name]
+    pipe = one.make(1)
+    smooth(pipe.transformer)
+    if name == "hunyuan-image":
+        pipe.tokenizer_max_length = 16  # of 1000
+    found, every = [], tiny.samples(["a red 1", "two", "a blue photo of a cat"])
+    for sample in every:
+        found += recording.record_batch(pipe, pipe.transformer, [sample], one.settings, 0, 0, False)
+    path = tmp_path / "calls.parquet"
+    calls.write(path, [table.schema for table in found], found, {})
+    reader = calls.Reader(path)
+    fit, transformer = reader.rows(heldout=False), pipe.transformer
+    place = modulation_inputs.time_map(reader, fit, families.FAMILIES[one.family].time)
+    (slope, offset), highest = place
+    np.testing.assert_allclose(slope * np.arange(9) + offset, TIME[name](np.arange(9)))
+    assert highest == 1000
+    recorded = summed(transformer, reader, tmp_path)
+    both = modulation_inputs.with_grid(
+        transformer, recorded, reader, fit, GRID | {"timesteps": 96}, 32, 0, CPU
+    )
+    assert both.places == recorded.places and set(both.places) == set(keys(transformer))
+    # Z-Image's blocks get it without SiLU, its last AdaLN with.
+    assert len(both.entries) == (2 if name == "z-image" else 1)
+    rows = fit[reader.index["step"][fit] == 0]
+    steps = np.unique(reader.index["timestep"][fit])
+    was = given(transformer, reader, rows, both.places, TIME[name](steps))
+    others = {(4, 0.5): None, (7, 3.0): None, (12, 1.0): None}
+    if "guidance" in reader.batch(fit[:1]).arguments:
+        others[4, 1.0] = 7.0 * (1000 if name == "hunyuan-video" else 1)
+    new = [
+        given(transformer, reader, rows, both.places, TIME[name](schedule(*how)), guidance)
+        for how, guidance in others.items()
+    ]
+    linears = {m: modulation_inputs.Sums(transformer, [m], CPU)._linears[m] for m in both.places}
+    for rank in (2, 4, 8):
+        was_off, *off = (wrong(linears, x, both, rank) for x in (was, *new))
+        assert max(off) <= 2 * was_off, (rank, was_off, off)
+    was_off, *off = (wrong(linears, x, recorded, 8) for x in (was, *new))
+    assert max(off) > 10 * was_off

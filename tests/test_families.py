@@ -9,10 +9,10 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import tiny
@@ -202,8 +202,8 @@ def train(folder: Path, settings: dict, at: dict[str, Path]) -> dict[str, Path]:
         stage(name, settings, students=before, **common, **found)
         before = found["output"]
     at |= {"errors": found["errors"], "model": folder / "spare"}
-    of_variant = {key: at[key] for key in ("calls", "plan", "errors")}
-    of_variant |= {"variant": "spare", "students": before}
+    sets = tiny.chosen(folder / "sets.json", at["plan"], "subsets", "spare")
+    of_variant = {"calls": at["calls"], "sets": sets, "variant": "spare", "subsets": before}
     tuned, log = folder / "tuned.safetensors", folder / "tuned.parquet"
     stage("finetune", settings, **of_variant, state=at["state"], output=tuned, log_table=log)
     stage("assemble", settings, **of_variant, finetuned=tuned, output=at["model"])
@@ -403,18 +403,10 @@ def through_snakemake(folder: Path, settings: dict, *targets: str) -> Path:
     the results."""
     config_file = folder / "config.yaml"
     config_file.write_text(yaml.safe_dump(settings))
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "snakemake", "--snakefile", ROOT / "Snakefile"),
-            *("--directory", folder, "--configfile", config_file, "--cores", "2", "--quiet", "all"),
-            "--",
-            *targets,
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    words = ["-m", "snakemake", "--snakefile", ROOT / "Snakefile", "--directory", folder]
+    words += ["--configfile", config_file, "--cores", "2", "--quiet", "all", "--", *targets]
+    quick = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = fresh.run(fresh.SNAKEMAKE, *words, env=quick, merged=True)
     assert done.returncode == 0, done.stdout[-5000:]
     return folder / "results" / settings["run"]
 
@@ -452,9 +444,5 @@ def test_snakemake_prunes_a_family_and_a_fresh_process_loads_it(name, tmp_path):
     )
     given = [model, json.dumps(settings["pipeline"])]
     given += [Path(settings["teacher"]["path"]).parent / "picture.png"] * ZOO[name].image
-    done = subprocess.run(
-        [sys.executable, "-I", "-c", program, *map(str, given)],
-        capture_output=True,
-        text=True,
-    )
+    done = fresh.run(fresh.MODELS, "-I", "-c", program, *given)
     assert done.returncode == 0, done.stderr[-3000:]

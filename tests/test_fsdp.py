@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import tiny
@@ -26,7 +27,8 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
     trained = {"output": folder / "students.safetensors", "errors": folder / "errors.parquet"}
     more = {"state": folder / "state", "log_table": folder / "log.parquet"}
     tiny.stage("distill", settings, **given, **trained, **more)
-    return folder, settings, given | {"students": trained["output"], "errors": trained["errors"]}
+    sets = tiny.chosen(folder / "sets.json", given["plan"], "distill")
+    return folder, settings, {"calls": tiny_calls, "sets": sets, "distill": trained["output"]}
 
 
 def finetune(world, name, processes=1, kill=False, **options):
@@ -46,8 +48,15 @@ def finetune(world, name, processes=1, kill=False, **options):
     if kill:
         (folder / "killer.py").write_text(KILLER)
         script = f"{folder / 'killer.py'} {script}"
-    command = [sys.executable, launcher, "--processes", str(processes), "--threads", "2"]
-    command += ["--device", "cpu", *script.split(" "), *tiny.options(settings, paths)]
+    command = [fresh.python(fresh.MODELS), launcher, "--processes", str(processes)]
+    command += [
+        "--threads",
+        "2",
+        "--device",
+        "cpu",
+        *script.split(" "),
+        *tiny.options(settings, paths),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ)
     assert (done.returncode != 0) == kill, done.stderr
     if kill:

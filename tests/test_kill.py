@@ -2,8 +2,8 @@
 
 import os
 import subprocess
-import sys
 
+import fresh
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,9 +60,8 @@ def finetune_paths(world, distilled, name):
     return {
         "variant": "p70",
         "calls": recorded,
-        "plan": folder / "plan.json",
-        "students": distilled["output"],
-        "errors": distilled["errors"],
+        "sets": tiny.chosen(folder / "sets.json", folder / "plan.json", "distill"),
+        "distill": distilled["output"],
         "state": folder / name / "state",
         "output": folder / name / "p70.safetensors",
         "log_table": folder / name / "p70.parquet",
@@ -136,7 +135,7 @@ def distill(settings, paths, processes, kill=False):
         killer = paths["state"].parent.parent / "killer.py"
         killer.write_text(KILLER)
         script.insert(0, str(killer))
-    command = [sys.executable]
+    command = [fresh.python(fresh.MODELS)]
     if processes > 1:
         command += [str(tiny.SCRIPTS / "launch.py"), "--processes", str(processes)]
         command += ["--threads", "2", "--device", "cpu"]

@@ -133,6 +133,18 @@ def test_blocks_are_renumbered_and_what_is_gone_is_told(stock, adapted, recorded
 
 
 @torch.no_grad()
+def test_what_is_cut_out_of_the_middle_is_cut_out_of_a_layer():
+    """As of a block with two attentions, whose FFN has the middle third of the outputs."""
+    linear = torch.nn.Linear(4, 9, bias=False)
+    holder = torch.nn.ModuleDict({"norm": torch.nn.ModuleDict({"linear": linear})})
+    narrow._cut_modulation(holder, "norm.linear", 3, 6)
+    opened = lora._opened(holder, "norm.linear.0")
+    layer = lora.Layer(torch.randn(2, 4), torch.randn(9, 2), 0.5, torch.randn(9))
+    kept, rows = layer.without(opened.at, opened.width), [0, 1, 2, 6, 7, 8]
+    assert kept.b.equal(layer.b[rows]) and kept.bias.equal(layer.bias[rows])
+    assert linear.weight.shape == (6, 4) and (kept.a is layer.a, kept.scale) == (True, 0.5)
+
+
 def test_projected_it_is_least_squares(stock, adapted, recorded, call, tmp_path):
     """No other LoRA of `up`, with an offset, is nearer on the inputs; the lost share is that."""
     layers = lora.read(QwenImagePipeline, adapted[1], "transformer")

@@ -6,10 +6,10 @@ import os
 import runpy
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
+import fresh
 import numpy as np
 import pytest
 import tiny
@@ -251,7 +251,7 @@ def command(folder, settings):
     options = [part for name, path in paths.items() for part in (f"--{name}", path)]
     models = [str(folder / "models" / name) for name in ("same", "short")]
     return [
-        *(sys.executable, str(SCRIPT), "--config", json.dumps(settings)),
+        *(fresh.python(fresh.MODELS), str(SCRIPT), "--config", json.dumps(settings)),
         *(*options, "--models", *models, "--state", str(folder / "state")),
     ]
 

@@ -5,14 +5,19 @@ import pytest
 from ppcl import config, pins
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, TEXT
+from ppcl.pins import Named
+from ppcl.plans import Part, Unit
 
 
 def given(**keys):
-    """A complete config; keys such as text__pin are those of width, others those of intervals."""
-    wanted = {"intervals": {}, "width": {}}
+    """A complete config; keys such as text__pin are those of width, modulation__pin of modulation,
+    others those of intervals."""
+    wanted = {"intervals": {}, "width": {}, "modulation": {}}
     for key, value in keys.items():
         section, _, verb = key.rpartition("__")
-        place = wanted["width"].setdefault(section, {}) if section else wanted["intervals"]
+        place = wanted.get(section or "intervals")
+        if place is None:
+            place = wanted["width"].setdefault(section, {})
         place[verb] = value
     return config.complete(wanted, "mine.yaml")
 
@@ -25,8 +30,15 @@ def test_lists_are_read_by_kind():
     assert (pinned.intervals, pinned.runs, pinned.ffns) == ({(3, 5)}, {(2, 7)}, {(3, IMAGE)})
     assert (forbidden.intervals, forbidden.runs) == ({(3, 4)}, set())
     assert forbidden.ffns == {(0, TEXT)}
+    settings["modulation"] |= {"pin": [6, 8], "forbid": [7]}
+    pinned, forbidden = pins.wishes(settings, 8)
+    assert (pinned.ranks, forbidden.ranks) == ({6, 8}, {7})
     settings["width"]["enabled"] = False
-    assert pins.wishes(settings, 8)[0] == pins.Named(frozenset({(3, 5)}))
+    assert pins.wishes(settings, 8)[0] == Named(frozenset({(3, 5)}), ranks=frozenset({6, 8}))
+    settings["modulation"]["enabled"] = False
+    assert pins.wishes(settings, 8)[0] == Named(frozenset({(3, 5)}))
+    settings["intervals"]["enabled"] = False
+    assert pins.wishes(settings, 8)[0] == pins.NOTHING
 
 
 @pytest.mark.parametrize(
@@ -50,6 +62,12 @@ def test_lists_are_read_by_kind():
         ({"text__pin": [[3, 5]], "ffn_text__pin": [5]}, r"width\.ffn_text\.pin: 5 has no text FFN"),
         ({"pin": [[0, 2]], "protect_first": 1}, r"intervals\.pin: \[0,2\] holds block 0, which"),
         ({"ffn_image__pin": [9], "protect_last": 1}, r"width\.ffn_image\.pin: block 9 holds block"),
+        ({"modulation__pin": [11]}, r"modulation\.pin: block 11 is beyond this teacher's blocks 0"),
+        (
+            {"modulation__pin": [10], "modulation__forbid": [10]},
+            r"modulation\.pin: block 10 is al",
+        ),
+        ({"pin": [[3, 5]], "modulation__pin": [4]}, r"modulation\.pin: 4 goes with \[3,5\] of int"),
     ],
 )
 def test_contradictions(keys, message):
@@ -64,6 +82,7 @@ def test_what_looks_like_a_contradiction_but_is_none():
         text__pin=[[3, 8]],
         ffn_image__pin=[3, 6],
         ffn_text__pin=[3],
+        modulation__pin=[0, 3, 6, 10],
         protect_first=3,
         protect_last=1,
     )
@@ -72,17 +91,39 @@ def test_what_looks_like_a_contradiction_but_is_none():
 
 
 def test_pins_of_a_teacher():
-    settings = given(pin=[[3, 5]], text__pin=[[0, 2]], ffn_image__pin=[1])
+    settings = given(
+        pin=[[3, 5]], text__pin=[[0, 2]], ffn_image__pin=[1], ffn_text__pin=[0], modulation__pin=[6]
+    )
     pinned, _ = pins.wishes(settings, 6)
-    fitting = {"seams": [0], "untouchable": (), "unseen": (), "ffns": {(1, IMAGE)}}
-    pins.check(pinned, **fitting, text_saved=[5] * 6)
+    fitting = {"seams": [0], "untouchable": (), "unseen": (), "ffns": {(1, IMAGE), (0, TEXT)}}
+    fitting |= {"text_saved": [5] * 6, "modulated": {*range(7)}, "unread": 5}
+    pins.check(pinned, **fitting)
     for changed, message in (
         ({"seams": [0, 4]}, r"intervals\.pin: \[3,5\] .* of another kind from block 4 on"),
         ({"seams": [0, 2]}, r"width\.text\.pin: \[0,2\] .* of another kind from block 2 on"),
         ({"untouchable": [1]}, r"width\.text\.pin: \[0,2\] .* block 1 of this teacher can't be"),
         ({"unseen": [1, 4]}, r"intervals\.pin: \[3,5\] .* block 4 does not pass the stream"),
         ({"text_saved": [0, 5, 5, 5, 5, 5]}, r"width\.text\.pin: .* text stream of their own"),
-        ({"ffns": {(1, TEXT)}}, r"width\.ffn_image\.pin: block 1 can't be had"),
+        ({"ffns": {(0, TEXT)}}, r"width\.ffn_image\.pin: block 1 can't be had"),
+        ({"modulated": {*range(6)}}, r"modulation\.pin: block 6 can't be had: .* no modulation"),
+        (
+            {"unread": 2},
+            r"width\.ffn_text\.pin: 0 has no text FFN in .* \[0,2\] of width",
+        ),
     ):
         with pytest.raises(UserError, match=message):
-            pins.check(pinned, **{**fitting, "text_saved": [5] * 6, **changed})
+            pins.check(pinned, **{**fitting, **changed})
+
+
+def test_a_unit_holds_what_is_named():
+    run = Unit((Part(3, 3, (), "source"), Part(4, 6, (IMAGE,), "close", (3, 3))))
+    for named, expected in (
+        (Named(intervals=frozenset({(4, 6)})), True),
+        (Named(intervals=frozenset({(4, 5), (3, 6)})), False),
+        (Named(runs=frozenset({(3, 6)})), True),
+        (Named(runs=frozenset({(2, 6)})), False),
+        (Named(ffns=frozenset({(4, IMAGE)})), True),
+        (Named(ffns=frozenset({(4, TEXT), (5, IMAGE)})), False),
+        (pins.NOTHING, False),
+    ):
+        assert pins.holds(run, named) == expected

@@ -63,7 +63,8 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     tiny.stage("subsets", settings, **both, students=alone, output=trained)
     assert all(t.dtype == torch.float32 for t in tensors.read(trained)[0].values())
     assert trained.read_bytes() != alone.read_bytes()
-    common = {"variant": "p70", "calls": calls, "plan": plan, "students": trained, "errors": errors}
+    sets = tiny.chosen(tmp_path / "sets.json", plan, "subsets")
+    common = {"variant": "p70", "calls": calls, "sets": sets, "subsets": trained}
     tuned = tmp_path / "p70.safetensors"
     tiny.stage("finetune", settings, **common, state=state, output=tuned, log_table=log)
     with pytest.MonkeyPatch.context() as patch:

@@ -14,7 +14,8 @@ from ppcl.errors import UserError
 def inputs(stand_in):
     """A complete config that passes."""
     variants = [{"name": "half", "budget": 0.5}]
-    given = {**stand_in, "variants": variants, "width": {"enabled": False}}
+    off = {"enabled": False}
+    given = {**stand_in, "variants": variants, "width": off, "modulation": off}
     return config.complete(given, "mine.yaml")
 
 
@@ -59,7 +60,7 @@ def test_truncated_teacher_weights(inputs):
 def test_impossible_budget(inputs):
     # One student instead of ten blocks leaves (20 + 8) / 100.
     inputs["sensitivity"]["longest"] = 10
-    inputs["variants"] = [{"name": "tiny", "budget": 0.27, "finetune_steps": 0}]
+    inputs["variants"] = [{"name": "tiny", "budget": 0.27, "finetune_steps": 0, "train": True}]
     message = refused(inputs)
     assert "budget 0.27 of 'tiny' is impossible" in message and "0.280" in message
     inputs["variants"][0]["budget"] = 0.28
@@ -130,7 +131,9 @@ def test_the_component_that_is_pruned_must_be_there(inputs):
     index.write_text(index.read_text().replace('"transformer"', '"transformer_2"'))
     (folder / "transformer").rename(folder / "transformer_2")
     preflight.check(inputs, "mine.yaml")
-    inputs["variants"] = [{"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0}]
+    inputs["variants"] = [
+        {"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0, "train": True}
+    ]
     assert "leave 2 of this teacher's blocks" in refused(inputs)
 
 
@@ -146,7 +149,9 @@ def test_weights_of_one_variant_are_counted(inputs):
     """Beside the plain weights there are those of a variant: 10 blocks all the same."""
     weights = Path(inputs["teacher"]["path"]) / "transformer/diffusion_pytorch_model.safetensors"
     shutil.copy(weights, weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
-    inputs["variants"] = [{"name": "tiny", "budget": {"parameters": 35}, "finetune_steps": 0}]
+    inputs["variants"] = [
+        {"name": "tiny", "budget": {"parameters": 35}, "finetune_steps": 0, "train": True}
+    ]
     assert "leave 36 of this" in refused(inputs)
     inputs["teacher"]["variant"] = "fp16"
     assert "leave 36 of this" in refused(inputs)
@@ -269,7 +274,9 @@ def test_measured_costs_bound_what_a_student_can_replace(inputs):
 def test_counts_that_cannot_be_reached(inputs):
     """Runs of 6 blocks at most: two students, so at least 2 blocks and 20 + 16 parameters."""
     for kind, least in (("blocks", 2), ("parameters", 36)):
-        inputs["variants"] = [{"name": "tiny", "budget": {kind: least - 1}, "finetune_steps": 0}]
+        inputs["variants"] = [
+            {"name": "tiny", "budget": {kind: least - 1}, "finetune_steps": 0, "train": True}
+        ]
         message = refused(inputs)
         assert "of 'tiny' is impossible" in message and f"leave {least} of this" in message
         inputs["variants"][0]["budget"] = {kind: least}
@@ -280,7 +287,7 @@ def test_counts_that_cannot_be_reached(inputs):
 
 def test_narrow_students_count_as_nothing(inputs):
     inputs["width"]["enabled"] = True
-    inputs["variants"] = [{"name": "tiny", "budget": 0.2, "finetune_steps": 0}]
+    inputs["variants"] = [{"name": "tiny", "budget": 0.2, "finetune_steps": 0, "train": True}]
     preflight.check(inputs, "mine.yaml")
     inputs["variants"][0]["budget"] = 0.19
     assert "0.200" in refused(inputs)
@@ -289,7 +296,9 @@ def test_narrow_students_count_as_nothing(inputs):
 
 
 def test_a_long_pin_makes_more_possible(inputs):
-    inputs["variants"] = [{"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0}]
+    inputs["variants"] = [
+        {"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0, "train": True}
+    ]
     inputs["intervals"]["pin"] = [[0, 9]]
     preflight.check(inputs, "mine.yaml")
 
@@ -305,10 +314,20 @@ def test_pins_are_checked(inputs):
 
 @pytest.mark.parametrize("budget", [1.0, {"parameters": 100}, {"blocks": 12}, {"latency": 1}])
 def test_budgets_that_prune_nothing_are_refused(inputs, budget):
-    inputs["variants"] = [{"name": "whole", "budget": budget, "finetune_steps": 0}]
+    inputs["variants"] = [{"name": "whole", "budget": budget, "finetune_steps": 0, "train": True}]
     assert "prunes nothing; lower one of them" in refused(inputs)
-    inputs["variants"].append({"name": "half", "budget": {"blocks": 5}, "finetune_steps": 0})
+    inputs["variants"].append(
+        {"name": "half", "budget": {"blocks": 5}, "finetune_steps": 0, "train": True}
+    )
     preflight.check(inputs, "mine.yaml")
+
+
+def test_closed_forms_of_no_search_are_refused(inputs):
+    inputs["choose"]["closed_forms"] = False
+    preflight.check(inputs, "mine.yaml")
+    inputs["intervals"]["enabled"] = False
+    inputs["width"]["enabled"] = True
+    assert "choose.closed_forms is false, so variants take" in refused(inputs)
 
 
 def test_float16_is_refused_for_gradients_through_the_teacher(inputs):
@@ -332,6 +351,8 @@ def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     inputs["finetune"]["sharding"] = "fsdp"
     preflight.check(inputs, "mine.yaml")
     inputs["finetune"]["optimizer"] = "adamw8bit"
+    preflight.check(inputs, "mine.yaml")  # of no variant
+    inputs["variants"][0]["finetune_steps"] = 1
     monkeypatch.setattr(preflight, "find_spec", lambda _name: None)
     assert "finetune.optimizer is adamw8bit, which needs the package" in refused(inputs)
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)

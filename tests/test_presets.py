@@ -12,7 +12,7 @@ import fresh
 import pytest
 import yaml
 
-from ppcl import config, preflight, prompts
+from ppcl import config, preflight, prompts, schemas, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "config/presets"
@@ -29,6 +29,10 @@ SIZES = {
     "sd35-large": (8_056_627_520, 2432),
     "wan22": (14_288_491_584, 5120),
 }
+# Presets without training -> the architecture, and GB of the text encoders, of which each model has
+# a copy: Qwen2.5-VL 7B, and T5-XXL with CLIP, in bf16.
+FREE = {"qwen-image-free": ("qwen-image", 16.6), "flux1-dev-free": ("flux1-dev", 9.8)}
+EVERY = [*SIZES, *FREE]
 # Steps of 40 in which the pipeline calls the first transformer of Wan 2.2, at the least: it does as
 # long as the noise level is above 0.875, which is longer the larger the scheduler's flow_shift.
 WAN_STEPS = 12
@@ -58,23 +62,27 @@ def dry_run(name: str) -> str:
 
 
 def test_there_is_a_preset_and_an_architecture_for_each_model():
-    for folder, ending in ((PRESETS, "yaml"), (ARCHITECTURES, "json")):
-        assert {path.stem for path in folder.glob(f"*.{ending}")} == set(SIZES)
+    assert {path.stem for path in PRESETS.glob("*.yaml")} == set(EVERY)
+    assert {path.stem for path in ARCHITECTURES.glob("*.json")} == set(SIZES)
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EVERY)
 def test_preset_passes_every_check_made_before_a_run(name):
-    settings = loaded(name)
+    settings, (model, _) = loaded(name), FREE.get(name, (name, 0))
     assert settings["run"] == name
     preflight.check(settings, f"{name}.yaml")
     assert settings["teacher"]["dtype"] == "bfloat16"
-    assert settings["plan"]["transformer_config"] == f"resources/architectures/{name}.json"
+    assert settings["plan"]["transformer_config"] == f"resources/architectures/{model}.json"
+    if name in FREE:
+        assert not config.trains(settings) and not settings["intervals"]["enabled"]
+        assert not any(v["train"] or v["finetune_steps"] for v in settings["variants"])
+        return
     steps = settings["distill"]["steps"], settings["width"]["steps"]
     assert steps == (6000, 2000) and settings["width"]["schedule"] == "staged"
     assert max(variant["finetune_steps"] for variant in settings["variants"]) == 1000
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EVERY)
 def test_calls_of_the_pipeline_fit_its_signature(name):
     """Each family's stock pipeline has the arguments that the preset gives it."""
     import diffusers
@@ -162,19 +170,33 @@ def test_prompts_are_unique_and_cover_what_they_promise():
     assert len(seen) >= 380
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EVERY)
 def test_preset_can_be_planned(name, tmp_path, monkeypatch, capsys):
     import plan
 
+    model, encoders = FREE.get(name, (name, 0))
     table, preset = tmp_path / "plan.parquet", f"config/presets/{name}.yaml"
     given = ["--config", preset, "--table", str(table), "--resources", str(tmp_path / "r.json")]
     monkeypatch.setattr(sys, "argv", ["plan.py", *given])
     plan.main()  # in this process: imports take longer than planning
-    assert f"{SIZES[name][0]:,}" in capsys.readouterr().out and table.is_file()
+    assert f"{SIZES[model][0]:,}" in capsys.readouterr().out
+    found = tables.read(table, schemas.PLAN).to_pandas()
+    sizes = found[found["item"] == "artifact"].set_index("name")["value"]
+    variants = loaded(name)["variants"]
+    for variant in variants:  # no budget is out of reach
+        allowed = 2 * SIZES[model][0] * config.limits(variant["budget"])["fraction"]
+        assert sizes[f"models/{variant['name']}/"] <= allowed
+    if name in FREE:
+        hours = found.loc[found["item"] == "job", "value"].sum() / 3600
+        assert hours < 1.6  # of two: assemble copies, and loads again what it wrote
+        assert sizes.sum() / 1e9 + encoders * len(variants) < 60
+        assert found.loc[found["gpu_gib"] == 80, "value"].all()  # everything fits, as it is
 
 
-@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("name", EVERY)
 def test_workflow_of_the_preset_resolves(name):
-    jobs = dry_run(name)
-    for rule in ("record", "extract", "distill", "narrow", "subsets", "finetune", "evaluate"):
-        assert rule in jobs
+    jobs = set(dry_run(name).split())
+    always = {"record", "extract", "width", "choose", "assemble", "pareto", "evaluate"}
+    trained = {"similarity", "sensitivity", "intervals", "prune", "distill", "narrow", "subsets"}
+    trained.add("finetune")
+    assert always <= jobs and jobs & trained == (set() if name in FREE else trained)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import runpy
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from ppcl import intervals, schemas, selection, similarity, tables
 from ppcl.intervals import Interval
+from ppcl.plans import Modulation
 
 
 def random_cka(seed, depth):
@@ -65,16 +67,42 @@ def write_widths(path, depth, saved=30, output=6):
         for b in range(depth)
         for stream in ("image", "text")
     ]
+    matrices = modulations(depth)
+    rows += [
+        {"kind": "modulation", "first": m.block, "last": m.block, "stream": "", "path": m.path}
+        | {"rank": rank, "cka": float("nan"), "parameters_saved": m.saved(rank)}
+        | {"velocity_error": (0.001 + m.block / 10_000) / rank}
+        for m in matrices
+        for rank in (1, 2)
+    ]
     table = pd.DataFrame(rows).assign(fit_error_heldout=0.1, rows=8)
+    table = table.fillna({"path": "", "rank": 0})
     facts = {
-        "text_saved": json.dumps([saved] * depth),
-        "text_output": json.dumps([output] * (depth - 1) + [0]),
+        "text_saved": [saved] * depth,
+        "text_output": [output] * (depth - 1) + [0],
+        "text_lent": [25] * (depth - 1) + [0],
+        "unread": depth - 1,
+        "modulations": [asdict(matrix) for matrix in matrices],
     }
-    tables.write(path, table, schemas.WIDTH_MEASURED, facts)
+    facts = {name: json.dumps(value) for name, value in facts.items()}
+    tables.write(path, table[schemas.WIDTH_MEASURED.names], schemas.WIDTH_MEASURED, facts)
+
+
+def modulations(depth):
+    """Of every block its text's, 42 parameters of which a borrower has none; and the last one."""
+    found = [Modulation(b, "txt", 2, 14, ffn="text", text=True) for b in range(depth)]
+    return [*found, Modulation(depth, "last", 2, 14)]
 
 
 def run_stage(
-    monkeypatch, folder, stream="mean", width=None, variants=None, latency=False, **chosen
+    monkeypatch,
+    folder,
+    stream="mean",
+    width=None,
+    variants=None,
+    latency=False,
+    modulation=None,
+    **chosen,
 ):
     """The stage's program in this process; the rows that it wrote."""
     choices = {
@@ -82,13 +110,14 @@ def run_stage(
         "similarity": {"streams": stream},
         "intervals": {"segmentation": "trend", "cost": "cka", "training_leaves": 1, **chosen},
         "width": {"enabled": False} if width is None else width,
+        "modulation": {"enabled": False} if modulation is None else modulation,
         "variants": variants
         or [{"name": "small", "budget": 0.6}, {"name": "large", "budget": 0.9}],
     }
     script = Path(intervals.__file__).parents[1] / "intervals.py"
     arguments = ["--config", json.dumps(choices)]
     used = ["cka", "sensitivity", "intervals"]
-    used += [] if width is None else ["width", "candidates"]
+    used += ["width", "candidates"] if width is not None or modulation is not None else []
     for table in used + ["latency"] * latency:
         arguments += [f"--{table}", str(folder / f"{table}.parquet")]
     monkeypatch.setattr("sys.argv", [str(script), *arguments])
@@ -236,7 +265,7 @@ def test_stage_chooses_depth_and_width_together(tmp_path, monkeypatch, capsys):
         monkeypatch, tmp_path, width={}, segmentation="optimal", cost="velocity", protect_first=1
     )
     wide = candidates(tmp_path)
-    assert len(wide) == len(tables.read(tmp_path / "width.parquet"))
+    assert len(wide) == sum(tables.read(tmp_path / "width.parquet").to_pandas()["rank"] == 0)
     assert wide["reason"].str.len().min() > 10
     taken, chosen = found[found["selected"]], wide[wide["selected"]]
     assert len(taken) and set(chosen["kind"]) == {"text", "ffn"}
@@ -252,13 +281,15 @@ def test_stage_chooses_depth_and_width_together(tmp_path, monkeypatch, capsys):
         [30] * 8,
         [6] * 7 + [0],
         {(b, s): 20 for b in range(8) for s in ("image", "text")},
+        source=dict.fromkeys(range(7), 25),
     )
-    assert selection.saved(*pairs, ffns, counted) >= 340
+    saved = selection.saved(*pairs, ffns, counted, unread=7)
+    assert saved >= 340
     assert min(first for first, _ in [*pairs[0], *pairs[1], *ffns]) >= 1
     protected = wide[wide["first"] == 0]
     assert protected["reason"].str.contains("protected block 0").all()
     stamp = tables.provenance(tmp_path / "candidates.parquet")
-    assert int(stamp["removed_parameters"]) == selection.saved(*pairs, ffns, counted)
+    assert int(stamp["removed_parameters"]) == saved
     assert "no set that is enough costs less" in capsys.readouterr().out
 
 
@@ -316,6 +347,79 @@ def test_stage_takes_pins_that_nobody_measured_as_free(tmp_path, monkeypatch):
     assert np.isnan(run["velocity_error"]) and "it counts as free" in run["reason"]
 
 
+def test_stage_gives_modulations_low_rank(tmp_path, monkeypatch):
+    """Also without anything else that is narrow; and says why not."""
+    depth = 8
+    write_cka(tmp_path / "cka.parquet", random_cka(3, depth))
+    write_widths(tmp_path / "width.parquet", depth)
+    ranks = [m.saved(1) for m in modulations(depth)]
+    budget = {"parameters": 850 - sum(ranks[:2]) - 2 * ranks[2]}
+    run_stage(
+        monkeypatch,
+        tmp_path,
+        modulation={"pin": [3, 8], "forbid": [0]},
+        variants=[{"name": "small", "budget": budget}],
+        segmentation="optimal",
+        cka_floor=1.0,
+    )
+    found = candidates(tmp_path).set_index(["first", "rank"])
+    assert set(found["kind"]) == {"modulation"} and len(found) == 2 * (depth + 1)
+    taken = found[found["selected"]]
+    assert {3, 8} <= {block for block, _ in taken.index} and len(taken) > 3
+    assert taken["parameters_saved"].sum() >= 850 - budget["parameters"]
+    assert found.loc[0, "reason"].tolist() == ["forbidden by modulation.forbid"] * 2
+    assert taken.loc[3, "reason"].tolist() == ["pinned by modulation.pin"]
+    block, rank = next(index for index in taken.index if index[0] not in (3, 8))
+    other = found.loc[block, 3 - rank]
+    assert other["reason"] == f"rank {rank} of it costs less at this budget"
+    assert taken.loc[block, rank]["reason"].startswith("in the cheapest set that saves")
+
+
+def test_stage_counts_what_a_text_run_leaves_of_modulations(tmp_path, monkeypatch):
+    """To the unread end: of the source's matrix a third, of the borrower's nothing."""
+    depth = 6
+    write_cka(tmp_path / "cka.parquet", random_cka(3, depth))
+    write_widths(tmp_path / "width.parquet", depth)
+    found = run_stage(
+        monkeypatch,
+        tmp_path,
+        width={"text": {"pin": [[3, 5]]}, "ffn_text": {"pin": [1]}},
+        modulation={"pin": [1, 3, 4, 6]},
+        variants=[{"name": "small", "budget": 1.0}],
+        segmentation="optimal",
+    )
+    assert not found["selected"].any()
+    chosen = candidates(tmp_path).query("selected")
+    assert chosen.groupby("kind")["first"].apply(list).to_dict() == {
+        "text": [3],
+        "ffn": [1],
+        "modulation": [1, 3, 6],
+    }
+    assert (chosen["reason"].str.startswith("pinned by ")).all()
+    half, third, whole = (
+        one.saved(2, sixths) for one, sixths in zip(modulations(2), (3, 2, 6), strict=True)
+    )
+    expected = 2 * 30 + 25 + 20 + half + third + whole
+    stamp = tables.provenance(tmp_path / "candidates.parquet")
+    assert int(stamp["removed_parameters"]) == expected
+    reasons = candidates(tmp_path).set_index(["kind", "first", "stream", "rank"])["reason"]
+    lent = "gone: nothing reads its text after the selected run [3,5]"
+    assert reasons["ffn", 3, "text", 0] == lent
+    borrowed = "gone: its text stream is borrowed in the selected run [3,5]"
+    assert reasons["modulation", 4, "", 1] == reasons["ffn", 4, "text", 0] == borrowed
+
+
+def test_stage_without_training_takes_costs_as_they_are(tmp_path, monkeypatch):
+    write_cka(tmp_path / "cka.parquet", random_cka(3, 6))
+    write_costs(tmp_path / "sensitivity.parquet", 1 - random_cka(4, 6))
+    chosen = {"cost": "velocity", "training_leaves": 0.1, "tolerance": 0.2}
+    trained, untrained = (
+        run_stage(monkeypatch, tmp_path, **chosen, variants=[{"name": "v", "budget": 0.6} | train])
+        for train in ({}, {"train": False})
+    )
+    np.testing.assert_allclose(trained["cost"], 0.1 * untrained["cost"])
+
+
 def test_stage_meets_a_latency_budget(tmp_path, monkeypatch, capsys):
     write_cka(tmp_path / "cka.parquet", random_cka(3, 8))
     times = pd.DataFrame({"block": range(8), "part": "block", "seconds": [0.1] * 4 + [0.2] * 4})
@@ -345,6 +449,7 @@ def test_stage_meets_a_latency_budget(tmp_path, monkeypatch, capsys):
         ({"width": {"text": {"pin": [[0, 4]]}}}, "width.text.pin: [0,4] can't be had"),
         ({"width": {"text": {"pin": [[3, 5]]}}}, "not all of these blocks have a text stream"),
         ({"width": {"ffn_text": {"pin": [4]}}}, "width.ffn_text.pin: block 4 can't be had: this"),
+        ({"modulation": {"pin": [1]}}, "modulation.pin: block 1 can't be had: there is no modul"),
     ],
 )
 def test_stage_refuses_pins_that_this_teacher_cannot_have(
@@ -354,7 +459,9 @@ def test_stage_refuses_pins_that_this_teacher_cannot_have(
     write_widths(tmp_path / "width.parquet", 8)
     measured = tables.read(tmp_path / "width.parquet").to_pandas()
     measured = measured[(measured["kind"] == "ffn") & (measured["first"] < 3)]
-    facts = {"text_saved": json.dumps([30] * 3 + [0] * 5), "text_output": json.dumps([6] * 8)}
+    facts = {"text_saved": [30] * 3 + [0] * 5, "text_output": [6] * 8, "text_lent": [0] * 8}
+    facts |= {"unread": None, "modulations": []}
+    facts = {name: json.dumps(value) for name, value in facts.items()}
     tables.write(tmp_path / "width.parquet", measured, schemas.WIDTH_MEASURED, facts)
     with pytest.raises(SystemExit) as stopped:
         run_stage(monkeypatch, tmp_path, **{"width": {}, **chosen})

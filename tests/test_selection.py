@@ -1,7 +1,9 @@
-"""Selection over intervals, text runs and FFNs against all sets, its budgets, and its speed."""
+"""Selection over intervals, text runs, FFNs, ranks and trained units against all sets; its budgets,
+and its speed."""
 
 import itertools
 import time
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -11,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readme_tables import ROOT
 
-from ppcl import config, pins, schemas, selection, tables
+from ppcl import config, pins, plans, schemas, selection, tables
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, TEXT
 from ppcl.pins import Named
-from ppcl.plans import Part, Unit
+from ppcl.plans import Modulation, Part, Unit
 from ppcl.selection import Choices, Weights
 
 seeds = st.integers(0, 2**32 - 1)
@@ -23,89 +25,230 @@ tenths = st.integers(0, 11).map(lambda n: n / 10)
 DEPTH = 5
 
 
-def problem(seed, depth=DEPTH, intervals=4, runs=3, ffns=4):
-    """Random candidates with costs of many ties, and three measures."""
+class Sizes:
+    """Parameters of a made-up model of `depth` blocks, counted part by part."""
+
+    def __init__(self, random, depth, unread):
+        self.depth, self.unread = depth, unread
+        self.output = int(random.integers(1, 9))  # maps of text channels are alike
+        names = ("rest", "query", "lost", "text", "input", "linear")
+        self.of = [{name: int(random.integers(1, 9)) for name in names} for _ in range(depth)]
+        self.ffn = {
+            (b, s): int(random.integers(9, 20)) for b in range(depth) for s in (IMAGE, TEXT)
+        }
+        self.modulations = {}
+        for block in range(depth + 1):
+            for path, stream in (
+                (("image", IMAGE), ("text", TEXT)) if block < depth else (("", ""),)
+            ):
+                shape = (2, 12) if stream else (2, 4)
+                made = Modulation(block, path, *shape, ffn=stream, text=stream == TEXT)
+                self.modulations[made.key] = made
+
+    def part(self, part, ranks=None):
+        """Of a new block, as the paper and METHOD.md tell what it has."""
+        block, ranks = self.of[part.first], ranks or {}
+        total = block["rest"]
+        streams = {IMAGE} if part.borrows else {IMAGE, TEXT}
+        total += block["input"] if part.borrows else block["text"]
+        total += 0 if part.borrows or part.text == "lend" else block["query"] + block["lost"]
+        total += self.output if part.text == "close" else 0
+        for stream in streams:
+            sixths = 6
+            if stream == TEXT and part.text == "lend":
+                sixths = 2
+            elif stream in part.linear_ffn:
+                sixths = 3
+                total += block["linear"]
+            else:
+                total += self.ffn[part.first, stream]
+            matrix = part.first, stream
+            total += self.modulations[matrix].parameters(ranks.get(matrix), sixths)
+        return total
+
+    def model(self, units, ranks):
+        """Of the whole model; None if a rank is of a matrix that is not there."""
+        parts = [part for unit in units for part in unit.parts]
+        held = {block for part in parts for block in range(part.first, part.last + 1)}
+        parts += [Part(block, block) for block in range(self.depth) if block not in held]
+        there = {(part.first, IMAGE) for part in parts} | {(self.depth, "")}
+        there |= {(part.first, TEXT) for part in parts if not part.borrows}
+        if ranks.keys() - there:
+            return None
+        last = self.modulations[self.depth, ""]
+        return sum(self.part(part, ranks) for part in parts) + last.parameters(ranks.get(last.key))
+
+    def weights(self, ffns, ranks, units):
+        """As selection wants them: differences of the parts."""
+
+        def saves(block, **role):
+            return self.part(Part(block, block)) - self.part(Part(block, block, **role))
+
+        blocks = range(self.depth)
+        borrowed = [saves(block, text="borrow", source=(0, 0)) for block in blocks]
+        return Weights(
+            [self.part(Part(block, block)) for block in blocks],
+            borrowed,
+            [0 if b == self.unread else self.output for b in blocks],
+            {(b, stream): saves(b, linear_ffn=(stream,)) for b, stream in ffns},
+            {
+                (matrix, rank, sixths): self.modulations[matrix].saved(rank, sixths)
+                for matrix, offered in ranks.items()
+                for rank in offered
+                for sixths in (2, 3, 6)
+            },
+            {
+                name: self.model([], {}) - self.model([unit], {})
+                for name, (unit, _) in units.items()
+            },
+            {b: saves(b, text="lend") for b in blocks},
+        )
+
+
+def problem(seed, depth=DEPTH, intervals=3, runs=2, ffns=3, matrices=2, units=1):
+    """Random candidates, costs with many ties or of all magnitudes, three measures, sizes."""
     random = np.random.default_rng(seed)
+    wild = random.random() < 0.5
 
     def cost():
-        return float(random.integers(0, 12)) / 4
+        return 10.0 ** random.uniform(-12, 0) if wild else float(random.integers(0, 12)) / 4
 
+    def some(items, count):
+        return {items[i]: cost() for i in random.permutation(len(items))[:count]}
+
+    sizes = Sizes(random, depth, [None, depth - 1][random.integers(2)])
     pairs = [*itertools.combinations(range(depth), 2)]
-    some = [
-        [pairs[i] for i in random.permutation(len(pairs))[:count]] for count in (intervals, runs)
-    ]
     every = [*itertools.product(range(depth), (IMAGE, TEXT))]
-    linear = [every[i] for i in random.permutation(len(every))[:ffns]]
-    choices = Choices(*({item: cost() for item in items} for items in (*some, linear)))
-
-    def whole(low, high):
-        return random.integers(low, high, depth).tolist()
-
+    taken = [*some(list(sizes.modulations), matrices)]
+    choices = Choices(
+        some(pairs, intervals),
+        some(pairs, runs),
+        some(every, ffns),
+        {matrix: {rank: cost() for rank in (1, 2)} for matrix in taken},
+        trained(random, depth, units, cost, sizes.unread),
+        {matrix: sizes.modulations[matrix] for matrix in taken},
+        sizes.unread,
+    )
     weights = {
-        "blocks": selection.by_blocks(depth),
-        "parameters": Weights(
-            whole(5, 14),
-            whole(2, 6),
-            whole(0, 4),
-            {ffn: int(random.integers(1, 4)) for ffn in every},
+        "blocks": replace(
+            selection.by_blocks(depth),
+            units={name: unit.removed_blocks for name, (unit, _) in choices.units.items()},
         ),
+        "parameters": sizes.weights(every, choices.ranks, choices.units),
         "latency": Weights(
             random.random(depth).tolist(),
             (random.random(depth) / 3).tolist(),
             [0.0] * depth,
             {ffn: float(random.random() / 4) for ffn in every[::2]},
+            units={name: float(random.random()) for name in choices.units},
         ),
     }
-    return choices, weights
+    return choices, weights, sizes
 
 
-def literally(intervals, runs, ffns, weights):
-    """What a set saves in one measure, part by part as METHOD.md tells it; None if it is none.
-
-    The depth is cut into parts: intervals, and blocks that are kept.
-    """
-    depth = len(weights.block)
-    owner = [None] * depth
-    for ends in [*intervals, *((b, b) for b in range(depth))]:
-        for block in range(ends[0], ends[1] + 1):
-            if owner[block] is None:
-                owner[block] = ends
-            elif ends[0] != ends[1]:
-                return None
-    parts = sorted(set(owner))
-    lent = {}
-    for first, last in runs:
-        members = [p for p in parts if first <= p[0] and p[1] <= last]
-        held = sum(p[1] - p[0] + 1 for p in members)
-        if len(members) < 2 or held != last - first + 1 or lent.keys() & set(members):
-            return None
-        lent |= {p: n > 0 for n, p in enumerate(members)}
-    total = -sum(weights.output[last] for _, last in runs)
-    for part in parts:
-        total += sum(weights.block[b] for b in range(part[0] + 1, part[1] + 1))
-        total += weights.text[part[0]] if lent.get(part) else 0
-    for block, stream in ffns:
-        part = owner[block]
-        if part[0] != block or (stream == TEXT and lent.get(part)):
-            return None
-        total += weights.ffn.get((block, stream), 0)
-    return total
+def trained(random, depth, count, cost, unread):
+    """Units of one trained plan: an interval, a narrow block or a run with either in it."""
+    found = {}
+    for _ in range(count):
+        first = int(random.integers(depth - 1))
+        last = int(random.integers(first, depth))
+        inside = [*range(first, last + 1)]
+        cut = int(random.integers(first, last + 1))
+        intervals = [(cut, last)] if cut < last else []
+        run = [(first, last)] if cut > first and random.random() < 0.7 else []
+        linear = [(b, s) for b in inside for s in (IMAGE, TEXT) if random.random() < 0.3]
+        linear = [ffn for ffn in linear if not cut < ffn[0] <= last]
+        if made := plans.units(intervals, run, linear, unread):
+            unit = made[0]
+            if not any(u.first <= unit.last and unit.first <= u.last for u, _ in found.values()):
+                found[unit.name] = (unit, cost())
+    return found
 
 
-def every_set(choices, weights):
-    """(intervals, runs, ffns, cost, savings) of every set that can be had."""
+def every_set(choices, weights, sizes, pinned=pins.NOTHING):
+    """((intervals, runs, ffns, units, ranks), cost, savings) of every set that holds what is
+    pinned; the depth is cut into parts: intervals, and blocks that are kept."""
 
     def subsets(items):
         return itertools.chain.from_iterable(
             itertools.combinations(sorted(items), n) for n in range(len(items) + 1)
         )
 
-    for chosen in itertools.product(*map(subsets, (choices.intervals, choices.runs, choices.ffns))):
-        savings = {name: literally(*chosen, each) for name, each in weights.items()}
-        if None not in savings.values():
-            tables_ = (choices.intervals, choices.runs, choices.ffns)
-            cost = sum(t[item] for t, items in zip(tables_, chosen, strict=True) for item in items)
-            yield (*chosen, cost, savings)
+    offered = choices.intervals, choices.runs, choices.ffns, choices.units
+    for chosen in itertools.product(*map(subsets, offered)):
+        closed = parts_of(*chosen[:3], sizes)
+        inside = [choices.units[name][0] for name in chosen[3]]
+        if closed is None or not apart([*closed, *inside]):
+            continue
+        units = [*closed, *inside]
+        if not holds(units, chosen, pinned):
+            continue
+        cost = sum(t[i] for t, items in zip(offered[:3], chosen, strict=False) for i in items)
+        cost += sum(choices.units[name][1] for name in chosen[3])
+        savings = {}
+        for name in ("blocks", "latency"):
+            each = weights[name]
+            savings[name] = selection.saved(*chosen[:3], each, sizes.unread)
+            savings[name] += sum(each.units.get(unit, 0) for unit in chosen[3])
+        for ranks in itertools.product(
+            *([(matrix, None), *((matrix, r) for r in o)] for matrix, o in choices.ranks.items())
+        ):
+            ranks = {matrix: rank for matrix, rank in ranks if rank}
+            count = sizes.model(units, ranks)
+            if count is None or not ranks_pinned(units, ranks, choices, pinned.ranks):
+                continue
+            more = sum(choices.ranks[matrix][rank] for matrix, rank in ranks.items())
+            saved = savings | {"parameters": sizes.model([], {}) - count}
+            yield (*chosen, ranks), cost + more, saved
+
+
+def parts_of(intervals, runs, ffns, sizes):
+    """The units of a set, or None if it is none."""
+    owner = {}
+    for ends in intervals:
+        for block in range(ends[0], ends[1] + 1):
+            if block in owner:
+                return None
+            owner[block] = ends
+    parts = {owner.get(block, (block, block)) for block in range(sizes.depth)}
+    lent = {}
+    for first, last in runs:
+        members = sorted(p for p in parts if first <= p[0] and p[1] <= last)
+        held = sum(p[1] - p[0] + 1 for p in members)
+        if len(members) < 2 or held != last - first + 1 or lent.keys() & set(members):
+            return None
+        lent |= {p: n > 0 or last == sizes.unread for n, p in enumerate(members)}
+    for block, stream in ffns:
+        part = owner.get(block, (block, block))
+        if part[0] != block or (stream == TEXT and lent.get(part)):
+            return None
+    return plans.units(intervals, runs, ffns, sizes.unread)
+
+
+def apart(units):
+    return all(a.last < b.first or b.last < a.first for a, b in itertools.combinations(units, 2))
+
+
+def holds(units, chosen, pinned):
+    """Whether what is pinned is there, in a unit or not."""
+    parts = [part for unit in units for part in unit.parts]
+    linear = {(part.first, stream) for part in parts for stream in part.linear_ffn}
+    ends = {part.key for part in parts if part.last > part.first}
+    runs = {(unit.first, unit.last) for unit in units if len(unit.parts) > 1}
+    return pinned.intervals <= ends and pinned.runs <= runs and pinned.ffns <= linear
+
+
+def ranks_pinned(units, ranks, choices, blocks):
+    """Whether the matrices of some blocks have low ranks, or went with their text streams."""
+    parts = [part for unit in units for part in unit.parts]
+    for block in blocks:
+        if any(part.first < block <= part.last for part in parts):
+            return False
+        borrows = any(part.first == block and part.borrows for part in parts)
+        for matrix in choices.ranks:
+            if matrix[0] == block and matrix not in ranks and not (borrows and matrix[1] == TEXT):
+                return False
+    return True
 
 
 MEASURES = [
@@ -113,72 +256,91 @@ MEASURES = [
     ["blocks"],
     ["latency"],
     ["parameters", "latency"],
-    ["blocks", "latency"],
+    ["blocks", "parameters"],
 ]
 
 
-@settings(max_examples=80, deadline=None)
+def members(plan):
+    return plan.intervals, plan.runs, plan.ffns, plan.units, dict(plan.ranks)
+
+
+@settings(max_examples=30, deadline=None)
 @given(seeds, st.sampled_from(MEASURES), st.tuples(tenths, tenths))
 def test_selection_is_the_best_of_all_sets(seed, measures, shares):
-    choices, weights = problem(seed)
-    sets = list(every_set(choices, weights))
+    choices, weights, sizes = problem(seed)
+    sets = list(every_set(choices, weights, sizes))
     most = {m: max(savings[m] for *_, savings in sets) for m in measures}
     needs = {m: share * most[m] for m, share in zip(measures, shares, strict=False)}
-    enough = [s for s in sets if all(s[4][m] >= need - 1e-12 for m, need in needs.items())]
+    enough = [s for s in sets if all(s[2][m] >= need - 1e-12 for m, need in needs.items())]
     if not enough:
         with pytest.raises(UserError, match="the smallest budgets need .* at most"):
             selection.select(choices, weights, needs)
         return
     plan = selection.select(choices, weights, needs)
-    assert plan.cost == pytest.approx(min(s[3] for s in enough), rel=1e-6, abs=1e-12)
-    found = next(s for s in enough if s[:3] == (plan.intervals, plan.runs, plan.ffns))
-    assert found[3] == pytest.approx(plan.cost, abs=1e-12)
-    assert plan.saved == pytest.approx(found[4])
+    check(plan, enough)
+    assert (plan.cost > 0) <= any(need > 0 for need in needs.values())
 
 
-@settings(max_examples=60, deadline=None)
+def check(plan, enough):
+    """That a plan is among the sets that are enough, the cheapest, and saves what they say."""
+    best = min(cost for _, cost, _ in enough)
+    assert plan.cost == pytest.approx(best, rel=1e-6, abs=1e-15)
+    assert plan.bound <= best * (1 + 1e-12) and plan.bound == pytest.approx(best, rel=1e-6)
+    _, cost, savings = next(s for s in enough if s[0] == members(plan))
+    assert plan.cost == pytest.approx(cost, rel=1e-12)
+    assert plan.saved == pytest.approx(savings)
+
+
+@settings(max_examples=30, deadline=None)
 @given(seeds, st.data())
 def test_pins_are_kept_and_nothing_else_is_added_without_need(seed, data):
-    choices, weights = problem(seed)
-    sets = list(every_set(choices, weights))
-    wanted = data.draw(st.sampled_from(sets))
-    pinned = Named(*map(frozenset, wanted[:3]))
-    target = data.draw(st.sampled_from([s[4]["parameters"] for s in sets]))
-    with_them = [
-        s for s in sets if all(set(p) <= set(q) for p, q in zip(wanted[:3], s, strict=False))
-    ]
-    enough = [s for s in with_them if s[4]["parameters"] >= target]
+    choices, weights, sizes = problem(seed)
+    sets = list(every_set(choices, weights, sizes))
+    wanted, _, _ = data.draw(st.sampled_from(sets))
+    pinned = Named(*map(frozenset, wanted[:3]), frozenset(block for block, _ in wanted[4]))
+    target = data.draw(st.sampled_from(sets))[2]["parameters"]
+    with_them = list(every_set(choices, weights, sizes, pinned))
+    enough = [s for s in with_them if s[2]["parameters"] >= target]
     if not enough:
         with pytest.raises(UserError):
             selection.select(choices, weights, {"parameters": target}, pinned)
         return
     plan = selection.select(choices, weights, {"parameters": target}, pinned)
-    assert plan.cost == pytest.approx(min(s[3] for s in enough), abs=1e-12)
-    if wanted[4]["parameters"] >= target or target <= 0:
-        assert (plan.intervals, plan.runs, plan.ffns) == wanted[:3]
+    check(plan, enough)
+    least = min(with_them, key=lambda s: s[1])
+    if least in enough and not any(s[1] == least[1] for s in with_them if s[0] != least[0]):
+        assert members(plan) == least[0]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(seeds, st.sampled_from(["parameters", "blocks", "latency"]))
 def test_larger_budgets_never_cost_more(seed, measure):
-    choices, weights = problem(seed, depth=8, intervals=12, runs=8, ffns=10)
+    choices, weights, _ = problem(seed, 8, 12, 8, 10, 8, 2)
     costs = []
-    for share in np.linspace(0, 1, 9):
+    for share in np.linspace(1, 0, 7):
         need = share * sum(weights[measure].block[1:]) * 0.9
         try:
             costs.append(selection.select(choices, weights, {measure: need}).cost)
         except UserError:
-            break
-    assert costs and costs == sorted(costs)
+            assert not costs
+    assert costs and costs == sorted(costs, reverse=True)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seeds)
-def test_saved_is_the_literal_saving(seed):
-    choices, weights = problem(seed)
-    for *chosen, _, savings in itertools.islice(every_set(choices, weights), 0, None, 7):
-        for name, each in weights.items():
-            assert selection.saved(*chosen, each) == pytest.approx(savings[name])
+def test_the_order_in_which_choices_come_decides_nothing(seed):
+    choices, weights, _ = problem(seed, 8, 12, 8, 10, 8, 2)
+    need = {"parameters": 0.4 * sum(weights["parameters"].block)}
+    turned = Choices(
+        *(dict(reversed(offered.items())) for offered in (choices.intervals, choices.runs)),
+        dict(reversed(choices.ffns.items())),
+        {m: dict(reversed(o.items())) for m, o in reversed(choices.ranks.items())},
+        dict(reversed(choices.units.items())),
+        choices.modulations,
+        choices.unread,
+    )
+    found = [selection.select(each, weights, need) for each in (choices, turned)]
+    assert found[0] == found[1]
 
 
 # ---- budgets
@@ -200,7 +362,7 @@ def test_a_budget_is_what_has_to_go():
 
 def test_targets_are_those_of_the_smallest_budgets():
     budgets = [0.7, {"parameters": 500}, {"blocks": 12}, {"blocks": 15}, {"latency": 0.9}, 0.9]
-    variants = [{"name": str(n), "budget": budget} for n, budget in enumerate(budgets)]
+    variants = [{"name": str(n), "budget": b, "train": True} for n, b in enumerate(budgets)]
     expected = {"parameters": 500, "blocks": 8, "latency": pytest.approx(0.05)}
     assert selection.targets(variants, FACTS) == expected
     least = config.tightest(variants)
@@ -265,26 +427,46 @@ def test_units_save_the_seconds_of_their_parts(tmp_path):
 
 # ---- models of real depth
 
-# Qwen-Image's counts: parameters of a block, of a borrower's text stream, of l^h, and of an FFN.
+# Qwen-Image's counts: parameters of a block, of a borrower's text stream, of l^h, of an FFN, and of
+# what a source keeps for itself alone.
 BLOCK, BORROWED, OUTPUT, LINEAR = 339_831_296, 132_000_000, 9_440_256, 94_500_000
+LENT = 132_154_624
 QWEN = {"transformer_parameters": 20_430_401_088, "blocks": 60}
 
 
-def deep(depth=60, longest=6):
-    """All candidates of a Qwen-like model, with random costs that grow with their length."""
+def deep(depth=60, longest=7, ranks=(2, 4, 8, 16, 32)):
+    """All candidates of a Qwen-like model, with random costs of many magnitudes."""
     random = np.random.default_rng(0)
     every = [*itertools.product(range(depth), (IMAGE, TEXT))]
     pairs = [(a, b) for a, b in itertools.combinations(range(depth), 2) if b - a < longest]
+    matrices = [
+        Modulation(block, stream, 3072, 6 * 3072, ffn=stream, text=stream == TEXT)
+        for block, stream in every
+    ]
+    matrices.append(Modulation(depth, "", 3072, 2 * 3072))
     choices = Choices(
         {(a, b): float(random.exponential() * (b - a) ** 1.5) for a, b in pairs},
         {(a, b): float(random.exponential() * (b - a) / 3) for a, b in pairs},
-        {ffn: float(random.exponential() / 2) for ffn in every},
+        {ffn: 10.0 ** random.uniform(-9, 0) for ffn in every},
+        {m.key: {r: 10.0 ** random.uniform(-6, -3) / r**2 for r in ranks} for m in matrices},
+        modulations={matrix.key: matrix for matrix in matrices},
+        unread=depth - 1,
     )
     jitter = 1 + 0.01 * random.random((3, depth))
     weights = {
         "blocks": selection.by_blocks(depth),
         "parameters": Weights(
-            [BLOCK] * depth, [BORROWED] * depth, [OUTPUT] * depth, dict.fromkeys(every, LINEAR)
+            [BLOCK] * depth,
+            [BORROWED] * depth,
+            [OUTPUT] * depth,
+            dict.fromkeys(every, LINEAR),
+            {
+                (matrix.key, rank, sixths): matrix.saved(rank, sixths)
+                for matrix in matrices
+                for rank in ranks
+                for sixths in (2, 3, 6)
+            },
+            source=dict.fromkeys(range(depth), LENT),
         ),
         "latency": Weights(
             (0.04 * jitter[0]).tolist(),
@@ -296,15 +478,15 @@ def deep(depth=60, longest=6):
     return choices, weights
 
 
-@pytest.mark.parametrize("measures", [["parameters"], ["latency"], ["parameters", "latency"]])
-def test_sixty_blocks_with_all_candidates_take_seconds_and_are_exact(measures):
+def test_sixty_blocks_with_all_candidates_take_seconds_and_are_exact():
     choices, weights = deep()
-    needs = {"parameters": 0.45 * 60 * BLOCK, "latency": 0.5 * 60 * 0.04}
+    needs = {"parameters": 0.65 * 60 * BLOCK, "latency": 0.5 * 60 * 0.04}
     began = time.process_time()
-    plan = selection.select(choices, weights, {m: needs[m] for m in measures})
-    assert time.process_time() - began < 30
-    assert plan.bound == pytest.approx(plan.cost, rel=1e-6)
-    assert plan.intervals and plan.runs and plan.ffns
+    plan = selection.select(choices, weights, needs)
+    assert time.process_time() - began < 60
+    assert plan.cost <= plan.bound * (1 + 1e-5)
+    assert plan.intervals and plan.runs and plan.ffns and plan.ranks
+    assert all(plan.saved[measure] >= need * (1 - 1e-12) for measure, need in needs.items())
 
 
 def test_the_published_lists_are_a_config_and_come_out_as_they_are():

@@ -1,6 +1,7 @@
 """What variants are made of: the search, whose students, and the files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -26,7 +27,7 @@ def offered(**changes) -> Offer:
         (key, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
         for key, one in MATRICES.items()
         for rank in (1, 2)
-        for sixths in (2, 3, 6)
+        for sixths in one.shares
     }
     none = [0.0] * DEPTH
     counted = Weights(
@@ -164,6 +165,23 @@ def test_larger_budgets_are_never_measured_worse(seed):
         assert sets.meets(choice, offer, each)
         assert choice.error == min(c.error for c in found[each["name"]].tried.values())
     assert not set(found["free"].choice.found.sources.values()) & set(sets.TRAINED)
+
+
+def test_a_budget_is_met_however_sums_are_rounded():
+    """Three of 0.1 s are all of 0.1 + 0.2, which is the next number above 0.3; times of blocks are
+    multiples of one step, so that sums often are what is needed."""
+    none = [0.0] * DEPTH
+    weights = offered().weights | {
+        "latency": Weights(none, none, none, {(b, "image"): 0.1 for b in range(DEPTH)})
+    }
+    facts = offered().facts | {"transformer_seconds": 2 * (0.1 + 0.2)}
+    offer = offered(weights=weights, facts=facts, units={}, errors={})
+    wanted = variant({"latency": 0.5})
+    choice = sets.search(offer, wanted)
+    measure, _ = measured_as(lambda one: 1.0)
+    assert sets.decide(offer, {"v": (wanted, choice)}, measure)["v"].choice.error == 1.0
+    exact, short = ({"latency": value, "parameters": 0.0, "blocks": 0} for value in (0.3, 0.2999))
+    assert [sets.meets(replace(choice, saved=s), offer, wanted) for s in (exact, short)] == [1, 0]
 
 
 def test_files_hold_what_was_decided(tmp_path):

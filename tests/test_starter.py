@@ -72,6 +72,23 @@ def test_what_a_pipeline_takes_by_default(tmp_path, pipeline, transformer, shape
         assert made["extract"]["sample_tokens"] == preset["extract"]["sample_tokens"]
 
 
+def test_without_training_no_block_goes_and_every_variant_is_of_closed_forms(tmp_path):
+    place = folder(tmp_path / "t", "FluxPipeline", "FluxTransformer2DModel", WIDE)
+    made = yaml.safe_load(starter.made(teacher(place), "mine", free=True))
+    settings = config.complete(made, "mine.yaml")
+    assert not settings["intervals"]["enabled"] and settings["width"]["enabled"]
+    assert settings["modulation"]["enabled"] and not {"distill", "subsets", "finetune"} & set(made)
+    assert [v["train"] for v in settings["variants"]] == [False, False]
+    trained = yaml.safe_load(starter.made(teacher(place), "mine"))["variants"]
+    assert [v["name"] for v in trained if not v.get("train", True)] == ["free"]
+    # A class that inspection alone knows has no closed forms.
+    kind = "LTXVideoTransformer3DModelOfSomebody"
+    place = folder(tmp_path / "o", "FluxPipeline", kind, WIDE)
+    with pytest.raises(UserError, match="--free: of a LTX.* nothing has a closed form"):
+        starter.made(teacher(place), "mine", free=True)
+    assert "modulation" not in yaml.safe_load(starter.made(teacher(place), "mine"))
+
+
 def test_videos_have_their_own_prompts(tmp_path):
     place = folder(tmp_path / "t", "WanPipeline", "WanTransformer3DModel", WIDE)
     made = yaml.safe_load(starter.made(teacher(place), "mine"))
@@ -117,7 +134,12 @@ def test_the_workflow_of_a_started_config_resolves(tiny_teacher, tmp_path):
     output = tmp_path / "mine.yaml"
     starter.write(teacher(tiny_teacher), output, run="started")
     printed = run("snakemake", "-n", "--nolock", "--cores", "2", "--configfile", output)
-    assert counts(printed)["assemble"] == 2
+    assert counts(printed)["assemble"] == 3
+    free = tmp_path / "free.yaml"
+    starter.write(teacher(tiny_teacher), free, run="free", free=True)
+    printed = counts(run("snakemake", "-n", "--nolock", "--cores", "2", "--configfile", free))
+    assert printed["assemble"] == 2
+    assert not {"sensitivity", "prune", "distill", "subsets", "finetune"} & printed.keys()
 
 
 def test_configs_are_fetched_from_the_hub(tmp_path, monkeypatch):

@@ -32,9 +32,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def command(program, settings, paths, processes=1):
+def command(program, settings, paths, processes=1, python=sys.executable):
     """Of a stage that several processes share."""
-    found = [sys.executable, tiny.SCRIPTS / "launch.py", "--processes", processes, "--threads", "2"]
+    found = [python, tiny.SCRIPTS / "launch.py", "--processes", processes, "--threads", "2"]
     found += ["--device", "cpu", tiny.SCRIPTS / f"{program}.py", *tiny.options(settings, paths)]
     return [str(word) for word in found]
 
@@ -125,13 +125,14 @@ def test_several_processes_stop_at_one_step(world, tmp_path):  # noqa: F811
     script = str(tiny.SCRIPTS / "distill.py")
     wrapped.write_text(WARNED.replace("sys.argv = sys.argv[1:]", f"sys.argv[0] = {script!r}"))
     whole, paths = (distill_paths(world, f"two-{name}") for name in ("whole", "warned"))
-    run = command("distill", world[1], paths, 2)
+    python = fresh.python(fresh.MODELS)
+    run = command("distill", world[1], paths, 2, python)
     warned = [str(wrapped) if word == script else word for word in run]
     assert subprocess.run(warned).returncode == stopping.EXIT_CODE
     about = tensors.read(paths["state"] / "checkpoint.safetensors")[1]
     assert (about["step"], about["unlogged"]) == ("3", "1")
     subprocess.run(run, check=True)
-    subprocess.run(command("distill", world[1], whole, 2), check=True)
+    subprocess.run(command("distill", world[1], whole, 2, python), check=True)
     assert equal(paths["output"], whole["output"])
     assert_same_log(paths["log_table"], whole["log_table"], schemas.DISTILL_LOG)
 

@@ -2,9 +2,9 @@
 removes them at that moment: one decides for all. (Whole runs at once are in test_dag.py.)"""
 
 import subprocess
-import sys
 from pathlib import Path
 
+import fresh
 import tiny
 
 SCRIPT = f"""
@@ -80,7 +80,8 @@ devices.finish(accelerator)
 
 def test_one_process_decides_for_all(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, str(tiny.SCRIPTS / "launch.py"), "--processes", "2", "--threads"]
+    command = [fresh.python(fresh.MODELS), str(tiny.SCRIPTS / "launch.py")]
+    command += ["--processes", "2", "--threads"]
     command += ["2", "--device", "cpu", str(tmp_path / "script.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

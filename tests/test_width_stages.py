@@ -318,9 +318,18 @@ def test_a_killed_narrowing_ends_with_the_same_students(world):
     assert_same_log(paths["log_table"], folder / "narrow-log.parquet", schemas.DISTILL_LOG)
 
 
+def narrow_sets(folder, name="all"):
+    """What models and searches are made from, of narrow students alone."""
+    return {
+        "sets": tiny.chosen(folder / "sets.json", folder / "plan.json", "narrow", name),
+        "narrow": folder / "narrow.safetensors",
+        "narrow_errors": folder / "narrow-errors.parquet",
+    }
+
+
 def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     folder, settings, common = world
-    made = {"students": folder / "narrow.safetensors", "errors": folder / "narrow-errors.parquet"}
+    made = narrow_sets(folder)
     points = folder / "points.parquet"
     tiny.stage("pareto", settings, **common, **made, points=points)
     table = tables.read(points, schemas.POINTS).to_pandas()
@@ -331,14 +340,14 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     assert not (table["velocity_error_low"] > table["velocity_error"]).any()
 
     plan, reader = students.read_plan(folder / "plan.json"), calls.Reader(tiny_calls)
-    errors = tables.read(made["errors"], schemas.UNIT_ERRORS).to_pandas().set_index("unit")
-    for row in table.itertuples():
-        predicted = errors.loc[json.loads(row.units), "velocity_error"].sum()
-        assert row.predicted_error == pytest.approx(predicted)
+    errors = tables.read(made["narrow_errors"], schemas.UNIT_ERRORS).to_pandas().set_index("unit")
+    named = [[unit["name"] for unit in json.loads(text)["units"]] for text in table["units"]]
+    for names, predicted in zip(named, table["predicted_error"], strict=True):
+        assert predicted == pytest.approx(errors.loc[names, "velocity_error"].sum())
     smallest = table.iloc[0]
-    assert json.loads(smallest["units"]) == [unit.name for unit in plan.units]
+    assert named[0] == [unit.name for unit in plan.units]
     teacher = tiny.load(tiny_teacher).transformer
-    trained = students.load(made["students"], teacher, students.parts_of(plan.units))
+    trained = students.load(made["narrow"], teacher, students.parts_of(plan.units))
     model, _ = blocks.assembled(teacher, {part.key: s for part, s in trained.items()})
     assert smallest["parameters"] == blocks.parameter_count(model)
     error = power = 0.0
@@ -363,7 +372,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     smallest = 1 - saved / plan.facts["transformer_parameters"]
     variants = [{"name": "all", "budget": smallest + 1e-9}]
     settings = settings | {"teacher": teacher, "variants": variants}
-    made = {"students": folder / "narrow.safetensors", "errors": folder / "narrow-errors.parquet"}
+    made = narrow_sets(folder)
     seen = {}
 
     def measured(transformers, *_):
@@ -374,11 +383,12 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     with pytest.raises(SystemExit):
         tiny.stage("pareto", settings, **common, **made, points=tmp_path / "points.parquet")
     monkeypatch.setattr(assembly, "export", lambda _pipe, model, *_: seen.update(exported=model))
-    tiny.stage("assemble", settings, **common, **made, variant="all", output=tmp_path / "all")
+    of_variant = {"calls": common["calls"], "sets": made["sets"], "narrow": made["narrow"]}
+    tiny.stage("assemble", settings, **of_variant, variant="all", output=tmp_path / "all")
 
     source = tiny.source(teacher["path"]) | {"dtype": "bfloat16"}
     transformer = pipelines.load_transformer(source, torch.device("cpu"))
-    trained = students.load(made["students"], transformer, students.parts_of(plan.units))
+    trained = students.load(made["narrow"], transformer, students.parts_of(plan.units))
     options = config.complete(settings, "test")
     options["ablation"] |= {"finetune_steps": 0}
     alone, reader = devices.accelerator("cpu"), calls.Reader(common["calls"])
@@ -406,8 +416,12 @@ def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
     assert saved["00-01"] > saved["02-03"] + saved["04-04"]
     budget = 1 - 0.99 * saved["00-01"] / plan["transformer_seconds"]
     settings = settings | {"variants": [{"name": "fast", "budget": {"latency": budget}}]}
-    made = {"students": folder / "narrow.safetensors", "errors": folder / "narrow-errors.parquet"}
-    paths = common | made | {"variant": "fast", "output": tmp_path / "fast"}
+    made = {name: tmp_path / f"{name}.parquet" for name in ("units", "measured")}
+    made |= {"sets": tmp_path / "sets.json", "state": tmp_path / "state"}
+    given = narrow_sets(folder) | {"latency": folder / "latency.parquet"}
+    tiny.stage("choose", settings, **common, **given | made)
+    paths = {"calls": common["calls"], "sets": made["sets"], "narrow": given["narrow"]}
+    paths |= {"variant": "fast", "output": tmp_path / "fast"}
     monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_narrow_export has it
     tiny.stage("assemble", settings, **paths)
     card = json.loads((tmp_path / "fast" / "pruning.json").read_text())

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+import multiprocessing.spawn  # noqa: F401  (before a stage stands another program for Python)
 import runpy
 import signal
 from pathlib import Path
 
+import fresh
 import pandas as pd
 import pyarrow as pa
 import pytest
@@ -13,7 +15,18 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import calls, pipelines, recording, schemas, tables, teacher, teacher_identity
+from ppcl import (
+    calls,
+    pipelines,
+    recording,
+    schemas,
+    sets,
+    students,
+    tables,
+    teacher,
+    teacher_identity,
+    texts,
+)
 
 SETTINGS = {
     "height": 32,
@@ -176,6 +189,8 @@ def stage(name: str, settings: dict, *group: str, **paths) -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("sys.argv", [name, *group, *options(settings, paths)])
+            # What is exported is loaded again in a fresh process.
+            patch.setattr("sys.executable", fresh.python(fresh.MODELS))
             by_row_group(patch)
             runpy.run_path(str(SCRIPTS / f"{name}.py"), run_name="__main__")
     finally:
@@ -212,6 +227,17 @@ def pruned(
         chosen["candidates"] = candidates(folder / "candidates.parquet", [], list(ffns))
     stage("prune", settings, **chosen, **given)
     return settings, given
+
+
+def chosen(path: Path, plan: Path, source: str, variant: str = "p70") -> Path:
+    """Writes sets.json: the variant is all units of a plan, from one source."""
+    found = students.read_plan(plan)
+    members = tuple(sets.Member(unit, source) for unit in found.units)
+    saved = sum(entry["saved_parameters"] for entry in found.facts["units"])
+    facts = {"parameters": found.facts["transformer_parameters"] - saved}
+    content = {variant: sets.entry(sets.Set(members)) | facts}
+    texts.write_sealed(path, {"variants": content, "alone": {}})
+    return path
 
 
 def by_row_group(patch: pytest.MonkeyPatch) -> None:

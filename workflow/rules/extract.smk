@@ -2,7 +2,8 @@
 #
 # in:  the teacher and record/calls.parquet
 # out: activations/tokens.parquet, a sample of tokens at every block boundary;
-#      activations/moments.safetensors, the sums that the probes are solved from;
+#      activations/moments.safetensors, the sums that the probes are solved from (none unless
+#      blocks are compared);
 #      activations/conditioning.safetensors, those that low-rank modulations are (none unless
 #      modulation.enabled)
 
@@ -37,6 +38,7 @@ rule extract:
             "modulation.timesteps",
             "modulation.guidance",
         ),
+        moments="" if compared() else "--no-moments",
         state=result("state/extract"),
         taken=taken("record"),
         teacher=teacher_stamp(),
@@ -47,5 +49,5 @@ rule extract:
         "{params.taken}python {input.script} --config {params.config:q} "
         "--calls {input.calls} --state {params.state} "
         "--tokens {output.tokens} "
-        "--moments {output.moments} "
+        "--moments {output.moments} {params.moments} "
         "--conditioning {output.conditioning} 2>&1 | tee {log}"

@@ -52,6 +52,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=Path, required=True, help="tokens.parquet to write")
     parser.add_argument("--moments", type=Path, required=True, help="moments.safetensors to write")
     parser.add_argument(
+        "--no-moments", action="store_true", help="sum up none of them: nothing is probed"
+    )
+    parser.add_argument(
         "--conditioning", type=Path, required=True, help="conditioning.safetensors to write"
     )
     args = parser.parse_args()
@@ -66,12 +69,23 @@ def main() -> None:
     transformer = pipelines.load_transformer(teacher, device, compiled=True)
     given = [m.key for m in modulation.matrices(transformer)] if lowered["enabled"] else []
     summed = modulation_inputs.Sums(transformer, given, device)
-    identity = training.identity(Path(__file__), settings, [args.calls])
+    identity = training.identity(
+        Path(__file__), settings | {"moments": not args.no_moments}, [args.calls]
+    )
     # A folder of its own, so that a run of other settings can't write over its tokens.
     folder = args.state / identity[:16]
     with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
         moments, samples = activations.collect(
-            transformer, reader, rows, options, seed, device, folder, bar, identity, summed
+            transformer,
+            reader,
+            rows,
+            options | {"sums": not args.no_moments},
+            seed,
+            device,
+            folder,
+            bar,
+            identity,
+            summed,
         )
     fitted = rows[~reader.index["heldout"][rows]]
     conditioned = modulation_inputs.with_grid(
@@ -81,9 +95,8 @@ def main() -> None:
         asked, found = len(rows) * options["sample_tokens"], len(sample["token"])
         what = f"tokens of the {stream} stream in these {len(rows)} calls"
         errors.warn_of_fewer("extract.sample_tokens", asked, found, what)
-    sequence = blocks.block_sequence(transformer)
     facts = {
-        "block_parameters": json.dumps([blocks.parameter_count(b.module) for b in sequence]),
+        "block_parameters": json.dumps(blocks.parameters_of_blocks(transformer)),
         "transformer_parameters": str(blocks.parameter_count(transformer)),
         "seams": json.dumps(blocks.seams(transformer)),
         "untouchable": json.dumps(sorted(blocks.untouchable(transformer))),

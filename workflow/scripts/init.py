@@ -4,7 +4,8 @@
 
 The teacher is a local folder of a diffusers pipeline, or owner/name on the Hub, of which only the
 configs are fetched. Every line of the file says what it is for; what it leaves out has a default
-(config/README.md). A file that is there already is never written over.
+(config/README.md). With --free it asks for closed forms alone, and nothing is trained. A file that
+is there already is never written over.
 """
 
 import argparse
@@ -30,12 +31,17 @@ def main() -> None:
         "--trust-remote-code", action="store_true", help="run model code that comes with it"
     )
     parser.add_argument("--component", default="transformer", help="the part that is pruned")
+    parser.add_argument(
+        "--free",
+        action="store_true",
+        help="closed forms alone: nothing is trained",
+    )
     parser.add_argument("--calibration", help="your prompts to calibrate on")
     parser.add_argument("--evaluation", help="your prompts to evaluate on, other ones")
     args = parser.parse_args()
     names = ("component", "revision", "variant", "subfolder", "trust_remote_code")
     teacher = {"path": args.teacher} | {name: getattr(args, name) for name in names}
-    starter.write(teacher, args.output, args.run, args.calibration, args.evaluation)
+    starter.write(teacher, args.output, args.run, args.calibration, args.evaluation, args.free)
     print(
         f"{args.output} is written: read it, name your own prompts, set the budgets; then\n"
         f"  snakemake plan --cores all --configfile {args.output}\n"

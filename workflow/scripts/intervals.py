@@ -7,8 +7,8 @@
         --candidates results/digits/width/candidates.parquet
 
 Reads of the config: intervals, similarity.streams, width (enabled, cka_floor and the lists),
-modulation (enabled and the lists), and variants for the smallest budgets: what is trained is for
-them. Needs no torch.
+modulation (enabled and the lists), and variants for the smallest budgets of those that trained
+students may be in: what is trained for them, larger ones use as well. Needs no torch.
 """
 
 import argparse
@@ -31,22 +31,24 @@ from ppcl import (
     tables,
 )
 from ppcl.errors import UserError
+from ppcl.measured import Closed
 from ppcl.pins import Named
 from ppcl.reasons import Width
-from ppcl.selection import Choices, Weights
+from ppcl.selection import Choices
 
 
-def with_pinned_runs(widths: list[Width], pinned: Named, counted: Weights) -> list[Width]:
+def with_pinned_runs(closed: Closed, pinned: Named) -> list[Width]:
     """The measured widths, and pinned text runs that nobody measured (width.longest)."""
-    missing = sorted(pinned.runs - {width.ends for width in widths if width.kind == "text"})
-    return widths + [
+    measured_runs = {width.ends for width in closed.widths if width.kind == "text"}
+    missing = sorted(pinned.runs - measured_runs)
+    return closed.widths + [
         Width(
             "text",
             *run,
             "text",
             float("nan"),
             float("nan"),
-            int(selection.saved((), [run], (), counted)),
+            int(selection.saved((), [run], (), closed.weights, closed.unread)),
             float("nan"),
         )
         for run in missing
@@ -62,16 +64,17 @@ def main() -> None:
     parser.add_argument(
         "--sensitivity", type=Path, help="input: measured costs, for intervals.cost: velocity"
     )
-    parser.add_argument("--width", type=Path, help="input: measured widths, for width.enabled")
+    parser.add_argument("--width", type=Path, help="input: prices of closed forms")
     parser.add_argument("--latency", type=Path, help="input: block times, for latency budgets")
     parser.add_argument("--intervals", type=Path, required=True, help="output: intervals, parquet")
-    parser.add_argument("--candidates", type=Path, help="output: widths, for width.enabled")
+    parser.add_argument("--candidates", type=Path, help="output: closed forms, parquet")
     options = parser.parse_args()
     settings = config.load(options.config)
     chosen, stream = settings["intervals"], settings["similarity"]["streams"]
     wide = settings["width"]["enabled"]
-    low = settings["modulation"]["enabled"]
-    if (wide or low) and not (options.width and options.candidates):
+    kinds = ("text", "ffn") if wide else ()
+    kinds += ("modulation",) if settings["modulation"]["enabled"] else ()
+    if kinds and not (options.width and options.candidates):
         raise UserError(
             "width.enabled or modulation.enabled is true: name the tables --width and --candidates"
         )
@@ -90,7 +93,9 @@ def main() -> None:
     cka = measured.cka(options.cka, stream, depth)
     costs = 1 - cka
     if chosen["cost"] == "velocity":
-        costs = chosen["training_leaves"] * measured.costs(options.sensitivity, depth)
+        trained = any(variant["train"] for variant in settings["variants"])
+        leaves = chosen["training_leaves"] if trained else 1
+        costs = leaves * measured.costs(options.sensitivity, depth)
     noise = facts["delta_noise"][stream]
     if chosen["tolerance"] == "bootstrap" and not facts["bootstrap"]:
         raise UserError(
@@ -98,25 +103,9 @@ def main() -> None:
             "was made without; set a number, or similarity.bootstrap to 2 or more"
         )
     tolerance = noise if chosen["tolerance"] == "bootstrap" else chosen["tolerance"]
-    text = {name: [0] * depth for name in ("text_saved", "text_output", "text_lent")}
-    widths, ranks = [], []
-    if wide:
-        text = measured.facts(options.width, *text)
-        widths = measured.widths(options.width, depth)
-    if low:
-        ranks = measured.ranks(options.width)
-    ffns = {width.ffn: width.saved for width in widths if width.kind == "ffn"}
-    weights = {
-        "blocks": selection.by_blocks(depth),
-        "parameters": Weights(
-            facts["block_parameters"],
-            text["text_saved"],
-            text["text_output"],
-            ffns,
-            measured.rank_savings(ranks),
-            source=dict(enumerate(text["text_lent"])),
-        ),
-    }
+    sizes = facts["block_parameters"]
+    closed = measured.closed(options.width if kinds else None, sizes, kinds)
+    weights = {"blocks": selection.by_blocks(depth), "parameters": closed.weights}
     if any("latency" in config.limits(v["budget"]) for v in settings["variants"]):
         if options.latency is None:
             raise UserError("variants: a budget is a latency: name the block times, --latency")
@@ -126,29 +115,32 @@ def main() -> None:
     # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
     unknown = {block for block in range(depth) if np.isnan(cka[block, block])}
     untouchable = set(facts["untouchable"])
-    pins.check(pinned, facts["seams"], untouchable, unknown, set(ffns), text["text_saved"])
+    modulated = {block for block, _ in closed.modulations}
+    text = closed.weights.text
+    ffns = set(closed.weights.ffn)
+    pins.check(pinned, facts["seams"], untouchable, unknown, ffns, text, modulated, closed.unread)
     runs = intervals.spans(depth, facts["seams"], unknown | untouchable)
     chain = intervals.trend_chain(cka, runs, tolerance)
     found = {*intervals.candidates(runs, chosen["segmentation"], chain), *pinned.intervals}
     priced = {(it.first, it.last): it for it in intervals.priced(sorted(found), cka, costs)}
     chain = intervals.priced(chain, cka, costs)
-    widths = with_pinned_runs(widths, pinned, weights["parameters"])
+    widths = with_pinned_runs(closed, pinned)
 
     limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
     depth_limits = {**limits, "floor": chosen["cka_floor"]}
-    width_limits = {**limits, "floor": settings["width"]["cka_floor"]} if wide else {}
+    width_limits = {**limits, "floor": settings["width"]["cka_floor"]}
     choices = Choices(
         reasons.usable_intervals(priced, pinned, depth_limits),
         *reasons.usable_widths(widths, pinned, width_limits),
-        reasons.usable_ranks(ranks, forbidden),
-        modulations={one.modulation.key: one.modulation for one in ranks},
-        unread=depth - 1 if any(text["text_lent"]) else None,
+        reasons.usable_ranks(widths, forbidden),
+        modulations=closed.modulations,
+        unread=closed.unread,
     )
     needs = selection.targets(settings["variants"], facts)
     plan = selection.select(choices, weights, needs, pinned)
     print(
         f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs, "
-        f"{len(plan.ffns)} linear FFNs and {len(plan.ranks)} low-rank modulations: they save "
+        f"{len(plan.ffns)} linear FFNs and {len(plan.ranks)} modulations of low rank: they save "
         f"{selection.amounts(plan.saved)} at cost {plan.cost:.6g}; no set that is enough "
         f"costs less than {plan.bound:.6g}",
         flush=True,
@@ -157,14 +149,14 @@ def main() -> None:
         settings,
         removed_blocks=round(plan.saved["blocks"]),
         removed_parameters=round(plan.saved["parameters"]),
-        blocks=depth,
     )
     stopping.ignore()
     rows = reasons.interval_rows(chain, priced, plan, needs, tolerance, pinned, depth_limits)
     table = pd.DataFrame(rows, columns=schemas.INTERVALS.names)
-    if wide or low:
-        candidates = reasons.width_rows(widths, plan, needs, pinned, width_limits)
-        candidates += reasons.rank_rows(ranks, plan, needs, pinned, forbidden)
+    if kinds:
+        candidates = reasons.width_rows(
+            widths, plan, needs, pinned, width_limits, closed.modulations, closed.unread
+        )
         candidates = pd.DataFrame(candidates, columns=schemas.WIDTH_CANDIDATES.names)
         tables.write(options.candidates, candidates, schemas.WIDTH_CANDIDATES, stamp)
     tables.write(options.intervals, table, schemas.INTERVALS, stamp)

@@ -14,7 +14,6 @@ squares on recorded calls.
 """
 
 import argparse
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +49,8 @@ class Selection:
 
     Attributes:
         every: all units. depth: its depth students alone.
-        costs: by unit, what its closed forms cost; of depth students there are none.
+        costs: by unit, what its closed forms cost, NaN if one is pinned and was not measured; of
+            depth students there are none.
         total: what the selection costs, ranks of modulations included.
     """
 
@@ -60,11 +60,12 @@ class Selection:
     total: float
 
     def trained(self, floor: float) -> list[Unit]:
-        """Units with intervals, and those that cost no less than a share of the whole."""
+        """Units with intervals, and those that cost no less than a share of the whole, or nobody
+        knows what: of these there are no least-squares maps but what training starts from."""
         return [
             unit
             for unit in self.every
-            if unit.removed_blocks or self.costs[unit.name] >= floor * self.total
+            if unit.removed_blocks or not self.costs[unit.name] < floor * self.total
         ]
 
 
@@ -84,7 +85,7 @@ def selection_of(args: argparse.Namespace, unread_after: int | None) -> Selectio
         total += float(narrower["velocity_error"].sum())
         for row in narrower[narrower["kind"] != "modulation"].itertuples():
             key = (row.first, row.last if row.kind == "text" else row.stream)
-            prices[key] = 0.0 if math.isnan(row.velocity_error) else row.velocity_error
+            prices[key] = row.velocity_error
     runs = [key for key in prices if not isinstance(key[1], str)]
     every = plans.units(intervals, runs, [key for key in prices if key not in runs], unread_after)
     costs = {

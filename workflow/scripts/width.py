@@ -197,7 +197,7 @@ def main() -> None:
         for name, cost in zip(changes, costs, strict=True):
             found[name] |= {"velocity_error": cost, "rows": len(judged)}
         table = pd.DataFrame(list(found.values()), columns=schemas.WIDTH_MEASURED.names)
-        facts = width.text_sizes(transformer)
+        facts = width.text_sizes(transformer) | {"unread": width.unread_after(transformer)}
         facts["modulations"] = [asdict(one) for one in modulation.matrices(transformer)]
         stamp = provenance.stamp(settings, judged=len(judged))
         stopping.ignore()

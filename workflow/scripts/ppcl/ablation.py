@@ -7,7 +7,7 @@ exactly `removed` blocks; those with width save at least as many parameters, as 
 import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ from ppcl.families import JOINT
 from ppcl.pins import Ends, Ffn
 from ppcl.plans import Matrix, Modulation, Part
 from ppcl.rivals import Starts
-from ppcl.selection import Choices, Weights
+from ppcl.selection import Choices
 from ppcl.students import Students
 
 # Eq. 6's steps behind prices `trained`; sets that a step of `refine` measures.
@@ -324,16 +324,12 @@ def depth_and_width(
     """
     settings, paths, depth = material.settings, material.paths, material.depth
     facts = material.tokens.facts
-    text = measured.facts(paths["width"], "text_saved", "text_output")
-    widths = [width for width in measured.widths(paths["width"], depth) if width.kind in kinds]
-    ffns = {width.ffn: width.saved for width in widths if width.kind == "ffn"}
     sizes = facts["block_parameters"]
+    closed = measured.closed(paths["width"], sizes, kinds)
     low = _modulations(material) if like == "low-rank rivals" else _Modulations()
     weights = {
         "blocks": selection.by_blocks(depth),
-        "parameters": Weights(
-            sizes, text["text_saved"], text["text_output"], ffns, ranks=low.saved
-        ),
+        "parameters": replace(closed.weights, ranks=low.saved),
     }
     cka = measured.cka(paths["cka"], settings["similarity"]["streams"], depth)
     leaves = settings["intervals"]["training_leaves"]
@@ -354,9 +350,10 @@ def depth_and_width(
     plan = selection.select(
         Choices(
             {ends: float(costs[ends]) for ends in every if np.isfinite(costs[ends])},
-            *reasons.usable_widths(widths, pins.NOTHING, limits),
+            *reasons.usable_widths(closed.widths, pins.NOTHING, limits),
             ranks={matrix: {low.rank: 0.0} for matrix in low.matrices},  # they cost all alike
             modulations=low.matrices,
+            unread=closed.unread,
         ),
         weights,
         needs,
@@ -390,7 +387,7 @@ def _modulations(material: Material) -> _Modulations:
     saved = {
         (key, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
         for key, one in matrices.items()
-        for sixths in (2, 3, 6)
+        for sixths in one.shares
     }
     return _Modulations(rank, matrices, saved)
 

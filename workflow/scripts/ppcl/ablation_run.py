@@ -233,29 +233,19 @@ def _reported(material: Material) -> np.ndarray:
 
 def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[dict]:
     """Columns of each smaller set that saves k / BUDGETS of the whole, the cheapest of its size."""
-    settings, reader = material.settings, material.reader
     costs, savings = _prices(material, units, taught)
-    rows = _reported(material)
-    size, whole = settings["evaluate"]["batch_size"], blocks.parameter_count(material.transformer)
-    found = []
+    whole, found = blocks.parameter_count(material.transformer), []
     for share in range(1, BUDGETS):
         picked = schedules.cheapest(costs, savings, share / BUDGETS * sum(savings))
         plugged = {part: taught[part] for i in picked for part in units[i].parts}
         model, _, _ = students.plugged(material.transformer, plugged)
-        compared = evaluation.velocity_errors(
-            "ablation", model, reader, rows, size, material.accelerator.device
-        )
-        columns = (compared[key] for key in ("error", "norm", "prompt_index"))
-        error = metrics.ratio(*columns, settings["evaluate"]["bootstrap"], settings["seed"])
         removed = sum(savings[i] for i in picked)
         found.append(
-            {
+            _velocity(material, model)
+            | {
                 "removed_blocks": sum(units[i].removed_blocks for i in picked),
                 "removed_parameters": removed,
                 "parameter_fraction": 1 - removed / whole,
-                "velocity_error": error.value,
-                "velocity_error_low": error.low,
-                "velocity_error_high": error.high,
                 "latency_ratio": math.nan,
             }
         )
@@ -299,30 +289,46 @@ def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module
 
 def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> dict:
     """Size, velocity error, latency and, with the judge, accuracies of a model, by column."""
-    settings, reader = material.settings, material.reader
-    options = settings["evaluate"] | {"velocity_rows": settings["ablation"]["velocity_rows"]}
-    measured = evaluation.measure_transformers(
-        {TEACHER: material.transformer, "ablation": model},
-        reader,
-        reader.draw(_reported(material), options["batch_size"], (settings["seed"],)),
-        {**settings, "evaluate": options},
-        material.accelerator.device,
-    )
-    of_model, error = measured["ablation"], measured["ablation"]["velocity_error"]
-    found = {
-        "removed_parameters": round(
-            measured[TEACHER]["parameters"].value - of_model["parameters"].value
-        ),
-        "velocity_error": error.value,
+    settings, reader, teacher = material.settings, material.reader, material.transformer
+    options, device = settings["evaluate"], material.accelerator.device
+    rows = _reported(material)
+    timed = reader.draw(rows, options["batch_size"], (settings["seed"],))
+    pair = {TEACHER: teacher, "ablation": model}
+    latency = evaluation.latencies(pair, reader, timed, settings, device)["ablation"]
+    whole, left = (blocks.parameter_count(each) for each in (teacher, model))
+    found = _velocity(material, model) | {
+        "removed_parameters": whole - left,
+        "parameter_fraction": left / whole,
+        "latency_ratio": latency["latency_ratio"].value,
     }
-    if math.isfinite(error.low):  # over one prompt there is no interval, and JSON has no NaN
-        found |= dict(zip(ENDS, (error.low, error.high), strict=True))
-    found |= {key: of_model[key].value for key in ("parameter_fraction", "latency_ratio")}
     return found | accuracies(pipe, model, settings)
 
 
-def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> dict[str, float]:
-    """Shares of pictures that show what their prompt states; none without the judge."""
+def _velocity(material: Material, model: nn.Module) -> dict:
+    """The velocity error of a model on the reported rows, by column."""
+    options, rows = material.settings["evaluate"], _reported(material)
+    compared = evaluation.velocity_errors(
+        "ablation",
+        model,
+        material.reader,
+        rows,
+        options["batch_size"],
+        material.accelerator.device,
+    )
+    columns = [compared[key] for key in ("error", "norm", "prompt_index")]
+    error = metrics.ratio(*columns, options["bootstrap"], material.settings["seed"])
+    # The same prompts for all, so that methods can be compared prompt by prompt.
+    of_prompts = np.unique(columns[2], return_inverse=True)[1]
+    sums = (np.bincount(of_prompts, values).tolist() for values in columns[:2])
+    found = {"velocity_error": error.value, "by_prompt": json.dumps(list(sums))}
+    if math.isfinite(error.low):  # over one prompt there is no interval, and JSON has no NaN
+        found |= dict(zip(ENDS, (error.low, error.high), strict=True))
+    return found
+
+
+def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> dict:
+    """Shares of pictures that show what their prompt states, and which of them show it all; none
+    without the judge."""
     options = settings["evaluate"]
     if options["judge"] != "digits":
         return {}
@@ -343,7 +349,8 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> 
                 right.append([*facts, all(facts)])
     finally:
         pipe.register_modules(transformer=teacher)
-    return dict(zip(ACCURACIES, np.mean(right, axis=0).tolist(), strict=True))
+    shares = dict(zip(ACCURACIES, np.mean(right, axis=0).tolist(), strict=True))
+    return shares | {"right": json.dumps([int(facts[-1]) for facts in right])}
 
 
 def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chosen) -> list[dict]:
@@ -353,7 +360,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     extra = material.settings["ablation"]["finetune_steps"]
     intervals = json.dumps(sorted(chosen.starts))
     common = {"method": job["name"], "seed": material.seed, "intervals": intervals}
-    common |= dict.fromkeys((*ACCURACIES, *ENDS), math.nan)
+    common |= dict.fromkeys((*ACCURACIES, *ENDS), math.nan) | {"right": "[]"}
     common |= {"removed_blocks": sum(last - first for first, last in chosen.starts)}
     common |= {"text_runs": json.dumps(chosen.runs), "linear_ffns": json.dumps(chosen.ffns)}
     if not chosen.starts and not chosen.runs and not chosen.ffns:

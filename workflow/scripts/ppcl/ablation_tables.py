@@ -7,9 +7,11 @@ import json
 
 import pandas as pd
 
-from ppcl.comparison_figure import LOW_RANK, STATES, summary
+from ppcl.comparison_figure import LOW_RANK, STATES, ratio, summary
 
 _MATCHED = "schedule-whole"  # "+ optimal segmentation", trained as rivals are
+
+RIVALS = 2  # the best ones, that each method is compared with prompt by prompt
 
 # Title -> groups, more methods, and whether with low-rank modulations.
 SECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
@@ -44,10 +46,14 @@ def markdown(table: pd.DataFrame) -> str:
 
 def _section(every: pd.DataFrame, table: pd.DataFrame, judged: bool) -> list[str]:
     """One row per method of the table; means over seeds, in brackets 95 % intervals (`summary` of
-    every method's)."""
+    every method's). With rivals among them, the fine-tuned error over that of the best ones."""
     shown = {"velocity_error": ("velocity error", _error)}
     shown |= {"all_correct": ("all right", _share)} if judged else {}
     heads = [f"{w}, {s}" for w, _ in shown.values() for s in ("trained", "then fine-tuned")]
+    tuned = table[(table["group"] == "rival") & (table["state"] == "finetuned")]
+    best = tuned.groupby("method")["velocity_error"].mean().sort_values().index[:RIVALS].tolist()
+    labels = table.drop_duplicates("method").set_index("method")["label"]
+    heads += [f"error over that of {labels[name]}" for name in best]
     heads = ["method", "seeds", *heads, "parameters", "latency"]
     lines = [f"| {' | '.join(heads)} |", "|" + "---|" * len(heads)]
     cells = {column: summary(every, column) for column in shown}
@@ -61,14 +67,22 @@ def _section(every: pd.DataFrame, table: pd.DataFrame, judged: bool) -> list[str
             for state in STATES
         ]
         seeds = int(table.loc[table["method"] == row.method, "seed"].nunique())
+        mine += [
+            "" if row.method == name else _ratio(*ratio(every, row.method, name, "finetuned"))
+            for name in best
+        ]
         size, latency = means.loc[row.method]
-        every = [row.label, str(seeds), *mine, f"{size:.3f}", f"{latency:.2f}"]
-        lines.append(f"| {' | '.join(every)} |")
+        line = [row.label, str(seeds), *mine, f"{size:.3f}", f"{latency:.2f}"]
+        lines.append(f"| {' | '.join(line)} |")
     return lines
 
 
 def _error(row: pd.Series) -> str:
     return f"{row['mean']:.4f} ({row['low']:.4f} to {row['high']:.4f})"
+
+
+def _ratio(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def _share(row: pd.Series) -> str:

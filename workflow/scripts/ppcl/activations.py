@@ -161,7 +161,7 @@ def collect(
     Args:
         rows: row numbers of the calls to replay, of both splits.
         settings: batch_size; moment_tokens and sample_tokens per row and stream;
-            checkpoint_every so many rows.
+            checkpoint_every so many rows; sums, whether there shall be moments (if missing, yes).
         folder: where the token sample is kept, and a checkpoint, from which a killed run goes on.
         identity: digest of what decides the result, for checkpoints; others are not used.
         modulations: sums up what modulation matrices get, of rows of the fit split.
@@ -183,6 +183,7 @@ def collect(
         modulations = modulation_inputs.Sums(transformer, [], device)
     modulations.put(sample.conditioning)
     last = None if modulations.last else sequence[-1].index
+    sums = settings.get("sums", True)
     size, most = settings["batch_size"], len(rows) * settings["sample_tokens"]
     regular = max(1, settings["checkpoint_every"] // size)
     every = reader.in_batches(rows, size)
@@ -236,7 +237,7 @@ def collect(
                     sound |= padding[stream]
                 finite[block.index, stream] = sound.all()
                 kept[stream].append(few[stream].of(out))
-                if len(before[stream]):
+                if sums and len(before[stream]):
                     moments.add(stream, block.index, before[stream], many[stream].of(out))
 
         with modulations.watching(), blocks.watch(sequence, look, learn, stop_after=last) as run:
@@ -266,7 +267,7 @@ def collect(
     moments.settle(everything=True)
     modulations.sum_up(everything=True)
     fitted = {name.split(".")[0] for name in moments.sums}
-    to_fit = not reader.index["heldout"][rows].all()
+    to_fit = sums and not reader.index["heldout"][rows].all()
     for stream, store in sample.stores.items():
         boundaries, tokens, _ = store.shape
         if not tokens or (to_fit and boundaries > 1 and stream not in fitted):

@@ -1,4 +1,4 @@
-"""Variants: which students each budget takes, and pipeline folders that diffusers alone loads."""
+"""Variants as pipeline folders that diffusers alone loads."""
 
 import inspect
 import json
@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import diffusers
@@ -21,11 +21,7 @@ from ppcl import (
     hub,
     narrow,
     reload_gate,
-    routes,
-    schemas,
     seals,
-    selection,
-    tables,
     tensors,
     texts,
     trust,
@@ -34,7 +30,6 @@ from ppcl import (
 )
 from ppcl.errors import UserError
 from ppcl.families import family_of
-from ppcl.routes import Arc
 
 CARD = "pruning.json"
 
@@ -46,75 +41,6 @@ def variant(settings: dict, name: str) -> dict:
             return found
     known = ", ".join(v["name"] for v in settings["variants"])
     raise UserError(f"--variant: the config has no variant '{name}'; it has {known}")
-
-
-def choose(
-    errors: Path, plan: dict, wanted: dict, pinned: Collection[str] = frozenset()
-) -> list[str]:
-    """Names of a variant's units, in order of depth: those that cost least and meet its budget.
-
-    The cost of a set is the sum of its units' measured velocity errors, each plugged in alone.
-
-    Args:
-        errors: errors.parquet of the units' last training.
-        plan: holds transformer_parameters, blocks, and transformer_seconds for latency.
-        wanted: the variant's mapping in the config.
-        pinned: names of units that go in whatever they cost.
-
-    Raises:
-        UserError: all units together do not meet the budget, or what they save was not measured.
-    """
-    found = tables.read(errors, schemas.UNIT_ERRORS).to_pandas().sort_values("first")
-    columns = {"parameters": "saved_parameters", "blocks": "removed_blocks"}
-    try:
-        needs = selection.needed(wanted["budget"], plan)
-    except KeyError as error:
-        raise UserError(
-            f"variant '{wanted['name']}': the plan does not tell {error}; delete prune/ and rerun"
-        ) from error
-    savings = found[[columns.get(measure, "saved_seconds") for measure in needs]]
-    if savings.isna().any(axis=None):
-        raise UserError(f"{errors}: holds no saved_seconds; delete prune/ and latency/, and rerun")
-    chosen = cheapest(
-        found["velocity_error"].tolist(),
-        savings.to_numpy().tolist(),
-        list(needs.values()),
-        [index for index, name in enumerate(found["unit"]) if name in pinned],
-    )
-    if chosen is None:
-        reached = dict(zip(needs, savings.sum(), strict=True))
-        raise UserError(
-            f"variant '{wanted['name']}': all units together save {selection.amounts(reached)}, "
-            f"but its budget {wanted['budget']} needs {selection.amounts(needs)}; delete "
-            "intervals/ and rerun, so that enough is selected"
-        )
-    return found["unit"].iloc[chosen].tolist()
-
-
-def cheapest(
-    costs: Sequence[float],
-    savings: Sequence[Sequence[float]],
-    needed: Sequence[float],
-    forced: Collection[int] = (),
-) -> list[int] | None:
-    """Indices with the least total cost whose savings add up to what is needed, exactly.
-
-    Args:
-        savings: of each, in every measure.
-        forced: indices that are chosen in any case.
-
-    None when all together do not suffice.
-    """
-    if max(needed) <= 0:
-        return sorted(forced)
-    nothing = (0.0,) * len(needed)
-    arcs = []
-    for index, (cost, saved) in enumerate(zip(costs, savings, strict=True)):
-        if index not in forced:
-            arcs.append(Arc(index, index + 1, 0.0, nothing))
-        arcs.append(Arc(index, index + 1, cost, tuple(saved), (index,)))
-    route = routes.cheapest(arcs, list(needed)) if arcs else None
-    return list(route.chosen) if route else None
 
 
 def export(

@@ -387,3 +387,13 @@ def emptied(transformer: nn.Module, kept: Collection[int] = ()) -> nn.Module:
 def parameter_count(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
+
+
+def parameters_of_blocks(transformer: nn.Module) -> list[int]:
+    """Parameters that go with each block: its own, and its companions' (`Family.companions`)."""
+    sequence = block_sequence(transformer)
+    beside = [getattr(transformer, name) for name in family(transformer).companions]
+    return [
+        parameter_count(block.module) + sum(parameter_count(each[block.index]) for each in beside)
+        for block in sequence
+    ]

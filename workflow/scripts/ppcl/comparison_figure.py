@@ -3,6 +3,7 @@
 Tables are pandas DataFrames with the columns of `schemas.ABLATION`. No torch: plots take seconds.
 """
 
+import json
 from collections.abc import Iterable
 
 import numpy as np
@@ -27,6 +28,7 @@ STATES = {
 }
 # Another pair of states, drawn as these are.
 LOW_RANK = {"low_rank": "plugged", "low_rank_finetuned": "finetuned"}
+RESAMPLES = 1000
 TINY = 1e-12  # the teacher's own error is zero, which has no logarithm
 APART = {"plugged": 0.17, "finetuned": -0.17}  # rows between the two states of a method
 
@@ -64,6 +66,37 @@ def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
         rows.append([method, state, mean, low, high, len(found)])
     names = ["method", "state", "mean", "low", "high", "seeds"]
     return pd.DataFrame(rows, columns=names).set_index(["method", "state"])
+
+
+def ratio(table: pd.DataFrame, method: str, other: str, state: str) -> tuple[float, float, float]:
+    """A method's velocity error over another's, with a 95 % interval: value, low, high.
+
+    Prompt by prompt: both are measured on the same calls, so what a prompt adds to the error of all
+    methods is no part of the interval, as it is of `summary`'s. Geometric means over seeds; the
+    bootstrap over prompts and the spread over seeds (as in `summary`) add as squares.
+    """
+    table = table[table["state"] == state]
+    table = table.assign(scaled=np.log(np.maximum(table["velocity_error"], TINY)))
+    groups = dict(list(table.groupby("method", sort=False)))
+    pooled = _spread(found for found in groups.values() if not _by_chance(found))
+    variance, freedoms, sums = 0.0, [], []
+    for found in (groups[method], groups[other]):
+        deviation, freedom = _spread([found]) if _by_chance(found) else pooled
+        variance += deviation**2 / len(found)
+        freedoms.append(freedom)
+        sums.append(np.array([json.loads(text) for text in found["by_prompt"]]))
+    # Seeds of one method -> mean over them of log errors, of each resample of the prompts.
+    prompts = sums[0].shape[-1]
+    draws = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
+    one, two = (
+        np.log(np.maximum(errors[:, 0][:, draws].sum(-1) / errors[:, 1][:, draws].sum(-1), TINY))
+        for errors in sums
+    )
+    value = groups[method]["scaled"].mean() - groups[other]["scaled"].mean()
+    drawn = np.percentile(one.mean(0) - two.mean(0), [2.5, 97.5]) - value
+    reach = stdtrit(min(freedoms), 0.975) * variance**0.5 if min(freedoms) else 0.0
+    low, high = (np.hypot(reach, end) for end in drawn)
+    return tuple(float(np.exp(v)) for v in (value, value - low, value + high))
 
 
 def _by_chance(found: pd.DataFrame) -> bool:

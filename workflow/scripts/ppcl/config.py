@@ -227,7 +227,11 @@ def tightest(variants: list[dict]) -> list[dict]:
     for variant in [v for v in variants if v["train"]] or variants:
         for kind, value in limits(variant["budget"]).items():
             least[kind] = min(value, least.get(kind, value))
-    return [{"name": f"smallest-{kind}", "budget": {kind: least[kind]}} for kind in sorted(least)]
+    shared = {"train": any(v["train"] for v in variants)}
+    return [
+        {"name": f"smallest-{kind}", "budget": {kind: least[kind]}, **shared}
+        for kind in sorted(least)
+    ]
 
 
 def table() -> str:

@@ -339,17 +339,32 @@ def measure_transformers(
             picked = [columns[key][mask] for key in ("error", "norm", "prompt_index")]
             found[name][f"velocity_error{suffix}"] = metrics.ratio(*picked, resamples, seed)
 
+    for name, times in latencies(transformers, reader, timed, settings, device).items():
+        found[name] |= times
+    return found
+
+
+def latencies(
+    transformers: Mapping[str, nn.Module],
+    reader: calls.Reader,
+    timed: np.ndarray,
+    settings: Mapping,
+    device: torch.device,
+) -> Found:
+    """The latency part of `measure_transformers`."""
+    options, seed = settings["evaluate"], settings["seed"]
     arguments = reader.batch(timed).to(device).arguments
     with torch.no_grad():
         runs = {n: lambda t=t: t(**arguments) for n, t in transformers.items()}
         times = interleaved_times(runs, options["latency_repeats"], device)
-    for name, seconds in times.items():
-        one = np.ones_like(seconds)
-        found[name]["latency_seconds"] = metrics.median_ratio(seconds, one, resamples, seed)
-        found[name]["latency_ratio"] = metrics.median_ratio(
-            seconds, times[TEACHER], resamples, seed
-        )
-    return found
+    how = options["bootstrap"], seed
+    return {
+        name: {
+            "latency_seconds": metrics.median_ratio(seconds, np.ones_like(seconds), *how),
+            "latency_ratio": metrics.median_ratio(seconds, times[TEACHER], *how),
+        }
+        for name, seconds in times.items()
+    }
 
 
 def sizes(transformer: nn.Module, teacher: nn.Module) -> dict[str, Estimate]:

@@ -25,12 +25,16 @@ class FeedForward:
 
     Attributes:
         norm: gets the stream after attention, h.
-        modulation: a Linear whose second half only the FFN uses; None if there is no such.
+        modulation: a Linear of whose outputs the FFN uses some alone; None if there is no such.
+        parts: from and to which of that Linear's parts, each as wide as the stream.
+        after: a norm of what the FFN returns; None if there is none with weights.
     """
 
     norm: str
     ffn: str
     modulation: str | None = None
+    parts: tuple[int, int] = (3, 6)
+    after: str | None = None
 
 
 @dataclass(frozen=True)
@@ -396,7 +400,13 @@ FAMILIES: dict[str, Family] = {
                 IMAGE,
                 "layers",
                 "num_layers",
-                Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
+                Width(
+                    {
+                        IMAGE: FeedForward(
+                            "ffn_norm1", "feed_forward", "norm1.linear", (2, 4), "ffn_norm2"
+                        )
+                    }
+                ),
                 modulations=("norm1.linear",),
             ),
         ),
@@ -412,7 +422,13 @@ FAMILIES: dict[str, Family] = {
                 IMAGE,
                 "layers",
                 "n_layers",
-                Width({IMAGE: FeedForward("ffn_norm1", "feed_forward")}),
+                Width(
+                    {
+                        IMAGE: FeedForward(
+                            "ffn_norm1", "feed_forward", "adaLN_modulation.0", (2, 4), "ffn_norm2"
+                        )
+                    }
+                ),
                 argument="x",
                 modulations=("adaLN_modulation.0",),
             ),
@@ -502,8 +518,10 @@ FAMILIES: dict[str, Family] = {
                 *DOUBLE,
                 Width(
                     {
-                        IMAGE: FeedForward("norm3", "ff"),
-                        TEXT: FeedForward("norm3_context", "ff_context"),
+                        IMAGE: FeedForward("norm3", "ff", "norm1.linear", (2, 4)),
+                        TEXT: FeedForward(
+                            "norm3_context", "ff_context", "norm1_context.linear", (2, 4)
+                        ),
                     }
                 ),
                 # The last block's text norm is of another class, whose Linear has another name.

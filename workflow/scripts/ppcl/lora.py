@@ -39,10 +39,11 @@ class Layer:
     scale: float = 1.0
     bias: Tensor | None = None
 
-    def cut(self, outputs: int) -> "Layer":
-        """Of the first outputs alone: a linear FFN leaves half of a modulation."""
-        bias = None if self.bias is None else self.bias[:outputs]
-        return Layer(self.a, self.b[:outputs], self.scale, bias)
+    def without(self, at: int, width: int) -> "Layer":
+        """Without so many outputs from `at` on: a linear FFN cuts them out of a modulation."""
+        kept = [*range(at), *range(at + width, len(self.b))]
+        bias = None if self.bias is None else self.bias[kept]
+        return Layer(self.a, self.b[kept], self.scale, bias)
 
 
 def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[str, Layer]:
@@ -125,7 +126,8 @@ def places(
             gone.append(path)
             continue
         shape = _shape(holder.get_submodule(inside))
-        layer = layer.cut(shape[1])
+        if opened := _opened(holder, inside):
+            layer = layer.without(opened.at, opened.width)
         if (layer.a.shape[1], len(layer.b)) != shape:
             raise UserError(
                 f"--lora: {path} is of {layer.a.shape[1]} inputs and {len(layer.b)} outputs, but "
@@ -159,6 +161,13 @@ def _place(holder: nn.Module, path: str) -> str:
     except AttributeError:
         return ""
     return "" if wrapped else narrow.held(holder, path)
+
+
+def _opened(holder: nn.Module, place: str) -> nn.Module | None:
+    """The `narrow.Open` that follows a modulation of which something is cut out."""
+    parent = holder.get_submodule(place.rpartition(".")[0])
+    found = parent if isinstance(parent, nn.Sequential) else ()
+    return next((m for m in found if type(m).__name__ == narrow.Open.__name__), None)
 
 
 def _shape(module: nn.Module) -> tuple[int, int]:

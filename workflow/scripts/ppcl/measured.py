@@ -4,7 +4,7 @@ Needs no torch.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from ppcl import schemas, selection, tables
 from ppcl.errors import UserError
 from ppcl.plans import Matrix, Modulation
 from ppcl.reasons import Width
+from ppcl.selection import Weights
 
 
 def cka(path: Path, stream: str, depth: int) -> np.ndarray:
@@ -53,10 +54,11 @@ def facts(path: Path, *names: str) -> dict:
 
 
 def widths(path: Path, depth: int) -> list[Width]:
-    """Text runs and FFNs of width/measured.parquet."""
+    """The rows of width/measured.parquet."""
     table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
-    table = table[table["kind"] != "modulation"]
-    selection.check_depth(path, table["last"], depth)
+    # The last modulation's block is the number of blocks.
+    low_rank = table["kind"] == "modulation"
+    selection.check_depth(path, table["last"] - low_rank, depth)
     return [
         Width(
             row.kind,
@@ -67,45 +69,53 @@ def widths(path: Path, depth: int) -> list[Width]:
             row.cka,
             int(row.parameters_saved),
             row.velocity_error,
+            row.path,
+            int(row.rank),
         )
         for row in table.itertuples()
     ]
 
 
 @dataclass(frozen=True)
-class Rank:
-    """A modulation at a rank: a row of width/measured.parquet; cost is its velocity error."""
+class Closed:
+    """Closed forms, as `width` left them in its table.
 
-    modulation: Modulation
-    rank: int
-    fit_error: float
-    cost: float
+    Attributes:
+        widths: rows of the table.
+        modulations: of every matrix of which there are rows.
+        weights: parameters that each saves, those of whole blocks among them.
+        unread: the block after which nothing reads the text stream, if there is one.
+    """
 
-
-def ranks(path: Path) -> list[Rank]:
-    """Modulations of width/measured.parquet."""
-    table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
-    table = table[table["kind"] == "modulation"]
-    if table.empty:
-        return []
-    every = [Modulation(**one) for one in facts(path, "modulations")["modulations"]]
-    by_key = {one.key: one for one in every}
-    return [
-        Rank(
-            by_key[int(row.first), row.path],
-            int(row.rank),
-            row.fit_error_heldout,
-            row.velocity_error,
-        )
-        for row in table.itertuples()
-    ]
+    widths: list[Width]
+    modulations: dict[Matrix, Modulation]
+    weights: Weights
+    unread: int | None
 
 
-def rank_savings(found: Iterable[Rank]) -> dict[tuple[Matrix, int, int], int]:
-    """Parameters that each saves, by how many sixths of the matrix's outputs are kept."""
-    return {
-        (one.modulation.key, one.rank, sixths): one.modulation.parameters(sixths=sixths)
-        - one.modulation.parameters(one.rank, sixths)
-        for one in found
-        for sixths in (2, 3, 6)
-    }
+def closed(path: Path | None, block_parameters: Sequence[int], kinds: Collection[str]) -> Closed:
+    """Closed forms of some kinds (text, ffn, modulation) at their prices.
+
+    path: width/measured.parquet; without, there are none.
+    """
+    depth = len(block_parameters)
+    if path is None:
+        return Closed([], {}, Weights(block_parameters, [0] * depth, [0] * depth), None)
+    names = "text_saved", "text_output", "text_lent", "unread", "modulations"
+    known = facts(path, *names)
+    found = [width for width in widths(path, depth) if width.kind in kinds]
+    every = {one.key: one for one in (Modulation(**kept) for kept in known["modulations"])}
+    ranks = [(one.matrix, one.rank) for one in found if one.kind == "modulation"]
+    weights = Weights(
+        block_parameters,
+        known["text_saved"],
+        known["text_output"],
+        {width.ffn: width.saved for width in found if width.kind == "ffn"},
+        {
+            (matrix, rank, sixths): every[matrix].saved(rank, sixths)
+            for matrix, rank in ranks
+            for sixths in every[matrix].shares
+        },
+        source=dict(enumerate(known["text_lent"])),
+    )
+    return Closed(found, {m: every[m] for m, _ in ranks}, weights, known["unread"])

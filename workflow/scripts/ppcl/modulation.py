@@ -60,10 +60,16 @@ def matrices(transformer: nn.Module) -> list[Modulation]:
     for block in sequence:
         text = block.width.text
         borrowed = (text.norm, text.modulation or text.norm) if text else ()
-        halved = {parts.modulation: stream for stream, parts in block.width.ffn.items()}
+        cut = {parts.modulation: stream for stream, parts in block.width.ffn.items()}
         for path in block.list.modulations:
             if linear := _linear(block.module, path):
-                six = linear.out_features == 6 * linear.in_features
+                stream = cut.get(path, "")
+                left = 3
+                if stream:
+                    ffn = block.width.ffn[stream]
+                    channels = narrow.width_of(block.module.get_submodule(ffn.ffn))
+                    gone = channels * (ffn.parts[1] - ffn.parts[0])
+                    left = 6 * (linear.out_features - gone) // linear.out_features
                 found.append(
                     Modulation(
                         block=block.index,
@@ -71,7 +77,8 @@ def matrices(transformer: nn.Module) -> list[Modulation]:
                         inputs=linear.in_features,
                         outputs=linear.out_features,
                         bias=linear.bias is not None,
-                        ffn=halved.get(path, "") if six else "",
+                        ffn=stream,
+                        left=left,
                         text=any(path.startswith(f"{place}.") for place in borrowed),
                     )
                 )

@@ -18,6 +18,8 @@ from ppcl.plans import Matrix
 
 # What schedulers of diffusers count up to, unless their configs say otherwise.
 TIMESTEPS = 1000
+# The weight of recorded calls beside the grid.
+RECORDED = 1 / 32
 
 
 class Sums:
@@ -202,12 +204,11 @@ def with_grid(
     range, each with the text of a recorded call and, where the transformer gets guidance as a
     number, with one of evenly spaced guidances.
 
-    A recorded timestep counts as much as one of the grid, however many calls were recorded at it,
-    and all together at most as much as the grid. By their numbers, thousands of calls at ten
-    timesteps would drown the grid. At equal weights, too, a map spends its rank on these ten: with
-    the embedded teacher's 10 steps and rank 8, 50 steps at a shift of 3 were 4.5 times as wrong as
-    the recorded ones (now 1.6 times). Nor does the grid drown them: where they are as many as its
-    own, as where states are noised again, they weigh as much.
+    Recorded calls weigh RECORDED of both, however many they are. By their numbers, thousands of
+    calls at ten timesteps would drown the grid, and even at equal weights a map spends its rank on
+    these ten: with the embedded teacher's 10 steps and rank 8, maps were 4.5 times as wrong at 50
+    steps and a shift of 3. The grid does not drown them: it has their texts, and a timestep close
+    to each of theirs; their own weight stands for whatever else a pipeline does.
 
     Args:
         rows: calls whose texts are taken.
@@ -235,7 +236,7 @@ def with_grid(
     sequence = blocks.block_sequence(short)
     grid = Sums(transformer, leaders.values(), device)
     done = 0
-    chosen = np.sort(np.resize(_one_of_each_text(reader, rows, rng), count))
+    chosen = np.sort(np.resize(rng.permutation(rows), count))  # neighbours are read at once
     for batch in reader.batches(chosen, size, device):
         batch, here = batch.to(device), slice(done, done := done + len(batch))
         arguments = batch.arguments
@@ -250,12 +251,13 @@ def with_grid(
         grid.settle()
     grid.sum_up(everything=True)
     found = grid.result()
-    distinct = len(np.unique(reader.index["timestep"][rows]))
-    share = min(distinct, count) / count
+    grid_share = 1 - RECORDED
     entries = []
     for entry, once in enumerate(recorded.entries):
         more = found.of(leaders[entry])
-        entries.append(once.weighted(share / once.count) + more.weighted(1 / more.count))
+        entries.append(
+            once.weighted(RECORDED / once.count) + more.weighted(grid_share / more.count)
+        )
     return Conditioning(entries, recorded.places)
 
 
@@ -302,14 +304,6 @@ def _unknown(reader: calls.Reader) -> None:
         "as many steps as will be used (pipeline.num_inference_steps), or set modulation.enabled "
         "to false"
     )
-
-
-def _one_of_each_text(
-    reader: calls.Reader, rows: np.ndarray, rng: np.random.Generator
-) -> np.ndarray:
-    """A random call of each prompt, in random order."""
-    rows = rng.permutation(rows)
-    return rows[np.sort(np.unique(reader.index["prompt_index"][rows], return_index=True)[1])]
 
 
 def _filled(like: Tensor, values: np.ndarray) -> Tensor:

@@ -46,7 +46,7 @@ class Offers:
         ladder = options["ladder"] if options["rank"] == "auto" else [options["rank"]]
         self.ranks: dict[Modulation, list[int]] = {}
         for matrix in modulation.matrices(transformer):
-            most = self._spread(conditioning.places[matrix.key]).rank
+            most = self._of(matrix).rank
             self.ranks[matrix] = [
                 rank
                 for rank in sorted(set(ladder))
@@ -59,6 +59,10 @@ class Offers:
                 ", ".join(map(str, ladder)),
             )
 
+    def _of(self, matrix: Modulation) -> Spread:
+        self._conditioning.of(matrix.key)  # says what to do if nothing is known of it
+        return self._spread(self._conditioning.places[matrix.key])
+
     def _spread_at(self, place: int) -> Spread:
         return Spread.of(self._conditioning.entries[place], self._device)
 
@@ -70,7 +74,7 @@ class Offers:
     def _products_of(self, matrix: Modulation) -> dict[int, Factors]:
         """Of every rank on offer."""
         linear = self._linear(matrix.key)
-        spread = self._spread(self._conditioning.places[matrix.key])
+        spread = self._of(matrix)
         weight = linear.weight.detach().to(spread.mean.device)
         bias = None if linear.bias is None else linear.bias.detach().to(spread.mean.device)
         return modulation.reductions(weight, bias, spread, self.ranks[matrix])

@@ -61,15 +61,15 @@ class Borrowed(nn.Module):
 
 
 class Open(nn.Module):
-    """Adds the rest of a modulation [..., 6d]: zeros, which nothing reads any more."""
+    """Adds what is cut out of a modulation: zeros, which nothing reads any more, from `at` on."""
 
-    def __init__(self, width: int):
+    def __init__(self, at: int, width: int):
         super().__init__()
-        self.width = width
+        self.at, self.width = at, width
 
-    def forward(self, first: Tensor) -> Tensor:
-        rest = first.new_zeros(*first.shape[:-1], self.width - first.shape[-1])
-        return torch.cat([first, rest], dim=-1)
+    def forward(self, kept: Tensor) -> Tensor:
+        cut = kept.new_zeros(*kept.shape[:-1], self.width)
+        return torch.cat([kept[..., : self.at], cut, kept[..., self.at :]], dim=-1)
 
 
 class Shut(nn.Module):
@@ -200,31 +200,30 @@ def maps(block: nn.Module) -> dict[str, nn.Linear]:
 
 def _drop_ffn(block: nn.Module, parts: dict) -> None:
     # Without an FFN the stock forward returns the stream after attention, which the map gets.
+    width = width_of(block.get_submodule(parts["ffn"]))
     _drop(block, parts["norm"], _same)
     _drop(block, parts["ffn"], _nothing)
-    _cut_modulation(block, parts["modulation"], 3)
+    if parts["after"]:
+        _drop(block, parts["after"], _same)
+    _cut_modulation(block, parts["modulation"], *(width * part for part in parts["parts"]))
 
 
-def _cut_modulation(block: nn.Module, path: str | None, kept: int) -> None:
-    """Keeps so many of a modulation's six parts: shift, scale and gate of the attention first."""
-    modulation = path and block.get_submodule(path)
-    if not modulation:
+def _cut_modulation(block: nn.Module, path: str | None, first: int, end: int) -> None:
+    """Cuts out what a modulation gives from output `first` on and before `end`."""
+    if path is None:
         return  # shared by all blocks
-    low = is_low_rank(modulation)
-    width = (modulation.down if low else modulation).in_features
-    rows = modulation.up if low else modulation
-    if rows.out_features != 6 * width:
-        return  # laid out in another way
+    modulation = block.get_submodule(path)
+    rows = modulation.up if is_low_rank(modulation) else modulation
     for name, whole in list(rows.named_parameters()):
-        first = whole.detach()[: kept * width].clone()
-        setattr(rows, name, nn.Parameter(first, requires_grad=whole.requires_grad))
-    rows.out_features = kept * width
+        kept = torch.cat([whole.detach()[:first], whole.detach()[end:]])
+        setattr(rows, name, nn.Parameter(kept, requires_grad=whole.requires_grad))
+    rows.out_features -= end - first
     parent, _, name = path.rpartition(".")
-    holder = block.get_submodule(parent)
+    holder, opened = block.get_submodule(parent), Open(first, end - first)
     if isinstance(holder, nn.Sequential):
-        holder.append(Open(6 * width))
+        holder.append(opened)
     else:
-        setattr(holder, name, nn.Sequential(modulation, Open(6 * width)))
+        setattr(holder, name, nn.Sequential(modulation, opened))
 
 
 def _text_run(block: nn.Module, layout: dict, role: str) -> None:
@@ -245,10 +244,8 @@ def _text_run(block: nn.Module, layout: dict, role: str) -> None:
     if getattr(block.get_submodule(text["attention"]), norm.rpartition(".")[2]) is not None:
         _drop(block, norm, _same)
     if role == "lend":
+        _drop_ffn(block, ffn | {"parts": (2, 6)})  # the attention's gate goes, too
         _drop(block, text["output"], _nothing)
-        _drop(block, ffn["norm"], _same)
-        _drop(block, ffn["ffn"], _nothing)
-        _cut_modulation(block, ffn["modulation"], 2)
         return
     output = block.get_submodule(text["output"])
     width, like = output.out_features, output.weight
@@ -279,10 +276,14 @@ def _nothing(x: Tensor, *_args, **_kwargs) -> Tensor:
 
 
 def _in_place_of(ffn: nn.Module) -> nn.Linear:
-    """A zero map between an FFN's channels: the shorter side of its matrices, as it widens."""
-    matrix = next(p for p in ffn.parameters() if p.ndim > 1)
-    width = min(matrix.shape[:2])
-    return _zero_linear(width, width, matrix)
+    """A zero map between an FFN's channels."""
+    width = width_of(ffn)
+    return _zero_linear(width, width, next(p for p in ffn.parameters() if p.ndim > 1))
+
+
+def width_of(ffn: nn.Module) -> int:
+    """Channels of an FFN's stream: the shorter side of its matrices, as it widens."""
+    return min(next(p for p in ffn.parameters() if p.ndim > 1).shape[:2])
 
 
 def _zero_linear(inputs: int, outputs: int, like: Tensor, bias: bool = True) -> nn.Linear:
@@ -382,11 +383,25 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
         file.write_text(module_text(base, layouts), encoding="utf-8")
         base.save_config(self, save_directory, *args, **kwargs)
 
+    def fuse_qkv_projections(self) -> None:
+        # The stock class reads the weights of text queries, also of blocks that have none.
+        without = [m for m in self.modules() if getattr(m, "add_q_proj", None) is _nothing]
+        for attention in without:
+            key = attention.add_k_proj
+            shape = key.in_features, key.out_features
+            attention.add_q_proj = _zero_linear(*shape, key.weight, key.bias is not None)
+        try:
+            base.fuse_qkv_projections(self)
+        finally:
+            for attention in without:
+                _drop(attention, "add_q_proj", _nothing)
+
     body = {
         "__doc__": f"A {base.__name__} with narrow blocks.",
         "__init__": init,
         "__module__": module,  # pipelines write it to model_index.json, as the name of the file
         "_tp_plan": None,  # the stock plan of tensor parallelism names layers that may be gone
+        "fuse_qkv_projections": fuse_qkv_projections,
         "save_config": save_config,
         "stock": base,
     }

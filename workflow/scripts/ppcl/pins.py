@@ -1,4 +1,5 @@
-"""What a config pins and forbids: intervals, text runs (Eq. 8) and linear FFNs (Eq. 9).
+"""What a config pins and forbids: intervals, text runs (Eq. 8), linear FFNs (Eq. 9), and low-rank
+modulations.
 
 Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
@@ -29,7 +30,7 @@ NOTHING = Named()
 
 
 def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
-    """What the config pins, and what it forbids; that of `width` only where it is enabled.
+    """What the config pins, and what it forbids; only of what is enabled.
 
     depth: blocks of the teacher, if known.
 
@@ -57,9 +58,15 @@ def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
                 "each other: a text run holds whole intervals and more; change one of them"
             )
     _check_pinned_ffns(pinned)
+    for block, (first, last) in itertools.product(sorted(pinned.ranks), pinned.intervals):
+        if first < block <= last:
+            raise UserError(
+                f"modulation.pin: {block} goes with [{first},{last}] of intervals.pin, whose "
+                f"student starts from block {first}; pin {first} or drop one of them"
+            )
     kept = protected(settings, depth)
     for key, one, _ in _listed(pinned, forbidden):
-        for item in sorted(one):
+        for item in sorted(one) if key != "modulation" else ():
             if inside := sorted(kept & set(_blocks(item))):
                 raise UserError(
                     f"{key}.pin: {shown(item)} holds block {inside[0]}, which intervals."
@@ -81,6 +88,8 @@ def check(
     unseen: Collection[int],
     ffns: Collection[Ffn],
     text_saved: Sequence[int],
+    modulated: Collection[int],
+    unread: int | None,
 ) -> None:
     """Raises UserError for pins that this teacher can't have.
 
@@ -90,12 +99,18 @@ def check(
         unseen: blocks without the CKA that decides, so that no interval may hold them.
         ffns: the FFNs that were measured.
         text_saved: per block, parameters of the text stream that a borrower drops.
+        modulated: blocks with modulations that may be low rank, as `plans.Modulation.block`.
+        unread: the block after which nothing reads the text stream, if there is one.
     """
     seams = list(seams)
     for key, one, _ in _listed(pinned, pinned):
         for item in sorted(one):
             blocks = _blocks(item)
-            if cannot := [block for block in blocks if block in untouchable]:
+            if key == "modulation":
+                if item in modulated:
+                    continue
+                why = "there is no modulation matrix of its own that could be low rank"
+            elif cannot := [block for block in blocks if block in untouchable]:
                 why = f"block {cannot[0]} of this teacher can't be pruned"
             elif key == "intervals" and (hidden := [block for block in blocks if block in unseen]):
                 why = f"block {hidden[0]} does not pass the stream of similarity.streams"
@@ -108,6 +123,12 @@ def check(
             else:
                 continue
             raise UserError(f"{key}.pin: {shown(item)} can't be had: {why}; drop it")
+    for first, last in pinned.runs:
+        if last == unread and (first, TEXT) in pinned.ffns:
+            raise UserError(
+                f"width.ffn_text.pin: {first} has no text FFN in the text run [{first},{last}] of "
+                "width.text.pin, after which nothing reads the text; drop one of them"
+            )
 
 
 def holds(unit: Unit, named: Named) -> bool:
@@ -119,11 +140,13 @@ def holds(unit: Unit, named: Named) -> bool:
 
 
 def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
-    on = settings["width"]["enabled"]
-    depth_too = settings["intervals"]["enabled"]
-    lists = {"intervals": settings["intervals"][verb] if depth_too else []}
+    lists = {"intervals": settings["intervals"], "modulation": settings["modulation"]}
     for name in ("text", "ffn_image", "ffn_text"):
-        lists[f"width.{name}"] = settings["width"][name][verb] if on else []
+        lists[f"width.{name}"] = settings["width"][name]
+    lists = {
+        key: named[verb] if settings[key.partition(".")[0]]["enabled"] else []
+        for key, named in lists.items()
+    }
     for key, items in lists.items():
         for item in items:
             blocks = item if isinstance(item, list) else [item]
@@ -131,7 +154,8 @@ def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
                 raise UserError(
                     f"{key}.{verb}: {shown(item)} has to be [first, last] with last > first"
                 )
-            if depth is not None and max(blocks) >= depth:
+            # One number more stands for the modulation after the last block.
+            if depth is not None and max(blocks) >= depth + (key == "modulation"):
                 raise UserError(
                     f"{key}.{verb}: {shown(item)} is beyond this teacher's blocks 0 to {depth - 1}"
                 )
@@ -149,7 +173,7 @@ def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
         frozenset(map(tuple, lists["intervals"])),
         frozenset(map(tuple, lists["width.text"])),
         frozenset(linear),
-        frozenset(ranks),
+        frozenset(lists["modulation"]),
     )
 
 
@@ -162,6 +186,7 @@ def _listed(one: Named, other: Named) -> Iterator[tuple[str, frozenset, frozense
             f"width.ffn_{stream}",
             *(frozenset(f for f in named.ffns if f[1] == stream) for named in (one, other)),
         )
+    yield "modulation", one.ranks, other.ranks
 
 
 def _check_pinned_ffns(pinned: Named) -> None:
@@ -181,9 +206,9 @@ def _check_pinned_ffns(pinned: Named) -> None:
                 )
 
 
-def _blocks(item: Ends | Ffn) -> range:
-    """The blocks that an interval, a text run or an FFN is about."""
-    first, last = item
+def _blocks(item: Ends | Ffn | int) -> range:
+    """The blocks that an interval, a text run, an FFN or a modulation is about."""
+    first, last = (item, item) if isinstance(item, int) else item
     return range(first, (first if isinstance(last, str) else last) + 1)
 
 

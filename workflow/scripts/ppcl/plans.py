@@ -79,7 +79,8 @@ class Modulation:
         path: in the block, or in the transformer for the last AdaLN.
         inputs, outputs: channels.
         bias: whether it has one; as a product of low rank it always has.
-        ffn: the stream whose linear FFN leaves only the first half of it; empty if none does.
+        ffn: the stream whose linear FFN leaves only some of it; empty if none does.
+        left: how many sixths that are.
         text: whether it goes where the text stream is borrowed.
     """
 
@@ -89,11 +90,18 @@ class Modulation:
     outputs: int
     bias: bool = True
     ffn: str = ""
+    left: int = 3
     text: bool = False
 
     @property
     def key(self) -> Matrix:
         return self.block, self.path
+
+    @property
+    def shares(self) -> list[int]:
+        """How many sixths of it there can be: in the source of a run that ends where nothing reads
+        text, with a linear FFN, and else."""
+        return sorted({2, self.left, 6})
 
     def parameters(self, rank: int | None = None, sixths: int = 6) -> int:
         """Of the matrix, or of its product of low rank, with so many sixths of its outputs kept."""
@@ -101,6 +109,10 @@ class Modulation:
         if rank is None:
             return outputs * (self.inputs + self.bias)
         return rank * (self.inputs + outputs) + outputs
+
+    def saved(self, rank: int, sixths: int = 6) -> int:
+        """Parameters that a rank saves, with so many sixths of the outputs kept either way."""
+        return self.parameters(sixths=sixths) - self.parameters(rank, sixths)
 
 
 @dataclass(frozen=True)

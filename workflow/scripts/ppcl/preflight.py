@@ -66,6 +66,12 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: intervals, width and modulation all have enabled: false, so nothing can be "
             "pruned; set one of them to true"
         )
+    if kinds[0] == "width" and not config["choose"]["closed_forms"]:
+        raise UserError(
+            f"{source}: choose.closed_forms is false, so variants take the linear maps that the "
+            "search for intervals took, but intervals.enabled is false: there is none; set one of "
+            "them to true"
+        )
     blocks, total = _parameters(config["teacher"])
     try:
         pins.wishes(config, len(blocks) or None)

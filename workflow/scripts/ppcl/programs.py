@@ -71,15 +71,15 @@ def cheapest(
             return None
         taken, low = found
         cost = math.fsum(every[taken])
-        if not _enough(gained[taken].sum(axis=0), needs):
+        if not all(map(enough, gained[taken].sum(axis=0), needs)):
             # Within the tolerance, but not enough: this one alone is cut off.
             cut = {i: 1.0 if i in set(taken) else -1.0 for i in range(len(every))}
             rows.append((cut, len(taken) - 1))
         elif gap:
-            gap = 0.0 if cost > dearest / 8 else ROUGH
+            gap = 0.0 if cost >= dearest / 8 else ROUGH
             dearest = cost
         else:
-            bound = (low - ties.sum()) / scale
+            bound = float(low - ties.sum()) / scale
             return Taken(tuple(taken.tolist()), cost, max(0.0, min(cost, bound)))
 
 
@@ -115,5 +115,6 @@ def _solved(
     return np.flatnonzero(found.x > 0.5), bound
 
 
-def _enough(gained: np.ndarray, needs: Sequence[float]) -> bool:
-    return bool((gained >= np.array(needs) * (1 - ROUNDING)).all())
+def enough(gained: float, need: float) -> bool:
+    """Whether a sum of gains is what is needed, however it was rounded."""
+    return gained >= need * (1 - ROUNDING)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ppcl.families import TEXT
 from ppcl.intervals import Interval
 from ppcl.pins import Ends, Ffn, Named, overlap, shown, within
-from ppcl.plans import Matrix
+from ppcl.plans import Matrix, Modulation
 from ppcl.selection import Plan, amounts
 
 
@@ -23,6 +23,8 @@ class Width:
     cka: float
     saved: int
     cost: float
+    path: str = ""
+    rank: int = 0
 
     @property
     def ends(self) -> Ends:
@@ -31,6 +33,10 @@ class Width:
     @property
     def ffn(self) -> Ffn:
         return self.first, self.stream
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.first, self.path
 
 
 def usable_intervals(
@@ -52,7 +58,7 @@ def usable_widths(
 ) -> tuple[dict[Ends, float], dict[Ffn, float]]:
     """The same of text runs and of linear FFNs; limits: keyword arguments of `width_obstacle`."""
     runs, ffns = {}, {}
-    for width in widths:
+    for width in (one for one in widths if one.kind != "modulation"):
         text = width.kind == "text"
         wanted = width.ends in pinned.runs if text else width.ffn in pinned.ffns
         if wanted or not width_obstacle(width, **limits):
@@ -61,12 +67,12 @@ def usable_widths(
     return runs, ffns
 
 
-def usable_ranks(ranks: Iterable, forbidden: Named) -> dict[Matrix, dict[int, float]]:
-    """The same of modulations: of each matrix, what its ranks cost. ranks: `measured.Rank`."""
+def usable_ranks(widths: Iterable[Width], forbidden: Named) -> dict[Matrix, dict[int, float]]:
+    """Of each modulation matrix, the cost of every rank that selection may use."""
     found: dict[Matrix, dict[int, float]] = {}
-    for one in ranks:
-        if one.modulation.block not in forbidden.ranks:
-            found.setdefault(one.modulation.key, {})[one.rank] = one.cost
+    for width in widths:
+        if width.kind == "modulation" and width.first not in forbidden.ranks:
+            found.setdefault(width.matrix, {})[width.rank] = _counted(width.cost)
     return found
 
 
@@ -90,7 +96,10 @@ def interval_obstacle(
 def width_obstacle(
     width: Width, forbidden: Named, floor: float, kept: Collection[int]
 ) -> str | None:
-    """Why a text run or linear FFN may not be used, or None."""
+    """Why a text run, a linear FFN or a rank may not be used, or None. Protected blocks keep all
+    but their modulations."""
+    if width.kind == "modulation":
+        return "forbidden by modulation.forbid" if width.first in forbidden.ranks else None
     if width.kind == "text" and width.ends in forbidden.runs:
         return "forbidden by width.text.forbid"
     if width.kind == "ffn" and width.ffn in forbidden.ffns:
@@ -158,72 +167,49 @@ def width_rows(
     needs: Mapping[str, float],
     pinned: Named,
     limits: dict,
+    modulations: Mapping[Matrix, Modulation],
+    unread: int | None,
 ) -> list[dict]:
-    """Rows of width/candidates.parquet: every measured or pinned text run and linear FFN.
+    """Rows of width/candidates.parquet: every measured or pinned text run and linear FFN, and every
+    measured rank of a modulation matrix.
 
-    limits: keyword arguments of `width_obstacle`.
+    Args:
+        limits: keyword arguments of `width_obstacle`.
+        modulations: the matrices of which there are rows.
+        unread: the block after which nothing reads the text stream, if there is one.
     """
     rows = []
-    for width in sorted(widths, key=lambda w: (w.kind, w.first, w.last, w.stream)):
-        text = width.kind == "text"
-        selected = width.ends in plan.runs if text else width.ffn in plan.ffns
+    beaten = {
+        "text": lambda width: _run_beaten(width, plan),
+        "ffn": lambda width: _ffn_beaten(width, plan, unread),
+        "modulation": lambda width: _rank_beaten(width, plan, modulations[width.matrix]),
+    }
+    for width in sorted(widths, key=lambda w: (w.kind, w.first, w.last, w.stream, w.path, w.rank)):
+        selected, wanted, key = {
+            "text": (width.ends in plan.runs, width.ends in pinned.runs, "width.text"),
+            "ffn": (width.ffn in plan.ffns, width.ffn in pinned.ffns, f"width.ffn_{width.stream}"),
+            "modulation": (
+                plan.ranks.get(width.matrix) == width.rank,
+                width.first in pinned.ranks,
+                "modulation",
+            ),
+        }[width.kind]
         if selected:
-            wanted = width.ends in pinned.runs if text else width.ffn in pinned.ffns
-            key = "width.text" if text else f"width.ffn_{width.stream}"
             reason = _why(wanted, key, width.cost, plan, needs)
         else:
-            reason = width_obstacle(width, **limits)
-            reason = reason or (_run_beaten if text else _ffn_beaten)(width, plan)
+            reason = width_obstacle(width, **limits) or beaten[width.kind](width)
         rows.append(
             {
                 "kind": width.kind,
                 "first": width.first,
                 "last": width.last,
                 "stream": width.stream,
-                "path": "",
-                "rank": 0,
+                "path": width.path,
+                "rank": width.rank,
                 "fit_error_heldout": width.fit_error,
                 "cka": width.cka,
                 "parameters_saved": width.saved,
                 "velocity_error": width.cost,
-                "selected": selected,
-                "reason": reason,
-            }
-        )
-    return rows
-
-
-def rank_rows(
-    ranks: Iterable, plan: Plan, needs: Mapping[str, float], pinned: Named, forbidden: Named
-) -> list[dict]:
-    """The same of modulations at their ranks. ranks: `measured.Rank`."""
-    rows = []
-    for one in ranks:
-        matrix, block = one.modulation.key, one.modulation.block
-        selected = plan.ranks.get(matrix) == one.rank
-        if selected:
-            reason = _why(block in pinned.ranks, "modulation", one.cost, plan, needs)
-        elif block in forbidden.ranks:
-            reason = "forbidden by modulation.forbid"
-        elif matrix in plan.ranks:
-            reason = f"has rank {plan.ranks[matrix]}"
-        elif any(first < block <= last for first, last in plan.intervals):
-            reason = "goes with its block"
-        else:
-            reason = "not needed for the budget: other choices cost less"
-        rows.append(
-            {
-                "kind": "modulation",
-                "first": block,
-                "last": block,
-                "stream": "",
-                "path": one.modulation.path,
-                "rank": one.rank,
-                "fit_error_heldout": one.fit_error,
-                "cka": math.nan,
-                "parameters_saved": one.modulation.parameters()
-                - one.modulation.parameters(one.rank),
-                "velocity_error": one.cost,
                 "selected": selected,
                 "reason": reason,
             }
@@ -261,11 +247,27 @@ def _run_beaten(width: Width, plan: Plan) -> str:
     return "not needed for the budget: other choices cost less"
 
 
-def _ffn_beaten(width: Width, plan: Plan) -> str:
+def _ffn_beaten(width: Width, plan: Plan, unread: int | None) -> str:
+    text = width.stream == TEXT
+    for first, last in plan.runs:
+        if text and first == width.first and last == unread:
+            return f"gone: nothing reads its text after the selected run [{first},{last}]"
+    return _gone(width.first, text, plan) or "not needed for the budget: other choices cost less"
+
+
+def _rank_beaten(width: Width, plan: Plan, modulation: Modulation) -> str:
+    if width.matrix in plan.ranks:
+        return f"rank {plan.ranks[width.matrix]} of it costs less at this budget"
+    gone = _gone(width.first, modulation.text, plan)
+    return gone or "not needed for the budget: other choices cost less"
+
+
+def _gone(block: int, text: bool, plan: Plan) -> str:
+    """Why a block has something no more; empty if it still has. text: of its text stream."""
     for first, last in plan.intervals:
-        if first < width.first <= last:
+        if first < block <= last:
             return f"goes with its block in the selected interval [{first},{last}]"
     for first, last in plan.runs:
-        if width.stream == TEXT and first < width.first <= last:
+        if text and first < block <= last:
             return f"gone: its text stream is borrowed in the selected run [{first},{last}]"
-    return "not needed for the budget: other choices cost less"
+    return ""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ppcl import assembly, distillation
+from ppcl import distillation, programs
 from ppcl.plans import Unit
 
 # What a step plugs in, by its seed (run, step).
@@ -63,8 +63,8 @@ DRAWS = {"uniform": uniform, "large": large, "budgets": budgets, "everything": e
 
 def cheapest(costs: Sequence[float], savings: Sequence[float], wanted: float) -> list[int]:
     """Indices of the least total cost that save so much; all where rounding asks for more."""
-    found = assembly.cheapest(costs, [[saved] for saved in savings], [wanted])
-    return list(range(len(costs))) if found is None else found
+    found = programs.cheapest(costs, [[saved] for saved in savings], [wanted])
+    return list(range(len(costs)) if found is None else found.columns)
 
 
 def mixed(losses: Callable, others: Callable, name: str, weight: float) -> Callable:

@@ -167,7 +167,7 @@ INTERVALS = pa.schema(
         column("cka", pa.float64(), "cka(first - 1, last)"),
         column("selected", pa.bool_(), "a student is trained for this interval"),
         column("reason", pa.string(), "why it was selected or not"),
-        column("source", pa.string(), "`trend` (Eq. 5) or `optimal` (shortest path)"),
+        column("source", pa.string(), "`trend` (Eq. 5) or `optimal` (the cheapest set of all)"),
         column("cost", pa.float64(), "predicted loss of fidelity (intervals.cost)", nan=True),
         column("tolerance", pa.float64(), "rise of Delta that ended the search", nan=True),
     ]
@@ -307,6 +307,8 @@ _MEASURED = [
     column("all_correct", pa.float64(), "share of pictures, all three right", nan=True),
     column("latency_ratio", pa.float64(), "median batch time over the teacher's", nan=True),
     column("seconds", pa.float64(), "of this job's training up to this state, one thread"),
+    column("by_prompt", pa.string(), "JSON: squared errors, and norms, summed by held-out prompt"),
+    column("right", pa.string(), "JSON of all pictures: 1 if all three are right; none unjudged"),
 ]
 _METHOD = column("method", pa.string(), "name of the method (`ppcl/methods.py`)")
 

@@ -1,12 +1,15 @@
-"""Which intervals, text runs and FFNs a model gives up: the cheapest set for its budgets, exactly.
+"""What a model gives up: the cheapest set for its budgets, exactly.
 
 Depth intervals and text runs are [first, last], inclusive. A text run (Eq. 8) holds whole parts,
 that is kept blocks and whole intervals, and at least two of them: the first keeps its text stream,
 the later ones borrow it. An FFN (Eq. 9) becomes linear in the block that starts a part; a borrowed
-text stream has none. The cost of a set is the sum of its members' costs. Whatever counts
-(parameters, blocks, seconds) adds up as well, so that the best set is a path over the depth
-(ppcl.routes), whose nodes are the block reached and the text run that is open there. All budgets of
-a config are met at once, in several measures if need be. PPCL, arXiv 2511.16156, stages 1.2 and 2.
+text stream has none. A modulation
+matrix becomes a product of low rank; a linear FFN leaves half of it, a borrower no text matrix, and
+the source of a run after which nothing reads text a third of its own. What was trained goes in as
+whole units, of which ranks alone may still be chosen. The cost of a set is the sum of its members'
+costs, and whatever counts (parameters, blocks, seconds) adds up as well: an integer program
+(ppcl.programs), in which every member is a column and every exclusion a row. All budgets of a
+config are met at once, in several measures if need be. PPCL, arXiv 2511.16156, stages 1.2 and 2.
 Needs no torch.
 """
 
@@ -365,19 +368,20 @@ class _Columns:
     def _low_rank(self, matrix: Matrix, depth: int, pinned: bool) -> None:
         """Columns of a matrix: each rank with each share of its outputs that may be left."""
         block, modulation = matrix[0], self.choices.modulations[matrix]
-        by_sixths: dict[int, list[int]] = {0: [], 2: [], 3: [], 6: []}
+        by_sixths: dict[int, list[int]] = {sixths: [] for sixths in (0, *modulation.shares)}
         if block < depth:
+            lent = modulation.text and modulation.ffn  # else it is not of six parts
             ffn = self.number.get(("ffn", (block, modulation.ffn)))
             borrows = self.number.get(("borrows", block)) if modulation.text else None
             by_sixths[0] += self.going[block]
             by_sixths[0] += [] if borrows is None else [borrows]
-            by_sixths[2] += self.ending[block] if modulation.text else []
-            by_sixths[3] += [] if ffn is None else [ffn]
+            by_sixths[2] += self.ending[block] if lent else []
+            by_sixths[modulation.left] += [] if ffn is None else [ffn]
             for number in self.holding[block]:
                 unit, _ = self.choices.units[self.every[number][1]]
                 by_sixths[sixths_left(unit, modulation, self.choices.unread)].append(number)
         ranks: dict[int, list[int]] = {}
-        for sixths in (2, 3, 6):
+        for sixths in modulation.shares:
             if sixths < 6 and not by_sixths[sixths]:
                 continue
             ranks[sixths] = []
@@ -387,7 +391,8 @@ class _Columns:
                 self.every.append(("rank", (matrix, rank, sixths), cost))
             if sixths < 6:
                 self._only_with(ranks[sixths], by_sixths[sixths])
-        self._at_most_one([*by_sixths[0], *by_sixths[2], *by_sixths[3], *ranks[6]])
+        less = [n for sixths, numbers in by_sixths.items() if sixths < 6 for n in numbers]
+        self._at_most_one([*less, *ranks[6]])
         if pinned:  # one of them, unless its text stream is borrowed
             kept = [n for n in by_sixths[0] if n not in self.going[block]]
             kept = [n for n in kept if self.every[n][0] != "unit" or self._keeps(n, block)]
@@ -426,6 +431,6 @@ def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
     if part is None or (modulation.text and part.borrows):
         return 0
     lends = part is unit.parts[0] and len(unit.parts) > 1
-    if modulation.text and lends and unit.last == unread:
+    if modulation.text and modulation.ffn and lends and unit.last == unread:
         return 2
-    return 3 if modulation.ffn and modulation.ffn in part.linear_ffn else 6
+    return modulation.left if modulation.ffn and modulation.ffn in part.linear_ffn else 6

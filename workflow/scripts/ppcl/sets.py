@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from ppcl import pins, plans, provenance, selection, texts
+from ppcl import pins, plans, programs, provenance, selection, texts
 from ppcl.errors import UserError
 from ppcl.families import IMAGE, TEXT
 from ppcl.plans import Matrix, Unit
@@ -176,7 +176,7 @@ def meets(choice: Choice, offer: Offer, wanted: Mapping) -> bool:
     """Whether a variant may be this set: it is small and fast enough, and trained only if that is
     allowed."""
     needs = selection.targets([wanted], offer.facts)
-    enough = all(choice.saved[measure] >= need for measure, need in needs.items())
+    enough = all(programs.enough(choice.saved[measure], need) for measure, need in needs.items())
     trained = any(member.source in TRAINED for member in choice.found.members)
     return enough and (wanted.get("train", True) or not trained)
 

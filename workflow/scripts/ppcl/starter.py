@@ -18,6 +18,12 @@ PROMPTS = config.SCHEMA_PATH.parents[2] / "resources" / "prompts"
 # embedded teacher is.
 LARGE, SMALL = 1024, 128
 LARGEST = 1 << 20  # channels, or pixels of a side; what a config holds beyond it is damage
+# Budgets of variants, with training and without.
+BUDGETS = {False: (0.7, 0.55), True: (0.75, 0.65)}
+_CHOICE = {
+    False: "Prompts, variants and steps are yours to choose.",
+    True: "Nothing is trained, so no blocks go: closed forms alone.",
+}
 # Learning rates of distill, subsets and finetune.
 RATES = {LARGE: ("1.0e-4", "5.0e-5", "1.0e-5"), SMALL: ("1.0e-3", "3.0e-4", "1.0e-4")}
 
@@ -28,6 +34,7 @@ def write(
     run: str | None = None,
     calibration: str | None = None,
     evaluation: str | None = None,
+    free: bool = False,
 ) -> None:
     """Writes a config for a teacher, which has passed the checks made before a run.
 
@@ -35,6 +42,7 @@ def write(
         teacher: as the config's `teacher`, without dtype and offload.
         run: its name; None takes the file's.
         calibration, evaluation: prompts files; None takes those of the repository.
+        free: nothing is trained: closed forms alone.
 
     Raises:
         UserError: there is such a file; the teacher is none, or can't be pruned; its pipeline needs
@@ -46,12 +54,12 @@ def write(
         raise UserError(f"--output: {output} is there already; name another file, or remove it")
     path = os.path.expanduser(teacher["path"])
     teacher = teacher | {"path": path.rstrip("/") if hub.is_name(path.rstrip("/")) else path}
-    given = teacher, run or output.stem, calibration, evaluation
+    given = teacher, run or output.stem, calibration, evaluation, free
     config.complete({"run": given[1], "teacher": teacher}, str(output))  # names that can't be
     text = made(*given)
     settings = config.complete(yaml.safe_load(text), str(output))
     least = preflight.least_fraction(settings, str(output))
-    if least > 0.5:  # most of this model is in no block
+    if least > BUDGETS[free][-1] - 0.05:  # most of this model is in nothing that can go
         text = made(*given, budgets=[round(least + (1 - least) * part, 3) for part in (0.6, 0.3)])
         settings = config.complete(yaml.safe_load(text), str(output))
     preflight.check(settings, str(output))
@@ -68,13 +76,15 @@ def made(
     run: str,
     calibration: str | None = None,
     evaluation: str | None = None,
-    budgets: Sequence[float] = (0.7, 0.55),
+    free: bool = False,
+    budgets: Sequence[float] | None = None,
 ) -> str:
     """The text of a config for a teacher. Raises UserError as `write` does.
 
     Args:
-        budgets: of a variant that is not fine-tuned, and of one that is.
+        budgets: of a variant that is not fine-tuned, and of one that is; without training, of two.
     """
+    budgets = budgets or BUDGETS[free]
     folder = _folder(teacher)
     index, part = hub.read_index(folder), hub.component(teacher)
     pipeline = str(index.get("_class_name"))
@@ -94,17 +104,24 @@ def made(
         )
     if not (calibration and evaluation):
         arguments.refuse_pictures(pipeline, signature, False, "--calibration and --evaluation")
+    narrow, low_rank = _closed_forms(family)
+    if free and not (narrow or low_rank):
+        raise UserError(
+            f"--free: of a {transformer} nothing has a closed form (docs/families.md); leave "
+            "--free out, so that blocks go and students are trained"
+        )
     video = "num_frames" in signature.parameters
     kind, samples, evaluated = ("video_", 83, 20) if video else ("", 200, 80)
+    samples, evaluated = (24, 8) if free else (samples, evaluated)
     width, depth = channels(shape), sum(_depths(family, shape))
     large = width >= LARGE
     size = "bfloat16" if width >= SMALL else "float32"
-    renoised = 0 if fixed_states(transformer, pipeline) else 4 if video else 8
-    rows = 512 if video else 1024
+    renoised = 0 if free or fixed_states(transformer, pipeline) else 4 if video else 8
+    rows = 64 if free else 512 if video else 1024
     lines: list[tuple[str, str]] = [
         (f"# Prunes a {pipeline}: {transformer},", ""),
         (f"# {depth} blocks of {width} channels. Written by workflow/scripts/init.py.", ""),
-        ("# Prompts, variants and steps are yours to choose. Every key that is left out has a", ""),
+        (f"# {_CHOICE[free]} Every key that is left out has a", ""),
         ("# default; config/README.md has them all.", ""),
         ("", ""),
         (f"run: {_scalar(run)}", "everything is written to results/<run>/"),
@@ -134,29 +151,32 @@ def made(
         ("  batch_size: 1", "runs at a time; more are faster, if they fit"),
         (
             f"  renoised_per_sample: {renoised}",
-            "more noise levels of each result" + ("" if renoised else "; not for this pipeline"),
+            "more noise levels of each result"
+            + ("" if renoised else "; not needed" if free else "; not for this pipeline"),
         ),
         ("  heldout_fraction: 0.2", "prompts that judge, and are not learned from"),
-        ("extract:", "looks into the blocks, on recorded calls"),
-        (f"  rows: {rows}", "calls; half of them are held out"),
-        ("  batch_size: 1", ""),
-        (f"  moment_tokens: {_per_call(20, width, rows // 2)}", "20 per channel, over half"),
-        (f"  sample_tokens: {_per_call(10, width, rows)}", "10 per channel, over all"),
-        ("similarity:", ""),
-        ("  estimator: debiased", "right for few tokens too"),
-        *([("  streams: mean", "of picture and text")] if _texts(family) else []),
-        ("sensitivity:", "measures what each run of blocks is worth"),
-        ("  batch_size: 1", ""),
-        ("width:", "text streams and FFNs may become linear maps"),
-        ("  enabled: true", "false: variants lose blocks only, and stay stock classes"),
-        ("  batch_size: 1", ""),
-        ("", ""),
     ]
-    lines += _training_lines(width)
+    lines += _search_lines(family, width, rows, free)
+    lines += [] if free else _training_lines(width)
+    lines += [("variants:", "budget: share of the transformer's parameters that stays")]
+    if free:
+        lines += [
+            (f"  - {{name: {name}, budget: {budget}, train: false}}", words)
+            for name, budget, words in zip(("large", "small"), budgets, ("", ""), strict=True)
+        ]
+    else:
+        if narrow or low_rank:
+            share = round((1 + budgets[0]) / 2, 3)
+            what = "closed forms alone, nothing trained"
+            lines += [(f"  - {{name: free, budget: {share}, train: false}}", what)]
+        lines += [
+            (f"  - {{name: plugged, budget: {budgets[0]}}}", "the new blocks as they are"),
+            (
+                f"  - {{name: tuned, budget: {budgets[1]}, finetune_steps: 1000}}",
+                "trained as a whole",
+            ),
+        ]
     lines += [
-        ("variants:", "budget: share of the transformer's parameters that stays"),
-        (f"  - {{name: plugged, budget: {budgets[0]}}}", "the new blocks as they are"),
-        (f"  - {{name: tuned, budget: {budgets[1]}, finetune_steps: 1000}}", "trained as a whole"),
         ("", ""),
         ("evaluate:", "teacher and variants, side by side"),
         (f"  prompts: {_scalar(evaluation or _own(f'{kind}evaluation.csv'))}", ""),
@@ -164,9 +184,69 @@ def made(
         (f"  samples: {evaluated}", "pictures or videos of each"),
         ("  batch_size: 1", ""),
         ("  judge: none", "the other one reads handwritten digits"),
-        ("  velocity_rows: 256", "recorded calls behind velocity errors"),
+        (f"  velocity_rows: {32 if free else 256}", "recorded calls behind velocity errors"),
     ]
     return "".join(f"{left:<32} # {right}\n" if right else f"{left}\n" for left, right in lines)
+
+
+def _closed_forms(family: Family | None) -> tuple[bool, bool]:
+    """Whether text streams or FFNs can be narrow, and modulation matrices of low rank."""
+    if family is None:
+        return False, False
+    ranks = any(listed.modulations for listed in family.lists) or bool(family.last_modulation)
+    return any(listed.width for listed in family.lists), ranks
+
+
+def _search_lines(
+    family: Family | None, width: int, rows: int, free: bool
+) -> list[tuple[str, str]]:
+    """The sections of what is looked for and measured before anything is trained."""
+    narrow, low_rank = _closed_forms(family)
+    lines = [
+        ("extract:", "looks into the blocks, on recorded calls"),
+        (f"  rows: {rows}", "calls; half of them are held out"),
+        ("  batch_size: 1", ""),
+    ]
+    if free:
+        lines += [
+            ("  moment_tokens: 1", "nothing reads them, without depth"),
+            ("  sample_tokens: 1", ""),
+            ("intervals:", ""),
+            ("  enabled: false", "no blocks go, for which others would learn"),
+        ]
+    else:
+        lines += [
+            (f"  moment_tokens: {_per_call(20, width, rows // 2)}", "20 per channel, over half"),
+            (f"  sample_tokens: {_per_call(10, width, rows)}", "10 per channel, over all"),
+            ("similarity:", ""),
+            ("  estimator: debiased", "right for few tokens too"),
+            *([("  streams: mean", "of picture and text")] if _texts(family) else []),
+            ("sensitivity:", "measures what each run of blocks is worth"),
+            ("  batch_size: 1", ""),
+        ]
+    if narrow or not free:
+        lines += [
+            ("width:", "text streams and FFNs may become linear maps"),
+            ("  enabled: true", "false, here and below: variants stay stock classes"),
+            *([("  longest: 1", "no text runs: blocks are not compared")] if free else []),
+            *([("  rows: 4", "held-out calls behind every price")] if free else []),
+            ("  batch_size: 1", ""),
+        ]
+    if low_rank:
+        lines += [
+            ("modulation:", "AdaLN matrices of low rank: less memory, the same time"),
+            ("  enabled: true", ""),
+            *([("  ladder: [8, 16, 32]", "ranks on offer")] if width >= LARGE else []),
+        ]
+    if free:
+        lines += [
+            ("choose:", "measures what each variant is made of"),
+            ("  rows: 8", "held-out calls"),
+            ("  batch_size: 1", ""),
+            ("pareto:", "sizes between"),
+            ("  budgets: 3", ""),
+        ]
+    return [*lines, ("", "")]
 
 
 def channels(shape: Mapping) -> int:

@@ -27,7 +27,7 @@ from ppcl import (
     width,
 )
 from ppcl.errors import UserError
-from ppcl.plans import Matrix, Part
+from ppcl.plans import Matrix, Part, Unit
 from ppcl.selection import Choices, Weights
 from ppcl.sets import CLOSED, START, TRAINED, Member, Offer, Set
 from ppcl.students import Students
@@ -123,9 +123,9 @@ def offer(
     """
     depth = len(blocks.block_sequence(transformer))
     pinned, forbidden = pins.wishes(settings, depth)
-    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
-    closed, counted = _closed(transformer, files, pinned, limits, settings)
+    closed, counted = _closed(files, depth, pinned, forbidden, settings)
     units = {unit.name: unit for unit in plan.units} if plan else {}
+    _refuse_unpriced(pinned, closed, units.values())
     if not settings["choose"]["closed_forms"]:
         left = plan.closed if plan else ()
         linear = {(p.first, stream) for u in left for p in u.parts for stream in p.linear_ffn}
@@ -160,32 +160,40 @@ def offer(
     return Offer(closed, units, errors, weights, facts, pinned)
 
 
+def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit]) -> None:
+    """Raises UserError for what is pinned, but nothing on offer has it."""
+    units = list(units)
+    lists = (
+        ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),
+        ("width.ffn_image or width.ffn_text", "ffns", closed.ffns, "there is no such FFN"),
+        ("modulation", "ranks", {block for block, _ in closed.ranks}, "it has no rank on offer"),
+    )
+    for key, kind, priced, why in lists:
+        for item in sorted(getattr(pinned, kind) - set(priced)):
+            if not any(pins.holds(unit, pins.Named(**{kind: frozenset([item])})) for unit in units):
+                raise UserError(
+                    f"{key}: {pins.shown(item)} is pinned, but was not measured: {why}; change "
+                    "that or drop the pin"
+                )
+
+
 def _closed(
-    transformer: nn.Module, files: Files, pinned: pins.Named, limits: dict, settings: Mapping
+    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Mapping
 ) -> tuple[Choices, Weights]:
     """Closed forms at their prices, and the parameters that each saves."""
-    depth = len(blocks.block_sequence(transformer))
-    if files.width is None:
-        return Choices(), Weights(*[[0.0] * depth] * 3)
-    widths, ranks = measured.widths(files.width, depth), measured.ranks(files.width)
-    width_limits = {**limits, "floor": settings["width"]["cka_floor"]}
-    text = width.text_sizes(transformer)
-    counted = Weights(
-        [0.0] * depth,
-        text["text_saved"],
-        text["text_output"],
-        {one.ffn: one.saved for one in widths if one.kind == "ffn"},
-        measured.rank_savings(ranks),
-        source=dict(enumerate(text["text_lent"])),
-    )
+    kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
+    wanted = [kind for key, some in kinds.items() if settings[key]["enabled"] for kind in some]
+    found = measured.closed(files.width, [0] * depth, wanted)
+    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
+    limits["floor"] = settings["width"]["cka_floor"]
     choices = Choices(
         {},
-        *reasons.usable_widths(widths, pinned, width_limits),
-        reasons.usable_ranks(ranks, limits["forbidden"]),
-        modulations={one.modulation.key: one.modulation for one in ranks},
-        unread=width.unread_after(transformer),
+        *reasons.usable_widths(found.widths, pinned, limits),
+        reasons.usable_ranks(found.widths, forbidden),
+        modulations=found.modulations,
+        unread=found.unread,
     )
-    return choices, counted
+    return choices, found.weights
 
 
 class Workshop:

@@ -151,6 +151,8 @@ def selection(
         (),
         ffns,
         width.text_sizes(transformer)["text_saved"] if pinned.runs else [0] * len(sequence),
+        {block for block, _ in matrices(settings, transformer)},
+        width.unread_after(transformer),
     )
     if not settings["intervals"]["enabled"]:
         intervals = ()

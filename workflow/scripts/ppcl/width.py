@@ -420,13 +420,12 @@ def whole_blocks(transformer: nn.Module, parts: Iterable[Part]) -> Students:
 
 def saved_parameters(transformer: nn.Module, unit: Unit) -> int:
     """How many parameters fewer a model with the unit has."""
-    sequence = blocks.block_sequence(transformer)
-    before = sum(
-        blocks.parameter_count(sequence[i].module) for i in range(unit.first, unit.last + 1)
-    )
+    sequence, sizes = blocks.block_sequence(transformer), blocks.parameters_of_blocks(transformer)
+    before = sum(sizes[unit.first : unit.last + 1])
     for part in unit.parts:
-        empty = _empty(sequence[part.first].module)
-        before -= blocks.parameter_count(students.shaped(transformer, part, empty))
+        module = sequence[part.first].module
+        before -= sizes[part.first] - blocks.parameter_count(module)  # its companions stay
+        before -= blocks.parameter_count(students.shaped(transformer, part, _empty(module)))
     return before
 
 
