@@ -147,6 +147,7 @@ def main() -> None:
     )
     stamp = provenance.stamp(
         settings,
+        blocks=depth,
         removed_blocks=round(plan.saved["blocks"]),
         removed_parameters=round(plan.saved["parameters"]),
     )
