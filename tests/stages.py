@@ -63,7 +63,8 @@ MODELS = CALLS | {"maps": "maps.safetensors", "conditioning": "conditioning.safe
 MODELS |= {"start": "start.safetensors", **{stage: f"{stage}.safetensors" for stage in STUDENTS}}
 PRICES = {"plan": "plan.json", "width": "width.parquet", "latency": "latency.parquet"}
 PRICES |= {f"{stage}_errors": f"{stage}-errors.parquet" for stage in STUDENTS}
-TUNED = MODELS | {"sets": "sets.json"}
+CHOSEN = MODELS | {"sets": "sets.json"}
+TUNED = CHOSEN | {"refits": "refits.safetensors"}
 
 
 def _taught(program: str, start: str) -> Stage:
@@ -138,7 +139,12 @@ STAGES = [
     Stage(
         "choose",
         MODELS | PRICES,
-        {"sets": "sets.json", "units": "units.parquet", "measured": "measured.parquet"},
+        {
+            "sets": "sets.json",
+            "units": "units.parquet",
+            "measured": "measured.parquet",
+            "refits": "refits.safetensors",
+        },
         state=True,
     ),
     Stage(
@@ -154,7 +160,7 @@ STAGES = [
         {"output": "small"},
         more={"variant": "small"},
     ),
-    Stage("pareto", TUNED | PRICES, {"points": "points.parquet"}),
+    Stage("pareto", CHOSEN | PRICES, {"points": "points.parquet"}),
     Stage(
         "evaluate",
         CALLS | {"models": "small"},

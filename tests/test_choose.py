@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import tiny
@@ -12,6 +13,8 @@ from ppcl import (
     blocks,
     calls,
     pins,
+    config,
+    narrow,
     pipelines,
     prices,
     schemas,
@@ -20,6 +23,7 @@ from ppcl import (
     tables,
     tensors,
     variants,
+    width,
 )
 from ppcl.errors import UserError
 from ppcl.plans import Part, Unit
@@ -73,6 +77,7 @@ def chosen(world, tiny_calls):
     """The stage's files, made by a run that was killed once."""
     settings, files, prices_, folder = world
     made = {name: folder / f"{name}.parquet" for name in ("units", "measured")}
+    made |= {"refits": folder / "refits.safetensors"}
     paths = {"calls": tiny_calls, "state": folder / "state-choose", "sets": folder / "sets.json"}
     paths |= files | prices_ | made
     asked, error = [], prices.Judged.error
@@ -97,7 +102,7 @@ def chosen(world, tiny_calls):
     return paths
 
 
-def workshop(tiny_teacher, world, **options):
+def workshop(tiny_teacher, world, refits=None, **options):
     files = world[1] | world[2]
     transformer = pipelines.load_transformer(tiny.source(tiny_teacher), torch.device("cpu"))
     sources = (sets.START, *sets.TRAINED)
@@ -106,6 +111,7 @@ def workshop(tiny_teacher, world, **options):
         files["maps"],
         files["conditioning"],
         None,
+        refits,
         {source: files[source] for source in sources if source in files},
     )
     return transformer, variants.Workshop(transformer, given, **options)
@@ -114,7 +120,7 @@ def workshop(tiny_teacher, world, **options):
 def test_sets_keep_their_budgets_and_models_have_what_was_foretold(
     chosen, world, tiny_teacher, tiny_calls
 ):
-    transformer, shop = workshop(tiny_teacher, world)
+    transformer, shop = workshop(tiny_teacher, world, chosen["refits"])
     written = sets.read(chosen["sets"])
     total, call = blocks.parameter_count(transformer), calls.Reader(tiny_calls)
     batch = call.batch(call.buckets[0][:2])
@@ -131,7 +137,7 @@ def test_sets_keep_their_budgets_and_models_have_what_was_foretold(
         assert len(block_map) == (4 if name == "tight" else len(block_map))
     assert "01-02" in written.of("tight").sources
     free = set(written.of("free").sources.values())
-    assert free <= {"closed", "start"}
+    assert all(source in ("closed", "start") or "refit-" in source for source in free)
     assert {"modulation", "ffn"} <= set(units["kind"])
 
 
@@ -171,7 +177,7 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
     chosen, world, tiny_calls, tmp_path, monkeypatch
 ):
     settings, files, _, _ = world
-    paths = files | {"calls": tiny_calls, "sets": chosen["sets"]}
+    paths = files | {"calls": tiny_calls, "sets": chosen["sets"], "refits": chosen["refits"]}
     paths = {k: v for k, v in paths.items() if not k.endswith("_errors")}
     tuned = tmp_path / "tight.safetensors"
     made = {"output": tuned, "log_table": tmp_path / "log.parquet", "state": tmp_path / "state"}
@@ -221,6 +227,46 @@ def test_what_is_pinned_and_not_on_offer_is_named(named, words):
     units = [Unit((Part(0, 0, text="source"), Part(1, 3, ("image",), "close", (0, 0))))]
     if "ranks" not in named:
         variants._refuse_unpriced(pinned, Choices(), units)
+
+
+def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tiny_calls):
+    """Of the first FFN, which gets what the teacher's does, it is the map that there was."""
+    transformer, shop = workshop(tiny_teacher, world)
+    places = [(0, ("image",)), (3, ("image", "text"))]
+    units = [Unit((Part(block, block, streams),)) for block, streams in places]
+    found = Set(tuple(Member(unit, "closed") for unit in units), (((1, "img_mod.1"), 2),))
+    again = sets.refitted(found, "v")
+    assert set(again.sources.values()) == {"refit-v"}
+    before = narrow.maps(shop.model(found)[0].transformer_blocks[3])["ffn/image"].weight.clone()
+    model, block_map = shop.model(again)
+    reader, options = calls.Reader(tiny_calls), config.load(json.dumps(world[0]))["width"]
+    rows, _ = width.fit_rows(reader, options, 0)
+    parts = [part for unit in units for part in unit.parts]
+    cpu = torch.device("cpu")
+    maps = width.refit(transformer, model, block_map, parts, reader, rows, options, cpu)
+    assert len(maps) == 3
+    old = width.stored(world[1]["maps"])
+    first = width.Map("ffn/image", (0, 0), (0, 0))
+    assert np.allclose(maps[first].weight, old[first].weight, atol=1e-5)
+
+    inputs, targets = [], []
+    layer = narrow.maps(model.transformer_blocks[3])["ffn/image"]
+    layer.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    last = blocks.block_sequence(transformer)[3]
+    for batch in reader.batches(rows, 4):
+        with blocks.watch([last], after=lambda _b, s: targets.append(s["image"])) as run:
+            run(transformer, batch.arguments)
+        model(**batch.arguments)
+    x, y = (torch.cat([t.flatten(0, -2) for t in part]).double() for part in (inputs, targets))
+    wide = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
+    best = torch.linalg.lstsq(wide, y - x).solution
+    assert torch.allclose(layer.weight.double(), best[:-1].T, atol=1e-3)
+    assert not torch.allclose(layer.weight, before, atol=1e-4)
+    shop.take({"refit-v": maps})
+    made = narrow.maps(shop.model(again)[0].transformer_blocks[3])["ffn/image"]
+    assert torch.equal(made.weight, layer.weight) and made is not layer
+    kept = narrow.maps(shop.model(found)[0].transformer_blocks[3])["ffn/image"]
+    assert torch.equal(kept.weight, before)
 
 
 def test_pareto_goes_over_everything_that_is_priced(chosen, world, tiny_calls):

@@ -11,6 +11,7 @@ rule assemble:
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         sets=result("variants/sets.json"),
+        refits=result("variants/maps.safetensors"),
         maps=widths("maps.safetensors"),
         conditioning=conditioning(),
         start=start(),
@@ -36,7 +37,7 @@ rule assemble:
         runtime=30,
     params:
         config=lambda wildcards: subset_for_variant(wildcards.variant, "seed", "teacher"),
-        files=optional(*MODELS, "finetuned"),
+        files=optional(*MODELS, "refits", "finetuned"),
         taken=lambda wildcards, input: taken(
             "choose", *([f"finetune-{wildcards.variant}"] if input.finetuned else [])
         ),

@@ -4,7 +4,8 @@
 #      times (latency budgets); the plan, and students and errors of every stage, as far as the config
 #      has them
 # out: variants/sets.json, what finetune and assemble build; variants/units.parquet, the same as a
-#      table; variants/measured.parquet, errors of the sets that were tried
+#      table; variants/measured.parquet, errors of the sets that were tried; variants/maps.safetensors,
+#      maps that were fitted once more
 #
 # Measured errors wait in state/choose, as in sensitivity.smk.
 
@@ -31,6 +32,7 @@ rule choose:
         sets=result("variants/sets.json"),
         units=result("variants/units.parquet"),
         measured=result("variants/measured.parquet"),
+        refits=result("variants/maps.safetensors"),
     log:
         result("logs/choose.log"),
     benchmark:
@@ -53,6 +55,7 @@ rule choose:
             "choose",
             "variants",
             *WISHES,
+            *WIDTH_FITS,
         ),
         files=optional(*MODELS, *PRICES),
         state=result("state/choose"),
@@ -65,4 +68,4 @@ rule choose:
         "{params.taken}python {input.launcher} --processes {resources.processes} "
         "--threads {threads} --device {resources.device} {input.script} --config {params.config:q} "
         "--calls {input.calls} {params.files} --state {params.state} --sets {output.sets} "
-        "--units {output.units} --measured {output.measured} 2>&1 | tee {log}"
+        "--units {output.units} --measured {output.measured} --refits {output.refits} 2>&1 | tee {log}"

@@ -2,6 +2,7 @@
 
     python workflow/scripts/assemble.py --config config/digits.yaml --variant p70 \
         --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
+        --refits results/digits/variants/maps.safetensors \
         --maps results/digits/width/maps.safetensors \
         --conditioning results/digits/activations/conditioning.safetensors \
         --start results/digits/prune/students.safetensors \

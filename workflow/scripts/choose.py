@@ -14,19 +14,25 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --subsets-errors results/digits/subsets/errors.parquet \
     --state results/digits/state/choose --sets results/digits/variants/sets.json \
     --units results/digits/variants/units.parquet \
+    --refits results/digits/variants/maps.safetensors \
     --measured results/digits/variants/measured.parquet
 
 One exact search per variant, over all that is priced and allowed for it; then the sources of its
-trained units, by the errors of whole sets on held-out calls. Everything that the config leaves out
-(no depth pruning, no training, nothing narrow, no latency) is left out of the command. Reads of the
-config: seed, device, teacher, choose, variants, and what is pinned or forbidden (intervals, width,
+trained units, by the errors of whole sets on held-out calls; then its linear FFNs once more by
+least squares, in the set. Everything that the config leaves out (no depth pruning, no training,
+nothing narrow, no latency) is left out of the command. Reads of the config: seed, device, teacher,
+choose, variants, how maps are fitted (width), and what is pinned or forbidden (intervals, width,
 modulation). A killed run goes on with what is not measured yet.
 """
 
 import argparse
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
+from accelerate import Accelerator
+from torch import nn
 
 from ppcl import (
     blocks,
@@ -43,9 +49,45 @@ from ppcl import (
     students,
     tables,
     teacher_identity,
+    tensors,
     training,
     variants,
+    width,
 )
+
+
+def refit(
+    settings: Mapping,
+    transformer: nn.Module,
+    workshop: variants.Workshop,
+    reader: calls.Reader,
+    decided: Mapping[str, sets.Decided],
+    accelerator: Accelerator,
+    state: Path,
+    identity: str,
+) -> dict[str, dict]:
+    """Maps of every variant's set, fitted once more in it; shared out over the processes.
+
+    state, identity: as of `prices.measure`, of files of maps.
+    """
+    rank, count = accelerator.process_index, accelerator.num_processes
+    asked = [(name, sets.refitted(one.choice.found, name)) for name, one in decided.items()]
+    asked = [(name, found) for name, found in asked if found != decided[name].choice.found]
+    files = {name: state / f"refit-{name}.safetensors" for name, _ in asked}
+    for name, found in asked[rank::count]:
+        of = {"set": found.key, "identity": identity}
+        if files[name].exists() and of.items() <= tensors.metadata(files[name]).items():
+            continue
+        model, block_map = workshop.model(found)
+        rows, _ = width.fit_rows(reader, settings["width"], settings["seed"])
+        source = f"{sets.REFIT}{name}"
+        parts = [p for m in found.members if m.source == source for p in m.unit.parts]
+        options, device = settings["width"], accelerator.device
+        maps = width.refit(transformer, model, block_map, parts, reader, rows, options, device)
+        with stopping.part():
+            variants.write_refits(files[name], {source: maps}, of)
+    accelerator.wait_for_everyone()
+    return {s: maps for path in files.values() for s, maps in variants.read_refits(path).items()}
 
 
 def main() -> None:
@@ -58,6 +100,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--sets", type=Path, required=True, help="sets.json to write")
     parser.add_argument("--units", type=Path, required=True, help="units.parquet to write")
+    parser.add_argument("--refits", type=Path, required=True, help="maps.safetensors to write")
     parser.add_argument("--measured", type=Path, required=True, help="measured.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
@@ -72,6 +115,7 @@ def main() -> None:
     workshop = variants.Workshop(transformer, files, device=accelerator.device)
     judged = reader.sample_heldout("select", options["rows"], seed, "choose.rows")
     identity = training.identity(Path(__file__), settings, [args.calls, *files.every])
+    kept = args.state, identity
     known: dict[str, float] = {}
 
     def measure(asked: list[sets.Set]) -> list[float]:
@@ -88,8 +132,7 @@ def main() -> None:
             judged,
             options["batch_size"],
             accelerator,
-            args.state,
-            identity,
+            *kept,
         )
         known.update(zip(new, found, strict=True))
         return [known[one.key] for one in asked]
@@ -102,8 +145,22 @@ def main() -> None:
     }
     offer = variants.offer(settings, transformer, files, plan, alone)
     found = {v["name"]: (v, sets.search(offer, v)) for v in settings["variants"]}
-    decide = sets.decide if options["source"] == "measured" else sets.as_last_trained
-    decided = decide(offer, found, measure)
+    refits: dict[str, dict] = {}
+    if options["source"] == "measured":
+        tried = sets.trials(offer, found, measure)
+        decided = sets.settle(offer, found, tried)
+        if options["refit"]:
+            refits = refit(settings, transformer, workshop, reader, decided, accelerator, *kept)
+            workshop.take(refits)
+            for name, one in decided.items():
+                again = sets.refitted(one.choice.found, name)
+                if again != one.choice.found:
+                    (error,) = measure([again])
+                    anew = replace(one.choice, found=again, error=error)
+                    tried[name]["linear FFNs fitted once more"] = anew
+            decided = sets.settle(offer, found, tried)
+    else:
+        decided = sets.as_last_trained(offer, found, measure)
     choices = {name: one.choice for name, one in decided.items()}
     for name, choice in choices.items():
         if accelerator.is_main_process:
@@ -119,6 +176,9 @@ def main() -> None:
             (args.measured, trials, schemas.VARIANT_SETS),
         ):
             tables.write(path, pd.DataFrame(rows, columns=schema.names), schema, stamp)
+        used = {source for one in choices.values() for source in one.found.sources.values()}
+        refits = {source: maps for source, maps in refits.items() if source in used}
+        variants.write_refits(args.refits, refits, stamp)
         sets.write(args.sets, offer, choices, stamp)
     devices.finish(accelerator)
 

@@ -4,6 +4,7 @@ One process:        python workflow/scripts/finetune.py --variant p50 --config .
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/finetune.py --config config/digits.yaml --variant p50 \
     --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
+    --refits results/digits/variants/maps.safetensors \
     --maps results/digits/width/maps.safetensors \
     --conditioning results/digits/activations/conditioning.safetensors \
     --start results/digits/prune/students.safetensors \

@@ -227,8 +227,8 @@ VARIANT_UNITS = pa.schema(
         column(
             "source",
             pa.string(),
-            "`closed`: least squares; `start`: untrained; or the stage that trained it: `distill`, "
-            "`narrow`, `subsets`",
+            "`closed`: least squares; `refit-<variant>`: once more, in that variant's set; "
+            "`start`: untrained; or the stage that trained it: `distill`, `narrow`, `subsets`",
         ),
         column("velocity_error", pa.float64(), "of the teacher with only this, held out"),
         column("saved_parameters", pa.int64(), "parameters that it saves in this variant"),
@@ -454,6 +454,7 @@ ARTIFACTS = {
     "variants/sets.json": "what each variant is made of, and from which stage",
     "variants/units.parquet": "the same as a table: every member of every variant",
     "variants/measured.parquet": "errors of the sets that were tried for each variant",
+    "variants/maps.safetensors": "least-squares maps that were fitted once more: `<variant>/...`",
     "finetune/<variant>.safetensors": "all weights of a fine-tuned variant",
     "finetune/<variant>.parquet": "losses during fine-tuning",
     "models/<variant>/": "a complete pipeline for `DiffusionPipeline.from_pretrained`",

@@ -21,6 +21,8 @@ from ppcl.selection import Choices, Weights
 # Least squares; start weights; and the stages that train, in their order.
 CLOSED, START = "closed", "start"
 TRAINED = ("distill", "narrow", "subsets")
+# And the name of a variant: least squares once more, in its set.
+REFIT = "refit-"
 
 
 @dataclass(frozen=True)
@@ -198,10 +200,25 @@ def decide(
         asked: variant -> its mapping in the config, and what `search` found for it.
         flips: whether single units are tried.
     """
-    tried = {
+    return settle(offer, asked, trials(offer, asked, measure, flips))
+
+
+def trials(
+    offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure, flips: bool = True
+) -> dict[str, dict[str, Choice]]:
+    """What `decide` tries for each variant, by what it is in words."""
+    return {
         name: _trials(offer, choice, wanted.get("train", True), measure, flips)
         for name, (wanted, choice) in asked.items()
     }
+
+
+def settle(
+    offer: Offer,
+    asked: Mapping[str, tuple[Mapping, Choice]],
+    tried: Mapping[str, Mapping[str, Choice]],
+) -> dict[str, Decided]:
+    """The best of all that was tried that each variant may be."""
     pool = [(name, choice) for name, found in tried.items() for choice in found.values()]
     decided = {}
     for name, (wanted, _) in asked.items():
@@ -209,8 +226,19 @@ def decide(
         # Of equally good ones its own.
         of, best = min(allowed, key=lambda pair: (pair[1].error, pair[0] != name))
         borrowed = {} if of == name else {f"the set of {of}": best}
-        decided[name] = Decided(best, tried[name] | borrowed)
+        decided[name] = Decided(best, {**tried[name], **borrowed})
     return decided
+
+
+def refitted(found: Set, variant: str) -> Set:
+    """A set whose linear FFNs by least squares are fitted once more, in it."""
+    return found.having(
+        {
+            member.unit.name: f"{REFIT}{variant}"
+            for member in found.members
+            if member.source == CLOSED and any(part.linear_ffn for part in member.unit.parts)
+        }
+    )
 
 
 def as_last_trained(
@@ -285,9 +313,10 @@ def of_entry(found: Mapping) -> Set:
     members = []
     for one in found["units"]:
         unit = Unit(tuple(map(plans.part, one["parts"])))
-        if one["source"] not in (CLOSED, START, *TRAINED):
+        source = one["source"]
+        if source not in (CLOSED, START, *TRAINED) and not source.startswith(REFIT):
             raise ValueError(f"unit {unit.name} is from nowhere")
-        members.append(Member(unit, one["source"]))
+        members.append(Member(unit, source))
     ranks = tuple(((int(block), str(path)), int(rank)) for block, path, rank in found["ranks"])
     return Set(tuple(members), ranks)
 

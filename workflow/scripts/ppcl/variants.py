@@ -6,6 +6,7 @@ stage that each is from.
 """
 
 import argparse
+from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,17 +20,19 @@ from ppcl import (
     measured,
     modulation,
     pins,
+    probes,
     reasons,
     schemas,
     selection,
     students,
     tables,
+    tensors,
     width,
 )
 from ppcl.errors import UserError
 from ppcl.plans import Matrix, Part, Unit
 from ppcl.selection import Choices, Weights
-from ppcl.sets import CLOSED, START, TRAINED, Member, Offer, Set
+from ppcl.sets import CLOSED, REFIT, START, TRAINED, Member, Offer, Set
 from ppcl.students import Students
 
 # Makes up one piece of a model: a unit from a source, or a kept block, or the last AdaLN, each with
@@ -45,6 +48,7 @@ class Files:
         width, maps: prices of closed forms, and their least-squares maps.
         conditioning: what modulations get.
         latency: measured times.
+        refits: maps that were fitted once more in variants' sets.
         students: of `start` and each stage that trains. errors: of these stages.
     """
 
@@ -52,6 +56,7 @@ class Files:
     maps: Path | None = None
     conditioning: Path | None = None
     latency: Path | None = None
+    refits: Path | None = None
     students: Mapping[str, Path] = field(default_factory=dict)
     errors: Mapping[str, Path] = field(default_factory=dict)
 
@@ -60,7 +65,7 @@ class Files:
         """Those of a command line with `add_arguments`."""
         given = {name: path for name, path in vars(args).items() if path is not None}
         return cls(
-            *(given.get(name) for name in ("width", "maps", "conditioning", "latency")),
+            *(given.get(name) for name in ("width", "maps", "conditioning", "latency", "refits")),
             {source: given[source] for source in (START, *TRAINED) if source in given},
             {stage: given[f"{stage}_errors"] for stage in TRAINED if f"{stage}_errors" in given},
         )
@@ -68,7 +73,7 @@ class Files:
     @property
     def every(self) -> list[Path]:
         """All that there are."""
-        single = (self.width, self.maps, self.conditioning, self.latency)
+        single = (self.width, self.maps, self.conditioning, self.latency, self.refits)
         return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
 
 
@@ -84,6 +89,7 @@ def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) ->
     for stage in TRAINED:
         add(stage, f"students of {stage}, if it trains")
     if models_only:
+        add("refits", "variants/maps.safetensors")
         return
     add("plan", "plan.json, with intervals.enabled")
     add("width", "prices of closed forms")
@@ -216,6 +222,9 @@ class Workshop:
     ):
         self._teacher, self._sources = transformer, files.students
         self._maps = width.stored(files.maps) if files.maps else {}
+        self._refits: dict[str, Mapping[width.Map, probes.Probe]] = {}
+        if files.refits:
+            self._refits |= read_refits(files.refits)
         self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
         self._as_teacher, self._device = as_teacher, device
         self._depth = len(blocks.block_sequence(transformer))
@@ -251,6 +260,15 @@ class Workshop:
         if last is not None:
             model._modules[_last(self._teacher)] = last
         return model, block_map
+
+    def take(self, refits: Mapping[str, Mapping[width.Map, probes.Probe]]) -> None:
+        """From now on, units from these sources have these maps."""
+        self._refits |= refits
+        self._made = {
+            piece: made
+            for piece, made in self._made.items()
+            if not isinstance(piece[0], Member) or piece[0].source not in refits
+        }
 
     def _pieces(self, found: Set) -> list[Piece]:
         """What a set consists of, in order of depth."""
@@ -300,8 +318,9 @@ class Workshop:
             parts.setdefault(member.source, []).extend(member.unit.parts)
         found: Students = {}
         for source, wanted in parts.items():
-            if source == CLOSED:
-                found |= width.closed(self._teacher, wanted, self._maps)
+            if source == CLOSED or source.startswith(REFIT):
+                maps = ChainMap(self._refits.get(source, {}), self._maps)
+                found |= width.closed(self._teacher, wanted, maps)
             elif source in self._sources:
                 found |= students.load(self._sources[source], self._teacher, wanted)
             else:
@@ -316,6 +335,33 @@ class Workshop:
             if self._device is not None:
                 student.to(self._device)
         return found
+
+
+def write_refits(path: Path, refits: Mapping[str, Mapping[width.Map, probes.Probe]], stamp) -> None:
+    """Writes variants/maps.safetensors. refits: source -> maps."""
+    state = {
+        f"{source.removeprefix(REFIT)}/{one.name}.{leaf}": torch.from_numpy(getattr(probe, leaf))
+        for source, maps in refits.items()
+        for one, probe in maps.items()
+        for leaf in width.LEAVES
+    }
+    tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
+
+
+def read_refits(path: Path) -> dict[str, dict[width.Map, probes.Probe]]:
+    """What `write_refits` wrote.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    state, _ = tensors.read(path)
+    found: dict[str, dict[width.Map, probes.Probe]] = {}
+    for name in [name for name in state if name.endswith(".weight")]:
+        variant, _, of = name.removesuffix(".weight").partition("/")
+        leaves = (state[f"{variant}/{of}.{leaf}"].double().numpy() for leaf in width.LEAVES)
+        maps = found.setdefault(f"{REFIT}{variant}", {})
+        maps[width.Map.named(of)] = probes.Probe(*leaves)
+    return found
 
 
 def _last(transformer: nn.Module) -> str:

@@ -25,6 +25,7 @@ from ppcl import (
     activations,
     blocks,
     calls,
+    entrance,
     intervals,
     narrow,
     plans,
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 Ends = tuple[int, int]
 INPUT, OUTPUT = "text/input", "text/output"
-_LEAVES = "weight", "bias"
+LEAVES = "weight", "bias"
 # Sums of one pass over the calls: x x^T and x y^T in float64, of fitted and of held-out tokens.
 SUMS_BYTES = 8 << 30
 
@@ -245,7 +246,7 @@ def fit_to_files(
         found = _fit(transformer, wholes, group, reader, rows, options, accelerator.device)
         state = {}
         for one, fit in found.items():
-            for leaf in _LEAVES:
+            for leaf in LEAVES:
                 value = torch.from_numpy(getattr(fit.probe, leaf))
                 state[f"{one.name}.{leaf}"] = value.to(transformer.dtype)
         errors = {one.name: fit.error_heldout for one, fit in found.items()}
@@ -289,7 +290,7 @@ class Stored(Mapping[Map, probes.Probe]):
                 f"{self._paths[0]} has no map {one.name}; it is of other settings: delete it and "
                 "rerun"
             )
-        leaves = (self._files[one].get_tensor(f"{one.name}.{leaf}") for leaf in _LEAVES)
+        leaves = (self._files[one].get_tensor(f"{one.name}.{leaf}") for leaf in LEAVES)
         return probes.Probe(*(leaf.double().numpy() for leaf in leaves))
 
     def __contains__(self, one: object) -> bool:
@@ -375,6 +376,109 @@ def fit_rows(reader: calls.Reader, options: dict, seed: int) -> tuple[np.ndarray
     count = options["fit_rows"]
     warn_of_fewer("width.fit_rows", count, len(fitted), "recorded calls to fit on")
     return fitted[:count], reader.sample_heldout("select", max(1, count // 4), seed)
+
+
+@torch.no_grad()
+def refit(
+    transformer: nn.Module,
+    model: nn.Module,
+    block_map: list[list[int]],
+    parts: Iterable[Part],
+    reader: calls.Reader,
+    rows: np.ndarray,
+    options: dict,
+    device: torch.device,
+) -> dict[Map, probes.Probe]:
+    """Linear FFNs of kept blocks once more by least squares, on what they get in a model, towards
+    what the teacher has behind their blocks. In order of depth, each put into the model at once, so
+    that it makes up for what those before it leave.
+
+    Args:
+        model: of such parts and others, on the device; its linear FFNs change.
+        block_map: of `blocks.assembled`.
+        rows: numbers of the calls to fit on.
+        options: batch_size, ridge.
+    """
+    wanted = {part.first: part for part in parts if part.linear_ffn}
+    starts = [members[0] for members in block_map]
+    batches = [b.to(device) for b in reader.batches(rows, options["batch_size"], device)]
+    whole, lean = (_Walk(one, batches) for one in (transformer, model))
+    found = {}
+    for old in sorted(wanted):
+        layers = narrow.maps(blocks.block_sequence(model)[starts.index(old)].module)
+        maps = {one.kind: one for one in maps_of(wanted[old]) if one.kind.startswith("ffn/")}
+        sums = activations.Moments(device)
+        given = lean.at(starts.index(old), {kind: layers[kind] for kind in maps})
+        for batch, before, after in zip(batches, given, whole.behind(old), strict=True):
+            for kind, one in maps.items():
+                stream = kind.removeprefix("ffn/")
+                x, y = before[kind], after[stream].to(before[kind].dtype)
+                masks = blocks.token_masks(blocks.family(transformer), batch.arguments, {stream: x})
+                if stream in masks:
+                    x, y = x[masks[stream]], y[masks[stream]]
+                sums.add(kind, one.ends, x.flatten(0, -2), y.flatten(0, -2))
+        for kind, one in maps.items():
+            moments = activations.stored_moments(sums.sums, kind, one.ends)
+            probe = found[one] = probes.solve(moments, options["ridge"], one.ends, kind)
+            layers[kind].weight.copy_(torch.from_numpy(probe.weight))
+            layers[kind].bias.copy_(torch.from_numpy(probe.bias))
+    return found
+
+
+class _Walk:
+    """A transformer that goes through its blocks once, for some calls side by side."""
+
+    def __init__(self, transformer: nn.Module, batches: list[calls.Batch]):
+        self._transformer, self._batches = transformer, batches
+        self._first, self._streams = 0, [{} for _ in batches]
+
+    def at(self, number: int, layers: Mapping[str, nn.Module]) -> list[blocks.Streams]:
+        """What layers of a block get, of each call; the walk stays before the block."""
+        late = self._go_to(number)
+        found = []
+        for batch, streams in zip(self._batches, self._streams, strict=True):
+            seen: blocks.Streams = {}
+            handles = [
+                layer.register_forward_pre_hook(
+                    lambda _m, args, k=k, s=seen: s.update({k: args[0]})
+                )
+                for k, layer in layers.items()
+            ]
+            running = late.model(streams) if late else self._transformer
+            with blocks.watch([self._block(number)], stop_after=number) as run:
+                run(running, batch.arguments)
+            for handle in handles:
+                handle.remove()
+            found.append(seen)
+        return found
+
+    def behind(self, number: int) -> list[blocks.Streams]:
+        """What a block returns, of each call; the walk stays before the block."""
+        late = self._go_to(number)
+        found = []
+        for batch, streams in zip(self._batches, self._streams, strict=True):
+            seen: blocks.Streams = {}
+            running = late.model(streams) if late else self._transformer
+            block = self._block(number)
+            with blocks.watch([block], None, lambda _b, s, k=seen: k.update(s), number) as run:
+                run(running, batch.arguments)
+            found.append(seen)
+        return found
+
+    def _block(self, number: int) -> blocks.Block:
+        return blocks.block_sequence(self._transformer)[number]
+
+    def _go_to(self, number: int) -> entrance.Entrance | None:
+        late = entrance.Entrance(self._transformer, self._first) if self._first else None
+        if number == self._first:
+            return late
+        for at, batch in enumerate(self._batches):
+            running = late.model(self._streams[at]) if late else None
+            self._streams[at] = entrance.streams_before(
+                self._transformer, number, batch.arguments, running
+            )
+        self._first = number
+        return entrance.Entrance(self._transformer, number)
 
 
 # ---- candidates
