@@ -149,6 +149,7 @@ def main() -> None:
         settings,
         removed_blocks=round(plan.saved["blocks"]),
         removed_parameters=round(plan.saved["parameters"]),
+        blocks=depth,
     )
     stopping.ignore()
     rows = reasons.interval_rows(chain, priced, plan, needs, tolerance, pinned, depth_limits)
