@@ -289,7 +289,7 @@ def test_stage_chooses_depth_and_width_together(tmp_path, monkeypatch, capsys):
     protected = wide[wide["first"] == 0]
     assert protected["reason"].str.contains("protected block 0").all()
     stamp = tables.provenance(tmp_path / "candidates.parquet")
-    assert int(stamp["removed_parameters"]) == saved
+    assert int(stamp["removed_parameters"]) == saved and stamp["blocks"] == "8"
     assert "no set that is enough costs less" in capsys.readouterr().out
 
 
