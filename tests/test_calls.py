@@ -230,6 +230,28 @@ def test_heldout_prompts_either_select_or_report(reader, monkeypatch):
     assert len(select) and len(report) and not set(prompts[select]) & set(prompts[report])
 
 
+def test_a_sample_is_spread_over_the_timesteps(reader, monkeypatch):
+    """One of each group of neighbours; where timesteps tell nothing, at random."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setitem(reader.index, "timestep", rng.permutation(len(reader)).astype(float))
+    rows = reader.heldout_rows("select")
+    times = np.sort(reader.index["timestep"][rows])
+    for count in (1, 2, len(rows) - 1, len(rows)):
+        found = set()
+        for seed in range(100):
+            sample = reader.sample_heldout("select", count, seed)
+            assert sample.tolist() == reader.sample_heldout("select", count, seed).tolist()
+            drawn = np.sort(reader.index["timestep"][sample])
+            for time, group in zip(drawn, np.array_split(times, count), strict=True):
+                assert time in group
+            found |= set(sample)
+        assert found == set(rows)
+    monkeypatch.setitem(reader.index, "timestep", np.full(len(reader), np.nan))
+    samples = [reader.sample_heldout("select", 2, seed) for seed in range(100)]
+    assert set(np.concatenate(samples)) == set(rows)
+    assert all(len(set(sample)) == 2 for sample in samples)
+
+
 def test_counts_that_cannot_be_met_are_told_once(reader, monkeypatch, caplog):
     """And so is one held-out prompt, which selects and is reported on."""
     monkeypatch.setitem(reader.index, "prompt", np.array(["one"] * len(reader), dtype=object))

@@ -184,7 +184,7 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
     found = distillation.cost_table(
         teacher, units, taught, entries, reader, options, 5, accelerator
     )
-    rows = np.random.default_rng(5).permutation(reader.rows(heldout=True))[:3]
+    rows = reader.sample_heldout("select", 3, 5)
     expected = pd.DataFrame({"unit": ["03-04", "00-01"], "first": [3, 0], "last": [4, 1]})
     expected = expected.assign(removed_blocks=1, saved_parameters=[9, 7])
     expected["saved_seconds"] = [0.5, np.nan]
@@ -258,6 +258,8 @@ def test_every_run_costs_what_a_start_block_in_its_place_does(tiny_teacher, tiny
     prompts = reader.index["prompt"][rows]
     rows = rows[prompts == min(prompts)]
     assert 3 < len(rows) < reader.index["heldout"].sum()
+    judged = reader.sample_heldout("select", 3, 3)
+    assert set(judged) <= set(rows) and len(set(judged)) == 3
     stock = tiny.load(tiny_teacher).transformer.double()
     for (first, last), middle in (((0, 1), 0), ((1, 3), 2), ((2, 4), 3)):
         every = list(stock.transformer_blocks)
@@ -267,7 +269,7 @@ def test_every_run_costs_what_a_start_block_in_its_place_does(tiny_teacher, tiny
             [*every[:first], every[middle], *every[last + 1 :]]
         )
         error = power = 0.0
-        for row in np.random.default_rng(3).permutation(rows)[:3]:
+        for row in judged:
             batch = reader.batch(np.array([row]))
             given = {
                 k: v.double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v

@@ -61,6 +61,7 @@ def main() -> None:
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
     measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]
     key, seed = "sensitivity.rows", settings["seed"]
+    fits = settings["width"] if start == "solved" else {}
     judged = reader.sample_heldout("select", options["rows"], seed, key)
     fits = settings["width"] if start == "solved" else {}  # its rule passes them then alone
 
