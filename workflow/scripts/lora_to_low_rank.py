@@ -40,12 +40,12 @@ def read_block_map(path: Path, count: int) -> list[list[int]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         every = [block for members in found for block in members]
-        whole = every == [*range(len(every))] and all(found)
+        ordered = every == [*range(len(every))] and all(found)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} can't be read ({error}); name the folder of a pruned pipeline, --model"
         ) from error
-    if not whole or len(found) != count:
+    if not ordered or len(found) != count:
         raise UserError(f"{path} is not of the {count} blocks beside it; export the model again")
     return found
 
