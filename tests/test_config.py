@@ -101,6 +101,12 @@ def put(given: dict, key: str, value):
         ("variants", [{"name": "a"}], ["variants[0]", "'budget' is a required property"]),
         ("variants", [{"name": "teacher", "budget": 0.5}], ["'variants[0].name'", "other than"]),
         ("variants", [{"name": "a", "budget": 0.5}] * 2, ["variants", "'a' is used twice"]),
+        ("modulation.guidance", [9, 1.5], ["modulation.guidance: [9, 1.5] has to be [low, high]"]),
+        (
+            "variants",
+            [{"name": "a", "budget": 0.5, "train": False, "finetune_steps": 3}],
+            ["'a' has train: false", "finetune_steps is 3"],
+        ),
     ],
 )
 def test_invalid_value_is_one_message(key, value, expected):

@@ -225,8 +225,45 @@ def test_what_is_no_lora_of_this_model_is_refused(stock, tmp_path):
     save_file({"text_encoder.x.lora_A.weight": torch.ones(2, 8)}, file)
     with pytest.raises(UserError, match="can't be read|no layers of 'transformer'"):
         lora.read(QwenImagePipeline, file, "transformer")
-    with pytest.raises(UserError, match="can't be read as a LoRA"):
+    with pytest.raises(UserError, match="none.safetensors does not exist"):
         lora.read(QwenImagePipeline, tmp_path / "none.safetensors", "transformer")
+
+
+@pytest.mark.parametrize(
+    ("changed", "notes"),
+    [
+        ({"lora_B.weight": None}, None),
+        ({"lora_B.weight": torch.ones(8, 3)}, None),
+        ({"lora_B.weight": torch.ones(8)}, None),
+        ({"lora_B.bias": torch.ones(7)}, None),
+        ({"lora_A.weight": torch.ones(0, 8), "lora_B.weight": torch.ones(8, 0)}, {"lora_alpha": 1}),
+        ({}, {"lora_alpha": "much"}),
+        ({}, {"lora_alpha": 1, "alpha_pattern": [1]}),
+    ],
+)
+def test_what_is_no_whole_lora_is_one_message(tmp_path, changed, notes):
+    file, name = tmp_path / "a.safetensors", "transformer.transformer_blocks.0.img_mod.1"
+    state = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(8, 2)} | changed
+    state = {f"{name}.{key}": value for key, value in state.items() if value is not None}
+    notes = {f"transformer.{key}": value for key, value in (notes or {}).items()}
+    save_file(state, file, {"lora_adapter_metadata": json.dumps(notes)} if notes else None)
+    with pytest.raises(UserError, match=f"--lora: {file}"):
+        lora.read(QwenImagePipeline, file, "transformer")
+
+
+def test_a_layer_that_the_model_can_not_have(stock, recorded):
+    path = "transformer_blocks.0.img_mod.1"
+    numbered = {
+        "transformer_blocks.first.img_mod.1": lora.Layer(torch.ones(1, 1), torch.ones(1, 1))
+    }
+    assert lora.places(stock, identity(stock), numbered) == ({}, list(numbered))
+    model = copy.deepcopy(stock)
+    linear = model.get_submodule(path)
+    linear.bias = None
+    outputs, inputs = linear.weight.shape
+    layer = lora.Layer(torch.ones(1, inputs), torch.ones(outputs, 1), bias=torch.ones(outputs))
+    with pytest.raises(UserError, match="has a bias, but the model's has none"):
+        lora.merge(model, identity(stock), {path: layer})
 
 
 def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, capsys):
@@ -264,6 +301,14 @@ def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, cap
     run("--projected", tmp_path / "l.safetensors", "--conditioning", tmp_path / "c")
     told = capsys.readouterr().out
     assert "% of what it changes is lost" in told and "1 of 1 layers have a place" in told
+    for option in ("merged", "projected"):  # what is there stays
+        with pytest.raises(SystemExit):
+            run(f"--{option}", tmp_path / "p", "--conditioning", tmp_path / "c")
+        assert "is there already; name a new one" in capsys.readouterr().err
+    (tmp_path / "p/transformer/block_map.json").write_text("[[0], [2]]")
+    with pytest.raises(SystemExit):
+        run("--merged", tmp_path / "n")
+    assert "block_map.json is not of the" in capsys.readouterr().err
     projected = lora.read(QwenImagePipeline, tmp_path / "l.safetensors", "transformer")
     assert projected["transformer_blocks.0.img_mod.1.up"].bias is not None
 

@@ -44,7 +44,7 @@ rule width:
         ),
         inputs=optional("blocks", "conditioning"),
         state=result("state/width"),
-        taken=taken(*([] if compared() else ["extract"])),
+        taken=taken(*(["extract"] if conditioning() and not compared() else [])),
         teacher=teacher_stamp(),
         code=code("width.py"),
     message:

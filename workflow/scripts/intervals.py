@@ -115,7 +115,7 @@ def main() -> None:
     # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
     unknown = {block for block in range(depth) if np.isnan(cka[block, block])}
     untouchable = set(facts["untouchable"])
-    modulated = {block for block, _ in closed.modulations}
+    modulated = {width.first for width in closed.widths if width.kind == "modulation"}
     text = closed.weights.text
     ffns = set(closed.weights.ffn)
     pins.check(pinned, facts["seams"], untouchable, unknown, ffns, text, modulated, closed.unread)

@@ -22,12 +22,32 @@ from ppcl import (
     blocks,
     conditioning,
     errors,
+    hub,
     lora,
     pipelines,
     tensors,
     whole,
 )
 from ppcl.errors import UserError
+
+
+def read_block_map(path: Path, count: int) -> list[list[int]]:
+    """Of every block of a pruned model, the teacher's blocks that it stands for.
+
+    Raises:
+        UserError: the file is missing, or tells something else than of `count` blocks.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        every = [block for members in found for block in members]
+        ordered = every == [*range(len(every))] and all(found)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"{path} can't be read ({error}); name the folder of a pruned pipeline, --model"
+        ) from error
+    if not ordered or len(found) != count:
+        raise UserError(f"{path} is not of the {count} blocks beside it; export the model again")
+    return found
 
 
 def main() -> None:
@@ -45,7 +65,12 @@ def main() -> None:
     args = parser.parse_args()
     if args.projected and not args.conditioning:
         raise UserError("--projected needs --conditioning, which `extract` has written")
+    for option in ("merged", "projected"):
+        if (target := getattr(args, option)) and target.exists():
+            raise UserError(f"--{option}: {target} is there already; name a new one")
     assembly.verify(args.model)
+    if args.component not in hub.parts(args.model, "--model"):
+        raise UserError(f"--component: {args.model} has no {args.component}")
     source = {
         "path": str(args.model),
         "component": args.component,
@@ -57,7 +82,7 @@ def main() -> None:
     pipe = pipelines.load(source, torch.device("cpu"), key="--model")
     model = pipelines.denoiser(pipe, source)
     map_file = args.model / args.component / "block_map.json"
-    block_map = json.loads(map_file.read_text(encoding="utf-8"))
+    block_map = read_block_map(map_file, len(blocks.block_sequence(model)))
     layers = lora.read(type(pipe), args.lora, args.component)
     if args.merged:
         gone = lora.merge(model, block_map, layers)

@@ -128,10 +128,14 @@ def complete(config: dict, source: str) -> dict:
         if variant["finetune_steps"] and not variant["train"]:
             raise UserError(
                 f"{source}: variants: '{variant['name']}' has train: false, so nothing of it is "
-                "trained, but finetune_steps is {}; set that to 0, or leave train out".format(
-                    variant["finetune_steps"]
-                )
+                f"trained, but finetune_steps is {variant['finetune_steps']}; set that to 0, or "
+                "leave train out"
             )
+    low, high = filled["modulation"]["guidance"]
+    if low > high:
+        raise UserError(
+            f"{source}: modulation.guidance: [{low:g}, {high:g}] has to be [low, high]; swap them"
+        )
     if filled["run"].lower() in TAKEN:  # there are disks on which Teacher is teacher
         raise UserError(
             f"{source}: run: results/{filled['run']} is {TAKEN[filled['run'].lower()]}; choose "

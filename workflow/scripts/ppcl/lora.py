@@ -60,6 +60,8 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
         raise UserError(f"--lora: diffusers has no LoRAs for {pipeline.__name__}")
     if path.suffix != ".safetensors":  # diffusers would unpickle it
         raise UserError(f"--lora: {path} is no .safetensors file; convert it")
+    if not path.is_file():  # diffusers would look for owner/name/file on the Hub
+        raise UserError(f"--lora: {path} does not exist; name a file on this disk")
     more = {"weight_name": path.name, "use_safetensors": True, "return_lora_metadata": True}
     if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
         more["return_alphas"] = True  # classes without it have put them into the weights
@@ -67,7 +69,19 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
         state, *alphas, about = pipeline.lora_state_dict(str(path.parent), **more)
     except Exception as error:  # diffusers raises many kinds; all mean "not such a file"
         raise UserError(f"--lora: {path} can't be read as a LoRA: {error}") from error
-    known, about = (alphas[0] if alphas else None) or {}, about or {}
+    try:
+        layers = _layers(path, state, (alphas[0] if alphas else None) or {}, about or {}, component)
+    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(f"--lora: {path} can't be read as a LoRA: {error!r}") from error
+    if not layers:
+        raise UserError(f"--lora: {path} has no layers of '{component}'")
+    return layers
+
+
+def _layers(
+    path: Path, state: Mapping[str, Tensor], known: Mapping, about: Mapping, component: str
+) -> dict[str, Layer]:
+    """As `read`, of what diffusers makes of a file: weights, alphas, and peft's own notes."""
     prefix, layers = f"{component}.", {}
     for key in state:
         name, is_down, _ = key.partition(".lora_A.weight")
@@ -75,12 +89,12 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
             raise UserError(f"--lora: {path}: '{key}' is of no LoRA of linear layers (DoRA?)")
         if key.startswith(prefix) and is_down:
             a, b = state[key], state[f"{name}.lora_B.weight"]
-            if a.ndim != 2:
+            bias = state.get(f"{name}.lora_B.bias")
+            fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1]
+            if not fits or bias is not None and bias.shape != b.shape[:1]:
                 raise UserError(f"--lora: {path}: '{key}' is of no linear layer")
             scale = _scale(name, len(a), known, about, component)
-            layers[name.removeprefix(prefix)] = Layer(a, b, scale, state.get(f"{name}.lora_B.bias"))
-    if not layers:
-        raise UserError(f"--lora: {path} has no layers of '{component}'")
+            layers[name.removeprefix(prefix)] = Layer(a, b, scale, bias)
     return layers
 
 
@@ -125,13 +139,18 @@ def places(
         if not inside:
             gone.append(path)
             continue
-        shape = _shape(holder.get_submodule(inside))
+        module = holder.get_submodule(inside)
+        shape = _shape(module)
         if opened := _opened(holder, inside):
             layer = layer.without(opened.at, opened.width)
         if (layer.a.shape[1], len(layer.b)) != shape:
             raise UserError(
                 f"--lora: {path} is of {layer.a.shape[1]} inputs and {len(layer.b)} outputs, but "
                 f"the model's has {shape[0]} and {shape[1]}: it is of another model"
+            )
+        if layer.bias is not None and not narrow.is_low_rank(module) and module.bias is None:
+            raise UserError(
+                f"--lora: {path} has a bias, but the model's has none: it is of another model"
             )
         found[path] = Place(prefix + inside, layer, matrix)
     return found, gone
@@ -147,6 +166,8 @@ def _holder(
     if not members:
         return model, "", (block_map[-1][-1] + 1, path)
     number, _, inside = rest.partition(".")
+    if not number.isdecimal():
+        return None, "", (-1, inside)
     old = block_map[members[0].index][0] + int(number)
     block = next((b for b in members if block_map[b.index][0] == old), None)
     prefix = f"{attribute}.{block.index - members[0].index}." if block else ""
@@ -248,6 +269,11 @@ def projected(
 
 def _project(module: nn.Module, layer: Layer, moments: modulation.Moments) -> tuple[Layer, float]:
     device = devices.statistics_device(module.up.weight.device)
+    if len(moments.sum) != module.down.in_features:
+        raise UserError(
+            f"--conditioning: is of {len(moments.sum)} inputs of a modulation that has "
+            f"{module.down.in_features}: it is of another model"
+        )
     spread = modulation.Spread.of(moments, device)
     down, a, b = (x.to(device).double() for x in (module.down.weight, layer.a, layer.b))
     root = spread.root(spread.rank)

@@ -43,10 +43,6 @@ def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
             raise UserError(
                 f"{key}.pin: {shown(both[0])} is also in {key}.forbid; remove it from one of them"
             )
-    if both := sorted(pinned.ranks & forbidden.ranks):
-        raise UserError(
-            f"modulation.pin: block {both[0]} is also in modulation.forbid; remove it from one"
-        )
     for key, ends in (("intervals", pinned.intervals), ("width.text", pinned.runs)):
         for one, other in itertools.pairwise(sorted(ends)):
             if overlap(one, other):
@@ -99,7 +95,8 @@ def check(
         unseen: blocks without the CKA that decides, so that no interval may hold them.
         ffns: the FFNs that were measured.
         text_saved: per block, parameters of the text stream that a borrower drops.
-        modulated: blocks with modulations that may be low rank, as `plans.Modulation.block`.
+        modulated: blocks with modulations of which a rank was measured, as
+            `plans.Modulation.block`.
         unread: the block after which nothing reads the text stream, if there is one.
     """
     seams = list(seams)
@@ -109,7 +106,7 @@ def check(
             if key == "modulation":
                 if item in modulated:
                     continue
-                why = "there is no modulation matrix of its own that could be low rank"
+                why = "there is no modulation matrix of its own that could have a rank on offer"
             elif cannot := [block for block in blocks if block in untouchable]:
                 why = f"block {cannot[0]} of this teacher can't be pruned"
             elif key == "intervals" and (hidden := [block for block in blocks if block in unseen]):
@@ -155,18 +152,12 @@ def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
                     f"{key}.{verb}: {shown(item)} has to be [first, last] with last > first"
                 )
             # One number more stands for the modulation after the last block.
-            if depth is not None and max(blocks) >= depth + (key == "modulation"):
+            more = key == "modulation"
+            if depth is not None and max(blocks) >= depth + more:
                 raise UserError(
-                    f"{key}.{verb}: {shown(item)} is beyond this teacher's blocks 0 to {depth - 1}"
+                    f"{key}.{verb}: {shown(item)} is beyond this teacher's blocks 0 to "
+                    f"{depth - 1}{f', and {depth}, the last modulation' if more else ''}"
                 )
-    modulation = settings["modulation"]
-    ranks = modulation[verb] if modulation["enabled"] else []
-    # The number of blocks stands for the last AdaLN.
-    if depth is not None and max(ranks, default=0) > depth:
-        raise UserError(
-            f"modulation.{verb}: block {max(ranks)} is beyond this teacher's blocks 0 to "
-            f"{depth - 1}, and {depth}, the last modulation"
-        )
     linear = [(b, IMAGE) for b in lists["width.ffn_image"]]
     linear += [(b, TEXT) for b in lists["width.ffn_text"]]
     return Named(

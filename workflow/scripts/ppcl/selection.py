@@ -215,8 +215,8 @@ def select(
         f"{whose} {amounts(needs)} removed; what may be used removes "
         f"at most {amounts(reached)}{'' if len(needs) == 1 else ' (each on its own)'}. Lower "
         "intervals.cka_floor, width.cka_floor, intervals.protect_first or intervals.protect_last, "
-        "shorten the forbid lists, raise those budgets or, with measured costs, "
-        "sensitivity.longest, or set intervals.segmentation to optimal."
+        "shorten the forbid lists, add lower ranks to modulation.ladder, raise those budgets or, "
+        "with measured costs, sensitivity.longest, or set intervals.segmentation to optimal."
     )
 
 
