@@ -12,9 +12,9 @@ from test_width_stages import measure
 from ppcl import (
     blocks,
     calls,
-    pins,
     config,
     narrow,
+    pins,
     pipelines,
     prices,
     schemas,

@@ -150,7 +150,6 @@ def main() -> None:
         blocks=depth,
         removed_blocks=round(plan.saved["blocks"]),
         removed_parameters=round(plan.saved["parameters"]),
-        blocks=depth,
     )
     stopping.ignore()
     rows = reasons.interval_rows(chain, priced, plan, needs, tolerance, pinned, depth_limits)
