@@ -101,7 +101,7 @@ STAGES = [
     Stage("sensitivity", CALLS, {"table": "sensitivity.parquet"}, state=True),
     Stage(
         "width",
-        CALLS | {"blocks": "blocks.parquet"},
+        CALLS | {"blocks": "blocks.parquet", "conditioning": "conditioning.safetensors"},
         {"table": "width.parquet", "maps": "maps.safetensors"},
         state=True,
     ),
