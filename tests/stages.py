@@ -143,7 +143,7 @@ STAGES = [
             "sets": "sets.json",
             "units": "units.parquet",
             "measured": "measured.parquet",
-            "refits": "refits.safetensors",
+            "refitted": "refits.safetensors",
         },
         state=True,
     ),

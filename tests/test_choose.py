@@ -77,7 +77,7 @@ def chosen(world, tiny_calls):
     """The stage's files, made by a run that was killed once."""
     settings, files, prices_, folder = world
     made = {name: folder / f"{name}.parquet" for name in ("units", "measured")}
-    made |= {"refits": folder / "refits.safetensors"}
+    made |= {"refitted": folder / "refits.safetensors"}
     paths = {"calls": tiny_calls, "state": folder / "state-choose", "sets": folder / "sets.json"}
     paths |= files | prices_ | made
     asked, error = [], prices.Judged.error
@@ -120,7 +120,7 @@ def workshop(tiny_teacher, world, refits=None, **options):
 def test_sets_keep_their_budgets_and_models_have_what_was_foretold(
     chosen, world, tiny_teacher, tiny_calls
 ):
-    transformer, shop = workshop(tiny_teacher, world, chosen["refits"])
+    transformer, shop = workshop(tiny_teacher, world, chosen["refitted"])
     written = sets.read(chosen["sets"])
     total, call = blocks.parameter_count(transformer), calls.Reader(tiny_calls)
     batch = call.batch(call.buckets[0][:2])
@@ -177,7 +177,7 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
     chosen, world, tiny_calls, tmp_path, monkeypatch
 ):
     settings, files, _, _ = world
-    paths = files | {"calls": tiny_calls, "sets": chosen["sets"], "refits": chosen["refits"]}
+    paths = files | {"calls": tiny_calls, "sets": chosen["sets"], "refits": chosen["refitted"]}
     paths = {k: v for k, v in paths.items() if not k.endswith("_errors")}
     tuned = tmp_path / "tight.safetensors"
     made = {"output": tuned, "log_table": tmp_path / "log.parquet", "state": tmp_path / "state"}
@@ -260,7 +260,8 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     x, y = (torch.cat([t.flatten(0, -2) for t in part]).double() for part in (inputs, targets))
     wide = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
     best = torch.linalg.lstsq(wide, y - x).solution
-    assert torch.allclose(layer.weight.double(), best[:-1].T, atol=1e-3)
+    # But for the ridge.
+    assert torch.allclose(layer.weight.double(), best[:-1].T, atol=5e-3)
     assert not torch.allclose(layer.weight, before, atol=1e-4)
     shop.take({"refit-v": maps})
     made = narrow.maps(shop.model(again)[0].transformer_blocks[3])["ffn/image"]

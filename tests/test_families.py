@@ -165,6 +165,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
         "blocks": "blocks.parquet",
         "sensitivity": "sensitivity.parquet",
         "width": "width.parquet",
+        "maps": "maps.safetensors",
         "intervals": "intervals.parquet",
         "candidates": "candidates.parquet",
         "plan": "plan.json",
@@ -183,7 +184,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
     run("similarity", "probes", "tokens", "cka", "blocks")
     run("sensitivity", "calls", "state", table=at["sensitivity"])
     if wide:
-        run("width", "calls", "blocks", "state", table=at["width"])
+        run("width", "calls", "blocks", "conditioning", "state", "maps", table=at["width"])
     run("intervals", "cka", "sensitivity", "intervals", *(["width", "candidates"] if wide else []))
     run("prune", "intervals", "calls", "plan", "students", *(["candidates"] if wide else []))
     return at

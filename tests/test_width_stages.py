@@ -418,7 +418,7 @@ def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
     settings = settings | {"variants": [{"name": "fast", "budget": {"latency": budget}}]}
     made = {name: tmp_path / f"{name}.parquet" for name in ("units", "measured")}
     made |= {"sets": tmp_path / "sets.json", "state": tmp_path / "state"}
-    made |= {"refits": tmp_path / "refits.safetensors"}
+    made |= {"refitted": tmp_path / "refits.safetensors"}
     given = narrow_sets(folder) | {"latency": folder / "latency.parquet"}
     tiny.stage("choose", settings, **common, **given | made)
     paths = {"calls": common["calls"], "sets": made["sets"], "narrow": given["narrow"]}

@@ -68,4 +68,4 @@ rule choose:
         "{params.taken}python {input.launcher} --processes {resources.processes} "
         "--threads {threads} --device {resources.device} {input.script} --config {params.config:q} "
         "--calls {input.calls} {params.files} --state {params.state} --sets {output.sets} "
-        "--units {output.units} --measured {output.measured} --refits {output.refits} 2>&1 | tee {log}"
+        "--units {output.units} --measured {output.measured} --refitted {output.refits} 2>&1 | tee {log}"

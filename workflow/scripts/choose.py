@@ -14,7 +14,7 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --subsets-errors results/digits/subsets/errors.parquet \
     --state results/digits/state/choose --sets results/digits/variants/sets.json \
     --units results/digits/variants/units.parquet \
-    --refits results/digits/variants/maps.safetensors \
+    --refitted results/digits/variants/maps.safetensors \
     --measured results/digits/variants/measured.parquet
 
 One exact search per variant, over all that is priced and allowed for it; then the sources of its
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--sets", type=Path, required=True, help="sets.json to write")
     parser.add_argument("--units", type=Path, required=True, help="units.parquet to write")
-    parser.add_argument("--refits", type=Path, required=True, help="maps.safetensors to write")
+    parser.add_argument("--refitted", type=Path, required=True, help="maps.safetensors to write")
     parser.add_argument("--measured", type=Path, required=True, help="measured.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
@@ -178,7 +178,7 @@ def main() -> None:
             tables.write(path, pd.DataFrame(rows, columns=schema.names), schema, stamp)
         used = {source for one in choices.values() for source in one.found.sources.values()}
         refits = {source: maps for source, maps in refits.items() if source in used}
-        variants.write_refits(args.refits, refits, stamp)
+        variants.write_refits(args.refitted, refits, stamp)
         sets.write(args.sets, offer, choices, stamp)
     devices.finish(accelerator)
 
