@@ -157,9 +157,12 @@ def lower(block: nn.Module, ranks: dict[str, int]) -> nn.Module:
     for path, rank in ranks.items():
         place = held(block, path)
         linear = place and block.get_submodule(place)
-        if not isinstance(linear, nn.Linear) or rank < 1:
+        if not isinstance(linear, nn.Linear):
             raise ValueError(f"{type(block).__name__}: {path} can't have rank {rank}")
         shape = linear.in_features, linear.out_features
+        # Of a config that comes with weights; LoRAs widen a product beyond the matrix's own rank.
+        if type(rank) is not int or not 1 <= rank <= sum(shape):
+            raise ValueError(f"{type(block).__name__}: {path} can't have rank {rank}")
         block.set_submodule(place, LowRank(*shape, rank, linear.weight))
     if ranks:
         before = getattr(block, "narrowed", {})
