@@ -183,10 +183,10 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
     run("probe", "moments", "tokens", "probes_table", "probes")
     run("similarity", "probes", "tokens", "cka", "blocks")
     run("sensitivity", "calls", "state", table=at["sensitivity"])
-    if wide:
-        run("width", "calls", "blocks", "conditioning", "state", "maps", table=at["width"])
-    run("intervals", "cka", "sensitivity", "intervals", *(["width", "candidates"] if wide else []))
-    run("prune", "intervals", "calls", "plan", "students", *(["candidates"] if wide else []))
+    compared = ["blocks"] if wide else []
+    run("width", "calls", *compared, "conditioning", "state", "maps", table=at["width"])
+    run("intervals", "cka", "sensitivity", "intervals", "width", "candidates")
+    run("prune", "intervals", "calls", "plan", "students", "candidates")
     return at
 
 
