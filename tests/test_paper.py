@@ -58,6 +58,7 @@ PAPER = {
     },
     "choose.closed_forms": (False, "pluggable variants: every subset of trained students"),
     "choose.source": ("last", "pluggable variants: trained students"),
+    "choose.refit": (False, "stage 2: maps start from least squares, then train"),
     "modulation.enabled": (False, "beyond the paper: low-rank modulation"),
 }
 # What the paper does not tell, or what does not change the method: where and how fast it runs, what
