@@ -25,7 +25,7 @@ from ppcl.plans import Part
 from ppcl.students import Students
 
 # Samples of neighbouring timesteps have their mean squared gate, so many groups of them: a matrix
-# of moments each. On the embedded teacher no error differs by a hundredth from one per sample.
+# of moments each. On the embedded teacher, errors with 64 groups are within 4 % of these.
 GROUPS = 16
 # Of the sums of all parts that are fitted in one pass over the calls.
 SUMS_BYTES = 4 << 30
