@@ -133,7 +133,9 @@ class Planner:
     @cached_property
     def least(self) -> int:
         """Parameters of the smallest model that variants can be: with every closed form in it, if
-        variants choose among all."""
+        variants choose among all. 0 where intervals are still to be found."""
+        if self.settings["intervals"]["enabled"] and not self.depth:
+            return 0
         smallest = [blocks.parameter_count(model) for model, _ in self.variants.values()]
         if self.settings["choose"]["closed_forms"]:
             wanted = width.ffn_candidates(self.transformer) if self.widens else []
