@@ -449,7 +449,7 @@ def test_a_job_removes_the_state_of_what_it_reads_alone(snakemake):
     assert any("sensitivity" in of and "width" in of for of in removed)
     assert any("state/finetune-a" in of for of in removed)
     plain = [finetuned | {"finetune_steps": 0}]
-    printed = snakemake("-n", "-p", "all", "ablation", variants=plain, config="test", **depth)
+    printed = snakemake("-n", "-p", "all", variants=plain, config="test", **depth)
     removed = re.findall(r"forget\.py ([^;]*);", printed)
     assert removed and not re.search("sensitivity|width|finetune", " ".join(removed))
 
