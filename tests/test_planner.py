@@ -542,7 +542,8 @@ def test_time_by_hand(tmp_path):
     }
     flops = {name: count * whole for name, count in rows.items()}
     # Float32 is 16 times slower, TensorFloat-32 twice. Prices are of the blocks from the change on,
-    # and of the teacher twice: runs begin at blocks 0 and 1, two matrices each in three blocks, one after them.
+    # and of the teacher twice: runs begin at blocks 0 and 1, two matrices each in three blocks, one
+    # after them.
     flops["sensitivity"] = 6 * (2 * whole + 2 * whole - block) / 2 * 2
     flops["width"] = 6 * (2 * whole + 7 * whole - (2 * 1 + 2 * 2 + 3) * block) / 2 * 2
     # The unit alone; one set; the unit from the start, from distill, from subsets.
