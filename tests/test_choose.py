@@ -258,10 +258,12 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
             run(transformer, batch.arguments)
         model(**batch.arguments)
     x, y = (torch.cat([t.flatten(0, -2) for t in part]).double() for part in (inputs, targets))
-    wide = torch.cat([x, torch.ones(len(x), 1, dtype=torch.float64)], 1)
-    best = torch.linalg.lstsq(wide, y - x).solution
-    # But for the ridge.
-    assert torch.allclose(layer.weight.double(), best[:-1].T, atol=5e-3)
+    # The ridge, of channels of unit variance, as further rows.
+    scale, rest = x.std(0, correction=0), (y - x) - (y - x).mean(0)
+    ridge = (len(x) * options["ridge"]) ** 0.5 * torch.eye(x.shape[1], dtype=torch.float64)
+    unit = torch.cat([(x - x.mean(0)) / scale, ridge])
+    best = torch.linalg.lstsq(unit, torch.cat([rest, torch.zeros_like(ridge)])).solution
+    assert torch.allclose(layer.weight.double(), (best / scale[:, None]).T, atol=1e-3)
     assert not torch.allclose(layer.weight, before, atol=1e-4)
     shop.take({"refit-v": maps})
     made = narrow.maps(shop.model(again)[0].transformer_blocks[3])["ffn/image"]

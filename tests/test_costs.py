@@ -132,7 +132,8 @@ def errors_of(process, teacher, taught, reader, asked=None):
     rows = reader.rows(heldout=True)
     students_of = {p.name: (p.first, partial(student_of, p)) for p in EVERY}
     changes = prices.of_students(teacher, students_of)
-    return prices.measure(teacher, changes, reader, rows, 4, process)
+    judged = prices.Judged(teacher, reader, rows, 4, CPU)
+    return prices.measure(judged, changes, process)
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def test_the_rank_of_the_inputs_is_enough(samples):
     weight, bias = matrix((48, 8))
     for scale in (1e-4, 1, 1e4):
         x = inputs_of(samples).repeat(3, 1).double() * scale
-        rank = modulation.numerical_rank(Sums.over(x))
+        rank = modulation.Spread.of(Sums.over(x)).rank
         assert rank == samples - 1
         found = modulation.reduced(weight, bias, Sums.over(x), rank)
         expected = x @ weight.double().T + bias.double()

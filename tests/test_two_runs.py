@@ -23,15 +23,13 @@ from ppcl.errors import UserError
 accelerator = devices.accelerator("cpu")
 rank, here = accelerator.process_index, Path(sys.argv[1])
 
-prices.Judged = lambda *_: SimpleNamespace(error=lambda *_: 2.0)
+judged = SimpleNamespace(error=lambda *_: 2.0)
 # Finished errors: seen by the main process alone, by the other one alone, and other ones by both.
 asked = []
 for seen in ([["a"], []], [[], ["a", "b"]], [["a", "b"], ["c"]]):
     prices._finished = lambda *_: dict.fromkeys(seen[rank], 2.0)
     changes = {{name: prices.Change(0, dict) for name in "abcde"}}
-    found = prices.measure(
-        None, changes, None, [], 1, accelerator, here / "errors", ""
-    )
+    found = prices.measure(judged, changes, accelerator, here / "errors", "")
     assert found == 5 * [2.0], (seen, found)
 
 # A checkpoint that one of them finds.

@@ -438,8 +438,7 @@ def test_width_and_latency_refuse_what_they_cannot_read(world, tiny_calls, tmp_p
     paths = {"calls": tiny_calls, "state": tmp_path / "state", "table": tmp_path / "w.parquet"}
     paths["maps"] = tmp_path / "maps.safetensors"
     missing = tmp_path / "no.parquet"
-    printed = refused(capsys, "width", settings, blocks=missing, **paths)
-    assert "no.parquet: no such file" in printed.lower()
+    assert "no.parquet: no such file" in refused(capsys, "width", settings, blocks=missing, **paths)
     deeper = similar(tmp_path / "deeper.parquet", depth=7)
     printed = refused(capsys, "width", settings, blocks=deeper, **paths)
     assert "deeper.parquet names blocks that this teacher lacks" in printed

@@ -113,29 +113,11 @@ def main() -> None:
     plan = students.read_plan(args.plan) if args.plan else None
     files = variants.Files.of(args)
     workshop = variants.Workshop(transformer, files, device=accelerator.device)
-    judged = reader.sample_heldout("select", options["rows"], seed, "choose.rows")
+    rows = reader.sample_heldout("select", options["rows"], seed, "choose.rows")
     identity = training.identity(Path(__file__), settings, [args.calls, *files.every])
     kept = args.state, identity
-    known: dict[str, float] = {}
-
-    def measure(asked: list[sets.Set]) -> list[float]:
-        """Velocity errors of sets; each is measured once."""
-        new = {one.key: one for one in asked if one.key not in known}
-        changes = {
-            key: prices.Change(one.first, lambda one=one: workshop.model(one)[0])
-            for key, one in new.items()
-        }
-        found = prices.measure(
-            transformer,
-            changes,
-            reader,
-            judged,
-            options["batch_size"],
-            accelerator,
-            *kept,
-        )
-        known.update(zip(new, found, strict=True))
-        return [known[one.key] for one in asked]
+    judged = prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device)
+    measure = variants.measuring(workshop, judged, accelerator, *kept)
 
     fresh = variants.untrained(plan, files)
     costs = measure([sets.Set((member,)) for member in fresh.values()])
@@ -168,14 +150,14 @@ def main() -> None:
     stopping.ignore()
     if accelerator.is_main_process:
         depth = len(blocks.block_sequence(transformer))
-        stamp = provenance.stamp(settings, rows=len(judged), blocks=depth)
+        stamp = provenance.stamp(settings, rows=len(rows), blocks=depth)
         members = [row for name, one in choices.items() for row in sets.rows(offer, name, one)]
         trials = [row for name, one in decided.items() for row in sets.trial_rows(offer, name, one)]
-        for path, rows, schema in (
+        for path, found_rows, schema in (
             (args.units, members, schemas.VARIANT_UNITS),
             (args.measured, trials, schemas.VARIANT_SETS),
         ):
-            tables.write(path, pd.DataFrame(rows, columns=schema.names), schema, stamp)
+            tables.write(path, pd.DataFrame(found_rows, columns=schema.names), schema, stamp)
         used = {source for one in choices.values() for source in one.found.sources.values()}
         refits = {source: maps for source, maps in refits.items() if source in used}
         variants.write_refits(args.refitted, refits, stamp)

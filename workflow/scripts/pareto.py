@@ -63,7 +63,8 @@ def main() -> None:
     settings = config.load(args.config)
     seed = settings["seed"]
 
-    device = devices.choose(settings["device"])
+    accelerator = devices.accelerator(settings["device"])
+    device = accelerator.device
     reader = calls.Reader(args.calls)
     source = teacher_identity.recorded(settings["teacher"], reader.provenance)
     teacher = pipelines.load_transformer(source, device)
@@ -82,17 +83,9 @@ def main() -> None:
         wanted["train"] = any(variant["train"] for variant in settings["variants"])
         asked[wanted["name"]] = wanted, sets.search(offer, wanted)
     options = settings["choose"]
-    judged = prices.Judged(
-        teacher,
-        reader,
-        reader.sample_heldout("select", options["rows"], seed),
-        options["batch_size"],
-        device,
-    )
-
-    def measure(some: list[sets.Set]) -> list[float]:
-        return [judged.error(workshop.model(one)[0], one.first) for one in some]
-
+    by = reader.sample_heldout("select", options["rows"], seed)
+    judged = prices.Judged(teacher, reader, by, options["batch_size"], device)
+    measure = variants.measuring(workshop, judged, accelerator)
     if options["source"] == "measured":
         decided = sets.decide(offer, asked, measure, flips=False)
     else:

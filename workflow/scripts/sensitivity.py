@@ -61,8 +61,7 @@ def main() -> None:
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
     measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]
     key, seed = "sensitivity.rows", settings["seed"]
-    fits = settings["width"] if start == "solved" else {}
-    judged = reader.sample_heldout("select", options["rows"], seed, key)
+    rows = reader.sample_heldout("select", options["rows"], seed, key)
     fits = settings["width"] if start == "solved" else {}  # its rule passes them then alone
 
     def untrained(part: Part) -> students.Students:
@@ -71,11 +70,8 @@ def main() -> None:
 
     plugged_in = {part.name: (part.first, partial(untrained, part)) for part in measured}
     found = prices.measure(
-        transformer,
+        prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device),
         prices.of_students(transformer, plugged_in),
-        reader,
-        judged,
-        options["batch_size"],
         accelerator,
         args.state,
         training.identity(Path(__file__), settings, [args.calls]),
@@ -87,10 +83,10 @@ def main() -> None:
                 "first": [part.first for part in measured],
                 "last": [part.last for part in measured],
                 "velocity_error": found,
-                "rows": len(judged),
+                "rows": len(rows),
             }
         )
-        stamp = provenance.stamp(settings, judged=len(judged))
+        stamp = provenance.stamp(settings, judged=len(rows))
         tables.write(args.table, table, schemas.SENSITIVITY, stamp)
     devices.finish(accelerator)
 

@@ -154,11 +154,11 @@ def main() -> None:
     transformer = pipelines.load_transformer(teacher, device, compiled=True)
     trust.refuse_narrowing(transformer)
     depth = len(blocks.block_sequence(transformer))
+    cka = text_cka(args.blocks, depth) if args.blocks else np.full((depth, depth), np.nan)
     inputs = [path for path in (args.calls, args.blocks, args.conditioning) if path]
     identity = training.identity(Path(__file__), settings, inputs)
     judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
 
-    cka = text_cka(args.blocks, depth) if args.blocks else np.full((depth, depth), np.nan)
     units = narrow_units(transformer, cka, options) if options["enabled"] else {}
     files, fit_errors = width.fit_to_files(
         transformer,
@@ -185,7 +185,11 @@ def main() -> None:
         changes |= offers.changes()
     batch = options["batch_size"]
     costs = prices.measure(
-        transformer, changes, reader, judged, batch, accelerator, args.state, identity
+        prices.Judged(transformer, reader, judged, batch, device),
+        changes,
+        accelerator,
+        args.state,
+        identity,
     )
     if accelerator.is_main_process:
         found = narrow_rows(transformer, units, fit_errors, cka)

@@ -214,11 +214,8 @@ def _alone(material: Material, taught: Students) -> dict[Ends, float]:
     """What each of these students costs, plugged in alone."""
     sets = {part.name: (part.first, lambda p=part: {p: taught[p]}) for part in taught}
     found = prices.measure(
-        material.transformer,
+        judged(material),
         prices.of_students(material.transformer, sets),
-        material.reader,
-        material.judged,
-        material.settings["sensitivity"]["batch_size"],
         material.accelerator,
         material.state / "prices",
         material.identity,
@@ -226,18 +223,23 @@ def _alone(material: Material, taught: Students) -> dict[Ends, float]:
     return {part.key: error for part, error in zip(taught, found, strict=True)}
 
 
+def judged(material: Material) -> prices.Judged:
+    """The rows of selection."""
+    size, device = material.settings["sensitivity"]["batch_size"], material.accelerator.device
+    return prices.Judged(material.transformer, material.reader, material.judged, size, device)
+
+
 def _refined(
     material: Material, found: list[Ends], costs: Mapping[Ends, float], of: Students
 ) -> list[Ends]:
     """`refinement.refine` with these students' errors."""
     transformer, device = material.transformer, material.accelerator.device
-    size = material.settings["sensitivity"]["batch_size"]
     by_ends = {part.key: (part, student.to(device).eval()) for part, student in of.items()}
-    judged = prices.Judged(transformer, material.reader, material.judged, size, device)
+    rows = judged(material)
 
     def error(chosen: refinement.Set) -> float:
         model, _, _ = students.plugged(transformer, dict(by_ends[ends] for ends in chosen))
-        return judged.error(model, min(first for first, _ in chosen))
+        return rows.error(model, min(first for first, _ in chosen))
 
     def refine() -> list[Ends]:
         return list(refinement.refine(found, costs, material.runs, error, TRIES))

@@ -30,7 +30,7 @@ from ppcl import (
     training,
     width,
 )
-from ppcl.ablation import Chosen, Material
+from ppcl.ablation import Chosen, Material, judged
 from ppcl.metrics import TEACHER
 from ppcl.plans import Unit
 from ppcl.students import Students
@@ -216,11 +216,8 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
         unit.name: (unit.first, lambda u=unit: {part: taught[part] for part in u.parts})
         for unit in units
     }
-    size = material.settings["sensitivity"]["batch_size"]
     changes = prices.of_students(material.transformer, sets)
-    errors = prices.measure(
-        material.transformer, changes, material.reader, material.judged, size, material.accelerator
-    )
+    errors = prices.measure(judged(material), changes, material.accelerator)
     return errors, [width.saved_parameters(material.transformer, unit) for unit in units]
 
 

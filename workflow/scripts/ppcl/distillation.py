@@ -294,7 +294,7 @@ def cost_table(
         options: the stage's, with heldout_rows and batch_size.
         state, identity: as of `prices.measure`.
     """
-    judged = reader.sample_heldout("select", options["heldout_rows"], seed, "heldout_rows")
+    rows = reader.sample_heldout("select", options["heldout_rows"], seed, "heldout_rows")
     for student in students.values():
         student.eval()
     plugged_in = {
@@ -302,11 +302,8 @@ def cost_table(
         for unit in units
     }
     costs = prices.measure(
-        transformer,
+        prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device),
         prices.of_students(transformer, plugged_in),
-        reader,
-        judged,
-        options["batch_size"],
         accelerator,
         state,
         identity,
@@ -320,7 +317,7 @@ def cost_table(
             "saved_parameters": entry["saved_parameters"],
             "saved_seconds": math.nan if entry["saved_seconds"] is None else entry["saved_seconds"],
             "velocity_error": cost,
-            "rows": len(judged),
+            "rows": len(rows),
         }
         for unit, entry, cost in zip(units, entries, costs, strict=True)
     ]

@@ -145,11 +145,6 @@ class Spread:
         return self.directions * (self.variances + ridge).sqrt()
 
 
-def numerical_rank(moments: Moments) -> int:
-    """Rank of the covariance of recorded inputs; no higher one of a matrix gains anything."""
-    return Spread.of(moments).rank
-
-
 def reduced(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
     """The best product of a rank for a matrix on recorded inputs, see the top.
 

@@ -55,11 +55,10 @@ def of_students(
 class Judged:
     """The teacher's answers to some recorded calls, in float32, and its streams before a block.
 
+    It runs when a first error is asked for: a stage that goes on may have all of them.
+
     Args:
         reader, rows, batch_size: which calls.
-
-    Raises:
-        UserError: all recorded answers are zero.
     """
 
     def __init__(
@@ -71,18 +70,31 @@ class Judged:
         device: torch.device,
     ):
         self._teacher, self._device = transformer, device
-        self._batches = [b.to_float32() for b in reader.batches(rows, batch_size, device)]
-        calls.refuse_zeros(sum(float(b.output.square().sum()) for b in self._batches))
-        self._first = 0
-        self._streams: list[blocks.Streams] = [{} for _ in self._batches]
-        with torch.no_grad(), devices.in_float32(transformer, _modules(transformer)):
-            for batch in self._batches:
-                batch.output = blocks.answer(transformer, batch.to(device).arguments)
-        self._power = sum(float(self._double(b.output).square().sum()) for b in self._batches)
+        self._calls = reader, rows, batch_size
+        self._batches: list[calls.Batch] = []
+        self._first, self._power = 0, 0.0
+        self._streams: list[blocks.Streams] = []
+
+    def _answer(self) -> None:
+        """Has the teacher's own answers, once."""
+        reader, rows, batch_size = self._calls
+        found = [b.to_float32() for b in reader.batches(rows, batch_size, self._device)]
+        calls.refuse_zeros(sum(float(b.output.square().sum()) for b in found))
+        with devices.in_float32(self._teacher, _modules(self._teacher)):
+            for batch in found:
+                batch.output = blocks.answer(self._teacher, batch.to(self._device).arguments)
+        self._power = sum(float(self._double(b.output).square().sum()) for b in found)
+        self._batches, self._streams = found, [{} for _ in found]
 
     @torch.no_grad()
     def error(self, model: nn.Module, first: int) -> float:
-        """Relative velocity error of a model that is the teacher up to block `first`."""
+        """Relative velocity error of a model that is the teacher up to block `first`.
+
+        Raises:
+            UserError: all recorded answers are zero.
+        """
+        if not self._batches:
+            self._answer()
         self._go_to(first)
         late = entrance.Entrance(model, first) if first else None
         wrong = torch.zeros((), dtype=torch.float64, device=self._double(torch.zeros(1)).device)
@@ -140,11 +152,8 @@ def _modules(transformer: nn.Module) -> list[nn.Module]:
 
 
 def measure(
-    transformer: nn.Module,
+    judged: Judged,
     changes: Mapping[str, Change],
-    reader: calls.Reader,
-    rows: np.ndarray,
-    batch_size: int,
     accelerator: Accelerator,
     state: Path | None = None,
     identity: str = "",
@@ -170,9 +179,7 @@ def measure(
     rest.sort(key=lambda number: changes[names[number]].first)  # the teacher goes on with them
     # The sum over processes counts an error once.
     found = known.nan_to_num(0.0) if rank == 0 else torch.zeros_like(known)
-    mine = rest[rank::count]
-    judged = Judged(transformer, reader, rows, batch_size, accelerator.device) if mine else None
-    for number in tqdm(mine, desc="plugging", unit="set", disable=rank > 0):
+    for number in tqdm(rest[rank::count], desc="plugging", unit="set", disable=rank > 0):
         name = names[number]
         # Not a part that a warned program finishes: at full size it takes longer than schedulers
         # wait, and what it would lose is one error.

@@ -221,8 +221,9 @@ def skip_errors(
     }
     changes = prices.of_students(transformer, sets)
     for number, rows in enumerate(groups):
-        shared = transformer, changes, reader, rows, batch_size, accelerator
-        found = prices.measure(*shared, state and state / str(number), identity)
+        judged = prices.Judged(transformer, reader, rows, batch_size, accelerator.device)
+        folder = state and state / str(number)
+        found = prices.measure(judged, changes, accelerator, folder, identity)
         errors[number, list(skipped)] = found
     return errors
 

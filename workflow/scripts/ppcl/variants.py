@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from torch import nn
 
 from ppcl import (
@@ -20,6 +21,7 @@ from ppcl import (
     measured,
     modulation,
     pins,
+    prices,
     probes,
     reasons,
     schemas,
@@ -32,7 +34,7 @@ from ppcl import (
 from ppcl.errors import UserError
 from ppcl.plans import Matrix, Part, Unit
 from ppcl.selection import Choices, Weights
-from ppcl.sets import CLOSED, REFIT, START, TRAINED, Member, Offer, Set
+from ppcl.sets import CLOSED, REFIT, START, TRAINED, Measure, Member, Offer, Set
 from ppcl.students import Students
 
 # Makes up one piece of a model: a unit from a source, or a kept block, or the last AdaLN, each with
@@ -362,6 +364,29 @@ def read_refits(path: Path) -> dict[str, dict[width.Map, probes.Probe]]:
         maps = found.setdefault(f"{REFIT}{variant}", {})
         maps[width.Map.named(of)] = probes.Probe(*leaves)
     return found
+
+
+def measuring(
+    workshop: Workshop,
+    judged: prices.Judged,
+    accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
+) -> Measure:
+    """What measures sets, each once; state, identity: as of `prices.measure`, which raises."""
+    known: dict[str, float] = {}
+
+    def measure(asked: Sequence[Set]) -> list[float]:
+        new = {one.key: one for one in asked if one.key not in known}
+        changes = {
+            key: prices.Change(one.first, lambda one=one: workshop.model(one)[0])
+            for key, one in new.items()
+        }
+        found = prices.measure(judged, changes, accelerator, state, identity)
+        known.update(zip(new, found, strict=True))
+        return [known[one.key] for one in asked]
+
+    return measure
 
 
 def _last(transformer: nn.Module) -> str:
