@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import struct
 import sys
 from collections import Counter
@@ -26,6 +27,13 @@ def pytest_collection_modifyitems(items):
     """
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.name not in SLOW, -tests[item.path]))
+
+
+@pytest.fixture(autouse=True)
+def sigterm():
+    """SIGTERM ends this process, and those that it starts, whatever a program run in it left."""
+    yield
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 @pytest.fixture

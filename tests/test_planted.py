@@ -134,6 +134,7 @@ def selected(folder, streams, removed, segmentation="optimal", cost="cka"):
         "similarity": {"streams": streams, "bootstrap": 4},
         "intervals": {"segmentation": segmentation, "tolerance": 1e-4, "cost": cost},
         "width": {"enabled": False},
+        "modulation": {"enabled": False},
         "variants": [{"name": "small", "budget": 1 - removed / DEPTH}],
     }
     paths = {name: folder / f"{name}.parquet" for name in ("cka", "sensitivity", "intervals")}

@@ -329,7 +329,7 @@ def test_jobs_ask_for_what_their_rules_say(site):
     gpus = {job["Comment"] for job in jobs if job.get("TresPerJob") == "gres:gpu:1"}
     stages = ("record", "extract", "similarity", "sensitivity", "width", "prune", "distill")
     assert gpus == {
-        *(f"rule_{name}" for name in (*stages, "subsets", "pareto", "evaluate")),
+        *(f"rule_{name}" for name in (*stages, "subsets", "choose", "pareto", "evaluate")),
         "rule_finetune_wildcards_p55",
     }
     # Small CPU stages share jobs; assembling loads the teacher, and has one of its own.
