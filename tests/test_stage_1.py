@@ -21,6 +21,7 @@ SETTINGS = {
     "similarity": {"bootstrap": 8},
     "intervals": {"segmentation": "optimal", "cka_floor": 0.999, "cost": "cka"},
     "width": {"enabled": False},
+    "modulation": {"enabled": False},
     "variants": [{"name": "small", "budget": 0.7}],
 }
 
