@@ -142,7 +142,8 @@ def variant_units() -> pd.DataFrame:
     for variant, count in (("p55", 12), ("p70", 20), ("p85", 2)):
         for block in range(count):
             stream = "text" if block % 2 else "image"
-            add(variant, "ffn", block, block, stream, "distill" if block == 9 else "closed")
+            source = {9: "distill", 10: f"refit-{variant}"}.get(block, "closed")
+            add(variant, "ffn", block, block, stream, source)
     for variant in ("p55", "p70"):
         for block in range(25):
             for path in ("img_mod.1", "txt_mod.1") if block < 24 else ("norm_out.linear",):

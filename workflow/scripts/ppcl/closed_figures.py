@@ -16,8 +16,10 @@ from matplotlib.patches import Patch
 from ppcl import figure_style as style
 
 # Where a unit is from, as in schemas.VARIANT_UNITS -> colour and words.
+REFIT = "refit"  # of whichever variant: a variant has those of its own or of one that it repeats
 SOURCES = {
     "closed": ("#CFE6F5", "closed form"),
+    REFIT: ("#8FBBDD", "closed form, refitted in its set"),
     "start": ("#D9D9D9", "untrained"),
     "distill": ("#F3C98B", "distilled"),
     "narrow": ("#E3BAD0", "distilled, then narrowed"),
@@ -148,7 +150,7 @@ def sets(units: pd.DataFrame, names: Sequence[str], blocks: int) -> Figure:
         ax.tick_params(labelsize=7)
         ax.set_title(f"{name}: {_told(own)}", pad=3, parse_math=False)
         top += row * max(1, len(bars)) + gap
-    there = [source for source in SOURCES if (units["source"] == source).any()]
+    there = [source for source in SOURCES if (units["source"].map(_kind) == source).any()]
     handles = [Patch(fc=SOURCES[s][0], ec="#444444", lw=0.8, label=SOURCES[s][1]) for s in there]
     if handles:
         style.legend_at(figure, 0.62, handles)
@@ -160,7 +162,7 @@ def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
 
     def bars(found: pd.DataFrame, text) -> list[tuple]:
         return [
-            (int(one.first), int(one.last), SOURCES[one.source][0], text(one))
+            (int(one.first), int(one.last), SOURCES[_kind(one.source)][0], text(one))
             for one in found.sort_values("first").itertuples()
         ]
 
@@ -183,6 +185,11 @@ def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
         own = pd.concat([own, last]) if number == 0 and len(paths) else own
         rows[f"{_short(path)} rank"] = bars(own, lambda one: str(one.rank))
     return {name: found for name, found in rows.items() if found}
+
+
+def _kind(source: str) -> str:
+    """A key of SOURCES: `refit` of `refit-p50`."""
+    return REFIT if source.startswith(f"{REFIT}-") else source
 
 
 def _told(units: pd.DataFrame) -> str:

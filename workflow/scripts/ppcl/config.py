@@ -204,8 +204,9 @@ def limits(budget: float | dict) -> dict[str, float]:
 
 
 def compares(config: dict) -> bool:
-    """Whether blocks are compared with each other: for intervals, and for text runs."""
-    runs = config["width"]["enabled"] and config["width"]["longest"] > 1
+    """Whether blocks are compared with each other: for intervals, and for a floor of text runs."""
+    wide = config["width"]
+    runs = wide["enabled"] and wide["longest"] > 1 and wide["cka_floor"] > 0
     return config["intervals"]["enabled"] or runs
 
 
