@@ -25,7 +25,7 @@ def check(config: dict, source: str = "config") -> None:
     arguments.check(config, source)
     _check_renoising(config, source)
     _check_start(config, source)
-    for stage in ("distill", "subsets", "finetune"):
+    for stage in _trainings(config):
         size = config[stage]["batch_size"]
         if config["processes"] != "auto" and config["processes"] > size:
             raise UserError(
@@ -38,7 +38,8 @@ def check(config: dict, source: str = "config") -> None:
             f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
         )
     _check_optimizers(config, source)
-    if config["distill"]["mode"] == "sequential" and config["distill"]["shards"] != 1:
+    sequential = trains(config) and config["distill"]["mode"] == "sequential"
+    if sequential and config["distill"]["shards"] != 1:
         raise UserError(
             f"{source}: distill.mode is sequential, in which students learn from those before "
             "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
@@ -49,7 +50,7 @@ def check(config: dict, source: str = "config") -> None:
             f"{source}: intervals.tolerance is bootstrap, the noise that resamples show, but "
             "similarity.bootstrap is 0; set tolerance to a number, or bootstrap to 2 or more"
         )
-    if config["distill"]["mode"] == "sequential" and config["distill"]["cache_inputs"] == "always":
+    if sequential and config["distill"]["cache_inputs"] == "always":
         raise UserError(
             f"{source}: distill.mode is sequential, which runs all of the teacher anyway; set "
             "distill.cache_inputs to auto or never, or mode to independent"
@@ -169,11 +170,15 @@ def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
     )
 
 
+def _trainings(config: dict) -> list[str]:
+    """The stages that train, by their keys."""
+    stages = ["distill", "subsets"] if trains(config) else []
+    return stages + (["finetune"] if any(v["finetune_steps"] for v in config["variants"]) else [])
+
+
 def _check_optimizers(config: dict, source: str) -> None:
     """Raises UserError if 8-bit moments are asked for where there can be none."""
-    stages = ["distill", "subsets"] if trains(config) else []
-    stages += ["finetune"] if any(v["finetune_steps"] for v in config["variants"]) else []
-    for stage in stages:
+    for stage in _trainings(config):
         if config[stage]["optimizer"] != "adamw8bit":
             continue
         if find_spec("bitsandbytes") is None:
