@@ -242,8 +242,15 @@ def test_protecting_every_block_is_refused(inputs):
 def test_more_processes_than_samples_are_refused(inputs, stage):
     inputs["processes"] = 3
     inputs[stage]["batch_size"] = 2
+    for variant in inputs["variants"]:
+        variant["finetune_steps"] = int(stage == "finetune")
     assert f"processes is 3, but {stage}.batch_size only 2" in refused(inputs)
     inputs["processes"] = 2
+    preflight.check(inputs, "mine.yaml")
+    # What trains nothing shares no samples out.
+    inputs["processes"] = 3
+    for variant in inputs["variants"]:
+        variant |= {"finetune_steps": 0, "train": False}
     preflight.check(inputs, "mine.yaml")
 
 
