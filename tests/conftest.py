@@ -13,6 +13,8 @@ import pytest
 
 # Two processes share the cores (pyproject.toml); small matrices gain nothing from a second thread.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Programs that take more all the same must not spin while the other process has the core.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
 
 
