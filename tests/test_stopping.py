@@ -306,7 +306,8 @@ def test_processes_are_warned_when_their_launcher_is_killed(tmp_path):
         "import os, signal\n"
         "if os.environ['RANK'] == '1':\n"  # the last to be started
         "    os.kill(os.getppid(), signal.SIGKILL)\n"
-        "print(bool(signal.sigtimedwait([signal.SIGTERM], 60)))\n"  # it is blocked until heeded
+        "came = bool(signal.sigtimedwait([signal.SIGTERM], 60))\n"  # it is blocked until heeded
+        "os.write(1, f'{came}\\n'.encode())\n"  # at once: unbuffered, print writes its line in two
     )
     given = ["--threads", "2", "--device", "cpu", "--processes", "2", program]
     command = [sys.executable, tiny.SCRIPTS / "launch.py", *given]
