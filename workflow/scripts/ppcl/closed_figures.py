@@ -16,10 +16,9 @@ from matplotlib.patches import Patch
 from ppcl import figure_style as style
 
 # Where a unit is from, as in schemas.VARIANT_UNITS -> colour and words.
-REFIT = "refit"  # of whichever variant: a variant has those of its own or of one that it repeats
 SOURCES = {
     "closed": ("#CFE6F5", "closed form"),
-    REFIT: ("#8FBBDD", "closed form, refitted in its set"),
+    "refit": ("#8FBBDD", "closed form, refitted in its set"),
     "start": ("#D9D9D9", "untrained"),
     "distill": ("#F3C98B", "distilled"),
     "narrow": ("#E3BAD0", "distilled, then narrowed"),
@@ -188,8 +187,8 @@ def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
 
 
 def _kind(source: str) -> str:
-    """A key of SOURCES: `refit` of `refit-p50`."""
-    return REFIT if source.startswith(f"{REFIT}-") else source
+    """A key of SOURCES: `refit` of `refit-p50`, in whichever variant's set that was."""
+    return source.partition("-")[0]
 
 
 def _told(units: pd.DataFrame) -> str:
