@@ -1,5 +1,6 @@
 """The whole workflow on the shrunken config: contract, nothing left to do, resume, report."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import fresh
 import pandas as pd
 import pytest
+import yaml
 from safetensors import safe_open
 from test_faults import content
 
@@ -154,6 +156,23 @@ def test_a_changed_key_reruns_its_stage_and_what_follows(finished):
     assert rerun_by(finished, "subsets: {lr: 0.5}") == results | {"subsets": 1}
     later = {name: 1 for name in ("intervals", "plot_intervals", "prune", "distill", "subsets")}
     assert rerun_by(finished, "intervals: {cost: cka}") == results | later
+
+
+def test_another_budget_of_one_variant_trains_no_other_again(finished, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(finished, folder)
+    variants = yaml.safe_load((folder / "config/test.yaml").read_text())["variants"]
+    assert [variant["name"] for variant in variants] == ["p55", "p85"]
+    variants[1]["budget"] = 0.9
+    (folder / "other.yaml").write_text(json.dumps({"variants": variants}))
+    models = [str(RUN / f"models/{name}") for name in ("p55", "p85")]
+    cards = [folder / model / "pruning.json" for model in models]
+    tuned = folder / RUN / "finetune/p55.safetensors"
+    before = [path.read_bytes() for path in (*cards, tuned)]
+    snakemake(folder, "other.yaml", "--", *models)
+    after = [path.read_bytes() for path in (*cards, tuned)]
+    assert [a == b for a, b in zip(before, after, strict=True)] == [True, False, True]
+    assert "Nothing to be done" in snakemake(folder, "other.yaml", "-n", "--", *models)
 
 
 def test_budgets_are_kept(finished):

@@ -10,7 +10,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
-from plotting import draw, search_tables, svg_text, width_table, write
+from plotting import draw, search_tables, svg_text, variant_units, width_table, write
 
 from ppcl import closed_figures, figure_labels, figure_style, figures, pins, reasons
 from ppcl.errors import UserError
@@ -235,6 +235,21 @@ def test_modulation_shows_every_price_and_fills_what_was_taken():
     assert f"{len(picked)} of 49 modulation" in figure.texts[0].get_text()
     none = closed_figures.modulation(table.query("kind == 'ffn'"), 24)
     assert "no modulation matrices" in "".join(text.get_text() for text in none.texts)
+
+
+def test_without_intervals_the_smallest_variant_tells_what_was_taken(tmp_path):
+    table = width_table(search_tables(24, 6)["intervals"], 24)
+    table = table.drop(columns=["selected", "reason"])
+    units = variant_units()
+    found = closed_figures.taken(table, units)
+    own = units[units["variant"] == "p70"]  # saves most, and takes neither runs nor intervals
+    keys = ["kind", "first", "last", "stream", "path", "rank"]
+    taken = set(own[keys].itertuples(index=False, name=None))
+    priced = set(table[keys].itertuples(index=False, name=None))
+    chosen = found[found["selected"]]
+    assert set(chosen[keys].itertuples(index=False, name=None)) == taken & priced != set()
+    assert {"ffn", "modulation"} <= set(chosen["kind"])
+    assert not closed_figures.taken(table, units.iloc[:0])["selected"].any()
 
 
 def test_a_run_without_depth_pruning_has_figures_of_its_closed_forms(tmp_path):

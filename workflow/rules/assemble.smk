@@ -1,7 +1,7 @@
 # A complete pipeline folder of one variant, for stock DiffusionPipeline.from_pretrained.
 #
-# in:  the teacher, variants/sets.json, and what sets are made of; fine-tuned weights, if any; recorded
-#      calls, on which the folder must answer as the model in memory does
+# in:  the teacher, variants/sets/<variant>.json, and what sets are made of; fine-tuned weights, if
+#      any; recorded calls, on which the folder must answer as the model in memory does
 # out: models/<variant>/, with the map from old to new blocks beside the weights
 
 
@@ -10,8 +10,8 @@ rule assemble:
         script=program("assemble.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        sets=result("variants/sets.json"),
-        refits=result("variants/maps.safetensors"),
+        sets=set_of,  # which tells what of the next it needs, too
+        refits=ancient(result("variants/maps.safetensors")),
         maps=widths("maps.safetensors"),
         conditioning=conditioning(),
         start=start(),

@@ -3,14 +3,15 @@
 # in:  the teacher, record/calls.parquet; what closed forms cost (width/), what modulations get, block
 #      times (latency budgets); the plan, and students and errors of every stage, as far as the config
 #      has them
-# out: variants/sets.json, what finetune and assemble build; variants/units.parquet, the same as a
-#      table; variants/measured.parquet, errors of the sets that were tried; variants/maps.safetensors,
-#      maps that were fitted once more
+# out: variants/sets.json and variants/sets/<variant>.json, what finetune and assemble build;
+#      variants/units.parquet, the same as a table; variants/measured.parquet, errors of the sets
+#      that were tried; variants/maps.safetensors, maps that were fitted once more
 #
+# A checkpoint, since a variant whose file stays the same is not trained, nor assembled, again.
 # Measured errors wait in state/choose, as in sensitivity.smk.
 
 
-rule choose:
+checkpoint choose:
     input:
         script=program("choose.py"),
         launcher=program("launch.py"),
@@ -30,6 +31,7 @@ rule choose:
         subsets_errors=taught("subsets", "errors.parquet"),
     output:
         sets=result("variants/sets.json"),
+        each=[result(f"variants/sets/{name}.json") for name in variants()],
         units=result("variants/units.parquet"),
         measured=result("variants/measured.parquet"),
         refits=result("variants/maps.safetensors"),
@@ -68,4 +70,5 @@ rule choose:
         "{params.taken}python {input.launcher} --processes {resources.processes} "
         "--threads {threads} --device {resources.device} {input.script} --config {params.config:q} "
         "--calls {input.calls} {params.files} --state {params.state} --sets {output.sets} "
+        "--each {output.each} "
         "--units {output.units} --measured {output.measured} --refitted {output.refits} 2>&1 | tee {log}"

@@ -400,8 +400,17 @@ def artifacts():
     plain = [result(path) for path in named if "<variant>" not in path]
     per_variant = [path for path in named if "<variant>" in path]
     return plain + [
-        result(path.replace("<variant>", name)) for path in per_variant for name in finetuned()
+        result(path.replace("<variant>", name))
+        for path in per_variant
+        for name in (finetuned() if path.startswith("finetune/") else variants())
     ]
+
+
+def set_of(wildcards):
+    """What one variant is made of. It may have stayed the same where `choose` has run for others:
+    what follows is decided once that is known, since only then is the file compared."""
+    checkpoints.choose.get()
+    return result(f"variants/sets/{wildcards.variant}.json")
 
 
 def models():
@@ -424,7 +433,12 @@ def figures(group):
             "subsets": "subsets" in training(),
             "finetune": finetuned(),
         },
-        "quality": dict.fromkeys(("sets", "pareto", "tradeoff", "images"), True),
+        "quality": dict.fromkeys(("sets", "pareto", "tradeoff", "images"), True)
+        | {
+            # Without selection's own verdicts, which the figures of intervals show.
+            "width": not depth() and config["width"]["enabled"],
+            "modulation": not depth() and config["modulation"]["enabled"],
+        },
         "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
     }
     return [name for name, there in shown[group].items() if there]

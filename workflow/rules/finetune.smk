@@ -1,7 +1,7 @@
 # Full-parameter output distillation of one assembled variant.
 #
-# in:  the teacher, record/calls.parquet, variants/sets.json, and what sets are made of: maps, what
-#      modulations get, students of every stage
+# in:  the teacher, record/calls.parquet, variants/sets/<variant>.json, and what sets are made of:
+#      maps, what modulations get, students of every stage
 # out: finetune/<variant>.safetensors and the loss curve, finetune/<variant>.parquet
 #
 # Only variants with finetune_steps > 0. Checkpoints live in state/finetune-<variant>, as in
@@ -14,8 +14,8 @@ rule finetune:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        sets=result("variants/sets.json"),
-        refits=result("variants/maps.safetensors"),
+        sets=set_of,  # which tells what of the next it needs, too
+        refits=ancient(result("variants/maps.safetensors")),
         maps=widths("maps.safetensors"),
         conditioning=conditioning(),
         start=start(),

@@ -92,12 +92,17 @@ rule plot_quality:
         images=result("evaluation/images.parquet"),
         points=result("pareto/points.parquet"),
         units=result("variants/units.parquet"),
+        width=[] if depth() else widths("measured.parquet"),
     output:
         sets=figure("quality", "sets", "What each variant is made of"),
+        width=figure("quality", "width", "Linear FFNs and text runs"),
+        modulation=figure("quality", "modulation", "Low-rank modulation"),
         pareto=figure("quality", "pareto", "Every budget by itself"),
         tradeoff=figure("quality", "tradeoff", "Quality against size and latency"),
         images=figure("quality", "images", "Images"),
         sets_png=png("quality", "sets"),
+        width_png=png("quality", "width"),
+        modulation_png=png("quality", "modulation"),
         pareto_png=png("quality", "pareto"),
         tradeoff_png=png("quality", "tradeoff"),
         images_png=png("quality", "images"),
@@ -112,13 +117,14 @@ rule plot_quality:
         mem_mb=2000,
         runtime=30,
     params:
-        config=subset("variants"),
-        output=lambda wildcards, output: os.path.dirname(output[0]),
+        config=subset("variants", "width.enabled", "modulation.enabled"),
+        tables=optional("width"),
+        output=lambda wildcards, output: os.path.dirname(output.sets),
         code=code("plot.py"),
     message:
         "Drawing quality against cost"
     shell:
         "python {input.script} quality --config {params.config:q} "
         "--metrics {input.metrics} --images {input.images} --points {input.points} "
-        "--units {input.units} "
+        "--units {input.units} {params.tables} "
         "--output {params.output} 2>&1 | tee {log}"

@@ -1,7 +1,8 @@
 """Assembles a complete pipeline folder for one variant, of what `choose` decided.
 
     python workflow/scripts/assemble.py --config config/digits.yaml --variant p70 \
-        --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
+        --calls results/digits/record/calls.parquet \
+        --sets results/digits/variants/sets/p70.json \
         --refits results/digits/variants/maps.safetensors \
         --maps results/digits/width/maps.safetensors \
         --conditioning results/digits/activations/conditioning.safetensors \
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--variant", required=True, help="name of the variant in the config")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet, for the check")
-    parser.add_argument("--sets", type=Path, required=True, help="sets.json")
+    parser.add_argument("--sets", type=Path, required=True, help="sets.json, or of this variant")
     variants.add_arguments(parser, models_only=True)
     parser.add_argument("--finetuned", type=Path, help="fine-tuned weights of this variant")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
@@ -50,6 +51,7 @@ def main() -> None:
 
     written, files = sets.read(args.sets), variants.Files.of(args)
     chosen = written.of(args.variant)
+    files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     teacher |= {"offload": "none"}

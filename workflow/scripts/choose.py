@@ -13,6 +13,7 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --subsets results/digits/subsets/students.safetensors \
     --subsets-errors results/digits/subsets/errors.parquet \
     --state results/digits/state/choose --sets results/digits/variants/sets.json \
+    --each results/digits/variants/sets/p27.json results/digits/variants/sets/p50.json \
     --units results/digits/variants/units.parquet \
     --refitted results/digits/variants/maps.safetensors \
     --measured results/digits/variants/measured.parquet
@@ -54,6 +55,7 @@ from ppcl import (
     variants,
     width,
 )
+from ppcl.errors import UserError
 
 
 def refit(
@@ -99,12 +101,18 @@ def main() -> None:
     variants.add_arguments(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--sets", type=Path, required=True, help="sets.json to write")
+    parser.add_argument(
+        "--each", type=Path, nargs="*", default=[], help="files of one variant, named after it"
+    )
     parser.add_argument("--units", type=Path, required=True, help="units.parquet to write")
     parser.add_argument("--refitted", type=Path, required=True, help="maps.safetensors to write")
     parser.add_argument("--measured", type=Path, required=True, help="measured.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
     options, seed = settings["choose"], settings["seed"]
+    names = [variant["name"] for variant in settings["variants"]]
+    if unknown := [path for path in args.each if path.stem not in names]:
+        raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
 
     accelerator = devices.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
@@ -162,6 +170,10 @@ def main() -> None:
         refits = {source: maps for source, maps in refits.items() if source in used}
         variants.write_refits(args.refitted, refits, stamp)
         sets.write(args.sets, offer, choices, stamp)
+        for path in args.each:
+            choice = choices[path.stem]
+            maps = variants.refits_digest(refits, choice.found)
+            sets.write_one(path, offer, choice, maps)
     devices.finish(accelerator)
 
 

@@ -3,7 +3,7 @@
 One process:        python workflow/scripts/finetune.py --variant p50 --config ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/finetune.py --config config/digits.yaml --variant p50 \
-    --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
+    --calls results/digits/record/calls.parquet --sets results/digits/variants/sets/p50.json \
     --refits results/digits/variants/maps.safetensors \
     --maps results/digits/width/maps.safetensors \
     --conditioning results/digits/activations/conditioning.safetensors \
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--variant", required=True, help="name of the variant in the config")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--sets", type=Path, required=True, help="sets.json")
+    parser.add_argument("--sets", type=Path, required=True, help="sets.json, or of this variant")
     variants.add_arguments(parser, models_only=True)
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--output", type=Path, required=True, help="weights to write")
@@ -65,7 +65,9 @@ def main() -> None:
     accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
-    chosen, files = sets.read(args.sets).of(args.variant), variants.Files.of(args)
+    written, files = sets.read(args.sets), variants.Files.of(args)
+    chosen = written.of(args.variant)
+    refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     # The record has the teacher's answers, so it never runs, nor is on the device.
     transformer = pipelines.load_transformer(
         teacher | {"offload": "none"}, torch.device("cpu"), gradients=True
@@ -93,7 +95,9 @@ def main() -> None:
         accelerator,
         args.state / "checkpoint.safetensors",
         training.identity(
-            Path(__file__), settings | {"set": chosen.key}, [args.calls, *files.every]
+            Path(__file__),
+            settings | {"set": chosen.key, "refits": refits},
+            [args.calls, *files.every],
         ),
     )
     state = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)

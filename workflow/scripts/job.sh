@@ -1,5 +1,11 @@
 # What the shell of every job begins with (workflow/rules/common.smk): its own `tee` and `python`.
 
+# By default glibc gives the memory of a large tensor back to the kernel as soon as it is free, and
+# takes it anew, page by page, for the next: on a CPU that costs a forward a tenth of its time and
+# more, by turns, so that even ratios of latencies are more of the heap than of the models.
+: "${MALLOC_MMAP_THRESHOLD_:=33554432}" "${MALLOC_TRIM_THRESHOLD_:=1000000000}"
+export MALLOC_MMAP_THRESHOLD_ MALLOC_TRIM_THRESHOLD_
+
 # A scheduler's SIGTERM goes to all processes of a job: the shell waits for its program.
 trap : TERM
 

@@ -2,7 +2,8 @@
 
     plot.py intervals    search, heatmap, probes, width, modulation: what went, and why
     plot.py training     distill, subsets, finetune: loss curves
-    plot.py quality      sets, pareto, tradeoff, images: what variants are, reach and cost
+    plot.py quality      sets, pareto, tradeoff, images: what variants are, reach and cost; width
+                         and modulation, in runs that search no intervals
     plot.py ablation     ablation: the method against its alternatives
     plot.py calibration  calibration: which price foretells the error after training
 
@@ -73,12 +74,21 @@ def intervals(options: argparse.Namespace, settings: dict) -> None:
         drawn["probes"] = figures.probes(table, chosen), options.probes
     if options.width:
         table = read(options.width, schemas.WIDTH_CANDIDATES)
-        blocks = depth(options.width)
-        if settings["width"]["enabled"]:
-            drawn["width"] = figures.width(table, chosen, blocks), options.width
-        if settings["modulation"]["enabled"]:
-            drawn["modulation"] = closed_figures.modulation(table, blocks), options.width
+        drawn |= closed_forms(table, chosen, options.width, settings)
     save(drawn, options.output)
+
+
+def closed_forms(table: pd.DataFrame, chosen: pd.DataFrame, path: Path, settings: dict) -> dict:
+    """Figures of what closed forms cost, and of which were taken.
+
+    table: as schemas.WIDTH_CANDIDATES. chosen: intervals. path: whose provenance counts.
+    """
+    drawn, blocks = {}, depth(path)
+    if settings["width"]["enabled"]:
+        drawn["width"] = figures.width(table, chosen, blocks), path
+    if settings["modulation"]["enabled"]:
+        drawn["modulation"] = closed_figures.modulation(table, blocks), path
+    return drawn
 
 
 def training(options: argparse.Namespace, settings: dict) -> None:
@@ -116,6 +126,10 @@ def quality(options: argparse.Namespace, settings: dict) -> None:
         "tradeoff": (result_figures.tradeoff(metrics), options.metrics),
         "images": (result_figures.images(pictures, metrics), options.images),
     }
+    if options.width:
+        taken = closed_figures.taken(read(options.width, schemas.WIDTH_MEASURED), units)
+        none = pd.DataFrame(columns=schemas.INTERVALS.names).astype({"selected": bool})
+        drawn |= closed_forms(taken, none, options.units, settings)
     save(drawn, options.output)
 
 
@@ -167,6 +181,10 @@ def main() -> None:
                 group.add_argument(
                     f"--{name}", type=Path, metavar="PARQUET", help="if there is one"
                 )
+        if draw is quality:
+            group.add_argument(
+                "--width", type=Path, metavar="PARQUET", help="prices, if no intervals are searched"
+            )
         if draw is training:
             for name in ("distill-log", "subsets-log"):
                 group.add_argument(

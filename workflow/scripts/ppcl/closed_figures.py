@@ -105,6 +105,21 @@ def modulation(candidates: pd.DataFrame, blocks: int) -> Figure:
     return figure
 
 
+def taken(measured: pd.DataFrame, units: pd.DataFrame) -> pd.DataFrame:
+    """Prices of closed forms with what the smallest variant takes of them, for runs without
+    selection's own verdicts (width/candidates.parquet): those that search no intervals.
+
+    Args:
+        measured: as schemas.WIDTH_MEASURED. units: as schemas.VARIANT_UNITS.
+    """
+    saved = units.groupby("variant")["saved_parameters"].sum()
+    own = units[units["variant"] == saved.idxmax()] if len(saved) else units
+    keys = ["kind", "first", "last", "stream", "path", "rank"]
+    chosen = set(own[keys].itertuples(index=False, name=None))
+    selected = [row in chosen for row in measured[keys].itertuples(index=False, name=None)]
+    return measured.assign(selected=selected, reason="")
+
+
 def _shades(count: int) -> list[str]:
     """Colours of ranks, the darker the higher."""
     return [to_hex(colormaps["viridis_r"](at)) for at in np.linspace(0.15, 0.95, count)]

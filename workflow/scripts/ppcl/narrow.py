@@ -110,14 +110,15 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
             for ranks.
     """
     role, streams = spec.get("text", "own"), spec.get("linear_ffn", ())
+    ranks = spec.get("ranks", {})
     before = getattr(block, "narrowed", {})
     if set(before) - {"ranks"}:
         raise ValueError(f"the block is narrow already: {before}")
     roles, keys = ("own", "source", "lend", "borrow", "close"), {"text", "linear_ffn", "ranks"}
-    if role not in roles or set(spec) - keys:
+    if role not in roles or set(spec) - keys or not isinstance(ranks, dict):
         raise ValueError(f"{spec} is not what `narrow` can do; see there")
     if set(spec) == {"ranks"}:
-        return lower(block, spec["ranks"])
+        return lower(block, ranks)
     if missing := set(streams) - set(layout["ffn"]):
         raise ValueError(f"blocks of this class have no {missing.pop()} FFN that could be linear")
     if role != "own" and not layout["text"]:
@@ -141,7 +142,7 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
     block.__class__ = _narrowed(type(block), role, tuple(streams), json.dumps(layout))
     if left := {path: rank for path, rank in before.get("ranks", {}).items() if held(block, path)}:
         block.narrowed["ranks"] = left
-    return lower(block, spec.get("ranks", {}))
+    return lower(block, ranks)
 
 
 def lower(block: nn.Module, ranks: dict[str, int]) -> nn.Module:
@@ -369,7 +370,14 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
     @functools.wraps(base.__init__)
     def init(self, *args, narrow_blocks: dict[str, dict] | None = None, **kwargs):
         base.__init__(self, *args, **kwargs)
-        self.register_to_config(narrow_blocks=narrow_blocks or {})
+        narrow_blocks = narrow_blocks or {}
+        if not isinstance(narrow_blocks, dict) or not all(
+            isinstance(spec, dict) for spec in narrow_blocks.values()
+        ):
+            raise ValueError(
+                "config.json: narrow_blocks should map the path of each narrow block to its spec"
+            )
+        self.register_to_config(narrow_blocks=narrow_blocks)
         for path, spec in self.config.narrow_blocks.items():
             narrow(self.get_submodule(path), layouts.get(path.rpartition(".")[0], {}), spec)
 

@@ -452,6 +452,7 @@ ARTIFACTS = {
     "subsets/errors.parquet": "what each of them costs, plugged into the teacher alone",
     "subsets/log.parquet": "velocity error while random subsets are trained",
     "variants/sets.json": "what each variant is made of, and from which stage",
+    "variants/sets/<variant>.json": "the same of one variant: it changes with that one alone",
     "variants/units.parquet": "the same as a table: every member of every variant",
     "variants/measured.parquet": "errors of the sets that were tried for each variant",
     "variants/maps.safetensors": "least-squares maps that were fitted once more: `<variant>/...`",
@@ -466,7 +467,8 @@ ARTIFACTS = {
     "evaluation/images.parquet": "every image behind the metrics",
     "plots/intervals/": "`search`, `heatmap`, `probes`, `width` (if enabled), each .svg and .png",
     "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",
-    "plots/quality/": "`pareto`, `tradeoff`, `images`, each .svg and .png",
+    "plots/quality/": "`sets`, `pareto`, `tradeoff`, `images`, each .svg and .png; `width` and "
+    "`modulation` of runs that search no intervals",
     "plots/ablation/": "`ablation`, `schedules`, `calibration`, .svg and .png (target `ablation`)",
     "logs/": "what every stage printed",
     "benchmarks/": "time and memory of every stage, as Snakemake measured them",

@@ -323,18 +323,30 @@ def of_entry(found: Mapping) -> Set:
 
 def write(path: Path, offer: Offer, choices: Mapping[str, Choice], stamp: Mapping) -> None:
     """Writes sets.json: every variant's set, and what each unit costs alone from each source."""
-    variants = {
-        name: entry(choice.found)
-        | {
-            "parameters": left(offer, choice),
-            "saved": dict(choice.saved),
-            "predicted_error": choice.cost,
-            "velocity_error": choice.error,
-        }
-        for name, choice in choices.items()
-    }
+    variants = {name: _facts(offer, choice) for name, choice in choices.items()}
     errors = {name: dict(found) for name, found in offer.errors.items()}
     texts.write_sealed(path, {"variants": variants, "alone": errors, "provenance": dict(stamp)})
+
+
+def write_one(path: Path, offer: Offer, choice: Choice, refits: str) -> None:
+    """Writes sets/<variant>.json: `sets.json` of this one alone, and without its provenance.
+
+    While the variant stays the same, so does the file, to the byte, and what is made from it (a
+    fine-tune) is not made again because other variants changed.
+
+    refits: digest of its maps that were fitted once more.
+    """
+    facts = _facts(offer, choice) | {"refits": refits}
+    texts.write_sealed(path, {"variants": {path.stem: facts}, "alone": {}})
+
+
+def _facts(offer: Offer, choice: Choice) -> dict:
+    return entry(choice.found) | {
+        "parameters": left(offer, choice),
+        "saved": dict(choice.saved),
+        "predicted_error": choice.cost,
+        "velocity_error": choice.error,
+    }
 
 
 def left(offer: Offer, choice: Choice) -> int:
@@ -344,7 +356,7 @@ def left(offer: Offer, choice: Choice) -> int:
 
 @dataclass(frozen=True)
 class Written:
-    """sets.json.
+    """sets.json, or what `write_one` writes.
 
     Attributes:
         sets: of every variant.
@@ -372,7 +384,7 @@ class Written:
 
 
 def read(path: Path) -> Written:
-    """What `write` wrote.
+    """What `write` or `write_one` wrote.
 
     Raises:
         UserError: it is missing, or something else.

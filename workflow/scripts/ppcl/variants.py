@@ -6,11 +6,13 @@ stage that each is from.
 """
 
 import argparse
+import hashlib
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -23,6 +25,7 @@ from ppcl import (
     pins,
     prices,
     probes,
+    provenance,
     reasons,
     schemas,
     selection,
@@ -74,9 +77,23 @@ class Files:
 
     @property
     def every(self) -> list[Path]:
-        """All that there are."""
-        single = (self.width, self.maps, self.conditioning, self.latency, self.refits)
+        """All that there are; but the refitted maps, of which each set has its own."""
+        single = (self.width, self.maps, self.conditioning, self.latency)
         return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
+
+    def refits_digest(self, found: Set, expected: str | None = None) -> str:
+        """`refits_digest` of a set.
+
+        Raises:
+            UserError: it is another than expected.
+        """
+        digest = refits_digest(read_refits(self.refits) if self.refits else {}, found)
+        if expected not in (None, digest):
+            raise UserError(
+                f"{self.refits or '--refits'} has other maps than the set was made with; delete "
+                "the run's folder variants and rerun"
+            )
+        return digest
 
 
 def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) -> None:
@@ -348,6 +365,23 @@ def write_refits(path: Path, refits: Mapping[str, Mapping[width.Map, probes.Prob
         for leaf in width.LEAVES
     }
     tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
+
+
+def refits_digest(refits: Mapping[str, Mapping[width.Map, probes.Probe]], found: Set) -> str:
+    """Digest of the refitted maps that a set uses, as `read_refits` gives them."""
+    used = set(found.sources.values())
+    return provenance.digest(
+        [
+            [source, one.name, *(_digest(getattr(probe, leaf)) for leaf in width.LEAVES)]
+            for source, maps in sorted(refits.items())
+            if source in used
+            for one, probe in sorted(maps.items(), key=lambda item: item[0].name)
+        ]
+    )
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
 
 
 def read_refits(path: Path) -> dict[str, dict[width.Map, probes.Probe]]:
