@@ -55,7 +55,8 @@ def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.Dat
                 0.75 + offset - 0.4 * np.cos(9 * i / blocks) + rng.normal(0, 0.06), -1, 0.99
             )
             condition = 10 ** (3 + 5 * i / blocks + 2 * offset + rng.normal(0, 0.2))
-            linear.append([i, stream, r2, 0.9 + 0.1 * r2, condition, 40000, r2 + 0.01, 9000, 0.3])
+            fit = [r2, 0.9 + 0.1 * r2, condition, 40000, r2 + 0.01, 9000, 0.3, 0.05]
+            linear.append([i, stream, *fit])
 
     chosen = set(rng.permutation(len(chain))[: max(1, len(chain) // 2)].tolist())
     table = cka[cka["stream"] == "mean"].set_index(["start", "end"])["cka"]

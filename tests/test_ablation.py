@@ -232,10 +232,7 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
 
 
 @pytest.mark.parametrize("name", methods.METHODS)
-def test_every_method_runs_and_removes_the_same(
-    run, pipe, name, tmp_path, accelerator, monkeypatch
-):
-    monkeypatch.setattr(ablation, "PRICE_STEPS", 1)
+def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accelerator):
     job = json.loads(methods.job(name))
     given_ = material(run, pipe, job, tmp_path, accelerator)
     found = ablation_run.run(given_, pipe, job, ablation.choose(given_, job["select"]))

@@ -36,6 +36,8 @@ def test_schema_describes_every_key_and_gives_leaves_a_default():
 def test_defaults_are_valid_and_are_the_main_config():
     main = yaml.safe_load((ROOT / "config/digits.yaml").read_text(encoding="utf-8"))
     complete = config.complete({}, "defaults")
+    for key in config.AUTO:  # decided while it is completed
+        assert main["intervals"].pop(key) == "auto" and complete["intervals"].pop(key)
     # No size of image fits every pipeline, so `pipeline` alone has no useful default.
     assert {**complete, "pipeline": main["pipeline"]} == main
 
@@ -304,3 +306,18 @@ def test_every_spelling_of_a_place_is_the_same_config(tmp_path, monkeypatch):
         assert found["record"]["prompts"] == "held.csv"
     found = config.complete({"evaluate": {"prompts": "link/../held.csv"}}, "mine.yaml")
     assert found["evaluate"]["prompts"] == "models/held.csv"
+
+
+def test_the_search_for_intervals_is_decided_by_what_else_is_pruned():
+    off = {"enabled": False}
+
+    def decided(**given):
+        found = config.complete(given, "mine.yaml")["intervals"]
+        return found["cost"], found["segmentation"]
+
+    assert decided() == decided(width=off) == decided(modulation=off) == ("velocity", "trend")
+    assert decided(width=off, modulation=off) == ("influence", "optimal")
+    own = {"cost": "cka", "segmentation": "trend"}
+    assert decided(width=off, modulation=off, intervals=own) == ("cka", "trend")
+    with pytest.raises(UserError, match="'intervals.cost' is \"most\"; allowed: one of `auto`"):
+        decided(intervals={"cost": "most"})

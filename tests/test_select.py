@@ -117,6 +117,7 @@ def run_stage(
     script = Path(intervals.__file__).parents[1] / "intervals.py"
     arguments = ["--config", json.dumps(choices)]
     used = ["cka", "sensitivity", "intervals"]
+    used += ["probes"] if chosen.get("cost") == "influence" else []
     used += ["width", "candidates"] if width is not None or modulation is not None else []
     for table in used + ["latency"] * latency:
         arguments += [f"--{table}", str(folder / f"{table}.parquet")]
@@ -132,6 +133,30 @@ def subsets_without_overlap(choices, after=-1):
         if it.first > after:
             for rest in subsets_without_overlap(choices, it.last):
                 yield (it, *rest)
+
+
+def test_by_influence_the_blocks_of_least_influence_go(tmp_path, monkeypatch):
+    """As ShortGPT removes them, whichever intervals that makes; the first has none before it."""
+    depth, generator = 10, np.random.default_rng(5)
+    influences = {stream: generator.exponential(size=depth) for stream in ("image", "text")}
+    influences["image"][0] = influences["text"][0] = 0.0
+    names = schemas.PROBES.names
+    rows = [
+        {"block": block, "stream": stream, "influence": value} | dict.fromkeys(names[2:-1], 1)
+        for stream, values in influences.items()
+        for block, value in enumerate(values)
+    ]
+    tables.write(tmp_path / "probes.parquet", pd.DataFrame(rows)[names], schemas.PROBES, {})
+    write_cka(tmp_path / "cka.parquet", random_cka(3, depth))
+    # 1050 parameters, at most 630 stay: 420 go.
+    found = run_stage(monkeypatch, tmp_path, cost="influence", segmentation="optimal")
+    selected = found[found["selected"]]
+    gone = {b for row in selected.itertuples() for b in range(row.first + 1, row.last + 1)}
+    mean = (influences["image"] + influences["text"]) / 2
+    assert gone == {1 + b for b in np.argsort(mean[1:])[:5]}
+    assert selected["cost"].sum() == pytest.approx(mean[sorted(gone)].sum())
+    costs = intervals.by_influence(np.array([1.0, 2.0, np.nan, 4.0]))
+    assert costs[0, 1] == 2 and costs[2, 3] == 4 and np.isnan([costs[0, 2], costs[1, 3]]).all()
 
 
 def test_stage_lists_the_chain_and_the_selection_with_reasons(tmp_path, monkeypatch):

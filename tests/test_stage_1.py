@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl import activations, probes, schemas, tables, tensors
+from ppcl import activations, probes, rivals, schemas, tables, tensors
 
 SCRIPTS = Path(probes.__file__).parents[1]
 LINEAR = {2, 3, 4, 7, 8}
@@ -105,6 +105,10 @@ def test_planted_linear_runs_are_found(folder, monkeypatch):
     assert quality.loc[~linear, "r2_heldout"].max() < 0.99
     assert (quality["tokens"] == 60 * PER_PROMPT).all()
     assert (quality["tokens_heldout"] == 20 * PER_PROMPT).all()
+    tokens = activations.TokenReader(folder / "tokens.parquet")
+    for stream, rows in quality.groupby("stream"):
+        influence = rivals.block_influence(tokens, [stream])
+        np.testing.assert_allclose(rows.set_index("block")["influence"].sort_index(), influence)
 
     cka = tables.read(folder / "cka.parquet", schemas.CKA).to_pandas()
     assert cka.groupby("stream").size().to_dict() == {"image": 55, "mean": 55, "text": 55}

@@ -209,6 +209,12 @@ def sensitivity():
     return [result("sensitivity/intervals.parquet")] if measured else []
 
 
+def influences():
+    """The probes' table, if selection goes by the influence of blocks."""
+    wanted = depth() and config["intervals"]["cost"] == "influence"
+    return [result("probes/probes.parquet")] if wanted else []
+
+
 def similarity(name):
     """An artifact of the comparison of blocks, if they are compared."""
     return [result(f"similarity/{name}")] if compared() else []

@@ -1,7 +1,7 @@
 # Candidate intervals (Eq. 5), and the selection of depth and width under the config's budgets.
 #
 # in:  similarity/cka.parquet, and as the config asks sensitivity/intervals.parquet (intervals.cost:
-#      velocity), width/measured.parquet (width.enabled, modulation.enabled), latency/blocks.parquet
+#      velocity), probes/probes.parquet (influence), width/measured.parquet (width.enabled, modulation.enabled), latency/blocks.parquet
 #      (latency budgets)
 # out: intervals/intervals.parquet and, with closed forms, width/candidates.parquet: each candidate
 #      with the reason for or against it
@@ -12,6 +12,7 @@ rule intervals:
         script=program("intervals.py"),
         cka=result("similarity/cka.parquet"),
         sensitivity=sensitivity(),
+        probes=influences(),
         width=widths("measured.parquet"),
         latency=latency(),
     output:
@@ -33,7 +34,7 @@ rule intervals:
             "intervals",
             *WISHES,
         ),
-        inputs=optional("sensitivity", "width", "latency"),
+        inputs=optional("sensitivity", "probes", "width", "latency"),
         candidates=lambda wildcards, output: (
             f"--candidates {output.candidates}" if output.candidates else ""
         ),

@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument(
         "--sensitivity", type=Path, help="input: measured costs, for intervals.cost: velocity"
     )
+    parser.add_argument(
+        "--probes", type=Path, help="input: the probes' table, for intervals.cost: influence"
+    )
     parser.add_argument("--width", type=Path, help="input: prices of closed forms")
     parser.add_argument("--latency", type=Path, help="input: block times, for latency budgets")
     parser.add_argument("--intervals", type=Path, required=True, help="output: intervals, parquet")
@@ -96,6 +99,8 @@ def main() -> None:
         trained = any(variant["train"] for variant in settings["variants"])
         leaves = chosen["training_leaves"] if trained else 1
         costs = leaves * measured.costs(options.sensitivity, depth)
+    elif chosen["cost"] == "influence":
+        costs = intervals.by_influence(measured.influences(options.probes, stream, depth))
     noise = facts["delta_noise"][stream]
     if chosen["tolerance"] == "bootstrap" and not facts["bootstrap"]:
         raise UserError(

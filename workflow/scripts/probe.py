@@ -40,8 +40,9 @@ def main() -> None:
         moments = stored_moments(stored, stream, block)
         probe = probes.solve(moments, settings["probe"]["ridge"], block, stream)
         heldout = tokens.heldout(stream)
-        x = tokens.values(block, stream)[heldout].astype(np.float64)
-        y = tokens.values(block + 1, stream)[heldout] - x
+        before, after = (tokens.values(boundary, stream) for boundary in (block, block + 1))
+        x = before[heldout].astype(np.float64)
+        y = after[heldout] - x
         fit = probes.residual_fit(probe, x, y)
         fitted[f"{stream}.{block}.weight"] = torch.from_numpy(probe.weight)
         fitted[f"{stream}.{block}.bias"] = torch.from_numpy(probe.bias)
@@ -56,6 +57,7 @@ def main() -> None:
                 "r2_fit": probes.fit_r2(probe, moments),
                 "tokens_heldout": len(x),
                 "residual_norm": fit.residual_norm,
+                "influence": 1 - probes.cosines(before, after).mean(),
             }
         )
     stamp = provenance.stamp(settings, probes=len(rows))

@@ -6,7 +6,7 @@ exactly `removed` blocks; those with width save at least as many parameters, as 
 
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ppcl import (
     activations,
     blocks,
     calls,
-    distillation,
     intervals,
     measured,
     modulation,
@@ -27,25 +26,19 @@ from ppcl import (
     prices,
     probes,
     reasons,
-    refinement,
     rivals,
     selection,
     similarity,
-    students,
     tensors,
     texts,
-    training,
 )
 from ppcl.errors import UserError
 from ppcl.families import JOINT
 from ppcl.pins import Ends, Ffn
-from ppcl.plans import Matrix, Modulation, Part
+from ppcl.plans import Matrix, Modulation
 from ppcl.rivals import Starts
 from ppcl.selection import Choices
-from ppcl.students import Students
 
-# Eq. 6's steps behind prices `trained`; sets that a step of `refine` measures.
-PRICE_STEPS, TRIES = 40, 24
 # Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
 # the rank of the update that is learned beside the masks, and their learning rate.
 TIMESTEP_GROUPS, LOCAL_GROUP, RANK, MASKS_LR = 4, 4, 8, 0.01
@@ -147,16 +140,11 @@ def ppcl(
     cost: str,
     shortest: int = 2,
     similarity: Mapping | None = None,
-    priced: str = "start",
-    refined: str = "",
 ) -> Starts:
     """Eq. 5's runs and their parts (`trend`) or all runs of blocks (`optimal`), the cheapest.
 
     Args:
         cost: `velocity`, as sensitivity measured it, or `cka`: 1 - cka.
-        priced: `trained` measures velocity anew, with students that Eq. 6 has taught a little.
-        refined: students by whose errors in whole sets the set is refined, `start` or `trained`;
-            empty if it is not.
         shortest: least blocks of an interval. The paper does not say how its ablation "longer
             intervals" was made; here it is: any runs of at least so many, wherever they begin.
         similarity: keys that differ from the config's.
@@ -173,78 +161,13 @@ def ppcl(
         for first, last in found
         if last - first + 1 >= least and np.isfinite(costs[first, last])
     }
-    if "trained" in (priced, refined):
-        taught = _taught_a_little(material, offered)
-    if priced == "trained":
-        offered = _alone(material, taught)
-    found = exactly(offered, removed, len(cka))
-    if refined:
-        of = taught if refined == "trained" else _untaught(material, offered)
-        found = _refined(material, found, offered, of)
-    return {ends: "first" for ends in found}
-
-
-def _untaught(material: Material, offered: Iterable[Ends]) -> Students:
-    return students.start(material.transformer, [Part(*ends) for ends in offered], "first")
-
-
-def _taught_a_little(material: Material, offered: Iterable[Ends]) -> Students:
-    """A student of every interval on offer, after a few steps of Eq. 6."""
-    options = material.settings["distill"] | {"linear_weight": 0.0, "mode": "independent"}
-    options |= {"steps": PRICE_STEPS, "warmup_steps": PRICE_STEPS // 4}
-    options |= {"batch_size": material.settings["ablation"]["batch_size"]}
-    taught = _untaught(material, offered)
-    for student in taught.values():
-        student.to(material.accelerator.device)
-    shared = material.reader, options, material.seed, material.accelerator
-    training.train(
-        {part.name: student for part, student in taught.items()},
-        distillation.independent(material.transformer, taught, *shared),
-        training.Optimisation.from_settings(options),
-        material.accelerator,
-        material.state / "prices-checkpoint.safetensors",
-        f"{material.identity} prices",
-    )
-    for student in taught.values():
-        student.requires_grad_(False).eval()
-    return taught
-
-
-def _alone(material: Material, taught: Students) -> dict[Ends, float]:
-    """What each of these students costs, plugged in alone."""
-    sets = {part.name: (part.first, lambda p=part: {p: taught[p]}) for part in taught}
-    found = prices.measure(
-        judged(material),
-        prices.of_students(material.transformer, sets),
-        material.accelerator,
-        material.state / "prices",
-        material.identity,
-    )
-    return {part.key: error for part, error in zip(taught, found, strict=True)}
+    return {ends: "first" for ends in exactly(offered, removed, len(cka))}
 
 
 def judged(material: Material) -> prices.Judged:
     """The rows of selection."""
     size, device = material.settings["sensitivity"]["batch_size"], material.accelerator.device
     return prices.Judged(material.transformer, material.reader, material.judged, size, device)
-
-
-def _refined(
-    material: Material, found: list[Ends], costs: Mapping[Ends, float], of: Students
-) -> list[Ends]:
-    """`refinement.refine` with these students' errors."""
-    transformer, device = material.transformer, material.accelerator.device
-    by_ends = {part.key: (part, student.to(device).eval()) for part, student in of.items()}
-    rows = judged(material)
-
-    def error(chosen: refinement.Set) -> float:
-        model, _, _ = students.plugged(transformer, dict(by_ends[ends] for ends in chosen))
-        return rows.error(model, min(first for first, _ in chosen))
-
-    def refine() -> list[Ends]:
-        return list(refinement.refine(found, costs, material.runs, error, TRIES))
-
-    return [(first, last) for first, last in material.once("refined", refine)]
 
 
 def exactly(costs: Mapping[Ends, float], removed: int, depth: int) -> list[Ends]:

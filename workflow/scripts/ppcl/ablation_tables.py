@@ -16,12 +16,8 @@ RIVALS = 2  # the best ones, that each method is compared with prompt by prompt
 # Title -> groups, more methods, and whether with low-rank modulations.
 SECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
     "The ladder": (("ladder",), (), False),
-    "Depth alone: as large and as fast": (("depth", "rival"), (_MATCHED,), False),
-    "As fast: depth and width against depth alone": (
-        ("latency", "depth", "rival"),
-        (_MATCHED,),
-        False,
-    ),
+    "Depth alone: as large and as fast": (("rival",), (_MATCHED,), False),
+    "As fast: depth and width against depth alone": (("latency", "rival"), (_MATCHED,), False),
     "As large: everything, rivals with the same low-rank modulation": (
         ("ladder", "rival"),
         (),

@@ -18,7 +18,6 @@ from ppcl import figure_style as style
 TITLES = {
     "ladder": "The ladder (+ keeps what came before)",
     "choice": "Open choices",
-    "depth": "Depth alone, trained as rivals",
     "latency": "Depth and width, as fast as rivals",
     "rival": "Rivals, all students plugged in at every step",
 }

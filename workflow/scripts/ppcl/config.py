@@ -3,6 +3,7 @@
 Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
+import copy
 import difflib
 import functools
 import json
@@ -22,6 +23,9 @@ from ppcl.prompts import once
 
 SCHEMA_PATH = Path(__file__).resolve().parents[2] / "schemas" / "config.schema.yaml"
 LONGEST = 100_000
+# Keys of intervals that may be left to us -> what with closed forms, and what for depth alone, did
+# best in the ablation (docs/ablation).
+AUTO = {"cost": ("velocity", "influence"), "segmentation": ("trend", "optimal")}
 # Names in results/ that no run can have, in small letters.
 TAKEN = {"readme.md": "a file of the workflow", "teacher": "the folder of the target train_teacher"}
 
@@ -105,7 +109,7 @@ def complete(config: dict, source: str) -> dict:
             f"{source}: is longer than a command line may be ({LONGEST} characters as JSON); "
             "shorten its longest text or list"
         )
-    filled = _fill(plain, rules)
+    filled = _decided(_fill(plain, rules))
     validator = _Validator(rules)
     problems = sorted(validator.iter_errors(filled), key=lambda e: list(map(str, e.path)))
     if problems:
@@ -290,6 +294,19 @@ def _fill(value: Any, node: dict) -> Any:
     if node.get("type") == "integer" and isinstance(value, float) and value.is_integer():
         return int(value)  # YAML's 4.0 and 1.0e+3 pass as integers in JSON schema, not in range()
     return value
+
+
+def _decided(config: dict) -> dict:
+    """The config with the search for intervals decided where it is left to us, by AUTO."""
+    found = copy.deepcopy(config)
+    try:
+        alone = not (found["width"]["enabled"] or found["modulation"]["enabled"])
+        for key, (mixed, depth_alone) in AUTO.items():
+            if found["intervals"][key] == "auto":
+                found["intervals"][key] = depth_alone if alone else mixed
+    except (KeyError, TypeError):  # which the validator tells
+        pass
+    return found
 
 
 def _explain(problem: jsonschema.ValidationError, rules: dict) -> str:

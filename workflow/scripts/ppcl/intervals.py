@@ -5,8 +5,8 @@ are candidates, of which ppcl.selection picks. An interval is [first, last], inc
 two blocks; one student replaces it, so last - first blocks go.
 
 `cka`, `delta` and `costs` are float64 [first, last] as in ppcl.similarity: first = u + 1, last = k.
-A cost is either 1 - cka or the measured velocity error with an untrained student. PPCL, arXiv
-2511.16156, stage 1.2.
+A cost is the measured velocity error with an untrained student, 1 - cka, or the influence of the
+blocks that go. PPCL, arXiv 2511.16156, stage 1.2.
 """
 
 from collections.abc import Collection, Iterable, Sequence
@@ -109,6 +109,19 @@ def candidates(
     """
     continuous = [range(first, last + 1) for first, last in chain]
     return all_within(continuous if segmentation == "trend" else runs)
+
+
+def by_influence(influences: np.ndarray) -> np.ndarray:
+    """Costs [first, last] from the influence of every block [depth]: the sum over those that go.
+
+    ShortGPT (arXiv 2403.03853) removes the blocks of least influence; the student stands for the
+    block before them as well.
+    """
+    depth = len(influences)
+    costs = np.full((depth, depth), np.nan)
+    for first in range(depth):
+        costs[first, first:] = np.cumsum(np.append(0.0, influences[first + 1 :]))
+    return costs
 
 
 def priced(ends: Iterable[tuple[int, int]], cka: np.ndarray, costs: np.ndarray) -> list[Interval]:

@@ -12,6 +12,7 @@ import numpy as np
 
 from ppcl import schemas, selection, tables
 from ppcl.errors import UserError
+from ppcl.families import JOINT
 from ppcl.plans import Matrix, Modulation
 from ppcl.reasons import Width
 from ppcl.selection import Weights
@@ -40,6 +41,17 @@ def costs(path: Path | None, depth: int) -> np.ndarray:
     values = np.full((depth, depth), np.nan)
     values[table["first"], table["last"]] = table["velocity_error"]
     return values
+
+
+def influences(path: Path | None, stream: str, depth: int) -> np.ndarray:
+    """Block influence of every block [depth] in one stream (NaN where it passes none), as the probe
+    stage measured it. Blocks of a joint sequence count for image and text; `mean` is of streams."""
+    if path is None:
+        raise UserError("intervals.cost is influence: name the probes' table, --probes")
+    table = tables.read(path, schemas.PROBES).to_pandas()
+    wanted = table["stream"].isin([stream, JOINT]) | (stream == "mean")
+    found = table[wanted].groupby("block")["influence"].mean()
+    return found.reindex(range(depth)).to_numpy()
 
 
 def facts(path: Path, *names: str) -> dict:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ppcl.errors import UserError
 
-GROUPS = ("teacher", "ladder", "choice", "schedule", "depth", "latency", "rival")
+GROUPS = ("teacher", "ladder", "choice", "schedule", "latency", "rival")
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,6 @@ _AT_ONCE = {"draw": "everything"}
 
 def _rival(label: str, by: str, repeated: bool = False, **train) -> Method:
     return Method("rival", label, {"by": by}, _AT_ONCE | {"low_rank": "also"} | train, repeated)
-
-
-def _depth(label: str, **select) -> Method:
-    return Method("depth", label, _OPTIMAL | select, _AT_ONCE, repeated=True)
 
 
 _SEQUENTIAL = {"mode": "sequential", "subsets": False}
@@ -132,12 +128,6 @@ METHODS = {
         "as the first, half of the sets as budgets choose", share=0.7, draw="budgets"
     ),
     "schedule-mixed": _schedule("as the first, Eq. 6 goes on (weight 0.05)", share=0.7, mixed=0.05),
-    # Depth alone, as rivals are trained; "+ optimal segmentation" so trained is `schedule-whole`.
-    "depth-trained": _depth("measured costs, after 40 steps of Eq. 6", priced="trained"),
-    "depth-refined": _depth("measured costs, then errors of whole sets", refined="start"),
-    "depth-both": _depth(
-        "both: costs after 40 steps, then errors of whole sets", priced="trained", refined="trained"
-    ),
     # Depth and width, as fast as rivals are.
     "latency": Method(
         "latency", "depth and width, as fast", _WIDTH | {"like": "rivals' time"}, _AT_ONCE, True

@@ -303,7 +303,8 @@ def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[in
             f"{source}: intervals: protect_first and protect_last keep {protected} of this "
             f"teacher's {len(blocks)} blocks, which leaves nothing to prune; lower them"
         )
-    longest = len(blocks) if intervals["cost"] == "cka" else config["sensitivity"]["longest"]
+    measured = intervals["cost"] == "velocity"
+    longest = config["sensitivity"]["longest"] if measured else len(blocks)
     longest = max([longest, *(last - first + 1 for first, last in intervals["pin"])])
     students = math.ceil((len(blocks) - protected) / longest)
     if not intervals["enabled"]:

@@ -69,6 +69,7 @@ PROBES = pa.schema(
         column("r2_fit", pa.float64(), "R^2 of the residual on the fitted tokens"),
         column("tokens_heldout", pa.int64(), "tokens judged on"),
         column("residual_norm", pa.float64(), "RMS of T_i(x) - x over RMS of x, held out"),
+        column("influence", pa.float64(), "1 - mean cosine of T_i(x) and x, all sampled tokens"),
     ]
 )
 
