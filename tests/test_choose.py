@@ -196,6 +196,29 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
         )
 
 
+def test_refitted_maps_are_those_that_the_set_was_made_with(chosen, tmp_path):
+    written, files = sets.read(chosen["sets"]), variants.Files(refits=chosen["refitted"])
+    found = next(
+        one for one in written.sets.values() if any("refit-" in s for s in one.sources.values())
+    )
+    digest = files.refits_digest(found)
+    assert files.refits_digest(found, digest) == digest
+    with pytest.raises(UserError, match="other maps than the set was made with; delete"):
+        files.refits_digest(found, "another")
+    with pytest.raises(UserError, match="name variants/maps.safetensors, --refits"):
+        variants.Files().refits_digest(found)
+    maps = variants.read_refits(chosen["refitted"])
+    variants.write_refits(tmp_path / "same.safetensors", maps, {"created": "later"})
+    assert variants.Files(refits=tmp_path / "same.safetensors").refits_digest(found) == digest
+    for probes_ in maps.values():
+        for probe in probes_.values():
+            probe.bias[0] += 1
+    variants.write_refits(tmp_path / "other.safetensors", maps, {})
+    assert variants.Files(refits=tmp_path / "other.safetensors").refits_digest(found) != digest
+    nothing = Set()
+    assert variants.Files().refits_digest(nothing) == files.refits_digest(nothing)
+
+
 def test_a_pinned_run_that_nobody_measured_is_trained(tiny_teacher, tiny_calls, tmp_path):
     """Else nothing would have it: there are no maps of it among the closed forms."""
     settings = {"seed": 0, "device": "cpu", "teacher": {"path": str(tiny_teacher)}}

@@ -474,6 +474,9 @@ def test_a_lora_of_the_stock_class_loads(stock, call, caplog):
         ({"linear_ffn": ["audio"]}, "no audio FFN that could be linear"),
         ({"text": "last"}, "is not what `narrow` can do"),
         ({"texts": "source"}, "is not what `narrow` can do"),
+        ({"linear_ffn": "image"}, "is not what `narrow` can do"),
+        ({"linear_ffn": None}, "is not what `narrow` can do"),
+        ({"ranks": ["img_mod.1"]}, "is not what `narrow` can do"),
         ({"text": "lend", "linear_ffn": ["text"]}, "that is borrowed, or unread, has no FFN"),
         ({"text": "borrow", "linear_ffn": ["text"]}, "that is borrowed, or unread, has no FFN"),
         ({"text": "close", "linear_ffn": ["text"]}, "that is borrowed, or unread, has no FFN"),
@@ -533,6 +536,9 @@ def test_the_class_round_trips(case, stock, call, tmp_path):
     }
     assert type(made).from_config(stock.config).config.narrow_blocks == {}
     assert narrow.from_stock(made, family.layouts()).config == made.config
+    for wrong in ([], "", ["transformer_blocks.0"], {"transformer_blocks.0": "image"}):
+        with pytest.raises(ValueError, match="config.json: narrow_blocks should map the path"):
+            type(made).from_config(dict(made.config) | {"narrow_blocks": wrong})
 
 
 def test_subclasses_are_of_the_family_and_strangers_are_not(case, stock):

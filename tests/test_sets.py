@@ -198,6 +198,14 @@ def test_files_hold_what_was_decided(tmp_path):
     assert written.of("a").key != written.of("b").key
     with pytest.raises(UserError, match="has no variant 'c'; it has a, b"):
         written.of("c")
+    each = tmp_path / "b.json"
+    sets.write_one(each, offer, choices["b"], "digest")
+    one, content = sets.read(each), each.read_bytes()
+    assert one.sets == {"b": choices["b"].found} and one.facts["b"]["refits"] == "digest"
+    assert one.parameters["b"] == written.parameters["b"]
+    measured = replace(choices["b"], error=0.5, cost=0.1, saved=choices["b"].saved | {"latency": 1})
+    sets.write_one(each, offer, measured, "digest")
+    assert each.read_bytes() == content  # another timing makes no other model
     rows = [row for name, choice in choices.items() for row in sets.rows(offer, name, choice)]
     trials = [row for name, one in found.items() for row in sets.trial_rows(offer, name, one)]
     for rows_, schema in ((rows, schemas.VARIANT_UNITS), (trials, schemas.VARIANT_SETS)):

@@ -51,7 +51,7 @@ def main() -> None:
 
     written, files = sets.read(args.sets), variants.Files.of(args)
     chosen = written.of(args.variant)
-    files.refits_digest(chosen, written.facts[args.variant].get("refits"))
+    refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     teacher |= {"offload": "none"}
@@ -65,7 +65,7 @@ def main() -> None:
     model.eval()
     if args.finetuned:
         weights, metadata = tensors.read(args.finetuned)
-        if metadata.get("set") != chosen.key:
+        if (metadata.get("set"), metadata.get("refits")) != (chosen.key, refits):
             raise UserError(f"{args.finetuned} is of another set; delete it and rerun")
         model.load_state_dict(weights)
     count, predicted = blocks.parameter_count(model), written.parameters[args.variant]

@@ -104,7 +104,7 @@ def main() -> None:
     stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, rows=len(reader))
-        tensors.write(args.output, state, stamp | {"set": chosen.key})
+        tensors.write(args.output, state, stamp | {"set": chosen.key, "refits": refits})
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     devices.finish(accelerator)

@@ -115,13 +115,14 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
     if set(before) - {"ranks"}:
         raise ValueError(f"the block is narrow already: {before}")
     roles, keys = ("own", "source", "lend", "borrow", "close"), {"text", "linear_ffn", "ranks"}
-    if role not in roles or set(spec) - keys or not isinstance(ranks, dict):
+    listed = isinstance(streams, list | tuple) and all(isinstance(s, str) for s in streams)
+    if role not in roles or set(spec) - keys or not isinstance(ranks, dict) or not listed:
         raise ValueError(f"{spec} is not what `narrow` can do; see there")
     if set(spec) == {"ranks"}:
         return lower(block, ranks)
-    if missing := set(streams) - set(layout["ffn"]):
+    if missing := set(streams) - set(layout.get("ffn", ())):
         raise ValueError(f"blocks of this class have no {missing.pop()} FFN that could be linear")
-    if role != "own" and not layout["text"]:
+    if role != "own" and not layout.get("text"):
         raise ValueError("blocks of this class have no text stream that could be borrowed")
     if role not in ("own", "source") and "text" in streams:
         raise ValueError("a text stream that is borrowed, or unread, has no FFN to be linear")
@@ -370,7 +371,7 @@ def pruned(base: type, layouts: dict[str, dict]) -> type:
     @functools.wraps(base.__init__)
     def init(self, *args, narrow_blocks: dict[str, dict] | None = None, **kwargs):
         base.__init__(self, *args, **kwargs)
-        narrow_blocks = narrow_blocks or {}
+        narrow_blocks = {} if narrow_blocks is None else narrow_blocks
         if not isinstance(narrow_blocks, dict) or not all(
             isinstance(spec, dict) for spec in narrow_blocks.values()
         ):

@@ -453,7 +453,7 @@ ARTIFACTS = {
     "subsets/errors.parquet": "what each of them costs, plugged into the teacher alone",
     "subsets/log.parquet": "velocity error while random subsets are trained",
     "variants/sets.json": "what each variant is made of, and from which stage",
-    "variants/sets/<variant>.json": "the same of one variant: it changes with that one alone",
+    "variants/sets/<variant>.json": "what one is built from: it changes with that one alone",
     "variants/units.parquet": "the same as a table: every member of every variant",
     "variants/measured.parquet": "errors of the sets that were tried for each variant",
     "variants/maps.safetensors": "least-squares maps that were fitted once more: `<variant>/...`",

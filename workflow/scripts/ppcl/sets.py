@@ -323,30 +323,30 @@ def of_entry(found: Mapping) -> Set:
 
 def write(path: Path, offer: Offer, choices: Mapping[str, Choice], stamp: Mapping) -> None:
     """Writes sets.json: every variant's set, and what each unit costs alone from each source."""
-    variants = {name: _facts(offer, choice) for name, choice in choices.items()}
+    variants = {
+        name: entry(choice.found)
+        | {
+            "parameters": left(offer, choice),
+            "saved": dict(choice.saved),
+            "predicted_error": choice.cost,
+            "velocity_error": choice.error,
+        }
+        for name, choice in choices.items()
+    }
     errors = {name: dict(found) for name, found in offer.errors.items()}
     texts.write_sealed(path, {"variants": variants, "alone": errors, "provenance": dict(stamp)})
 
 
 def write_one(path: Path, offer: Offer, choice: Choice, refits: str) -> None:
-    """Writes sets/<variant>.json: `sets.json` of this one alone, and without its provenance.
+    """Writes sets/<variant>.json: what this one is built from, and nothing that is measured.
 
     While the variant stays the same, so does the file, to the byte, and what is made from it (a
-    fine-tune) is not made again because other variants changed.
+    fine-tune) is not made again because other variants, or times, changed.
 
     refits: digest of its maps that were fitted once more.
     """
-    facts = _facts(offer, choice) | {"refits": refits}
+    facts = entry(choice.found) | {"parameters": left(offer, choice), "refits": refits}
     texts.write_sealed(path, {"variants": {path.stem: facts}, "alone": {}})
-
-
-def _facts(offer: Offer, choice: Choice) -> dict:
-    return entry(choice.found) | {
-        "parameters": left(offer, choice),
-        "saved": dict(choice.saved),
-        "predicted_error": choice.cost,
-        "velocity_error": choice.error,
-    }
 
 
 def left(offer: Offer, choice: Choice) -> int:
@@ -378,7 +378,7 @@ class Written:
         """
         if variant not in self.sets:
             raise UserError(
-                f"--variant: sets.json has no variant '{variant}'; it has {', '.join(self.sets)}"
+                f"--variant: --sets has no variant '{variant}'; it has {', '.join(self.sets)}"
             )
         return self.sets[variant]
 

@@ -85,13 +85,15 @@ class Files:
         """`refits_digest` of a set.
 
         Raises:
-            UserError: it is another than expected.
+            UserError: it is another than expected, or there are no refitted maps.
         """
+        if self.refits is None and any(s.startswith(REFIT) for s in found.sources.values()):
+            raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")
         digest = refits_digest(read_refits(self.refits) if self.refits else {}, found)
         if expected not in (None, digest):
             raise UserError(
-                f"{self.refits or '--refits'} has other maps than the set was made with; delete "
-                "the run's folder variants and rerun"
+                f"{self.refits} has other maps than the set was made with; delete the run's folder "
+                "variants and rerun"
             )
         return digest
 
