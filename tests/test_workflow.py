@@ -188,7 +188,7 @@ def test_a_run_without_training_trains_nothing(snakemake, keys, less):
                 "variants": [{"name": "p", "budget": {"latency": 0.7}, "finetune_steps": 2}],
             },
             {"latency"},
-            {"width"},
+            {"width", "sensitivity"},  # of depth alone, the influence of blocks decides
         ),
         (
             {
@@ -219,8 +219,10 @@ def test_only_what_the_config_asks_for_runs(snakemake, keys, more, less):
         assert timed == ("latency" in more)
     # Whoever reads what a stage made has what it kept to resume from removed.
     assert "forget.py results/digits/state/extract; " in printed
-    states = ["sensitivity", *({"width"} - less)]
-    assert f"forget.py {' '.join(f'results/digits/state/{s}' for s in states)}; " in printed
+    influence = "--probes results/digits/probes/probes.parquet" in given["intervals"]
+    assert influence == ("sensitivity" in less)
+    states = " ".join(f"results/digits/state/{s}" for s in ("sensitivity", "width"))
+    assert (f"forget.py {states}; " in printed) == (not influence)
     assert f"forget.py results/digits/state/{trained}; " in given["subsets"]
 
 
@@ -258,9 +260,9 @@ def test_the_ablation_is_a_target_of_its_own(snakemake):
     shared = {"record", "extract", "probe", "similarity", "sensitivity", "width", "latency"}
     own = {"ablate", "rank_rivals", "gather_ablation", "calibrate", "plot_ablation", "ablation"}
     assert found.keys() == shared | own
-    # The teacher; 13 rungs, 2 schedules, 3 of depth alone, 1 of equal latency and 3 rivals with 3
-    # seeds; the rest of 13 choices, 8 schedules and 10 rivals. Who runs again shows later.
-    assert found["ablate"] == 1 + 3 * (13 + 2 + 3 + 1 + 3) + 13 + 6 + 7
+    # The teacher; 13 rungs, 2 schedules, 1 of equal latency and 3 rivals with 3 seeds; the rest of
+    # 13 choices, 8 schedules and 10 rivals. Who runs again shows later.
+    assert found["ablate"] == 1 + 3 * (13 + 2 + 1 + 3) + 13 + 6 + 7
 
 
 def test_train_teacher_stands_alone(snakemake):
