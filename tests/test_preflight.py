@@ -16,6 +16,7 @@ def inputs(stand_in):
     variants = [{"name": "half", "budget": 0.5}]
     off = {"enabled": False}
     given = {**stand_in, "variants": variants, "width": off, "modulation": off}
+    given["intervals"] = {"cost": "velocity"}
     return config.complete(given, "mine.yaml")
 
 
@@ -274,8 +275,9 @@ def test_measured_costs_bound_what_a_student_can_replace(inputs):
     inputs["sensitivity"]["longest"] = 2
     message = refused(inputs)
     assert "0.600" in message and "raise sensitivity.longest" in message
-    inputs["intervals"]["cost"] = "cka"
-    preflight.check(inputs, "mine.yaml")
+    for other in ("cka", "influence"):
+        inputs["intervals"]["cost"] = other
+        preflight.check(inputs, "mine.yaml")
 
 
 def test_counts_that_cannot_be_reached(inputs):

@@ -151,7 +151,8 @@ def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> 
             if kind != "fraction":
                 shown = f"{left:,} of this teacher's {kind}"
             why = "even the fewest students in place of all unprotected blocks leave"
-            fix = "raise sensitivity.longest or lower intervals.protect_first and protect_last"
+            longer = "raise sensitivity.longest or " * (config["intervals"]["cost"] == "velocity")
+            fix = f"{longer}lower intervals.protect_first and protect_last"
             if not config["intervals"]["enabled"]:
                 why = "without depth pruning, the least that closed forms leave is"
                 fix = "set intervals.enabled: true"
