@@ -59,6 +59,11 @@ MORE = [
     Stage("plot", QUALITY, {"output": "f"}, group=("quality",)),
     Stage("plot", {"results": "results.parquet"}, {"output": "f"}, group=("ablation",)),
     Stage("plot", {"calibration": "calibration.parquet"}, {"output": "f"}, group=("calibration",)),
+    Stage(
+        "intervals",
+        NAMED["intervals"].reads | {"probes": "probes.parquet"},
+        NAMED["intervals"].writes,
+    ),
 ]
 # Read by the figures alone, all by tables.read.
 DRAWN = {"probes.parquet", "points.parquet", "units.parquet"} | {
@@ -176,6 +181,8 @@ def test_a_flipped_byte_is_refused_by_the_stage_that_reads_it(
     folder, settings = finished
     if option == "latency":
         settings = settings | {"variants": [{"name": "small", "budget": {"latency": 0.99}}]}
+    if (stage.program, option) == ("intervals", "probes"):
+        settings = settings | {"intervals": settings["intervals"] | {"cost": "influence"}}
     paths = stage.paths(folder)
     for name in stage.writes:
         paths[name] = tmp_path / "out" / name  # what is there stays
