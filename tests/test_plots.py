@@ -237,7 +237,7 @@ def test_modulation_shows_every_price_and_fills_what_was_taken():
     assert "no modulation matrices" in "".join(text.get_text() for text in none.texts)
 
 
-def test_without_intervals_the_smallest_variant_tells_what_was_taken(tmp_path):
+def test_without_intervals_the_smallest_variant_tells_what_was_taken():
     table = width_table(search_tables(24, 6)["intervals"], 24)
     table = table.drop(columns=["selected", "reason"])
     units = variant_units()
