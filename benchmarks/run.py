@@ -11,6 +11,7 @@ One thread, one process; what is compared runs in turns. See benchmarks/README.m
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as in job.sh
 os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler announces itself otherwise
 
 import argparse

@@ -58,6 +58,7 @@ def main() -> None:
     # as many threads as there are cores, and they would wait for each other ten times longer.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
         os.environ[name] = str(max(1, options.threads // processes))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in job.sh
     os.environ["PYTHONFAULTHANDLER"] = "1"  # so that a crash within a library says where
     command = [sys.executable, "-u", options.script, *options.arguments]
     if processes > 1 and options.device in ("auto", "cuda"):
