@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import measuring
-from ppcl import cka, similarity
+from ppcl import cka, cka_draws, similarity
 from ppcl.errors import UserError
 from ppcl.probes import Probe
 
@@ -246,7 +246,7 @@ def test_bootstrap_spread_matches_fresh_samples(estimator):
         x, y = (cka.Side(cka.float64((z - z.mean(0))[plan.order]), plan) for z in (x, y))
         parts = [cka.hsic(*pair, plan, estimator) for pair in ((x, y), (x, x), (y, y))]
         draws = parts[0] / np.sqrt(parts[1] * parts[2])
-        low, high = similarity.limits(draws)
+        low, high = cka_draws.limits(draws)
         assert low < draws[0] < high
         widths.append((high - low) / (2 * 1.96))
     assert 0.7 < np.mean(widths) / truth < 1.4
@@ -254,12 +254,12 @@ def test_bootstrap_spread_matches_fresh_samples(estimator):
 
 def test_differences_are_eq_4():
     model = Model()
-    cka = similarity.surrogate_cka(model.read, model.probes, model.plan(2))
-    delta = similarity.differences(cka)
+    found = similarity.surrogate_cka(model.read, model.probes, model.plan(2))
+    delta = cka_draws.differences(found)
     for first in range(4):
         for last in range(first, 4):
-            before = 1 if last == first else cka[:, first, last - 1]
-            np.testing.assert_allclose(delta[:, first, last], -(cka[:, first, last] - before))
+            before = 1 if last == first else found[:, first, last - 1]
+            np.testing.assert_allclose(delta[:, first, last], -(found[:, first, last] - before))
     assert np.isnan(delta[:, 2, 1]).all()
 
 
@@ -272,10 +272,10 @@ def test_of_one_prompt_there_are_no_resamples():
 def test_limits_hold_the_estimate_and_follow_the_percentiles():
     generator = np.random.default_rng(6)
     draws = np.concatenate([[[0.5]], 0.6 + 0.1 * generator.normal(size=(4000, 1))])
-    low, high = similarity.limits(draws)
+    low, high = cka_draws.limits(draws)
     assert low[0] == pytest.approx(0.5 - 0.196, abs=0.01)
     assert high[0] == pytest.approx(0.5 + 0.196, abs=0.01)
-    assert np.isnan(similarity.limits(draws[:1])).all()
+    assert np.isnan(cka_draws.limits(draws[:1])).all()
 
 
 def test_rise_noise_is_the_median_deviation_of_rises():
@@ -284,16 +284,16 @@ def test_rise_noise_is_the_median_deviation_of_rises():
     delta[:, [1, 2, 2], [0, 0, 1]] = np.nan
     rises = [delta[1:, f, k] - delta[1:, f, k - 1] for f, k in ((0, 1), (0, 2), (1, 2))]
     expected = np.median([rise.std(ddof=1) for rise in rises])
-    assert similarity.rise_noise(delta) == pytest.approx(expected)
+    assert cka_draws.rise_noise(delta) == pytest.approx(expected)
     assert expected == pytest.approx(0.01 * np.sqrt(2), rel=0.1)
-    assert similarity.rise_noise(delta[:1]) == 0
+    assert cka_draws.rise_noise(delta[:1]) == 0
 
 
 def test_mean_of_streams_skips_streams_that_lack_a_run():
     image, text = np.full((2, 2, 2), 0.8), np.full((2, 2, 2), 0.4)
     text[:, 0, 1] = np.nan
     image[:, 1, 0] = text[:, 1, 0] = np.nan
-    mean = similarity.mean_of_streams([image, text])
+    mean = cka_draws.mean_of_streams([image, text])
     np.testing.assert_allclose(mean[0], [[0.6, 0.8], [np.nan, 0.6]])
 
 
