@@ -106,7 +106,7 @@ def test_many_channels_go_by_in_slabs(monkeypatch):
     generator = np.random.default_rng(1)
     x, y = generator.normal(size=(20, 7)), generator.normal(size=(20, 3))
     expected = cka.linear_cka(x, y, "debiased")
-    monkeypatch.setattr(cka, "SLAB_BYTES", 8 * 3 * 2)  # two channels at a time
+    monkeypatch.setattr(cka, "CPU_SLAB_BYTES", 8 * 3 * 2)  # two channels at a time
     assert cka.linear_cka(x, y, "debiased") == pytest.approx(expected, abs=1e-12)
 
 
@@ -209,6 +209,81 @@ def test_resamples_equal_resampled_tokens(estimator):
             model.surrogate(1, 2)[rows], model.read(3).astype(float)[rows], estimator
         )
         assert values[draw, 1, 2] == pytest.approx(expected, abs=1e-8)
+
+
+def resampled_cka(x, y, plan, estimator):
+    """CKA [1 + draws] of one pair of sides in plan.order, of the tokens that each row draws."""
+    sizes = np.diff(plan.offsets)
+    drawn = [np.repeat(np.arange(len(x)), np.repeat(w.astype(int), sizes)) for w in plan.weights]
+    return np.array([gram_cka(x[rows], y[rows], estimator) for rows in drawn])
+
+
+@estimators
+@pytest.mark.parametrize("one_for_all", [False, True])
+def test_many_sides_at_once_are_each_pair_alone(estimator, one_for_all):
+    """Groups of different sizes, and sides of different widths."""
+    generator = np.random.default_rng(8)
+    plan = cka.resamples(generator.permutation(np.arange(60) ** 2 // 300), 5, 0, estimator)
+    assert len(set(np.diff(plan.offsets))) > 2
+    x, y = generator.normal(size=(4, 60, 6)), generator.normal(size=(4, 60, 3))
+    y[:, :, 0] += x[:, :, 0]
+    x, y = (z - z.mean(1, keepdims=True) for z in (x, y))
+    y = y[0] if one_for_all else y
+    left, right = (cka.Side(torch.from_numpy(z), plan) for z in (x, y))
+    pairs = (left, right), (left, left), (right, right)
+    found = cka.ratio(*(cka.hsic(*pair, plan, estimator) for pair in pairs), list("abcd"))
+    expected = [resampled_cka(x[k], y if one_for_all else y[k], plan, estimator) for k in range(4)]
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@estimators
+@pytest.mark.parametrize("reference", ["end", "start"])
+@pytest.mark.parametrize(
+    ("draws", "normalise"), [(0, False), (3, False), (3, True)], ids=["composed", "kept", "unit"]
+)
+def test_slabs_of_any_size_give_the_same(monkeypatch, estimator, reference, draws, normalise):
+    """From a column of a pair at a time to all pairs, with a block that has no probe between."""
+    model = Model(depth=8)
+    model.probes[2] = None
+    plan, how = (
+        model.plan(draws, estimator),
+        {"estimator": estimator, "normalise_tokens": normalise},
+    )
+
+    def found():
+        runs = similarity.surrogate_cka(model.read, model.probes, plan, reference=reference, **how)
+        return runs, similarity.block_cka(model.read, [0, 1, *range(3, 8)], plan, **how)
+
+    expected, sizes = found(), []
+    slabs = similarity._slabs
+    monkeypatch.setattr(similarity, "_slabs", lambda *of: note(slabs(*of)))
+
+    def note(parts):
+        for part in parts:
+            sizes.append(part.stop - part.start)
+            yield part
+
+    most = set()
+    for size in (1, 4000, 9000, 1 << 20):
+        monkeypatch.setattr(cka, "CPU_SLAB_BYTES", size)
+        sizes.clear()
+        for values, others in zip(found(), expected, strict=True):
+            np.testing.assert_allclose(values, others, rtol=0, atol=1e-13)
+        most.add(max(sizes))
+    assert {1, 6} <= most and len(most) > 2
+
+
+def test_the_pair_that_does_not_vary_is_named():
+    tokens = torch.from_numpy(np.random.default_rng(9).normal(size=(3, 8, 2)))
+    tokens[1] = 4.0
+    with pytest.raises(UserError, match="^b: the 8 held-out"):
+        cka.prepare(tokens, False, list("abc"))
+    tokens[0, 3, 1] = np.inf
+    with pytest.raises(UserError, match="^a: .* NaN or infinity"):
+        cka.prepare(tokens, True, list("abc"))
+    one, own = np.ones((3, 1)), np.array([[1.0], [1.0], [0.0]])
+    with pytest.raises(UserError, match="^c: a side does not vary"):
+        cka.ratio(one, own, np.ones(1), list("abc"))
 
 
 def test_at_most_32_groups_of_whole_prompts():
@@ -385,8 +460,7 @@ def test_bad_tokens_name_stream_and_boundary():
 )
 def test_memory_is_what_is_said(monkeypatch, reference, draws, normalise):
     """At least what torch allocates, and not much more; as many channels as tokens."""
-    monkeypatch.setattr(similarity, "SLAB_BYTES", 1 << 12)
-    monkeypatch.setattr(cka, "SLAB_BYTES", 1 << 12)
+    monkeypatch.setattr(cka, "CPU_SLAB_BYTES", 1 << 12)
     model = Model(depth=10, tokens=96, width=96)
     how = {"reference": reference, "estimator": "plain", "normalise_tokens": normalise}
     peak = measuring.torch_peak(

@@ -95,7 +95,7 @@ def main() -> None:
         read, plan = similarity.heldout(tokens, stream, chosen, settings["seed"])
         present = [i for i, probe in enumerate(fitted) if probe is not None]
         shape = read(present[0]).shape
-        needed = similarity.memory(shape, len(present), chosen)
+        needed = similarity.memory(shape, len(present), chosen, wanted)
         here = {"stream": stream, "device": devices.with_room(wanted, needed)}
         if here["device"] != wanted:
             room = needed / 2**30
