@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import intervals, similarity
+from ppcl import cka_draws, intervals
 from ppcl.intervals import Interval
 
 seeds = st.integers(0, 2**32 - 1)
@@ -57,14 +57,14 @@ def test_trend_end_by_hand():
     falls = [0.3, 0.2, 0.1, 0.05, 0.25, 0.01]
     cka = np.full((6, 6), np.nan)
     cka[0] = 1 - np.cumsum(falls)
-    delta = similarity.differences(cka)
+    delta = cka_draws.differences(cka)
     np.testing.assert_allclose(delta[0], falls)
     assert intervals.trend_end(delta, 0, 5) == 3  # the rise at k = 4 ends the run at block 3
     assert intervals.trend_end(delta, 0, 5, tolerance=0.21) == 5  # a rise of 0.2 is noise
     assert intervals.trend_end(delta, 0, 3) == 3
     # A rise at the second block (k = u + 2) is out of Eq. 5's range: k - 1 starts at u + 2.
     cka[0] = 1 - np.cumsum([0.1, 0.3, 0.2, 0.1, 0.1, 0.1])
-    assert intervals.trend_end(similarity.differences(cka), 0, 5, 1e-9) == 5
+    assert intervals.trend_end(cka_draws.differences(cka), 0, 5, 1e-9) == 5
 
 
 def test_spans_end_at_seams_and_kept_blocks():

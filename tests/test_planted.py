@@ -17,11 +17,11 @@ from ppcl import (
     activations,
     blocks,
     calls,
+    cka_draws,
     intervals,
     pipelines,
     recording,
     schemas,
-    similarity,
     tables,
     tensors,
 )
@@ -195,7 +195,7 @@ def test_eq_5_ends_at_the_planted_ends(folder):
         rows = table[table["stream"] == stream]
         cka = np.full((DEPTH, DEPTH), np.nan)
         cka[rows["start"] + 1, rows["end"]] = rows["cka"]
-        delta = similarity.differences(cka)
+        delta = cka_draws.differences(cka)
         assert intervals.trend_end(delta, run_[0], DEPTH - 1, 1e-4) == run_[1]
     _, found = selected(folder, "mean", removed=1, segmentation="trend")
     assert {"trend"} <= set(found["source"])

@@ -15,6 +15,7 @@ from ppcl import (
     activations,
     blocks,
     calls,
+    cka_draws,
     intervals,
     prices,
     probes,
@@ -310,7 +311,7 @@ def test_threshold_finds_the_silent_run(in_a_row):
                 lambda b, held=held, stream=stream: tokens.values(b, stream)[held], fitted, plan
             )
         )
-    cka = similarity.mean_of_streams(draws)[0]
+    cka = cka_draws.mean_of_streams(draws)[0]
     assert rivals.cka_threshold(cka, 2, RUNS) == {(4, 6): 4}
     assert rivals.grown(cka, 1 - 1e-6, RUNS) == {4: 6}
 

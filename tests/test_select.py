@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ppcl import intervals, schemas, selection, similarity, tables
+from ppcl import cka_draws, intervals, schemas, selection, tables
 from ppcl.intervals import Interval
 from ppcl.plans import Modulation
 
@@ -27,7 +27,7 @@ def random_cka(seed, depth):
 
 def write_cka(path, cka, **facts):
     first, last = np.nonzero(np.isfinite(cka))
-    delta = similarity.differences(cka)[first, last]
+    delta = cka_draws.differences(cka)[first, last]
     values = {"cka": cka[first, last], "delta": delta}
     for name in ("cka", "delta"):
         values |= {f"{name}_low": values[name], f"{name}_high": values[name]}

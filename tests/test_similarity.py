@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import measuring
-from ppcl import cka, similarity
+from ppcl import cka, cka_draws, similarity
 from ppcl.errors import UserError
 from ppcl.probes import Probe
 
@@ -106,7 +106,7 @@ def test_many_channels_go_by_in_slabs(monkeypatch):
     generator = np.random.default_rng(1)
     x, y = generator.normal(size=(20, 7)), generator.normal(size=(20, 3))
     expected = cka.linear_cka(x, y, "debiased")
-    monkeypatch.setattr(cka, "SLAB_BYTES", 8 * 3 * 2)  # two channels at a time
+    monkeypatch.setattr(cka, "CPU_SLAB_BYTES", 8 * 3 * 2)  # two channels at a time
     assert cka.linear_cka(x, y, "debiased") == pytest.approx(expected, abs=1e-12)
 
 
@@ -211,6 +211,81 @@ def test_resamples_equal_resampled_tokens(estimator):
         assert values[draw, 1, 2] == pytest.approx(expected, abs=1e-8)
 
 
+def resampled_cka(x, y, plan, estimator):
+    """CKA [1 + draws] of one pair of sides in plan.order, of the tokens that each row draws."""
+    sizes = np.diff(plan.offsets)
+    drawn = [np.repeat(np.arange(len(x)), np.repeat(w.astype(int), sizes)) for w in plan.weights]
+    return np.array([gram_cka(x[rows], y[rows], estimator) for rows in drawn])
+
+
+@estimators
+@pytest.mark.parametrize("one_for_all", [False, True])
+def test_many_sides_at_once_are_each_pair_alone(estimator, one_for_all):
+    """Groups of different sizes, and sides of different widths."""
+    generator = np.random.default_rng(8)
+    plan = cka.resamples(generator.permutation(np.arange(60) ** 2 // 300), 5, 0, estimator)
+    assert len(set(np.diff(plan.offsets))) > 2
+    x, y = generator.normal(size=(4, 60, 6)), generator.normal(size=(4, 60, 3))
+    y[:, :, 0] += x[:, :, 0]
+    x, y = (z - z.mean(1, keepdims=True) for z in (x, y))
+    y = y[0] if one_for_all else y
+    left, right = (cka.Side(torch.from_numpy(z), plan) for z in (x, y))
+    pairs = (left, right), (left, left), (right, right)
+    found = cka.ratio(*(cka.hsic(*pair, plan, estimator) for pair in pairs), list("abcd"))
+    expected = [resampled_cka(x[k], y if one_for_all else y[k], plan, estimator) for k in range(4)]
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+@estimators
+@pytest.mark.parametrize("reference", ["end", "start"])
+@pytest.mark.parametrize(
+    ("draws", "normalise"), [(0, False), (3, False), (3, True)], ids=["composed", "kept", "unit"]
+)
+def test_slabs_of_any_size_give_the_same(monkeypatch, estimator, reference, draws, normalise):
+    """From a column of a pair at a time to all pairs, with a block that has no probe between."""
+    model = Model(depth=8)
+    model.probes[2] = None
+    plan, how = (
+        model.plan(draws, estimator),
+        {"estimator": estimator, "normalise_tokens": normalise},
+    )
+
+    def found():
+        runs = similarity.surrogate_cka(model.read, model.probes, plan, reference=reference, **how)
+        return runs, similarity.block_cka(model.read, [0, 1, *range(3, 8)], plan, **how)
+
+    expected, sizes = found(), []
+    slabs = similarity._slabs
+    monkeypatch.setattr(similarity, "_slabs", lambda *of: note(slabs(*of)))
+
+    def note(parts):
+        for part in parts:
+            sizes.append(part.stop - part.start)
+            yield part
+
+    most = set()
+    for size in (1, 4000, 9000, 1 << 20):
+        monkeypatch.setattr(cka, "CPU_SLAB_BYTES", size)
+        sizes.clear()
+        for values, others in zip(found(), expected, strict=True):
+            np.testing.assert_allclose(values, others, rtol=0, atol=1e-13)
+        most.add(max(sizes))
+    assert {1, 6} <= most and len(most) > 2
+
+
+def test_the_pair_that_does_not_vary_is_named():
+    tokens = torch.from_numpy(np.random.default_rng(9).normal(size=(3, 8, 2)))
+    tokens[1] = 4.0
+    with pytest.raises(UserError, match="^b: the 8 held-out"):
+        cka.prepare(tokens, False, list("abc"))
+    tokens[0, 3, 1] = np.inf
+    with pytest.raises(UserError, match="^a: .* NaN or infinity"):
+        cka.prepare(tokens, True, list("abc"))
+    one, own = np.ones((3, 1)), np.array([[1.0], [1.0], [0.0]])
+    with pytest.raises(UserError, match="^c: a side does not vary"):
+        cka.ratio(one, own, np.ones(1), list("abc"))
+
+
 def test_at_most_32_groups_of_whole_prompts():
     prompts = np.random.default_rng(4).integers(0, 500, 3000)
     plan = cka.resamples(prompts, 10, 0, "plain")
@@ -246,7 +321,7 @@ def test_bootstrap_spread_matches_fresh_samples(estimator):
         x, y = (cka.Side(cka.float64((z - z.mean(0))[plan.order]), plan) for z in (x, y))
         parts = [cka.hsic(*pair, plan, estimator) for pair in ((x, y), (x, x), (y, y))]
         draws = parts[0] / np.sqrt(parts[1] * parts[2])
-        low, high = similarity.limits(draws)
+        low, high = cka_draws.limits(draws)
         assert low < draws[0] < high
         widths.append((high - low) / (2 * 1.96))
     assert 0.7 < np.mean(widths) / truth < 1.4
@@ -254,12 +329,12 @@ def test_bootstrap_spread_matches_fresh_samples(estimator):
 
 def test_differences_are_eq_4():
     model = Model()
-    cka = similarity.surrogate_cka(model.read, model.probes, model.plan(2))
-    delta = similarity.differences(cka)
+    found = similarity.surrogate_cka(model.read, model.probes, model.plan(2))
+    delta = cka_draws.differences(found)
     for first in range(4):
         for last in range(first, 4):
-            before = 1 if last == first else cka[:, first, last - 1]
-            np.testing.assert_allclose(delta[:, first, last], -(cka[:, first, last] - before))
+            before = 1 if last == first else found[:, first, last - 1]
+            np.testing.assert_allclose(delta[:, first, last], -(found[:, first, last] - before))
     assert np.isnan(delta[:, 2, 1]).all()
 
 
@@ -272,10 +347,10 @@ def test_of_one_prompt_there_are_no_resamples():
 def test_limits_hold_the_estimate_and_follow_the_percentiles():
     generator = np.random.default_rng(6)
     draws = np.concatenate([[[0.5]], 0.6 + 0.1 * generator.normal(size=(4000, 1))])
-    low, high = similarity.limits(draws)
+    low, high = cka_draws.limits(draws)
     assert low[0] == pytest.approx(0.5 - 0.196, abs=0.01)
     assert high[0] == pytest.approx(0.5 + 0.196, abs=0.01)
-    assert np.isnan(similarity.limits(draws[:1])).all()
+    assert np.isnan(cka_draws.limits(draws[:1])).all()
 
 
 def test_rise_noise_is_the_median_deviation_of_rises():
@@ -284,16 +359,16 @@ def test_rise_noise_is_the_median_deviation_of_rises():
     delta[:, [1, 2, 2], [0, 0, 1]] = np.nan
     rises = [delta[1:, f, k] - delta[1:, f, k - 1] for f, k in ((0, 1), (0, 2), (1, 2))]
     expected = np.median([rise.std(ddof=1) for rise in rises])
-    assert similarity.rise_noise(delta) == pytest.approx(expected)
+    assert cka_draws.rise_noise(delta) == pytest.approx(expected)
     assert expected == pytest.approx(0.01 * np.sqrt(2), rel=0.1)
-    assert similarity.rise_noise(delta[:1]) == 0
+    assert cka_draws.rise_noise(delta[:1]) == 0
 
 
 def test_mean_of_streams_skips_streams_that_lack_a_run():
     image, text = np.full((2, 2, 2), 0.8), np.full((2, 2, 2), 0.4)
     text[:, 0, 1] = np.nan
     image[:, 1, 0] = text[:, 1, 0] = np.nan
-    mean = similarity.mean_of_streams([image, text])
+    mean = cka_draws.mean_of_streams([image, text])
     np.testing.assert_allclose(mean[0], [[0.6, 0.8], [np.nan, 0.6]])
 
 
@@ -385,8 +460,7 @@ def test_bad_tokens_name_stream_and_boundary():
 )
 def test_memory_is_what_is_said(monkeypatch, reference, draws, normalise):
     """At least what torch allocates, and not much more; as many channels as tokens."""
-    monkeypatch.setattr(similarity, "SLAB_BYTES", 1 << 12)
-    monkeypatch.setattr(cka, "SLAB_BYTES", 1 << 12)
+    monkeypatch.setattr(cka, "CPU_SLAB_BYTES", 1 << 12)
     model = Model(depth=10, tokens=96, width=96)
     how = {"reference": reference, "estimator": "plain", "normalise_tokens": normalise}
     peak = measuring.torch_peak(

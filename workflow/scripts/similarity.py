@@ -20,6 +20,7 @@ import pandas as pd
 from tqdm import tqdm
 
 from ppcl import (
+    cka_draws,
     config,
     devices,
     errors,
@@ -38,8 +39,8 @@ log = logging.getLogger(__name__)
 
 def cka_rows(stream: str, draws: np.ndarray) -> tuple[pd.DataFrame, float]:
     """Rows of cka.parquet for one stream, and its noise level, from [1 + draws, first, last]."""
-    delta = similarity.differences(draws)
-    (low, high), (delta_low, delta_high) = similarity.limits(draws), similarity.limits(delta)
+    delta = cka_draws.differences(draws)
+    (low, high), (delta_low, delta_high) = cka_draws.limits(draws), cka_draws.limits(delta)
     first, last = np.nonzero(np.isfinite(draws[0]))
     at = (first, last)
     rows = pd.DataFrame(
@@ -55,7 +56,7 @@ def cka_rows(stream: str, draws: np.ndarray) -> tuple[pd.DataFrame, float]:
             "delta_high": delta_high[at],
         }
     )
-    return rows, similarity.rise_noise(delta)
+    return rows, cka_draws.rise_noise(delta)
 
 
 def block_rows(stream: str, blocks: list[int], values: np.ndarray) -> pd.DataFrame:
@@ -94,7 +95,7 @@ def main() -> None:
         read, plan = similarity.heldout(tokens, stream, chosen, settings["seed"])
         present = [i for i, probe in enumerate(fitted) if probe is not None]
         shape = read(present[0]).shape
-        needed = similarity.memory(shape, len(present), chosen)
+        needed = similarity.memory(shape, len(present), chosen, wanted)
         here = {"stream": stream, "device": devices.with_room(wanted, needed)}
         if here["device"] != wanted:
             room = needed / 2**30
@@ -111,7 +112,7 @@ def main() -> None:
             "intervals, and a noise level of 0 for intervals.tolerance: bootstrap; record more "
             "prompts, or raise record.heldout_fraction"
         )
-    draws = similarity.with_joint(draws)
+    draws = cka_draws.with_joint(draws)
 
     frames, noise = [], {}
     for stream, values in draws.items():

@@ -19,6 +19,7 @@ from ppcl import (
     activations,
     blocks,
     calls,
+    cka_draws,
     intervals,
     measured,
     modulation,
@@ -215,8 +216,8 @@ def similarities(material: Material, changed: Mapping) -> tuple[np.ndarray, floa
             stream=name,
             **{key: options[key] for key in ("reference", "estimator", "normalise_tokens")},
         )
-    found = similarity.mean_of_streams(list(draws.values()))
-    return found[0], similarity.rise_noise(similarity.differences(found))
+    found = cka_draws.mean_of_streams(list(draws.values()))
+    return found[0], cka_draws.rise_noise(cka_draws.differences(found))
 
 
 def _seen(runs: list[range], cka: np.ndarray) -> list[range]:

@@ -2,8 +2,12 @@
 
 Kornblith et al. 2019; debiased by HSIC_1, Song et al. 2012, here in feature space: O(n d^2) for n
 tokens of d channels, no n x n matrix. float64 throughout, on any device that has it.
+
+Sides may be many at a time, [pairs, n, d]: of small ones, a product takes less time than the call
+that asks for it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -18,7 +22,13 @@ CPU = torch.device("cpu")
 MAX_GROUPS = 32
 # Tokens that vary by less than this share of their level vary by rounding.
 CONSTANT = 1e-12
+NOT_FINITE = (
+    "the held-out tokens hold NaN or infinity, so CKA is undefined. Set teacher.dtype to bfloat16 "
+    "or float32 (of probes: raise probe.ridge), delete activations/ and rerun."
+)
+# Products go by in slabs of that many bytes: on a CPU few enough to stay in its cache.
 SLAB_BYTES = 128 * 2**20
+CPU_SLAB_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True)
@@ -91,9 +101,9 @@ def linear_cka(
     """
     plan = resamples(np.zeros(len(x), int), 0, 0, estimator)
     pairs = zip((x, y), names, strict=True)
-    x, y = (Side(prepare(float64(v), False, name), plan) for v, name in pairs)
+    x, y = (Side(prepare(float64(v), False, [name]), plan) for v, name in pairs)
     own_x, own_y = (hsic(side, side, plan, estimator) for side in (x, y))
-    return float(ratio(hsic(x, y, plan, estimator), own_x, own_y, " and ".join(names))[0])
+    return float(ratio(hsic(x, y, plan, estimator), own_x, own_y, [" and ".join(names)])[0])
 
 
 def float64(values: np.ndarray, device: torch.device = CPU) -> Tensor:
@@ -102,48 +112,64 @@ def float64(values: np.ndarray, device: torch.device = CPU) -> Tensor:
     return torch.from_numpy(np.array(values, np.float64)).to(device)
 
 
-def prepare(tokens: Tensor, normalise: bool, name: str) -> Tensor:
-    """Optionally L2-normalised tokens, centred: float64 [n, d]. CKA ignores the shift, and
-    centred tokens keep the sums below from cancelling.
+def slab_bytes(device: torch.device) -> int:
+    """The most bytes of one kind of product at a time."""
+    return CPU_SLAB_BYTES if device.type == "cpu" else SLAB_BYTES
+
+
+def pairs_at_once(tokens: int, channels: int, groups: int, device: torch.device) -> int:
+    """How many pairs of sides [tokens, channels] go by at a time, at least one.
+
+    So many that none of their tensors is larger than a slab: tokens [n, d], tokens on sums [n, g],
+    products [g, d, d], and products with sums [g, g, g].
+    """
+    largest = max(tokens * max(channels, groups), groups * max(channels, groups) ** 2)
+    return max(1, slab_bytes(device) // (8 * largest))
+
+
+def prepare(tokens: Tensor, normalise: bool, names: Sequence[str]) -> Tensor:
+    """Optionally L2-normalised tokens, centred: float64 [n, d], or [sides, n, d]. CKA ignores the
+    shift, and centred tokens keep the sums below from cancelling.
 
     Raises UserError as `refuse_constant`.
     """
     if normalise:
-        norms = torch.linalg.norm(tokens, dim=1, keepdim=True)
-        _refuse_nonfinite(norms.max(), name)
+        norms = torch.linalg.norm(tokens, dim=-1, keepdim=True)
+        _refuse(~torch.isfinite(norms.amax((-2, -1))), names, NOT_FINITE)
         tokens = tokens / torch.where(norms > 0, norms, 1)
-    mean = tokens.mean(0)
-    centred = tokens - mean
-    refuse_constant(torch.linalg.norm(centred), mean, len(tokens), name)
+    mean = tokens.mean(-2)
+    centred = tokens - mean.unsqueeze(-2)
+    spread = torch.linalg.vector_norm(centred, dim=(-2, -1))
+    refuse_constant(spread, mean, tokens.shape[-2], names)
     return centred
 
 
-def refuse_constant(spread: Tensor, mean: Tensor, count: int, name: str) -> None:
-    """Raises UserError, which begins with `name`, if tokens vary by rounding alone, or hold NaN or
-    infinity.
+def refuse_constant(spread: Tensor, mean: Tensor, count: int, names: Sequence[str]) -> None:
+    """Raises UserError, which begins with a side's name, if its tokens vary by rounding alone, or
+    hold NaN or infinity.
 
-    spread: square root of the sum of |x - mean|^2 over `count` tokens.
+    spread: square root of the sum of |x - mean|^2 over `count` tokens, of every side: [sides], or
+    [] of one. mean: [sides, d], or [d]. names: of the sides, in order.
     """
-    level = count**0.5 * torch.linalg.norm(mean)
-    _refuse_nonfinite(spread + level, name)
-    if spread <= CONSTANT * torch.hypot(spread, level):
-        raise UserError(
-            f"{name}: the {count} held-out token(s) do not differ, so CKA is undefined. "
-            "Record more prompts (record.samples, record.heldout_fraction) and rerun."
-        )
+    level = count**0.5 * torch.linalg.vector_norm(mean, dim=-1)
+    _refuse(~torch.isfinite(spread + level), names, NOT_FINITE)
+    _refuse(
+        spread <= CONSTANT * torch.hypot(spread, level),
+        names,
+        f"the {count} held-out token(s) do not differ, so CKA is undefined. "
+        "Record more prompts (record.samples, record.heldout_fraction) and rerun.",
+    )
 
 
-def _refuse_nonfinite(size: Tensor, name: str) -> None:
-    if not torch.isfinite(size):
-        raise UserError(
-            f"{name}: the held-out tokens hold NaN or infinity, so CKA is undefined. Set "
-            "teacher.dtype to bfloat16 or float32 (of probes: raise probe.ridge), delete "
-            "activations/ and rerun."
-        )
+def _refuse(bad: Tensor, names: Sequence[str], reason: str) -> None:
+    """Raises UserError for the first of the sides that is bad: bool [sides], or []."""
+    if bad.any():
+        raise UserError(f"{names[int(bad.reshape(-1).int().argmax())]}: {reason}")
 
 
 class Side:
-    """One side of CKA: centred tokens x [n, d] in plan.order, and sums over groups of prompts.
+    """One side of CKA, or many: centred tokens x [..., n, d] in plan.order, and sums over groups of
+    prompts.
 
     Without resamples all tokens are one group.
     """
@@ -152,25 +178,27 @@ class Side:
         self.x = x
         offsets = plan.offsets if len(plan.weights) > 1 else plan.offsets[[0, -1]]
         self.groups = [slice(low, high) for low, high in pairwise(offsets.tolist())]
-        self.sums = self.totals(x.new_ones(len(x)))
+        self.sums = torch.stack([x[..., group, :].sum(-2) for group in self.groups], -2)
 
     def totals(self, each: Tensor) -> Tensor:
-        """Sum of x_i each_i over the tokens i of each group: [g, d] from each [n]."""
-        return torch.stack([each[group] @ self.x[group] for group in self.groups])
+        """Sum of x_i each_i over the tokens i of each group: [..., g, d] from each [..., n]."""
+        parts = [each[..., None, group] @ self.x[..., group, :] for group in self.groups]
+        return torch.cat(parts, -2)
 
     @cached_property
     def on_sums(self) -> Tensor:
-        """x_i on the sum of each group: [n, g]."""
-        return self.x @ self.sums.T
+        """x_i on the sum of each group: [..., n, g]."""
+        return self.x @ self.sums.mT
 
     @cached_property
     def squares(self) -> Tensor:
-        """|x_i|^2: [n]."""
+        """|x_i|^2: [..., n]."""
         return torch.linalg.vecdot(self.x, self.x)
 
 
 def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
-    """HSIC of linear kernels for every row of plan.weights: [1 + draws].
+    """HSIC of linear kernels for every row of plan.weights: [1 + draws]; of many sides, or of many
+    with one, [sides, 1 + draws].
 
     With A = sum x y^T, a = sum x, b = sum y over n weighted tokens:
     plain:    |A - a b^T / n|^2                                     (= |X^T Y|^2, centred)
@@ -181,19 +209,21 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
 
     A resample weights groups of prompts, A = sum_g w_g A_g, so that its |A|^2 = w'Gw with
     G_gh = <A_g, A_h>: g products of n_g d^2 and one Gram matrix serve all resamples.
+    Raises UserError with "debiased" if a resample has fewer than 4 tokens.
     """
     weights = plan.weights if len(x.groups) == plan.weights.shape[1] else np.ones((1, 1))
     n = weights @ np.array([group.stop - group.start for group in x.groups], float)
 
     def form(matrix: Tensor) -> np.ndarray:
-        return ((weights @ matrix.cpu().numpy()) * weights).sum(1)
+        return ((weights @ matrix.cpu().numpy()) * weights).sum(-1)
 
     square = form(_gram_of_products(x, y))
-    a_a, b_b = form(x.sums @ x.sums.T), form(y.sums @ y.sums.T)
-    # a'A b = sum_ghl w_g w_h w_l sum over i in h of (a_g x_i)(b_l y_i)
-    three = torch.stack([x.on_sums[group].T @ y.on_sums[group] for group in x.groups])
-    each = (weights @ three.cpu().numpy().reshape(len(three), -1)).reshape(-1, *three.shape[1:])
-    bilinear = np.einsum("wg,wgl,wl->w", weights, each, weights, optimize=True)
+    a_a, b_b = form(x.sums @ x.sums.mT), form(y.sums @ y.sums.mT)
+    # a'A b = sum_hgl w_h w_g w_l sum over i in h of (a_g x_i)(b_l y_i)
+    three = [x.on_sums[..., group, :].mT @ y.on_sums[..., group, :] for group in x.groups]
+    three = torch.stack(three, -3).flatten(-3, -2).cpu().numpy()
+    two = (weights[:, :, None] * weights[:, None]).reshape(len(weights), -1)
+    bilinear = ((two @ three) * weights).sum(-1)
     if estimator == "plain":
         n = np.maximum(n, 1)  # groups may hold none of this stream's tokens: all sums are 0
         return square - 2 * bilinear / n + a_a * b_b / n**2
@@ -204,45 +234,57 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
         )
     k, el = x.squares, y.squares
     k_sum, l_sum, k_l = (
-        weights @ torch.stack([values[group].sum() for group in x.groups]).cpu().numpy()
+        torch.stack([values[..., group].sum(-1) for group in x.groups], -1).cpu().numpy()
+        @ weights.T
         for values in (k, el, k * el)
     )
     sums_k, sums_l = a_a - k_sum, b_b - l_sum
-    crossed = form(x.sums @ x.totals(el).T) + form(y.sums @ y.totals(k).T)
+    crossed = form(x.sums @ x.totals(el).mT) + form(y.sums @ y.totals(k).mT)
     both = bilinear - crossed + k_l
     trace = square - k_l
     return (trace + sums_k * sums_l / ((n - 1) * (n - 2)) - 2 * both / (n - 2)) / (n * (n - 3))
 
 
 def _gram_of_products(x: Side, y: Side) -> Tensor:
-    """<A_g, A_h> for all groups: float64 [g, g], with A_g = X_g^T Y_g.
+    """<A_g, A_h> for all groups: float64 [..., g, g], with A_g = X_g^T Y_g.
 
     Columns of x go by in slabs, to bound the memory of g such matrices. Of a side with itself,
     whose A_g are symmetric, what lies below the diagonal is not computed twice.
     """
-    gram = x.x.new_zeros(len(x.groups), len(x.groups))
-    width = max(1, SLAB_BYTES // (8 * len(x.groups) * y.x.shape[1]))
-    for start in range(0, x.x.shape[1], width):
-        slab = x.x[:, start : start + width]
-        parts = [(y.x, 1)] if x is not y else [(slab, 1), (x.x[:, start + width :], 2)]
-        for other, times in parts:
-            products = gram.new_empty(len(gram), slab.shape[1], other.shape[1])
+    batch = torch.broadcast_shapes(x.x.shape[:-2], y.x.shape[:-2])
+    groups, columns = len(x.groups), x.x.shape[-1]
+    gram = x.x.new_zeros(*batch, groups, groups)
+    row = 8 * gram[..., 0].numel() * y.x.shape[-1]
+    width = max(1, slab_bytes(x.x.device) // row)
+    for start in range(0, columns, width):
+        slab = x.x[..., start : start + width]
+        parts = [(y.x, 1)] if x is not y else [(slab, 1), (x.x[..., start + width :], 2)]
+        for other, times in (part for part in parts if part[0].shape[-1]):
+            products = gram.new_empty(groups, *batch, slab.shape[-1], other.shape[-1])
             for product, group in zip(products, x.groups, strict=True):
-                torch.matmul(slab[group].T, other[group], out=product)
-            flat = products.flatten(1)
-            gram += times * (flat @ flat.T)
+                torch.matmul(slab[..., group, :].mT, other[..., group, :], out=product)
+            flat = products.movedim(0, -3).flatten(-2)
+            gram += times * (flat @ flat.mT)
     return gram
 
 
-def ratio(cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray, name: str) -> np.ndarray:
-    """CKA; rounding may leave it a hair above 1. Raises UserError, which begins with `name`, if a
-    side does not vary."""
-    if not (own_x[0] > 0 and own_y[0] > 0):
+def ratio(
+    cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray, names: Sequence[str]
+) -> np.ndarray:
+    """CKA [..., 1 + draws] of such HSICs; rounding may leave it a hair above 1.
+
+    names: of the pairs, in order. Raises UserError, which begins with a pair's name, if a side of
+    it does not vary.
+    """
+    own_x, own_y = np.broadcast_arrays(own_x, own_y)
+    still = ~((own_x[..., 0] > 0) & (own_y[..., 0] > 0))
+    if still.any():
         raise UserError(
-            f"{name}: a side does not vary over the held-out tokens, so CKA is undefined. "
-            "Record more prompts (record.samples, record.heldout_fraction)."
+            f"{names[int(still.argmax())]}: a side does not vary over the held-out tokens, so CKA "
+            "is undefined. Record more prompts (record.samples, record.heldout_fraction)."
         )
     # A resample can, rarely, hold tokens that do not vary; it then says nothing: the estimate.
     defined = (own_x > 0) & (own_y > 0)
     scale = np.sqrt(np.where(defined, own_x * own_y, 1))
-    return np.minimum(np.where(defined, cross / scale, cross[0] / scale[0]), 1.0)
+    estimate = cross[..., :1] / scale[..., :1]
+    return np.minimum(np.where(defined, cross / scale, estimate), 1.0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ppcl.similarity import differences
+from ppcl.cka_draws import differences
 
 
 @dataclass(frozen=True)

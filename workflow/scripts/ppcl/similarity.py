@@ -25,9 +25,13 @@ With the start's centred tokens X = Q R, the surrogate's are X A^T = Q H^T for H
 in one product of n d^2 per pair (`_Composed`). Resamples, the debiased estimator and normalised
 tokens need every token of the surrogate (`_Materialised`). float64 throughout, on any device that
 has it.
+
+All surrogates that end at the same block are compared together, some at a time: as many as fit in a
+slab of memory (`cka.pairs_at_once`).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -36,18 +40,18 @@ from torch import Tensor
 from ppcl.cka import (
     CPU,
     MAX_GROUPS,
-    SLAB_BYTES,
     Resamples,
     Side,
     float64,
     hsic,
+    pairs_at_once,
     prepare,
     ratio,
     refuse_constant,
     resamples,
+    slab_bytes,
 )
 from ppcl.errors import UserError
-from ppcl.families import IMAGE, JOINT, TEXT
 from ppcl.probes import Probe
 
 
@@ -64,22 +68,23 @@ def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Re
     return lambda boundary: tokens.values(boundary, stream)[mask], plan
 
 
-def memory(shape: tuple[int, int], depth: int, options: Mapping) -> int:
-    """Bytes of `surrogate_cka`, or of `block_cka`, for `depth` boundaries of tokens [n, d].
+def memory(shape: tuple[int, int], depth: int, options: Mapping, device: torch.device = CPU) -> int:
+    """The most bytes of `surrogate_cka`, or of `block_cka`, for `depth` boundaries, tokens [n, d].
 
-    options: the config's `similarity`.
+    options: the config's `similarity`. device: where it is computed, as that decides how many pairs
+    go by at a time.
     """
     tokens, channels = shape
     one, rank = tokens * channels, min(shape)
     groups = MAX_GROUPS if options["bootstrap"] else 1
-    side = one + groups * (tokens + channels)
+    kept = one
     if _composes(options["bootstrap"], options["estimator"], options["normalise_tokens"]):
         kept = max(one, rank * (tokens + channels))  # a basis and a map; heat maps keep tokens
-    else:
-        kept = side + (one if options["normalise_tokens"] else 0)
     if options["reference"] == "start":
-        kept += side
-    return 8 * (depth * kept + 4 * one) + 2 * SLAB_BYTES
+        kept += one
+    # Of a pair at work: tokens on their way, and sums over groups with their products.
+    working = 5 * one + 2 * groups * (tokens + channels) + 2 * groups**3
+    return 8 * (depth * kept + working) + 6 * slab_bytes(device)
 
 
 def _composes(draws: int, estimator: str, normalise_tokens: bool) -> bool:
@@ -107,99 +112,153 @@ def surrogate_cka(
     the resamples of `plan`. normalise_tokens: L2-normalise every token (on both sides) first.
     steps: range(M), wrapped in a progress bar if one is wanted. device: where it is computed.
 
-    Memory: as `memory` tells; M n d float64 numbers, and as many again with reference "start", with
-    normalised tokens, and, if n = d, with the plain estimator and no resamples. Time: M^2 / 2 times
+    Memory: as `memory` tells; M n d float64 numbers, and as many again with reference "start" and,
+    if n = d, with the plain estimator and no resamples. Time: M^2 / 2 times
     2 to 3 products of n d^2; one with the plain estimator and no resamples.
     Raises UserError naming stream and boundary on NaN or tokens that do not vary.
     """
     depth = len(probes)
-    values = np.full((len(plan.weights), depth, depth), np.nan)
+    values = np.full((depth, depth, len(plan.weights)), np.nan)
     composed = _composes(len(plan.weights) - 1, estimator, normalise_tokens)
     kind = _Composed if composed else _Materialised
-    running: dict[int, _Composed | _Materialised] = {}
-    targets: dict[int, tuple[Side, np.ndarray]] = {}
 
-    def target(tokens: Tensor, boundary: int) -> tuple[Side, np.ndarray]:
-        name = f"stream {stream!r}, boundary {boundary}"
-        side = Side(prepare(tokens, normalise_tokens, name), plan)
-        return side, hsic(side, side, plan, estimator)
+    def target(tokens: Tensor, boundary: int) -> tuple[Tensor, np.ndarray]:
+        """Prepared tokens, with their HSIC [1 + draws]."""
+        tokens = prepare(tokens, normalise_tokens, [f"stream {stream!r}, boundary {boundary}"])
+        side = Side(tokens, plan)
+        return tokens, hsic(side, side, plan, estimator)
 
     here = None
     for last in range(depth) if steps is None else steps:
         probe = probes[last]
         if probe is None:
-            running.clear()
             here = None
             continue
-        if here is None:
-            here = _ordered(read, last, plan, stream, device)
+        if here is None:  # runs begin that end before the next block without probe
+            here, began = _ordered(read, last, plan, stream, device), last
+            length = sum(1 for _ in takewhile(lambda p: p is not None, probes[last:]))
+            running = kind(length, here, normalise_tokens, plan, estimator)
+            targets: list[tuple[Tensor, np.ndarray]] = []
         if reference == "start":
-            targets[last] = target(here, last)
-        running[last] = kind(here, normalise_tokens, plan, estimator)
+            targets.append(target(here, last))
+        running.start(here)
         here = _ordered(read, last + 1, plan, stream, device)
         if reference == "end":
-            targets = dict.fromkeys(running, target(here, last + 1))
+            tokens, own_other = target(here, last + 1)
+            other = Side(tokens, plan)
         whole = float64(np.eye(*probe.weight.shape) + probe.weight, device)
         bias = float64(probe.bias, device)
-        for first, run in running.items():
-            name = f"stream {stream!r}, probes {first}-{last}"
-            run.add(whole, bias, name)
-            other, own_other = targets[first]
-            values[:, first, last] = ratio(run.with_other(other), run.own(), own_other, name)
-    return values
+        for some in running.slabs():
+            firsts = range(began + some.start, began + some.stop)
+            names = [f"stream {stream!r}, probes {first}-{last}" for first in firsts]
+            if reference == "start":
+                starts, owns = zip(*targets[some], strict=True)
+                other, own_other = Side(torch.stack(starts), plan), np.stack(owns)
+            cross, own = running.add(some, whole, bias, other, names)
+            values[firsts, last] = ratio(cross, own, own_other, names)
+    return np.moveaxis(values, -1, 0)
 
 
 class _Composed:
-    """A surrogate as a map of its start, for the plain estimator without resamples."""
+    """Surrogates as maps of their starts, for the plain estimator without resamples.
 
-    def __init__(self, tokens: Tensor, _normalise: bool, _plan: Resamples, _estimator: str):
-        self._count, self._mean = len(tokens), tokens.mean(0)
-        self._basis, triangle = torch.linalg.qr(tokens - self._mean)
-        self._map = triangle.T
+    most: how many there may be. tokens [n, d]: of the first one's start.
+    """
 
-    def add(self, weight: Tensor, bias: Tensor, name: str) -> None:
-        """Another probe, x -> weight x + bias."""
-        self._map, self._mean = weight @ self._map, weight @ self._mean + bias
-        refuse_constant(torch.linalg.norm(self._map), self._mean, self._count, name)
+    def __init__(
+        self, most: int, tokens: Tensor, _normalise: bool, _plan: Resamples, _estimator: str
+    ):
+        (self._number, channels), rank = tokens.shape, min(tokens.shape)
+        self._most, self._count = most, 0
+        self._mean = tokens.new_empty(most, channels)
+        self._basis = tokens.new_empty(most, self._number, rank)
+        self._map = tokens.new_empty(most, channels, rank)
 
-    def own(self) -> np.ndarray:
-        return _square(self._map @ self._map.T)
+    def start(self, tokens: Tensor) -> None:
+        """One more surrogate, which starts at these tokens [n, d]."""
+        at, self._count = self._count, self._count + 1
+        self._mean[at] = tokens.mean(0)
+        self._basis[at], triangle = torch.linalg.qr(tokens - self._mean[at])
+        self._map[at] = triangle.T
 
-    def with_other(self, other: Side) -> np.ndarray:
-        return _square(self._map @ (self._basis.T @ other.x))
+    def slabs(self) -> Iterator[slice]:
+        """The surrogates, some at a time."""
+        channels = self._map.shape[1]
+        return _slabs(self._count, self._number, channels, 1, self._map.device)
+
+    def add(
+        self, some: slice, weight: Tensor, bias: Tensor, other: Side, names: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Another probe, x -> weight x + bias, at the end of some of them, whose names are given.
+
+        Returns their HSIC with `other`, one for all or one for each, and with themselves: each
+        [surrogates, 1].
+        """
+        self._map[some] = weight @ self._map[some]
+        self._mean[some] = self._mean[some] @ weight.T + bias
+        spread = torch.linalg.vector_norm(self._map[some], dim=(1, 2))
+        refuse_constant(spread, self._mean[some], self._number, names)
+        with_other = _square(self._map[some] @ (self._basis[some].mT @ other.x))
+        return with_other, _square(self._map[some] @ self._map[some].mT)
 
 
-def _square(matrix: Tensor) -> np.ndarray:
-    """|matrix|^2: [1]."""
-    return torch.linalg.norm(matrix).square().reshape(1).cpu().numpy()
+def _square(matrices: Tensor) -> np.ndarray:
+    """|matrix|^2 of each: [matrices, 1]."""
+    return torch.linalg.vector_norm(matrices, dim=(1, 2)).square()[:, None].cpu().numpy()
 
 
 class _Materialised:
-    """A surrogate as its tokens, centred unless each is to be normalised first."""
+    """Surrogates as their tokens, centred unless each is to be normalised first.
 
-    def __init__(self, tokens: Tensor, normalise: bool, plan: Resamples, estimator: str):
+    most: how many there may be. tokens [n, d]: of the first one's start.
+    """
+
+    def __init__(self, most: int, tokens: Tensor, normalise: bool, plan: Resamples, estimator: str):
         self._normalise, self._how = normalise, (plan, estimator)
-        self._mean = tokens.mean(0)
-        self._tokens = tokens if normalise else tokens - self._mean
+        self._count = 0
+        self._mean = tokens.new_empty(most, tokens.shape[1])
+        self._tokens = tokens.new_empty(most, *tokens.shape)
         self._side: Side
 
-    def add(self, weight: Tensor, bias: Tensor, name: str) -> None:
-        """Another probe, x -> weight x + bias."""
-        self._tokens = self._tokens @ weight.T
+    def start(self, tokens: Tensor) -> None:
+        """One more surrogate, which starts at these tokens [n, d]."""
+        at, self._count = self._count, self._count + 1
+        self._mean[at] = tokens.mean(0)
+        self._tokens[at] = tokens if self._normalise else tokens - self._mean[at]
+
+    def slabs(self) -> Iterator[slice]:
+        """The surrogates, some at a time."""
+        groups = len(self._how[0].offsets) - 1 if len(self._how[0].weights) > 1 else 1
+        return _slabs(self._count, *self._tokens.shape[1:], groups, self._tokens.device)
+
+    def add(
+        self, some: slice, weight: Tensor, bias: Tensor, other: Side, names: Sequence[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Another probe, x -> weight x + bias, at the end of some of them, whose names are given.
+
+        Returns their HSIC with `other`, one for all or one for each, and with themselves: each
+        [surrogates, 1 + draws].
+        """
+        tokens = self._tokens[some]
+        tokens.copy_(tokens @ weight.T)
         if self._normalise:
-            self._tokens += bias
-            self._side = Side(prepare(self._tokens, True, name), self._how[0])
-            return
-        # Centred tokens stay so without the bias: no pass over n d numbers to centre them again.
-        self._mean = weight @ self._mean + bias
-        refuse_constant(torch.linalg.norm(self._tokens), self._mean, len(self._tokens), name)
-        self._side = Side(self._tokens, self._how[0])
+            tokens += bias
+            tokens = prepare(tokens, True, names)
+        else:
+            # Centred tokens stay so without the bias: no pass over n d numbers to centre them anew.
+            self._mean[some] = self._mean[some] @ weight.T + bias
+            spread = torch.linalg.vector_norm(tokens, dim=(1, 2))
+            refuse_constant(spread, self._mean[some], tokens.shape[1], names)
+        side = Side(tokens, self._how[0])
+        return hsic(side, other, *self._how), hsic(side, side, *self._how)
 
-    def own(self) -> np.ndarray:
-        return hsic(self._side, self._side, *self._how)
 
-    def with_other(self, other: Side) -> np.ndarray:
-        return hsic(self._side, other, *self._how)
+def _slabs(
+    count: int, tokens: int, channels: int, groups: int, device: torch.device
+) -> Iterator[slice]:
+    """`count` sides [tokens, channels], some at a time."""
+    some = pairs_at_once(tokens, channels, groups, device)
+    return (slice(start, min(start + some, count)) for start in range(0, count, some))
 
 
 def block_cka(
@@ -218,78 +277,25 @@ def block_cka(
     unit diagonal. Only row 0 of `plan` is used (no resampling). Memory: len(blocks) n d float64.
     """
     plan = Resamples(plan.order, plan.offsets, plan.weights[:1])
-    outputs = []
-    for block in blocks:
+    for number, block in enumerate(blocks):
         tokens = _ordered(read, block + 1, plan, stream, device)
-        name = f"stream {stream!r}, boundary {block + 1}"
-        outputs.append(Side(prepare(tokens, normalise_tokens, name), plan))
-    own = [hsic(output, output, plan, estimator) for output in outputs]
-    values = np.eye(len(outputs))
-    for a in range(len(outputs)):
-        for b in range(a):
-            cross = hsic(outputs[a], outputs[b], plan, estimator)
-            name = f"stream {stream!r}, outputs of blocks {blocks[b]} and {blocks[a]}"
-            values[a, b] = values[b, a] = ratio(cross, own[a], own[b], name)[0]
+        tokens = prepare(tokens, normalise_tokens, [f"stream {stream!r}, boundary {block + 1}"])
+        if not number:
+            outputs = tokens.new_empty(len(blocks), *tokens.shape)
+        outputs[number] = tokens
+    own = np.empty((len(blocks), 1))
+    values = np.eye(len(blocks))
+    for b in range(len(blocks)):
+        side = Side(outputs[b], plan)
+        own[b] = hsic(side, side, plan, estimator)
+        for some in _slabs(b, *outputs.shape[1:], 1, device):
+            cross = hsic(Side(outputs[some], plan), side, plan, estimator)
+            names = [
+                f"stream {stream!r}, outputs of blocks {a} and {blocks[b]}" for a in blocks[some]
+            ]
+            found = ratio(cross, own[some], own[b], names)[:, 0]
+            values[b, some] = values[some, b] = found
     return values
-
-
-def differences(cka: np.ndarray) -> np.ndarray:
-    """delta of Eq. 4 for cka [..., first, last]: the loss of CKA by adding block `last`.
-
-    On the diagonal (one probe) it is 1 - cka, as cka(u, u) = 1.
-    """
-    before = np.concatenate([np.ones_like(cka[..., :1]), cka[..., :-1]], axis=-1)
-    diagonal = np.arange(cka.shape[-1])
-    before[..., diagonal, diagonal] = 1
-    return before - cka
-
-
-def limits(draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval (low, high) around row 0 of [1 + draws, ...], from the other rows: resamples.
-
-    2.5 and 97.5 percentile of the resamples about their own mean, moved to the estimate: a resample
-    holds fewer distinct tokens, so its plain CKA is biased upward and would miss the estimate.
-    Without resamples there is no interval: both limits are NaN.
-    """
-    estimate, others = draws[0], draws[1:]
-    if not len(others):
-        return np.full_like(estimate, np.nan), np.full_like(estimate, np.nan)
-    low, high = np.percentile(others - others.mean(0), [2.5, 97.5], axis=0)
-    return estimate + np.minimum(low, 0), estimate + np.maximum(high, 0)
-
-
-def mean_of_streams(draws: Sequence[np.ndarray]) -> np.ndarray:
-    """Mean over streams of [1 + draws, first, last], over those that have the run (NaN if none)."""
-    stacked = np.stack(draws)
-    present = np.isfinite(stacked)
-    number = present.sum(0)
-    total = np.where(present, stacked, 0).sum(0)
-    return np.where(number > 0, total / np.maximum(number, 1), np.nan)
-
-
-def with_joint(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The streams' [1 + draws, first, last] where blocks that have one joint sequence count for
-    image and for text, and the streams' mean."""
-    found = dict(draws)
-    if JOINT in draws:
-        for stream in (IMAGE, TEXT):
-            own = draws.get(stream, np.full_like(draws[JOINT], np.nan))
-            found[stream] = np.where(np.isfinite(own), own, draws[JOINT])
-    return found | {"mean": mean_of_streams(list(draws.values()))}
-
-
-def rise_noise(delta: np.ndarray) -> float:
-    """Noise level of delta(u, k) - delta(u, k-1), the rise that Eq. 5 looks for.
-
-    The median over all (u, k) of the rise's standard deviation over the resamples; delta is
-    [1 + draws, first, last]. 0 without resamples, or where no run has two blocks.
-    """
-    rises = np.diff(delta[1:], axis=-1)
-    if len(rises) < 2:
-        return 0.0
-    spread = rises.std(axis=0, ddof=1)
-    spread = spread[np.isfinite(spread)]
-    return float(np.median(spread)) if len(spread) else 0.0
 
 
 def _ordered(
