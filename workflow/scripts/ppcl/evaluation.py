@@ -14,6 +14,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,16 @@ from ppcl import (
 from ppcl.errors import UserError
 from ppcl.metrics import TEACHER, Estimate
 
+# What workers import and takes long: here, and in the program, which each has for a main module.
+# Nothing of this package, which a fork server of Python 3.11 does not find, and says nothing of it.
+PRELOADED = [
+    "diffusers.pipelines.pipeline_utils",
+    "jsonschema",
+    "pandas",
+    "skimage.metrics._structural_similarity",
+    "sklearn.datasets",
+    "sklearn.svm",
+]
 FIRST_SEED = 1_000_000_000  # of pictures; far from record's, which count up from the config's
 Found = dict[str, dict[str, Estimate]]  # model -> metric -> estimate
 
@@ -132,6 +143,23 @@ def process_count(setting: str | int, device: torch.device) -> int:
     return torch.get_num_threads() if setting == "auto" else int(setting)
 
 
+def _fork_server() -> multiprocessing.context.BaseContext:
+    # It starts small and never computes, so its children inherit neither memory, nor threads, nor a
+    # CUDA context. It imports once what takes seconds to import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def prepare_workers() -> None:
+    """Starts what `workers` come from, which imports for seconds, while the caller goes on.
+
+    After the device is chosen: workers see the GPUs that this process sees now.
+    """
+    _fork_server()
+    forkserver.ensure_running()
+
+
 @contextmanager
 def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
     """A pool of processes that share this job's cores.
@@ -142,13 +170,9 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
     Raises:
         UserError: a process was killed, most likely for lack of memory.
     """
-    # A fork server starts small and never computes, so its children inherit neither memory, nor
-    # threads, nor a CUDA context; it imports once what takes seconds to import.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers.pipelines.pipeline_utils"])
     pool = ProcessPoolExecutor(
         count,
-        mp_context=context,
+        mp_context=_fork_server(),
         initializer=_start_worker,
         initargs=(max(1, torch.get_num_threads() // count),),
         max_tasks_per_child=1 if fresh else None,
