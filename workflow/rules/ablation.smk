@@ -7,10 +7,9 @@
 #
 # In parts: with ablation.methods only these run, and are put together; what has been run stays.
 #
-# A job uses one core. Without a GPU, `--resources gpu=<cores>` lets as many run at once; the default
-# profile starts one per GPU. A run depends on its own entry of the table alone: a new method, or
-# more seeds, redoes nothing. Checkpoints live in state/ablation-<method>-<number>, as in
-# distill.smk.
+# A job uses one core, and a GPU if there is one. A run depends on its own entry of the table alone: a
+# new method, or more seeds, redoes nothing. Checkpoints live in state/ablation-<method>-<number>, as
+# in distill.smk.
 
 if "ablation" in targets():
     for part in ("intervals", "width", "modulation"):
@@ -87,7 +86,7 @@ rule ablate:
         ENVIRONMENT
     threads: 1
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=memory(32000),
         runtime=2880,
     params:
@@ -182,7 +181,7 @@ rule calibrate:
         ENVIRONMENT
     threads: 1
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=memory(32000),
         runtime=2880,
     params:

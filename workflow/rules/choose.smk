@@ -43,7 +43,7 @@ checkpoint choose:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("choose", 32000),
         runtime=minutes("choose", 720),
         processes=config["processes"],

@@ -22,7 +22,18 @@ if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
-from ppcl import methods, preflight, prompts, schemas, teacher_identity, texts, whole
+from ppcl import (
+    cores,
+    hub,
+    methods,
+    preflight,
+    prompts,
+    schemas,
+    teacher_identity,
+    texts,
+    weights,
+    whole,
+)
 from ppcl.errors import UserError, trouble
 from ppcl.provenance import code_digest, digest, stamps
 
@@ -338,6 +349,51 @@ def memory(megabytes):
     """
     weights = sum(Path(path).stat().st_size for path in teacher_files())
     return megabytes + 2 * weights // 10**6
+
+
+def on_cpu():
+    """Whether jobs compute on the CPU: as configured, or for want of a GPU on this machine. Of a
+    cluster's nodes this machine says nothing."""
+    if config["device"] != "auto":
+        return config["device"].split(":")[0] == "cpu"
+    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # CUDA, the same in WSL, ROCm
+    gpus = sys.platform == "darwin" or any(map(os.path.exists, drivers))
+    return workflow.local_exec and not gpus
+
+
+def gpu(wildcards):
+    """For resources: a job's GPUs. None for a small teacher on a CPU, whose stages run side by side
+    while cores last; the memory for several large ones may not be there."""
+    return 0 if small() or (on_cpu() and workflow.non_local_exec) else 1
+
+
+@functools.cache
+def small():
+    """Whether the teacher runs on the CPU, and its matrices are too small for several threads."""
+    teacher = config["teacher"]
+    if hub.is_name(teacher["path"]) or not on_cpu():
+        return False
+    try:
+        name, folder = hub.component(teacher), hub.folder(teacher)
+        library, _ = hub.parts(folder)[name]
+        headers = weights.headers(folder / name, library, teacher["variant"]).values()
+    except (UserError, KeyError):  # which is told where the teacher is checked
+        return False
+    return not cores.worth_threads(
+        entry["shape"] for header in headers for entry in header.values()
+    )
+
+
+def one(wildcards):
+    """For threads, of a stage of one process: one if the teacher is small, as others can use the
+    other cores meanwhile."""
+    return 1 if small() else THREADS
+
+
+def but_one(wildcards):
+    """For threads, of a stage of several processes that runs beside one of one process."""
+    total = workflow.resource_settings.cores
+    return max(1, min(THREADS, total - 1)) if small() and total else THREADS
 
 
 def planned():

@@ -30,7 +30,7 @@ rule distill:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("distill", 32000),
         runtime=minutes("distill", 2880),
         processes=config["processes"],

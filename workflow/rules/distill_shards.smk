@@ -69,7 +69,7 @@ rule distill_shard:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("distill", 32000),
         runtime=minutes("distill", 2880),
         processes=config["processes"],

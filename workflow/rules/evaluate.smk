@@ -25,7 +25,7 @@ rule evaluate:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("evaluate", 32000),
         runtime=minutes("evaluate", 720),
     params:

@@ -23,9 +23,9 @@ rule extract:
         result("benchmarks/extract.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: one
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("extract", 16000),
         runtime=minutes("extract", 120),
     params:

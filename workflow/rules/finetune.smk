@@ -33,7 +33,7 @@ rule finetune:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("finetune", 32000),
         runtime=minutes("finetune", 2880),
         processes=config["processes"],

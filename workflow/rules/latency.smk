@@ -21,7 +21,7 @@ rule latency:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("latency", 16000),
         runtime=minutes("latency", 60),
     params:

@@ -28,7 +28,7 @@ rule narrow:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("narrow", 32000),
         runtime=minutes("narrow", 2880),
         processes=config["processes"],

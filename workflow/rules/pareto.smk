@@ -32,7 +32,7 @@ rule pareto:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("pareto", 32000),
         runtime=minutes("pareto", 240),
     params:

@@ -18,7 +18,7 @@ rule probe:
         result("benchmarks/probe.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: one
     resources:
         mem_mb=8000,
         runtime=60,

@@ -22,9 +22,9 @@ rule prune:
         result("benchmarks/prune.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: one
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=memory(16000),
         runtime=30,
     params:

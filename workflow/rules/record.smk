@@ -24,7 +24,7 @@ rule record:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("record", 16000),
         runtime=minutes("record", 120),
         processes=config["processes"],

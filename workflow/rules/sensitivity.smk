@@ -18,9 +18,9 @@ rule sensitivity:
         result("benchmarks/sensitivity.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: but_one
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("sensitivity", 16000),
         runtime=minutes("sensitivity", 2880),
         processes=config["processes"],

@@ -19,9 +19,9 @@ rule similarity:
         result("benchmarks/similarity.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: one
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("similarity", 8000, teacher=False),
         runtime=minutes("similarity", 120),
     params:

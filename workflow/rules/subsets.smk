@@ -27,7 +27,7 @@ rule subsets:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("subsets", 32000),
         runtime=minutes("subsets", 2880),
         processes=config["processes"],

@@ -28,7 +28,7 @@ rule width:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=1,
+        gpu=gpu,
         mem_mb=megabytes("width", 32000),
         runtime=minutes("width", 2880),
         processes=config["processes"],

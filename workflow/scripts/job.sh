@@ -1,5 +1,9 @@
 # What the shell of every job begins with (workflow/rules/common.smk): its own `tee` and `python`.
 
+# Threads that wait for each other sleep instead of spinning: beside another program, each of their
+# many small waits would cost a time slice.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+
 # By default glibc gives the memory of a large tensor back to the kernel as soon as it is free, and
 # takes it anew, page by page, for the next: on a CPU that costs a forward a tenth of its time and
 # more, by turns, so that even ratios of latencies are more of the heap than of the models.

@@ -21,13 +21,13 @@ import time
 import uuid
 from collections.abc import Callable
 
-from ppcl import endings, gpus, stopping, surroundings
+from ppcl import cores, endings, gpus, stopping, surroundings
 
 GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
 
 
 def count(processes: str, threads: int, device: str) -> int:
-    """Number of processes: as asked, or one per GPU, or one per thread of the job on a CPU."""
+    """Number of processes: as asked, or one per GPU, or on a CPU one per core of the job."""
     if processes != "auto":
         return int(processes)
     import torch  # takes seconds, in which SIGTERM must be handled already
@@ -36,7 +36,7 @@ def count(processes: str, threads: int, device: str) -> int:
         return torch.cuda.device_count()
     if device in ("auto", "mps") and torch.backends.mps.is_available():
         return 1
-    return threads
+    return min(threads, cores.available())
 
 
 def main() -> None:

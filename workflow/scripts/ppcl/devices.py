@@ -14,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast
 from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from ppcl import gpus, stopping, surroundings
+from ppcl import cores, gpus, stopping, surroundings
 from ppcl.errors import UserError
 
 
@@ -80,6 +80,14 @@ def finish(accelerator: Accelerator) -> None:
 def dtype(name: str) -> torch.dtype:
     """A torch number format by name, such as bfloat16."""
     return getattr(torch, name)
+
+
+def use_threads(transformer: nn.Module, device: torch.device) -> None:
+    """Has torch compute with as many threads as a model on the CPU is worth (cores.py), and no more
+    than this process has cores."""
+    if device.type == "cpu":
+        several = cores.worth_threads(weight.shape for weight in transformer.parameters())
+        torch.set_num_threads(cores.available() if several else 1)
 
 
 def synchronise(device: torch.device) -> None:

@@ -31,6 +31,7 @@ from ppcl import (
     assembly,
     blocks,
     calls,
+    cores,
     devices,
     hub,
     metrics,
@@ -136,11 +137,10 @@ def side_by_side(found: list[Model], device: torch.device) -> list[Model]:
 def process_count(setting: str | int, device: torch.device) -> int:
     """Processes that make pictures: as configured or one per core on CPU, one on a GPU.
 
-    The cores are those that torch would use, which Snakemake limits to the job's.
     """
     if device.type != "cpu":
         return 1
-    return torch.get_num_threads() if setting == "auto" else int(setting)
+    return cores.available() if setting == "auto" else int(setting)
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
@@ -174,7 +174,7 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
         count,
         mp_context=_fork_server(),
         initializer=_start_worker,
-        initargs=(max(1, torch.get_num_threads() // count),),
+        initargs=(max(1, cores.available() // count),),
         max_tasks_per_child=1 if fresh else None,
     )
     try:
@@ -192,6 +192,7 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker(threads: int) -> None:
     stopping.heed(worker=True)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # what models that are loaded here go by
     torch.set_num_threads(threads)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()

@@ -97,6 +97,7 @@ def load(
         ) from error
     transformer = denoiser(pipe, teacher)
     blocks.family(transformer)
+    devices.use_threads(transformer, device)
     teacher_identity.refuse_changed(teacher)
     prompt_tokens.as_published(pipe, folder)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
@@ -179,6 +180,7 @@ def load_transformer(
     except Exception as error:
         raise UserError(f"{key}: {where} can't be loaded: {error}") from error
     blocks.family(transformer)
+    devices.use_threads(transformer, device)
     complete.check(transformer, account, folder / name, files)
     teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()

@@ -1,0 +1,164 @@
+"""How many cores a job has, and how many threads a model is worth."""
+
+import json
+import multiprocessing
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from ppcl import cores, devices, evaluation
+
+ROOT = Path(__file__).resolve().parents[1]
+AFFINITY = 6
+
+
+@pytest.fixture
+def groups(monkeypatch, tmp_path):
+    """Control groups of this process: what /proc/self/cgroup says, and files below the root."""
+
+    def make(own: str, files: dict[str, str]) -> None:
+        (tmp_path / "own").write_text(own)
+        for name, text in files.items():
+            path = tmp_path / "groups" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+
+    monkeypatch.setattr(cores, "OWN", tmp_path / "own")
+    monkeypatch.setattr(cores, "GROUPS", tmp_path / "groups")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(AFFINITY)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    return make
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "found"),
+    [
+        ("", {}, AFFINITY),
+        ("0::/\n", {"cpu.max": "max 100000\n"}, AFFINITY),
+        # A container's own group is the root; half cores are rounded up.
+        ("0::/\n", {"cpu.max": "150000 100000\n"}, 2),
+        ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "300000 100000\n"}, 3),
+        ("0::/a/b\n", {"a/b/cpu.max": "400000 100000\n", "a/cpu.max": "300000 100000\n"}, 3),
+        # Version 1, where every controller has its own tree; cpuset is another one.
+        (
+            "5:cpuset:/j\n4:cpu,cpuacct:/j\n0::/x\n",
+            {"cpu/j/cpu.cfs_quota_us": "200000\n", "cpu/j/cpu.cfs_period_us": "100000\n"},
+            2,
+        ),
+        (
+            "4:cpu:/j\n",
+            {"cpu/j/cpu.cfs_quota_us": "-1\n", "cpu/j/cpu.cfs_period_us": "100000\n"},
+            AFFINITY,
+        ),
+        # More than there is, and nonsense.
+        ("0::/\n", {"cpu.max": "9900000 100000\n"}, AFFINITY),
+        ("0::/\n", {"cpu.max": "0 0\n"}, AFFINITY),
+        ("nonsense", {"cpu.max": "100000\n"}, AFFINITY),
+    ],
+)
+def test_no_more_cores_than_quotas_leave(groups, own, files, found):
+    groups(own, files)
+    assert cores.available() == found
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [("2", 2), ("3,1", 3), ("99", AFFINITY), ("0", AFFINITY), ("", AFFINITY), ("x", AFFINITY)],
+)
+def test_no_more_cores_than_the_job_has(groups, monkeypatch, said, found):
+    groups("", {})
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert cores.available() == found
+    assert evaluation.process_count("auto", torch.device("cpu")) == found
+
+
+def test_the_affinity_of_this_process_counts(monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert cores.available() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def shapes(width: int) -> list[tuple[int, ...]]:
+    """Weights of a stock block: attention, FFN, modulation, biases."""
+    return [*[(width, width)] * 4, (width, 4 * width), (4 * width, width), (width,), (6 * width,)]
+
+
+@pytest.mark.parametrize(
+    ("width", "worth"), [(16, False), (64, False), (128, False), (256, True), (3072, True)]
+)
+def test_small_matrices_are_worth_one_thread(width, worth):
+    assert cores.worth_threads(shapes(width) * 24) == worth
+    assert not cores.worth_threads([])
+
+
+def test_a_small_model_gets_one_thread_and_a_large_one_those_of_the_job(monkeypatch):
+    monkeypatch.setattr(cores, "available", lambda: 2)
+    before = torch.get_num_threads()
+    try:
+        for width, threads in ((64, 1), (512, 2)):
+            model = torch.nn.Linear(width, width)
+            devices.use_threads(model, torch.device("cpu"))
+            assert torch.get_num_threads() == threads
+        devices.use_threads(tiny.transformer(blocks=2), torch.device("cpu"))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+# ---- beside a busy process
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+def _cpu_seconds(command: str, folder: Path) -> float:
+    """Of the stages' programs and all that they start, run as rules do in a job of two cores."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    given = {"PATH": path, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    inherited = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}  # our own tests'
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin = f"set -euo pipefail; source {ROOT}/workflow/scripts/job.sh; "
+    subprocess.run(["bash", "-c", begin + command], check=True, env=inherited | given, cwd=folder)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_a_busy_machine_costs_no_more_processor_time(tmp_path):
+    """Of a stage of one process, and of one of two that wait for each other at every step."""
+    scripts, digits = ROOT / "workflow/scripts", ROOT / "resources/digits"
+    tiny.record(digits, tmp_path / "calls.parquet", ["the digit 7"] * 16, batch=16)
+    settings = {
+        "teacher": {"path": str(digits)},
+        "extract": {"batch_size": 4, "rows": 64},
+        "sensitivity": {"batch_size": 4, "rows": 16, "longest": 2},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    shared = "--config config.json --calls calls.parquet --state state"
+    stages = (
+        f"python {scripts}/extract.py {shared} --tokens t.parquet --moments m.safetensors "
+        "--conditioning c.safetensors; "
+        f"python {scripts}/launch.py --threads 2 {scripts}/sensitivity.py {shared} --table s.parquet"
+    )
+    alone = _cpu_seconds(stages, tmp_path)
+    spinning = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
+    spinning.start()
+    try:
+        # Tests beside this one cost it more, too, so one quiet moment of three is enough.
+        beside = [_cpu_seconds(stages, tmp_path)]
+        while beside[-1] >= 1.5 * alone and len(beside) < 3:
+            beside.append(_cpu_seconds(stages, tmp_path))
+    finally:
+        spinning.kill()
+    assert min(beside) < 1.5 * alone, (alone, beside)
