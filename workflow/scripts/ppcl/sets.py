@@ -207,8 +207,14 @@ def trials(
     offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure, flips: bool = True
 ) -> dict[str, dict[str, Choice]]:
     """What `decide` tries for each variant, by what it is in words."""
+    begun = {
+        name: _whole_stages(choice.found, _free(offer, choice.found, wanted))
+        for name, (wanted, choice) in asked.items()
+    }
+    # All at once, as processes share out what is asked for at a time.
+    measure([one for of_variant in begun.values() for one in of_variant.values()])
     return {
-        name: _trials(offer, choice, wanted.get("train", True), measure, flips)
+        name: _trials(choice, begun[name], _free(offer, choice.found, wanted), measure, flips)
         for name, (wanted, choice) in asked.items()
     }
 
@@ -246,21 +252,43 @@ def as_last_trained(
 ) -> dict[str, Decided]:
     """As `decide`, but every unit is from the last stage that it may be from, and no set is another
     variant's."""
-    decided = {}
+    found = {}
     for name, (wanted, choice) in asked.items():
         train = wanted.get("train", True)
         trained = offer.trained(choice.found)
         last = {unit: list(offer.sources(unit, train))[-1] for unit in trained}
-        found = choice.found.having(last)
-        chosen = replace(choice, found=found, error=measure([found])[0])
+        found[name] = choice.found.having(last)
+    decided = {}
+    for (name, one), error in zip(found.items(), measure(list(found.values())), strict=True):
+        chosen = replace(asked[name][1], found=one, error=error)
         decided[name] = Decided(chosen, {"each of its last training": chosen})
     return decided
 
 
+def _free(offer: Offer, found: Set, wanted: Mapping) -> dict[str, list[str]]:
+    """Units of a set that may be from several stages, and these."""
+    train = wanted.get("train", True)
+    sources = {name: list(offer.sources(name, train)) for name in offer.trained(found)}
+    return {name: several for name, several in sources.items() if len(several) > 1}
+
+
+def _whole_stages(start: Set, free: Mapping[str, list[str]]) -> dict[str, Set]:
+    """A variant's sets whose units are each at its best alone, or all of one stage."""
+    sets = {"each at its best alone": start}
+    for source in (CLOSED, START, *TRAINED):
+        if having := {name: source for name, sources in free.items() if source in sources}:
+            sets[f"all of {source}"] = start.having(having)
+    return sets
+
+
 def _trials(
-    offer: Offer, start: Choice, train: bool, measure: Measure, flips: bool
+    start: Choice,
+    sets: Mapping[str, Set],
+    free: Mapping[str, list[str]],
+    measure: Measure,
+    flips: bool,
 ) -> dict[str, Choice]:
-    """One variant's sets: other sources of the units that the search took."""
+    """One variant's sets, and then one unit after the other from its other sources."""
 
     def measured(sets: Mapping[str, Set]) -> dict[str, Choice]:
         errors = measure(list(sets.values()))
@@ -269,15 +297,6 @@ def _trials(
             for (words, found), error in zip(sets.items(), errors, strict=True)
         }
 
-    free = {
-        name: sources
-        for name in offer.trained(start.found)
-        if len(sources := list(offer.sources(name, train))) > 1
-    }
-    sets = {"each at its best alone": start.found}
-    for source in (CLOSED, START, *TRAINED):
-        if having := {name: source for name, sources in free.items() if source in sources}:
-            sets[f"all of {source}"] = start.found.having(having)
     found = measured(sets)
     for name, sources in free.items() if flips else ():
         best = min(found.values(), key=lambda choice: choice.error).found
