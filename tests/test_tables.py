@@ -209,3 +209,21 @@ def test_floats_are_written_without_a_dictionary(tmp_path):
     with_one = {name for name, chunk in chunks.items() if chunk.has_dictionary_page}
     assert with_one == {"half.list.element", "text"}
     assert chunks["value.list.element"].total_compressed_size < 1.02 * drawn.nbytes
+
+
+@pytest.mark.parametrize("names", [["block", "low"], ["low", "block"], ["low"]])
+@pytest.mark.parametrize("rows", [(0,), (0, 0), (2, 0), (0, 2)])
+def test_row_groups_without_rows(tmp_path, names, rows):
+    """Their columns of floats have no bytes in the file."""
+    path, schema = tmp_path / "t.parquet", pa.schema([SCHEMA.field(name) for name in names])
+    whole = frame()[names]
+    with tables.writer(path, schema, {"seed": "0"}) as sink:
+        for count in rows:
+            sink.write(whole[:count])
+    assert len(tables.read(path, schema)) == sum(rows)
+    assert tables.File(path).group(0).num_rows == rows[0]
+    content = path.read_bytes()
+    for changed in (content[:4] + b"x" + content[4:], content[:-12] + b"x" + content[-12:]):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="t.parquet"):
+            tables.read(path, schema)

@@ -207,16 +207,20 @@ def trials(
     offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure, flips: bool = True
 ) -> dict[str, dict[str, Choice]]:
     """What `decide` tries for each variant, by what it is in words."""
-    begun = {
-        name: _whole_stages(choice.found, _free(offer, choice.found, wanted))
-        for name, (wanted, choice) in asked.items()
-    }
+    free = {name: _free(offer, choice.found, wanted) for name, (wanted, choice) in asked.items()}
+    begun = {name: _whole_stages(asked[name][1].found, units) for name, units in free.items()}
     # All at once, as processes share out what is asked for at a time.
-    measure([one for of_variant in begun.values() for one in of_variant.values()])
-    return {
-        name: _trials(choice, begun[name], _free(offer, choice.found, wanted), measure, flips)
-        for name, (wanted, choice) in asked.items()
+    errors = iter(measure([one for found in begun.values() for one in found.values()]))
+    tried = {
+        name: {
+            words: replace(asked[name][1], found=one, error=next(errors))
+            for words, one in found.items()
+        }
+        for name, found in begun.items()
     }
+    for name, found in tried.items() if flips else ():
+        _flip(found, free[name], measure)
+    return tried
 
 
 def settle(
@@ -281,28 +285,15 @@ def _whole_stages(start: Set, free: Mapping[str, list[str]]) -> dict[str, Set]:
     return sets
 
 
-def _trials(
-    start: Choice,
-    sets: Mapping[str, Set],
-    free: Mapping[str, list[str]],
-    measure: Measure,
-    flips: bool,
-) -> dict[str, Choice]:
-    """One variant's sets, and then one unit after the other from its other sources."""
-
-    def measured(sets: Mapping[str, Set]) -> dict[str, Choice]:
-        errors = measure(list(sets.values()))
-        return {
-            words: replace(start, found=found, error=error)
-            for (words, found), error in zip(sets.items(), errors, strict=True)
-        }
-
-    found = measured(sets)
-    for name, sources in free.items() if flips else ():
-        best = min(found.values(), key=lambda choice: choice.error).found
-        others = [source for source in sources if source != best.sources[name]]
-        found |= measured({f"{name} of {one}": best.having({name: one}) for one in others})
-    return found
+def _flip(found: dict[str, Choice], free: Mapping[str, list[str]], measure: Measure) -> None:
+    """Adds sets to those that a variant has tried: the best, with one unit after the other from its
+    other sources."""
+    for name, sources in free.items():
+        best = min(found.values(), key=lambda choice: choice.error)
+        others = [source for source in sources if source != best.found.sources[name]]
+        sets = {f"{name} of {one}": best.found.having({name: one}) for one in others}
+        for (words, one), error in zip(sets.items(), measure(list(sets.values())), strict=True):
+            found[words] = replace(best, found=one, error=error)
 
 
 # ---- files

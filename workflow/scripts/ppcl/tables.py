@@ -290,9 +290,12 @@ def _chunk(metadata: pq.FileMetaData, group: int, column: int) -> tuple[int, int
 
 def _end(metadata: pq.FileMetaData) -> int:
     """Where the last column ends, behind which comes the footer."""
-    if not metadata.num_row_groups:
-        return len(_MAGIC)
-    return sum(_chunk(metadata, metadata.num_row_groups - 1, metadata.num_columns - 1))
+    # Without rows, a column that has no dictionary has no bytes either, nor a place.
+    for group in reversed(range(metadata.num_row_groups)):
+        columns = range(metadata.num_columns)
+        if end := max((sum(_chunk(metadata, group, column)) for column in columns), default=0):
+            return end
+    return len(_MAGIC)
 
 
 def _first_unusable(column: pa.ChunkedArray) -> int | None:
