@@ -1,7 +1,10 @@
 """The stage choose, and models of the sets that it writes."""
 
 import json
+import subprocess
+from types import SimpleNamespace
 
+import fresh
 import numpy as np
 import pandas as pd
 import pytest
@@ -13,6 +16,7 @@ from ppcl import (
     blocks,
     calls,
     config,
+    evaluation,
     narrow,
     pins,
     pipelines,
@@ -304,3 +308,53 @@ def test_pareto_goes_over_everything_that_is_priced(chosen, world, tiny_calls):
     assert len(table) == 3 and (table["parameter_fraction"] <= table["budget"] + 1e-6).all()
     assert table["predicted_error"].is_monotonic_decreasing
     assert any(json.loads(text)["ranks"] for text in table["units"])
+
+
+def test_processes_share_out_pareto(chosen, world, tiny_calls, tmp_path):
+    """They measure what one does; times are of one process, with the threads of all."""
+    settings, files, prices_, _ = world
+    # Several batches for each model, of which the processes take different ones.
+    settings = settings | {"evaluate": settings["evaluate"] | {"velocity_rows": 5}}
+    paths = files | prices_ | {"calls": tiny_calls, "sets": chosen["sets"]}
+    tiny.stage("pareto", settings, **paths, points=tmp_path / "one.parquet")
+    command = [fresh.python(fresh.MODELS), str(tiny.SCRIPTS / "launch.py"), "--processes", "2"]
+    command += ["--threads", "2", "--device", "cpu", str(tiny.SCRIPTS / "pareto.py")]
+    command += tiny.options(settings, paths | {"points": tmp_path / "two.parquet"})
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = (tables.read(tmp_path / f"{n}.parquet").to_pandas() for n in ("one", "two"))
+    timed = [name for name in one if name.startswith("latency")]
+    assert len(timed) == 4 and (two[["latency_seconds", "latency_ratio"]] > 0).all(axis=None)
+    pd.testing.assert_frame_equal(one.drop(columns=timed), two.drop(columns=timed), rtol=1e-5)
+
+
+def test_velocities_of_several_processes_are_those_of_one(tiny_teacher, tiny_calls, monkeypatch):
+    """Each measures its own batches alone, whose sum is the whole; one of them measures times."""
+    reader, device = calls.Reader(tiny_calls), torch.device("cpu")
+    teacher = tiny.load(tiny_teacher).transformer
+    models = {"teacher": teacher, "a": teacher, "b": teacher}
+    options = {"batch_size": 2, "velocity_rows": 5, "bootstrap": 10, "latency_repeats": 1}
+    how = (models, reader, reader.heldout_rows("report")[:1], {"evaluate": options, "seed": 0})
+    of_one, plain = evaluation.measure_transformers(*how, device), evaluation.velocity_errors
+    measured, summands = [], []
+
+    def seen(name, transformer, reader_, rows, *more):
+        measured.append((name, tuple(rows)))
+        return plain(name, transformer, reader_, rows, *more)
+
+    monkeypatch.setattr(evaluation, "velocity_errors", seen)
+    for index in (0, 1):
+        several = SimpleNamespace(
+            process_index=index, num_processes=2, is_main_process=index == 0, device=device
+        )
+        several.reduce = lambda x, reduction: summands.append(x.clone()) or x
+        # Of its own batches alone no ratio is defined where one of them is all of the others'.
+        with np.errstate(all="ignore"):
+            found = evaluation.measure_transformers(*how, device, several)
+        assert all(("latency_seconds" in of) == (index == 0) for of in found.values())
+    assert len(measured) == len(set(measured)) and len({rows for _, rows in measured}) > 1
+    several.reduce = lambda x, reduction: sum(summands)
+    assert {n: of["velocity_error"] for n, of in of_one.items()} == {
+        n: of["velocity_error"]
+        for n, of in evaluation.measure_transformers(*how, device, several).items()
+    }

@@ -6,6 +6,7 @@ import os
 import runpy
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -383,3 +384,21 @@ def test_a_killed_process_is_explained(world):
     lost = pytest.raises(errors.UserError, match="was killed, most likely for lack of memory")
     with lost, evaluation.workers(1) as pool:
         pool.submit(os._exit, 1).result()
+
+
+def test_workers_find_what_takes_long_imported():
+    """A fork server says nothing of a name that it does not find, and each worker would import."""
+    program = """
+import importlib, sys
+sys.path.insert(0, sys.argv[1])
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+before = set(sys.modules)
+import evaluate
+print(*(name for name in set(sys.modules) - before if not name.startswith("ppcl")))
+"""
+    command = [sys.executable, "-c", program, str(SCRIPT.parent), *evaluation.PRELOADED]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not any(name.startswith("ppcl") for name in evaluation.PRELOADED)
+    assert len(done.stdout.split()) < 60, done.stdout

@@ -187,3 +187,43 @@ def test_code_digest_follows_imports_and_started_programs(tmp_path):
         changed = provenance.code_digest(tmp_path / "stage.py") != before
         assert changed == (name != "ppcl/unused.py"), name
         (tmp_path / name).write_text(source)
+
+
+def test_floats_are_written_without_a_dictionary(tmp_path):
+    """Of numbers that never come again it would be as large as the table, and slow."""
+    generator, path = np.random.default_rng(0), tmp_path / "t.parquet"
+    drawn = generator.standard_normal((64, 16, 16)).astype(np.float32)
+    columns = {
+        "value": pa.FixedShapeTensorArray.from_numpy_ndarray(drawn),
+        "x/a.0": pa.FixedShapeTensorArray.from_numpy_ndarray(drawn.astype(np.float64)),
+        "half": pa.FixedShapeTensorArray.from_numpy_ndarray(drawn.astype(np.float16).view("i2")),
+        "text": pa.array(["the same"] * 64),
+        "low": pa.array(generator.standard_normal(64)),
+    }
+    table = pa.table(columns)
+    tables.write(path, table, table.schema, {})
+    assert tables.read(path).equals(table)
+    group = pq.ParquetFile(path).metadata.row_group(0)
+    chunks = {group.column(i).path_in_schema: group.column(i) for i in range(group.num_columns)}
+    assert len(chunks) == len(columns)
+    with_one = {name for name, chunk in chunks.items() if chunk.has_dictionary_page}
+    assert with_one == {"half.list.element", "text"}
+    assert chunks["value.list.element"].total_compressed_size < 1.02 * drawn.nbytes
+
+
+@pytest.mark.parametrize("names", [["block", "low"], ["low", "block"], ["low"]])
+@pytest.mark.parametrize("rows", [(0,), (0, 0), (2, 0), (0, 2)])
+def test_row_groups_without_rows(tmp_path, names, rows):
+    """Their columns of floats have no bytes in the file."""
+    path, schema = tmp_path / "t.parquet", pa.schema([SCHEMA.field(name) for name in names])
+    whole = frame()[names]
+    with tables.writer(path, schema, {"seed": "0"}) as sink:
+        for count in rows:
+            sink.write(whole[:count])
+    assert len(tables.read(path, schema)) == sum(rows)
+    assert tables.File(path).group(0).num_rows == rows[0]
+    content = path.read_bytes()
+    for changed in (content[:4] + b"x" + content[4:], content[:-12] + b"x" + content[-12:]):
+        path.write_bytes(changed)
+        with pytest.raises(UserError, match="t.parquet"):
+            tables.read(path, schema)

@@ -7,6 +7,7 @@
 rule pareto:
     input:
         script=program("pareto.py"),
+        launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         sets=result("variants/sets.json"),
@@ -35,6 +36,8 @@ rule pareto:
         gpu=gpu,
         mem_mb=megabytes("pareto", 32000),
         runtime=minutes("pareto", 240),
+        processes=config["processes"],
+        device=config["device"],
     params:
         config=lambda wildcards: settings.subset(
             {**config, "variants": settings.budgets(config["variants"])},
@@ -56,5 +59,6 @@ rule pareto:
     message:
         "Measuring the budgets between"
     shell:
-        "python {input.script} --config {params.config:q} "
+        "python {input.launcher} --processes {resources.processes} --threads {threads} "
+        "--device {resources.device} {input.script} --config {params.config:q} "
         "--calls {input.calls} --sets {input.sets} {params.files} --points {output.points} 2>&1 | tee {log}"

@@ -109,9 +109,14 @@ def read_pictures(judge: digits.Judge | None, part: Path) -> list[str]:
 
 
 def make_pictures(
-    models: list[Model], samples: list[dict], settings: dict, device: torch.device, state: Path
-) -> tuple[dict[str, list[Path]], dict[Path, list[str]], digits.Judge | None]:
-    """Every model's pictures: (model -> parts, in one order; part -> readings; the judge)."""
+    models: list[Model],
+    samples: list[dict],
+    settings: dict,
+    device: torch.device,
+    state: Path,
+    judge: digits.Judge | None,
+) -> tuple[dict[str, list[Path]], dict[Path, list[str]]]:
+    """Every model's pictures: (model -> parts, in one order; part -> readings)."""
     options = settings["evaluate"]
     parts: dict[str, list[Path]] = {}
     readings: dict[Path, list[str]] = {}
@@ -133,12 +138,11 @@ def make_pictures(
                     evaluation.generate, model, device, settings["pipeline"], batch, part
                 )
                 tasks[task] = part
-        judge = digits.Judge() if options["judge"] == "digits" else None
         bar = tqdm(as_completed(tasks), total=len(tasks), desc="generating", unit="batch")
         for task in bar:
             task.result()
             readings[tasks[task]] = read_pictures(judge, tasks[task])
-    return parts, readings, judge
+    return parts, readings
 
 
 def compare_pictures(
@@ -221,9 +225,11 @@ def main() -> None:
     models = evaluation.models(teacher, args.models)
     digests = [model.digest() for model in models]
     device = devices.choose(settings["device"])
+    evaluation.prepare_workers()
     samples = choose_samples(rows, options["samples"], reader)
     timed = reader.draw(reader.heldout_rows("report"), options["batch_size"], (seed,))
 
+    judge = digits.Judge() if options["judge"] == "digits" else None
     processes = evaluation.process_count(settings["processes"], device)
     memory = measure_memory(models, device, args.calls, timed, processes)
     identity = provenance.digest(
@@ -236,7 +242,7 @@ def main() -> None:
         ]
     )
     state = args.state / identity[:16]
-    parts, readings, judge = make_pictures(models, samples, settings, device, state)
+    parts, readings = make_pictures(models, samples, settings, device, state, judge)
     together = evaluation.side_by_side(models, device)
     transformers = {model.name: model.transformer(device) for model in together}
     measured = evaluation.measure_transformers(transformers, reader, timed, settings, device)

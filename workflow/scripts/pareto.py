@@ -1,22 +1,25 @@
 """Sizes between: quality, size and speed of what each budget would get, without further training.
 
-    python workflow/scripts/pareto.py --config config/digits.yaml \
-        --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
-        --width results/digits/width/measured.parquet --maps results/digits/width/maps.safetensors \
-        --conditioning results/digits/activations/conditioning.safetensors \
-        --plan results/digits/prune/plan.json --start results/digits/prune/students.safetensors \
-        --distill results/digits/distill/students.safetensors \
-        --distill-errors results/digits/distill/errors.parquet \
-        --subsets results/digits/subsets/students.safetensors \
-        --subsets-errors results/digits/subsets/errors.parquet \
-        --points results/digits/pareto/points.parquet
+One process:        python workflow/scripts/pareto.py --config config/digits.yaml ...
+Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
+    workflow/scripts/pareto.py --config config/digits.yaml \
+    --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
+    --width results/digits/width/measured.parquet --maps results/digits/width/maps.safetensors \
+    --conditioning results/digits/activations/conditioning.safetensors \
+    --plan results/digits/prune/plan.json --start results/digits/prune/students.safetensors \
+    --distill results/digits/distill/students.safetensors \
+    --distill-errors results/digits/distill/errors.parquet \
+    --subsets results/digits/subsets/students.safetensors \
+    --subsets-errors results/digits/subsets/errors.parquet \
+    --points results/digits/pareto/points.parquet
 
 For `pareto.budgets` sizes, evenly spaced from the smallest variant's to the teacher's, the cheapest
 set of all closed forms and trained units, pins aside, goes into the teacher, its units from the
 stage that serves it best on calls to choose by. Velocity errors are of held-out calls that chose
-nothing; times are measured in rounds, all models in turn. Reads of the config: seed, device,
-teacher, pareto, choose, variants, what is forbidden (intervals, width, modulation), and of evaluate
-velocity_rows, batch_size, bootstrap and latency_repeats.
+nothing, and shared out over the processes; times are measured in rounds, all models in turn, in one
+process while the others wait. Reads of the config: seed, device, teacher, pareto, choose, variants,
+what is forbidden (intervals, width, modulation), and of evaluate velocity_rows, batch_size,
+bootstrap and latency_repeats.
 """
 
 import argparse
@@ -98,22 +101,32 @@ def main() -> None:
         transformers[name], _ = workshop.model(choice.found, kept)
 
     timed = reader.draw(reader.heldout_rows("report"), settings["evaluate"]["batch_size"], (seed,))
-    found = evaluation.measure_transformers(transformers, reader, timed, settings, device)
-    rows = []
-    for budget, (name, choice) in zip(budgets, chosen.items(), strict=True):
-        row = {"budget": float(budget), "units": json.dumps(sets.entry(choice.found))}
-        row["predicted_error"] = choice.cost
-        for metric in ("parameters", "parameter_fraction", "latency_seconds"):
-            row[metric] = found[name][metric].value
-        rest = found[name].get("parameter_fraction_without_modulation", metrics.Estimate(np.nan))
-        row["parameter_fraction_without_modulation"] = rest.value
-        for metric in ("velocity_error", "latency_ratio"):
-            value = found[name][metric]
-            row |= {metric: value.value, f"{metric}_low": value.low, f"{metric}_high": value.high}
-        rows.append(row)
-    stamp = provenance.stamp(settings, budgets=len(rows))
+    found = evaluation.measure_transformers(
+        transformers, reader, timed, settings, device, accelerator
+    )
     stopping.ignore()
-    tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
+    if accelerator.is_main_process:
+        rows = []
+        for budget, (name, choice) in zip(budgets, chosen.items(), strict=True):
+            row = {"budget": float(budget), "units": json.dumps(sets.entry(choice.found))}
+            row["predicted_error"] = choice.cost
+            for metric in ("parameters", "parameter_fraction", "latency_seconds"):
+                row[metric] = found[name][metric].value
+            rest = found[name].get(
+                "parameter_fraction_without_modulation", metrics.Estimate(np.nan)
+            )
+            row["parameter_fraction_without_modulation"] = rest.value
+            for metric in ("velocity_error", "latency_ratio"):
+                value = found[name][metric]
+                row |= {
+                    metric: value.value,
+                    f"{metric}_low": value.low,
+                    f"{metric}_high": value.high,
+                }
+            rows.append(row)
+        stamp = provenance.stamp(settings, budgets=len(rows))
+        tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
+    devices.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,21 @@ def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
 
 
+def share(sizes: list[int], processes: int) -> list[int]:
+    """The process of each batch: prompts of unlike length make batches of very unlike size.
+
+    The largest first, each to the process that has least so far.
+
+    Args:
+        sizes: samples of each batch.
+    """
+    whose, load = [0] * len(sizes), [0] * processes
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        whose[number] = load.index(min(load))
+        load[whose[number]] += sizes[number]
+    return whose
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -84,8 +99,11 @@ def main() -> None:
     identity = provenance.digest([settings, rows, pictures, noted, code])
     folder = args.state / identity[:16]
     parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
-    mine = list(zip(parts, batches, strict=True))[
-        accelerator.process_index :: accelerator.num_processes
+    whose = share(list(map(len, batches)), accelerator.num_processes)
+    mine = [
+        (part, batch)
+        for part, batch, process in zip(parts, batches, whose, strict=True)
+        if process == accelerator.process_index
     ]
     quiet = not accelerator.is_main_process
     for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
@@ -97,7 +115,7 @@ def main() -> None:
                 settings["pipeline"],
                 options["renoised_per_sample"],
                 seed,
-                replayed=part == mine[0][0],
+                replayed=part == parts[0],
             )
             # Not around the calls too: those of a large teacher take longer than schedulers wait.
             with stopping.part():

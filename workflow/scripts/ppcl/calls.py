@@ -463,7 +463,9 @@ class Reader:
             else:
                 found[name] = torch.stack(values, int(dim or 0))
         output = found.pop(OUTPUT)
-        encoded = [json.loads(self.index["arguments"][row]) for row in rows]
+        texts = [self.index["arguments"][row] for row in rows]
+        once = {text: json.loads(text) for text in set(texts)}
+        encoded = [once[text] for text in texts]
         arguments: dict[str, Any] = {}
         for name, value in encoded[0].items():
             if "all" in value:
@@ -504,7 +506,7 @@ class Reader:
 
     def _find_buckets(self) -> list[np.ndarray]:
         numbers: dict[tuple, int] = {}
-        checked = set()
+        alike: dict[tuple, str] = {}  # by columns and text, of which most rows have the same
         self._bucket_of = np.empty(len(self), dtype=np.int64)
         for group in range(len(self._file)):
             columns = tuple(self._present(group))
@@ -514,12 +516,12 @@ class Reader:
                 raise ValueError(f"row group {group} has no output")
             for row in range(self._first[group], self._first[group + 1]):
                 text = self.index["arguments"][row]
-                other = json.loads(text)
-                if (columns, text) not in checked:
+                if (columns, text) not in alike:
+                    other = json.loads(text)
                     _check_arguments(other, held)
-                    checked.add((columns, text))
-                alike = {k: v if "all" in v else "each" for k, v in other.items()}
-                key = (columns, shared, json.dumps(alike, sort_keys=True))
+                    kept = {k: v if "all" in v else "each" for k, v in other.items()}
+                    alike[columns, text] = json.dumps(kept, sort_keys=True)
+                key = (columns, shared, alike[columns, text])
                 self._bucket_of[row] = numbers.setdefault(key, len(numbers))
         return [np.flatnonzero(self._bucket_of == number) for number in range(len(numbers))]
 

@@ -14,11 +14,13 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from PIL import Image
@@ -46,6 +48,16 @@ from ppcl import (
 from ppcl.errors import UserError
 from ppcl.metrics import TEACHER, Estimate
 
+# What workers import and takes long: here, and in the program, which each has for a main module.
+# Nothing of this package, which a fork server of Python 3.11 does not find, and says nothing of it.
+PRELOADED = [
+    "diffusers.pipelines.pipeline_utils",
+    "jsonschema",
+    "pandas",
+    "skimage.metrics._structural_similarity",
+    "sklearn.datasets",
+    "sklearn.svm",
+]
 FIRST_SEED = 1_000_000_000  # of pictures; far from record's, which count up from the config's
 Found = dict[str, dict[str, Estimate]]  # model -> metric -> estimate
 
@@ -124,12 +136,27 @@ def side_by_side(found: list[Model], device: torch.device) -> list[Model]:
 
 
 def process_count(setting: str | int, device: torch.device) -> int:
-    """Processes that make pictures: as configured or one per core on CPU, one on a GPU.
-
-    """
+    """Processes that make pictures: as configured or one per core on CPU, one on a GPU."""
     if device.type != "cpu":
         return 1
     return cores.available() if setting == "auto" else int(setting)
+
+
+def _fork_server() -> multiprocessing.context.BaseContext:
+    # It starts small and never computes, so its children inherit neither memory, nor threads, nor a
+    # CUDA context. It imports once what takes seconds to import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def prepare_workers() -> None:
+    """Starts what `workers` come from, which imports for seconds, while the caller goes on.
+
+    After the device is chosen: workers see the GPUs that this process sees now.
+    """
+    _fork_server()
+    forkserver.ensure_running()
 
 
 @contextmanager
@@ -142,13 +169,9 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
     Raises:
         UserError: a process was killed, most likely for lack of memory.
     """
-    # A fork server starts small and never computes, so its children inherit neither memory, nor
-    # threads, nor a CUDA context; it imports once what takes seconds to import.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["diffusers.pipelines.pipeline_utils"])
     pool = ProcessPoolExecutor(
         count,
-        mp_context=context,
+        mp_context=_fork_server(),
         initializer=_start_worker,
         initargs=(max(1, cores.available() // count),),
         max_tasks_per_child=1 if fresh else None,
@@ -310,12 +333,16 @@ def measure_transformers(
     timed: np.ndarray,
     settings: dict,
     device: torch.device,
+    accelerator: Accelerator | None = None,
 ) -> Found:
-    """Size, velocity error and latency of every transformer, all in this process.
+    """Size, velocity error and latency of every transformer.
 
     Args:
         transformers: by name; one is the teacher.
         timed: rows of the batch whose time is measured.
+        accelerator: of several processes, all of which call this. They share out the velocities;
+            the main process measures times, while the others have nothing to do, and they have
+            no latencies in the end. None: this process does all.
     """
     options, seed = settings["evaluate"], settings["seed"]
     resamples = options["bootstrap"]
@@ -324,12 +351,8 @@ def measure_transformers(
         found[name] = sizes(transformer, transformers[TEACHER])
 
     rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed, "velocity_rows"))
-    compared = {}
     others = {name: module for name, module in transformers.items() if name != TEACHER}
-    for name, transformer in tqdm(others.items(), desc="comparing velocities", unit="model"):
-        compared[name] = velocity_errors(
-            name, transformer, reader, rows, options["batch_size"], device
-        )
+    compared = _compared(others, reader, rows, options["batch_size"], device, accelerator)
     # The teacher's answers are the recorded ones, so its error is zero by definition.
     one = next(iter(compared.values()))
     compared[TEACHER] = one | {"error": np.zeros(len(rows))}
@@ -340,9 +363,69 @@ def measure_transformers(
             picked = [columns[key][mask] for key in ("error", "norm", "prompt_index")]
             found[name][f"velocity_error{suffix}"] = metrics.ratio(*picked, resamples, seed)
 
-    for name, times in latencies(transformers, reader, timed, settings, device).items():
-        found[name] |= times
+    if accelerator is None or accelerator.is_main_process:
+        processes = accelerator.num_processes if accelerator else 1
+        with _all_cores(transformers[TEACHER], device, processes):
+            for name, times in latencies(transformers, reader, timed, settings, device).items():
+                found[name] |= times
     return found
+
+
+def _compared(
+    transformers: Mapping[str, nn.Module],
+    reader: calls.Reader,
+    rows: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+    accelerator: Accelerator | None,
+) -> dict[str, dict[str, np.ndarray]]:
+    """`velocity_errors` of every transformer; of several processes, each takes some batches, and
+    all have all of them in the end."""
+    named = tqdm(
+        transformers.items(),
+        desc="comparing velocities",
+        unit="model",
+        disable=accelerator is not None and not accelerator.is_main_process,
+    )
+    if accelerator is None or accelerator.num_processes == 1:
+        return {
+            name: velocity_errors(name, transformer, reader, rows, batch_size, device)
+            for name, transformer in named
+        }
+    rank, count = accelerator.process_index, accelerator.num_processes
+    batches = reader.in_batches(rows, batch_size)
+    ends = np.cumsum([len(batch) for batch in batches])
+    # A batch of each model is one process's, and its place in the sum is zero for the others.
+    measured = torch.zeros(len(transformers), 2, len(rows), dtype=torch.float64)
+    for model, (name, transformer) in enumerate(named):
+        # With as many batches as processes or fewer, it should not always be the same ones.
+        for number in range((rank + model) % count, len(batches), count):
+            batch, end = batches[number], ends[number]
+            one = velocity_errors(name, transformer, reader, batch, len(batch), device)
+            place = measured[model, :, end - len(batch) : end]
+            place.copy_(torch.from_numpy(np.stack([one["error"], one["norm"]])))
+    whole = accelerator.reduce(measured.to(accelerator.device), reduction="sum").cpu().numpy()
+    order = np.concatenate(batches)
+    about = {name: reader.index[name][order] for name in ("prompt_index", "sigma")}
+    return {
+        name: {"error": error, "norm": norm} | about
+        for name, (error, norm) in zip(transformers, whole, strict=True)
+    }
+
+
+@contextmanager
+def _all_cores(transformer: nn.Module, device: torch.device, processes: int) -> Iterator[None]:
+    """Within, a model computes as if this process were the job's only one: the others wait."""
+    if processes == 1 or device.type != "cpu":
+        yield
+        return
+    before = torch.get_num_threads()
+    if cores.worth_threads(weight.shape for weight in transformer.parameters()):
+        torch.set_num_threads(processes * cores.available())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def latencies(

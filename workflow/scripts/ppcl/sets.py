@@ -207,10 +207,20 @@ def trials(
     offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure, flips: bool = True
 ) -> dict[str, dict[str, Choice]]:
     """What `decide` tries for each variant, by what it is in words."""
-    return {
-        name: _trials(offer, choice, wanted.get("train", True), measure, flips)
-        for name, (wanted, choice) in asked.items()
+    free = {name: _free(offer, choice.found, wanted) for name, (wanted, choice) in asked.items()}
+    begun = {name: _whole_stages(asked[name][1].found, units) for name, units in free.items()}
+    # All at once, as processes share out what is asked for at a time.
+    errors = iter(measure([one for found in begun.values() for one in found.values()]))
+    tried = {
+        name: {
+            words: replace(asked[name][1], found=one, error=next(errors))
+            for words, one in found.items()
+        }
+        for name, found in begun.items()
     }
+    for name, found in tried.items() if flips else ():
+        _flip(found, free[name], measure)
+    return tried
 
 
 def settle(
@@ -246,44 +256,44 @@ def as_last_trained(
 ) -> dict[str, Decided]:
     """As `decide`, but every unit is from the last stage that it may be from, and no set is another
     variant's."""
-    decided = {}
+    found = {}
     for name, (wanted, choice) in asked.items():
         train = wanted.get("train", True)
         trained = offer.trained(choice.found)
         last = {unit: list(offer.sources(unit, train))[-1] for unit in trained}
-        found = choice.found.having(last)
-        chosen = replace(choice, found=found, error=measure([found])[0])
+        found[name] = choice.found.having(last)
+    decided = {}
+    for (name, one), error in zip(found.items(), measure(list(found.values())), strict=True):
+        chosen = replace(asked[name][1], found=one, error=error)
         decided[name] = Decided(chosen, {"each of its last training": chosen})
     return decided
 
 
-def _trials(
-    offer: Offer, start: Choice, train: bool, measure: Measure, flips: bool
-) -> dict[str, Choice]:
-    """One variant's sets: other sources of the units that the search took."""
+def _free(offer: Offer, found: Set, wanted: Mapping) -> dict[str, list[str]]:
+    """Units of a set that may be from several stages, and these."""
+    train = wanted.get("train", True)
+    sources = {name: list(offer.sources(name, train)) for name in offer.trained(found)}
+    return {name: several for name, several in sources.items() if len(several) > 1}
 
-    def measured(sets: Mapping[str, Set]) -> dict[str, Choice]:
-        errors = measure(list(sets.values()))
-        return {
-            words: replace(start, found=found, error=error)
-            for (words, found), error in zip(sets.items(), errors, strict=True)
-        }
 
-    free = {
-        name: sources
-        for name in offer.trained(start.found)
-        if len(sources := list(offer.sources(name, train))) > 1
-    }
-    sets = {"each at its best alone": start.found}
+def _whole_stages(start: Set, free: Mapping[str, list[str]]) -> dict[str, Set]:
+    """A variant's sets whose units are each at its best alone, or all of one stage."""
+    sets = {"each at its best alone": start}
     for source in (CLOSED, START, *TRAINED):
         if having := {name: source for name, sources in free.items() if source in sources}:
-            sets[f"all of {source}"] = start.found.having(having)
-    found = measured(sets)
-    for name, sources in free.items() if flips else ():
-        best = min(found.values(), key=lambda choice: choice.error).found
-        others = [source for source in sources if source != best.sources[name]]
-        found |= measured({f"{name} of {one}": best.having({name: one}) for one in others})
-    return found
+            sets[f"all of {source}"] = start.having(having)
+    return sets
+
+
+def _flip(found: dict[str, Choice], free: Mapping[str, list[str]], measure: Measure) -> None:
+    """Adds sets to those that a variant has tried: the best, with one unit after the other from its
+    other sources."""
+    for name, sources in free.items():
+        best = min(found.values(), key=lambda choice: choice.error)
+        others = [source for source in sources if source != best.found.sources[name]]
+        sets = {f"{name} of {one}": best.found.having({name: one}) for one in others}
+        for (words, one), error in zip(sets.items(), measure(list(sets.values())), strict=True):
+            found[words] = replace(best, found=one, error=error)
 
 
 # ---- files
