@@ -138,6 +138,7 @@ def _cpu_seconds(command: str, folder: Path) -> float:
 def test_a_busy_machine_costs_no_more_processor_time(tmp_path):
     """Of a stage of one process, and of one of two that wait for each other at every step."""
     scripts, digits = ROOT / "workflow/scripts", ROOT / "resources/digits"
+    launched = f"python {scripts}/launch.py --threads 2 {scripts}/sensitivity.py"
     tiny.record(digits, tmp_path / "calls.parquet", ["the digit 7"] * 16, batch=16)
     settings = {
         "teacher": {"path": str(digits)},
@@ -149,7 +150,7 @@ def test_a_busy_machine_costs_no_more_processor_time(tmp_path):
     stages = (
         f"python {scripts}/extract.py {shared} --tokens t.parquet --moments m.safetensors "
         "--conditioning c.safetensors; "
-        f"python {scripts}/launch.py --threads 2 {scripts}/sensitivity.py {shared} --table s.parquet"
+        f"{launched} {shared} --table s.parquet"
     )
     alone = _cpu_seconds(stages, tmp_path)
     spinning = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
