@@ -298,7 +298,11 @@ def cost_table(
     for student in students.values():
         student.eval()
     plugged_in = {
-        unit.name: (unit.first, lambda u=unit: {part: students[part] for part in u.parts})
+        unit.name: (
+            unit.first,
+            unit.last,
+            lambda u=unit: {part: students[part] for part in u.parts},
+        )
         for unit in units
     }
     costs = prices.measure(
