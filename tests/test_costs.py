@@ -97,7 +97,35 @@ def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkey
     monkeypatch.setattr(prices, "KEPT_BYTES", 0)
     judged = prices.Judged(teacher, reader, rows, 3, CPU)
     assert [judged.error(m, first) for first, m in models] == pytest.approx(whole, rel=1e-5)
-    assert judged._streams[0] and not judged._streams[1]
+    assert judged._streams[6][0] and not judged._streams[6][1]
+
+
+def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader, monkeypatch):
+    """In small batches, which behind the changes are joined; and again where nothing is kept."""
+    rows = reader.rows(heldout=True)
+    # Also at the very end, where nothing of the teacher but its head follows.
+    parts = [Part(0, 2), Part(1, 2), Part(2, 2), Part(4, 5), Part(5, 5)]
+    taught = students.start(teacher, parts, "first")
+    for student in taught.values():
+        with torch.no_grad():
+            student.attn.to_out[0].weight.mul_(1.1)
+    alone = [prices.error(teacher, {part: taught[part]}, reader, rows, 1, CPU) for part in parts]
+    assert len(set(alone)) == 5 and min(alone) > 1e-5
+    sets = {p.name: (p.first, p.last, partial(lambda p: {p: taught[p]}, p)) for p in parts}
+    changes = prices.of_students(teacher, sets)
+    judged = prices.Judged(teacher, reader, rows, 2 * len(rows), CPU)
+    assert judged.together == 2 * len(judged._calls[0].in_batches(rows, 2 * len(rows))) > 1
+    sizes, go_on = [], prices.Judged._go_on
+    monkeypatch.setattr(prices.Judged, "_go_on", lambda *a: sizes.append(len(a[3])) or go_on(*a))
+    assert prices.measure(judged, changes, tiny.Process(0, 1, None)) == pytest.approx(
+        alone, rel=1e-4
+    )
+    assert max(sizes) > 1 and set(sizes) <= set(range(1, 1 + judged.together))
+    monkeypatch.setattr(prices, "KEPT_BYTES", -1)
+    judged = prices.Judged(teacher, reader, rows, 2 * len(rows), CPU)
+    assert prices.measure(judged, changes, tiny.Process(0, 1, None)) == pytest.approx(
+        alone, rel=1e-4
+    )
 
 
 @torch.no_grad()
@@ -130,7 +158,7 @@ def errors_of(process, teacher, taught, reader, asked=None):
         return {part: taught[part]}
 
     rows = reader.rows(heldout=True)
-    students_of = {p.name: (p.first, partial(student_of, p)) for p in EVERY}
+    students_of = {p.name: (p.first, p.last, partial(student_of, p)) for p in EVERY}
     changes = prices.of_students(teacher, students_of)
     judged = prices.Judged(teacher, reader, rows, 4, CPU)
     return prices.measure(judged, changes, process)

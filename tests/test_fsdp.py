@@ -135,8 +135,8 @@ count = blocks.parameter_count(model)
 fsdp.shard(model, list(model.transformer_blocks), accelerator, cpu_offload=False)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 model(**tiny.arguments())[0].square().mean().backward()
-norm = fsdp.clip(model, 1e-3, accelerator)
-after = fsdp.clip(model, 1.0, accelerator)
+norm = fsdp.clip(model.parameters(), 1e-3, accelerator)
+after = fsdp.clip(model.parameters(), 1.0, accelerator)
 assert norm > 1e-3 and abs(after - 1e-3) < 1e-6
 optimizer.step()
 tensors = dict(model.named_parameters()) | {{"odd": model.proj_out.weight.grad}}

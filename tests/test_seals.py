@@ -218,6 +218,7 @@ def test_a_stage_whose_outputs_are_lost_ends_at_once_with_the_same(
     for work in (
         "training._one_step",
         "prices.Judged.error",
+        "prices.Judged.errors",
         "width._fit",
         "recording.record_batch",
         "activations.pick_tokens",

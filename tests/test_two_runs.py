@@ -23,7 +23,7 @@ from ppcl.errors import UserError
 accelerator = devices.accelerator("cpu")
 rank, here = accelerator.process_index, Path(sys.argv[1])
 
-judged = SimpleNamespace(error=lambda *_: 2.0)
+judged = SimpleNamespace(error=lambda *_: 2.0, together=1)
 # Finished errors: seen by the main process alone, by the other one alone, and other ones by both.
 asked = []
 for seen in ([["a"], []], [[], ["a", "b"]], [["a", "b"], ["c"]]):

@@ -193,25 +193,32 @@ def test_maps_in_the_file_are_those_that_were_priced(tiny_teacher, tiny_calls, t
 
 
 def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path, monkeypatch):
-    whole = measure(tiny_teacher, tiny_calls, tmp_path, "whole")
-    shutil.rmtree(tmp_path / "state")
-    asked, error, fitted = [], prices.Judged.error, []
-    fit = width._fit
-    monkeypatch.setattr(width, "_fit", lambda *a: fitted.append(1) or fit(*a))
+    pieces, fitted = [], []  # of work: changes alone, and those that are measured together
+    stops = [None, 5, None]
+    fit, own = width._fit, {name: getattr(prices.Judged, name) for name in ("error", "errors")}
 
-    def stopping(judged, model, first):
-        asked.append(first)
-        if len(asked) == 5:
+    def stopping(name, *given):
+        pieces.append(name)
+        if len(pieces) == stops[0]:
             raise KeyboardInterrupt
-        return error(judged, model, first)
+        return own[name](*given)
 
-    monkeypatch.setattr(prices.Judged, "error", stopping)
+    for name in own:
+        monkeypatch.setattr(prices.Judged, name, lambda *given, name=name: stopping(name, *given))
+    whole = measure(tiny_teacher, tiny_calls, tmp_path, "whole")
+    assert set(pieces) == set(own) and len(pieces) < len(whole)
+    shutil.rmtree(tmp_path / "state")
+    once = len(pieces)
+    pieces.clear()
+    stops.pop(0)
+    monkeypatch.setattr(width, "_fit", lambda *a: fitted.append(1) or fit(*a))
     with pytest.raises(KeyboardInterrupt):
         measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
     assert not (tmp_path / "stopped.parquet").exists()
+    stops.pop(0)
     found = measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
     pd.testing.assert_frame_equal(found, whole, check_exact=True)
-    assert len(asked) == len(whole) + 1
+    assert len(pieces) == once + 1  # only the piece that was stopped is measured twice
     assert len(fitted) == 1  # and nothing is fitted twice
     assert equal(tmp_path / "stopped.safetensors", tmp_path / "whole.safetensors")
 

@@ -68,7 +68,7 @@ def main() -> None:
         # One at a time: at full size, a student of every run would not fit in memory.
         return solved.start(transformer, [part], start, reader, fits, seed, accelerator.device)
 
-    plugged_in = {part.name: (part.first, partial(untrained, part)) for part in measured}
+    plugged_in = {part.name: (part.first, part.last, partial(untrained, part)) for part in measured}
     found = prices.measure(
         prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device),
         prices.of_students(transformer, plugged_in),

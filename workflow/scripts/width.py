@@ -174,7 +174,7 @@ def main() -> None:
     changes = prices.of_students(
         transformer,
         {
-            name: (unit.first, partial(made_narrow, transformer, unit, maps, device))
+            name: (unit.first, unit.last, partial(made_narrow, transformer, unit, maps, device))
             for name, unit in units.items()
         },
     )

@@ -213,7 +213,7 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
     for student in taught.values():
         student.eval()
     sets = {
-        unit.name: (unit.first, lambda u=unit: {part: taught[part] for part in u.parts})
+        unit.name: (unit.first, unit.last, lambda u=unit: {part: taught[part] for part in u.parts})
         for unit in units
     }
     changes = prices.of_students(material.transformer, sets)

@@ -192,9 +192,10 @@ def output_distillation(
         batch = batch_of(step)
         if in_float32:
             batch = batch.to_float32()
+        # Before the model runs: here processes have just met, behind it they would wait again.
+        power = accelerator.reduce(batch.output.float().square().sum(), reduction="mean")
         with accelerator.autocast():
             output = blocks.answer(model_at(step), batch.arguments)
-        power = accelerator.reduce(batch.output.float().square().sum(), reduction="mean")
         error = losses.velocity_error(output, batch.output, power)
         yield name, error, {"velocity_error": error}
 
@@ -298,7 +299,11 @@ def cost_table(
     for student in students.values():
         student.eval()
     plugged_in = {
-        unit.name: (unit.first, lambda u=unit: {part: students[part] for part in u.parts})
+        unit.name: (
+            unit.first,
+            unit.last,
+            lambda u=unit: {part: students[part] for part in u.parts},
+        )
         for unit in units
     }
     costs = prices.measure(

@@ -137,11 +137,12 @@ def like(value: Tensor, other: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def clip(module: nn.Module, largest: float, accelerator: Accelerator) -> Tensor:
+def clip(parameters: Iterable[nn.Parameter], largest: float, accelerator: Accelerator) -> Tensor:
     """Scales gradients down to a norm of `largest`, in place; returns the norm that they had."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    parameters = list(parameters)
+    grads = [p.grad for p in parameters if p.grad is not None]
     if not any(map(is_shared, grads)):
-        return nn.utils.clip_grad_norm_(module.parameters(), largest)
+        return nn.utils.clip_grad_norm_(parameters, largest)
     # On the device, wherever the shares are: processes need no way to talk between CPUs.
     shares = [grad.to_local() for grad in grads]
     squares = sum(share.square().sum() for share in shares).to(accelerator.device)

@@ -92,7 +92,9 @@ class Offers:
         """All of them, named as `name` does."""
         return {
             name(matrix, rank): Change(
-                matrix.block, lambda matrix=matrix, rank=rank: self.model(matrix, rank)
+                matrix.block,
+                lambda matrix=matrix, rank=rank: self.model(matrix, rank),
+                matrix.block if matrix.block < len(self._sequence) else None,
             )
             for matrix, ranks in self.ranks.items()
             for rank in ranks

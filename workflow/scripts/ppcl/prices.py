@@ -1,13 +1,17 @@
 """What a change of the teacher costs: the velocity error with it alone, on recorded calls.
 
 The teacher's streams are known up to the block where a change begins, so a changed model runs from
-there on, and the last AdaLN's costs next to nothing. All of it is in float32, whatever the
-teacher's dtype: in bfloat16 the rounding of two models differs by about 2e-5, which is more than
-most changes cost, and such floors would add up in a search.
+there on, and the last AdaLN's costs next to nothing. Behind a change's last block the model is the
+teacher again: recorded calls come in many shapes, with few calls of each among those judged, and a
+small batch takes about as long as a large one; so changes with the same last block go on together.
+All of it is in float32, whatever the teacher's dtype: in bfloat16 the rounding of two models
+differs by about 2e-5, which is more than most changes cost, and such floors would add up in a
+search.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,33 +36,40 @@ class Change:
     Attributes:
         first: the block with which it begins; the number of blocks, if it is behind all of them.
         model: makes the changed transformer, when its turn comes.
+        last: the teacher's block behind which the model is the teacher again, but for the place of
+            its blocks; None, if it is not before its end.
     """
 
     first: int
     model: Callable[[], nn.Module]
+    last: int | None = None
 
 
 def of_students(
-    transformer: nn.Module, students_of: Mapping[str, tuple[int, Callable[[], Students]]]
+    transformer: nn.Module, students_of: Mapping[str, tuple[int, int, Callable[[], Students]]]
 ) -> dict[str, Change]:
     """The changes that sets of students make.
 
     Args:
-        students_of: by name, the first block of a set and what makes it.
+        students_of: by name, the first and the last block of a set, and what makes it.
     """
     return {
-        name: Change(first, lambda make=make: plugged(transformer, make())[0])
-        for name, (first, make) in students_of.items()
+        name: Change(first, lambda make=make: plugged(transformer, make())[0], last)
+        for name, (first, last, make) in students_of.items()
     }
 
 
 class Judged:
-    """The teacher's answers to some recorded calls, in float32, and its streams before a block.
+    """The teacher's answers to some recorded calls, in float32, and its streams before some blocks.
 
     It runs when a first error is asked for: a stage that goes on may have all of them.
 
     Args:
         reader, rows, batch_size: which calls.
+
+    Attributes:
+        together: how many changes go on in one batch behind their last block, on the average: 1 if
+            batches are full as they are.
     """
 
     def __init__(
@@ -70,10 +81,17 @@ class Judged:
         device: torch.device,
     ):
         self._teacher, self._device = transformer, device
+        self._depth = len(blocks.block_sequence(transformer))
         self._calls = reader, rows, batch_size
+        batches = reader.in_batches(rows, batch_size)
+        self.together = max(1, batch_size * len(batches) // max(1, len(rows)))
         self._batches: list[calls.Batch] = []
-        self._first, self._power = 0, 0.0
-        self._streams: list[blocks.Streams] = []
+        self._power = 0.0
+        # By block of the teacher, what each batch gets there; the first block needs none.
+        self._streams: dict[int, list[blocks.Streams]] = {}
+        self._wanted: set[int] = (
+            set()
+        )  # blocks of which they stay when others are reached from them
 
     def _answer(self) -> None:
         """Has the teacher's own answers, once."""
@@ -84,7 +102,7 @@ class Judged:
             for batch in found:
                 batch.output = blocks.answer(self._teacher, batch.to(self._device).arguments)
         self._power = sum(float(self._double(b.output).square().sum()) for b in found)
-        self._batches, self._streams = found, [{} for _ in found]
+        self._batches = found
 
     @torch.no_grad()
     def error(self, model: nn.Module, first: int) -> float:
@@ -95,38 +113,122 @@ class Judged:
         """
         if not self._batches:
             self._answer()
-        self._go_to(first)
+        self._forget_but([first])
         late = entrance.Entrance(model, first) if first else None
-        wrong = torch.zeros((), dtype=torch.float64, device=self._double(torch.zeros(1)).device)
+        wrong = self._no_error()
+        every = self._before(first)
         with devices.in_float32(model, _modules(model)):
-            for batch, streams in zip(self._batches, self._streams, strict=True):
+            for batch, streams in zip(self._batches, every, strict=True):
                 running = late.model(streams) if streams else model
                 output = blocks.answer(running, batch.to(self._device).arguments)
                 # On the device, which need not be waited for.
-                wrong += (self._double(output) - self._double(batch.output)).square().sum()
+                wrong += self._distance(output, batch)
         return float(wrong) / self._power
 
-    def _go_to(self, first: int) -> None:
-        """Puts the streams before that block in place of those before another one."""
-        if first == self._first:
-            return
-        ahead = 0 < self._first < first
-        late = entrance.Entrance(self._teacher, self._first) if ahead else None
-        size = 0
+    @torch.no_grad()
+    def errors(self, changes: Sequence[Change]) -> list[float]:
+        """The error of each of some changes with the same `last`, up to rounding as `error` has it.
+
+        Every model is made once and goes to its `last` block alone. From there on, as many as fit
+        in a batch of `batch_size` calls go on together. Of use with up to `together` changes.
+
+        Raises:
+            UserError: all recorded answers are zero.
+        """
+        if not self._batches:
+            self._answer()
+        (last,) = {change.last for change in changes}
+        self._forget_but([change.first for change in changes])
+        wrong = [self._no_error() for _ in changes]
+        # By batch, what changes left behind `last`, until there are enough of them.
+        waiting: list[list[tuple[int, blocks.Streams]]] = [[] for _ in self._batches]
+        _, _, batch_size = self._calls
+        for place, change in enumerate(changes):
+            every, model = self._before(change.first), change.model()
+            late = entrance.Entrance(model, change.first) if change.first else None
+            again = len(blocks.block_sequence(model)) - (self._depth - 1 - last)
+            with devices.in_float32(model, _modules(model)):
+                for number, (batch, streams) in enumerate(zip(self._batches, every, strict=True)):
+                    running = late.model(streams) if streams else None
+                    arguments = batch.to(self._device).arguments
+                    found = entrance.streams_before(model, again, arguments, running)
+                    found = {name: value.cpu() for name, value in found.items()}
+                    waiting[number].append((place, found))
+            for number, some in enumerate(waiting):
+                over = place == len(changes) - 1
+                if some and (over or (len(some) + 1) * len(self._batches[number]) > batch_size):
+                    self._go_on(number, last + 1, some, wrong)
+                    some.clear()
+        return [float(one) / self._power for one in wrong]
+
+    def _go_on(
+        self,
+        number: int,
+        first: int,
+        some: Sequence[tuple[int, blocks.Streams]],
+        wrong: Sequence[torch.Tensor],
+    ) -> None:
+        """Runs the teacher from block `first` on what changes left there of one batch.
+
+        some: streams, each with its place in `wrong`, to which its error is added.
+        """
+        batch, (reader, _, _) = self._batches[number], self._calls
+        streams = {name: torch.cat([found[name] for _, found in some]) for name in some[0][1]}
+        again = reader.batch(np.tile(batch.numbers, len(some))).to_float32().to(self._device)
+        running = entrance.Entrance(self._teacher, first).model(streams)
         with devices.in_float32(self._teacher, _modules(self._teacher)):
-            for number, batch in enumerate(self._batches):
-                before, self._streams[number] = self._streams[number], {}
-                if first == 0 or size > KEPT_BYTES:
+            outputs = blocks.answer(running, again.arguments)
+        for (place, _), output in zip(some, outputs.split(len(batch)), strict=True):
+            wrong[place] += self._distance(output, batch)
+
+    def _forget_but(self, wanted: Collection[int]) -> None:
+        """Lets go of streams, but those before these blocks, and the ones to reach others from."""
+        self._wanted = set(wanted) - {0}
+        missing = min(self._wanted - self._streams.keys(), default=0)
+        start = max((first for first in self._streams if first < missing), default=0)
+        kept = self._wanted | {start}
+        self._streams = {first: found for first, found in self._streams.items() if first in kept}
+
+    def _before(self, first: int) -> list[blocks.Streams]:
+        """The teacher's streams of each batch before that block; none where it has to run whole."""
+        if first == 0:
+            return [{} for _ in self._batches]
+        if first in self._streams:
+            return self._streams[first]
+        start = max((other for other in self._streams if other < first), default=0)
+        late = entrance.Entrance(self._teacher, start) if start else None
+        given, made = self._before(start), []
+        size = sum(map(_size, itertools.chain(*self._streams.values())))
+        with devices.in_float32(self._teacher, _modules(self._teacher)):
+            for number, (batch, before) in enumerate(zip(self._batches, given, strict=True)):
+                if start not in self._wanted:  # makes room as it goes
+                    given[number] = {}
+                    size -= _size(before)
+                made.append({})
+                if size > KEPT_BYTES:
                     continue
-                running = late.model(before) if late and before else None
+                running = late.model(before) if before else None
                 arguments = batch.to(self._device).arguments
                 found = entrance.streams_before(self._teacher, first, arguments, running)
-                self._streams[number] = {name: value.cpu() for name, value in found.items()}
-                size += sum(value.nbytes for value in found.values())
-        self._first = first
+                made[-1] = {name: value.cpu() for name, value in found.items()}
+                size += _size(made[-1])
+        if start not in self._wanted:
+            self._streams.pop(start, None)
+        self._streams[first] = made
+        return made
+
+    def _no_error(self) -> torch.Tensor:
+        return self._double(torch.zeros(()))
+
+    def _distance(self, output: torch.Tensor, batch: calls.Batch) -> torch.Tensor:
+        return (self._double(output) - self._double(batch.output)).square().sum()
 
     def _double(self, x: torch.Tensor) -> torch.Tensor:
         return x.to(devices.statistics_device(self._device)).double()
+
+
+def _size(streams: blocks.Streams) -> int:
+    return sum(value.nbytes for value in streams.values())
 
 
 def error(
@@ -175,21 +277,31 @@ def measure(
     names = list(changes)
     known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
     known = devices.of_main(accelerator, known)  # all must share out the same rest
-    rest = known.isnan().nonzero()[:, 0].tolist()
-    rest.sort(key=lambda number: changes[names[number]].first)  # the teacher goes on with them
+    left = {name for name, cost in zip(names, known.tolist(), strict=True) if math.isnan(cost)}
+    # Whole groups: in another batch, a change's error is rounded in another way.
+    rest = [group for group in _groups(changes, judged.together) if not left.isdisjoint(group)]
+    again = {name for group in rest for name in group}
+    place = {name: number for number, name in enumerate(names)}
+    known[[place[name] for name in again]] = 0.0
     # The sum over processes counts an error once.
-    found = known.nan_to_num(0.0) if rank == 0 else torch.zeros_like(known)
-    for number in tqdm(rest[rank::count], desc="plugging", unit="set", disable=rank > 0):
-        name = names[number]
-        # Not a part that a warned program finishes: at full size it takes longer than schedulers
-        # wait, and what it would lose is one error.
-        change = changes[name]
-        cost = judged.error(change.model(), change.first)
-        found[number] = cost
-        if state and math.isfinite(cost):
-            done[name] = cost
-            with stopping.part():
-                texts.write_sealed(state / f"{rank}.json", {"identity": identity, "errors": done})
+    found = known if rank == 0 else torch.zeros_like(known)
+    mine = rest[rank::count]
+    with tqdm(total=sum(map(len, mine)), desc="plugging", unit="set", disable=rank > 0) as bar:
+        for group in mine:
+            # Not a part that a warned program finishes: at full size it takes longer than
+            # schedulers wait, and what it would lose is one error, where batches are full.
+            some = [changes[name] for name in group]
+            if len(some) == 1:
+                costs = [judged.error(some[0].model(), some[0].first)]
+            else:
+                costs = judged.errors(some)
+            bar.update(len(some))
+            found[[place[name] for name in group]] = torch.tensor(costs, dtype=torch.float64)
+            if state and all(map(math.isfinite, costs)):
+                done |= dict(zip(group, costs, strict=True))
+                with stopping.part():
+                    kept = {"identity": identity, "errors": done}
+                    texts.write_sealed(state / f"{rank}.json", kept)
     if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
     for name, cost in zip(names, found.tolist(), strict=True):
@@ -199,6 +311,20 @@ def measure(
                 "set teacher.dtype: float32 or bfloat16"
             )
     return found.tolist()
+
+
+def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
+    """Names of the changes that are measured together: up to `size` with one end, in the order of
+    their first blocks, with which the teacher goes on."""
+    order = sorted(changes, key=lambda name: changes[name].first)
+    if size == 1:
+        return [[name] for name in order]
+    ending: dict[int | str, list[str]] = {}  # one without an end has its name for it
+    for name in order:
+        last = changes[name].last
+        ending.setdefault(name if last is None else last, []).append(name)
+    found = [every[i : i + size] for every in ending.values() for i in range(0, len(every), size)]
+    return sorted(found, key=lambda group: (changes[group[-1]].first, changes[group[0]].first))
 
 
 def _finished(state: Path, identity: str) -> dict[str, float]:

@@ -216,7 +216,11 @@ def skip_errors(
             ((ends, kept),) = merged({block}, [run]).items()
             skipped[block] = {Part(*ends): sequence[kept].module}
     sets = {
-        f"without {b:02d}": (min(part.first for part in made), lambda made=made: made)
+        f"without {b:02d}": (
+            min(part.first for part in made),
+            max(part.last for part in made),
+            lambda made=made: made,
+        )
         for b, made in skipped.items()
     }
     changes = prices.of_students(transformer, sets)

@@ -5,11 +5,13 @@ pure function of its inputs: what a step sees depends on (seed, step) alone, nev
 run was killed, so that a resumed run ends with the weights of an uninterrupted one.
 """
 
+import collections
 import hashlib
+import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -213,9 +215,14 @@ def _one_step(
         for key, value in (metrics | {"loss": loss}).items():
             value = value.detach().float()
             total[key] = total[key] + value if key in total else value
-    _average_gradients(modules, accelerator)
-    for name, module in modules.items():
-        norm = fsdp.clip(module, options.clip_norm, accelerator)
+    # Asked once: to go through a module takes as long as to go through its gradients.
+    parameters = {
+        name: [p for p in module.parameters() if p.grad is not None]
+        for name, module in modules.items()
+    }
+    _average_gradients(itertools.chain(*parameters.values()), accelerator)
+    for name, members in parameters.items():
+        norm = fsdp.clip(members, options.clip_norm, accelerator)
         sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
     for group in optimizer.param_groups:
         group["lr"] = group["scale"] * options.lr_at(step)
@@ -238,23 +245,24 @@ def _log(progress: _Progress, lr: float, accelerator: Accelerator) -> None:
 BUCKET = 16 << 20  # gradients reduced at a time: few messages, and little memory for copies
 
 
-def _average_gradients(modules: Mapping[str, nn.Module], accelerator: Accelerator) -> None:
-    """All-reduces gradients in flat buckets (students are called outside any DDP wrapper).
+def _average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """All-reduces gradients in flat buckets (students are called outside any DDP wrapper), and has
+    the parameters take them from there.
 
     Gradients of shares are averages already.
     """
     if accelerator.num_processes == 1:
         return
-    every = (p.grad for module in modules.values() for p in module.parameters())
-    grads = [grad for grad in every if grad is not None and not fsdp.is_shared(grad)]
-    while grads:
+    left = collections.deque(p for p in parameters if not fsdp.is_shared(p.grad))
+    while left:
         bucket, size = [], 0
-        while grads and (not bucket or size + grads[0].numel() <= BUCKET):
-            bucket.append(grads.pop(0))
+        while left and (not bucket or size + left[0].numel() <= BUCKET):
+            bucket.append(left.popleft())
             size += bucket[-1].numel()
-        flat = accelerator.reduce(torch.cat([g.flatten() for g in bucket]), reduction="mean")
-        for grad, mean in zip(bucket, flat.split([g.numel() for g in bucket]), strict=True):
-            grad.copy_(mean.view_as(grad))
+        flat = torch.cat([p.grad.flatten() for p in bucket])
+        flat = accelerator.reduce(flat, reduction="mean")
+        for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = mean.view_as(parameter)
 
 
 def _mean_over_processes(total: dict[str, Tensor], steps: int, accelerator: Accelerator) -> dict:
