@@ -291,12 +291,26 @@ def test_the_launcher_ends_as_its_processes_do_whatever_came_meanwhile(ends, war
 
 def test_the_launcher_heeds_a_warning_before_it_has_started_anything(tmp_path):
     (tmp_path / "torch.py").write_text("import os\nos.kill(os.getpid(), 15)\n")
-    given = ["--threads", "2", "--device", "cpu", "--processes", "auto", "no.py"]
+    # torch says how many GPUs there are, where there may be some.
+    program = "import launch; launch.gpus.possible = lambda: True; launch.main()"
     done = subprocess.run(
-        [sys.executable, tiny.SCRIPTS / "launch.py", *given],
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        [sys.executable, "-c", program, "--threads", "2", "--processes", "auto", "no.py"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tiny.SCRIPTS}"},
     )
     assert done.returncode == stopping.EXIT_CODE
+
+
+def test_the_launcher_imports_no_torch_to_count_the_cores_of_a_machine_without_gpu(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "program.py").write_text("print('ran')")
+    program = "import launch; launch.gpus.possible = lambda: False; launch.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", program, "--threads", "1", tmp_path / "program.py"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{tiny.SCRIPTS}"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
 
 
 def test_processes_are_warned_when_their_launcher_is_killed(tmp_path):

@@ -356,9 +356,7 @@ def on_cpu():
     cluster's nodes this machine says nothing."""
     if config["device"] != "auto":
         return config["device"].split(":")[0] == "cpu"
-    drivers = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd")  # CUDA, the same in WSL, ROCm
-    gpus = sys.platform == "darwin" or any(map(os.path.exists, drivers))
-    return workflow.local_exec and not gpus
+    return workflow.local_exec and not gpus.possible()
 
 
 def gpu(wildcards):

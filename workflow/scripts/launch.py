@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,6 +31,8 @@ def count(processes: str, threads: int, device: str) -> int:
     """Number of processes: as asked, or one per GPU, or on a CPU one per core of the job."""
     if processes != "auto":
         return int(processes)
+    if device == "cpu" or not gpus.possible():
+        return min(threads, cores.available())
     import torch  # takes seconds, in which SIGTERM must be handled already
 
     if device in ("auto", "cuda") and torch.cuda.is_available():
@@ -81,13 +84,11 @@ def together(command: list[str], processes: int) -> int:
         0 if all of them ended so, whatever came meanwhile; stopping.EXIT_CODE after SIGTERM; else
         the code of the first that failed, which has said why; 1, and says it, if by a signal.
     """
-    from torch.distributed import TCPStore
-
     # Where they find each other. Any free port, which nobody can take before they get there.
-    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    door = socket.create_server(("127.0.0.1", 0), backlog=processes)
     shared = {
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(store.port),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(door.getsockname()[1]),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
         surroundings.RUN: uuid.uuid4().hex,
@@ -102,7 +103,16 @@ def together(command: list[str], processes: int) -> int:
             started.append(subprocess.Popen(command, env=mine, preexec_fn=last))
         stopping.ignore()  # what the processes make of it decides
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        return _wait(started)
+        # torch is imported here while they import it: who is early waits at the door.
+        from torch.distributed import TCPStore
+
+        host, port = door.getsockname()
+        store = TCPStore(
+            host, port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach()
+        )
+        code = _wait(started)
+        del store  # which had to be there until now
+        return code
     except KeyboardInterrupt:  # which a terminal sends to all
         return 128 + signal.SIGINT
     finally:

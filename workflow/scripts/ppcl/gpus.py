@@ -26,7 +26,15 @@ RANK = "LOCAL_RANK"  # of one of several processes, which counts what all of the
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "OAR_JOB_ID", "COBALT_JOBID")
 PATIENCE = 1  # seconds between looks
 
+# What a GPU's driver makes: CUDA's, the same in WSL and on a Jetson, ROCm's.
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg", "/dev/nvmap", "/dev/kfd")
+
 _held: list[int] = []  # open files, whose locks end with this process
+
+
+def possible() -> bool:
+    """Whether this machine may have a GPU that torch can use; libraries take seconds to say so."""
+    return not sys.platform.startswith("linux") or any(map(os.path.exists, DRIVERS))
 
 
 def take(count: int = 1) -> None:

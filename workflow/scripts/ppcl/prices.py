@@ -89,9 +89,8 @@ class Judged:
         self._power = 0.0
         # By block of the teacher, what each batch gets there; the first block needs none.
         self._streams: dict[int, list[blocks.Streams]] = {}
-        self._wanted: set[int] = (
-            set()
-        )  # blocks of which they stay when others are reached from them
+        # Blocks of which they stay when others are reached from them.
+        self._wanted: set[int] = set()
 
     def _answer(self) -> None:
         """Has the teacher's own answers, once."""
