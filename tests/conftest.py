@@ -31,6 +31,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: (item.path.name not in SLOW, -tests[item.path]))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def fsync():
+    """In this process nobody waits until files are on the disk: it takes milliseconds for each of
+    thousands, and no test cuts the power. Gives what does wait (test_whole.py has it back)."""
+    own = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _file: None)
+        yield own
+
+
 @pytest.fixture(autouse=True)
 def sigterm():
     """SIGTERM ends this process, and those that it starts, whatever a program run in it left."""
