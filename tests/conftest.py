@@ -18,8 +18,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
 
 
-# Files of few tests and many minutes: begun last, each would keep one process waiting.
-SLOW = ("test_slurm.py", "test_dag.py")
+# Files that take long for their number of tests, the longest first: begun last, each would keep one
+# process waiting.
+SLOW = (
+    "test_dag.py",
+    "test_slurm.py",
+    "test_families.py",
+    "test_faults.py",
+    "test_fsdp.py",
+    "test_stopping.py",
+    "test_benchmarks.py",
+    "test_kill.py",
+)
 
 
 def pytest_collection_modifyitems(items):
@@ -28,7 +38,18 @@ def pytest_collection_modifyitems(items):
     The latter is what xdist would do by itself (--loadscope-reorder).
     """
     tests = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path.name not in SLOW, -tests[item.path]))
+    turns = {name: turn for turn, name in enumerate(SLOW)}
+    items.sort(key=lambda item: (turns.get(item.path.name, len(SLOW)), -tests[item.path]))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def fsync():
+    """In this process nobody waits until files are on the disk: it takes milliseconds for each of
+    thousands, and no test cuts the power. Gives what does wait (test_whole.py has it back)."""
+    own = os.fsync
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _file: None)
+        yield own
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,8 @@
 
 Such a process has memory, signals, files and an exit code of its own, like any; it only finds the
 libraries imported already. Nothing of this repository is among them, so each reads its own code.
-What libraries read from the environment while they are imported (HF_HOME, say) is the server's.
+What libraries read from the environment while they are imported (HF_HOME, say) is the server's;
+but not where diffusers copies code to.
 """
 
 import atexit
@@ -14,6 +15,7 @@ import os
 import runpy
 import selectors
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -49,11 +51,13 @@ import json, os, signal, socket, sys
 server = socket.socket(socket.AF_UNIX)
 server.connect({address!r})
 asked = {{"words": sys.argv[1:], "cwd": os.getcwd(), "env": dict(os.environ)}}
+asked["blocked"] = list(map(int, signal.pthread_sigmask(signal.SIG_BLOCK, [])))
 socket.send_fds(server, [b"%20d" % len(json.dumps(asked))], [0, 1, 2])
 server.sendall(json.dumps(asked).encode())
 child = int(server.recv(20))
 for number in (signal.SIGTERM, signal.SIGINT):
     signal.signal(number, lambda number, _: os.kill(child, number))
+signal.pthread_sigmask(signal.SIG_SETMASK, [])  # what is blocked, the fork keeps waiting
 code = int(server.recv(20))
 if code < 0:
     signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
@@ -172,10 +176,14 @@ def _close(waiting: selectors.BaseSelector) -> None:
 
 
 def _prepared(asked: dict) -> list[str]:
+    signal.pthread_sigmask(signal.SIG_SETMASK, asked["blocked"])
     os.environ.clear()
     os.environ.update(asked["env"])
     os.chdir(asked["cwd"])
     sys.stdin = open(0, closefd=False)
+    # Where the code that comes with a model is copied to was read by diffusers at its import.
+    if "diffusers" in sys.modules and (place := os.environ.get("HF_MODULES_CACHE")):
+        sys.modules["diffusers.utils.dynamic_modules_utils"].HF_MODULES_CACHE = place
     return asked["words"]
 
 

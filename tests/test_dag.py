@@ -29,7 +29,9 @@ TRAINED = "distill/students.safetensors"
 def finished(tmp_path_factory) -> Path:
     """A copy of the repository in which `snakemake --configfile config/test.yaml` has run."""
     folder = checkout(tmp_path_factory.mktemp("dag") / "repo")
-    first = started(folder)
+    # Its jobs are forks, too: importing what they import takes most of their time. Programs that
+    # start from nothing are those of test_slurm.py.
+    first = started(folder, python=fresh.python(fresh.SNAKEMAKE))
     while not list(folder.glob(".snakemake/locks/*")) and first.poll() is None:
         time.sleep(0.1)
     REFUSED.append(started(folder).communicate()[0])
@@ -48,10 +50,12 @@ def checkout(folder: Path) -> Path:
     return shutil.copytree(ROOT, folder, ignore=ignore)
 
 
-def started(folder: Path, *arguments: str) -> subprocess.Popen:
-    """A run of the shrunken config."""
-    command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "2"]
-    command += ["--configfile", "config/test.yaml", *arguments]
+def started(folder: Path, *arguments: str, python: str = sys.executable) -> subprocess.Popen:
+    """A run of the shrunken config, by this Python or what stands for it."""
+    program = [str(Path(sys.executable).with_name("snakemake"))]
+    if python != sys.executable:
+        program = [python, "-m", "snakemake"]
+    command = [*program, "--cores", "2", "--configfile", "config/test.yaml", *arguments]
     return subprocess.Popen(
         command,
         cwd=folder,

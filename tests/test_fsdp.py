@@ -2,7 +2,6 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import fresh
@@ -154,8 +153,8 @@ devices.finish(accelerator)
 
 def test_a_process_keeps_half(tmp_path):
     (tmp_path / "shares.py").write_text(SHARES)
-    command = [sys.executable, str(tiny.SCRIPTS / "launch.py"), "--processes", "2", "--threads"]
-    command += ["2", "--device", "cpu", str(tmp_path / "shares.py")]
+    command = [fresh.python(fresh.MODELS), str(tiny.SCRIPTS / "launch.py"), "--processes", "2"]
+    command += ["--threads", "2", "--device", "cpu", str(tmp_path / "shares.py")]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -4,9 +4,8 @@ import copy
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 
+import fresh
 import pytest
 import tiny
 import torch
@@ -40,6 +39,15 @@ def narrowed(transformer):
 @pytest.fixture(scope="module")
 def call():
     return tiny.arguments((5, 3))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forks():
+    """The reload gate runs in forks: a process that imports everything anew takes seconds, and
+    test_assembly.py has one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.executable", fresh.python(fresh.MODELS))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +143,7 @@ def test_saving_what_was_loaded_gives_the_same_folder(exported, call, tmp_path):
         "pipe.save_pretrained(sys.argv[2])\n"
     )
     again = tmp_path / "again"
-    subprocess.run([sys.executable, "-I", "-c", program, folder, again], check=True)
+    fresh.run(fresh.MODELS, "-I", "-c", program, folder, again).check_returncode()
     assert (again / CODE).read_text() == (folder / CODE).read_text()
     for name in ("model_index.json", "transformer/config.json"):
         first, second = (json.loads((f / name).read_text()) for f in (folder, again))

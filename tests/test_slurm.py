@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fresh
 import pytest
 import yaml
 from slurm import cluster
@@ -85,17 +86,10 @@ def test_partition_and_account_are_those_of_the_environment_or_of_the_users_prof
         mine = "default-resources:\n  slurm_account: mine\n  slurm_partition: v100\n"
         (tmp_path / "config.yaml").write_text(mine)
         own = ["--profile", str(tmp_path)]
-    command = [sys.executable, "-m", "snakemake", "--nolock", "-n", "-F", *own]
-    command += ["--workflow-profile", "profiles/slurm", "--configfile", "config/test.yaml"]
+    words = ["-m", "snakemake", "--nolock", "-n", "-F", *own]
+    words += ["--workflow-profile", "profiles/slurm", "--configfile", "config/test.yaml"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SBATCH_")}
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=kept | (variables or {}),
-        capture_output=True,
-        text=True,
-        timeout=COMMAND,
-    )
+    done = fresh.run(fresh.SNAKEMAKE, *words, cwd=ROOT, env=kept | (variables or {}))
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"slurm_\w+=\w+", done.stdout + done.stderr)) == expected
 

@@ -141,8 +141,9 @@ def test_several_processes_stop_at_one_step(world, tmp_path):  # noqa: F811
 def test_the_launcher_passes_on_signal_and_code(world, processes):  # noqa: F811
     many = TRAINING | {"steps": 100_000, "heldout_rows": 4, "checkpoint_every": 20}
     paths = distill_paths(world, f"launched-{processes}")
+    python = fresh.python(fresh.MODELS)  # nothing here is about what happens during imports
     started = subprocess.Popen(
-        command("distill", world[1] | {"distill": many}, paths, processes),
+        command("distill", world[1] | {"distill": many}, paths, processes, python),
         stderr=subprocess.PIPE,
         text=True,
     )

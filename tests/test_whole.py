@@ -15,6 +15,11 @@ from ppcl import errors, schemas, seals, tables, tensors, texts, whole
 from ppcl.errors import UserError
 
 
+@pytest.fixture(autouse=True)
+def waits_for_the_disk(fsync, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
