@@ -220,8 +220,11 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
     square = form(_gram_of_products(x, y))
     a_a, b_b = form(x.sums @ x.sums.mT), form(y.sums @ y.sums.mT)
     # a'A b = sum_hgl w_h w_g w_l sum over i in h of (a_g x_i)(b_l y_i)
-    three = [x.on_sums[..., group, :].mT @ y.on_sums[..., group, :] for group in x.groups]
-    three = torch.stack(three, -3).flatten(-3, -2).cpu().numpy()
+    batch = torch.broadcast_shapes(x.sums.shape[:-2], y.sums.shape[:-2])
+    three = x.x.new_empty(*batch, *[len(x.groups)] * 3)
+    for h, group in enumerate(x.groups):
+        three[..., h, :, :] = x.on_sums[..., group, :].mT @ y.on_sums[..., group, :]
+    three = three.flatten(-3, -2).cpu().numpy()
     two = (weights[:, :, None] * weights[:, None]).reshape(len(weights), -1)
     bilinear = ((two @ three) * weights).sum(-1)
     if estimator == "plain":

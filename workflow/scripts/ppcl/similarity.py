@@ -83,8 +83,8 @@ def memory(shape: tuple[int, int], depth: int, options: Mapping, device: torch.d
     if options["reference"] == "start":
         kept += one
     # Of a pair at work: tokens on their way, and sums over groups with their products.
-    working = 5 * one + 2 * groups * (tokens + channels) + 2 * groups**3
-    return 8 * (depth * kept + working) + 6 * slab_bytes(device)
+    working = 5 * one + 2 * groups * (tokens + channels) + groups**3
+    return 8 * (depth * kept + working) + 2 * slab_bytes(device)
 
 
 def _composes(draws: int, estimator: str, normalise_tokens: bool) -> bool:
