@@ -31,13 +31,13 @@ from ppcl import (
     blocks,
     calls,
     config,
-    devices,
     errors,
     evaluation,
     metrics,
     pins,
     pipelines,
     prices,
+    processes,
     provenance,
     schemas,
     sets,
@@ -63,7 +63,7 @@ def main() -> None:
     settings = config.load(args.config)
     seed = settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings["device"])
     device = accelerator.device
     reader = calls.Reader(args.calls)
     source = teacher_identity.recorded(settings["teacher"], reader.provenance)

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from ppcl import blocks, calls, devices, entrance, stopping, texts
+from ppcl import blocks, calls, devices, entrance, processes, stopping, texts
 from ppcl.errors import UserError
 from ppcl.students import Students, plugged
 
@@ -174,7 +174,7 @@ def measure(
     done = _finished(state, identity) if state else {}
     names = list(changes)
     known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
-    known = devices.of_main(accelerator, known)  # all must share out the same rest
+    known = processes.of_main(accelerator, known)  # all must share out the same rest
     rest = known.isnan().nonzero()[:, 0].tolist()
     rest.sort(key=lambda number: changes[names[number]].first)  # the teacher goes on with them
     # The sum over processes counts an error once.

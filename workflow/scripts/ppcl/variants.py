@@ -6,6 +6,7 @@ stage that each is from.
 """
 
 import argparse
+import functools
 import hashlib
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,6 +82,11 @@ class Files:
         single = (self.width, self.maps, self.conditioning, self.latency)
         return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
 
+    @functools.cached_property
+    def refitted(self) -> Mapping[str, Mapping[width.Map, probes.Probe]]:
+        """The refitted maps, read once for the digest and the models; none without a file."""
+        return read_refits(self.refits) if self.refits else {}
+
     def refits_digest(self, found: Set, expected: str | None = None) -> str:
         """`refits_digest` of a set.
 
@@ -89,7 +95,7 @@ class Files:
         """
         if self.refits is None and any(s.startswith(REFIT) for s in found.sources.values()):
             raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")
-        digest = refits_digest(read_refits(self.refits) if self.refits else {}, found)
+        digest = refits_digest(self.refitted, found)
         if expected not in (None, digest):
             raise UserError(
                 f"{self.refits} has other maps than the set was made with; delete the run's folder "
@@ -243,9 +249,7 @@ class Workshop:
     ):
         self._teacher, self._sources = transformer, files.students
         self._maps = width.stored(files.maps) if files.maps else {}
-        self._refits: dict[str, Mapping[width.Map, probes.Probe]] = {}
-        if files.refits:
-            self._refits |= read_refits(files.refits)
+        self._refits = dict(files.refitted)
         self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
         self._as_teacher, self._device = as_teacher, device
         self._depth = len(blocks.block_sequence(transformer))
