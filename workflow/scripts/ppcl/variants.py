@@ -45,6 +45,9 @@ from ppcl.students import Students
 # the ranks of its matrices.
 Piece = tuple[Member | int, tuple[tuple[Matrix, int], ...]]
 
+# Maps that were fitted once more, by their source.
+Refits = Mapping[str, Mapping[width.Map, probes.Probe]]
+
 
 @dataclass(frozen=True)
 class Files:
@@ -83,7 +86,7 @@ class Files:
         return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
 
     @functools.cached_property
-    def refitted(self) -> Mapping[str, Mapping[width.Map, probes.Probe]]:
+    def refitted(self) -> Refits:
         """The refitted maps, read once for the digest and the models; none without a file."""
         return read_refits(self.refits) if self.refits else {}
 
@@ -286,7 +289,7 @@ class Workshop:
             model._modules[_last(self._teacher)] = last
         return model, block_map
 
-    def take(self, refits: Mapping[str, Mapping[width.Map, probes.Probe]]) -> None:
+    def take(self, refits: Refits) -> None:
         """From now on, units from these sources have these maps."""
         self._refits |= refits
         self._made = {
@@ -362,7 +365,7 @@ class Workshop:
         return found
 
 
-def write_refits(path: Path, refits: Mapping[str, Mapping[width.Map, probes.Probe]], stamp) -> None:
+def write_refits(path: Path, refits: Refits, stamp) -> None:
     """Writes variants/maps.safetensors. refits: source -> maps."""
     state = {
         f"{source.removeprefix(REFIT)}/{one.name}.{leaf}": torch.from_numpy(getattr(probe, leaf))
@@ -373,7 +376,7 @@ def write_refits(path: Path, refits: Mapping[str, Mapping[width.Map, probes.Prob
     tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
 
 
-def refits_digest(refits: Mapping[str, Mapping[width.Map, probes.Probe]], found: Set) -> str:
+def refits_digest(refits: Refits, found: Set) -> str:
     """Digest of the refitted maps that a set uses, as `read_refits` gives them."""
     used = set(found.sources.values())
     return provenance.digest(
