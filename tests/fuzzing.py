@@ -14,14 +14,14 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
-from ppcl import activations, calls, config, prompts, schemas, students, tables, tensors, texts
+from ppcl import calls, config, prompts, schemas, students, tables, tensors, texts, token_table
 from ppcl.errors import UserError
 
 # ---- readers, by the name of the file that they read
 
 
 def read_tokens(path: Path) -> None:
-    reader = activations.TokenReader(path)
+    reader = token_table.TokenReader(path)
     for stream in reader.streams:
         first = reader.heldout(stream)
         for boundary in range(reader._first[stream], reader.boundaries):
@@ -277,7 +277,7 @@ def example(folder: Path) -> dict[str, bytes]:
         "timestep": np.zeros(4),
         "heldout": np.zeros(4, bool),
     }
-    activations.write_sample(folder / "tokens.parquet", {"image": sample}, {})
+    token_table.write_sample(folder / "tokens.parquet", {"image": sample}, {})
     tables.write(folder / "intervals.parquet", interval, schemas.INTERVALS, {})
     tensors.write(folder / "start.safetensors", {"00-01/w": torch.ones(3)}, {"seed": "0"})
     texts.write_sealed(folder / "plan.json", PLAN)

@@ -9,7 +9,16 @@ import pytest
 import tiny
 import torch
 
-from ppcl import activations, calls, devices, modulation_inputs, schemas, tables, token_store
+from ppcl import (
+    activations,
+    calls,
+    devices,
+    modulation_inputs,
+    schemas,
+    tables,
+    token_store,
+    token_table,
+)
 from ppcl.errors import UserError
 
 CPU = torch.device("cpu")
@@ -275,7 +284,7 @@ def test_picked_tokens_depend_on_the_row_only():
 def sampled(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
     _, samples = collect(world)
-    activations.write_sample(path, samples, {"seams": "[0]"})
+    token_table.write_sample(path, samples, {"seams": "[0]"})
     return path, samples
 
 
@@ -284,7 +293,7 @@ def test_tokens_are_in_one_order_at_every_boundary(world, sampled):
     transformer, reader = world
     path, _ = sampled
     table = tables.read(path, schemas.tokens(32)).drop_columns("value").to_pandas()
-    tokens = activations.TokenReader(path)
+    tokens = token_table.TokenReader(path)
     assert tokens.boundaries == DEPTH + 1 and set(tokens.streams) == {"image", "text"}
     where = ["prompt", "step", "timestep", "token", "heldout"]
     known = {}
@@ -435,7 +444,7 @@ def test_a_truncated_token_file_is_named(sampled, tmp_path):
     path = tmp_path / "tokens.parquet"
     path.write_bytes(sampled[0].read_bytes()[:-9])
     with pytest.raises(UserError, match=r"tokens\.parquet: truncated or not parquet"):
-        activations.TokenReader(path)
+        token_table.TokenReader(path)
 
 
 @pytest.mark.parametrize("name", ["boundary", "stream", "value"])
@@ -452,7 +461,7 @@ def test_a_token_table_of_other_types_is_refused(sampled, tmp_path, name):
     for other, message in fields:
         tables.write(path, other, other.schema, {})
         with pytest.raises(UserError, match=rf"tokens\.parquet: {message}"):
-            activations.TokenReader(path)
+            token_table.TokenReader(path)
 
 
 def test_a_narrower_stream_keeps_its_width(sampled, tmp_path):
@@ -461,8 +470,8 @@ def test_a_narrower_stream_keeps_its_width(sampled, tmp_path):
     narrow = samples["text"] | {"value": np.stack(list(samples["text"]["value"]))[..., :8]}
     path = tmp_path / "t.parquet"
     facts = {"block_parameters": "[1]"}
-    activations.write_sample(path, samples | {"text": narrow}, facts)
-    tokens = activations.TokenReader(path)
+    token_table.write_sample(path, samples | {"text": narrow}, facts)
+    tokens = token_table.TokenReader(path)
     for stream, expected in (("image", samples["image"]), ("text", narrow)):
         for boundary, value in enumerate(expected["value"]):
             np.testing.assert_array_equal(tokens.values(boundary, stream), value)

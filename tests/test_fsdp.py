@@ -122,7 +122,7 @@ import tiny
 import torch
 from ppcl import blocks, devices, fsdp, narrow
 
-accelerator = devices.accelerator("cpu")
+accelerator = processes.accelerator("cpu")
 model = tiny.transformer(blocks=2)
 narrow.lower(model.transformer_blocks[0], {{"img_mod.1": 4}})
 narrow.lower(model.norm_out, {{"linear": 4}})
@@ -147,7 +147,7 @@ assert all(torch.equal(found[name], whole[name]) for name in found)
 held = sum(p.to_local().numel() for p in model.parameters())
 moments = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
 assert 0.45 * count < held < 0.55 * count and 0 < moments <= held, (held, count)
-devices.finish(accelerator)
+processes.finish(accelerator)
 """
 
 

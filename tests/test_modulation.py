@@ -353,7 +353,7 @@ def test_offloaded_it_answers_the_same(low, call, how):
     if how == "stream":
         devices.stream(model, [b.module for b in blocks.block_sequence(model)], cpu)
     elif how == "leaves":
-        devices.stream_leaves(model, cpu)
+        pipelines.stream_leaves(model, cpu)
     else:
         model.enable_group_offload(cpu, offload_type="block_level", num_blocks_per_group=1)
     assert torch.equal(answer(model, call), answer(low, call))

@@ -23,13 +23,13 @@ from ppcl import (
     blocks,
     calls,
     config,
-    devices,
     distillation,
     example_calls,
     families,
     footprint,
     planner,
     plans,
+    processes,
     schemas,
     tables,
     weightless,
@@ -301,7 +301,7 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
     reader.draw = lambda _rows, count, _seed: np.array([row] * count)
     example = example_calls.recorded(recorded[1])
     made = planner.Planner(settings, empty, depth, every, example, None)
-    accelerator = devices.accelerator("cpu")
+    accelerator = processes.accelerator("cpu")
 
     students = weightless.new_blocks(transformer, every, torch.float32)
     for student in students.values():

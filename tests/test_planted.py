@@ -24,6 +24,7 @@ from ppcl import (
     schemas,
     tables,
     tensors,
+    token_table,
 )
 from ppcl.families import IMAGE, TEXT
 
@@ -111,7 +112,7 @@ def folder(tiny_teacher, tmp_path_factory):
         "untouchable": [],
     }
     facts = {name: json.dumps(fact) for name, fact in facts.items()}
-    activations.write_sample(folder / "tokens.parquet", samples, facts)
+    token_table.write_sample(folder / "tokens.parquet", samples, facts)
     tensors.write(folder / "moments.safetensors", moments.sums, {})
     table, probes, tokens = (
         folder / "p.parquet",

@@ -272,15 +272,6 @@ def test_a_stream_that_the_table_lacks_and_a_missing_file_are_named(tmp_path):
     assert "cka.parquet" in error and "Traceback" not in error
 
 
-def test_figures_import_no_model_library():
-    code = (
-        f"import sys; sys.path.insert(0, {str(SCRIPTS)!r}); import plot; "
-        "print([m for m in ('torch', 'diffusers', 'transformers') if m in sys.modules])"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
-
-
 @pytest.mark.parametrize("seed", range(20))
 def test_spread_labels_are_apart_in_order_and_as_near_as_can_be(seed):
     rng = np.random.default_rng(seed)

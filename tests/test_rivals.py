@@ -22,6 +22,7 @@ from ppcl import (
     rivals,
     similarity,
     students,
+    token_table,
 )
 from ppcl.cka import resamples
 from ppcl.errors import UserError
@@ -84,8 +85,8 @@ def planted(folder, silent):
         folder,
         tiny.NoBar(),
     )
-    activations.write_sample(folder / "tokens.parquet", samples, {})
-    return transformer, reader, activations.TokenReader(folder / "tokens.parquet"), moments
+    token_table.write_sample(folder / "tokens.parquet", samples, {})
+    return transformer, reader, token_table.TokenReader(folder / "tokens.parquet"), moments
 
 
 @pytest.fixture(scope="module")
@@ -301,7 +302,7 @@ def test_threshold_finds_the_silent_run(in_a_row):
     draws = []
     for stream in tokens.streams:
         fitted = [
-            probes.solve(activations.stored_moments(moments.sums, stream, block), 0)
+            probes.solve(probes.stored_moments(moments.sums, stream, block), 0)
             for block in range(DEPTH)
         ]
         held = tokens.heldout(stream)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl import activations, probes, rivals, schemas, tables, tensors
+from ppcl import probes, rivals, schemas, tables, tensors, token_table
 
 SCRIPTS = Path(probes.__file__).parents[1]
 LINEAR = {2, 3, 4, 7, 8}
@@ -67,7 +67,7 @@ def record(folder):
         "untouchable": [],
     }
     facts = {name: json.dumps(fact) for name, fact in facts.items()}
-    activations.write_sample(folder / "tokens.parquet", samples, facts)
+    token_table.write_sample(folder / "tokens.parquet", samples, facts)
     tensors.write(folder / "moments.safetensors", sums, {})
 
 
@@ -105,7 +105,7 @@ def test_planted_linear_runs_are_found(folder, monkeypatch):
     assert quality.loc[~linear, "r2_heldout"].max() < 0.99
     assert (quality["tokens"] == 60 * PER_PROMPT).all()
     assert (quality["tokens_heldout"] == 20 * PER_PROMPT).all()
-    tokens = activations.TokenReader(folder / "tokens.parquet")
+    tokens = token_table.TokenReader(folder / "tokens.parquet")
     for stream, rows in quality.groupby("stream"):
         influence = rivals.block_influence(tokens, [stream])
         np.testing.assert_allclose(rows.set_index("block")["influence"].sort_index(), influence)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from ppcl import devices, surroundings
+from ppcl import processes, surroundings
 
 SCRIPTS = Path(surroundings.__file__).parents[1]
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
@@ -66,7 +66,7 @@ def test_accelerate_is_as_it_was_asked_for(monkeypatch):
         monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        found = devices.accelerator("cpu")
+        found = processes.accelerator("cpu")
         assert (found.num_processes, found.mixed_precision) == (1, "no")
         assert found.gradient_accumulation_steps == 1 and found.distributed_type == "NO"
     finally:

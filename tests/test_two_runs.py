@@ -20,7 +20,7 @@ from torch import nn
 from ppcl import devices, entrance, prices, texts, training
 from ppcl.errors import UserError
 
-accelerator = devices.accelerator("cpu")
+accelerator = processes.accelerator("cpu")
 rank, here = accelerator.process_index, Path(sys.argv[1])
 
 judged = SimpleNamespace(error=lambda *_: 2.0, together=1)
@@ -72,7 +72,7 @@ first = train_teacher.train_part("vae", module, part, settings, here / "parts", 
 state = here / ("parts" if rank else "nothing")
 again = train_teacher.train_part("vae", module, part, settings, state, accelerator)
 assert [row["step"] for row in first] == [row["step"] for row in again]
-devices.finish(accelerator)
+processes.finish(accelerator)
 """
 
 

@@ -19,13 +19,13 @@ from ppcl import (
     calls,
     conditioning,
     config,
-    devices,
     evaluation,
     modulation,
     modulation_prices,
     pipelines,
     plans,
     prices,
+    processes,
     schemas,
     students,
     tables,
@@ -375,7 +375,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     trained = students.load(made["narrow"], transformer, students.parts_of(plan.units))
     options = config.complete(settings, "test")
     options["ablation"] |= {"finetune_steps": 0}
-    alone, reader = devices.accelerator("cpu"), calls.Reader(common["calls"])
+    alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
     material = ablation.Material(transformer, reader, alone, options, {}, 0, tmp_path, "i")
     seen["ablation"] = ablation_run.finetuned(material, trained, False)
     exported = seen.pop("exported").state_dict()

@@ -28,9 +28,9 @@ from ppcl import (
     ablation_run,
     calls,
     config,
-    devices,
     errors,
     pipelines,
+    processes,
     provenance,
     schemas,
     stopping,
@@ -76,7 +76,7 @@ def main() -> None:
 
 def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: str) -> list[dict]:
     """The rows of the run; arguments as in `main`."""
-    accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
+    accelerator = processes.accelerator(settings["device"], settings["distill"]["mixed_precision"])
     # Everything is trained here, which needs the whole teacher on the device.
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)

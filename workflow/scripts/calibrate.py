@@ -25,12 +25,12 @@ from ppcl import (
     calibration,
     calls,
     config,
-    devices,
     distillation,
     errors,
     measured,
     pipelines,
     prices,
+    processes,
     provenance,
     schemas,
     stopping,
@@ -60,7 +60,7 @@ def main() -> None:
     settings = config.load(args.config)
     wide, seed = settings["width"], settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"], settings["distill"]["mixed_precision"])
+    accelerator = processes.accelerator(settings["device"], settings["distill"]["mixed_precision"])
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)

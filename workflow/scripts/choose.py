@@ -39,10 +39,10 @@ from ppcl import (
     blocks,
     calls,
     config,
-    devices,
     errors,
     pipelines,
     prices,
+    processes,
     provenance,
     schemas,
     sets,
@@ -114,7 +114,7 @@ def main() -> None:
     if unknown := [path for path in args.each if path.stem not in names]:
         raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
 
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device)
@@ -174,7 +174,7 @@ def main() -> None:
             choice = choices[path.stem]
             maps = variants.refits_digest(refits, choice.found)
             sets.write_one(path, offer, choice, maps)
-    devices.finish(accelerator)
+    processes.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 from ppcl import (
     calls,
     config,
-    devices,
     distillation,
     entrance,
     errors,
     pipelines,
+    processes,
     schemas,
     shards,
     student_stage,
@@ -38,7 +38,7 @@ def main() -> None:
     options = settings["distill"] | {"linear_weight": settings["width"]["linear_weight"]}
     seed = settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
     plan = students.read_plan(args.plan)
     pairs = list(zip(plan.distilled, plan.facts["distilled"], strict=True))
     inputs = [args.calls, args.plan, args.students]

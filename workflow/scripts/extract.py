@@ -29,6 +29,7 @@ from ppcl import (
     stopping,
     teacher_identity,
     tensors,
+    token_table,
     training,
 )
 
@@ -105,7 +106,7 @@ def main() -> None:
     stopping.ignore()
     tensors.write(args.moments, moments.sums, stamp)
     conditioning.write(args.conditioning, conditioned, stamp)
-    activations.write_sample(args.tokens, samples, stamp)
+    token_table.write_sample(args.tokens, samples, stamp)
 
 
 if __name__ == "__main__":

@@ -28,11 +28,11 @@ from ppcl import (
     blocks,
     calls,
     config,
-    devices,
     distillation,
     errors,
     fsdp,
     pipelines,
+    processes,
     provenance,
     schemas,
     sets,
@@ -62,7 +62,7 @@ def main() -> None:
     options, seed = settings["finetune"], settings["seed"]
     variant = assembly.variant(settings, args.variant)
 
-    accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     written, files = sets.read(args.sets), variants.Files.of(args)
@@ -107,7 +107,7 @@ def main() -> None:
         tensors.write(args.output, state, stamp | {"set": chosen.key, "refits": refits})
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
-    devices.finish(accelerator)
+    processes.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,10 @@ from pathlib import Path
 from ppcl import (
     calls,
     config,
-    devices,
     distillation,
     errors,
     pipelines,
+    processes,
     schemas,
     student_stage,
     students,
@@ -39,7 +39,7 @@ def main() -> None:
     options = settings["distill"] | changed
     seed = settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)

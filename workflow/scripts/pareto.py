@@ -34,13 +34,13 @@ from ppcl import (
     blocks,
     calls,
     config,
-    devices,
     errors,
     evaluation,
     metrics,
     pins,
     pipelines,
     prices,
+    processes,
     provenance,
     schemas,
     sets,
@@ -66,7 +66,7 @@ def main() -> None:
     settings = config.load(args.config)
     seed = settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings["device"])
     device = accelerator.device
     reader = calls.Reader(args.calls)
     source = teacher_identity.recorded(settings["teacher"], reader.provenance)
@@ -126,7 +126,7 @@ def main() -> None:
             rows.append(row)
         stamp = provenance.stamp(settings, budgets=len(rows))
         tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
-    devices.finish(accelerator)
+    processes.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from tqdm import tqdm
 
 from ppcl import config, errors, probes, provenance, schemas, stopping, tables, tensors
-from ppcl.activations import TokenReader, stored_moments
+from ppcl.token_table import TokenReader
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     names = [key.split(".")[:2] for key in stored if key.endswith(".count")]
     fitted, rows = {}, []
     for stream, block in tqdm(sorted((s, int(b)) for s, b in names), desc="probes", unit="probe"):
-        moments = stored_moments(stored, stream, block)
+        moments = probes.stored_moments(stored, stream, block)
         probe = probes.solve(moments, settings["probe"]["ridge"], block, stream)
         heldout = tokens.heldout(stream)
         before, after = (tokens.values(boundary, stream) for boundary in (block, block + 1))

@@ -23,6 +23,7 @@ from ppcl import (
     devices,
     errors,
     pipelines,
+    processes,
     prompt_tokens,
     prompts,
     provenance,
@@ -81,7 +82,7 @@ def main() -> None:
 
     rows = prompts.read(options["prompts"], "record.prompts")
     arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "record.prompts")
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings["device"])
     # One of the processes decides: the teacher may be replaced while they start.
     (teacher,) = broadcast_object_list([teacher_identity.resolved(settings["teacher"])])
     pipe = pipelines.load(teacher, accelerator.device)
@@ -131,7 +132,7 @@ def main() -> None:
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows)) | noted
         calls.merge(parts, args.calls, stamp)
-    devices.finish(accelerator)
+    processes.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from ppcl import (
     blocks,
     calls,
     config,
-    devices,
     errors,
     intervals,
     pipelines,
     prices,
+    processes,
     provenance,
     schemas,
     solved,
@@ -53,7 +53,7 @@ def main() -> None:
     settings = config.load(args.config)
     options, start = settings["sensitivity"], settings["prune"]["start"]
 
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings["device"])
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
@@ -88,7 +88,7 @@ def main() -> None:
         )
         stamp = provenance.stamp(settings, judged=len(rows))
         tables.write(args.table, table, schemas.SENSITIVITY, stamp)
-    devices.finish(accelerator)
+    processes.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from ppcl import (
     tables,
     tensors,
 )
-from ppcl.activations import TokenReader
+from ppcl.token_table import TokenReader
 
 log = logging.getLogger(__name__)
 

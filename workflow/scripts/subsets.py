@@ -21,10 +21,10 @@ from torch import nn
 from ppcl import (
     calls,
     config,
-    devices,
     distillation,
     errors,
     pipelines,
+    processes,
     schemas,
     student_stage,
     students,
@@ -38,7 +38,7 @@ def main() -> None:
     settings = config.load(args.config)
     options, seed = settings["subsets"], settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)

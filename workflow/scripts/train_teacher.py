@@ -19,8 +19,8 @@ from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from ppcl import (
-    devices,
     errors,
+    processes,
     provenance,
     stopping,
     strict_yaml,
@@ -50,7 +50,7 @@ def train_part(name, module, losses, settings, state: Path, accelerator) -> list
     identity, settings = identity_of(settings, before, accelerator), settings[name]
     weights, metadata = tensors.read(done) if done.exists() else ({}, {})
     finished = torch.tensor(int(metadata.get("identity") == identity))
-    if devices.of_main(accelerator, finished):
+    if processes.of_main(accelerator, finished):
         weights, metadata = (weights, metadata) if finished else tensors.read(done)
         module.load_state_dict(weights, strict=False)
         return json.loads(metadata["log"])
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     args = parser.parse_args()
     settings = strict_yaml.read(args.config)
-    accelerator = devices.accelerator("cpu")
+    accelerator = processes.accelerator("cpu")
     args.state.mkdir(parents=True, exist_ok=True)
     pipe, logs = build(settings, args.state, accelerator)
     if not accelerator.is_main_process:

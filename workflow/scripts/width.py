@@ -34,12 +34,12 @@ from ppcl import (
     calls,
     conditioning,
     config,
-    devices,
     errors,
     modulation,
     modulation_prices,
     pipelines,
     prices,
+    processes,
     provenance,
     schemas,
     selection,
@@ -147,7 +147,7 @@ def main() -> None:
     settings = config.load(args.config)
     options, seed = settings["width"], settings["seed"]
 
-    accelerator = devices.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings["device"])
     device = accelerator.device
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
@@ -208,7 +208,7 @@ def main() -> None:
         tensors.join(args.maps, files, stamp)
         stamp |= {name: json.dumps(value) for name, value in facts.items()}
         tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp)
-    devices.finish(accelerator)
+    processes.finish(accelerator)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The library of the workflow's programs."""
 
-from ppcl import quiet, surroundings
+from ppcl import collector, quiet, surroundings
 
+collector.rest()
 surroundings.forget()  # before torch, accelerate and diffusers read them
 quiet.start()

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from torch import nn
 
 from ppcl import (
-    activations,
     blocks,
     calls,
     cka_draws,
@@ -32,6 +31,7 @@ from ppcl import (
     similarity,
     tensors,
     texts,
+    token_table,
 )
 from ppcl.errors import UserError
 from ppcl.families import JOINT
@@ -77,8 +77,8 @@ class Material:
     ema: float | None = None
 
     @functools.cached_property
-    def tokens(self) -> activations.TokenReader:
-        return activations.TokenReader(self.paths["tokens"])
+    def tokens(self) -> token_table.TokenReader:
+        return token_table.TokenReader(self.paths["tokens"])
 
     @property
     def depth(self) -> int:

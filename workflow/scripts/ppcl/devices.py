@@ -6,15 +6,11 @@ import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast
-from diffusers.hooks import apply_group_offloading
 from torch import nn
 
-from ppcl import cores, gpus, stopping, surroundings
+from ppcl import cores, gpus
 from ppcl.errors import UserError
 
 
@@ -41,40 +37,6 @@ def choose(setting: str) -> torch.device:
             f"config key 'device': {setting} is not available here; use auto, or {there}"
         )
     return torch.device(setting)
-
-
-def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
-    """Accelerate for this process (one of several under `launch.py`), on the configured device.
-
-    Raises:
-        UserError: the device that the config asks for is not there.
-    """
-    surroundings.forget()  # accelerate reads some of them here
-    # The main process measures and writes alone at the end; the others must have the patience.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
-    return Accelerator(
-        cpu=choose(setting).type == "cpu",
-        mixed_precision=mixed_precision,
-        kwargs_handlers=[patience],
-    )
-
-
-def of_main(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The main process's values, for all, on the CPU.
-
-    What processes read of a shared disk can change between their looks at it, as when two runs of
-    one config are at work; what they do next must be decided by one of them.
-    """
-    if accelerator.num_processes == 1:
-        return values
-    return broadcast(values.to(accelerator.device), from_process=0).cpu()
-
-
-def finish(accelerator: Accelerator) -> None:
-    """Waits for all processes and leaves the process group; results must be written before."""
-    stopping.ignore()
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def dtype(name: str) -> torch.dtype:
@@ -231,16 +193,6 @@ def stream(transformer: nn.Module, block_modules: Iterable[nn.Module], device: t
         resting: dict[torch.Tensor, torch.Tensor] = {}
         module.register_forward_pre_hook(_Move(device, resting))
         module.register_forward_hook(_Move(None, resting), always_call=True)
-
-
-def stream_leaves(module: nn.Module, device: torch.device) -> None:
-    """As `stream` for any module, layer by layer: stock group offloading. In place."""
-    apply_group_offloading(
-        module,
-        onload_device=device,
-        offload_device=torch.device("cpu"),
-        offload_type="leaf_level",
-    )
 
 
 # ---- precision

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from tqdm import tqdm
 
-from ppcl import blocks, calls, devices, provenance, shards, stopping, tensors, texts
+from ppcl import blocks, calls, processes, provenance, shards, stopping, tensors, texts
 from ppcl.errors import UserError, disk_is_full
 from ppcl.plans import Part
 
@@ -232,7 +232,7 @@ class Inputs:
         path = self._folder / GIVEN_UP
         found = path.exists() and texts.read_sealed(path)["identity"] == self._identity
         # By all alike, and before one of them removes or writes it.
-        return bool(devices.of_main(self._accelerator, torch.tensor(int(found))))
+        return bool(processes.of_main(self._accelerator, torch.tensor(int(found))))
 
     def _fill(self) -> str:
         """Computes this process's share of the files that are not there; why it could not."""

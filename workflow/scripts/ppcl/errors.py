@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from ppcl import provenance, stopping
+from ppcl import collector, provenance, stopping
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ def run(main: Callable[[], None]) -> None:
     A UserError, and what a disk or the system is to blame for, becomes one `error:` line and exit
     code 2; a program that SIGTERM ended has the exit code `stopping.EXIT_CODE`.
     """
+    collector.work()
     provenance.commit()
     with stopping.heeded():
         try:

@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
 from PIL import Image
 
 from ppcl import (
@@ -125,8 +126,18 @@ def load(
         if isinstance(module, type(transformer)):
             devices.stream(module, [b.module for b in blocks.block_sequence(module)], device)
         else:
-            devices.stream_leaves(module, device)
+            stream_leaves(module, device)
     return pipe
+
+
+def stream_leaves(module: torch.nn.Module, device: torch.device) -> None:
+    """As `devices.stream` for any module, layer by layer: stock group offloading. In place."""
+    apply_group_offloading(
+        module,
+        onload_device=device,
+        offload_device=torch.device("cpu"),
+        offload_type="leaf_level",
+    )
 
 
 def load_transformer(

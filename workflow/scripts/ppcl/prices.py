@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
-from ppcl import blocks, calls, devices, entrance, stopping, texts
+from ppcl import blocks, calls, devices, entrance, processes, stopping, texts
 from ppcl.errors import UserError
 from ppcl.students import Students, plugged
 
@@ -275,7 +275,7 @@ def measure(
     done = _finished(state, identity) if state else {}
     names = list(changes)
     known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
-    known = devices.of_main(accelerator, known)  # all must share out the same rest
+    known = processes.of_main(accelerator, known)  # all must share out the same rest
     left = {name for name, cost in zip(names, known.tolist(), strict=True) if math.isnan(cost)}
     # Whole groups: in another batch, a change's error is rounded in another way.
     rest = [group for group in _groups(changes, judged.together) if not left.isdisjoint(group)]

@@ -44,6 +44,16 @@ class Moments:
         return cls(len(x), x.sum(0), x.T @ x, y.sum(0), x.T @ y, float(np.square(y).sum()))
 
 
+def stored_moments(sums: Mapping, stream: str, block: int | str) -> Moments:
+    """The moments of one block and stream, by their names in `activations.Moments.sums` or its file
+    (tensors)."""
+    names = ("count", "x_sum", "x_x", "y_sum", "x_y", "y_y")
+    found = {name: sums[f"{stream}.{block}.{name}"].cpu().double().numpy() for name in names}
+    return Moments(
+        **found | {"count": int(found["count"].item()), "y_y": float(found["y_y"].item())}
+    )
+
+
 @dataclass(frozen=True)
 class Probe:
     """Residual linear map x -> x + W x + b: weight [d_out, d_in], bias [d_out], float64.

@@ -23,11 +23,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ppcl import blocks, calls, distillation, prices, probes, students, training
-from ppcl.activations import TokenReader
 from ppcl.cka import linear_cka
 from ppcl.errors import UserError
 from ppcl.pins import Ends
 from ppcl.plans import Part
+from ppcl.token_table import TokenReader
 
 # Interval -> the block whose weights its student starts with, or a way of `students.start_weights`.
 Starts = dict[Ends, int | str]

@@ -56,7 +56,7 @@ from ppcl.probes import Probe
 
 
 def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Resamples]:
-    """How `surrogate_cka` reads one stream of an activations.TokenReader, and its resamples.
+    """How `surrogate_cka` reads one stream of an token_table.TokenReader, and its resamples.
 
     options: the config's `similarity`. The same seed for every stream: a resample draws the same
     prompts in each, so that the mean over streams has resamples of its own.

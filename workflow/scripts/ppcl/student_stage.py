@@ -11,8 +11,8 @@ from torch import nn
 
 from ppcl import (
     calls,
-    devices,
     distillation,
+    processes,
     provenance,
     schemas,
     stopping,
@@ -86,7 +86,7 @@ def finish(
         students.save(args.output, taught, stamp)
         tables.write(args.log_table, log, schema, stamp)
         tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
-    devices.finish(accelerator)
+    processes.finish(accelerator)
     if accelerator.is_main_process:
         # What may take most of a disk, and a finished training does not read.
         whole.forget(args.state / "inputs")

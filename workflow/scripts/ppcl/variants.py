@@ -6,6 +6,7 @@ stage that each is from.
 """
 
 import argparse
+import functools
 import hashlib
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,6 +45,9 @@ from ppcl.students import Students
 # the ranks of its matrices.
 Piece = tuple[Member | int, tuple[tuple[Matrix, int], ...]]
 
+# Maps that were fitted once more, by their source.
+Refits = Mapping[str, Mapping[width.Map, probes.Probe]]
+
 
 @dataclass(frozen=True)
 class Files:
@@ -81,6 +85,11 @@ class Files:
         single = (self.width, self.maps, self.conditioning, self.latency)
         return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
 
+    @functools.cached_property
+    def refitted(self) -> Refits:
+        """The refitted maps, read once for the digest and the models; none without a file."""
+        return read_refits(self.refits) if self.refits else {}
+
     def refits_digest(self, found: Set, expected: str | None = None) -> str:
         """`refits_digest` of a set.
 
@@ -89,7 +98,7 @@ class Files:
         """
         if self.refits is None and any(s.startswith(REFIT) for s in found.sources.values()):
             raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")
-        digest = refits_digest(read_refits(self.refits) if self.refits else {}, found)
+        digest = refits_digest(self.refitted, found)
         if expected not in (None, digest):
             raise UserError(
                 f"{self.refits} has other maps than the set was made with; delete the run's folder "
@@ -243,9 +252,7 @@ class Workshop:
     ):
         self._teacher, self._sources = transformer, files.students
         self._maps = width.stored(files.maps) if files.maps else {}
-        self._refits: dict[str, Mapping[width.Map, probes.Probe]] = {}
-        if files.refits:
-            self._refits |= read_refits(files.refits)
+        self._refits = dict(files.refitted)
         self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
         self._as_teacher, self._device = as_teacher, device
         self._depth = len(blocks.block_sequence(transformer))
@@ -282,7 +289,7 @@ class Workshop:
             model._modules[_last(self._teacher)] = last
         return model, block_map
 
-    def take(self, refits: Mapping[str, Mapping[width.Map, probes.Probe]]) -> None:
+    def take(self, refits: Refits) -> None:
         """From now on, units from these sources have these maps."""
         self._refits |= refits
         self._made = {
@@ -358,7 +365,7 @@ class Workshop:
         return found
 
 
-def write_refits(path: Path, refits: Mapping[str, Mapping[width.Map, probes.Probe]], stamp) -> None:
+def write_refits(path: Path, refits: Refits, stamp) -> None:
     """Writes variants/maps.safetensors. refits: source -> maps."""
     state = {
         f"{source.removeprefix(REFIT)}/{one.name}.{leaf}": torch.from_numpy(getattr(probe, leaf))
@@ -369,7 +376,7 @@ def write_refits(path: Path, refits: Mapping[str, Mapping[width.Map, probes.Prob
     tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
 
 
-def refits_digest(refits: Mapping[str, Mapping[width.Map, probes.Probe]], found: Set) -> str:
+def refits_digest(refits: Refits, found: Set) -> str:
     """Digest of the refitted maps that a set uses, as `read_refits` gives them."""
     used = set(found.sources.values())
     return provenance.digest(

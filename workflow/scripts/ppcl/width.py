@@ -152,7 +152,7 @@ def _fit(
     found = {}
     for one in maps:
         fitted, judged = (
-            activations.stored_moments(moments.sums, one.kind, one.ends) for moments in sums
+            probes.stored_moments(moments.sums, one.kind, one.ends) for moments in sums
         )
         probe = probes.solve(fitted, options["ridge"], one.ends, one.kind)
         found[one] = Fit(probe, 1 - probes.fit_r2(probe, judged))
@@ -418,7 +418,7 @@ def refit(
                     x, y = x[masks[stream]], y[masks[stream]]
                 sums.add(kind, one.ends, x.flatten(0, -2), y.flatten(0, -2))
         for kind, one in maps.items():
-            moments = activations.stored_moments(sums.sums, kind, one.ends)
+            moments = probes.stored_moments(sums.sums, kind, one.ends)
             probe = found[one] = probes.solve(moments, options["ridge"], one.ends, kind)
             layers[kind].weight.copy_(torch.from_numpy(probe.weight))
             layers[kind].bias.copy_(torch.from_numpy(probe.bias))

@@ -1,0 +1,74 @@
+"""What a program imports costs its job seconds before it begins: none imports more than it uses."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "workflow" / "scripts"
+
+FIGURES = {"matplotlib", "skimage"}
+JUDGE = {"sklearn"}  # of digits alone
+MODELS = {"accelerate", "diffusers", "peft", "transformers"}
+TORCH = MODELS | {"torch"}
+COMPILER = {"torch._inductor.compile_fx"}  # of its package, diffusers imports another part
+OTHER = {"matplotlib", *JUDGE, *COMPILER}
+
+# By program: modules that it does without. Those of OTHER go with all that load a transformer.
+WITHOUT = {
+    "ablate": COMPILER | {"matplotlib"},
+    "allot": MODELS - {"accelerate"} | OTHER,
+    "assemble": OTHER | {"skimage"},
+    "calibrate": COMPILER | {"matplotlib"},
+    "choose": OTHER | {"skimage"},
+    "distill": OTHER | {"skimage"},
+    "evaluate": COMPILER | {"matplotlib"},
+    "extract": OTHER | {"skimage"},
+    "finetune": OTHER | {"skimage"},
+    "forget": TORCH | FIGURES | {"numpy", "pandas", "pyarrow"},
+    "gather": TORCH | {"sklearn", "skimage"},
+    "init": TORCH | FIGURES | {"pandas", "scipy"},
+    "intervals": TORCH | OTHER | {"skimage"},
+    "join": MODELS | OTHER | {"skimage", "scipy"},
+    "latency": OTHER,
+    "launch": TORCH | FIGURES | {"numpy", "pandas", "pyarrow"},
+    "lora_to_low_rank": OTHER | {"skimage"},
+    "narrow": OTHER | {"skimage"},
+    "pareto": OTHER,
+    "plan": OTHER | {"skimage"},
+    "plot": TORCH | {"sklearn", "skimage"},
+    "probe": MODELS | OTHER | {"skimage", "scipy"},
+    "prune": OTHER | {"skimage"},
+    "record": OTHER | {"skimage"},
+    "sensitivity": OTHER | {"skimage"},
+    "similarity": MODELS | OTHER | {"skimage", "scipy"},
+    "subsets": OTHER | {"skimage"},
+    "train_teacher": COMPILER | {"matplotlib", "skimage"},
+    "width": OTHER | {"skimage"},
+}
+
+
+def imported(program: str) -> set[str]:
+    """What is imported when a program has read its arguments, by Python's own account."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", SCRIPTS / f"{program}.py", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    return {line.rpartition("|")[2].strip() for line in lines}
+
+
+def test_every_program_is_in_the_table():
+    assert WITHOUT.keys() == {path.stem for path in SCRIPTS.glob("*.py")}
+
+
+@pytest.mark.parametrize("program", WITHOUT)
+def test_a_program_imports_no_more_than_it_uses(program):
+    found = imported(program)
+    assert "argparse" in found  # the account is one
+    assert sorted(WITHOUT[program] & found) == []
