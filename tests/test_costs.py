@@ -20,6 +20,7 @@ from ppcl import (
     entrance,
     pipelines,
     prices,
+    processes,
     schemas,
     students,
     tables,
@@ -129,6 +130,29 @@ def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader
 
 
 @torch.no_grad()
+def test_a_text_run_up_to_the_end_goes_on_with_others(teacher, reader):
+    """Nothing takes apart the two texts that its blocks pass on, so that it needs its own batch."""
+    run = [Part(4, 4, text="lend"), Part(5, 5, text="borrow", source=(4, 4))]
+    sets = [run, [Part(5, 5)], [Part(3, 5)]]
+    taught = students.start(teacher, [part for parts in sets for part in parts], "first")
+    for student in taught.values():
+        with torch.no_grad():
+            student.attn.to_out[0].weight.mul_(1.1)
+    rows = reader.rows(heldout=True)
+    made = [{part: taught[part] for part in parts} for parts in sets]
+    alone = [prices.error(teacher, one, reader, rows, 1, CPU) for one in made]
+    assert min(alone) > 1e-5
+    named = {
+        str(number): (parts[0].first, parts[-1].last, lambda one=one: one)
+        for number, (parts, one) in enumerate(zip(sets, made, strict=True))
+    }
+    judged = prices.Judged(teacher, reader, rows, 3 * len(rows), CPU)
+    assert judged.together >= 3
+    changes = prices.of_students(teacher, named)
+    found = prices.measure(judged, changes, tiny.Process(0, 1, None))
+    assert found == pytest.approx(alone, rel=1e-4)
+
+
 def test_a_streamed_model_computes_in_float32_and_rests_as_it_was():
     """Also one that is stopped before a block, or breaks within."""
     low, call = tiny.transformer(blocks=3, scale=0.2).to(torch.bfloat16), tiny.arguments()
@@ -167,7 +191,7 @@ def errors_of(process, teacher, taught, reader, asked=None):
 @pytest.fixture
 def nothing_done(monkeypatch):
     """As no file is there, the main process has nothing to tell (else: test_two_runs.py)."""
-    monkeypatch.setattr(devices, "of_main", lambda _accelerator, values: values)
+    monkeypatch.setattr(processes, "of_main", lambda _accelerator, values: values)
 
 
 @pytest.mark.usefixtures("nothing_done")

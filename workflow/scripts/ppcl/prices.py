@@ -11,7 +11,7 @@ search.
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,7 +156,8 @@ class Judged:
             for number, some in enumerate(waiting):
                 over = place == len(changes) - 1
                 if some and (over or (len(some) + 1) * len(self._batches[number]) > batch_size):
-                    self._go_on(number, last + 1, some, wrong)
+                    for alike in _of_one_shape(some):
+                        self._go_on(number, last + 1, alike, wrong)
                     some.clear()
         return [float(one) / self._power for one in wrong]
 
@@ -226,6 +227,18 @@ class Judged:
         return x.to(devices.statistics_device(self._device)).double()
 
 
+def _of_one_shape(
+    some: Sequence[tuple[int, blocks.Streams]],
+) -> Iterable[list[tuple[int, blocks.Streams]]]:
+    """Those that fit in one batch: a text run after which nothing reads text leaves both texts that
+    its blocks have passed on."""
+    found: dict[tuple, list[tuple[int, blocks.Streams]]] = {}
+    for place, streams in some:
+        shapes = tuple((name, value.shape[1:]) for name, value in streams.items())
+        found.setdefault(shapes, []).append((place, streams))
+    return found.values()
+
+
 def _size(streams: blocks.Streams) -> int:
     return sum(value.nbytes for value in streams.values())
 
@@ -278,7 +291,8 @@ def measure(
     known = processes.of_main(accelerator, known)  # all must share out the same rest
     left = {name for name, cost in zip(names, known.tolist(), strict=True) if math.isnan(cost)}
     # Whole groups: in another batch, a change's error is rounded in another way.
-    rest = [group for group in _groups(changes, judged.together) if not left.isdisjoint(group)]
+    groups = _groups(changes, judged.together)
+    rest = [group for group in groups if not left.isdisjoint(group)]
     again = {name for group in rest for name in group}
     place = {name: number for number, name in enumerate(names)}
     known[[place[name] for name in again]] = 0.0
