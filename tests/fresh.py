@@ -2,8 +2,8 @@
 
 Such a process has memory, signals, files and an exit code of its own, like any; it only finds the
 libraries imported already. Nothing of this repository is among them, so each reads its own code.
-What libraries read from the environment while they are imported (HF_HOME, say) is the server's;
-but not where diffusers copies code to.
+What libraries read from the environment while they are imported (HF_HOME, OMP_NUM_THREADS, say) is
+the server's; but not where diffusers copies code to.
 """
 
 import atexit
@@ -72,6 +72,7 @@ def run(
     cwd: str | Path | None = None,
     env: Mapping[str, str] | None = None,
     merged: bool = False,
+    timeout: float | None = None,
 ) -> subprocess.CompletedProcess:
     """What `subprocess.run([sys.executable, *words])` returns, with both outputs as texts.
 
@@ -80,6 +81,7 @@ def run(
         words: options, then `-c CODE`, `-m MODULE` or a script, and arguments.
         env: other variables.
         merged: stderr goes to stdout.
+        timeout: seconds.
     """
     return subprocess.run(
         [python(kind), *map(str, words)],
@@ -89,6 +91,7 @@ def run(
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT if merged else subprocess.PIPE,
+        timeout=timeout,
     )
 
 

@@ -1,18 +1,23 @@
 """How many cores a job has, and how many threads a model is worth."""
 
+import functools
 import json
 import multiprocessing
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 
-from ppcl import cores, devices, evaluation
+from ppcl import cores, devices, evaluation, hub, weights
+from ppcl.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 AFFINITY = 6
@@ -78,6 +83,7 @@ def test_no_more_cores_than_the_job_has(groups, monkeypatch, said, found):
     assert evaluation.process_count("auto", torch.device("cpu")) == found
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="of Linux")
 def test_the_affinity_of_this_process_counts(monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     before = os.sched_getaffinity(0)
@@ -113,6 +119,71 @@ def test_a_small_model_gets_one_thread_and_a_large_one_those_of_the_job(monkeypa
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)
+
+
+# ---- what rules ask for
+
+
+def rules(config: dict, total: int | None, local: bool, gpu: bool) -> SimpleNamespace:
+    """Functions of workflow/rules/common.smk as Snakemake has them on some machine."""
+    text = (ROOT / "workflow/rules/common.smk").read_text()
+    part = text[text.index("def on_cpu()") : text.index("def planned()")]
+    workflow = SimpleNamespace(
+        local_exec=local,
+        non_local_exec=not local,
+        resource_settings=SimpleNamespace(cores=total),
+    )
+    names = {"config": config, "workflow": workflow, "functools": functools, "THREADS": 8}
+    names |= {"cores": cores, "hub": hub, "weights": weights, "UserError": UserError}
+    names["gpus"] = SimpleNamespace(possible=lambda: gpu)
+    exec(part, names)
+    return SimpleNamespace(**names)
+
+
+SMALL = {"path": str(ROOT / "resources/digits"), "component": "transformer", "variant": None}
+SMALL |= {"subfolder": None}
+
+
+@pytest.mark.parametrize(
+    ("device", "teacher", "total", "local", "gpu", "asked"),
+    [
+        # GPUs of a job; threads of a stage of one process, of one beside it, and of a timing one.
+        ("auto", {}, 2, True, False, (0, 1, 1, 2)),
+        ("cpu", {}, 16, True, True, (0, 1, 8, 16)),
+        ("cpu", {}, 4, True, False, (0, 1, 3, 4)),
+        ("cpu", {}, 1, True, False, (0, 1, 1, 1)),
+        ("auto", {}, 16, True, True, (1, 8, 8, 8)),
+        ("cuda", {}, 16, True, False, (1, 8, 8, 8)),
+        ("mps", {}, 16, True, False, (1, 8, 8, 8)),
+        # On a cluster nodes may have GPUs that this machine lacks, and no number of cores is known.
+        ("auto", {}, None, False, False, (1, 8, 8, 8)),
+        ("cpu", {}, None, False, False, (0, 1, 8, 8)),
+        ("cpu", {"path": "owner/name"}, None, False, False, (0, 8, 8, 8)),
+        # Not known to be small: such stages take turns.
+        ("cpu", {"path": "owner/name"}, 16, True, False, (1, 8, 8, 8)),
+        ("cpu", {"path": "/nowhere"}, 16, True, False, (1, 8, 8, 8)),
+        ("cpu", {"component": "vae"}, 16, True, False, (0, 1, 8, 16)),
+    ],
+)
+def test_stages_of_small_teachers_share_the_cores(device, teacher, total, local, gpu, asked):
+    config = {"device": device, "teacher": SMALL | teacher}
+    made = rules(config, total, local, gpu)
+    threads = (
+        made.cores_of_one_process(None),
+        made.cores_beside_one_process(None),
+        made.every_core(None),
+    )
+    assert (made.gpu(None), *threads) == asked
+
+
+def test_the_stages_of_a_large_teacher_take_turns(tmp_path):
+    shutil.copytree(SMALL["path"], tmp_path / "teacher")
+    (file,) = (tmp_path / "teacher/transformer").glob("*.safetensors")
+    safetensors.torch.save_file({"a": torch.zeros(512, 512)}, file)
+    made = rules(
+        {"device": "cpu", "teacher": SMALL | {"path": str(tmp_path / "teacher")}}, 16, True, False
+    )
+    assert made.gpu(None) == 1 and made.cores_of_one_process(None) == 8
 
 
 # ---- beside a busy process

@@ -24,6 +24,7 @@ from ppcl import (
     schemas,
     students,
     tables,
+    texts,
     width,
 )
 from ppcl.errors import UserError
@@ -130,6 +131,27 @@ def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader
 
 
 @torch.no_grad()
+def test_what_is_left_of_a_group_is_measured_with_the_rest_of_it(teacher, reader, tmp_path):
+    """Alone, an error would be rounded in another way than in a run that nobody stopped."""
+    rows, parts = reader.rows(heldout=True), [Part(0, 2), Part(1, 2), Part(2, 2)]
+    taught = students.start(teacher, parts, "first")
+    sets = {p.name: (p.first, p.last, partial(lambda p: {p: taught[p]}, p)) for p in parts}
+    changes = prices.of_students(teacher, sets)
+
+    def measured():
+        judged = prices.Judged(teacher, reader, rows, 3 * len(rows), CPU)
+        assert judged.together >= 3
+        return prices.measure(judged, changes, tiny.Process(0, 1, None), tmp_path, "same")
+
+    whole = measured()
+    kept = texts.read_sealed(tmp_path / "0.json")
+    assert kept["errors"].keys() == sets.keys()
+    del kept["errors"][parts[1].name]
+    texts.write_sealed(tmp_path / "0.json", kept)
+    assert measured() == whole
+    assert texts.read_sealed(tmp_path / "0.json")["errors"].keys() == sets.keys()
+
+
 def test_a_text_run_up_to_the_end_goes_on_with_others(teacher, reader):
     """Nothing takes apart the two texts that its blocks pass on, so that it needs its own batch."""
     run = [Part(4, 4, text="lend"), Part(5, 5, text="borrow", source=(4, 4))]

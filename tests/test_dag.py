@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import yaml
 from safetensors import safe_open
+from slurm import cluster
 from test_faults import content
 
 from ppcl import schemas, tables, texts
@@ -29,9 +30,10 @@ TRAINED = "distill/students.safetensors"
 def finished(tmp_path_factory) -> Path:
     """A copy of the repository in which `snakemake --configfile config/test.yaml` has run."""
     folder = checkout(tmp_path_factory.mktemp("dag") / "repo")
-    # Its jobs are forks, too: importing what they import takes most of their time. Programs that
-    # start from nothing are those of test_slurm.py.
-    first = started(folder, python=fresh.python(fresh.SNAKEMAKE))
+    # Its jobs are forks, too: importing what they import takes most of their time. Where there is
+    # SLURM, those of test_slurm.py start from nothing.
+    stand_in = sys.executable if cluster.missing() else fresh.python(fresh.SNAKEMAKE)
+    first = started(folder, python=stand_in)
     while not list(folder.glob(".snakemake/locks/*")) and first.poll() is None:
         time.sleep(0.1)
     REFUSED.append(started(folder).communicate()[0])

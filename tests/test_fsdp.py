@@ -120,7 +120,7 @@ import sys
 sys.path[:0] = {[str(tiny.SCRIPTS), str(Path(__file__).parent)]!r}
 import tiny
 import torch
-from ppcl import blocks, devices, fsdp, narrow
+from ppcl import blocks, fsdp, narrow, processes
 
 accelerator = processes.accelerator("cpu")
 model = tiny.transformer(blocks=2)

@@ -89,7 +89,8 @@ def test_partition_and_account_are_those_of_the_environment_or_of_the_users_prof
     words = ["-m", "snakemake", "--nolock", "-n", "-F", *own]
     words += ["--workflow-profile", "profiles/slurm", "--configfile", "config/test.yaml"]
     kept = {k: v for k, v in os.environ.items() if not k.startswith("SBATCH_")}
-    done = fresh.run(fresh.SNAKEMAKE, *words, cwd=ROOT, env=kept | (variables or {}))
+    env = kept | (variables or {})
+    done = fresh.run(fresh.SNAKEMAKE, *words, cwd=ROOT, env=env, timeout=COMMAND)
     assert done.returncode == 0, done.stdout + done.stderr
     assert set(re.findall(r"slurm_\w+=\w+", done.stdout + done.stderr)) == expected
 

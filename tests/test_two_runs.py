@@ -17,7 +17,7 @@ import torch
 import train_teacher
 from torch import nn
 
-from ppcl import devices, entrance, prices, texts, training
+from ppcl import entrance, prices, processes, texts, training
 from ppcl.errors import UserError
 
 accelerator = processes.accelerator("cpu")

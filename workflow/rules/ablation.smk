@@ -7,9 +7,10 @@
 #
 # In parts: with ablation.methods only these run, and are put together; what has been run stays.
 #
-# A job uses one core, and a GPU if there is one. A run depends on its own entry of the table alone: a
-# new method, or more seeds, redoes nothing. Checkpoints live in state/ablation-<method>-<number>, as
-# in distill.smk.
+# A job uses one core. A small teacher's runs on a CPU go as many at once as there are cores; else one
+# at a time, or as many as `--resources gpu=<n>` says. A run depends on its own entry of the table
+# alone: a new method, or more seeds, redoes nothing. Checkpoints live in
+# state/ablation-<method>-<number>, as in distill.smk.
 
 if "ablation" in targets():
     for part in ("intervals", "width", "modulation"):

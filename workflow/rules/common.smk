@@ -23,7 +23,9 @@ sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl import config as settings
 from ppcl import (
+    collector,
     cores,
+    gpus,
     hub,
     methods,
     preflight,
@@ -36,6 +38,8 @@ from ppcl import (
 )
 from ppcl.errors import UserError, trouble
 from ppcl.provenance import code_digest, digest, stamps
+
+collector.work()
 
 # Jobs use the Python that runs Snakemake, activated or not, unless conda brings its own (--sdm
 # conda); of progress bars, which go to the logs too, one line now and then is enough.
@@ -347,8 +351,8 @@ def memory(megabytes):
     Weights pass through memory on their way to a GPU, or stay there with teacher.offload. Those of
     a teacher on the Hub can't be counted before they are here; --set-resources says more.
     """
-    weights = sum(Path(path).stat().st_size for path in teacher_files())
-    return megabytes + 2 * weights // 10**6
+    size = sum(Path(path).stat().st_size for path in teacher_files())
+    return megabytes + 2 * size // 10**6
 
 
 def on_cpu():
@@ -360,13 +364,14 @@ def on_cpu():
 
 
 def gpu(wildcards):
-    """For resources: a job's GPUs. None for a small teacher on a CPU, whose stages run side by side
-    while cores last; the memory for several large ones may not be there."""
-    return 0 if small() or (on_cpu() and workflow.non_local_exec) else 1
+    """For resources: GPUs that a job asks for. None on a cluster with device: cpu, nor for a small
+    teacher on a CPU, whose stages share the cores. One for a large teacher on this machine's CPU,
+    too, so that its stages take turns: memory for several may not be there."""
+    return 0 if small_on_cpu() or (on_cpu() and workflow.non_local_exec) else 1
 
 
 @functools.cache
-def small():
+def small_on_cpu():
     """Whether the teacher runs on the CPU, and its matrices are too small for several threads."""
     teacher = config["teacher"]
     if hub.is_name(teacher["path"]) or not on_cpu():
@@ -382,16 +387,23 @@ def small():
     )
 
 
-def one(wildcards):
-    """For threads, of a stage of one process: one if the teacher is small, as others can use the
-    other cores meanwhile."""
-    return 1 if small() else THREADS
+def cores_of_one_process(wildcards):
+    """For threads, of a stage of one process: with a small teacher one, as others can use the other
+    cores meanwhile."""
+    return 1 if small_on_cpu() else THREADS
 
 
-def but_one(wildcards):
-    """For threads, of a stage of several processes that runs beside one of one process."""
+def cores_beside_one_process(wildcards):
+    """For threads, of a stage of several processes: with a small teacher all cores but one, which
+    stages of one process (extract, probe, similarity) use meanwhile."""
     total = workflow.resource_settings.cores
-    return max(1, min(THREADS, total - 1)) if small() and total else THREADS
+    return max(1, min(THREADS, total - 1)) if small_on_cpu() and total else THREADS
+
+
+def every_core(wildcards):
+    """For threads, of a stage that measures time: all cores, so that no other job of a small teacher
+    runs beside it."""
+    return (workflow.resource_settings.cores or THREADS) if small_on_cpu() else THREADS
 
 
 def planned():

@@ -23,7 +23,7 @@ rule evaluate:
         result("benchmarks/evaluate.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: every_core
     resources:
         gpu=gpu,
         mem_mb=megabytes("evaluate", 32000),

@@ -23,7 +23,7 @@ rule extract:
         result("benchmarks/extract.tsv")
     conda:
         ENVIRONMENT
-    threads: one
+    threads: cores_of_one_process
     resources:
         gpu=gpu,
         mem_mb=megabytes("extract", 16000),

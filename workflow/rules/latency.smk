@@ -19,7 +19,7 @@ rule latency:
         result("benchmarks/latency.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: every_core
     resources:
         gpu=gpu,
         mem_mb=megabytes("latency", 16000),

@@ -31,7 +31,7 @@ rule pareto:
         result("benchmarks/pareto.tsv")
     conda:
         ENVIRONMENT
-    threads: THREADS
+    threads: every_core
     resources:
         gpu=gpu,
         mem_mb=megabytes("pareto", 32000),

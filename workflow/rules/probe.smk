@@ -18,7 +18,7 @@ rule probe:
         result("benchmarks/probe.tsv")
     conda:
         ENVIRONMENT
-    threads: one
+    threads: cores_of_one_process
     resources:
         mem_mb=8000,
         runtime=60,

@@ -22,7 +22,7 @@ rule prune:
         result("benchmarks/prune.tsv")
     conda:
         ENVIRONMENT
-    threads: one
+    threads: cores_of_one_process
     resources:
         gpu=gpu,
         mem_mb=memory(16000),

@@ -18,7 +18,7 @@ rule sensitivity:
         result("benchmarks/sensitivity.tsv")
     conda:
         ENVIRONMENT
-    threads: but_one
+    threads: cores_beside_one_process
     resources:
         gpu=gpu,
         mem_mb=megabytes("sensitivity", 16000),

@@ -19,7 +19,7 @@ rule similarity:
         result("benchmarks/similarity.tsv")
     conda:
         ENVIRONMENT
-    threads: one
+    threads: cores_of_one_process
     resources:
         gpu=gpu,
         mem_mb=megabytes("similarity", 8000, teacher=False),

@@ -1,7 +1,8 @@
 """Python's garbage collector while a program starts.
 
 Libraries make a million objects as they are imported, of which next to nothing is garbage. Looking
-for it again and again takes a sixth of the time that diffusers needs.
+for it again and again takes a sixth of the time that diffusers needs. Importing this package makes
+it rest; what never has it `work` again, such as a notebook, is left with a rarer collector.
 """
 
 import functools

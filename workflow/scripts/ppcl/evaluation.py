@@ -48,8 +48,9 @@ from ppcl import (
 from ppcl.errors import UserError
 from ppcl.metrics import TEACHER, Estimate
 
-# What workers import and takes long: here, and in the program, which each has for a main module.
-# Nothing of this package, which a fork server of Python 3.11 does not find, and says nothing of it.
+# Imported once by the fork server, so that no worker spends seconds on it: what this module and
+# evaluate.py import (a worker imports the program that it belongs to). Nothing of this package: in
+# Python 3.11 the fork server does not find it, and silently goes on without.
 PRELOADED = [
     "diffusers.pipelines.pipeline_utils",
     "jsonschema",
@@ -143,8 +144,8 @@ def process_count(setting: str | int, device: torch.device) -> int:
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
-    # It starts small and never computes, so its children inherit neither memory, nor threads, nor a
-    # CUDA context. It imports once what takes seconds to import.
+    """It starts small and never computes, so its children inherit neither memory, nor threads, nor
+    a CUDA context; and it imports once what takes seconds to import."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
@@ -343,6 +344,9 @@ def measure_transformers(
         accelerator: of several processes, all of which call this. They share out the velocities;
             the main process measures times, while the others have nothing to do, and they have
             no latencies in the end. None: this process does all.
+
+    Returns:
+        model -> metric -> estimate; those of latency in the main process alone.
     """
     options, seed = settings["evaluate"], settings["seed"]
     resamples = options["bootstrap"]
@@ -379,8 +383,8 @@ def _compared(
     device: torch.device,
     accelerator: Accelerator | None,
 ) -> dict[str, dict[str, np.ndarray]]:
-    """`velocity_errors` of every transformer; of several processes, each takes some batches, and
-    all have all of them in the end."""
+    """`velocity_errors` of every transformer: model -> `error`, `norm`, `prompt_index`, `sigma`,
+    each [rows]. Of several processes each takes some batches, and all have all in the end."""
     named = tqdm(
         transformers.items(),
         desc="comparing velocities",

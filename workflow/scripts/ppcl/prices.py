@@ -37,7 +37,7 @@ class Change:
         first: the block with which it begins; the number of blocks, if it is behind all of them.
         model: makes the changed transformer, when its turn comes.
         last: the teacher's block behind which the model is the teacher again, but for the place of
-            its blocks; None, if it is not before its end.
+            its blocks; None: never, it differs up to its output.
     """
 
     first: int

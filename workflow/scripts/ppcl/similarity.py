@@ -56,7 +56,7 @@ from ppcl.probes import Probe
 
 
 def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Resamples]:
-    """How `surrogate_cka` reads one stream of an token_table.TokenReader, and its resamples.
+    """How `surrogate_cka` reads one stream of a token_table.TokenReader, and its resamples.
 
     options: the config's `similarity`. The same seed for every stream: a resample draws the same
     prompts in each, so that the mean over streams has resamples of its own.
@@ -218,7 +218,6 @@ class _Materialised:
         self._count = 0
         self._mean = tokens.new_empty(most, tokens.shape[1])
         self._tokens = tokens.new_empty(most, *tokens.shape)
-        self._side: Side
 
     def start(self, tokens: Tensor) -> None:
         """One more surrogate, which starts at these tokens [n, d]."""
