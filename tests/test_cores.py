@@ -113,9 +113,9 @@ def test_a_small_model_gets_one_thread_and_a_large_one_those_of_the_job(monkeypa
     try:
         for width, threads in ((64, 1), (512, 2)):
             model = torch.nn.Linear(width, width)
-            devices.use_threads(model, torch.device("cpu"))
+            devices.use_threads(model.parameters(), torch.device("cpu"))
             assert torch.get_num_threads() == threads
-        devices.use_threads(tiny.transformer(blocks=2), torch.device("cpu"))
+        devices.use_threads(tiny.transformer(blocks=2).parameters(), torch.device("cpu"))
         assert torch.get_num_threads() == 1
     finally:
         torch.set_num_threads(before)

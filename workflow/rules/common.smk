@@ -52,8 +52,8 @@ shell.prefix(
 )
 
 ENVIRONMENT = "../../environment.yml"
-# More than this helps no stage; Snakemake lowers it to --cores. Clusters set their own by profile.
-THREADS = 8
+# Snakemake lowers it to --cores. Clusters set their own by profile.
+THREADS = cores.MOST
 # Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
 WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
 WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
@@ -397,13 +397,15 @@ def cores_beside_one_process(wildcards):
     """For threads, of a stage of several processes: with a small teacher all cores but one, which
     stages of one process (extract, probe, similarity) use meanwhile."""
     total = workflow.resource_settings.cores
-    return max(1, min(THREADS, total - 1)) if small_on_cpu() and total else THREADS
+    shared = workflow.local_exec and small_on_cpu() and total
+    return max(1, min(THREADS, total - 1)) if shared else THREADS
 
 
 def every_core(wildcards):
     """For threads, of a stage that measures time: all cores, so that no other job of a small teacher
     runs beside it."""
-    return (workflow.resource_settings.cores or THREADS) if small_on_cpu() else THREADS
+    total = workflow.resource_settings.cores
+    return total if workflow.local_exec and small_on_cpu() and total else THREADS
 
 
 def planned():

@@ -28,18 +28,19 @@ GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
 
 
 def count(processes: str, threads: int, device: str) -> int:
-    """Number of processes: as asked, or one per GPU, or on a CPU one per core of the job."""
+    """Number of processes: as asked, or one per GPU, or on a CPU one per core of the job, up to
+    cores.MOST."""
     if processes != "auto":
         return int(processes)
     if device == "cpu" or not gpus.possible():
-        return min(threads, cores.available())
+        return min(threads, cores.MOST)
     import torch  # takes seconds, in which SIGTERM must be handled already
 
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.device_count()
     if device in ("auto", "mps") and torch.backends.mps.is_available():
         return 1
-    return min(threads, cores.available())
+    return min(threads, cores.MOST)
 
 
 def main() -> None:
@@ -55,12 +56,13 @@ def main() -> None:
     parser.add_argument("script", help="program to start, followed by its arguments")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)
     options = parser.parse_args()
-    processes = count(options.processes, options.threads, options.device)
+    threads = min(options.threads, cores.available())
+    processes = count(options.processes, threads, options.device)
     # Processes, not threads, share the cores: small models lose more to thread synchronisation.
     # Snakemake sets both to the job's threads, and torch lets MKL's win: every process would start
     # as many threads as there are cores, and they would wait for each other ten times longer.
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        os.environ[name] = str(max(1, options.threads // processes))
+        os.environ[name] = str(max(1, threads // processes))
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in job.sh
     os.environ["PYTHONFAULTHANDLER"] = "1"  # so that a crash within a library says where
     command = [sys.executable, "-u", options.script, *options.arguments]

@@ -18,6 +18,8 @@ from pathlib import Path
 # Elements of a typical weight matrix from which threads are worth it: between those of 128 and of
 # 256 channels.
 WORTH = 1 << 17
+# More processes than this help no stage.
+MOST = 8
 GROUPS = Path("/sys/fs/cgroup")
 OWN = Path("/proc/self/cgroup")
 

@@ -44,11 +44,11 @@ def dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def use_threads(transformer: nn.Module, device: torch.device) -> None:
-    """Has torch compute with as many threads as a model on the CPU is worth (cores.py), and no more
-    than this process has cores."""
+def use_threads(weights: Iterable[torch.Tensor], device: torch.device) -> None:
+    """Has torch compute with as many threads as models of such weights on the CPU are worth
+    (cores.py), and no more than this process has cores."""
     if device.type == "cpu":
-        several = cores.worth_threads(weight.shape for weight in transformer.parameters())
+        several = cores.worth_threads(weight.shape for weight in weights)
         torch.set_num_threads(cores.available() if several else 1)
 
 

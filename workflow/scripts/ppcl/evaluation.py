@@ -32,6 +32,7 @@ from ppcl import (
     assembly,
     blocks,
     calls,
+    collector,
     cores,
     devices,
     hub,
@@ -137,10 +138,11 @@ def side_by_side(found: list[Model], device: torch.device) -> list[Model]:
 
 
 def process_count(setting: str | int, device: torch.device) -> int:
-    """Processes that make pictures: as configured or one per core on CPU, one on a GPU."""
+    """Processes that make pictures: as configured or one per core on a CPU, up to cores.MOST; one
+    on a GPU."""
     if device.type != "cpu":
         return 1
-    return cores.available() if setting == "auto" else int(setting)
+    return min(cores.available(), cores.MOST) if setting == "auto" else int(setting)
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
@@ -192,6 +194,7 @@ def workers(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
 
 def _start_worker(threads: int) -> None:
     stopping.heed(worker=True)
+    collector.work()
     os.environ["OMP_NUM_THREADS"] = str(threads)  # what models that are loaded here go by
     torch.set_num_threads(threads)
     diffusers_logging.disable_progress_bar()
@@ -350,6 +353,8 @@ def measure_transformers(
     """
     options, seed = settings["evaluate"], settings["seed"]
     resamples = options["bootstrap"]
+    # The same for all, whichever was loaded last.
+    devices.use_threads(transformers[TEACHER].parameters(), device)
     found: Found = {}
     for name, transformer in transformers.items():
         found[name] = sizes(transformer, transformers[TEACHER])

@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,10 @@ _held: list[int] = []  # open files, whose locks end with this process
 
 def possible() -> bool:
     """Whether this machine may have a GPU that torch can use; libraries take seconds to say so."""
-    return not sys.platform.startswith("linux") or any(map(os.path.exists, DRIVERS))
+    if not sys.platform.startswith("linux"):
+        return True
+    # Some machines make the files of NVIDIA's driver when it is first used.
+    return any(map(os.path.exists, DRIVERS)) or shutil.which("nvidia-smi") is not None
 
 
 def take(count: int = 1) -> None:

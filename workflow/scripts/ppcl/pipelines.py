@@ -98,10 +98,10 @@ def load(
         ) from error
     transformer = denoiser(pipe, teacher)
     blocks.family(transformer)
-    devices.use_threads(transformer, device)
     teacher_identity.refuse_changed(teacher)
     prompt_tokens.as_published(pipe, folder)
     modules = {n: m for n, m in pipe.components.items() if isinstance(m, torch.nn.Module)}
+    devices.use_threads((w for module in modules.values() for w in module.parameters()), device)
     for name, module in modules.items():
         account = next((account for model, account in told if model is module), None)
         if account is None:  # of a class with a loader of its own
@@ -191,7 +191,7 @@ def load_transformer(
     except Exception as error:
         raise UserError(f"{key}: {where} can't be loaded: {error}") from error
     blocks.family(transformer)
-    devices.use_threads(transformer, device)
+    devices.use_threads(transformer.parameters(), device)
     complete.check(transformer, account, folder / name, files)
     teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()

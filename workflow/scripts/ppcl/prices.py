@@ -129,7 +129,8 @@ class Judged:
         """The error of each of some changes with the same `last`, up to rounding as `error` has it.
 
         Every model is made once and goes to its `last` block alone. From there on, as many as fit
-        in a batch of `batch_size` calls go on together. Of use with up to `together` changes.
+        in a batch of `batch_size` calls, and in memory (KEPT_BYTES), go on together. Of use with up
+        to `together` changes.
 
         Raises:
             UserError: all recorded answers are zero.
@@ -153,8 +154,11 @@ class Judged:
                     found = entrance.streams_before(model, again, arguments, running)
                     found = {name: value.cpu() for name, value in found.items()}
                     waiting[number].append((place, found))
+            del model, late  # before the next is made: at full size there is no room for two
+            held = [*itertools.chain(*self._streams.values())]
+            held += [found for some in waiting for _, found in some]
+            over = place == len(changes) - 1 or sum(map(_size, held)) > KEPT_BYTES
             for number, some in enumerate(waiting):
-                over = place == len(changes) - 1
                 if some and (over or (len(some) + 1) * len(self._batches[number]) > batch_size):
                     for alike in _of_one_shape(some):
                         self._go_on(number, last + 1, alike, wrong)
