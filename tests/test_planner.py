@@ -582,7 +582,9 @@ def test_time_by_hand(tmp_path):
     apart = values(table, "stage", "main memory")["extract"]
     assert apart == 2 * 3 * (sums + waiting)
     assert asked["extract"]["mem_mb"] == math.ceil((3 * size + apart) / 1e6)
-    kept = 8 * (3 + 4) * 100 * d + 2 * 128 * 2**20  # tokens of four boundaries and three more
+    # Tokens of three boundaries, and five times those of a pair with its sums over 32 groups of
+    # prompts and their products; two slabs.
+    kept = 8 * ((3 + 5) * 100 * d + 2 * 32 * (100 + d) + 32**3) + 2 * 8 * 2**20
     assert asked["similarity"]["mem_mb"] == math.ceil(kept / 1e6)
     students = values(table, "stage", "students")["distill"]
     held = 3 * size + 2 * 4 * students  # weights, gradients and two moments, in two processes

@@ -80,13 +80,8 @@ def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[st
 
     Those of its class: whoever puts a function in place of its `forward` may take any.
     """
-    bound = signature(module).bind(module, *args, **kwargs).arguments
+    bound = _signature(type(module).forward).bind(module, *args, **kwargs).arguments
     return dict(list(bound.items())[1:])
-
-
-def signature(module: nn.Module) -> inspect.Signature:
-    """Of the `forward` of a module's class, with the module itself as first argument."""
-    return _signature(type(module).forward)
 
 
 # There are few, asked for at every block of every step; to find one takes as long as a small layer.

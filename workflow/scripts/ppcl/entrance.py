@@ -9,6 +9,7 @@ without this. Where they are not (padding up to the longest text, experts that s
 they are the same but for rounding.
 """
 
+import inspect
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
@@ -38,10 +39,10 @@ class Passing(nn.Module):
 
     def __init__(self, block: blocks.Block):
         super().__init__()
-        self.signature, self.list = blocks.signature(block.module), block.list
+        self.signature, self.list = inspect.signature(block.module.forward), block.list
 
     def forward(self, *args, **kwargs) -> Any:
-        bound = self.signature.bind(self, *args, **kwargs).arguments
+        bound = self.signature.bind(*args, **kwargs).arguments
         streams = tuple(bound.get(self.list.inputs[stream]) for stream in self.list.outputs)
         return streams if len(streams) > 1 else streams[0]
 
@@ -55,15 +56,15 @@ class Door(nn.Module):
     def __init__(self, block: blocks.Block):
         super().__init__()
         self.block, self.module = block, block.module
-        self.signature = blocks.signature(block.module)
+        self.signature = inspect.signature(block.module.forward)
         self.given: Mapping[str, Sequence[Tensor]] = {}
 
     def forward(self, *args, **kwargs) -> Any:
-        call = self.signature.bind(self, *args, **kwargs)
+        call = self.signature.bind(*args, **kwargs)
         for stream, values in self.given.items():
             argument = self.block.list.inputs[stream]
             call.arguments[argument] = fitted(values, call.arguments[argument])
-        return self.module(*call.args[1:], **call.kwargs)
+        return self.module(*call.args, **call.kwargs)
 
 
 def fitted(values: Sequence[Tensor], like: Tensor) -> Tensor:
