@@ -89,6 +89,7 @@ def main() -> None:
     tokens = TokenReader(options.tokens)
     depth = tokens.boundaries - 1
     wanted = devices.statistics_device(devices.choose(settings["device"]))
+    devices.use_threads(weights.values(), wanted)
     draws, blocks = {}, []
     for stream in tokens.streams:
         fitted = probes.of_stream(weights, stream, depth)
