@@ -54,15 +54,16 @@ def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
 
 
-def share(sizes: list[int], processes: int) -> list[int]:
+def share(sizes: list[int], count: int) -> list[int]:
     """The process of each batch: prompts of unlike length make batches of very unlike size.
 
     The largest first, each to the process that has least so far.
 
     Args:
         sizes: samples of each batch.
+        count: of the processes.
     """
-    whose, load = [0] * len(sizes), [0] * processes
+    whose, load = [0] * len(sizes), [0] * count
     for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
         whose[number] = load.index(min(load))
         load[whose[number]] += sizes[number]
