@@ -14,7 +14,8 @@ JUDGE = {"sklearn"}  # of digits alone
 MODELS = {"accelerate", "diffusers", "peft", "transformers"}
 TORCH = MODELS | {"torch"}
 COMPILER = {"torch._inductor.compile_fx"}  # of its package, diffusers imports another part
-OTHER = {"matplotlib", *JUDGE, *COMPILER}
+DISTRIBUTIONS = {"scipy.stats._stats_py"}  # of scipy.stats, which is put off
+OTHER = {"matplotlib", *JUDGE, *COMPILER, *DISTRIBUTIONS}
 
 # By program: modules that it does without. Those of OTHER go with all that load a transformer.
 WITHOUT = {
@@ -86,6 +87,52 @@ def main():
     errors.run(lambda: None)
     assert gc.get_freeze_count() <= kept  # made since is no start-up's
 errors.run(main)
+"""
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+LIBRARIES = "from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline"
+USES = [
+    "import scipy.stats; assert scipy.stats.norm.cdf(0) == 0.5",
+    "import scipy.stats as stats; assert stats.norm.cdf(0) == 0.5",
+    "from scipy import stats; assert stats.norm.cdf(0) == 0.5",
+    "from scipy.stats import norm; assert norm.cdf(0) == 0.5",
+    "import scipy.stats.qmc; assert scipy.stats.qmc.Sobol and scipy.stats.norm.cdf(0) == 0.5",
+    "import pickle, scipy.stats as s; assert pickle.loads(pickle.dumps(s.norm.cdf))(0) == 0.5",
+    "import scipy.stats\ntry: scipy.stats.nothing\nexcept AttributeError: pass\nelse: assert False",
+]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_what_is_put_off_is_there_when_it_is_used(use):
+    program = f"""
+import sys
+import ppcl
+{LIBRARIES}
+import inspect
+inspect.getmodule(sys._getframe())  # looks at the file of every module
+assert "scipy.stats" in sys.modules and "scipy.stats._stats_py" not in sys.modules
+{use}
+assert "scipy.stats._stats_py" in sys.modules
+import scipy.stats
+assert type(scipy.stats).__name__ == "module" and sys.modules["scipy.stats"] is scipy.stats
+"""
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
+    subprocess.run([sys.executable, "-c", program], check=True, env=environment)
+
+
+def test_what_is_not_installed_is_not_put_off():
+    program = """
+import sys
+import ppcl
+sys.path = []
+try:
+    import scipy.stats
+except ModuleNotFoundError as error:
+    assert error.name == "scipy"
+else:
+    raise AssertionError
 """
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)

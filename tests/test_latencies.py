@@ -22,8 +22,35 @@ def times(seed: int = 0, noise: float = 0.0) -> dict:
     return found
 
 
+KINDS = {block: [kind for one, kind in times() if one == block] for block, _ in times()}
+
+
+def test_some_blocks_of_each_list_are_timed_from_the_first_to_the_last():
+    timed = latencies.timed(KINDS, LISTS)
+    for alike in LISTS:
+        whole = [block for block, kind in timed if kind == WHOLE and block in alike]
+        assert latencies.TIMED <= len(whole) <= latencies.TIMED + 2
+        assert (whole[0], whole[-1]) == (alike[0], alike[-1])
+    images = [block for block, kind in timed if kind == "ffn_image" and block >= 20]
+    assert len(images) == latencies.TIMED and images[-1] == 28  # the last has none
+    assert all((block, WHOLE) in timed for block, _ in timed)
+    assert latencies.timed({0: (WHOLE,), 1: (WHOLE, "text")}, [[0, 1]]) == [
+        (0, WHOLE),
+        (1, WHOLE),
+        (1, "text"),
+    ]
+
+
+def test_what_is_not_timed_gets_what_its_list_has():
+    least = {key: value for key, value in times().items() if key in latencies.timed(KINDS, LISTS)}
+    assert len(least) < len(times())
+    assert latencies.savings(least, 13.0, KINDS, LISTS) == latencies.savings(
+        times(), 13.0, KINDS, LISTS
+    )
+
+
 def test_savings_are_within_half_a_step():
-    found = latencies.savings(times(), 13.0, LISTS)
+    found = latencies.savings(times(), 13.0, KINDS, LISTS)
     step = TRUE[WHOLE] / STEPS
     for block, kind in times():
         of = TRUE if block < 20 else SECOND
@@ -44,14 +71,17 @@ def test_the_shares_of_five_noisy_runs_are_the_same():
         least = {k: (1 + 0.1 * seed) * v for k, v in times(seed, noise=0.01).items()}
         for block in (3, 8, 22):
             least[block, WHOLE] *= 1.5
-        found = latencies.savings(least, (1 + 0.1 * seed) * (14 + 0.1 * seed), LISTS)
+        found = latencies.savings(least, (1 + 0.1 * seed) * (14 + 0.1 * seed), KINDS, LISTS)
         shares.append({k: round(v / found.transformer, 9) for k, v in found.parts.items()})
     assert all(share == shares[0] for share in shares)
 
 
 def test_no_part_saves_less_than_nothing():
     least = {(0, WHOLE): 1.0, (0, "text"): 1.2}
-    assert latencies.savings(least, 0.0, [[0]]).parts == {(0, WHOLE): 1.0, (0, "text"): 0.0}
+    assert latencies.savings(least, 0.0, {0: (WHOLE, "text")}, [[0]]).parts == {
+        (0, WHOLE): 1.0,
+        (0, "text"): 0.0,
+    }
 
 
 def test_rounds_end_when_times_have_settled():

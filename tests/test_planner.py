@@ -536,7 +536,7 @@ def test_time_by_hand(tmp_path):
     rows = {
         "record": 12 * (5 + 3) / 2,  # shared by two processes
         "extract": 50,
-        "latency": 4 * (4 + 1) * 3,
+        "latency": 4 * (2 * 4 + 1) * 3,
         "pareto": (2 + 1) * (7 + 5 * 3),
         "evaluate": 2 * (9 * 5 + 7 + 5 * 3),
     }
@@ -561,7 +561,7 @@ def test_time_by_hand(tmp_path):
         "sensitivity": 4 / 2,
         "width": 9 / 2,
         "choose": 7 / 2,
-        "latency": 20,
+        "latency": 36,
         "pareto": 22,
     }
     passes |= {"evaluate": math.ceil(134 / 3), "distill": 100 + 2 / 2, "finetune": 40}

@@ -309,20 +309,3 @@ def test_row_groups_are_calls(recorded):
     file = pq.ParquetFile(recorded)
     assert file.num_row_groups == 12
     assert {file.metadata.row_group(g).num_rows for g in range(12)} == {2}
-
-
-@given(st.lists(st.integers(1, 64), max_size=20), st.integers(1, 5))
-def test_processes_get_batches_of_like_size(sizes, processes):
-    whose = record.share(sizes, processes)
-    load = [sum(s for s, w in zip(sizes, whose, strict=True) if w == p) for p in range(processes)]
-    assert sum(load) == sum(sizes) and max(load) - min(load) <= max(sizes, default=0)
-    assert record.share(sizes, 1) == [0] * len(sizes)
-
-
-def test_batches_of_the_digits_are_shared_out_evenly():
-    """Taken in turn, one process would have 393 samples and the other 247."""
-    sizes = [55, 64, 36, 64, 1, 64, 64, 55, 64, 64, 25, 64, 2, 18]
-    whose = record.share(sizes, 2)
-    assert sum(size for size, process in zip(sizes, whose, strict=True) if process) in range(
-        315, 326
-    )

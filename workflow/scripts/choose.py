@@ -142,12 +142,14 @@ def main() -> None:
         if options["refit"]:
             refits = refit(settings, transformer, workshop, reader, decided, accelerator, *kept)
             workshop.take(refits)
-            for name, one in decided.items():
-                again = sets.refitted(one.choice.found, name)
-                if again != one.choice.found:
-                    (error,) = measure([again])
-                    anew = replace(one.choice, found=again, error=error)
-                    tried[name]["linear FFNs fitted once more"] = anew
+            anew = {
+                name: replace(one.choice, found=sets.refitted(one.choice.found, name))
+                for name, one in decided.items()
+            }
+            anew = {n: one for n, one in anew.items() if one.found != decided[n].choice.found}
+            costs = measure([one.found for one in anew.values()])
+            for (name, one), error in zip(anew.items(), costs, strict=True):
+                tried[name]["linear FFNs fitted once more"] = replace(one, error=error)
             decided = sets.settle(offer, found, tried)
     else:
         decided = sets.as_last_trained(offer, found, measure)

@@ -3,12 +3,13 @@
     python workflow/scripts/latency.py --config config/digits.yaml \
         --calls results/digits/record/calls.parquet --table results/digits/latency/blocks.parquet
 
-Only needed for variants with a latency budget. One batch of recorded calls; every block, whole and
-narrow in each way, and the transformer without its blocks run in turn, round after round, until
-the least time of each has settled: other work on a machine only ever adds. Blocks of one list do
-the same work, so each is given the median over its list. The transformer's own time is the sum,
-and all are rounded, so that a run on the same machine gives the same shares (latencies.py). Reads
-of the config: seed, device, teacher, evaluate.batch_size and evaluate.latency_repeats.
+Only needed for variants with a latency budget. One batch of recorded calls; some blocks of each
+list, whole and narrow in each way, and the transformer without its blocks run in turn, round after
+round, until the least time of each has settled: other work on a machine only ever adds. Blocks of
+one list do the same work, so each is given the median over its list. The transformer's own time is
+the sum, and all are rounded, so that a run on the same machine gives the same shares
+(latencies.py). Reads of the config: seed, device, teacher, evaluate.batch_size and
+evaluate.latency_repeats.
 """
 
 import argparse
@@ -76,34 +77,37 @@ def main() -> None:
     rows = reader.draw(reader.heldout_rows("select"), options["batch_size"], (settings["seed"],))
     arguments = reader.batch(rows).to(device).arguments
     sequence = blocks.block_sequence(transformer)
-    whole = {block.index: Part(block.index, block.index) for block in sequence}
-    runs = {"around": partial(blocks.emptied(transformer), **arguments)}
-    narrow = {block.index: narrow_parts(block) for block in sequence}
-    every = [*whole.values(), *(p for parts in narrow.values() for p in parts.values())]
-    lessons = teaching.teacher_states(transformer, every, arguments)
-    named = [(latencies.WHOLE, whole[block.index], block) for block in sequence]
-    named += [(name, part, b) for b in sequence for name, part in narrow[b.index].items()]
+    lists: dict[str, list[int]] = {}
+    for block in sequence:
+        lists.setdefault(block.list.attribute, []).append(block.index)
+    alike = list(lists.values())
+    parts = {
+        block.index: {latencies.WHOLE: Part(block.index, block.index), **narrow_parts(block)}
+        for block in sequence
+    }
+    timed = latencies.timed(parts, alike)
     # One kind after the other: right after itself, a block would find its weights in the cache.
-    named.sort(key=lambda one: one[0])
-    for name, part, block in named:
-        module = students.shaped(transformer, part, _sharing(block.module))
-        runs[f"{block.index} {name}"] = partial(module, **lessons[part].bound)
+    timed.sort(key=lambda one: one[1])
+    needed = [parts[block][kind] for block, kind in timed]
+    lessons = teaching.teacher_states(transformer, needed, arguments)
+    runs = {"around": partial(blocks.emptied(transformer), **arguments)}
+    for (block, kind), part in zip(timed, needed, strict=True):
+        module = students.shaped(transformer, part, _sharing(sequence[block].module))
+        runs[f"{block} {kind}"] = partial(module, **lessons[part].bound)
     with torch.no_grad():
-        rounds = evaluation.timed_rounds(runs, options["latency_repeats"], device)
+        most = latencies.ROUNDS * options["latency_repeats"]
+        rounds = evaluation.timed_rounds(runs, most, device)
         seconds, settled = latencies.least_times(rounds)
     if not settled:
         log.warning(
             "times of blocks still fell after %d rounds. If another program used the machine "
             "meanwhile, delete %s and run again: budgets of latency go by it. Else raise "
             "evaluate.latency_repeats",
-            options["latency_repeats"],
+            most,
             args.table,
         )
-    least = {(block.index, name): seconds[f"{block.index} {name}"] for name, _, block in named}
-    lists: dict[str, list[int]] = {}
-    for block in sequence:
-        lists.setdefault(block.list.attribute, []).append(block.index)
-    saved = latencies.savings(least, seconds["around"], list(lists.values()))
+    least = {(block, kind): seconds[f"{block} {kind}"] for block, kind in timed}
+    saved = latencies.savings(least, seconds["around"], parts, alike)
     found = [
         {"block": block, "part": part, "seconds": value}
         for (block, part), value in sorted(saved.parts.items())

@@ -54,22 +54,6 @@ def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
 
 
-def share(sizes: list[int], count: int) -> list[int]:
-    """The process of each batch: prompts of unlike length make batches of very unlike size.
-
-    The largest first, each to the process that has least so far.
-
-    Args:
-        sizes: samples of each batch.
-        count: of the processes.
-    """
-    whose, load = [0] * len(sizes), [0] * count
-    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-        whose[number] = load.index(min(load))
-        load[whose[number]] += sizes[number]
-    return whose
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -101,14 +85,16 @@ def main() -> None:
     identity = provenance.digest([settings, rows, pictures, noted, code])
     folder = args.state / identity[:16]
     parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
-    whose = share(list(map(len, batches)), accelerator.num_processes)
-    mine = [
-        (part, batch)
-        for part, batch, process in zip(parts, batches, whose, strict=True)
-        if process == accelerator.process_index
-    ]
-    quiet = not accelerator.is_main_process
-    for part, batch in tqdm(mine, desc="recording", unit="batch", disable=quiet):
+    # The first one has more to do. Of the rest, the largest first: prompts of unlike length make
+    # batches of very unlike size.
+    order = [0, *sorted(range(1, len(batches)), key=lambda number: -len(batches[number]))]
+    folder.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(
+        total=len(batches), desc="recording", unit="batch", disable=not accelerator.is_main_process
+    )
+    for turn in processes.in_turns(accelerator, len(order), folder):
+        bar.update(turn - bar.n)  # others have those that were skipped
+        part, batch = parts[order[turn]], batches[order[turn]]
         if not part.exists():
             found = recording.record_batch(
                 pipe,
@@ -127,6 +113,8 @@ def main() -> None:
             first = reader.batch(reader.buckets[0][:1])
             blocks.verify(transformer, first.to(accelerator.device).arguments)
             rehearsal.rehearse(pipe, transformer, teacher, first.arguments, folder / "exportable")
+    bar.update(len(order) - bar.n)
+    bar.close()
     teacher_identity.refuse_changed(teacher)
     accelerator.wait_for_everyone()
     stopping.ignore()

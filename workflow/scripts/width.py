@@ -91,6 +91,7 @@ def narrow_rows(
     cka: np.ndarray,
 ) -> dict[str, dict]:
     """Columns of the table, but for the velocity error."""
+    sizes = blocks.parameters_of_blocks(transformer)
     return {
         name: {
             "kind": name.split()[0],
@@ -105,7 +106,7 @@ def narrow_rows(
             "cka": cka[unit.first, unit.first : unit.last + 1].min()
             if name.startswith("text")
             else np.nan,
-            "parameters_saved": width.saved_parameters(transformer, unit),
+            "parameters_saved": width.saved_parameters(transformer, unit, sizes),
         }
         for name, unit in units.items()
     }

@@ -9,7 +9,7 @@ import functools
 import gc
 
 USUAL = gc.get_threshold()[0]
-STARTING = 100_000  # objects more than before, for a look at them: Python's own number is 700
+STARTING = 1_000_000  # objects more than before, for a look at them: Python's own number is 700
 
 
 def rest() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 import resource
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -219,6 +220,12 @@ class _Lift:
         self._kept.clear()
 
 
+def of_16_bits(module: nn.Module) -> bool:
+    """Whether any of its weights are bfloat16 or float16."""
+    every = itertools.chain(module.parameters(), module.buffers())
+    return any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in every)
+
+
 @contextmanager
 def in_float32(transformer: nn.Module, block_modules: Iterable[nn.Module]) -> Iterator[None]:
     """Has a model compute in float32 with the weights that it has, without gradients.
@@ -229,10 +236,10 @@ def in_float32(transformer: nn.Module, block_modules: Iterable[nn.Module]) -> It
     bits of mantissa, and float32 would take 8 times as long or more. Does nothing to a model that
     is in float32 already.
     """
-    every = (*transformer.parameters(), *transformer.buffers())
-    if all(tensor.dtype not in (torch.bfloat16, torch.float16) for tensor in every):
+    if not of_16_bits(transformer):
         yield
         return
+    every = (*transformer.parameters(), *transformer.buffers())
     modules = list(dict.fromkeys(block_modules))
     inside = {t for m in modules for t in (*m.parameters(), *m.buffers())}
     handles, rest = [], _Lift()

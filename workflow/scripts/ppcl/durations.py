@@ -7,10 +7,11 @@ nothing is selected, every block is taken to have a student. Limits are `SAFETY`
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ppcl import blocks, example_calls, intervals, similarity, students, width
+from ppcl import blocks, example_calls, intervals, latencies, similarity, students, width
 from ppcl.config import compares, limits, searches_by_cost, trains
 from ppcl.planner import Planner, Stage
 from ppcl.plans import Part, Unit
@@ -131,9 +132,14 @@ def works(planner: Planner) -> dict[str, Work]:
         done["width"] = _width(planner, found)
     timed = (evaluate["latency_repeats"] + 1) * evaluate["batch_size"]
     if any("latency" in limits(variant["budget"]) for variant in settings["variants"]):
-        # Whole blocks, and each without one of its parts.
+        # Whole blocks, and each without one of its parts; some of each list.
         kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
-        done["latency"] = forwards(kinds * timed, evaluate["batch_size"])
+        lengths = Counter(block.list.attribute for block in sequence).values()
+        some = sum(min(length, latencies.TIMED) for length in lengths) / len(sequence)
+        rounds = latencies.ROUNDS * evaluate["latency_repeats"] + 1
+        done["latency"] = forwards(
+            some * kinds * rounds * evaluate["batch_size"], evaluate["batch_size"]
+        )
     if trains(settings):
         staged = planner.widens and settings["width"]["schedule"] == "staged"
         units = depth if staged else every

@@ -5,14 +5,15 @@ by a few thousandths would choose another set. Three things keep that from happe
 
 - All times are of short runs, of which even a busy machine leaves some alone. The transformer's is
   the sum of its blocks' and of what is around them, never that of its own one long run.
-- Blocks of one list do the same work and get one time, the median of the list's least times.
+- Blocks of one list do the same work and get one time, the median of the least times of some of
+  them: TIMED, from the list's first to its last.
 - What is left is rounded: every time is a number of small STEPS of the first block's. A time that
   is halfway between two of them may still go either way.
 
 Needs no torch.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +23,10 @@ STEPS = 32
 # What is around the blocks is one number, and rounded to so many steps: a quarter of a block.
 AROUND = 8
 WHOLE = "block"  # the kind of a block that is whole
+# Blocks of a list that are timed: their median hardly moves with more of them.
+TIMED = 8
+# At most, over evaluate.latency_repeats: selection goes by these times, and a round is short.
+ROUNDS = 2
 # Rounds end when the sum of least times fell by no more than this in the last SETTLED of them.
 FALL, SETTLED = 1e-3, 5
 
@@ -34,20 +39,44 @@ class Savings:
     transformer: float
 
 
+def timed(
+    kinds: Mapping[int, Collection[str]], lists: Sequence[Sequence[int]]
+) -> list[tuple[int, str]]:
+    """The blocks and kinds to time: of each kind, TIMED blocks of each list that have it, evenly
+    spaced from the first to the last; and each of these as WHOLE too, to compare with.
+
+    Args:
+        kinds: by block, all that it is timed as.
+        lists: numbers of the blocks that do the same work, in data-flow order.
+    """
+    found = set()
+    for alike in lists:
+        for kind in {kind for block in alike for kind in kinds[block]}:
+            having = [block for block in alike if kind in kinds[block]]
+            places = np.linspace(0, len(having) - 1, min(TIMED, len(having))).round().astype(int)
+            picked = [having[place] for place in places]
+            found |= {(block, one) for block in picked for one in (kind, WHOLE)}
+    return sorted(found)
+
+
 def savings(
-    least: Mapping[tuple[int, str], float], around: float, lists: Sequence[Sequence[int]]
+    least: Mapping[tuple[int, str], float],
+    around: float,
+    kinds: Mapping[int, Collection[str]],
+    lists: Sequence[Sequence[int]],
 ) -> Savings:
     """What each part of a block saves if it goes, from least times.
 
     Args:
-        least: seconds by block and kind: WHOLE, or the part that a narrow one lacks.
+        least: seconds of what was `timed`, by block and kind: WHOLE, or the part that a narrow one
+            lacks.
         around: seconds of the transformer without its blocks.
-        lists: numbers of the blocks that do the same work, in data-flow order.
+        kinds, lists: as for `timed`.
     """
-    step = float(np.median([least[block, WHOLE] for block in lists[0]])) / STEPS
+    step = float(np.median([least[b, WHOLE] for b in lists[0] if (b, WHOLE) in least])) / STEPS
     found = {}
     for alike in lists:
-        for kind in dict.fromkeys(kind for block, kind in least if block in alike):
+        for kind in {kind for block in alike for kind in kinds[block]}:
             # What a block saves when it goes is all of its time; a narrow one, the difference.
             saved = [
                 least[block, WHOLE] - (0 if kind == WHOLE else least[block, kind])
@@ -55,7 +84,7 @@ def savings(
                 if (block, kind) in least
             ]
             saving = step * max(0, round(float(np.median(saved)) / step))
-            found |= {(block, kind): saving for block in alike if (block, kind) in least}
+            found |= {(block, kind): saving for block in alike if kind in kinds[block]}
     whole = sum(seconds for (_, kind), seconds in found.items() if kind == WHOLE)
     return Savings(found, whole + AROUND * step * round(around / (AROUND * step)))
 

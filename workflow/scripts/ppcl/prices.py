@@ -12,6 +12,7 @@ search.
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,6 +82,7 @@ class Judged:
         device: torch.device,
     ):
         self._teacher, self._device = transformer, device
+        self._lifts = devices.of_16_bits(transformer)
         self._depth = len(blocks.block_sequence(transformer))
         self._calls = reader, rows, batch_size
         batches = reader.in_batches(rows, batch_size)
@@ -97,7 +99,7 @@ class Judged:
         reader, rows, batch_size = self._calls
         found = [b.to_float32() for b in reader.batches(rows, batch_size, self._device)]
         calls.refuse_zeros(sum(float(b.output.square().sum()) for b in found))
-        with devices.in_float32(self._teacher, _modules(self._teacher)):
+        with self._in_float32(self._teacher):
             for batch in found:
                 batch.output = blocks.answer(self._teacher, batch.to(self._device).arguments)
         self._power = sum(float(self._double(b.output).square().sum()) for b in found)
@@ -116,7 +118,7 @@ class Judged:
         late = entrance.Entrance(model, first) if first else None
         wrong = self._no_error()
         every = self._before(first)
-        with devices.in_float32(model, _modules(model)):
+        with self._in_float32(model):
             for batch, streams in zip(self._batches, every, strict=True):
                 running = late.model(streams) if streams else model
                 output = blocks.answer(running, batch.to(self._device).arguments)
@@ -147,7 +149,7 @@ class Judged:
             every, model = self._before(change.first), change.model()
             late = entrance.Entrance(model, change.first) if change.first else None
             again = len(blocks.block_sequence(model)) - (self._depth - 1 - last)
-            with devices.in_float32(model, _modules(model)):
+            with self._in_float32(model):
                 for number, (batch, streams) in enumerate(zip(self._batches, every, strict=True)):
                     running = late.model(streams) if streams else None
                     arguments = batch.to(self._device).arguments
@@ -180,7 +182,7 @@ class Judged:
         streams = {name: torch.cat([found[name] for _, found in some]) for name in some[0][1]}
         again = reader.batch(np.tile(batch.numbers, len(some))).to_float32().to(self._device)
         running = entrance.Entrance(self._teacher, first).model(streams)
-        with devices.in_float32(self._teacher, _modules(self._teacher)):
+        with self._in_float32(self._teacher):
             outputs = blocks.answer(running, again.arguments)
         for (place, _), output in zip(some, outputs.split(len(batch)), strict=True):
             wrong[place] += self._distance(output, batch)
@@ -203,7 +205,7 @@ class Judged:
         late = entrance.Entrance(self._teacher, start) if start else None
         given, made = self._before(start), []
         size = sum(map(_size, itertools.chain(*self._streams.values())))
-        with devices.in_float32(self._teacher, _modules(self._teacher)):
+        with self._in_float32(self._teacher):
             for number, (batch, before) in enumerate(zip(self._batches, given, strict=True)):
                 if start not in self._wanted:  # makes room as it goes
                     given[number] = {}
@@ -220,6 +222,11 @@ class Judged:
             self._streams.pop(start, None)
         self._streams[first] = made
         return made
+
+    def _in_float32(self, model: nn.Module) -> AbstractContextManager[None]:
+        # What a change makes has the teacher's types; to look at all weights of every model, batch
+        # by batch, takes longer than a small model does.
+        return devices.in_float32(model, _modules(model)) if self._lifts else nullcontext()
 
     def _no_error(self) -> torch.Tensor:
         return self._double(torch.zeros(()))
@@ -302,9 +309,15 @@ def measure(
     known[[place[name] for name in again]] = 0.0
     # The sum over processes counts an error once.
     found = known if rank == 0 else torch.zeros_like(known)
-    mine = rest[rank::count]
-    with tqdm(total=sum(map(len, mine)), desc="plugging", unit="set", disable=rank > 0) as bar:
-        for group in mine:
+    turns = range(rank, len(rest), count)
+    if state and rest:
+        state.mkdir(parents=True, exist_ok=True)
+        turns = processes.in_turns(accelerator, len(rest), state)
+    ends = [0, *itertools.accumulate(map(len, rest))]
+    with tqdm(total=ends[-1], desc="plugging", unit="set", disable=rank > 0) as bar:
+        for turn in turns:
+            group = rest[turn]
+            bar.update(ends[turn] - bar.n)  # others have those that were skipped
             # Not a part that a warned program finishes: at full size it takes longer than
             # schedulers wait, and what it would lose is one error, where batches are full.
             some = [changes[name] for name in group]
@@ -312,13 +325,13 @@ def measure(
                 costs = [judged.error(some[0].model(), some[0].first)]
             else:
                 costs = judged.errors(some)
-            bar.update(len(some))
             found[[place[name] for name in group]] = torch.tensor(costs, dtype=torch.float64)
             if state and all(map(math.isfinite, costs)):
                 done |= dict(zip(group, costs, strict=True))
                 with stopping.part():
                     kept = {"identity": identity, "errors": done}
                     texts.write_sealed(state / f"{rank}.json", kept)
+        bar.update(ends[-1] - bar.n)
     if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
     for name, cost in zip(names, found.tolist(), strict=True):

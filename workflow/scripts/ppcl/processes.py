@@ -1,11 +1,15 @@
 """The processes of a stage, one or several under `launch.py`: Accelerate's start and end, and what
 they must agree on."""
 
+import os
+import uuid
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast
+from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
 
 from ppcl import devices, stopping, surroundings
 
@@ -35,6 +39,33 @@ def of_main(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
     if accelerator.num_processes == 1:
         return values
     return broadcast(values.to(accelerator.device), from_process=0).cpu()
+
+
+def in_turns(accelerator: Accelerator, count: int, folder: Path) -> Iterator[int]:
+    """Numbers from 0 to `count` - 1, each for one process only: whoever is free takes the next.
+
+    To be called by all processes, which wait for each other at the end. What is long comes first,
+    or one process ends late.
+
+    Args:
+        folder: on a disk that all processes share; it exists. Turns are files in it.
+    """
+    if accelerator.num_processes == 1:
+        yield from range(count)
+        return
+    # A name of this call's own: a killed run leaves its turns behind.
+    (name,) = broadcast_object_list([uuid.uuid4().hex])
+    turns = [folder / f".turn-{name}-{number}" for number in range(count)]
+    for number, turn in enumerate(turns):
+        try:
+            os.close(os.open(turn, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            continue
+        yield number
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        for turn in turns:
+            turn.unlink(missing_ok=True)
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -131,11 +131,16 @@ def _types_in_model(
 ) -> dict[str, torch.dtype]:
     like = types(blocks.block_sequence(transformer)[part.first].module)
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
-
-    def of_new(name: str) -> torch.dtype:
-        return torch.float32 if kept & set(name.split(".")) else transformer.dtype
-
-    return {name: like.get(name) or of_new(name) for name in types(student)}
+    wanted, own = {}, None
+    for name in types(student):
+        if name in like:
+            wanted[name] = like[name]
+        elif kept & set(name.split(".")):
+            wanted[name] = torch.float32
+        else:
+            own = own or transformer.dtype  # once: it looks at every module for it
+            wanted[name] = own
+    return wanted
 
 
 def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -522,9 +523,13 @@ def whole_blocks(transformer: nn.Module, parts: Iterable[Part]) -> Students:
     return {part: copy.deepcopy(sequence[part.first].module) for part in parts}
 
 
-def saved_parameters(transformer: nn.Module, unit: Unit) -> int:
-    """How many parameters fewer a model with the unit has."""
-    sequence, sizes = blocks.block_sequence(transformer), blocks.parameters_of_blocks(transformer)
+def saved_parameters(transformer: nn.Module, unit: Unit, sizes: Sequence[int] | None = None) -> int:
+    """How many parameters fewer a model with the unit has.
+
+    sizes: `blocks.parameters_of_blocks` of the transformer, for whoever asks of many units.
+    """
+    sequence = blocks.block_sequence(transformer)
+    sizes = sizes or blocks.parameters_of_blocks(transformer)
     before = sum(sizes[unit.first : unit.last + 1])
     for part in unit.parts:
         module = sequence[part.first].module
@@ -546,6 +551,7 @@ def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {"text_saved": [], "text_output": [], "text_lent": []}
     unread = unread_after(transformer)
     reached = unread is not None and blocks.block_sequence(transformer)[unread].width.text
+    saving = partial(saved_parameters, transformer, sizes=blocks.parameters_of_blocks(transformer))
     for block in blocks.block_sequence(transformer):
         here = (block.index, block.index)
         saved = output = lent = 0
@@ -553,11 +559,11 @@ def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
             lender = (-1, -1)
             borrower = Unit((Part(*here, text="borrow", source=lender),))
             closing = Unit((Part(*here, text="close", source=lender),))
-            saved = saved_parameters(transformer, borrower)
+            saved = saving(borrower)
             if block.index != unread:
-                output = saved - saved_parameters(transformer, closing)
+                output = saved - saving(closing)
             if reached and block.index != unread:
-                lent = saved_parameters(transformer, Unit((Part(*here, text="lend"),)))
+                lent = saving(Unit((Part(*here, text="lend"),)))
         found["text_saved"].append(saved)
         found["text_output"].append(output)
         found["text_lent"].append(lent)

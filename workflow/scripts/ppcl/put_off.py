@@ -1,0 +1,57 @@
+"""Modules that are imported when something of them is used, though a library asks for them before.
+
+Half of diffusers' schedulers import scipy.stats for a distribution that only one of their options
+needs; it takes longer than all of diffusers itself. Until something asks for a name in it, an empty
+module stands for it.
+"""
+
+import importlib
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import sys
+from types import ModuleType
+
+PUT_OFF = ("scipy.stats",)
+
+
+class _Empty(ModuleType):
+    """Stands for a module until a name is looked up that it does not have: all but where it is."""
+
+    def __getattr__(self, name: str):
+        if "_made" not in self.__dict__:  # Python asks while it makes the module
+            raise AttributeError(name)
+        if sys.modules.get(self.__name__) is self:
+            del sys.modules[self.__name__]
+            _finder.left.discard(self.__name__)
+        return getattr(importlib.import_module(self.__name__), name)
+
+
+class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds what is put off before Python does."""
+
+    left = set(PUT_OFF)
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in self.left:
+            return None
+        found = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if found is None:
+            return None
+        # No place to look for modules in it: whoever wants one imports it.
+        return importlib.util.spec_from_file_location(name, found.origin, loader=self)
+
+    def create_module(self, spec):
+        return _Empty(spec.name)
+
+    def exec_module(self, module):
+        module._made = True
+
+
+_finder = _Finder()
+
+
+def start() -> None:
+    """From now on; what is imported already stays."""
+    if _finder not in sys.meta_path:
+        sys.meta_path.insert(0, _finder)
