@@ -4,31 +4,40 @@ import threading
 import types
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppcl import processes
+from ppcl.errors import UserError
 
 
-def in_threads(count, work, folder):
+def in_threads(count, work, *folders):
     """Numbers that each of `count` processes, played by threads, was given; in the order of turns.
 
     work: called with process and number.
+    folders: of each process, or one that all share.
     """
-    barrier = threading.Barrier(count)
+    barrier = threading.Barrier(count, timeout=60)
     taken = [[] for _ in range(count)]
-    failed = []
+    own, failed = [None] * count, []
 
     def run(index, length):
+        def reduce(tensor, reduction):
+            assert reduction == "sum"
+            own[index] = tensor
+            barrier.wait()
+            return sum(own)
+
         accelerator = types.SimpleNamespace(
-            num_processes=count, is_main_process=index == 0, wait_for_everyone=barrier.wait
+            num_processes=count, device=torch.device("cpu"), reduce=reduce
         )
+        folder = folders[index % len(folders)]
         try:
             for number in processes.in_turns(accelerator, length, folder):
                 taken[index].append(number)
                 work(index, number)
         except BaseException as error:
-            barrier.abort()
             failed.append(error)
 
     def go(length):
@@ -75,3 +84,12 @@ def test_whoever_is_free_takes_the_next(tmp_path):
 def test_turns_of_a_killed_run_are_nobodys(tmp_path):
     (tmp_path / ".turn-killed-0").touch()
     assert in_threads(2, lambda *_: None, tmp_path)(1) in ([[0], []], [[], [0]])
+
+
+def test_processes_that_share_no_disk_are_noticed(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for folder in folders:
+        folder.mkdir()
+    with pytest.raises(UserError, match="on a disk that all machines of a job share"):
+        in_threads(2, lambda *_: None, *folders)(3)
+    assert not any(any(folder.iterdir()) for folder in folders)

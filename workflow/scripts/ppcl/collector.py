@@ -8,17 +8,19 @@ it rest; what never has it `work` again, such as a notebook, is left with a rare
 import functools
 import gc
 
-USUAL = gc.get_threshold()[0]
-STARTING = 1_000_000  # objects more than before, for a look at them: Python's own number is 700
+USUAL = gc.get_threshold()
+# Objects more than before, for a look at them: Python's own number is 700. Looks at older ones, of
+# which Python has one in 10 and one in 100, come at every second look and every fourth.
+STARTING = 1_000_000
 
 
 def rest() -> None:
     """From now on it looks seldom: to be called before libraries are imported."""
-    gc.set_threshold(STARTING, *gc.get_threshold()[1:])
+    gc.set_threshold(STARTING, 1, 1)
 
 
 @functools.cache  # a later call would keep what is garbage by then
 def work() -> None:
     """From now on it looks as often as ever, but not at what was imported."""
     gc.freeze()
-    gc.set_threshold(USUAL, *gc.get_threshold()[1:])
+    gc.set_threshold(*USUAL)

@@ -130,16 +130,15 @@ def works(planner: Planner) -> dict[str, Work]:
         done["sensitivity"] = _prices(planner, found, starts, options)
     if planner.widens or planner.matrices:
         done["width"] = _width(planner, found)
-    timed = (evaluate["latency_repeats"] + 1) * evaluate["batch_size"]
+    rounds, batch = evaluate["latency_repeats"], evaluate["batch_size"]
+    timed = (rounds + 1) * batch
     if any("latency" in limits(variant["budget"]) for variant in settings["variants"]):
         # Whole blocks, and each without one of its parts; some of each list.
         kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
         lengths = Counter(block.list.attribute for block in sequence).values()
         some = sum(min(length, latencies.TIMED) for length in lengths) / len(sequence)
-        rounds = latencies.ROUNDS * evaluate["latency_repeats"] + 1
-        done["latency"] = forwards(
-            some * kinds * rounds * evaluate["batch_size"], evaluate["batch_size"]
-        )
+        every_round = some * kinds * batch
+        done["latency"] = forwards(every_round * (latencies.ROUNDS * rounds + 1), batch)
     if trains(settings):
         staged = planner.widens and settings["width"]["schedule"] == "staged"
         units = depth if staged else every

@@ -42,8 +42,9 @@ class Savings:
 def timed(
     kinds: Mapping[int, Collection[str]], lists: Sequence[Sequence[int]]
 ) -> list[tuple[int, str]]:
-    """The blocks and kinds to time: of each kind, TIMED blocks of each list that have it, evenly
-    spaced from the first to the last; and each of these as WHOLE too, to compare with.
+    """The blocks and kinds to time: of each list TIMED blocks, evenly spaced from the first to the
+    last, as all that they can be timed as. If none of them has a kind, so many that have it; these
+    as WHOLE too, to compare with.
 
     Args:
         kinds: by block, all that it is timed as.
@@ -51,12 +52,17 @@ def timed(
     """
     found = set()
     for alike in lists:
+        some = _spaced(alike)
         for kind in {kind for block in alike for kind in kinds[block]}:
-            having = [block for block in alike if kind in kinds[block]]
-            places = np.linspace(0, len(having) - 1, min(TIMED, len(having))).round().astype(int)
-            picked = [having[place] for place in places]
+            picked = [block for block in some if kind in kinds[block]]
+            picked = picked or _spaced([block for block in alike if kind in kinds[block]])
             found |= {(block, one) for block in picked for one in (kind, WHOLE)}
     return sorted(found)
+
+
+def _spaced(numbers: Sequence[int]) -> list[int]:
+    places = np.linspace(0, len(numbers) - 1, min(TIMED, len(numbers))).round().astype(int)
+    return [numbers[place] for place in places]
 
 
 def savings(

@@ -145,7 +145,9 @@ class Judged:
         # By batch, what changes left behind `last`, until there are enough of them.
         waiting: list[list[tuple[int, blocks.Streams]]] = [[] for _ in self._batches]
         _, _, batch_size = self._calls
+        begun: set[int] = set()
         for place, change in enumerate(changes):
+            begun.add(change.first)
             every, model = self._before(change.first), change.model()
             late = entrance.Entrance(model, change.first) if change.first else None
             again = len(blocks.block_sequence(model)) - (self._depth - 1 - last)
@@ -157,7 +159,9 @@ class Judged:
                     found = {name: value.cpu() for name, value in found.items()}
                     waiting[number].append((place, found))
             del model, late  # before the next is made: at full size there is no room for two
-            held = [*itertools.chain(*self._streams.values())]
+            # Of these changes alone: what else waits depends on what this process had before, and
+            # in another batch an error is rounded in another way.
+            held = [*itertools.chain(*(self._streams.get(f, ()) for f in begun))]
             held += [found for some in waiting for _, found in some]
             over = place == len(changes) - 1 or sum(map(_size, held)) > KEPT_BYTES
             for number, some in enumerate(waiting):

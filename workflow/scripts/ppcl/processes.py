@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast, broadcast_object_list
 
 from ppcl import devices, stopping, surroundings
+from ppcl.errors import UserError
 
 
 def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
@@ -49,6 +50,9 @@ def in_turns(accelerator: Accelerator, count: int, folder: Path) -> Iterator[int
 
     Args:
         folder: on a disk that all processes share; it exists. Turns are files in it.
+
+    Raises:
+        UserError: a number was given twice or never, since they do not share the disk.
     """
     if accelerator.num_processes == 1:
         yield from range(count)
@@ -56,16 +60,23 @@ def in_turns(accelerator: Accelerator, count: int, folder: Path) -> Iterator[int
     # A name of this call's own: a killed run leaves its turns behind.
     (name,) = broadcast_object_list([uuid.uuid4().hex])
     turns = [folder / f".turn-{name}-{number}" for number in range(count)]
+    taken = torch.zeros(count, dtype=torch.int64, device=accelerator.device)
     for number, turn in enumerate(turns):
         try:
             os.close(os.open(turn, os.O_CREAT | os.O_EXCL))
         except FileExistsError:
             continue
+        taken[number] = 1
         yield number
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        for turn in turns:
-            turn.unlink(missing_ok=True)
+    times = accelerator.reduce(taken, reduction="sum")
+    for turn in turns:
+        turn.unlink(missing_ok=True)
+    if (times != 1).any():
+        raise UserError(
+            f"{folder}: the processes of this stage do not see each other's files there, so some "
+            "work was done twice or not at all; put results/ on a disk that all machines of a job "
+            "share, or set processes: 1"
+        )
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -1,6 +1,6 @@
 """Modules that are imported when something of them is used, though a library asks for them before.
 
-Half of diffusers' schedulers import scipy.stats for a distribution that only one of their options
+A quarter of diffusers' schedulers import scipy.stats for a distribution that one of their options
 needs; it takes longer than all of diffusers itself. Until something asks for a name in it, an empty
 module stands for it.
 """
@@ -10,9 +10,11 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
+import threading
 from types import ModuleType
 
 PUT_OFF = ("scipy.stats",)
+_alone = threading.Lock()  # not while the module is imported: Python has locks for that
 
 
 class _Empty(ModuleType):
@@ -21,9 +23,10 @@ class _Empty(ModuleType):
     def __getattr__(self, name: str):
         if "_made" not in self.__dict__:  # Python asks while it makes the module
             raise AttributeError(name)
-        if sys.modules.get(self.__name__) is self:
-            del sys.modules[self.__name__]
-            _finder.left.discard(self.__name__)
+        with _alone:
+            if sys.modules.get(self.__name__) is self:
+                del sys.modules[self.__name__]
+                _finder.left.discard(self.__name__)
         return getattr(importlib.import_module(self.__name__), name)
 
 

@@ -10,6 +10,11 @@ import json
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    # A third of this process's time would go into looking for garbage among what it imports, and
+    # again when it ends.
+    gc.set_threshold(1_000_000)
+
 import torch
 from safetensors import safe_open
 
@@ -98,9 +103,6 @@ def check(folder: Path, probe: Path) -> list[str]:
 
 
 if __name__ == "__main__":
-    # A third of this process's time would go into looking for garbage among what it imports, and
-    # again when it ends.
-    gc.set_threshold(1_000_000)
     found = check(Path(sys.argv[1]), Path(sys.argv[2]))
     gc.freeze()
     sys.exit("\n".join(found) or 0)
