@@ -10,7 +10,7 @@ from scipy.optimize import nnls
 from benchmarks import material, measuring
 from benchmarks.material import CKA_BLOCKS, Size
 from benchmarks.measuring import Ratio
-from ppcl import cka, probes, similarity
+from ppcl.search import cka, probes, similarity
 
 NAME = "similarity"
 STREAMS = 2

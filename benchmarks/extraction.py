@@ -10,7 +10,8 @@ import torch
 from benchmarks import material, measuring
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
-from ppcl import activations, blocks, calls
+from ppcl.extraction import activations
+from ppcl.transformer import blocks, calls
 
 NAME = "extract"
 CPU = torch.device("cpu")

@@ -5,8 +5,10 @@ from pathlib import Path
 from benchmarks import material, measuring, teaching
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
-from ppcl import calls, distillation, entrance, shards, students
-from ppcl.plans import Part, Unit
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.training import distillation, entrance, shards
+from ppcl.transformer import calls
 
 NAME = "late start"
 STEPS = 1000  # of the schedule; each row is drawn often, so filling is not what is measured

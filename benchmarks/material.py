@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ppcl import calls, teacher
+from ppcl.digits import teacher
+from ppcl.transformer import calls
 
 Z_DIM, TEXT_WIDTH = 4, 64
 

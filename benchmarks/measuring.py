@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ppcl import evaluation
+from ppcl.evaluation import measuring
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Ratio:
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
     """Seconds [repeats] of every run on the CPU, round after round: as the stages measure."""
-    return evaluation.interleaved_times(runs, repeats, torch.device("cpu"))
+    return measuring.interleaved_times(runs, repeats, torch.device("cpu"))
 
 
 def least(seconds: np.ndarray) -> float:

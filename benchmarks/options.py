@@ -18,7 +18,10 @@ from torch import nn
 from benchmarks import material, measuring, teaching
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
-from ppcl import blocks, calls, devices, distillation, optimizers, students, training
+from ppcl.pruning import students
+from ppcl.runtime import devices
+from ppcl.training import distillation, loop, optimizers
+from ppcl.transformer import blocks, calls
 
 NAME = "options"
 SEED = 0
@@ -51,7 +54,7 @@ class Stepping:
         self,
         frozen: int,
         modules: Mapping[str, nn.Module],
-        losses: Callable[[Accelerator], training.Losses],
+        losses: Callable[[Accelerator], loop.Losses],
         option: Option,
     ):
         self.frozen, self.modules = frozen, modules
@@ -68,7 +71,7 @@ class Stepping:
 
     def step(self) -> None:
         """The next one; all batches are of one shape."""
-        training._one_step(
+        loop._one_step(
             self.number,
             self.modules,
             self.losses,

@@ -9,10 +9,12 @@ from torch import nn
 from benchmarks import material, measuring
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
-from ppcl import blocks, calls, distillation, losses, optimizers, students, teaching, training
-from ppcl import teacher as parts_of_pipelines
-from ppcl.plans import Part
-from ppcl.students import Students
+from ppcl.digits import teacher as parts_of_pipelines
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.pruning.students import Students
+from ppcl.training import distillation, loop, losses, optimizers, teaching
+from ppcl.transformer import blocks, calls
 
 NAME = "distill"
 OPTIONS = {
@@ -22,7 +24,7 @@ OPTIONS = {
     "gradient_checkpointing": False,
     "linear_weight": 1.0,
 }
-HOW = training.Optimisation(steps=1000, lr=1e-4, clip_norm=1.0)
+HOW = loop.Optimisation(steps=1000, lr=1e-4, clip_norm=1.0)
 
 
 def intervals(blocks_: int, count: int) -> list[Part]:
@@ -50,7 +52,7 @@ class Steps:
 
     def step(self) -> None:
         """The next one; all batches are of one shape."""
-        training._one_step(
+        loop._one_step(
             self.number, self.modules, self.losses, HOW, self.accelerator, self.optimizer, {}
         )
         self.number += 1

@@ -8,7 +8,8 @@ import torch
 from benchmarks import material, measuring
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
-from ppcl import blocks, footprint
+from ppcl.planning import footprint
+from ppcl.transformer import blocks
 
 NAME = "variants"
 SHARES = (0.25, 0.5, 0.75)  # of the blocks, that go

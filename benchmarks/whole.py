@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks import material
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio, least
-from ppcl import schemas, tables
+from ppcl.storage import schemas, tables
 
 NAME = "workflow"
 ROOT = Path(__file__).resolve().parents[1]

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pandas as pd
 
-from ppcl import methods, schemas
+from ppcl.ablation import methods
+from ppcl.storage import schemas
 
 
 def table(judged: bool = True, seed: int = 0) -> pd.DataFrame:

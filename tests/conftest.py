@@ -127,7 +127,7 @@ def reader(teacher, tmp_path_factory):
     """Calls of `teacher`: 8 padded samples to fit on, and 4 held out, of which one is padded."""
     import tiny
 
-    from ppcl import calls
+    from ppcl.transformer import calls
 
     path, found = tmp_path_factory.mktemp("reader") / "calls.parquet", []
     for heldout, lengths, seed in ((False, (5, 3) * 4, 0), (True, (5, 5, 4, 5), 1)):
@@ -144,7 +144,7 @@ def modules(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    from ppcl import narrow
+    from ppcl.pruning import narrow
 
     for name in [n for n in sys.modules if n.startswith((narrow.MODULE, "diffusers_modules"))]:
         del sys.modules[name]

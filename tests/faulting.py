@@ -95,7 +95,7 @@ def play(program: str, options: list[str], log: str, fault: dict) -> None:
     """
     import runpy
 
-    from ppcl import assembly
+    from ppcl.export import assembly
 
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
@@ -134,7 +134,10 @@ def main() -> None:
     import pandas  # noqa: F401
     import torch  # noqa: F401
 
-    from ppcl import assembly, evaluation, pipelines, recording, student_stage  # noqa: F401
+    from ppcl.evaluation import measuring  # noqa: F401
+    from ppcl.export import assembly  # noqa: F401
+    from ppcl.teacher import pipelines, recording  # noqa: F401
+    from ppcl.training import student_stage  # noqa: F401
 
     for line in sys.stdin:
         started = []

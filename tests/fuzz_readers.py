@@ -44,7 +44,7 @@ def resealed(name: str, content: bytes) -> bytes:
     of such a file; else the content as it is."""
     import hashlib
 
-    from ppcl import seals, tensors
+    from ppcl.storage import seals, tensors
 
     def zeroed(description: bytes) -> bytes:
         return re.sub(rb"(?<=sha256:)[0-9a-f]{64}", b"0" * 64, description)

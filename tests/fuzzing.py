@@ -14,8 +14,13 @@ import torch
 import yaml
 from hypothesis import strategies as st
 
-from ppcl import calls, config, prompts, schemas, students, tables, tensors, texts, token_table
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.extraction import token_table
+from ppcl.pruning import students
+from ppcl.storage import schemas, tables, tensors, texts
+from ppcl.teacher import prompts
+from ppcl.transformer import calls
 
 # ---- readers, by the name of the file that they read
 

@@ -7,7 +7,7 @@ import pandas as pd
 import tiny
 import torch
 
-from ppcl import tables, tensors
+from ppcl.storage import tables, tensors
 
 # Ends the process with SIGKILL when it is about to put its second checkpoint in place, so the
 # first one, and half a file beside it, are what the next run finds.

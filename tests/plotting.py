@@ -9,7 +9,8 @@ import pandas as pd
 import plot
 import pytest
 
-from ppcl import figures, schemas, tables
+from ppcl.figures import search
+from ppcl.storage import schemas, tables
 
 
 def chain_of(blocks: int, searches: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -85,7 +86,7 @@ def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.Dat
 def width_table(intervals: pd.DataFrame, blocks: int, seed: int = 0) -> pd.DataFrame:
     """Candidates with protected blocks, a CKA floor and a selection of what costs least."""
     rng = np.random.default_rng(seed)
-    spans = figures.selected_spans(intervals)
+    spans = search.selected_spans(intervals)
     gone = {block for first, last in spans for block in range(first + 1, last + 1)}
     run = (blocks // 2, blocks // 2 + 3)
     rows = []

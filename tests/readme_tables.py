@@ -6,7 +6,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
 
-from ppcl import config, families, schemas  # noqa: E402  (the path has to be set first)
+from ppcl.configuration import config  # noqa: E402  (the path has to be set first)
+from ppcl.storage import schemas  # noqa: E402  (the path has to be set first)
+from ppcl.transformer import families  # noqa: E402  (the path has to be set first)
 
 MARKS = {".md": "<!-- made by: make tables -->\n", ".yml": "      # made by: make tables\n"}
 

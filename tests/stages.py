@@ -5,7 +5,7 @@ from pathlib import Path
 
 import tiny
 
-from ppcl import methods
+from ppcl.ablation import methods
 
 HOW = {"batch_size": 2, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 

@@ -18,30 +18,17 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import nn
 
-from ppcl import (
-    ablation,
-    ablation_figures,
-    ablation_run,
-    ablation_tables,
-    blocks,
-    calibration,
-    calls,
-    chain,
-    comparison_figure,
-    config,
-    methods,
-    prices,
-    probes,
-    provenance,
-    schedules,
-    schemas,
-    students,
-    tables,
-    tensors,
-    training,
-)
+from ppcl import provenance
+from ppcl.ablation import calibration, chain, choices, methods, report, schedules, trial
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.plans import Part
+from ppcl.figures import ablations, comparison
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.search import probes
+from ppcl.storage import schemas, tables, tensors
+from ppcl.training import loop, prices
+from ppcl.transformer import blocks, calls
 
 BLOCKS, REMOVED, RANK = 8, 4, 3
 # Parameters that go, beside so many blocks, with two matrices [192, 32] of each other block and
@@ -131,12 +118,12 @@ def pipe(run):
     return tiny.load(run[0]["teacher"]["path"])
 
 
-def material(run, pipe, job, tmp_path, accelerator) -> ablation.Material:
+def material(run, pipe, job, tmp_path, accelerator) -> choices.Material:
     whole, at = run
     shared = {name: at[name] for name in SHARED}
     more = {"reader": calls.Reader(at["calls"]), "paths": shared, "seed": 0}
     more |= {"accelerator": accelerator, "state": tmp_path, "identity": "x"}
-    return ablation_run.material_of(whole, pipe, job, **more)
+    return trial.material_of(whole, pipe, job, **more)
 
 
 def ablate(run, job: str, folder) -> pd.DataFrame:
@@ -155,7 +142,7 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
     assert len(methods.of_group("choice")) == 13 and len(methods.of_group("rival")) == 10
     assert {m.group for m in methods.METHODS.values()} == set(methods.GROUPS)
     assert len({m.label for m in methods.METHODS.values() if m.group == "rival"}) == 10
-    assert {m.select["by"] for m in methods.METHODS.values()} == set(ablation.SELECTIONS)
+    assert {m.select["by"] for m in methods.METHODS.values()} == set(choices.SELECTIONS)
     for name in methods.METHODS:
         assert set(json.loads(methods.job(name))) == {"name", "select", "train"}
     assert {m.repeated for m in methods.METHODS.values() if m.group == "ladder"} == {True}
@@ -177,7 +164,7 @@ def test_a_part_of_the_comparison_has_the_methods_that_it_names():
 def test_every_method_trains_for_the_same_number_of_steps(distill, subsets):
     options = {"distill_steps": distill, "subsets_steps": subsets}
     for method in methods.METHODS.values():
-        found = ablation_run.phases(method.select, method.train, options)
+        found = trial.phases(method.select, method.train, options)
         assert sum(found.values()) - found["masks"] == distill + subsets
         assert found["distill"] > 0 or method.train.get("share") in (0.5, 0.7, 1.0)
         if "share" in method.train:
@@ -192,16 +179,16 @@ def test_a_staged_selection_without_intervals_gives_its_maps_all_steps(
     held = material(run, pipe, json.loads(methods.job("ffn")), tmp_path, accelerator)
     given = []
     monkeypatch.setattr(
-        ablation_run, "phase", lambda _m, name, _x, _l, how, *_: given.append((name, how["steps"]))
+        trial, "phase", lambda _m, name, _x, _l, how, *_: given.append((name, how["steps"]))
     )
-    ablation_run.teach(held, ablation.Chosen({}, ffns=((1, "image"),)), {"schedule": "staged"})
+    trial.teach(held, choices.Chosen({}, ffns=((1, "image"),)), {"schedule": "staged"})
     assert given == [("narrow", 4), ("subsets", 2)]
 
 
 def test_width_keeps_half_of_the_depth_cuts_unless_told_otherwise(run, pipe, tmp_path, accelerator):
     held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
     for share, least in ((1.0, 4), (0.5, 2), (0.0, 0)):
-        found = ablation.depth_and_width(held, 4, depth_share=share)
+        found = choices.depth_and_width(held, 4, depth_share=share)
         assert sum(last - first for first, last in found.starts) >= least
 
 
@@ -221,9 +208,9 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
             break
     if math.isinf(best):
         with pytest.raises(UserError, match="ablation.removed_fraction"):
-            ablation.exactly(costs, removed, depth)
+            choices.exactly(costs, removed, depth)
     else:
-        found = ablation.exactly(costs, removed, depth)
+        found = choices.exactly(costs, removed, depth)
         assert sum(costs[ends] for ends in found) == pytest.approx(best)
         assert sum(t - f for f, t in found) == removed
 
@@ -235,7 +222,7 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
 def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accelerator):
     job = json.loads(methods.job(name))
     given_ = material(run, pipe, job, tmp_path, accelerator)
-    found = ablation_run.run(given_, pipe, job, ablation.choose(given_, job["select"]))
+    found = trial.run(given_, pipe, job, choices.choose(given_, job["select"]))
     found = pd.DataFrame(found)[schemas.ABLATION_RUN.names]
     if name == "teacher":
         assert found["velocity_error"].max() < 1e-9 and found["parameter_fraction"].item() == 1
@@ -278,8 +265,8 @@ def test_a_run_does_not_depend_on_the_table_of_methods(tmp_path, script):
     # Else a new method, or a mended label, would redo all runs.
     shutil.copytree(tiny.SCRIPTS, tmp_path / "scripts")
     before = provenance.code_digest(tmp_path / "scripts" / script)
-    for name, same in (("methods", True), ("ablation_run", False)):
-        with open(tmp_path / "scripts/ppcl" / f"{name}.py", "a") as file:
+    for name, same in (("methods", True), ("trial", False)):
+        with open(tmp_path / "scripts/ppcl/ablation" / f"{name}.py", "a") as file:
             file.write("# edited\n")
         assert (provenance.code_digest(tmp_path / "scripts" / script) == before) == same
 
@@ -292,14 +279,14 @@ def test_seconds_are_those_of_finished_trainings_of_this_run(tmp_path, run, pipe
         metadata = {"identity": identity, "seconds": repr(seconds)}
         tensors.write(path, {"a": torch.zeros(1)}, metadata)
     tensors.write(tmp_path / "old.safetensors", {}, {"identity": "y z", "seconds": "9.0"})
-    assert ablation_run.seconds_of(held, "distill", "subsets", "old", "finetune") == 6.5
-    assert ablation_run.seconds_of(held, "distill", "finetune") == 2.5
+    assert trial.seconds_of(held, "distill", "subsets", "old", "finetune") == 6.5
+    assert trial.seconds_of(held, "distill", "finetune") == 2.5
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
     job = methods.job("ffn")
     straight = ablate(run, job, tmp_path / "straight")
-    train, begun = training.train, []
+    train, begun = loop.train, []
 
     def stops_in_finetune(modules, *args, **kwargs):
         begun.append(set(modules))
@@ -308,13 +295,13 @@ def test_a_killed_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
         return train(modules, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training, "train", stops_in_finetune)
+        patch.setattr(loop, "train", stops_in_finetune)
         with pytest.raises(KeyboardInterrupt):
             ablate(run, job, tmp_path / "killed")
     assert len(begun) == 4  # distill, narrow, subsets, finetune
     seen = []
     monkeypatch.setattr(
-        training, "train", lambda m, *a, **k: [seen.append(set(m)), train(m, *a, **k)][1]
+        loop, "train", lambda m, *a, **k: [seen.append(set(m)), train(m, *a, **k)][1]
     )
     again = ablate(run, job, tmp_path / "killed")
     left = [path.name for path in (tmp_path / "killed/state").iterdir()]
@@ -456,7 +443,7 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     accelerator = Accelerator(cpu=True)  # the stage's own is gone
     held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
     cka = pd.read_parquet(at["cka"]).set_index(["stream", "start", "end"])["cka"]
-    weights, _ = ablation.tensors.read(at["probes"])
+    weights, _ = choices.tensors.read(at["probes"])
     row = depth.iloc[-1]
     first, last = int(row["first"]), int(row["last"])
     assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])
@@ -530,7 +517,7 @@ def test_tables_for_a_reader_have_each_method_where_it_is_compared(tmp_path):
         gather.main()
     text = (tmp_path / "a.md").read_text()
     sections = {part.split("\n")[0]: part for part in text.split("## ")[1:]}
-    assert list(sections) == [*ablation_tables.SECTIONS, "What was chosen"]
+    assert list(sections) == [*report.SECTIONS, "What was chosen"]
     low = "As large: everything, rivals with the same low-rank modulation"
     for method in methods.METHODS.values():
         found = {title for title, part in sections.items() if f"| {method.label} |" in part}
@@ -549,7 +536,7 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     table = comparison_tables.table()
     table = table[table["state"] != "part"]
     table.loc[(table["method"] == "amber") & (table["seed"] == 1), "intervals"] = "[[1, 2]]"
-    found = comparison_figure.summary(table, "velocity_error")
+    found = comparison.summary(table, "velocity_error")
     logs = np.log(table["velocity_error"].clip(1e-12)).groupby([table["method"], table["state"]])
     several = logs.var()[logs.count() > 1].drop("amber", level="method")
     several = several.xs("plugged", level="state")
@@ -565,7 +552,7 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     own = 4.302653 * logs.std()["amber", "plugged"] / 3**0.5  # t with 2 degrees of freedom
     own = (own**2 + math.log(1.1) ** 2) ** 0.5
     assert chance["high"] == pytest.approx(chance["mean"] * np.exp(own))
-    alone = comparison_figure.summary(  # over one prompt there is no interval; over seeds there is
+    alone = comparison.summary(  # over one prompt there is no interval; over seeds there is
         table.assign(velocity_error_low=np.nan, velocity_error_high=np.nan), "velocity_error"
     )
     assert 1 < (alone["high"] / alone["mean"])["joint", "plugged"] < row["high"] / row["mean"]
@@ -582,7 +569,7 @@ def test_ratios_are_of_the_same_prompts():
         for row, sums in zip(every[every["method"] == name].to_dict("records"), mine, strict=True):
             text = json.dumps([sums.tolist(), [1.0] * 5])
             rows.append(row | {"velocity_error": sums.sum() / 5, "by_prompt": text})
-    value, low, high = comparison_figure.ratio(pd.DataFrame(rows), "joint", "shortgpt", "plugged")
+    value, low, high = comparison.ratio(pd.DataFrame(rows), "joint", "shortgpt", "plugged")
     assert value == pytest.approx(np.exp(logs["joint"].mean() - logs["shortgpt"].mean()))
     # All draws of five prompts, each as likely as another.
     draws = np.array(list(itertools.product(range(5), repeat=5)))
@@ -593,7 +580,7 @@ def test_ratios_are_of_the_same_prompts():
     expected = np.exp(np.log(value) + np.array([-1, 1]) * np.hypot(reach, ends))
     np.testing.assert_allclose((low, high), expected, rtol=0.05)
     alike = [row | {"by_prompt": rows[0]["by_prompt"], "velocity_error": 0.5} for row in rows]
-    assert comparison_figure.ratio(pd.DataFrame(alike), "joint", "shortgpt", "plugged") == (1, 1, 1)
+    assert comparison.ratio(pd.DataFrame(alike), "joint", "shortgpt", "plugged") == (1, 1, 1)
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -618,7 +605,7 @@ def test_the_figure_names_every_method(tmp_path, judged):
 
 def test_the_figure_of_schedules_divides_by_the_first(tmp_path):
     table = comparison_tables.table()
-    ax = ablation_figures.schedules(table).axes[0]
+    ax = ablations.schedules(table).axes[0]
     mine = table[table["group"] == "schedule"].sort_values("removed_parameters")
     of = {name: rows for name, rows in mine.groupby("method")}
     first, third = of["schedule-default"], of["schedule-whole"]

@@ -9,17 +9,11 @@ import pytest
 import tiny
 import torch
 
-from ppcl import (
-    activations,
-    calls,
-    devices,
-    modulation_inputs,
-    schemas,
-    tables,
-    token_store,
-    token_table,
-)
 from ppcl.errors import UserError
+from ppcl.extraction import activations, modulation_inputs, token_store, token_table
+from ppcl.runtime import devices
+from ppcl.storage import schemas, tables
+from ppcl.transformer import calls
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background", "4 in red", "a green 9"]

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from ppcl import arguments, config, hub, preflight, signatures
+from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
+from ppcl.teacher import arguments, hub, signatures
 
 
 def refused(settings: dict, name: str = "FluxPipeline") -> str:

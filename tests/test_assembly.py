@@ -12,16 +12,12 @@ from diffusers import DiffusionPipeline
 from diffusers.models.transformers.transformer_qwenimage import QwenEmbedRope
 from torch import nn
 
-from ppcl import (
-    assembly,
-    blocks,
-    calls,
-    rehearsal,
-    students,
-    texts,
-)
 from ppcl.errors import UserError
-from ppcl.plans import Part, Unit
+from ppcl.export import assembly, rehearsal
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.storage import texts
+from ppcl.transformer import blocks, calls
 
 
 def test_an_unknown_variant_is_named():

@@ -22,7 +22,7 @@ from benchmarks import (  # noqa: E402
     variants,
 )
 from benchmarks import run as program  # noqa: E402
-from ppcl import devices  # noqa: E402
+from ppcl.runtime import devices  # noqa: E402
 
 TINY = material.SIZES["tiny"]
 

@@ -7,9 +7,9 @@ import tiny
 import torch
 from torch import nn
 
-from ppcl import blocks, families
 from ppcl.errors import UserError
-from ppcl.families import BlockList, Family
+from ppcl.transformer import blocks, families
+from ppcl.transformer.families import BlockList, Family
 
 NAME = "QwenImageTransformer2DModel"
 

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import calls, tables
 from ppcl.errors import UserError
+from ppcl.storage import tables
+from ppcl.transformer import calls
 
 
 def store(path, *every, shared=()):

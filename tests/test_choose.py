@@ -12,27 +12,20 @@ import tiny
 import torch
 from test_width_stages import measure
 
-from ppcl import (
-    blocks,
-    calls,
-    config,
-    evaluation,
-    narrow,
-    pins,
-    pipelines,
-    prices,
-    schemas,
-    sets,
-    students,
-    tables,
-    tensors,
-    variants,
-    width,
-)
+from ppcl.closed_forms import width
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.plans import Part, Unit
-from ppcl.selection import Choices
-from ppcl.sets import Member, Set
+from ppcl.evaluation import measuring
+from ppcl.export import variants
+from ppcl.pruning import narrow, pins, students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.search import sets
+from ppcl.search.selection import Choices
+from ppcl.search.sets import Member, Set
+from ppcl.storage import schemas, tables, tensors
+from ppcl.teacher import pipelines
+from ppcl.training import prices
+from ppcl.transformer import blocks, calls
 
 VARIANTS = [
     {"name": "tight", "budget": {"fraction": 0.5, "blocks": 4}, "finetune_steps": 2},
@@ -188,7 +181,7 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
     tiny.stage("finetune", settings, **paths, variant="tight", **made)
     written = sets.read(chosen["sets"])
     assert tensors.metadata(tuned)["set"] == written.of("tight").key
-    monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_narrow_export has it
+    monkeypatch.setattr("ppcl.export.assembly.prove", lambda *_: None)  # test_narrow_export has it
     folder = tmp_path / "tight"
     tiny.stage("assemble", settings, **paths, variant="tight", finetuned=tuned, output=folder)
     card = json.loads((folder / "pruning.json").read_text())
@@ -335,14 +328,14 @@ def test_velocities_of_several_processes_are_those_of_one(tiny_teacher, tiny_cal
     models = {"teacher": teacher, "a": teacher, "b": teacher}
     options = {"batch_size": 2, "velocity_rows": 5, "bootstrap": 10, "latency_repeats": 1}
     how = (models, reader, reader.heldout_rows("report")[:1], {"evaluate": options, "seed": 0})
-    of_one, plain = evaluation.measure_transformers(*how, device), evaluation.velocity_errors
+    of_one, plain = measuring.measure_transformers(*how, device), measuring.velocity_errors
     measured, summands = [], []
 
     def seen(name, transformer, reader_, rows, *more):
         measured.append((name, tuple(rows)))
         return plain(name, transformer, reader_, rows, *more)
 
-    monkeypatch.setattr(evaluation, "velocity_errors", seen)
+    monkeypatch.setattr(measuring, "velocity_errors", seen)
     for index in (0, 1):
         several = SimpleNamespace(
             process_index=index, num_processes=2, is_main_process=index == 0, device=device
@@ -350,11 +343,11 @@ def test_velocities_of_several_processes_are_those_of_one(tiny_teacher, tiny_cal
         several.reduce = lambda x, reduction: summands.append(x.clone()) or x
         # Of its own batches alone no ratio is defined where one of them is all of the others'.
         with np.errstate(all="ignore"):
-            found = evaluation.measure_transformers(*how, device, several)
+            found = measuring.measure_transformers(*how, device, several)
         assert all(("latency_seconds" in of) == (index == 0) for of in found.values())
     assert len(measured) == len(set(measured)) and len({rows for _, rows in measured}) > 1
     several.reduce = lambda x, reduction: sum(summands)
     assert {n: of["velocity_error"] for n, of in of_one.items()} == {
         n: of["velocity_error"]
-        for n, of in evaluation.measure_transformers(*how, device, several).items()
+        for n, of in measuring.measure_transformers(*how, device, several).items()
     }

@@ -8,9 +8,13 @@ import tiny
 import torch
 from torch._dynamo.utils import counters
 
-from ppcl import blocks, devices, distillation, pipelines, replays, students, teaching
 from ppcl.errors import UserError
-from ppcl.plans import Part, Unit
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.runtime import devices
+from ppcl.teacher import pipelines, replays
+from ppcl.training import distillation, teaching
+from ppcl.transformer import blocks
 
 # The compiled graph runs without a compiler of machine code, which not everybody has.
 BACKEND = "aot_eager"

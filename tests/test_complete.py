@@ -12,8 +12,8 @@ import transformers
 import zoo_parts
 from safetensors.torch import load_file, save_file
 
-from ppcl import complete, pipelines, weights
 from ppcl.errors import UserError
+from ppcl.teacher import complete, pipelines, weights
 
 CPU = torch.device("cpu")
 # Names of the text encoder's weights are older ones, which transformers renames as it reads them.

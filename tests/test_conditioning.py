@@ -10,20 +10,14 @@ import zoo_images
 import zoo_videos
 from torch import nn
 
-from ppcl import (
-    activations,
-    blocks,
-    calls,
-    conditioning,
-    families,
-    modulation,
-    modulation_inputs,
-    recording,
-    teacher,
-    tensors,
-)
-from ppcl.conditioning import Conditioning, Moments
+from ppcl.closed_forms import modulation
+from ppcl.digits import teacher
 from ppcl.errors import UserError
+from ppcl.extraction import activations, conditioning, modulation_inputs
+from ppcl.extraction.conditioning import Conditioning, Moments
+from ppcl.storage import tensors
+from ppcl.teacher import recording
+from ppcl.transformer import blocks, calls, families
 
 CPU = torch.device("cpu")
 GRID = {"timesteps": 16, "guidance": [1.0, 10.0]}

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from readme_tables import ROOT, TABLES, renewed
 
-from ppcl import config
+from ppcl.configuration import config
 from ppcl.errors import UserError
 
 CONFIGS = ("digits", "digits-full", "test")

@@ -15,8 +15,10 @@ import safetensors.torch
 import tiny
 import torch
 
-from ppcl import cores, devices, evaluation, hub, weights
 from ppcl.errors import UserError
+from ppcl.evaluation import measuring
+from ppcl.runtime import cores, devices
+from ppcl.teacher import hub, weights
 
 ROOT = Path(__file__).resolve().parents[1]
 AFFINITY = 6
@@ -79,7 +81,7 @@ def test_no_more_cores_than_the_job_has(groups, monkeypatch, said, found):
     groups("", {})
     monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert cores.available() == found
-    assert evaluation.process_count("auto", torch.device("cpu")) == found
+    assert measuring.process_count("auto", torch.device("cpu")) == found
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="of Linux")

@@ -12,23 +12,15 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ppcl import (
-    blocks,
-    calls,
-    devices,
-    distillation,
-    entrance,
-    pipelines,
-    prices,
-    processes,
-    schemas,
-    students,
-    tables,
-    texts,
-    width,
-)
+from ppcl.closed_forms import width
 from ppcl.errors import UserError
-from ppcl.plans import Part, Unit
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.runtime import devices, processes
+from ppcl.storage import schemas, tables, texts
+from ppcl.teacher import pipelines
+from ppcl.training import distillation, entrance, prices
+from ppcl.transformer import blocks, calls
 
 CPU = torch.device("cpu")
 FIRST, SECOND = Part(0, 1), Part(3, 4)

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from slurm import cluster
 from test_faults import content
 
-from ppcl import schemas, tables, texts
+from ppcl.storage import schemas, tables, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("results/test")

@@ -7,9 +7,11 @@ import pytest
 import tiny
 import torch
 
-from ppcl import chain, distillation, losses, students, teaching, training
+from ppcl.ablation import chain
 from ppcl.errors import UserError
-from ppcl.plans import Part, Unit
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.training import distillation, loop, losses, teaching
 
 FIRST, SECOND = Part(0, 1), Part(3, 4)
 OPTIONS = {
@@ -28,9 +30,9 @@ def losses_of(teacher, taught, reader, accelerator, **options):
 
 def train(teacher, taught, reader, accelerator, path, **options):
     losses = losses_of(teacher, taught, reader, accelerator, **options)
-    how = training.Optimisation(steps=3, lr=1e-3)
+    how = loop.Optimisation(steps=3, lr=1e-3)
     modules = {part.name: student for part, student in taught.items()}
-    return training.train(modules, losses, how, accelerator, path / "c.safetensors", "i")
+    return loop.train(modules, losses, how, accelerator, path / "c.safetensors", "i")
 
 
 # ---- teaching

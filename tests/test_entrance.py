@@ -10,19 +10,13 @@ import tiny
 import torch
 from test_narrow_distillation import OPTIONS, UNITS
 
-from ppcl import (
-    blocks,
-    distillation,
-    entrance,
-    shards,
-    stopping,
-    students,
-    teaching,
-    tensors,
-    training,
-)
 from ppcl.errors import UserError
-from ppcl.plans import Part
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.runtime import stopping
+from ppcl.storage import tensors
+from ppcl.training import distillation, entrance, loop, shards, teaching
+from ppcl.transformer import blocks
 
 PART = Part(3, 4)
 HOW = OPTIONS | {"cache_inputs": "auto", "steps": 6, "batch_size": 3}
@@ -48,9 +42,9 @@ def job(teacher, reader, accelerator, tmp_path):
         losses = distillation.independent(
             teacher, taught, reader, chosen, 0, accelerator, inputs=given
         )
-        how = training.Optimisation(steps=6, lr=0.01, checkpoint_every=2)
+        how = loop.Optimisation(steps=6, lr=0.01, checkpoint_every=2)
         path = tmp_path / f"plain-{plain}" / "c.safetensors"
-        training.train({PART.name: taught[PART]}, losses, how, accelerator, path, identity)
+        loop.train({PART.name: taught[PART]}, losses, how, accelerator, path, identity)
         shutil.rmtree(path.parent)
         return taught[PART].state_dict()
 

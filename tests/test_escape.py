@@ -6,8 +6,10 @@ import tiny
 import yaml
 from test_workflow import BIN, ROOT, run, settings_of_jobs, snakemake  # noqa: F401
 
-from ppcl import config, prompts, schemas, tables
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.storage import schemas, tables
+from ppcl.teacher import prompts
 
 EVIL = [
     "../{}",
@@ -147,7 +149,7 @@ def test_a_workflow_in_a_folder_that_a_shell_would_misread_is_refused(tmp_path):
 
 def test_a_hub_name_is_no_path():
     """Only what looks like owner/name is asked of the Hub; anything else must be a folder."""
-    from ppcl import preflight
+    from ppcl.configuration import preflight
 
     for text in (text for text in EVIL if "{{" not in text):
         with pytest.raises(UserError, match="teacher.path"):

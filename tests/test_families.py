@@ -23,20 +23,14 @@ import zoo_videos
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ppcl import (
-    assembly,
-    blocks,
-    calls,
-    config,
-    entrance,
-    evaluation,
-    families,
-    narrow,
-    pipelines,
-    reload_gate,
-    schemas,
-    tables,
-)
+from ppcl.configuration import config
+from ppcl.evaluation import measuring
+from ppcl.export import assembly, reload_gate
+from ppcl.pruning import narrow
+from ppcl.storage import schemas, tables
+from ppcl.teacher import pipelines
+from ppcl.training import entrance
+from ppcl.transformer import blocks, calls, families
 
 ROOT = Path(__file__).resolve().parents[1]
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
@@ -328,11 +322,11 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     torch.testing.assert_close(
         blocks.answer(transformer, batch.arguments), batch.output, **close(settings)
     )
-    models = evaluation.models(settings["teacher"], [at["model"]])
+    models = measuring.models(settings["teacher"], [at["model"]])
     loaded = {m.name: m.transformer(torch.device("cpu")) for m in models}
     reader = calls.Reader(at["calls"])
     timed = reader.draw(reader.heldout_rows("report"), 2, (0,))
-    found = evaluation.measure_transformers(loaded, reader, timed, settings, torch.device("cpu"))
+    found = measuring.measure_transformers(loaded, reader, timed, settings, torch.device("cpu"))
     assert found["spare"]["velocity_error"].value < (1e-4 if name in LOW else 1e-6)
     assert found["spare"]["parameter_fraction"].value < 1
     item = {"sample": 0, "prompt_index": 0, "prompt": "a red 1 on blue", "seed": 5}
@@ -341,9 +335,9 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     pictures = []
     for model in models:
         part = at["model"].parent / f"{model.name}.parquet"
-        evaluation.generate(model, torch.device("cpu"), settings["pipeline"], [item], part)
+        measuring.generate(model, torch.device("cpu"), settings["pipeline"], [item], part)
         png = tables.read(part, schemas.IMAGES).column("png")[0].as_py()
-        pictures.append(evaluation.from_png(png).astype(int))
+        pictures.append(measuring.from_png(png).astype(int))
     assert pictures[0].shape == pictures[1].shape
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 

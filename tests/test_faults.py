@@ -20,7 +20,9 @@ import pytest
 import stages
 import torch
 
-from ppcl import assembly, stopping, tables, tensors, texts
+from ppcl.export import assembly
+from ppcl.runtime import stopping
+from ppcl.storage import tables, tensors, texts
 
 TRIALS = int(os.environ.get("PPCL_FAULTS", "14"))
 SEED = int(os.environ.get("PPCL_FAULTS_SEED", "0"))

@@ -11,7 +11,7 @@ import tiny
 import torch
 from killing import KILLER, assert_same_log
 
-from ppcl import schemas, tables, tensors
+from ppcl.storage import schemas, tables, tensors
 
 TRAINING = {"batch_size": 5, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 TRAINING |= {"ema": 0.5}  # an average is shared out, saved and resumed as weights are
@@ -120,7 +120,10 @@ import sys
 sys.path[:0] = {[str(tiny.SCRIPTS), str(Path(__file__).parent)]!r}
 import tiny
 import torch
-from ppcl import blocks, fsdp, narrow, processes
+from ppcl.pruning import narrow
+from ppcl.runtime import processes
+from ppcl.training import fsdp
+from ppcl.transformer import blocks
 
 accelerator = processes.accelerator("cpu")
 model = tiny.transformer(blocks=2)

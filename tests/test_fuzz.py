@@ -17,8 +17,10 @@ from fuzzing import READERS, SEALED
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ppcl import config, seals, students, tensors, texts
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.pruning import students
+from ppcl.storage import seals, tensors, texts
 
 EXAMPLES = int(os.environ.get("PPCL_FUZZ", "150"))
 SLOW_IS_FINE = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ppcl import gpus, surroundings
+from ppcl.runtime import gpus, surroundings
 
 NAMES = [f"GPU-{n}{n}-aa" for n in range(4)]
 LISTED = "".join(f"GPU {n}: NVIDIA H200 (UUID: {name})\n" for n, name in enumerate(NAMES))
@@ -20,7 +20,7 @@ PARTED = (
 TAKER = """
 import os, sys
 from pathlib import Path
-from ppcl import gpus, surroundings
+from ppcl.runtime import gpus, surroundings
 gpus.FOLDER, gpus.PATIENCE = Path(sys.argv[1]), 0.01
 gpus.take(int(sys.argv[2]))
 print(os.environ.get(gpus.VISIBLE), flush=True)
@@ -34,7 +34,7 @@ def machine(tmp_path, monkeypatch):
     for name in (gpus.VISIBLE, gpus.HELD, *gpus.SCHEDULERS):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    monkeypatch.setenv("PYTHONPATH", str(Path(gpus.__file__).parents[1]))
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpus.__file__).parents[2]))
     tool, started = tmp_path / "nvidia-smi", []
 
     def has(text: str) -> None:

@@ -79,14 +79,15 @@ def test_the_collector_rests_while_libraries_are_imported_and_then_works_as_ever
     program = """
 import gc
 usual = gc.get_threshold()
-from ppcl import collector, errors
+from ppcl import program
+from ppcl.runtime import collector
 assert gc.get_threshold() == (collector.STARTING, 1, 1)
 def main():
     assert gc.get_threshold() == usual and gc.isenabled() and gc.get_freeze_count() > 1000
     kept = gc.get_freeze_count()
-    errors.run(lambda: None)
+    program.run(lambda: None)
     assert gc.get_freeze_count() <= kept  # made since is no start-up's
-errors.run(main)
+program.run(main)
 """
     environment = os.environ | {"PYTHONPATH": str(SCRIPTS)}
     subprocess.run([sys.executable, "-c", program], check=True, env=environment)

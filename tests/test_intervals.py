@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import cka_draws, intervals
-from ppcl.intervals import Interval
+from ppcl.search import cka_draws, intervals
+from ppcl.search.intervals import Interval
 
 seeds = st.integers(0, 2**32 - 1)
 

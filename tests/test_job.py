@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from readme_tables import ROOT
 
-from ppcl import endings
+from ppcl.runtime import endings
 
 BEGIN = f"set -euo pipefail; source {ROOT}/workflow/scripts/job.sh; "
 

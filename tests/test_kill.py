@@ -11,7 +11,8 @@ import tiny
 import torch
 from killing import KILLER, assert_same_log, equal, kill_and_resume
 
-from ppcl import schemas, students, tables, tensors
+from ppcl.pruning import students
+from ppcl.storage import schemas, tables, tensors
 
 TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 

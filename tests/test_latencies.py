@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ppcl import latencies
-from ppcl.latencies import AROUND, STEPS, WHOLE
+from ppcl.evaluation import latencies
+from ppcl.evaluation.latencies import AROUND, STEPS, WHOLE
 
 # Two lists; a block of the second has no text, and its last one no image FFN either.
 TRUE = {WHOLE: 7.0, "ffn_image": 5.4, "text": 5.27}

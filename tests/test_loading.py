@@ -21,22 +21,14 @@ import zoo_parts
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
-from ppcl import (
-    assembly,
-    blocks,
-    calls,
-    devices,
-    evaluation,
-    hub,
-    narrow,
-    pipelines,
-    prompts,
-    recording,
-    reload_gate,
-    students,
-)
 from ppcl.errors import UserError
-from ppcl.plans import Part
+from ppcl.evaluation import measuring
+from ppcl.export import assembly, reload_gate
+from ppcl.pruning import narrow, students
+from ppcl.pruning.plans import Part
+from ppcl.runtime import devices
+from ppcl.teacher import hub, pipelines, prompts, recording
+from ppcl.transformer import blocks, calls
 
 CPU = torch.device("cpu")
 NAME = "some-owner/some-model"
@@ -160,7 +152,7 @@ def test_a_fresh_process_uses_the_cache_of_hf_home(tiny_teacher, tmp_path):
     put(tiny_teacher, tmp_path / "hub")
     program = (
         "import sys, json, torch; sys.path.insert(0, sys.argv[1])\n"
-        "from ppcl import pipelines\n"
+        "from ppcl.teacher import pipelines\n"
         "source = json.loads(sys.argv[2])\n"
         "print(len(pipelines.load_transformer(source, torch.device('cpu')).transformer_blocks))\n"
     )
@@ -367,10 +359,10 @@ def test_auto_goes_by_the_room_there_is(monkeypatch, free, how):
 def test_models_side_by_side_are_offloaded_alike(tiny_teacher, monkeypatch):
     teacher = tiny.source(tiny_teacher) | {"offload": "auto"}
     size = pipelines.transformer_size(teacher)
-    found = [evaluation.Model("teacher", teacher), evaluation.Model("p70", teacher)]
+    found = [measuring.Model("teacher", teacher), measuring.Model("p70", teacher)]
     for room, how in ((3 * size, "none"), (2 * size, "stream")):
         monkeypatch.setattr(devices, "free_memory", lambda _device, room=room: room)
-        hows = [model.source["offload"] for model in evaluation.side_by_side(found, CPU)]
+        hows = [model.source["offload"] for model in measuring.side_by_side(found, CPU)]
         assert hows == [how, how]
 
 
@@ -506,19 +498,19 @@ def test_a_component_that_is_not_there(tiny_teacher):
 
 
 def test_films_become_strips(wan, tmp_path):
-    model = evaluation.Model("p70", tiny.source(wan))
+    model = measuring.Model("p70", tiny.source(wan))
     batch = [
         {"sample": n, "prompt_index": n, "prompt": p, "seed": n}
         for n, p in enumerate(("red 1", "blue 2"))
     ]
-    evaluation._loaded.clear()
-    evaluation.generate(model, CPU, FILM, batch, tmp_path / "part.parquet")
-    table = evaluation.tables.read(tmp_path / "part.parquet", evaluation.schemas.IMAGES)
+    measuring._loaded.clear()
+    measuring.generate(model, CPU, FILM, batch, tmp_path / "part.parquet")
+    table = measuring.tables.read(tmp_path / "part.parquet", measuring.schemas.IMAGES)
     assert table.column("frames").to_pylist() == [5, 5]
     for data in table.column("png").to_pylist():
-        assert evaluation.from_png(data).shape == (5 * 16, 16, 3)
+        assert measuring.from_png(data).shape == (5 * 16, 16, 3)
     made = SimpleNamespace(frames=np.arange(2 * 3 * 4).reshape(1, 2, 3, 4, 1))
-    strips, frames = evaluation.pictures(made)
+    strips, frames = measuring.pictures(made)
     assert frames == 2 and (strips[0, :, :, 0] == np.arange(24).reshape(6, 4)).all()
 
 

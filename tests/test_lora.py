@@ -13,8 +13,12 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 from test_modulation import LAST, WIDTH, Recorded, inputs_of
 
-from ppcl import assembly, blocks, conditioning, lora, modulation, narrow
+from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
+from ppcl.export import assembly, lora
+from ppcl.extraction import conditioning
+from ppcl.pruning import narrow
+from ppcl.transformer import blocks
 
 LAST_OF_FOUR = (4, LAST[1])
 TARGETS = ["img_mod.1", "txt_mod.1", "to_q", "norm_out.linear"]

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import losses
+from ppcl.training import losses
 
 SHAPE = (2, 3, 4)
 

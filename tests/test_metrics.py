@@ -16,9 +16,12 @@ import pytest
 import tiny
 import torch
 
-from ppcl import calls, errors, evaluation, metrics, schemas, tables
+from ppcl import errors
+from ppcl.evaluation import measuring, metrics
+from ppcl.storage import schemas, tables
+from ppcl.transformer import calls
 
-SCRIPT = Path(metrics.__file__).parents[1] / "evaluate.py"
+SCRIPT = Path(metrics.__file__).parents[2] / "evaluate.py"
 CPU = torch.device("cpu")
 
 
@@ -207,7 +210,7 @@ def test_rows_compare_with_the_teacher():
 def test_times_are_measured_in_rounds_after_an_unmeasured_one():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in ("teacher", "a", "b")}
-    times = evaluation.interleaved_times(runs, 2, CPU)
+    times = measuring.interleaved_times(runs, 2, CPU)
     assert order == ["teacher", "a", "b"] * 3
     assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys(runs, 2)
 
@@ -313,10 +316,10 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
 
 def test_velocity_error_is_the_ratio_of_recorded_and_replayed(world):
     folder, _ = world
-    short = evaluation.Model("short", tiny.source(folder / "models" / "short"))
+    short = measuring.Model("short", tiny.source(folder / "models" / "short"))
     transformer, reader = short.transformer(CPU), calls.Reader(folder / "calls.parquet")
     rows = reader.rows(heldout=True)
-    found = evaluation.velocity_errors(short.name, transformer, reader, rows, 3, CPU)
+    found = measuring.velocity_errors(short.name, transformer, reader, rows, 3, CPU)
     above = below = 0.0
     for row in rows:
         one = reader.batch(np.array([row]))
@@ -341,7 +344,7 @@ def test_calibration_prompts_and_noise_are_refused(world):
 
 def test_broken_variant_is_named(world, tmp_path, monkeypatch):
     folder, settings = world
-    model = evaluation.Model("burst", tiny.source(folder / "models" / "short"))
+    model = measuring.Model("burst", tiny.source(folder / "models" / "short"))
     transformer = model.transformer(CPU)
     reader = calls.Reader(folder / "calls.parquet")
 
@@ -355,34 +358,34 @@ def test_broken_variant_is_named(world, tmp_path, monkeypatch):
             yield second
 
     with pytest.raises(errors.UserError, match="'burst': the transformer's output holds NaN"):
-        evaluation.velocity_errors(model.name, transformer, Late, np.array([0, 0]), 1, CPU)
+        measuring.velocity_errors(model.name, transformer, Late, np.array([0, 0]), 1, CPU)
     pipe = model.pipeline(CPU)
     pipe.transformer = transformer
-    monkeypatch.setitem(evaluation._loaded, "last", (model, pipe))
+    monkeypatch.setitem(measuring._loaded, "last", (model, pipe))
     batch = [{"prompt": "new", "seed": 1, "prompt_index": 0}]
     with pytest.raises(errors.UserError, match="'burst': a picture holds NaN"):
-        evaluation.generate(model, CPU, settings["pipeline"], batch, tmp_path / "part.parquet")
+        measuring.generate(model, CPU, settings["pipeline"], batch, tmp_path / "part.parquet")
     assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_are_no_pipelines_are_refused(world, tmp_path):
     folder, _ = world
     with pytest.raises(errors.UserError, match="is not a pipeline folder"):
-        evaluation.models(tiny.source(folder / "teacher"), [tmp_path])
+        measuring.models(tiny.source(folder / "teacher"), [tmp_path])
     twice = [folder / "models" / "same"] * 2
     with pytest.raises(errors.UserError, match="two models are named 'same'"):
-        evaluation.models(tiny.source(folder / "teacher"), twice)
+        measuring.models(tiny.source(folder / "teacher"), twice)
 
 
 def test_a_killed_process_is_explained(world):
     folder, _ = world
-    missing = evaluation.Model("gone", tiny.source(folder / "nothing"))
-    with evaluation.workers(1) as pool:
-        task = pool.submit(evaluation.plan_batches, missing, CPU, {}, [], 1)
+    missing = measuring.Model("gone", tiny.source(folder / "nothing"))
+    with measuring.workers(1) as pool:
+        task = pool.submit(measuring.plan_batches, missing, CPU, {}, [], 1)
         with pytest.raises(errors.UserError, match="variant gone: .*nothing can't be loaded"):
             task.result()
     lost = pytest.raises(errors.UserError, match="was killed, most likely for lack of memory")
-    with lost, evaluation.workers(1) as pool:
+    with lost, measuring.workers(1) as pool:
         pool.submit(os._exit, 1).result()
 
 
@@ -397,8 +400,8 @@ before = set(sys.modules)
 import evaluate
 print(*(name for name in set(sys.modules) - before if not name.startswith("ppcl")))
 """
-    command = [sys.executable, "-c", program, str(SCRIPT.parent), *evaluation.PRELOADED]
+    command = [sys.executable, "-c", program, str(SCRIPT.parent), *measuring.PRELOADED]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not any(name.startswith("ppcl") for name in evaluation.PRELOADED)
+    assert not any(name.startswith("ppcl") for name in measuring.PRELOADED)
     assert len(done.stdout.split()) < 60, done.stdout

@@ -9,8 +9,13 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ppcl import assembly, blocks, devices, modulation, narrow, pipelines, students
-from ppcl.plans import Part
+from ppcl.closed_forms import modulation
+from ppcl.export import assembly
+from ppcl.pruning import narrow, students
+from ppcl.pruning.plans import Part
+from ppcl.runtime import devices
+from ppcl.teacher import pipelines
+from ppcl.transformer import blocks
 
 SHAPES = [(48, 8), (12, 8), (5, 8)]  # [out, d]: six parts, a halved one, fewer outputs than inputs
 WIDTH, LAST = 32, (6, "norm_out.linear")

@@ -13,8 +13,9 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ppcl import blocks, families, narrow
 from ppcl.errors import UserError
+from ppcl.pruning import narrow
+from ppcl.transformer import blocks, families
 
 WIDTH, LENGTHS = 32, (5, 3)  # the second prompt is padded
 TOKENS, BATCH = max(LENGTHS), len(LENGTHS)

@@ -8,8 +8,10 @@ import tiny
 import torch
 from torch import nn
 
-from ppcl import blocks, distillation, losses, narrow, plans, students, teaching
-from ppcl.plans import Part
+from ppcl.pruning import narrow, plans, students
+from ppcl.pruning.plans import Part
+from ppcl.training import distillation, losses, teaching
+from ppcl.transformer import blocks
 
 OPTIONS = {
     "loss": "normalised",

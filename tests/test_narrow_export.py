@@ -11,8 +11,11 @@ import tiny
 import torch
 from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 
-from ppcl import assembly, blocks, families, narrow, pipelines
 from ppcl.errors import UserError
+from ppcl.export import assembly
+from ppcl.pruning import narrow
+from ppcl.teacher import pipelines
+from ppcl.transformer import blocks, families
 
 SPECS = {
     0: {"linear_ffn": ["image", "text"]},
@@ -89,7 +92,7 @@ def test_the_folder_has_its_code_and_nothing_else_changed(exported, tiny_teacher
         [3],
         [4],
     ]
-    assert "ppcl." not in (folder / CODE).read_text().replace("ppcl.narrow", "")
+    assert "ppcl." not in (folder / CODE).read_text().replace("ppcl.pruning.narrow", "")
     assert "import ppcl" not in (folder / CODE).read_text()
     assert not list(folder.rglob(".*"))
 

@@ -14,19 +14,12 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ppcl import (
-    blocks,
-    calls,
-    families,
-    modulation,
-    narrow,
-    solved,
-    students,
-    teaching,
-    width,
-)
-from ppcl.families import TEXT
-from ppcl.plans import Part, Unit
+from ppcl.closed_forms import modulation, solved, width
+from ppcl.pruning import narrow, students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.training import teaching
+from ppcl.transformer import blocks, calls, families
+from ppcl.transformer.families import TEXT
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
 ONE_EACH = {one.family: name for name, one in ZOO.items() if one.family in families.FAMILIES}

@@ -8,10 +8,11 @@ import torch
 from test_training import OPTIONS, Stop, stop_at, weights
 from torch import nn
 
-from ppcl import optimizers, tensors, training
 from ppcl.errors import UserError
+from ppcl.storage import tensors
+from ppcl.training import loop, optimizers
 
-EIGHT = training.Optimisation(**vars(OPTIONS) | {"optimizer": "adamw8bit", "lr": 0.003})
+EIGHT = loop.Optimisation(**vars(OPTIONS) | {"optimizer": "adamw8bit", "lr": 0.003})
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def train(accelerator, tmp_path):
                 yield name, module.loss(x), {}
 
         path = tmp_path / identity / "checkpoint.safetensors"
-        return training.train(modules, losses, options, accelerator, path, identity), path
+        return loop.train(modules, losses, options, accelerator, path, identity), path
 
     return call
 
@@ -61,7 +62,7 @@ def distance(one, other):
 
 def test_8_bit_moments_learn_as_the_others_do_in_a_fifth_of_the_memory(bitsandbytes, train):
     usual, small = parts(), parts()
-    options = training.Optimisation(**vars(EIGHT) | {"optimizer": "adamw"})
+    options = loop.Optimisation(**vars(EIGHT) | {"optimizer": "adamw"})
     logs, paths = zip(train(usual, options, "usual"), train(small, EIGHT, "small"), strict=True)
     start = weights(parts())
     moved = distance(weights(usual), start)

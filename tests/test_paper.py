@@ -4,7 +4,7 @@ import yaml
 from readme_tables import ROOT
 from test_config import nodes
 
-from ppcl import config
+from ppcl.configuration import config
 
 # Steps of depth, width and fine-tune as published: `paper.yaml` has them divided by one number.
 STEPS = (6000, 2000, 1000)

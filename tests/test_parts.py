@@ -17,8 +17,11 @@ import zoo_videos
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from ppcl import families, needed, pipelines, preflight, prompt_tokens, signatures, weightless
+from ppcl.configuration import preflight
 from ppcl.errors import UserError
+from ppcl.planning import weightless
+from ppcl.teacher import needed, pipelines, prompt_tokens, signatures
+from ppcl.transformer import families
 
 CPU = torch.device("cpu")
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS | zoo_others.SPECIMENS

@@ -2,11 +2,12 @@
 
 import pytest
 
-from ppcl import config, pins
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.families import IMAGE, TEXT
-from ppcl.pins import Named
-from ppcl.plans import Part, Unit
+from ppcl.pruning import pins
+from ppcl.pruning.pins import Named
+from ppcl.pruning.plans import Part, Unit
+from ppcl.transformer.families import IMAGE, TEXT
 
 
 def given(**keys):

@@ -19,23 +19,15 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ppcl import (
-    blocks,
-    calls,
-    config,
-    distillation,
-    example_calls,
-    families,
-    footprint,
-    planner,
-    plans,
-    processes,
-    schemas,
-    tables,
-    weightless,
-    width,
-)
+from ppcl.closed_forms import width
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.planning import footprint, planner, weightless
+from ppcl.pruning import plans
+from ppcl.runtime import processes
+from ppcl.storage import schemas, tables
+from ppcl.training import distillation
+from ppcl.transformer import blocks, calls, example_calls, families
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVALS = [[3, 4], [5, 7], [8, 10], [11, 12], [15, 24], [25, 27], [29, 30], [42, 43], [45, 47]]

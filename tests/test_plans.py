@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppcl.plans import Part, Unit, units
+from ppcl.pruning.plans import Part, Unit, units
 
 DEPTH = 14
 

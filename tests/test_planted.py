@@ -13,20 +13,12 @@ import tiny
 import torch
 from torch import nn
 
-from ppcl import (
-    activations,
-    blocks,
-    calls,
-    cka_draws,
-    intervals,
-    pipelines,
-    recording,
-    schemas,
-    tables,
-    tensors,
-    token_table,
-)
-from ppcl.families import IMAGE, TEXT
+from ppcl.extraction import activations, token_table
+from ppcl.search import cka_draws, intervals
+from ppcl.storage import schemas, tables, tensors
+from ppcl.teacher import pipelines, recording
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import IMAGE, TEXT
 
 DEPTH, WIDTH = 12, 32
 LINEAR, IDENTITY, IMAGE_ONLY = (2, 3, 4), (7, 8), (9, 10)

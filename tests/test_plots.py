@@ -12,8 +12,10 @@ import pandas as pd
 import pytest
 from plotting import draw, search_tables, svg_text, variant_units, width_table, write
 
-from ppcl import closed_figures, figure_labels, figure_style, figures, pins, reasons
 from ppcl.errors import UserError
+from ppcl.figures import composition, labelling, search, style
+from ppcl.pruning import pins
+from ppcl.search import reasons
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "workflow" / "scripts"
 INTERVALS_CONFIG = json.dumps(
@@ -65,19 +67,19 @@ def test_search_names_every_search_and_the_selection(tmp_path):
     draw(*interval_arguments(tmp_path, data, tmp_path))
     text = svg_text(tmp_path / "search.svg")
     for number, row in enumerate(found(data).itertuples(), 1):
-        assert f"{number}:  blocks {figure_style.span_name(row.first, row.last)}" in text
+        assert f"{number}:  blocks {style.span_name(row.first, row.last)}" in text
     chosen = data["intervals"].query("selected")
     for row in chosen.itertuples():
-        assert figure_style.span_name(row.first, row.last) in text.split("\n")
+        assert style.span_name(row.first, row.last) in text.split("\n")
     assert f"removing {chosen['removed_blocks'].sum()} of 24 blocks" in text
 
 
 def test_search_marks_the_detected_end_and_the_first_rise():
     data = search_tables(24, 6)
-    figure = figures.search(data["cka"], data["intervals"], "mean")
+    figure = search.search(data["cka"], data["intervals"], "mean")
     panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
     for number, row in enumerate(found(data).itertuples(), 1):
-        upper = panels[f"{number}:  blocks {figure_style.span_name(row.first, row.last)}"]
+        upper = panels[f"{number}:  blocks {style.span_name(row.first, row.last)}"]
         lower = figure.axes[figure.axes.index(upper) + 1]
         ends = {line.get_xdata()[0] for line in upper.lines if line.get_linestyle() == "--"}
         assert ends == {row.last}
@@ -93,7 +95,7 @@ def test_search_marks_the_detected_end_and_the_first_rise():
 def test_a_search_that_meets_no_rise_has_no_ring():
     data = search_tables(24, 6)
     data["intervals"]["tolerance"] = 10.0
-    figure = figures.search(data["cka"], data["intervals"], "mean")
+    figure = search.search(data["cka"], data["intervals"], "mean")
     assert not [n for ax in figure.axes for n in ax.lines if n.get_markersize() == 7.5]
 
 
@@ -105,7 +107,7 @@ def test_search_without_bootstrap_of_one_stream_and_of_nothing(tmp_path):
     draw(*interval_arguments(tmp_path, data, tmp_path))
     text = svg_text(tmp_path / "search.svg")
     assert "bootstrap" not in text and "image stream" in text
-    figure = figures.search(data["cka"], data["intervals"].iloc[:0], "mean")
+    figure = search.search(data["cka"], data["intervals"].iloc[:0], "mean")
     assert "found no interval" in "".join(text.get_text() for text in figure.texts)
 
 
@@ -113,7 +115,7 @@ def test_probes_of_a_stream_that_ends_early_and_of_a_useless_one():
     data = search_tables(24, 6)
     table = data["probes"].query("stream == 'image' or block < 9").reset_index(drop=True)
     table.loc[3, "r2_heldout"], table.loc[4, "condition_number"] = -40.0, np.nan
-    figure = figures.probes(table, data["intervals"])
+    figure = search.probes(table, data["intervals"])
     assert figure.axes[0].get_ylim()[0] > -1
     texts = {text.get_text(): text for text in figure.axes[0].texts}
     assert set(texts) == {"image", "text", "-40.0 ↓"}
@@ -122,7 +124,7 @@ def test_probes_of_a_stream_that_ends_early_and_of_a_useless_one():
 
 def width_panels(table: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> dict:
     """Panels of the width figure by the first words of their titles."""
-    figure = figures.width(table, intervals, blocks)
+    figure = search.width(table, intervals, blocks)
     panels = {ax.get_title(loc="left").split(":")[0].split(" of ")[0]: ax for ax in figure.axes}
     return panels | {"figure": figure}
 
@@ -190,7 +192,7 @@ def test_width_strip_shows_the_pruned_model():
         corners = bar.get_paths()[0].get_extents()
         row = rows[round((corners.y0 + corners.y1) / 2)]
         found[row].append((round(corners.x0 + 0.45), round(corners.x1 - 0.45)))
-    spans = dict(figures.selected_spans(intervals))
+    spans = dict(search.selected_spans(intervals))
     assert found["depth intervals"] == sorted(spans.items())
     for stream in ("image", "text"):
         chosen = table.query("kind == 'ffn' and stream == @stream and selected")["first"]
@@ -205,15 +207,15 @@ def test_width_of_one_stream_of_free_ffns_and_of_nothing():
     panels = width_panels(table, intervals, 24)
     assert "text FFNs" not in panels and "text runs" not in panels
     table.loc[table.index[:2], ["velocity_error", "fit_error_heldout"]] = np.nan
-    notes = "".join(text.get_text() for text in figures.width(table, intervals, 24).texts)
+    notes = "".join(text.get_text() for text in search.width(table, intervals, 24).texts)
     assert "not drawn: 2" in notes
-    nothing = figures.width(table.iloc[:0], intervals, 24)
+    nothing = search.width(table.iloc[:0], intervals, 24)
     assert "no FFN or text stream" in "".join(text.get_text() for text in nothing.texts)
 
 
 def test_modulation_shows_every_price_and_fills_what_was_taken():
     table = width_table(search_tables(24, 6)["intervals"], 24)
-    figure = closed_figures.modulation(table, 24)
+    figure = composition.modulation(table, 24)
     rows = table.query("kind == 'modulation'")
     image, text, strip = figure.axes
     assert image.get_title(loc="left") == "img_mod.1 and norm_out.linear"
@@ -233,7 +235,7 @@ def test_modulation_shows_every_price_and_fills_what_was_taken():
     )
     assert [tick.get_text() for tick in strip.get_xticklabels()][-1] == "last"
     assert f"{len(picked)} of 49 modulation" in figure.texts[0].get_text()
-    none = closed_figures.modulation(table.query("kind == 'ffn'"), 24)
+    none = composition.modulation(table.query("kind == 'ffn'"), 24)
     assert "no modulation matrices" in "".join(text.get_text() for text in none.texts)
 
 
@@ -241,7 +243,7 @@ def test_without_intervals_the_smallest_variant_tells_what_was_taken():
     table = width_table(search_tables(24, 6)["intervals"], 24)
     table = table.drop(columns=["selected", "reason"])
     units = variant_units()
-    found = closed_figures.taken(table, units)
+    found = composition.taken(table, units)
     own = units[units["variant"] == "p70"]  # saves most, and takes neither runs nor intervals
     keys = ["kind", "first", "last", "stream", "path", "rank"]
     taken = set(own[keys].itertuples(index=False, name=None))
@@ -249,7 +251,7 @@ def test_without_intervals_the_smallest_variant_tells_what_was_taken():
     chosen = found[found["selected"]]
     assert set(chosen[keys].itertuples(index=False, name=None)) == taken & priced != set()
     assert {"ffn", "modulation"} <= set(chosen["kind"])
-    assert not closed_figures.taken(table, units.iloc[:0])["selected"].any()
+    assert not composition.taken(table, units.iloc[:0])["selected"].any()
 
 
 def test_a_run_without_depth_pruning_has_figures_of_its_closed_forms(tmp_path):
@@ -276,7 +278,7 @@ def test_a_stream_that_the_table_lacks_and_a_missing_file_are_named(tmp_path):
 def test_spread_labels_are_apart_in_order_and_as_near_as_can_be(seed):
     rng = np.random.default_rng(seed)
     wanted, gap = rng.uniform(0, 1, 8), 0.1
-    placed = figure_labels.spread(wanted, gap)
+    placed = labelling.spread(wanted, gap)
     order = np.argsort(wanted)
     assert (np.diff(placed[order]) >= gap - 1e-12).all()
     # The projection on a convex set: no feasible point lies on the other side of its normal.
@@ -286,21 +288,21 @@ def test_spread_labels_are_apart_in_order_and_as_near_as_can_be(seed):
 
 
 def test_log_average_is_a_geometric_mean():
-    steps, means = figure_style.log_average(np.arange(4), np.array([1.0, 4.0, 0.0, 9.0]), bins=2)
+    steps, means = style.log_average(np.arange(4), np.array([1.0, 4.0, 0.0, 9.0]), bins=2)
     np.testing.assert_allclose(steps, [0.5, 3])
     np.testing.assert_allclose(means, [2, 9])
 
 
 def test_drawing_leaves_matplotlib_settings_alone():
     before = dict(matplotlib.rcParams)
-    figures.heatmap(search_tables(8, 2)["blocks"], search_tables(8, 2)["intervals"])
+    search.heatmap(search_tables(8, 2)["blocks"], search_tables(8, 2)["intervals"])
     assert dict(matplotlib.rcParams) == before
 
 
 def test_a_curve_is_named_at_the_height_of_its_end():
     data = search_tables(24, 6)
     image = data["probes"].query("stream == 'image'")
-    figure = figures.probes(image, data["intervals"])
+    figure = search.probes(image, data["intervals"])
     for ax, column in zip(figure.axes, ("r2_heldout", "cosine_heldout"), strict=False):
         height = (ax.transData + ax.transAxes.inverted()).transform((0, image[column].iloc[-1]))[1]
         np.testing.assert_allclose(ax.texts[0].xy, (1, height))

@@ -7,7 +7,9 @@ import pytest
 import tiny
 import torch
 
-from ppcl import pipelines, students, tensors
+from ppcl.pruning import students
+from ppcl.storage import tensors
+from ppcl.teacher import pipelines
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     calls, plan, state = tmp_path / "calls.parquet", tmp_path / "plan.json", tmp_path / "state"
     with pytest.MonkeyPatch.context() as patch:
         proven = []  # test_assembly has the reload gate
-        patch.setattr("ppcl.assembly.prove", lambda *given: proven.append(given))
+        patch.setattr("ppcl.export.assembly.prove", lambda *given: proven.append(given))
         tiny.stage("record", settings, calls=calls, state=state)
         assert len(proven) == 1
     start, alone = tmp_path / "start.safetensors", tmp_path / "distilled.safetensors"
@@ -68,7 +70,9 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     tuned = tmp_path / "p70.safetensors"
     tiny.stage("finetune", settings, **common, state=state, output=tuned, log_table=log)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has the reload gate
+        patch.setattr(
+            "ppcl.export.assembly.prove", lambda *_: None
+        )  # test_assembly has the reload gate
         tiny.stage("assemble", settings, **common, finetuned=tuned, output=tmp_path / "p70")
     source = tiny.source(tmp_path / "p70") | {"dtype": dtype, "trust_remote_code": bool(schedule)}
     made = pipelines.load_transformer(source, torch.device("cpu"))

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from ppcl import config, families, preflight, prompts
+from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
+from ppcl.teacher import prompts
+from ppcl.transformer import families
 
 
 @pytest.fixture

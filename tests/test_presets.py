@@ -12,7 +12,9 @@ import fresh
 import pytest
 import yaml
 
-from ppcl import config, preflight, prompts, schemas, tables
+from ppcl.configuration import config, preflight
+from ppcl.storage import schemas, tables
+from ppcl.teacher import prompts
 
 ROOT = Path(__file__).resolve().parents[1]
 PRESETS = ROOT / "config/presets"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import probes
 from ppcl.errors import UserError
-from ppcl.probes import Moments, Probe
+from ppcl.search import probes
+from ppcl.search.probes import Moments, Probe
 
 seeds = st.integers(0, 2**32 - 1)
 

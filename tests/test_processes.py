@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import processes
 from ppcl.errors import UserError
+from ppcl.runtime import processes
 
 
 def in_threads(count, work, *folders):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import programs
+from ppcl.search import integer_programs
 
 
 def best_of_all(costs, gains, needs, rows):
@@ -35,7 +35,7 @@ def test_it_is_the_cheapest_of_all_sets(seed, measures, wild):
         for _ in range(random.integers(3))
     ]
     best = best_of_all(costs.tolist(), gains, needs, rows)
-    found = programs.cheapest(costs, gains.T, needs, rows)
+    found = integer_programs.cheapest(costs, gains.T, needs, rows)
     if best is None:
         assert found is None
         return
@@ -46,29 +46,35 @@ def test_it_is_the_cheapest_of_all_sets(seed, measures, wild):
 
 
 def test_of_equally_cheap_sets_the_smallest_is_taken():
-    assert programs.cheapest([1, 1, 2], [(1,), (1,), (2,)], [2]).columns == (2,)
-    assert programs.cheapest([0, 0, 0], [(1,), (1,), (2,)], [2]).columns == (2,)
-    assert programs.cheapest([0, 0, 0], [()] * 3, []).columns == ()
+    assert integer_programs.cheapest([1, 1, 2], [(1,), (1,), (2,)], [2]).columns == (2,)
+    assert integer_programs.cheapest([0, 0, 0], [(1,), (1,), (2,)], [2]).columns == (2,)
+    assert integer_programs.cheapest([0, 0, 0], [()] * 3, []).columns == ()
     assert (
-        programs.cheapest([0] * 5, [(1,)] * 5, [3]).columns
+        integer_programs.cheapest([0] * 5, [(1,)] * 5, [3]).columns
         == (0, 2, 4)
-        == (programs.cheapest([7] * 5, [(1,)] * 5, [3]).columns)
+        == (integer_programs.cheapest([7] * 5, [(1,)] * 5, [3]).columns)
     )
 
 
 def test_what_is_needed_is_met_to_the_last_parameter():
     """HiGHS calls a sum enough that falls short by a millionth."""
     sizes = [10**10, 10**10 - 1]
-    assert programs.cheapest([2.0, 1.0], [(size,) for size in sizes], [10**10]).columns == (0,)
-    assert programs.cheapest([2.0, 1.0], [(size,) for size in sizes], [10**10 - 1]).columns == (1,)
-    assert programs.cheapest([1.0, 1.0], [(size,) for size in sizes], [sum(sizes) + 1]) is None
+    assert integer_programs.cheapest([2.0, 1.0], [(size,) for size in sizes], [10**10]).columns == (
+        0,
+    )
+    assert integer_programs.cheapest(
+        [2.0, 1.0], [(size,) for size in sizes], [10**10 - 1]
+    ).columns == (1,)
+    assert (
+        integer_programs.cheapest([1.0, 1.0], [(size,) for size in sizes], [sum(sizes) + 1]) is None
+    )
 
 
 def test_most_is_the_largest_gain():
     rows = [({0: 1.0, 1: 1.0}, 1.0)]
-    assert programs.most([5, 7, 2, -1], rows) == 9
-    assert programs.most([5, 7], [({0: -1.0}, -1.0), *rows]) == 5
-    assert programs.most([0, 0], rows) == 0
+    assert integer_programs.most([5, 7, 2, -1], rows) == 9
+    assert integer_programs.most([5, 7], [({0: -1.0}, -1.0), *rows]) == 5
+    assert integer_programs.most([0, 0], rows) == 0
 
 
 @pytest.mark.parametrize("measures", [1, 3])
@@ -76,5 +82,5 @@ def test_many_columns_take_moments(measures):
     random = np.random.default_rng(0)
     costs = random.exponential(size=120)
     gains = random.exponential(size=(120, 1)) * (1 + 0.2 * random.random((120, measures)))
-    found = programs.cheapest(costs, gains, 0.45 * gains.sum(axis=0))
+    found = integer_programs.cheapest(costs, gains, 0.45 * gains.sum(axis=0))
     assert found.cost <= found.bound * (1 + 1e-6)

@@ -8,8 +8,8 @@ import tiny
 import torch
 import zoo_images
 
-from ppcl import pipelines, prompt_tokens
 from ppcl.errors import UserError
+from ppcl.teacher import pipelines, prompt_tokens
 
 
 @pytest.fixture(scope="module")

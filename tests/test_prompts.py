@@ -10,8 +10,9 @@ import pyarrow.parquet
 import pytest
 from readme_tables import ROOT
 
-from ppcl import config, preflight, prompt_checks, prompts
+from ppcl.configuration import config, preflight, prompt_checks
 from ppcl.errors import UserError
+from ppcl.teacher import prompts
 
 ODD = [
     "a cat\u2028on a mat",

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 
-from ppcl import quiet
+from ppcl.runtime import quiet
 
 SAID = [
     (
@@ -38,7 +38,7 @@ def test_only_messages_that_are_named_are_left_out():
 def test_a_pipeline_without_its_text_encoder_is_saved_in_silence(tiny_teacher, tmp_path, capfd):
     import torch
 
-    from ppcl import pipelines
+    from ppcl.teacher import pipelines
 
     source = {"path": str(tiny_teacher), "variant": None, "dtype": "float32"}
     source |= {"revision": None, "trust_remote_code": False, "subfolder": None}

@@ -11,8 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ppcl import blocks, calls, evaluation, prices, recording, steps
 from ppcl.errors import UserError
+from ppcl.evaluation import measuring
+from ppcl.teacher import recording, steps
+from ppcl.training import prices
+from ppcl.transformer import blocks, calls
 
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background"]
 
@@ -190,7 +193,7 @@ def test_zero_answers_of_an_older_record_are_refused(pipe, tmp_path):
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
         prices.error(pipe.transformer, {}, reader, rows, 1, torch.device("cpu"))
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
-        evaluation.velocity_errors("p", pipe.transformer, reader, rows, 1, torch.device("cpu"))
+        measuring.velocity_errors("p", pipe.transformer, reader, rows, 1, torch.device("cpu"))
 
 
 def test_a_picture_starts_in_the_middle_of_the_schedule(pipe, tmp_path):

@@ -10,8 +10,8 @@ import zoo_images
 import zoo_videos
 from torch import nn
 
-from ppcl import blocks, discovery, families
 from ppcl.errors import UserError
+from ppcl.transformer import blocks, discovery, families
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
 DUAL, IMAGE = ("image", "text"), ("image",)

@@ -10,8 +10,10 @@ from diffusers.guiders import PerturbedAttentionGuidance
 from diffusers.hooks import LayerSkipConfig
 from zoo_images import SPECIMENS
 
-from ppcl import blocks, devices, recording, replays
 from ppcl.errors import UserError
+from ppcl.runtime import devices
+from ppcl.teacher import recording, replays
+from ppcl.transformer import blocks
 
 CPU = torch.device("cpu")
 SAMPLES = tiny.samples(["a red 1 on blue", "a blue 2 on red"])

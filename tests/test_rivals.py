@@ -11,23 +11,16 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ppcl import (
-    activations,
-    blocks,
-    calls,
-    cka_draws,
-    intervals,
-    prices,
-    probes,
-    rivals,
-    similarity,
-    students,
-    token_table,
-)
-from ppcl.cka import resamples
+from ppcl.ablation import rivals
 from ppcl.errors import UserError
-from ppcl.families import IMAGE, TEXT
-from ppcl.plans import Part
+from ppcl.extraction import activations, token_table
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.search import cka_draws, intervals, probes, similarity
+from ppcl.search.cka import resamples
+from ppcl.training import prices
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import IMAGE, TEXT
 
 DEPTH = 8
 SCATTERED, IN_A_ROW = (1, 2, 4, 6), (4, 5, 6)

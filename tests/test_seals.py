@@ -16,8 +16,9 @@ from stages import NAMED, PLAN, STAGES, Stage
 from test_faults import content
 from torch.utils._pytree import tree_leaves
 
-from ppcl import calls, schemas, seals, tables, tensors, texts
 from ppcl.errors import UserError
+from ppcl.storage import schemas, seals, tables, tensors, texts
+from ppcl.transformer import calls
 
 READ_FIRST = {
     "calls.parquet": ("prompt", "heldout", "arguments"),
@@ -78,7 +79,9 @@ def finished(tiny_teacher, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sealed")
     settings = stages.settings(tiny_teacher, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has the reload gate
+        patch.setattr(
+            "ppcl.export.assembly.prove", lambda *_: None
+        )  # test_assembly has the reload gate
         for stage in RUN:
             tiny.stage(stage.program, settings, *stage.group, **stage.paths(folder))
         tiny.stage("allot", settings, **MORE[2].paths(folder))
@@ -216,13 +219,13 @@ def test_a_stage_whose_outputs_are_lost_ends_at_once_with_the_same(
     kept = {path: path.stat().st_mtime_ns for path in files}
     paths |= {name: tmp_path / path for name, path in stage.writes.items()}
     for work in (
-        "training._one_step",
-        "prices.Judged.error",
-        "prices.Judged.errors",
-        "width._fit",
-        "recording.record_batch",
-        "activations.pick_tokens",
-        "pipelines.run",
+        "training.loop._one_step",
+        "training.prices.Judged.error",
+        "training.prices.Judged.errors",
+        "closed_forms.width._fit",
+        "teacher.recording.record_batch",
+        "extraction.activations.pick_tokens",
+        "teacher.pipelines.run",
     ):
         monkeypatch.setattr(f"ppcl.{work}", computes)
     tiny.stage(stage.program, settings, **paths)

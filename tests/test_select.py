@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ppcl import cka_draws, intervals, schemas, selection, tables
-from ppcl.intervals import Interval
-from ppcl.plans import Modulation
+from ppcl.pruning.plans import Modulation
+from ppcl.search import cka_draws, intervals, selection
+from ppcl.search.intervals import Interval
+from ppcl.storage import schemas, tables
 
 
 def random_cka(seed, depth):
@@ -114,7 +115,7 @@ def run_stage(
         "variants": variants
         or [{"name": "small", "budget": 0.6}, {"name": "large", "budget": 0.9}],
     }
-    script = Path(intervals.__file__).parents[1] / "intervals.py"
+    script = Path(intervals.__file__).parents[2] / "intervals.py"
     arguments = ["--config", json.dumps(choices)]
     used = ["cka", "sensitivity", "intervals"]
     used += ["probes"] if chosen.get("cost") == "influence" else []

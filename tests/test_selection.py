@@ -13,12 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from readme_tables import ROOT
 
-from ppcl import config, pins, plans, schemas, selection, tables
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.families import IMAGE, TEXT
-from ppcl.pins import Named
-from ppcl.plans import Modulation, Part, Unit
-from ppcl.selection import Choices, Weights
+from ppcl.pruning import pins, plans
+from ppcl.pruning.pins import Named
+from ppcl.pruning.plans import Modulation, Part, Unit
+from ppcl.search import selection
+from ppcl.search.selection import Choices, Weights
+from ppcl.storage import schemas, tables
+from ppcl.transformer.families import IMAGE, TEXT
 
 seeds = st.integers(0, 2**32 - 1)
 tenths = st.integers(0, 11).map(lambda n: n / 10)

@@ -7,11 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ppcl import schemas, selection, sets, tables
 from ppcl.errors import UserError
-from ppcl.plans import Modulation, Part, Unit
-from ppcl.selection import Choices, Weights
-from ppcl.sets import Member, Offer, Set
+from ppcl.pruning.plans import Modulation, Part, Unit
+from ppcl.search import selection, sets
+from ppcl.search.selection import Choices, Weights
+from ppcl.search.sets import Member, Offer, Set
+from ppcl.storage import schemas, tables
 
 DEPTH, TOTAL = 6, 1500
 INTERVAL = Unit((Part(1, 2),))

@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from killing import assert_same_log, equal, kill_and_resume
 
-from ppcl import schemas, shards, tables, texts
 from ppcl.errors import UserError
-from ppcl.plans import Part, Unit
+from ppcl.pruning.plans import Part, Unit
+from ppcl.storage import schemas, tables, texts
+from ppcl.training import shards
 
 # ---- shares
 

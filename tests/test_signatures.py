@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ppcl import signatures
-from ppcl.families import FAMILIES
+from ppcl.teacher import signatures
+from ppcl.transformer.families import FAMILIES
 
 ROOT = Path(find_spec("diffusers").submodule_search_locations[0])
 
@@ -83,7 +83,7 @@ def test_a_class_that_is_not_of_diffusers_has_no_signature():
 
 def test_neither_torch_nor_diffusers_is_imported():
     code = (
-        "import sys; sys.path.insert(0, 'workflow/scripts'); from ppcl import signatures; "
+        "import sys; sys.path.insert(0, 'workflow/scripts'); from ppcl.teacher import signatures; "
         "assert signatures.of('FluxPipeline').parameters['guidance_scale'].default == 3.5; "
         "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
     )

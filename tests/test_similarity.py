@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import measuring
-from ppcl import cka, cka_draws, similarity
 from ppcl.errors import UserError
-from ppcl.probes import Probe
+from ppcl.search import cka, cka_draws, similarity
+from ppcl.search.probes import Probe
 
 seeds = st.integers(0, 2**32 - 1)
 estimators = pytest.mark.parametrize("estimator", ["plain", "debiased"])

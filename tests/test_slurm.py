@@ -23,7 +23,7 @@ import pytest
 import yaml
 from slurm import cluster
 
-from ppcl import schemas, tables, texts
+from ppcl.storage import schemas, tables, texts
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = Path("results/test")

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl import families, solved, students, teaching
+from ppcl.closed_forms import solved
 from ppcl.errors import UserError
-from ppcl.plans import Part
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.training import teaching
+from ppcl.transformer import families
 
 CPU = torch.device("cpu")
 PART = Part(1, 3)

@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from ppcl import probes, rivals, schemas, tables, tensors, token_table
+from ppcl.ablation import rivals
+from ppcl.extraction import token_table
+from ppcl.search import probes
+from ppcl.storage import schemas, tables, tensors
 
-SCRIPTS = Path(probes.__file__).parents[1]
+SCRIPTS = Path(probes.__file__).parents[2]
 LINEAR = {2, 3, 4, 7, 8}
 WIDTH, PROMPTS, PER_PROMPT = 6, 80, 12
 SETTINGS = {

@@ -10,7 +10,7 @@ import zoo_videos
 from readme_tables import ROOT
 from test_workflow import counts, run
 
-from ppcl import config, preflight, starter
+from ppcl.configuration import config, preflight, starter
 from ppcl.errors import UserError
 
 NOTHING = {"revision": None, "variant": None, "subfolder": None, "trust_remote_code": False}

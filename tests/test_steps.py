@@ -8,8 +8,9 @@ import pytest
 import tiny
 import torch
 
-from ppcl import devices, pipelines, steps
 from ppcl.errors import UserError
+from ppcl.runtime import devices
+from ppcl.teacher import pipelines, steps
 
 CPU = torch.device("cpu")
 

@@ -14,20 +14,24 @@ import tiny
 from killing import assert_same_log, equal
 from test_kill import TRAINING, distill_paths, distilled, finetune_paths, world  # noqa: F401
 
-from ppcl import calls, evaluation, schemas, steps, stopping, tables, tensors, texts
+from ppcl.evaluation import measuring
+from ppcl.runtime import stopping
+from ppcl.storage import schemas, tables, tensors, texts
+from ppcl.teacher import steps
+from ppcl.transformer import calls
 
 # Sends itself SIGTERM at the start of a step that is neither logged nor kept otherwise.
 WARNED = """
 import os, runpy, signal, sys
 sys.argv = sys.argv[1:]
 sys.path.insert(0, os.path.dirname(sys.argv[0]))
-from ppcl import training
-step = training._one_step
+from ppcl.training import loop
+step = loop._one_step
 def warned(number, *rest):
     if number == 2 and os.environ.get("RANK", "1") == "1":
         os.kill(os.getpid(), signal.SIGTERM)
     step(number, *rest)
-training._one_step = warned
+loop._one_step = warned
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -70,7 +74,7 @@ def test_a_warned_training_ends_with_the_same_students(world, distilled, program
 
 @pytest.mark.parametrize(
     ("moment", "step", "errors"),
-    [("training._save", 3, 0), ("prices.Judged.error", 6, 1), ("loading", 0, 0)],
+    [("training.loop._save", 3, 0), ("training.prices.Judged.error", 6, 1), ("loading", 0, 0)],
 )
 def test_a_warning_at_any_other_moment_loses_nothing(  # noqa: F811
     world,  # noqa: F811
@@ -82,9 +86,9 @@ def test_a_warning_at_any_other_moment_loses_nothing(  # noqa: F811
 ):
     """While a checkpoint is written, between the errors at the end, and as nothing is there yet."""
     paths, calls = distill_paths(world, f"warned-{moment}"), []
-    place = "pipelines.load_transformer" if moment == "loading" else moment
-    module, *owners, name = place.split(".")
-    owner = importlib.import_module(f"ppcl.{module}")
+    place = "teacher.pipelines.load_transformer" if moment == "loading" else moment
+    package, module, *owners, name = place.split(".")
+    owner = importlib.import_module(f"ppcl.{package}.{module}")
     for part in owners:
         owner = getattr(owner, part)
     own = getattr(owner, name)
@@ -213,11 +217,11 @@ def test_a_warned_worker_ends_while_it_makes_pictures(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 
-    monkeypatch.setattr(evaluation, "_pipeline", lambda *_: None)
-    monkeypatch.setattr(evaluation.pipelines, "run", warned)
+    monkeypatch.setattr(measuring, "_pipeline", lambda *_: None)
+    monkeypatch.setattr(measuring.pipelines, "run", warned)
     item = {"prompt": "a", "seed": 0, "prompt_index": 0}
     with stopping.heeded(), pytest.raises(SystemExit):
-        evaluation.generate(None, None, {}, [item], tmp_path / "part.parquet")
+        measuring.generate(None, None, {}, [item], tmp_path / "part.parquet")
     assert not any(tmp_path.iterdir())
 
 
@@ -242,7 +246,8 @@ def test_a_part_is_finished_and_the_end_is_left_alone():
 LATE = f"""
 import atexit, os, signal, sys
 sys.path.insert(0, {str(tiny.SCRIPTS)!r})
-from ppcl import errors, stopping
+from ppcl import program
+from ppcl.runtime import stopping
 def warned():
     os.kill(os.getpid(), signal.SIGTERM)
 def main():
@@ -252,7 +257,7 @@ def main():
     if "early" in sys.argv:
         warned()
 atexit.register(warned)
-errors.run(main)
+program.run(main)
 """
 
 

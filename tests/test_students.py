@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 
-from ppcl import students, tensors, texts
 from ppcl.errors import UserError
-from ppcl.plans import Part
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.storage import tensors, texts
 
 FIRST, SECOND = Part(0, 1), Part(3, 4)
 

@@ -12,8 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import calls, distillation, students
-from ppcl.plans import Part, Unit
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.training import distillation
+from ppcl.transformer import calls
 
 FIRST, SECOND = Part(0, 1), Part(3, 4)
 UNITS = [Unit((FIRST,)), Unit((SECOND,))]

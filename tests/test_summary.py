@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from docutils.core import publish_doctree
 
-from ppcl import schemas, summary, tables
+from ppcl.evaluation import summary
+from ppcl.storage import schemas, tables
 
 MODELS = "results/mine/models/"
 

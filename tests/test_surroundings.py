@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from ppcl import processes, surroundings
+from ppcl.runtime import processes, surroundings
 
-SCRIPTS = Path(surroundings.__file__).parents[1]
+SCRIPTS = Path(surroundings.__file__).parents[2]
 PLACE = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
 LEFT = {
     "ACCELERATE_MIXED_PRECISION": "bf16",

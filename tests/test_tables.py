@@ -8,8 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from ppcl import provenance, schemas, tables
+from ppcl import provenance
 from ppcl.errors import UserError
+from ppcl.storage import schemas, tables
 
 SCHEMA = pa.schema(
     [

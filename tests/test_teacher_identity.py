@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_loading import NAME, put
 
-from ppcl import calls, evaluation, pipelines, recording, teacher_identity
 from ppcl.errors import UserError
+from ppcl.evaluation import measuring
+from ppcl.teacher import pipelines, recording, teacher_identity
+from ppcl.transformer import calls
 
 CPU = torch.device("cpu")
 
@@ -106,7 +108,7 @@ def test_a_variant_is_not_taken_for_the_teacher(teacher, tmp_path):
     shutil.copytree(folder(teacher), tmp_path / "p50")
     source = teacher_identity.resolved(teacher)
     age(tmp_path / "p50/vae" / WEIGHTS)
-    of_teacher, variant = evaluation.models(source, [tmp_path / "p50"])
+    of_teacher, variant = measuring.models(source, [tmp_path / "p50"])
     assert of_teacher.digest() != variant.digest()
     of_teacher.transformer(CPU), variant.transformer(CPU)
 
@@ -122,7 +124,7 @@ def test_record_refuses_a_teacher_that_changes_meanwhile(teacher, tmp_path, monk
     }
     paths = {"calls": tmp_path / "calls.parquet", "state": tmp_path / "state"}
     plain = recording.record_batch
-    monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_assembly has it
+    monkeypatch.setattr("ppcl.export.assembly.prove", lambda *_: None)  # test_assembly has it
 
     def replaced(*arguments, **more):
         age(folder(teacher) / "text_encoder/model.safetensors")

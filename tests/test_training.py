@@ -7,10 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl import tensors, training
 from ppcl.errors import UserError
+from ppcl.storage import tensors
+from ppcl.training import loop
 
-OPTIONS = training.Optimisation(
+OPTIONS = loop.Optimisation(
     steps=12,
     lr=0.02,
     warmup_steps=3,
@@ -76,26 +77,26 @@ def train(accelerator, tmp_path):
     def call(modules, options=OPTIONS, identity="one", **more):
         losses = losses_of(modules, SCALES, **more)
         path = tmp_path / "state" / "checkpoint.safetensors"
-        return training.train(modules, losses, options, accelerator, path, identity)
+        return loop.train(modules, losses, options, accelerator, path, identity)
 
     return call
 
 
 def test_learning_rate_in_closed_form():
-    options = training.Optimisation(steps=110, lr=0.5, warmup_steps=10)
+    options = loop.Optimisation(steps=110, lr=0.5, warmup_steps=10)
     rates = [options.lr_at(step) for step in range(110)]
     assert rates[:10] == pytest.approx([0.05 * n for n in range(1, 11)])
     assert rates[10] == 0.5 and rates[60] == pytest.approx(0.25)
     assert rates[35] == pytest.approx(0.25 * (1 + math.sqrt(0.5)))
     assert 0 < rates[109] < 2e-4 and options.lr_at(110) == pytest.approx(0)
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert training.Optimisation(steps=2, lr=1.0).lr_at(0) == 1
-    assert training.Optimisation(steps=2, lr=1.0, warmup_steps=4).lr_at(1) == 0.5
+    assert loop.Optimisation(steps=2, lr=1.0).lr_at(0) == 1
+    assert loop.Optimisation(steps=2, lr=1.0, warmup_steps=4).lr_at(1) == 0.5
 
 
 def test_options_come_from_larger_settings():
     settings = {"lr": 0.1, "betas": [0.8, 0.9], "loss": "mixed", "steps": 5}
-    options = training.Optimisation.from_settings(settings, steps=7)
+    options = loop.Optimisation.from_settings(settings, steps=7)
     assert (options.lr, options.steps, options.betas) == (0.1, 7, (0.8, 0.9))
 
 
@@ -183,7 +184,7 @@ def test_resumed_is_uninterrupted_to_the_bit(train):
 
 
 def test_an_average_is_that_of_its_recurrence_and_resumes_to_the_bit(train, tmp_path):
-    options = training.Optimisation(**vars(OPTIONS) | {"ema": 0.7})
+    options = loop.Optimisation(**vars(OPTIONS) | {"ema": 0.7})
     modules, plain = parts("a", "b"), parts("a", "b")
     expected = weights(plain)
 
@@ -227,7 +228,7 @@ def test_a_resumed_log_has_only_the_metrics_that_a_module_had(train, accelerator
         try:
             modules, each = losses(stop)
             path = tmp_path / "c.safetensors"
-            logs.append(training.train(modules, each, OPTIONS, accelerator, path, "one"))
+            logs.append(loop.train(modules, each, OPTIONS, accelerator, path, "one"))
         except Stop:
             pass
     ((*rows,),) = logs
@@ -287,7 +288,7 @@ def test_nan_is_named_and_never_saved(train, tmp_path, how, word):
 
 
 def test_nan_just_before_a_checkpoint_is_not_saved(train, tmp_path):
-    options = training.Optimisation(steps=12, lr=0.1, checkpoint_every=3, log_every=1000)
+    options = loop.Optimisation(steps=12, lr=0.1, checkpoint_every=3, log_every=1000)
     with pytest.raises(UserError, match="between training steps 4 and 6"):
         train(parts("a", "b"), options, change=spoil(lambda loss: loss * math.nan))
     _, metadata = tensors.read(tmp_path / "state" / "checkpoint.safetensors")
@@ -302,7 +303,7 @@ def test_identity_is_of_code_settings_teacher_and_contents(tmp_path):
     (folder / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
 
     def identity(path=path, lr=1):
-        return training.identity(script, {"lr": lr, "teacher": {"path": str(folder)}}, [path])
+        return loop.identity(script, {"lr": lr, "teacher": {"path": str(folder)}}, [path])
 
     first = identity()
     copied = tmp_path / "elsewhere"

@@ -14,8 +14,12 @@ import torch
 from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 from diffusers.utils import dynamic_modules_utils
 
-from ppcl import assembly, blocks, families, hub, narrow, pipelines, preflight, reload_gate, trust
+from ppcl.configuration import preflight
 from ppcl.errors import UserError
+from ppcl.export import assembly, reload_gate
+from ppcl.pruning import narrow
+from ppcl.teacher import hub, pipelines, trust
+from ppcl.transformer import blocks, families
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("modules")

@@ -17,7 +17,9 @@ import torch
 import train_teacher
 from torch import nn
 
-from ppcl import entrance, prices, processes, texts, training
+from ppcl.runtime import processes
+from ppcl.storage import texts
+from ppcl.training import entrance, loop, prices
 from ppcl.errors import UserError
 
 accelerator = processes.accelerator("cpu")
@@ -33,7 +35,7 @@ for seen in ([["a"], []], [[], ["a", "b"]], [["a", "b"], ["c"]]):
     assert found == 5 * [2.0], (seen, found)
 
 # A checkpoint that one of them finds.
-how = training.Optimisation(steps=4, lr=0.1, checkpoint_every=2)
+how = loop.Optimisation(steps=4, lr=0.1, checkpoint_every=2)
 
 def losses(_step):
     yield "m", module.weight.square().mean(), {{}}
@@ -42,7 +44,7 @@ def train(name):
     global module
     torch.manual_seed(0)
     module = nn.Linear(3, 3)
-    training.train({{"m": module}}, losses, how, accelerator, here / name, "i")
+    loop.train({{"m": module}}, losses, how, accelerator, here / name, "i")
 
 train("both")
 state = here / ("both" if rank else "none")

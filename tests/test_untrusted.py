@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl import untrusted
 from ppcl.errors import UserError
+from ppcl.storage import untrusted
 
 
 def packed(header, data: bytes = b"") -> bytes:

@@ -11,7 +11,10 @@ import torch
 from accelerate import Accelerator
 from test_narrow_distillation import OPTIONS, UNITS, made
 
-from ppcl import activations, calls, devices, distillation, optimizers, token_store, training
+from ppcl.extraction import activations, token_store
+from ppcl.runtime import devices
+from ppcl.training import distillation, loop, optimizers
+from ppcl.transformer import calls
 
 META = torch.device("meta")
 PATIENCE = 30  # seconds until a thread is given up
@@ -37,8 +40,8 @@ def logged(monkeypatch):
         progress.rows.append({"loss": 0.0})
         progress.sums.clear()
 
-    monkeypatch.setattr(training, "_log", log)
-    monkeypatch.setattr(training, "_save", lambda *_: None)
+    monkeypatch.setattr(loop, "_log", log)
+    monkeypatch.setattr(loop, "_save", lambda *_: None)
     # The fused kernel, which does not wait either, is not for that device.
     monkeypatch.setattr(optimizers, "adamw", lambda _kind, groups, *_: torch.optim.AdamW(groups))
     return steps
@@ -66,8 +69,8 @@ def test_training_asks_the_device_only_where_it_logs(logged, teacher, reader, tm
     accelerator = OnMeta(cpu=True)
     modules, losses = steps_of(stage, teacher, reader, accelerator)
     before = [p for module in modules.values() for p in module.parameters()]
-    how = training.Optimisation(steps=4, lr=0.1, log_every=3)
-    training.train(modules, losses, how, accelerator, tmp_path / "c.safetensors", "i")
+    how = loop.Optimisation(steps=4, lr=0.1, log_every=3)
+    loop.train(modules, losses, how, accelerator, tmp_path / "c.safetensors", "i")
     assert logged == [3, 4] and all(p.device == META for p in before)
 
 
@@ -83,9 +86,9 @@ def test_a_step_that_asks_is_noticed(logged, teacher, reader, tmp_path, ask):
             ask(loss.detach())
             yield name, loss, metrics
 
-    how = training.Optimisation(steps=1, lr=0.1)
+    how = loop.Optimisation(steps=1, lr=0.1)
     with pytest.raises((RuntimeError, NotImplementedError), match="meta|Meta"):
-        training.train(modules, asking, how, accelerator, tmp_path / "c.safetensors", "i")
+        loop.train(modules, asking, how, accelerator, tmp_path / "c.safetensors", "i")
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -9,8 +9,9 @@ import tiny
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ppcl import config, hub, pipelines, preflight, weights
+from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
+from ppcl.teacher import hub, pipelines, weights
 
 SHAPE = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
 

@@ -11,8 +11,9 @@ import pyarrow as pa
 import pytest
 import torch
 
-from ppcl import errors, schemas, seals, tables, tensors, texts, whole
+from ppcl import program
 from ppcl.errors import UserError
+from ppcl.storage import schemas, seals, tables, tensors, texts, whole
 
 
 @pytest.fixture(autouse=True)
@@ -335,11 +336,11 @@ def test_a_program_tells_what_a_disk_is_to_blame_for_and_nothing_else_so(tmp_pat
         (behind, f"error: {os.getcwd()}: [Errno 28] No space left on device; make room"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            errors.run(main)
+            program.run(main)
         assert stopped.value.code == 2 and capsys.readouterr().err.startswith(message)
     for bug in (ValueError("no"), FileNotFoundError(errno.ENOENT, "no name"), KeyError(28)):
         with pytest.raises(type(bug)):
-            errors.run(fails(bug))
+            program.run(fails(bug))
 
 
 def test_what_can_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):

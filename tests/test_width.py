@@ -9,9 +9,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl import blocks, calls, plans, prices, students, width
-from ppcl.plans import Part, Unit
-from ppcl.width import Map
+from ppcl.closed_forms import width
+from ppcl.closed_forms.width import Map
+from ppcl.pruning import plans, students
+from ppcl.pruning.plans import Part, Unit
+from ppcl.training import prices
+from ppcl.transformer import blocks, calls
 
 CPU = torch.device("cpu")
 D = 32  # channels of tiny's transformer

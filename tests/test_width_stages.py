@@ -11,28 +11,19 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 from killing import assert_same_log, equal, kill_and_resume
 
-from ppcl import (
-    ablation,
-    ablation_run,
-    assembly,
-    blocks,
-    calls,
-    conditioning,
-    config,
-    evaluation,
-    modulation,
-    modulation_prices,
-    pipelines,
-    plans,
-    prices,
-    processes,
-    schemas,
-    students,
-    tables,
-    tensors,
-    width,
-)
+from ppcl.ablation import choices, trial
+from ppcl.closed_forms import modulation, modulation_prices, width
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.evaluation import measuring
+from ppcl.export import assembly
+from ppcl.extraction import conditioning
+from ppcl.pruning import plans, students
+from ppcl.runtime import processes
+from ppcl.storage import schemas, tables, tensors
+from ppcl.teacher import pipelines
+from ppcl.training import prices
+from ppcl.transformer import blocks, calls
 
 TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 EVALUATE = {"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 3}
@@ -363,7 +354,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
         seen["pareto"] = transformers["budget 0"]
         raise SystemExit(0)
 
-    monkeypatch.setattr(evaluation, "measure_transformers", measured)
+    monkeypatch.setattr(measuring, "measure_transformers", measured)
     with pytest.raises(SystemExit):
         tiny.stage("pareto", settings, **common, **made, points=tmp_path / "points.parquet")
     monkeypatch.setattr(assembly, "export", lambda _pipe, model, *_: seen.update(exported=model))
@@ -376,8 +367,8 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     options = config.complete(settings, "test")
     options["ablation"] |= {"finetune_steps": 0}
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
-    material = ablation.Material(transformer, reader, alone, options, {}, 0, tmp_path, "i")
-    seen["ablation"] = ablation_run.finetuned(material, trained, False)
+    material = choices.Material(transformer, reader, alone, options, {}, 0, tmp_path, "i")
+    seen["ablation"] = trial.finetuned(material, trained, False)
     exported = seen.pop("exported").state_dict()
     for name, model in seen.items():
         state = model.state_dict()
@@ -407,7 +398,7 @@ def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
     tiny.stage("choose", settings, **common, **given | made)
     paths = {"calls": common["calls"], "sets": made["sets"], "narrow": given["narrow"]}
     paths |= {"variant": "fast", "output": tmp_path / "fast"}
-    monkeypatch.setattr("ppcl.assembly.prove", lambda *_: None)  # test_narrow_export has it
+    monkeypatch.setattr("ppcl.export.assembly.prove", lambda *_: None)  # test_narrow_export has it
     tiny.stage("assemble", settings, **paths)
     card = json.loads((tmp_path / "fast" / "pruning.json").read_text())
     assert "00-01" in {unit["name"] for unit in card["units"]}

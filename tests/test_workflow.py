@@ -15,7 +15,7 @@ import yaml
 from plotting import search_tables, width_table
 from readme_tables import ROOT
 
-from ppcl import schemas, tables
+from ppcl.storage import schemas, tables
 
 BIN = os.path.dirname(sys.executable)
 # Without training, and without depth pruning.

@@ -15,18 +15,12 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import (
-    calls,
-    pipelines,
-    recording,
-    schemas,
-    sets,
-    students,
-    tables,
-    teacher,
-    teacher_identity,
-    texts,
-)
+from ppcl.digits import teacher
+from ppcl.pruning import students
+from ppcl.search import sets
+from ppcl.storage import schemas, tables, texts
+from ppcl.teacher import pipelines, recording, teacher_identity
+from ppcl.transformer import calls
 
 SETTINGS = {
     "height": 32,
@@ -37,7 +31,7 @@ SETTINGS = {
 }
 CALIBRATION = ["a red 1 on blue", "a blue 2 on red", "a green two on red", "4 in red"]
 Z_DIM, TEXT_WIDTH = 4, 32
-SCRIPTS = Path(calls.__file__).parents[1]
+SCRIPTS = Path(calls.__file__).parents[2]
 
 
 def source(folder: Path) -> dict:

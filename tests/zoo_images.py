@@ -32,7 +32,7 @@ from transformers import (
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from zoo import Specimen
 
-from ppcl import teacher
+from ppcl.digits import teacher
 
 Z = 4  # latent channels
 EDIT_TEMPLATE = (

@@ -45,7 +45,7 @@ from transformers import (
     UMT5EncoderModel,
 )
 
-from ppcl import teacher
+from ppcl.digits import teacher
 
 WIDTH = 32  # of every text encoder, unless told otherwise
 WORDS = (

@@ -1,4 +1,4 @@
-# The comparison: every method of ppcl/methods.py at the same size, with the same training.
+# The comparison: every method of ppcl/ablation/methods.py at the same size, with the same training.
 #
 # in:  shared artifacts of the run: calls, tokens, what modulations get, probes, CKA, what intervals
 #      and widths cost, and block times

@@ -21,23 +21,14 @@ if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
     )
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
-from ppcl import config as settings
-from ppcl import (
-    collector,
-    cores,
-    gpus,
-    hub,
-    methods,
-    preflight,
-    prompts,
-    schemas,
-    teacher_identity,
-    texts,
-    weights,
-    whole,
-)
+from ppcl.ablation import methods
+from ppcl.configuration import config as settings
+from ppcl.configuration import preflight
 from ppcl.errors import UserError, trouble
 from ppcl.provenance import code_digest, digest, stamps
+from ppcl.runtime import collector, cores, gpus
+from ppcl.storage import schemas, texts, whole
+from ppcl.teacher import hub, prompts, teacher_identity, weights
 
 collector.work()
 
@@ -594,7 +585,7 @@ def summary(form):
             f"run '{config['run']}' has no {metrics} to report on yet: run it first, or name "
             "the config of another run with --configfile"
         )
-    from ppcl import summary as found  # pandas, which takes a second to import
+    from ppcl.evaluation import summary as found  # pandas, which takes a second to import
 
     try:
         rows = found.rows(metrics, result("models"), config["teacher"]["path"])

@@ -5,9 +5,10 @@
 #
 # Only with distill.shards other than 1. How many jobs there are is known once there is a plan. A job
 # runs the teacher from the first block that its students need, where its streams there are kept
-# (ppcl/entrance.py), no further than to the last; jobs are balanced by that (ppcl/shards.py).
-# Checkpoints and streams live in state/distill-<shard>, as in distill.smk. Jobs that run at the same
-# time on one machine take different GPUs (ppcl/gpus.py), and wait where there are no more.
+# (ppcl/training/entrance.py), no further than to the last; jobs are balanced by that
+# (ppcl/training/shards.py). Checkpoints and streams live in state/distill-<shard>, as in
+# distill.smk. Jobs that run at the same time on one machine take different GPUs
+# (ppcl/runtime/gpus.py), and wait where there are no more.
 
 
 localrules:

@@ -23,22 +23,14 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import (
-    ablation,
-    ablation_run,
-    calls,
-    config,
-    errors,
-    pipelines,
-    processes,
-    provenance,
-    schemas,
-    stopping,
-    tables,
-    teacher_identity,
-    training,
-    whole,
-)
+from ppcl import program, provenance
+from ppcl.ablation import choices, trial
+from ppcl.configuration import config
+from ppcl.runtime import processes, stopping
+from ppcl.storage import schemas, tables, whole
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import loop
+from ppcl.transformer import calls
 
 WORK = "work"  # in --state, until the rows are there
 SHARED = ("tokens", "conditioning", "probes", "cka", "sensitivity", "width", "latency")
@@ -60,7 +52,7 @@ def main() -> None:
     settings, job = config.load(args.config), json.loads(args.method)
 
     shared = {name: getattr(args, name) for name in SHARED}
-    inputs = training.identity(Path(__file__), settings, [args.calls, *shared.values()])
+    inputs = loop.identity(Path(__file__), settings, [args.calls, *shared.values()])
     identity = provenance.digest([inputs, job, args.number])
     kept = args.state / "rows.parquet"
     if not kept.exists() or tables.provenance(kept).get("identity") != identity:
@@ -82,7 +74,7 @@ def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: s
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     teacher |= {"offload": "none"}
     pipe = pipelines.load(teacher, accelerator.device)
-    material = ablation_run.material_of(
+    material = trial.material_of(
         settings,
         pipe,
         job,
@@ -93,8 +85,8 @@ def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: s
         state=args.state / WORK,
         identity=identity,
     )
-    return ablation_run.run(material, pipe, job, ablation.choose(material, job["select"]))
+    return trial.run(material, pipe, job, choices.choose(material, job["select"]))
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

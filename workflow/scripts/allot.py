@@ -8,7 +8,11 @@ python workflow/scripts/allot.py --config config/mine.yaml \
 import argparse
 from pathlib import Path
 
-from ppcl import calls, config, entrance, errors, shards, students
+from ppcl import program
+from ppcl.configuration import config
+from ppcl.pruning import students
+from ppcl.training import entrance, shards
+from ppcl.transformer import calls
 
 
 def main() -> None:
@@ -32,4 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

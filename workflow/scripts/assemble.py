@@ -16,22 +16,14 @@ from pathlib import Path
 
 import torch
 
-from ppcl import (
-    assembly,
-    blocks,
-    calls,
-    complete,
-    config,
-    errors,
-    hub,
-    pipelines,
-    provenance,
-    sets,
-    teacher_identity,
-    tensors,
-    variants,
-)
+from ppcl import program, provenance
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.export import assembly, variants
+from ppcl.search import sets
+from ppcl.storage import tensors
+from ppcl.teacher import complete, hub, pipelines, teacher_identity
+from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
@@ -97,4 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -19,29 +19,18 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ppcl import (
-    ablation,
-    ablation_run,
-    calibration,
-    calls,
-    config,
-    distillation,
-    errors,
-    measured,
-    pipelines,
-    prices,
-    processes,
-    provenance,
-    schemas,
-    stopping,
-    students,
-    tables,
-    teacher_identity,
-    tensors,
-    training,
-    width,
-)
-from ppcl.plans import Part
+from ppcl import program, provenance
+from ppcl.ablation import calibration, choices, trial
+from ppcl.closed_forms import width
+from ppcl.configuration import config
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.runtime import processes, stopping
+from ppcl.search import measured
+from ppcl.storage import schemas, tables, tensors
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import distillation, loop, prices
+from ppcl.transformer import calls
 
 SHARED = ("probes", "cka", "sensitivity", "width")
 
@@ -65,7 +54,7 @@ def main() -> None:
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     shared = {name: getattr(args, name) for name in SHARED}
-    material = ablation.Material(
+    material = choices.Material(
         transformer,
         reader,
         accelerator,
@@ -73,7 +62,7 @@ def main() -> None:
         shared,
         seed,
         args.state,
-        training.identity(Path(__file__), settings, [args.calls, *shared.values()]),
+        loop.identity(Path(__file__), settings, [args.calls, *shared.values()]),
     )
     reader, depth = material.reader, material.depth
     cka = measured.cka(args.cka, settings["similarity"]["streams"], depth)
@@ -118,11 +107,11 @@ def main() -> None:
 
     every = {part: student for each in taught for part, student in each.items()}
     names = {part: f"{number} {part.name}" for number, part in enumerate(every)}
-    steps = sum(ablation_run.phases({"by": "ppcl"}, {}, settings["ablation"]).values())
-    options = ablation_run.stage_options(
+    steps = sum(trial.phases({"by": "ppcl"}, {}, settings["ablation"]).values())
+    options = trial.stage_options(
         material, "distill", steps, linear_weight=wide["linear_weight"], mode="independent"
     )
-    ablation_run.phase(
+    trial.phase(
         material,
         "calibration",
         {names[part]: student for part, student in every.items()},
@@ -137,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -35,27 +35,18 @@ import pandas as pd
 from accelerate import Accelerator
 from torch import nn
 
-from ppcl import (
-    blocks,
-    calls,
-    config,
-    errors,
-    pipelines,
-    prices,
-    processes,
-    provenance,
-    schemas,
-    sets,
-    stopping,
-    students,
-    tables,
-    teacher_identity,
-    tensors,
-    training,
-    variants,
-    width,
-)
+from ppcl import program, provenance
+from ppcl.closed_forms import width
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.export import variants
+from ppcl.pruning import students
+from ppcl.runtime import processes, stopping
+from ppcl.search import sets
+from ppcl.storage import schemas, tables, tensors
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import loop, prices
+from ppcl.transformer import blocks, calls
 
 
 def refit(
@@ -122,7 +113,7 @@ def main() -> None:
     files = variants.Files.of(args)
     workshop = variants.Workshop(transformer, files, device=accelerator.device)
     rows = reader.sample_heldout("select", options["rows"], seed, "choose.rows")
-    identity = training.identity(Path(__file__), settings, [args.calls, *files.every])
+    identity = loop.identity(Path(__file__), settings, [args.calls, *files.every])
     kept = args.state, identity
     judged = prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device)
     measure = variants.measuring(workshop, judged, accelerator, *kept)
@@ -180,4 +171,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

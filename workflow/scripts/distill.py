@@ -15,21 +15,14 @@ would beside the others; join.py puts the shards' files together.
 
 from pathlib import Path
 
-from ppcl import (
-    calls,
-    config,
-    distillation,
-    entrance,
-    errors,
-    pipelines,
-    processes,
-    schemas,
-    shards,
-    student_stage,
-    students,
-    teacher_identity,
-    training,
-)
+from ppcl import program
+from ppcl.configuration import config
+from ppcl.pruning import students
+from ppcl.runtime import processes
+from ppcl.storage import schemas
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import distillation, entrance, loop, shards, student_stage
+from ppcl.transformer import calls
 
 
 def main() -> None:
@@ -60,7 +53,7 @@ def main() -> None:
     uncut = students.uncut(students.start(transformer, borrowing, start))
     for block in uncut.values():
         block.to(accelerator.device)
-    identity = training.identity(Path(__file__), settings, inputs)
+    identity = loop.identity(Path(__file__), settings, inputs)
     caching, inputs = entrance.caching(reader, options, seed), None
     if shards.cached(units, caching):
         # Two checkpoints, each of weights, two moments and the average, are there while one is
@@ -80,12 +73,12 @@ def main() -> None:
         )
     if accelerator.is_main_process and units:
         print(shards.explain(units, caching), flush=True)
-    rows = training.train(
+    rows = loop.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(
             transformer, taught, reader, options, seed, accelerator, inputs=inputs, uncut=uncut
         ),
-        training.Optimisation.from_settings(options),
+        loop.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
         identity,
@@ -108,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -39,26 +39,17 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ppcl import (
-    arguments,
-    calls,
-    config,
-    devices,
-    digits,
-    errors,
-    evaluation,
-    metrics,
-    pipelines,
-    prompts,
-    provenance,
-    schemas,
-    stopping,
-    tables,
-    teacher_identity,
-)
+from ppcl import program, provenance
+from ppcl.configuration import config
+from ppcl.digits import world
 from ppcl.errors import UserError
-from ppcl.evaluation import Found, Model
-from ppcl.metrics import TEACHER, Estimate
+from ppcl.evaluation import measuring, metrics
+from ppcl.evaluation.measuring import Found, Model
+from ppcl.evaluation.metrics import TEACHER, Estimate
+from ppcl.runtime import devices, stopping
+from ppcl.storage import schemas, tables
+from ppcl.teacher import arguments, pipelines, prompts, teacher_identity
+from ppcl.transformer import calls
 
 
 def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[dict]:
@@ -67,7 +58,7 @@ def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[d
     Raises:
         UserError: an evaluation prompt was recorded for calibration.
     """
-    first = max(evaluation.FIRST_SEED, int(reader.index["seed"].max()) + 1)
+    first = max(measuring.FIRST_SEED, int(reader.index["seed"].max()) + 1)
     recorded = set(reader.index["prompt"])
     samples = pipelines.samples(rows, count, first)
     for sample in samples:
@@ -84,7 +75,7 @@ def refuse_unjudged(rows: list[dict], path: str) -> None:
     """Stops early where the judge would have nothing to compare with."""
     for number, row in enumerate(rows):
         for name in prompts.JUDGE_COLUMNS:
-            known = range(10) if name == "digit" else digits.COLORS
+            known = range(10) if name == "digit" else world.COLORS
             if row.get(name) not in map(str, known):
                 raise UserError(
                     f"evaluate.judge is digits, but prompt {number} of {path} has {name} "
@@ -93,16 +84,16 @@ def refuse_unjudged(rows: list[dict], path: str) -> None:
                 )
 
 
-def read_pictures(judge: digits.Judge | None, part: Path) -> list[str]:
+def read_pictures(judge: world.Judge | None, part: Path) -> list[str]:
     """JSON of what the judge reads in each picture of a part; empty without a judge."""
     column = tables.read(part, schemas.IMAGES, columns=schemas.IMAGES.names).column("png")
     if judge is None:
         return [""] * len(column)
-    pictures = [evaluation.from_png(data) for data in column.to_pylist()]
-    if pictures[0].shape != (digits.SIZE, digits.SIZE, 3):
+    pictures = [measuring.from_png(data) for data in column.to_pylist()]
+    if pictures[0].shape != (world.SIZE, world.SIZE, 3):
         height, width = pictures[0].shape[:2]
         raise UserError(
-            f"evaluate.judge: digits reads pictures of {digits.SIZE} x {digits.SIZE} pixels, these "
+            f"evaluate.judge: digits reads pictures of {world.SIZE} x {world.SIZE} pixels, these "
             f"have {width} x {height}; set evaluate.judge: none, or pipeline.height and width"
         )
     return [json.dumps(read) for read in judge.read(np.stack(pictures) / metrics.LARGEST)]
@@ -114,15 +105,15 @@ def make_pictures(
     settings: dict,
     device: torch.device,
     state: Path,
-    judge: digits.Judge | None,
+    judge: world.Judge | None,
 ) -> tuple[dict[str, list[Path]], dict[Path, list[str]]]:
     """Every model's pictures: (model -> parts, in one order; part -> readings)."""
     options = settings["evaluate"]
     parts: dict[str, list[Path]] = {}
     readings: dict[Path, list[str]] = {}
-    with evaluation.workers(evaluation.process_count(settings["processes"], device)) as pool:
+    with measuring.workers(measuring.process_count(settings["processes"], device)) as pool:
         batches = pool.submit(
-            evaluation.plan_batches,
+            measuring.plan_batches,
             models[0],
             device,
             settings["pipeline"],
@@ -135,7 +126,7 @@ def make_pictures(
             parts[model.name] = [folder / f"{n:05d}.parquet" for n in range(len(batches))]
             for part, batch in zip(parts[model.name], batches, strict=True):
                 task = pool.submit(
-                    evaluation.generate, model, device, settings["pipeline"], batch, part
+                    measuring.generate, model, device, settings["pipeline"], batch, part
                 )
                 tasks[task] = part
         bar = tqdm(as_completed(tasks), total=len(tasks), desc="generating", unit="batch")
@@ -168,7 +159,7 @@ def compare_pictures(
             if model != TEACHER:
                 reference = tables.read(of_teacher, schemas.IMAGES).column("png").to_pylist()
                 pairs = [
-                    (evaluation.from_png(a), evaluation.from_png(b))
+                    (measuring.from_png(a), measuring.from_png(b))
                     for a, b in zip(table["png"], reference, strict=True)
                 ]
                 score["psnr"] = [metrics.psnr(*pair) for pair in pairs]
@@ -184,17 +175,17 @@ def measure_memory(
     models: list[Model], device: torch.device, path: Path, rows: np.ndarray, processes: int
 ) -> Found:
     """Peak memory of every model, each in a fresh process."""
-    with evaluation.workers(min(processes, len(models)), fresh=True) as pool:
-        tasks = [pool.submit(evaluation.peak_memory, m, device, path, rows) for m in models]
+    with measuring.workers(min(processes, len(models)), fresh=True) as pool:
+        tasks = [pool.submit(measuring.peak_memory, m, device, path, rows) for m in models]
         return {
             model.name: {"peak_memory_bytes": Estimate(float(task.result()))}
             for model, task in zip(models, tasks, strict=True)
         }
 
 
-def judge_accuracy(judge: digits.Judge, resamples: int, seed: int) -> Estimate:
+def judge_accuracy(judge: world.Judge, resamples: int, seed: int) -> Estimate:
     """The judge's own accuracy on real digits that it was not fitted on."""
-    count = len(digits.handwriting("test")[1])
+    count = len(world.handwriting("test")[1])
     right = round(judge.accuracy_on_real_digits()["digit"] * count)
     return metrics.mean(np.arange(count) < right, np.arange(count), resamples, seed)
 
@@ -222,15 +213,15 @@ def main() -> None:
         refuse_unjudged(rows, options["prompts"])
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
-    models = evaluation.models(teacher, args.models)
+    models = measuring.models(teacher, args.models)
     digests = [model.digest() for model in models]
     device = devices.choose(settings["device"])
-    evaluation.prepare_workers()
+    measuring.prepare_workers()
     samples = choose_samples(rows, options["samples"], reader)
     timed = reader.draw(reader.heldout_rows("report"), options["batch_size"], (seed,))
 
-    judge = digits.Judge() if options["judge"] == "digits" else None
-    processes = evaluation.process_count(settings["processes"], device)
+    judge = world.Judge() if options["judge"] == "digits" else None
+    processes = measuring.process_count(settings["processes"], device)
     memory = measure_memory(models, device, args.calls, timed, processes)
     identity = provenance.digest(
         [
@@ -243,9 +234,9 @@ def main() -> None:
     )
     state = args.state / identity[:16]
     parts, readings = make_pictures(models, samples, settings, device, state, judge)
-    together = evaluation.side_by_side(models, device)
+    together = measuring.side_by_side(models, device)
     transformers = {model.name: model.transformer(device) for model in together}
-    measured = evaluation.measure_transformers(transformers, reader, timed, settings, device)
+    measured = measuring.measure_transformers(transformers, reader, timed, settings, device)
 
     stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
     found: Found = {}
@@ -262,7 +253,7 @@ def main() -> None:
             else:
                 found[name] |= metrics.differences(scores, of_teacher, by_prompt, resamples, seed)
             found[name] |= measured[name] | memory[name]
-        evaluation.refuse_changed(models, digests)
+        measuring.refuse_changed(models, digests)
     if judge is not None:
         found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
     stopping.ignore()
@@ -270,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -14,24 +14,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ppcl import (
-    activations,
-    blocks,
-    calls,
-    conditioning,
-    config,
-    devices,
-    errors,
-    modulation,
-    modulation_inputs,
-    pipelines,
-    provenance,
-    stopping,
-    teacher_identity,
-    tensors,
-    token_table,
-    training,
-)
+from ppcl import errors, program, provenance
+from ppcl.closed_forms import modulation
+from ppcl.configuration import config
+from ppcl.extraction import activations, conditioning, modulation_inputs, token_table
+from ppcl.runtime import devices, stopping
+from ppcl.storage import tensors
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import loop
+from ppcl.transformer import blocks, calls
 
 
 def choose_rows(reader: calls.Reader, count: int, seed: int) -> np.ndarray:
@@ -70,7 +61,7 @@ def main() -> None:
     transformer = pipelines.load_transformer(teacher, device, compiled=True)
     given = [m.key for m in modulation.matrices(transformer)] if lowered["enabled"] else []
     summed = modulation_inputs.Sums(transformer, given, device)
-    identity = training.identity(
+    identity = loop.identity(
         Path(__file__), settings | {"moments": not args.no_moments}, [args.calls]
     )
     # A folder of its own, so that a run of other settings can't write over its tokens.
@@ -110,4 +101,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

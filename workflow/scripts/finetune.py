@@ -23,26 +23,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from ppcl import (
-    assembly,
-    blocks,
-    calls,
-    config,
-    distillation,
-    errors,
-    fsdp,
-    pipelines,
-    processes,
-    provenance,
-    schemas,
-    sets,
-    stopping,
-    tables,
-    teacher_identity,
-    tensors,
-    training,
-    variants,
-)
+from ppcl import program, provenance
+from ppcl.configuration import config
+from ppcl.export import assembly, variants
+from ppcl.runtime import processes, stopping
+from ppcl.search import sets
+from ppcl.storage import schemas, tables, tensors
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import distillation, fsdp, loop
+from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
@@ -86,15 +75,15 @@ def main() -> None:
     if shared_out:
         every = [block.module for block in blocks.block_sequence(model)]
         fsdp.shard(model, every, accelerator, options["cpu_offload"])
-    rows = training.train(
+    rows = loop.train(
         {"transformer": model},
         distillation.output_distillation(
             lambda _step: model, "transformer", reader, options, seed, accelerator, in_float32=True
         ),
-        training.Optimisation.from_settings(options, steps=variant["finetune_steps"]),
+        loop.Optimisation.from_settings(options, steps=variant["finetune_steps"]),
         accelerator,
         args.state / "checkpoint.safetensors",
-        training.identity(
+        loop.identity(
             Path(__file__),
             settings | {"set": chosen.key, "refits": refits},
             [args.calls, *files.every],
@@ -111,4 +100,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

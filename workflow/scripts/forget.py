@@ -10,7 +10,7 @@ command of a stage that reads the outputs is this: it would not have been starte
 import argparse
 from pathlib import Path
 
-from ppcl import whole
+from ppcl.storage import whole
 
 
 def main() -> None:

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import ablation_tables, errors, methods, provenance, schemas, tables, texts
+from ppcl import program, provenance
+from ppcl.ablation import methods, report
+from ppcl.storage import schemas, tables, texts
 
 BEST = 2
 
@@ -47,7 +49,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.what == "words":
         results = tables.read(args.results, schemas.ABLATION).to_pandas()
-        texts.write(args.output, ablation_tables.markdown(results))
+        texts.write(args.output, report.markdown(results))
         return
     read = [tables.read(path, schemas.ABLATION_RUN).to_pandas() for path in args.runs]
     runs = pd.concat(read, ignore_index=True)
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -11,7 +11,8 @@ is there already is never written over.
 import argparse
 from pathlib import Path
 
-from ppcl import errors, starter
+from ppcl import program
+from ppcl.configuration import starter
 
 
 def main() -> None:
@@ -50,4 +51,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

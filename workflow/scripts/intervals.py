@@ -17,24 +17,17 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ppcl import (
-    config,
-    errors,
-    intervals,
-    measured,
-    pins,
-    provenance,
-    reasons,
-    schemas,
-    selection,
-    stopping,
-    tables,
-)
+from ppcl import program, provenance
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.measured import Closed
-from ppcl.pins import Named
-from ppcl.reasons import Width
-from ppcl.selection import Choices
+from ppcl.pruning import pins
+from ppcl.pruning.pins import Named
+from ppcl.runtime import stopping
+from ppcl.search import intervals, measured, reasons, selection
+from ppcl.search.measured import Closed
+from ppcl.search.reasons import Width
+from ppcl.search.selection import Choices
+from ppcl.storage import schemas, tables
 
 
 def with_pinned_runs(closed: Closed, pinned: Named) -> list[Width]:
@@ -169,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -29,7 +29,7 @@ python() {
     # Bash's own message, on its stderr, would show the whole command.
     { command python "$@" 2>&3 3>&-; } 3>&2 2> /dev/null || code=$?
     if ((code > 128)); then
-        command python "${BASH_SOURCE[0]%/*}/ppcl/endings.py" "$code" >&2 || true
+        command python "${BASH_SOURCE[0]%/*}/ppcl/runtime/endings.py" "$code" >&2 || true
     fi
     return "$code"
 }

@@ -15,8 +15,12 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import config, errors, provenance, schemas, stopping, students, tables, tensors
+from ppcl import program, provenance
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.pruning import students
+from ppcl.runtime import stopping
+from ppcl.storage import schemas, tables, tensors
 
 
 def main() -> None:
@@ -57,4 +61,4 @@ def _joined(paths: list[Path], schema) -> pd.DataFrame:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

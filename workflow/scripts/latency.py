@@ -22,25 +22,17 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ppcl import (
-    blocks,
-    calls,
-    config,
-    devices,
-    errors,
-    evaluation,
-    latencies,
-    pipelines,
-    provenance,
-    schemas,
-    stopping,
-    students,
-    tables,
-    teacher_identity,
-    teaching,
-)
-from ppcl.families import TEXT
-from ppcl.plans import Part
+from ppcl import program, provenance
+from ppcl.configuration import config
+from ppcl.evaluation import latencies, measuring
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.runtime import devices, stopping
+from ppcl.storage import schemas, tables
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import teaching
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import TEXT
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +88,7 @@ def main() -> None:
         runs[f"{block} {kind}"] = partial(module, **lessons[part].bound)
     with torch.no_grad():
         most = latencies.ROUNDS * options["latency_repeats"]
-        rounds = evaluation.timed_rounds(runs, most, device)
+        rounds = measuring.timed_rounds(runs, most, device)
         seconds, settled = latencies.least_times(rounds)
     if not settled:
         log.warning(
@@ -119,4 +111,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -7,8 +7,8 @@ with its own message rather than with the launcher's traceback; `auto` means the
 Snakemake gave to the job; and what the processes end with is what counts, not what came meanwhile.
 (`accelerate launch` needs MPI to start several processes on a CPU.) Inside, accelerate.Accelerator
 finds the processes. SIGTERM goes on to the processes, which have half a minute to end by themselves
-(ppcl/stopping.py). Several processes take a GPU each, all at once, before they start
-(ppcl/gpus.py); one takes its own.
+(ppcl/runtime/stopping.py). Several processes take a GPU each, all at once, before they start
+(ppcl/runtime/gpus.py); one takes its own.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable
 
-from ppcl import cores, endings, gpus, stopping, surroundings
+from ppcl.runtime import cores, endings, gpus, stopping, surroundings
 
 GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
 

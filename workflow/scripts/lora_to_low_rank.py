@@ -17,18 +17,13 @@ from pathlib import Path
 
 import torch
 
-from ppcl import (
-    assembly,
-    blocks,
-    conditioning,
-    errors,
-    hub,
-    lora,
-    pipelines,
-    tensors,
-    whole,
-)
+from ppcl import program
 from ppcl.errors import UserError
+from ppcl.export import assembly, lora
+from ppcl.extraction import conditioning
+from ppcl.storage import tensors, whole
+from ppcl.teacher import hub, pipelines
+from ppcl.transformer import blocks
 
 
 def read_block_map(path: Path, count: int) -> list[list[int]]:
@@ -102,4 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

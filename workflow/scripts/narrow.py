@@ -15,20 +15,15 @@ same command resumes from the last checkpoint in --state and ends with the same 
 
 from pathlib import Path
 
-from ppcl import (
-    calls,
-    config,
-    distillation,
-    errors,
-    pipelines,
-    processes,
-    schemas,
-    student_stage,
-    students,
-    teacher_identity,
-    training,
-    width,
-)
+from ppcl import program
+from ppcl.closed_forms import width
+from ppcl.configuration import config
+from ppcl.pruning import students
+from ppcl.runtime import processes
+from ppcl.storage import schemas
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import distillation, loop, student_stage
+from ppcl.transformer import calls
 
 
 def main() -> None:
@@ -52,13 +47,13 @@ def main() -> None:
         student.train().to(accelerator.device)
     for block in uncut.values():
         block.to(accelerator.device)
-    identity = training.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
-    rows = training.train(
+    identity = loop.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
+    rows = loop.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(
             transformer, taught, reader, options, seed, accelerator, uncut=uncut
         ),
-        training.Optimisation.from_settings(options),
+        loop.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
         identity,
@@ -81,4 +76,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -30,27 +30,18 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ppcl import (
-    blocks,
-    calls,
-    config,
-    errors,
-    evaluation,
-    metrics,
-    pins,
-    pipelines,
-    prices,
-    processes,
-    provenance,
-    schemas,
-    sets,
-    stopping,
-    students,
-    tables,
-    teacher_identity,
-    variants,
-)
-from ppcl.metrics import TEACHER
+from ppcl import program, provenance
+from ppcl.configuration import config
+from ppcl.evaluation import measuring, metrics
+from ppcl.evaluation.metrics import TEACHER
+from ppcl.export import variants
+from ppcl.pruning import pins, students
+from ppcl.runtime import processes, stopping
+from ppcl.search import sets
+from ppcl.storage import schemas, tables
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import prices
+from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
@@ -101,7 +92,7 @@ def main() -> None:
         transformers[name], _ = workshop.model(choice.found, kept)
 
     timed = reader.draw(reader.heldout_rows("report"), settings["evaluate"]["batch_size"], (seed,))
-    found = evaluation.measure_transformers(
+    found = measuring.measure_transformers(
         transformers, reader, timed, settings, device, accelerator
     )
     stopping.ignore()
@@ -130,4 +121,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -16,23 +16,13 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import (
-    blocks,
-    config,
-    devices,
-    durations,
-    errors,
-    example_calls,
-    plan_table,
-    planner,
-    provenance,
-    schemas,
-    tables,
-    texts,
-    untrusted,
-    weightless,
-)
-from ppcl.plans import Matrix
+from ppcl import program, provenance
+from ppcl.configuration import config
+from ppcl.planning import durations, plan_table, planner, weightless
+from ppcl.pruning.plans import Matrix
+from ppcl.runtime import devices
+from ppcl.storage import schemas, tables, texts, untrusted
+from ppcl.transformer import blocks, example_calls
 
 log = logging.getLogger(__name__)
 
@@ -195,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

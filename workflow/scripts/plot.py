@@ -16,19 +16,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import (
-    ablation_figures,
-    closed_figures,
-    comparison_figure,
-    config,
-    errors,
-    figure_style,
-    figures,
-    result_figures,
-    schemas,
-    tables,
-)
+from ppcl import program
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.figures import ablations, comparison, composition, results, search, style
+from ppcl.storage import schemas, tables
 
 
 def read(path: Path, schema) -> pd.DataFrame:
@@ -39,7 +31,7 @@ def read(path: Path, schema) -> pd.DataFrame:
 def first_pictures(path: Path) -> pd.DataFrame:
     """Those that are drawn: all of them may be more than memory holds."""
     prompts = set(tables.read(path, columns=["prompt_index"])["prompt_index"].to_pylist())
-    first = sorted(prompts)[: result_figures.PROMPTS]
+    first = sorted(prompts)[: results.PROMPTS]
     return tables.read(path, schemas.IMAGES, where=("prompt_index", first)).to_pandas()
 
 
@@ -64,14 +56,14 @@ def intervals(options: argparse.Namespace, settings: dict) -> None:
     if options.intervals:
         chosen, cka = read(options.intervals, schemas.INTERVALS), read(options.cka, schemas.CKA)
         stream = settings["similarity"]["streams"]
-        drawn["search"] = figures.search(cka, chosen, stream), options.cka
+        drawn["search"] = search.search(cka, chosen, stream), options.cka
     chosen = chosen.astype({"selected": bool})
     if options.blocks:
         table = read(options.blocks, schemas.BLOCKS)
-        drawn["heatmap"] = figures.heatmap(table, chosen), options.blocks
+        drawn["heatmap"] = search.heatmap(table, chosen), options.blocks
     if options.probes:
         table = read(options.probes, schemas.PROBES)
-        drawn["probes"] = figures.probes(table, chosen), options.probes
+        drawn["probes"] = search.probes(table, chosen), options.probes
     if options.width:
         table = read(options.width, schemas.WIDTH_CANDIDATES)
         drawn |= closed_forms(table, chosen, options.width, settings)
@@ -85,9 +77,9 @@ def closed_forms(table: pd.DataFrame, chosen: pd.DataFrame, path: Path, settings
     """
     drawn, blocks = {}, depth(path)
     if settings["width"]["enabled"]:
-        drawn["width"] = figures.width(table, chosen, blocks), path
+        drawn["width"] = search.width(table, chosen, blocks), path
     if settings["modulation"]["enabled"]:
-        drawn["modulation"] = closed_figures.modulation(table, blocks), path
+        drawn["modulation"] = composition.modulation(table, blocks), path
     return drawn
 
 
@@ -96,12 +88,12 @@ def training(options: argparse.Namespace, settings: dict) -> None:
     drawn = {}
     if options.distill_log:
         log = read(options.distill_log, schemas.DISTILL_LOG)
-        figure = result_figures.distill(log, settings["distill"]["loss"])
+        figure = results.distill(log, settings["distill"]["loss"])
         drawn["distill"] = figure, options.distill_log
     if options.subsets_log:
         joint = {"subsets": read(options.subsets_log, schemas.VELOCITY_LOG)}
         title = "Random subsets of students against the teacher's output"
-        drawn["subsets"] = result_figures.velocity(joint, ["subsets"], title), options.subsets_log
+        drawn["subsets"] = results.velocity(joint, ["subsets"], title), options.subsets_log
     if options.finetune_logs:
         # Colours follow the config's order of variants, whatever the order of the files.
         names = [variant["name"] for variant in settings["variants"]]
@@ -109,7 +101,7 @@ def training(options: argparse.Namespace, settings: dict) -> None:
         order = sorted(paths, key=lambda n: (names.index(n) if n in names else len(names), n))
         tuned = {name: read(paths[name], schemas.VELOCITY_LOG) for name in order}
         title = "Fine-tuning of the assembled variants against the teacher's output"
-        drawn["finetune"] = result_figures.velocity(tuned, names, title), paths[order[0]]
+        drawn["finetune"] = results.velocity(tuned, names, title), paths[order[0]]
     save(drawn, options.output)
 
 
@@ -121,13 +113,13 @@ def quality(options: argparse.Namespace, settings: dict) -> None:
     tuned = [variant["name"] for variant in settings["variants"] if variant["finetune_steps"]]
     units = read(options.units, schemas.VARIANT_UNITS)
     drawn = {
-        "sets": (closed_figures.sets(units, names, depth(options.units)), options.units),
-        "pareto": (result_figures.pareto(points, metrics, tuned), options.points),
-        "tradeoff": (result_figures.tradeoff(metrics), options.metrics),
-        "images": (result_figures.images(pictures, metrics), options.images),
+        "sets": (composition.sets(units, names, depth(options.units)), options.units),
+        "pareto": (results.pareto(points, metrics, tuned), options.points),
+        "tradeoff": (results.tradeoff(metrics), options.metrics),
+        "images": (results.images(pictures, metrics), options.images),
     }
     if options.width:
-        taken = closed_figures.taken(read(options.width, schemas.WIDTH_MEASURED), units)
+        taken = composition.taken(read(options.width, schemas.WIDTH_MEASURED), units)
         none = pd.DataFrame(columns=schemas.INTERVALS.names).astype({"selected": bool})
         drawn |= closed_forms(taken, none, options.units, settings)
     save(drawn, options.output)
@@ -137,9 +129,9 @@ def ablation(options: argparse.Namespace, settings: dict) -> None:
     """Every method at the same size."""
     table = read(options.results, schemas.ABLATION)
     drawn = {
-        "ablation": (comparison_figure.comparison(table), options.results),
-        "low_rank": (comparison_figure.low_rank(table), options.results),
-        "schedules": (ablation_figures.schedules(table), options.results),
+        "ablation": (comparison.comparison(table), options.results),
+        "low_rank": (comparison.low_rank(table), options.results),
+        "schedules": (ablations.schedules(table), options.results),
     }
     save(drawn, options.output)
 
@@ -147,14 +139,14 @@ def ablation(options: argparse.Namespace, settings: dict) -> None:
 def calibration(options: argparse.Namespace, settings: dict) -> None:
     """Prices before training against errors after it."""
     table = read(options.calibration, schemas.CALIBRATION)
-    drawn = {"calibration": (ablation_figures.calibration(table), options.calibration)}
+    drawn = {"calibration": (ablations.calibration(table), options.calibration)}
     save(drawn, options.output)
 
 
 def save(drawn: dict, output: Path) -> None:
     """Write name -> (figure, the table that it shows) to the folder `output`."""
     for name, (figure, source) in drawn.items():
-        figure_style.save(figure, output / name, origin(source) if source else "")
+        style.save(figure, output / name, origin(source) if source else "")
 
 
 def main() -> None:
@@ -204,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -16,8 +16,12 @@ import pandas as pd
 import torch
 from tqdm import tqdm
 
-from ppcl import config, errors, probes, provenance, schemas, stopping, tables, tensors
-from ppcl.token_table import TokenReader
+from ppcl import program, provenance
+from ppcl.configuration import config
+from ppcl.extraction.token_table import TokenReader
+from ppcl.runtime import stopping
+from ppcl.search import probes
+from ppcl.storage import schemas, tables, tensors
 
 
 def main() -> None:
@@ -67,4 +71,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -19,28 +19,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import (
-    blocks,
-    calls,
-    config,
-    devices,
-    errors,
-    pins,
-    pipelines,
-    plans,
-    provenance,
-    schemas,
-    selection,
-    solved,
-    stopping,
-    students,
-    tables,
-    teacher_identity,
-    texts,
-    width,
-)
+from ppcl import program, provenance
+from ppcl.closed_forms import solved, width
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.plans import Unit
+from ppcl.pruning import pins, plans, students
+from ppcl.pruning.plans import Unit
+from ppcl.runtime import devices, stopping
+from ppcl.search import selection
+from ppcl.storage import schemas, tables, texts
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.transformer import blocks, calls
 
 
 @dataclass(frozen=True)
@@ -165,4 +154,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

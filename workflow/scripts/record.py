@@ -15,24 +15,13 @@ import numpy as np
 from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 
-from ppcl import (
-    arguments,
-    blocks,
-    calls,
-    config,
-    devices,
-    errors,
-    pipelines,
-    processes,
-    prompt_tokens,
-    prompts,
-    provenance,
-    recording,
-    rehearsal,
-    stopping,
-    teacher_identity,
-)
+from ppcl import program, provenance
+from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.export import rehearsal
+from ppcl.runtime import devices, processes, stopping
+from ppcl.teacher import arguments, pipelines, prompt_tokens, prompts, recording, teacher_identity
+from ppcl.transformer import blocks, calls
 
 
 def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
@@ -125,4 +114,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -20,25 +20,17 @@ from pathlib import Path
 
 import pandas as pd
 
-from ppcl import (
-    blocks,
-    calls,
-    config,
-    errors,
-    intervals,
-    pipelines,
-    prices,
-    processes,
-    provenance,
-    schemas,
-    solved,
-    stopping,
-    students,
-    tables,
-    teacher_identity,
-    training,
-)
-from ppcl.plans import Part
+from ppcl import program, provenance
+from ppcl.closed_forms import solved
+from ppcl.configuration import config
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.runtime import processes, stopping
+from ppcl.search import intervals
+from ppcl.storage import schemas, tables
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import loop, prices
+from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
@@ -74,7 +66,7 @@ def main() -> None:
         prices.of_students(transformer, plugged_in),
         accelerator,
         args.state,
-        training.identity(Path(__file__), settings, [args.calls]),
+        loop.identity(Path(__file__), settings, [args.calls]),
     )
     stopping.ignore()
     if accelerator.is_main_process:
@@ -92,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

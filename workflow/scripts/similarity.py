@@ -19,20 +19,12 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from ppcl import (
-    cka_draws,
-    config,
-    devices,
-    errors,
-    probes,
-    provenance,
-    schemas,
-    similarity,
-    stopping,
-    tables,
-    tensors,
-)
-from ppcl.token_table import TokenReader
+from ppcl import program, provenance
+from ppcl.configuration import config
+from ppcl.extraction.token_table import TokenReader
+from ppcl.runtime import devices, stopping
+from ppcl.search import cka_draws, probes, similarity
+from ppcl.storage import schemas, tables, tensors
 
 log = logging.getLogger(__name__)
 
@@ -128,4 +120,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -18,19 +18,14 @@ from pathlib import Path
 import pandas as pd
 from torch import nn
 
-from ppcl import (
-    calls,
-    config,
-    distillation,
-    errors,
-    pipelines,
-    processes,
-    schemas,
-    student_stage,
-    students,
-    teacher_identity,
-    training,
-)
+from ppcl import program
+from ppcl.configuration import config
+from ppcl.pruning import students
+from ppcl.runtime import processes
+from ppcl.storage import schemas
+from ppcl.teacher import pipelines, teacher_identity
+from ppcl.training import distillation, loop, student_stage
+from ppcl.transformer import calls
 
 
 def main() -> None:
@@ -48,13 +43,13 @@ def main() -> None:
     taught = students.load(args.students, transformer, students.parts_of(plan.units))
     together = nn.ModuleDict({part.name: student for part, student in taught.items()})
     together.train().to(accelerator.device)
-    identity = training.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
-    rows = training.train(
+    identity = loop.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
+    rows = loop.train(
         {"students": together},
         distillation.any_subset(
             transformer, plan.units, taught, reader, options, seed, accelerator
         ),
-        training.Optimisation.from_settings(options),
+        loop.Optimisation.from_settings(options),
         accelerator,
         args.state / "checkpoint.safetensors",
         identity,
@@ -77,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

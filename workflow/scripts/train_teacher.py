@@ -18,19 +18,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
-from ppcl import (
-    errors,
-    processes,
-    provenance,
-    stopping,
-    strict_yaml,
-    teacher,
-    tensors,
-    texts,
-    training,
-    whole,
-)
-from ppcl.digits import SIZE, TEMPLATES, Judge, captions
+from ppcl import program, provenance
+from ppcl.configuration import strict_yaml
+from ppcl.digits import teacher
+from ppcl.digits.world import SIZE, TEMPLATES, Judge, captions
+from ppcl.runtime import processes, stopping
+from ppcl.storage import tensors, texts, whole
+from ppcl.training import loop
 
 NEGATIVE_PROMPT = " "
 PARTS = ("text_encoder", "vae", "transformer")  # in the order of training
@@ -54,8 +48,8 @@ def train_part(name, module, losses, settings, state: Path, accelerator) -> list
         weights, metadata = (weights, metadata) if finished else tensors.read(done)
         module.load_state_dict(weights, strict=False)
         return json.loads(metadata["log"])
-    options = training.Optimisation.from_settings(settings)
-    log = training.train(
+    options = loop.Optimisation.from_settings(settings)
+    log = loop.train(
         {name: module}, losses, options, accelerator, state / f"{name}.checkpoint", identity
     )
     if accelerator.is_main_process:
@@ -263,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -29,32 +29,20 @@ import pandas as pd
 import torch
 from torch import nn
 
-from ppcl import (
-    blocks,
-    calls,
-    conditioning,
-    config,
-    errors,
-    modulation,
-    modulation_prices,
-    pipelines,
-    prices,
-    processes,
-    provenance,
-    schemas,
-    selection,
-    stopping,
-    students,
-    tables,
-    teacher_identity,
-    tensors,
-    training,
-    trust,
-    width,
-)
-from ppcl.families import TEXT
-from ppcl.modulation_prices import Offers
-from ppcl.plans import Unit
+from ppcl import program, provenance
+from ppcl.closed_forms import modulation, modulation_prices, width
+from ppcl.closed_forms.modulation_prices import Offers
+from ppcl.configuration import config
+from ppcl.extraction import conditioning
+from ppcl.pruning import students
+from ppcl.pruning.plans import Unit
+from ppcl.runtime import processes, stopping
+from ppcl.search import selection
+from ppcl.storage import schemas, tables, tensors
+from ppcl.teacher import pipelines, teacher_identity, trust
+from ppcl.training import loop, prices
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import TEXT
 
 
 def text_cka(path: Path, depth: int) -> np.ndarray:
@@ -157,7 +145,7 @@ def main() -> None:
     depth = len(blocks.block_sequence(transformer))
     cka = text_cka(args.blocks, depth) if args.blocks else np.full((depth, depth), np.nan)
     inputs = [path for path in (args.calls, args.blocks, args.conditioning) if path]
-    identity = training.identity(Path(__file__), settings, inputs)
+    identity = loop.identity(Path(__file__), settings, inputs)
     judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
 
     units = narrow_units(transformer, cka, options) if options["enabled"] else {}
@@ -213,4 +201,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    errors.run(main)
+    program.run(main)

@@ -1,6 +1,10 @@
-"""The library of the workflow's programs."""
+"""The library of the workflow's programs, in packages by subject.
 
-from ppcl import collector, put_off, quiet, surroundings
+Each package says what it holds and may import; tests/test_floor_plan.py has their order. Beside
+them are errors, provenance, and program, which runs and ends a stage.
+"""
+
+from ppcl.runtime import collector, put_off, quiet, surroundings
 
 collector.rest()
 surroundings.forget()  # before torch, accelerate and diffusers read them

@@ -5,11 +5,8 @@ import functools
 import logging
 import os
 import re
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-
-from ppcl import collector, provenance, stopping
 
 log = logging.getLogger(__name__)
 
@@ -92,33 +89,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         yield found
         seen.append(found)
         found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
-
-
-def run(main: Callable[[], None]) -> None:
-    """Call `main` as a program.
-
-    A UserError, and what a disk or the system is to blame for, becomes one `error:` line and exit
-    code 2; a program that SIGTERM ended has the exit code `stopping.EXIT_CODE`.
-    """
-    collector.work()
-    provenance.commit()
-    with stopping.heeded():
-        try:
-            main()
-            stopping.done()
-        except SystemExit:
-            stopping.done()
-            raise
-        except Exception as error:
-            message = str(error) if isinstance(error, UserError) else trouble(error)
-            if message is None:
-                raise
-            # A line of its own: an open progress bar has ended none, and would come once more.
-            bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-            for bar in list(getattr(bars, "_instances", ())):
-                bar.close()
-            print(f"error: {message}", file=sys.stderr, flush=True)
-            sys.exit(2)
 
 
 def disk_is_full(error: BaseException) -> bool:

@@ -4,6 +4,7 @@ import ast
 import functools
 import hashlib
 import json
+import os
 import platform
 import re
 import subprocess
@@ -68,44 +69,91 @@ def stamps(paths: Iterable[str]) -> list[tuple]:
 
 
 def code_digest(script: str | Path) -> str:
-    """SHA-256 (hex) of a stage script and of every ppcl module that it uses, directly or not.
+    """SHA-256 (hex) of a stage script and of every file of ppcl that it uses, directly or not.
 
     Snakemake notices an edited script, but not an edited module; rules put this in their params.
-    Imports are read from the source without running it, so nothing (no torch) is imported.
+    Imports are read from the source without running it, so nothing (no torch) is imported. The
+    packages around a module count, too: Python runs their `__init__.py` first.
+
+    Raises:
+        ModuleNotFoundError: an import from ppcl leads to no file.
     """
-    script = Path(script)
-    package = script.parent / "ppcl"
+    folder = Path(script).parent
+    library = _library(folder)
     seen: dict[str, bytes] = {}
-    queue = [script]
+    queue = [Path(script).name]
     while queue:
-        path = queue.pop()
-        name = path.relative_to(script.parent).as_posix()
-        if name not in seen and path.is_file():
-            seen[name] = path.read_bytes()
-            queue.extend(package / f"{module}.py" for module in _imported(seen[name], path))
+        name = queue.pop()
+        if name not in seen:
+            seen[name] = (folder / name).read_bytes()
+            imports, started = _imported(seen[name], name)
+            for base, names in imports:
+                queue += _files(base, names, library, name)
+            queue += [file for end in started for file in library.values() if file.endswith(end)]
     combined = hashlib.sha256()
     for name in sorted(seen):
         combined.update(f"{name}\0{len(seen[name])}\0".encode() + seen[name])
     return combined.hexdigest()
 
 
+def _library(folder: Path) -> dict[str, str]:
+    """The modules and packages of ppcl: dotted name -> file, as seen from the scripts' folder."""
+    found, places = {}, ["ppcl"] if (folder / "ppcl").is_dir() else []
+    while places:
+        place = places.pop()
+        with os.scandir(folder / place) as entries:
+            for entry in entries:
+                file = f"{place}/{entry.name}"
+                if entry.is_dir():
+                    places.append(file)
+                elif file.endswith(".py"):
+                    name = file.removesuffix(".py").removesuffix("/__init__")
+                    found[name.replace("/", ".")] = file
+    return found
+
+
+def _files(base: str, names: tuple[str, ...], library: dict[str, str], by: str) -> list[str]:
+    """The files that one import runs: `import base`, or `from base import names`."""
+    found = []
+    for name in names or ("",):
+        module = f"{base}.{name}" if f"{base}.{name}" in library else base
+        # What is no module of a package would be a name of its __init__.py, which has none.
+        if module not in library or (module == base and name and _is_package(library[base])):
+            what = f"from {base} import {name}" if name else f"import {base}"
+            raise ModuleNotFoundError(f"{by}: `{what}` leads to no file of the library")
+        parts = module.split(".")
+        around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+        found += [library[each] for each in around if each in library]
+    return found
+
+
+def _is_package(file: str) -> bool:
+    return file.endswith("/__init__.py")
+
+
 @functools.cache  # by content: most modules are of most stages, and every rule asks
-def _imported(source: bytes, path: Path) -> frozenset[str]:
-    """Names that may be ppcl modules which a source file imports, or starts as `<name>.py`."""
-    names = [f"ppcl.{name}" for name in re.findall(r"(\w+)\.py[\"']", source.decode())]
+def _imported(
+    source: bytes, file: str
+) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], frozenset[str]]:
+    """What a source file imports from ppcl, and the `/<name>.py` that it may start as programs.
+
+    Imports are (base, names) of `from base import names`, with no names for `import base`.
+    """
+    started = {f"/{name}.py" for name in re.findall(r"(\w+)\.py[\"']", source.decode())}
+    imports: list[tuple[str, tuple[str, ...]]] = []
     # Imports are statements: expressions, nine nodes of ten, need no look.
-    queue: list[ast.AST] = [ast.parse(source, filename=str(path))]
+    queue: list[ast.AST] = [ast.parse(source, filename=file)]
     while queue:
         node = queue.pop()
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            imports += [(alias.name, ()) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = "ppcl" if node.level else ""
-            base = ".".join(part for part in (base, node.module) if part)
-            names += [base, *(f"{base}.{alias.name}" for alias in node.names)]
+            around = file.split("/")[: -node.level] if node.level else []
+            base = ".".join([*around, *([node.module] if node.module else [])])
+            imports.append((base, tuple(alias.name for alias in node.names)))
         else:
             for block in ("body", "orelse", "finalbody", "handlers", "cases"):
                 found = getattr(node, block, [])
                 queue += found if isinstance(found, list) else []
-    parts = [name.split(".") for name in names]
-    return frozenset(part[1] for part in parts if part[0] == "ppcl" and len(part) > 1)
+    ours = [each for each in imports if each[0].split(".")[0] == "ppcl"]
+    return tuple(ours), frozenset(started - {"/__init__.py"})

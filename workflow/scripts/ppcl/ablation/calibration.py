@@ -1,0 +1,116 @@
+"""Which price, known before training, foretells what a trained student costs: a sample of units.
+
+Intervals of each length, single FFNs and text runs are trained alone by Eq. 6, side by side, since
+none sees another's output. Their prices: 1 - CKA, the velocity error with composed probes in an
+interval's place, and that with the untrained student or the least-squares maps.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ppcl.pruning import plans
+from ppcl.pruning.pins import Ends
+from ppcl.pruning.plans import Part, Unit
+from ppcl.search import probes
+from ppcl.search.reasons import Width
+from ppcl.transformer import blocks
+from ppcl.transformer.families import TEXT
+
+LENGTHS, PER_LENGTH = range(2, 7), 4
+FFNS, TEXT_RUNS = 4, 3  # of each stream; of each length
+
+
+def sample(
+    runs: Sequence[range], widths: Sequence[Width], unread_after: int | None, seed: int
+) -> list[tuple[str, Unit]]:
+    """Kind (as in schemas.CALIBRATION) and unit, drawn from what may be pruned.
+
+    Text runs that share a part with one drawn before are passed over: it is trained once.
+    """
+    rng = np.random.default_rng(seed)
+
+    def drawn(found: list, count: int) -> list:
+        return [found[i] for i in sorted(rng.permutation(len(found))[:count])]
+
+    chosen: list[tuple[str, Unit]] = []
+    for length in LENGTHS:
+        every = [(first, first + length - 1) for run in runs for first in run]
+        inside = [ends for ends in every if any(ends[0] in r and ends[1] in r for r in runs)]
+        chosen += [("depth", plans.units([ends])[0]) for ends in drawn(inside, PER_LENGTH)]
+    touched = {block for run in runs for block in run}
+    ffns = [width for width in widths if width.kind == "ffn" and width.first in touched]
+    for stream in sorted({width.stream for width in ffns}):
+        for width in drawn([width for width in ffns if width.stream == stream], FFNS):
+            chosen.append((f"ffn_{stream}", plans.units([], [], [width.ffn])[0]))
+    taken: set[Part] = set()
+    texts = [width.ends for width in widths if width.kind == "text" and width.first in touched]
+    for length in sorted({last - first + 1 for first, last in texts}):
+        alike = [ends for ends in texts if ends[1] - ends[0] + 1 == length]
+        for ends in drawn(alike, TEXT_RUNS):
+            (unit,) = plans.units([], [ends], [], unread_after)
+            if not taken & set(unit.parts):
+                taken |= set(unit.parts)
+                chosen.append(("text", unit))
+    return chosen
+
+
+class ProbeBlock(nn.Module):
+    """Composed probes of blocks first..last, called and answering as a block does."""
+
+    def __init__(self, block: blocks.Block, maps: Mapping[str, probes.Probe]):
+        super().__init__()
+        self._block = [block]  # in a list, so that its weights are not this module's
+        self._maps = {stream: _tensors(probe) for stream, probe in maps.items()}
+        # With the stock block's signature, by which whoever calls it finds the streams.
+        answer = functools.wraps(block.module.forward)(lambda *a, **k: self._answer(*a, **k))
+        self.forward = answer
+
+    def _answer(self, *args, **kwargs):
+        (block,) = self._block
+        streams = block.inputs(block.bind(args, kwargs))
+        for stream, (weight, bias) in self._maps.items():
+            x = streams[stream]
+            streams[stream] = x + x @ weight.to(x).T + bias.to(x)
+        found = tuple(streams[stream] for stream in block.list.outputs)
+        return found if len(found) > 1 else found[0]
+
+
+def _tensors(probe: probes.Probe) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(probe.weight), torch.from_numpy(probe.bias)
+
+
+def composed(every: Sequence[probes.Probe]) -> probes.Probe:
+    """One probe that does what several do, one after the other."""
+    eye = np.eye(len(every[0].bias))
+    product, bias = eye, np.zeros(len(eye))
+    for probe in every:
+        product, bias = product + probe.weight @ product, bias + probe.residual(bias)
+    return probes.Probe(product - eye, bias)
+
+
+def probe_block(transformer: nn.Module, weights: Mapping, ends: Ends) -> ProbeBlock:
+    """What stands for an interval without any training; weights: of probes.safetensors.
+
+    A stream that some block does not pass is left as it is.
+    """
+    sequence = blocks.block_sequence(transformer)
+    block, (first, last) = sequence[ends[0]], ends
+    maps = {}
+    for stream in block.list.outputs:
+        found = probes.of_stream(weights, stream, len(sequence))[first : last + 1]
+        if all(probe is not None for probe in found):
+            maps[stream] = composed(found)
+    return ProbeBlock(block, maps)
+
+
+def cka_price(kind: str, unit: Unit, cka: np.ndarray, widths: Sequence[Width]) -> float:
+    """1 - CKA of a unit; NaN for an FFN."""
+    if kind == "depth":
+        return 1 - float(cka[unit.first, unit.last])
+    ends = unit.first, unit.last
+    found = [w.cka for w in widths if kind == "text" and w.kind == TEXT and w.ends == ends]
+    return 1 - found[0] if found else float("nan")

@@ -1,0 +1,66 @@
+"""Sequential distillation with gradients through the chain of students: an ablation baseline."""
+
+from collections.abc import Iterator
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ppcl.pruning.plans import Part
+from ppcl.pruning.students import Students
+from ppcl.training import distillation, teaching
+from ppcl.transformer import blocks, calls
+
+
+def through_chain(
+    transformer: nn.Module,
+    students: Students,
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+):
+    """Step losses (see training.Losses) of all stock students at once, as one module `students`.
+
+    One forward of the teacher with all of them plugged in; Eq. 6 at every student's output against
+    the teacher's activation there; one backward, so that a student also learns from what those
+    after it make of its output. options: as `distillation.independent`.
+    """
+    family, parts = blocks.family(transformer), list(students)
+    batch_of = distillation.batches_of_steps(reader, options, seed, accelerator)
+    inside = {part: distillation.InFloat32(student) for part, student in students.items()}
+    model, _ = blocks.assembled(transformer, {part.key: m for part, m in inside.items()})
+    owner = {id(module): part for part, module in inside.items()}
+    watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
+
+    last = blocks.block_sequence(transformer)[-1].index
+
+    def read(part: Part, lesson: teaching.Lesson) -> dict[str, Tensor]:
+        gone = family.unread if part.last == last else ()
+        return {stream: x for stream, x in lesson.target.items() if stream not in gone}
+
+    def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        batch = batch_of(step)
+        outputs: dict = {}
+
+        def keep(block, streams):
+            outputs[owner[id(block.module)]] = streams
+
+        with accelerator.autocast():
+            lessons = teaching.teacher_states(transformer, parts, batch.arguments)
+            with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
+                run(model, batch.arguments)
+            targets = {part: read(part, lesson) for part, lesson in lessons.items()}
+            streams = {s: x for target in targets.values() for s, x in target.items()}
+            real = teaching.real_tokens(family, batch, streams, options["batch_size"], accelerator)
+            found = [
+                teaching.interval_losses(outputs[part], target, real, options)
+                for part, target in targets.items()
+            ]
+        total: dict[str, Tensor] = {}
+        for _, metrics in found:
+            for key, value in metrics.items():
+                total[key] = total.get(key, torch.zeros_like(value)) + value
+        yield "students", sum(loss for loss, _ in found), total
+
+    return losses_of_step

@@ -1,0 +1,364 @@
+"""Rival ways to choose the blocks that go: the rows of the ablation that PPCL is compared with.
+
+Methods that delete blocks give their numbers, and `merged` says which intervals that means: a
+deleted run joins the kept block before it, whose weights its student starts with, so that before
+any training the model is the teacher without those blocks. Methods that replace runs give their
+intervals. Either is a `Starts`, which `start` makes students of, to be trained like any others.
+
+Shared arguments. removed: how many blocks go. runs: where intervals may lie, from
+`intervals.spans`; none reaches over a seam, and each keeps a block. streams: those that count;
+leave out what nothing reads after the last block (`Family.unread`) to judge the last ones fairly.
+Scores are float64 [depth]; the blocks of lowest score go (`lowest`).
+"""
+
+import itertools
+import math
+from collections.abc import Collection, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from ppcl.errors import UserError
+from ppcl.extraction.token_table import TokenReader
+from ppcl.pruning import students
+from ppcl.pruning.pins import Ends
+from ppcl.pruning.plans import Part
+from ppcl.search import probes
+from ppcl.search.cka import linear_cka
+from ppcl.training import distillation, loop, prices
+from ppcl.transformer import blocks, calls
+
+# Interval -> the block whose weights its student starts with, or a way of `students.start_weights`.
+Starts = dict[Ends, int | str]
+
+MOST_SCHEMES = 10_000
+# Of the Gumbel-softmax, at the first step and after the last; and a factor on the logits, so that a
+# learning rate that suits weights moves them far enough.
+TEMPERATURES, SHARPNESS = (4.0, 0.1), 50.0
+
+
+def check(removed: int, possible: int) -> None:
+    """Raises UserError if so many blocks can't be removed."""
+    if not 0 < removed <= possible:
+        raise UserError(
+            f"ablation: {removed} blocks can't be removed here (at least 1, at most {possible}); "
+            "change how many it removes, or leave this method out"
+        )
+
+
+def places(removed: int, runs: Sequence[range]) -> list[Ends]:
+    """All intervals that remove so many blocks."""
+    check(removed, max([len(run) - 1 for run in runs], default=0))
+    return [(b, b + removed) for run in runs for b in run[: max(0, len(run) - removed)]]
+
+
+def merged(gone: Collection[int], runs: Sequence[range]) -> Starts:
+    """The intervals that delete these blocks: (first, last) -> its only kept block.
+
+    What goes joins the kept block before it; at the start of a run, the one after it.
+    Raises UserError if a run would keep no block, or a block lies in none.
+    """
+    if outside := set(gone) - {block for run in runs for block in run}:
+        raise UserError(f"ablation: block {min(outside)} may not be pruned; choose others")
+    starts: Starts = {}
+    for run in runs:
+        kept = [block for block in run if block not in gone]
+        if not kept:
+            raise UserError(f"ablation: blocks {run[0]}-{run[-1]} would all go; keep at least one")
+        firsts = [run.start, *kept[1:], run.stop]
+        for block, (first, after) in zip(kept, itertools.pairwise(firsts), strict=True):
+            if after - first > 1:
+                starts[first, after - 1] = block
+    return starts
+
+
+def start(transformer: nn.Module, starts: Starts) -> students.Students:
+    """A student with its start weights for every interval, float32, on the CPU."""
+    found = {}
+    for ends, how in sorted(starts.items()):
+        source, way = (ends, how) if isinstance(how, str) else ((how, how), "first")
+        (found[Part(*ends)],) = students.start(transformer, [Part(*source)], way).values()
+    return found
+
+
+def lowest(scores: Sequence[float], removed: int, runs: Sequence[range]) -> list[int]:
+    """The blocks of lowest score, though every run keeps its best; scores must be finite."""
+    check(removed, sum(len(run) - 1 for run in runs))
+    if bad := [b for run in runs if len(run) > 1 for b in run if not math.isfinite(scores[b])]:
+        raise UserError(f"ablation: the score of block {bad[0]} is {scores[bad[0]]}")
+    best = [max(run, key=lambda block: (scores[block], block)) for run in runs]
+    rest = [block for run in runs for block in run if block not in best]
+    return sorted(sorted(rest, key=lambda block: scores[block])[:removed])
+
+
+def every_nth(removed: int, runs: Sequence[range]) -> list[int]:
+    """Evenly spread blocks, each in the middle of its share of the depth."""
+    check(removed, sum(len(run) - 1 for run in runs))
+    offered = [block for run in runs for block in run[1:]]
+    return [offered[(2 * i + 1) * len(offered) // (2 * removed)] for i in range(removed)]
+
+
+def random_blocks(removed: int, runs: Sequence[range], seed: int) -> list[int]:
+    """Blocks drawn without replacement."""
+    depth = max((run.stop for run in runs), default=0)
+    return lowest(np.random.default_rng(seed).permutation(depth), removed, runs)
+
+
+def random_run(removed: int, runs: Sequence[range], seed: int) -> Starts:
+    """One run of blocks, replaced by its first; every place is equally likely."""
+    every = places(removed, runs)
+    ends = every[np.random.default_rng(seed).integers(len(every))]
+    return {ends: ends[0]}
+
+
+def cosine(tokens: TokenReader, streams: Sequence[str], first: int, last: int) -> float:
+    """Mean over tokens, then streams, of the cosine of blocks first..last's input and output."""
+    found = []
+    for stream in streams:
+        ends = (tokens.values(boundary, stream) for boundary in (first, last + 1))
+        found.append(probes.cosines(*ends).mean())
+    return float(np.mean(found))
+
+
+def block_influence(tokens: TokenReader, streams: Sequence[str]) -> np.ndarray:
+    """ShortGPT (arXiv 2403.03853): scores BI_i = 1 - mean cos(x_i, x_{i+1}).
+
+    Taken: the score. Ours: each stream counts alike, since language models have but one.
+    """
+    return np.array([1 - cosine(tokens, streams, b, b) for b in range(tokens.boundaries - 1)])
+
+
+def cka_change(tokens: TokenReader, streams: Sequence[str], estimator: str) -> np.ndarray:
+    """CKA sensitivity, the first rung of PPCL's ladder (arXiv 2511.16156), without probes.
+
+    Ours, since the paper does not define it further: scores 1 - CKA of a block's input and output,
+    mean of streams.
+    """
+
+    def similar(stream: str, block: int) -> float:
+        ends = block, block + 1
+        names = tuple(f"stream {stream!r}, boundary {boundary}" for boundary in ends)
+        return linear_cka(*(tokens.values(b, stream) for b in ends), estimator, names)
+
+    depth = range(tokens.boundaries - 1)
+    return np.array([1 - np.mean([similar(s, b) for s in streams]) for b in depth])
+
+
+def streamline(
+    tokens: TokenReader, streams: Sequence[str], removed: int, runs: Sequence[range]
+) -> Starts:
+    """LLM-Streamline (arXiv 2403.19135): one run of blocks, replaced by one small network.
+
+    Taken: the run whose input and output have the highest cosine. Its network is one block here,
+    started as the run's first, so the run has removed + 1 blocks.
+    """
+    best = max(places(removed, runs), key=lambda ends: cosine(tokens, streams, *ends))
+    return {best: best[0]}
+
+
+def grown(cka: np.ndarray, threshold: float, runs: Iterable[range]) -> dict[int, int]:
+    """First -> last of intervals that grow, from the first block on, while cka >= threshold."""
+    found = {}
+    for run in runs:
+        first = None
+        for block in run:
+            if first is None or not cka[first, block] >= threshold:
+                first = block if cka[block, block] >= threshold else None
+            else:
+                found[first] = block
+    return found
+
+
+def cka_threshold(cka: np.ndarray, removed: int, runs: Sequence[range]) -> Starts:
+    """PPCL's own ablation (arXiv 2511.16156): a floor on cka(u, k) in place of Eq. 4 and 5.
+
+    The threshold is the highest at which enough blocks go; a step of it may remove several, and
+    what is too much is taken back from the ends, where cka [first, last] is lowest.
+    """
+    check(removed, sum(len(run) - 1 for run in runs))
+    # A longer run shifts where the next begins, so that fewer blocks may go at a lower threshold:
+    # bisection could miss the highest one, and there are few enough to try them all.
+    values = np.unique(np.concatenate([cka[run.start : run.stop, run].ravel() for run in runs]))
+    for threshold in values[np.isfinite(values)][::-1]:
+        found = grown(cka, threshold, runs)
+        spare = sum(last - first for first, last in found.items()) - removed
+        if spare >= 0:
+            break
+    else:
+        raise UserError(f"ablation: the probes' CKA allows no {removed} blocks to be removed")
+    for _ in range(spare):
+        worst = min(found, key=lambda first: cka[first, found[first]])
+        found[worst] -= 1
+        found = {first: last for first, last in found.items() if last > first}
+    return {ends: ends[0] for ends in found.items()}
+
+
+def skip_errors(
+    transformer: nn.Module,
+    runs: Sequence[range],
+    reader: calls.Reader,
+    groups: Sequence[np.ndarray],
+    batch_size: int,
+    accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
+) -> np.ndarray:
+    """Relative velocity error with each block skipped, on each group of rows: [groups, depth].
+
+    With one group: one-block-out scores, in the style of FLUX.1 Lite (Freepik, 2024); the measure
+    is ours. NaN for blocks that may not go. state, identity: see `prices.measure`.
+    """
+    sequence = blocks.block_sequence(transformer)
+    errors, skipped = np.full((len(groups), len(sequence)), np.nan), {}
+    for run in runs:
+        for block in run if len(run) > 1 else ():
+            ((ends, kept),) = merged({block}, [run]).items()
+            skipped[block] = {Part(*ends): sequence[kept].module}
+    sets = {
+        f"without {b:02d}": (
+            min(part.first for part in made),
+            max(part.last for part in made),
+            lambda made=made: made,
+        )
+        for b, made in skipped.items()
+    }
+    changes = prices.of_students(transformer, sets)
+    for number, rows in enumerate(groups):
+        judged = prices.Judged(transformer, reader, rows, batch_size, accelerator.device)
+        folder = state and state / str(number)
+        found = prices.measure(judged, changes, accelerator, folder, identity)
+        errors[number, list(skipped)] = found
+    return errors
+
+
+def timestep_groups(reader: calls.Reader, rows: np.ndarray, count: int) -> list[np.ndarray]:
+    """Rows in groups of neighbouring timesteps, low to high, with equally many timesteps each."""
+    timesteps = reader.index["timestep"][rows]
+    if np.isnan(timesteps).any():
+        raise UserError("ablation: the calls' frames have a timestep each, which makes no groups")
+    if len(levels := np.unique(timesteps)) < count:
+        raise UserError(f"ablation: {count} groups of {len(levels)} timesteps; ask for fewer")
+    return [rows[np.isin(timesteps, part)] for part in np.array_split(levels, count)]
+
+
+def over_timesteps(errors: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
+    """Amber-Image (arXiv 2602.17047): scores from ablation that minds the timestep.
+
+    Taken: that, and local weight averaging (start `average` on the intervals of `merged`). Assumed:
+    the score is the weighted mean, equal by default, of `skip_errors` over `timestep_groups`. Each
+    is relative to its own group's velocities, so that none counts more because they are large.
+    """
+    return np.average(errors, axis=0, weights=weights)
+
+
+def local_groups(removed: int, runs: Sequence[range], size: int) -> list[tuple[range, int]]:
+    """Groups of at most `size` neighbours, and how many go of each: `removed`, evenly spread."""
+    spread = set(every_nth(removed, runs))
+    groups = [run[at : at + size] for run in runs for at in range(0, len(run), size)]
+    return [(group, len(spread.intersection(group))) for group in groups]
+
+
+def schemes(size: int, gone: int) -> Tensor:
+    """Every mask of `size` blocks that removes `gone`: [schemes, size], 1 for a kept block."""
+    if (count := math.comb(size, gone)) > MOST_SCHEMES:
+        raise UserError(f"ablation: {count} masks of {size} blocks are too many; group fewer")
+    kept = torch.tensor(list(itertools.combinations(range(size), size - gone)), dtype=torch.long)
+    return torch.zeros(count, size).scatter_(1, kept, 1)
+
+
+class DepthMasks(nn.Module):
+    """Masks of a transformer's groups of blocks, and a low-rank update of their linear layers."""
+
+    def __init__(self, transformer: nn.Module, groups, rank: int, seed: int):
+        super().__init__()
+        sequence = blocks.block_sequence(transformer)
+        generator = torch.Generator().manual_seed(seed)
+        self.groups = [[sequence[block] for block in group] for group, _ in groups]
+        self.schemes = [schemes(len(group), gone) for group, gone in groups]
+        self.logits = nn.ParameterList(torch.zeros(len(masks)) for masks in self.schemes)
+        modules = [m for group in self.groups for block in group for m in block.module.modules()]
+        # In a plain list, so that they are no part of what is trained and saved.
+        self.linears = [m for m in modules if isinstance(m, nn.Linear)]
+        shapes = [(m.out_features, m.in_features) for m in self.linears]
+        draws = [torch.randn(rank, n, generator=generator) / n**0.5 for _, n in shapes]
+        self.down = nn.ParameterList(draws)
+        self.up = nn.ParameterList(torch.zeros(n, rank) for n, _ in shapes)
+        self.gates: dict[int, Tensor] = {}
+
+    def sample(self, seed: tuple[int, ...], temperature: float) -> None:
+        """Draws a mask of every group by Gumbel-softmax, hard forward and soft backward."""
+        rng = np.random.default_rng(seed)
+        for group, masks, logits in zip(self.groups, self.schemes, self.logits, strict=True):
+            noise = torch.from_numpy(rng.gumbel(size=len(masks))).to(logits)
+            soft = torch.softmax((SHARPNESS * logits + noise) / temperature, 0)
+            hard = nn.functional.one_hot(soft.argmax(), len(masks))
+            gates = (hard + (soft - soft.detach())) @ masks.to(soft)
+            self.gates |= {block.index: gate for block, gate in zip(group, gates, strict=True)}
+
+    @contextmanager
+    def attached(self):
+        """Blocks compute x + m (T(x) - x) on every stream, T with updated layers."""
+        with ExitStack() as stack:
+            for linear, down, up in zip(self.linears, self.down, self.up, strict=True):
+
+                def update(_module, args, out, down=down, up=up):
+                    return out + (args[0].to(down) @ down.T @ up.T).to(out)
+
+                stack.callback(linear.register_forward_hook(update).remove)
+            for block in itertools.chain(*self.groups):
+
+                def gate(_module, args, kwargs, returned, block=block):
+                    x, y = block.inputs(block.bind(args, kwargs)), block.outputs(returned)
+                    m = self.gates[block.index]
+                    mixed = tuple(x[s] + m.to(x[s]) * (out - x[s]) for s, out in y.items())
+                    return mixed if isinstance(returned, tuple) else mixed[0]
+
+                stack.callback(block.module.register_forward_hook(gate, with_kwargs=True).remove)
+            yield
+
+    def gone(self) -> list[int]:
+        """The blocks that the most probable mask of every group removes."""
+        best = [m[x.argmax().item()] for m, x in zip(self.schemes, self.logits, strict=True)]
+        every = zip(itertools.chain(*self.groups), torch.cat(best), strict=True)
+        return [block.index for block, mask in every if mask == 0]
+
+
+def learned_masks(
+    transformer: nn.Module,
+    groups: Sequence[tuple[range, int]],
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+    checkpoint: Path,
+    identity: str,
+) -> list[int]:
+    """TinyFusion (arXiv 2412.01199): depth masks learned together with a light weight update.
+
+    Taken: local N:M schemes (`local_groups`), a distribution over all masks of each, Gumbel-softmax
+    with a straight-through gradient and a falling temperature; a low-rank update, learned beside
+    them and then dropped, so that masks are judged by what training can mend; the most probable
+    mask wins. Ours: the loss is the recorded velocities', and one AdamW learns both.
+
+    Args:
+        transformer: needs no gradients of its own, but may checkpoint them.
+        options: those of `loop.Optimisation`, batch_size, and the rank of the update.
+    """
+    masks = DepthMasks(transformer, groups, options["rank"], seed).to(accelerator.device)
+
+    def model_at(step: int) -> nn.Module:
+        # Batches are drawn from (seed, step): the third number keeps the draws apart.
+        masks.sample((seed, step, 2), np.interp(step / options["steps"], (0, 1), TEMPERATURES))
+        return transformer
+
+    losses = distillation.output_distillation(
+        model_at, "masks", reader, options, seed, accelerator, in_float32=False
+    )
+    optimisation = loop.Optimisation.from_settings(options)
+    with masks.attached():  # throughout: checkpointing runs the blocks again during backward
+        loop.train({"masks": masks}, losses, optimisation, accelerator, checkpoint, identity)
+    return masks.gone()

@@ -1,0 +1,79 @@
+"""Ways to spend the any-subset phase, for the ablation: which units a step plugs in, and mixtures.
+
+`DRAWS` holds one function each; the workflow's own phase draws as `uniform`.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from ppcl.pruning.plans import Unit
+from ppcl.search import integer_programs
+from ppcl.training import distillation
+
+# What a step plugs in, by its seed (run, step).
+Draw = Callable[[tuple[int, ...]], list[Unit]]
+# Of each unit: its error when it is plugged in alone, and what it saves.
+Prices = tuple[Sequence[float], Sequence[int]]
+
+
+def uniform(units: Sequence[Unit], prices: Prices) -> Draw:
+    """Every size is equally likely, then every subset of that size."""
+    return lambda seed: distillation.random_subset(units, seed)
+
+
+def large(units: Sequence[Unit], prices: Prices) -> Draw:
+    """A size is as likely as it is large, then every subset of that size is equally likely."""
+    sizes = np.arange(1, len(units) + 1)
+
+    def draw(seed: tuple[int, ...]) -> list[Unit]:
+        rng = np.random.default_rng((*seed, 1))
+        size = rng.choice(sizes, p=sizes / sizes.sum())
+        return [units[i] for i in sorted(rng.permutation(len(units))[:size])]
+
+    return draw
+
+
+def budgets(units: Sequence[Unit], prices: Prices) -> Draw:
+    """As `uniform` every other time; else what a budget drawn at random would choose."""
+    costs, savings = prices
+
+    @functools.cache
+    def chosen(wanted: int) -> list[int]:
+        return cheapest(costs, savings, wanted)
+
+    def draw(seed: tuple[int, ...]) -> list[Unit]:
+        rng = np.random.default_rng((*seed, 2))
+        if rng.random() < 0.5:
+            return distillation.random_subset(units, seed)
+        # Never zero, of which nothing would be chosen; savings are whole numbers.
+        return [units[i] for i in chosen(math.ceil((1 - rng.random()) * sum(savings)))]
+
+    return draw
+
+
+def everything(units: Sequence[Unit], prices: Prices) -> Draw:
+    """All units at every step: they learn to serve one size alone."""
+    return lambda seed: list(units)
+
+
+DRAWS = {"uniform": uniform, "large": large, "budgets": budgets, "everything": everything}
+
+
+def cheapest(costs: Sequence[float], savings: Sequence[float], wanted: float) -> list[int]:
+    """Indices of the least total cost that save so much; all where rounding asks for more."""
+    found = integer_programs.cheapest(costs, [[saved] for saved in savings], [wanted])
+    return list(range(len(costs)) if found is None else found.columns)
+
+
+def mixed(losses: Callable, others: Callable, name: str, weight: float) -> Callable:
+    """Step losses of one phase plus `weight` times those of another, as of the module `name`."""
+
+    def losses_of_step(step: int) -> Iterator:
+        yield from losses(step)
+        for _, loss, _ in others(step):
+            yield name, weight * loss, {}
+
+    return losses_of_step

@@ -1,0 +1,285 @@
+"""Low-rank modulation: AdaLN matrices as products, fitted in closed form to their real inputs.
+
+A block's modulation matrices see the conditioning alone, such as silu(temb), which varies in few
+directions. With W [out, d], mean m and covariance C [d, d] of the real inputs, and any A with
+A A^T = C, the best map of rank r of the matrix's outputs in the mean square is, for
+W A = V S U^T,
+
+    up = V_r,   down = V_r^T W,   bias' = bias + (I - V_r V_r^T) W m
+
+(reduced-rank regression, centred on the mean). It needs no [out, out] matrix, and one
+decomposition serves all ranks. What is beyond the paper here, METHOD.md tells.
+"""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.pruning import narrow
+from ppcl.pruning.plans import Matrix, Modulation
+from ppcl.runtime import devices
+from ppcl.transformer import blocks
+
+EPSILON = torch.finfo(torch.float64).eps
+
+
+class Moments(Protocol):
+    """Sums over recorded inputs of a matrix, float64: count; sum [d]; outer [d, d] = sum of
+    x x^T."""
+
+    count: float
+    sum: Tensor
+    outer: Tensor
+
+
+class Conditioning(Protocol):
+    """What matrices get."""
+
+    def of(self, matrix: Matrix) -> Moments: ...
+
+
+@dataclass(frozen=True)
+class Factors:
+    """W x + b as up (down x) + bias: down [r, d], up [out, r], bias [out], float64."""
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor
+
+
+# ---- which matrices there are
+
+
+def matrices(transformer: nn.Module) -> list[Modulation]:
+    """All modulation matrices in order of data flow, the last AdaLN's at the end; none that are
+    products already, as in a teacher that is a pruned pipeline."""
+    of, sequence = blocks.family(transformer), blocks.block_sequence(transformer)
+    found = []
+    for block in sequence:
+        text = block.width.text
+        borrowed = (text.norm, text.modulation or text.norm) if text else ()
+        cut = {parts.modulation: stream for stream, parts in block.width.ffn.items()}
+        for path in block.list.modulations:
+            if linear := _linear(block.module, path):
+                stream = cut.get(path, "")
+                left = 3
+                if stream:
+                    ffn = block.width.ffn[stream]
+                    channels = narrow.width_of(block.module.get_submodule(ffn.ffn))
+                    gone = channels * (ffn.parts[1] - ffn.parts[0])
+                    left = 6 * (linear.out_features - gone) // linear.out_features
+                found.append(
+                    Modulation(
+                        block=block.index,
+                        path=path,
+                        inputs=linear.in_features,
+                        outputs=linear.out_features,
+                        bias=linear.bias is not None,
+                        ffn=stream,
+                        left=left,
+                        text=any(path.startswith(f"{place}.") for place in borrowed),
+                    )
+                )
+    if of.last_modulation and (linear := _linear(transformer, of.last_modulation)):
+        bias = linear.bias is not None
+        shape = linear.in_features, linear.out_features
+        found.append(Modulation(len(sequence), of.last_modulation, *shape, bias))
+    return found
+
+
+def _linear(module: nn.Module, path: str) -> nn.Linear | None:
+    """The matrix at a path of a stock block; None if it is gone, or a product."""
+    place = narrow.held(module, path)
+    found = module.get_submodule(place) if place else None
+    return found if isinstance(found, nn.Linear) else None
+
+
+def parameter_count(transformer: nn.Module) -> int:
+    """Of all modulation matrices of a model, pruned or not, products of low rank included."""
+    of, sequence = blocks.family(transformer), blocks.block_sequence(transformer)
+    places = [(block.module, path) for block in sequence for path in block.list.modulations]
+    places += [(transformer, of.last_modulation)] if of.last_modulation else []
+    return sum(
+        blocks.parameter_count(module.get_submodule(place))
+        for module, path in places
+        if (place := narrow.held(module, path))
+    )
+
+
+# ---- closed form
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How recorded inputs lie, float64: their mean [d]; the variances [d] of their principal
+    directions, falling; these directions, the columns of [d, d]; and how many of them count."""
+
+    mean: Tensor
+    variances: Tensor
+    directions: Tensor
+    rank: int
+
+    @classmethod
+    def of(cls, moments: Moments, device: torch.device | None = None) -> "Spread":
+        """Of sums over inputs."""
+        total, outer = moments.sum.to(device), moments.outer.to(device)
+        mean = total / moments.count
+        second = outer / moments.count
+        variances, directions = torch.linalg.eigh(second - torch.outer(mean, mean))
+        # Rounding leaves variances of this size where the true one is 0.
+        least = len(mean) * EPSILON * second.trace()
+        rank = int((variances > least).sum())
+        return cls(mean, variances.flip(0).clamp(min=0), directions.flip(1), rank)
+
+    def root(self, rank: int) -> Tensor:
+        """A [d, k] with A A^T = C, of the directions that count.
+
+        Where a higher rank is asked for, of all of them, and C has a ridge of eps * trace(C) / d:
+        so all directions of W are found, those that no recorded input has as the last ones.
+        """
+        if rank <= self.rank:
+            return self.directions[:, : self.rank] * self.variances[: self.rank].sqrt()
+        ridge = EPSILON * max(float(self.variances.mean()), EPSILON)
+        return self.directions * (self.variances + ridge).sqrt()
+
+
+def reduced(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
+    """The best product of a rank for a matrix on recorded inputs, see the top.
+
+    Args:
+        weight: [out, d]; bias: [out], or None.
+
+    Raises:
+        ValueError: a matrix of this shape has no such rank.
+    """
+    return reductions(weight, bias, Spread.of(moments, weight.device), [rank])[rank]
+
+
+def reductions(
+    weight: Tensor, bias: Tensor | None, spread: Spread, ranks: list[int]
+) -> dict[int, Factors]:
+    """As `reduced`, of several ranks at the price of one.
+
+    Args:
+        spread: of the inputs, on the weight's device.
+    """
+    if not 1 <= min(ranks) <= max(ranks) <= min(weight.shape):
+        raise ValueError(f"a matrix {list(weight.shape)} can't have ranks {ranks}")
+    weight = weight.detach().double()
+    offset = 0 if bias is None else bias.detach().double()
+    answers = weight @ spread.mean
+    basis, _, _ = torch.linalg.svd(weight @ spread.root(max(ranks)), full_matrices=False)
+    found = {}
+    for rank in ranks:
+        up = basis[:, :rank]
+        kept = up @ (up.T @ answers)
+        found[rank] = Factors(up.T @ weight, up, offset + answers - kept)
+    return found
+
+
+# ---- in a model
+
+
+@torch.no_grad()
+def low_rank(
+    model: nn.Module,
+    block_map: list[list[int]],
+    ranks: Mapping[Matrix, int],
+    conditioning: Conditioning,
+) -> nn.Module:
+    """A model with matrices as products of low rank, fitted to the weights that it has there:
+    a student's own, halved ones included. It shares all else with the model, which stays as it is.
+
+    Args:
+        model: an assembled transformer, or the teacher itself.
+        block_map: of `blocks.assembled`.
+        ranks: by matrix; its block is the first old one that a new block stands for, or the number
+            of old blocks for the last AdaLN.
+
+    Raises:
+        ValueError: the model has no such matrix, or it is a product already.
+    """
+    made, spread, of = shaped(model, block_map, ranks), None, None
+    for matrix, rank in sorted(ranks.items()):
+        old, new = (matrix_in(one, block_map, matrix) for one in (model, made))
+        device = devices.statistics_device(old.weight.device)
+        moments = conditioning.of(matrix)
+        if of is None or not torch.equal(moments.outer, of.outer):  # most have the same inputs
+            spread, of = Spread.of(moments, device), moments
+        bias = None if old.bias is None else old.bias.to(device)
+        factors = reductions(old.weight.to(device), bias, spread, [rank])[rank]
+        put(new, factors)
+    return made
+
+
+@torch.no_grad()
+def put(product: nn.Module, factors: Factors) -> None:
+    """Gives a product of `shaped` its weights."""
+    product.down.weight.copy_(factors.down)
+    product.up.weight.copy_(factors.up)
+    product.up.bias.copy_(factors.bias)
+
+
+def shaped(model: nn.Module, block_map: list[list[int]], ranks: Mapping[Matrix, int]) -> nn.Module:
+    """As `low_rank`, but the products are zero: for counts, and to be loaded into."""
+    by_place: dict[str, dict[str, int]] = {}
+    for matrix, rank in ranks.items():
+        place, path = _place(model, block_map, matrix)
+        by_place.setdefault(place, {})[path] = rank
+    made = _fork(model)
+    for place, paths in by_place.items():
+        block = _forked(made, place)
+        for path in paths:
+            _forked(block, narrow.held(block, path).rpartition(".")[0])
+        narrow.lower(block, paths)
+    return made
+
+
+def matrix_in(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> nn.Module:
+    """A matrix of an assembled model, or the product in its place; arguments as of `low_rank`."""
+    place, path = _place(model, block_map, matrix)
+    block = model.get_submodule(place)
+    return block.get_submodule(narrow.held(block, path))
+
+
+def _place(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> tuple[str, str]:
+    """Path of the block that has a matrix, or of what holds the last AdaLN's, and the path in it.
+
+    Raises:
+        ValueError: there is none.
+    """
+    number, path = matrix
+    if number == block_map[-1][-1] + 1:
+        place, _, path = path.rpartition(".")
+    else:
+        starts = [members[0] for members in block_map]
+        if number not in starts:
+            raise ValueError(f"the model has no block that starts with block {number}")
+        module = blocks.block_sequence(model)[starts.index(number)].module
+        place = next(name for name, found in model.named_modules() if found is module)
+    if not narrow.held(model.get_submodule(place), path):
+        raise ValueError(f"block {number} of the model has no modulation {path}")
+    return place, path
+
+
+def _forked(module: nn.Module, path: str) -> nn.Module:
+    """Makes forks of all modules on a path, in place, and returns the last of them."""
+    for name in path.split(".") if path else ():
+        fork = _fork(module.get_submodule(name))
+        module._modules[name] = fork
+        module = fork
+    return module
+
+
+def _fork(module: nn.Module) -> nn.Module:
+    """A copy with the same weights, submodules and hooks, whose submodules can be replaced."""
+    made = copy.copy(module)
+    made.__dict__.pop("forward", None)  # an offloading hook's, which runs the original
+    for name in vars(nn.Module()):  # all that a copy would share: submodules, weights, hooks
+        if isinstance(own := vars(module)[name], dict):
+            made.__dict__[name] = own.copy()
+    return made

@@ -1,0 +1,304 @@
+"""`prune.start: solved`: an interval's first block, refitted to what the whole interval does.
+
+The linears whose outputs a stream takes up, each channel times a gate (`Family.gated`), are
+refitted by least squares, while all else of the block stays the teacher's: first those of the
+attention, with the FFN as if it returned nothing, then the FFN's last, which gets the stream as it
+is then. With features f (and 1) of a token, gate g, and y the block's output, for channel c
+
+    minimise over the change d_c of its row    sum | t_c - y_c - g_c d_c . f |^2
+    (sum over samples of g_c^2 sum over tokens f f^T) d_c = sum over samples and tokens of g_c r_c f
+
+with t the teacher's stream after the interval and r = t - y. Both sides come from the block itself:
+its output depends on such a linear's element by element, so its Jacobian J is diagonal, and J^T 1
+is g, J^T r is g r, whatever else a family does with gates.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ppcl.closed_forms import width
+from ppcl.errors import UserError
+from ppcl.pruning import students
+from ppcl.pruning.plans import Part
+from ppcl.pruning.students import Students
+from ppcl.runtime import devices
+from ppcl.training import teaching
+from ppcl.transformer import blocks, calls
+
+# Samples of neighbouring timesteps have their mean squared gate, so many groups of them: a matrix
+# of moments each. On the embedded teacher, errors with 64 groups are within 4 % of these.
+GROUPS = 16
+# Of the sums of all parts that are fitted in one pass over the calls.
+SUMS_BYTES = 4 << 30
+# Share of the largest gate by which others may differ from it by rounding.
+ALIKE = 1e-3
+# Ridge on the change of each channel, in units of a feature's mean square. On the embedded teacher
+# with 256 calls, a hundredth of it left errors 1 to 18 % higher; with 1024 it hardly matters.
+RIDGE = 1e-2
+
+
+def stages(transformer: nn.Module, part: Part) -> tuple[tuple[str, ...], ...]:
+    """Paths in a part's block of what is refitted together, in order.
+
+    Raises:
+        UserError: the registry does not say.
+    """
+    attribute = blocks.block_sequence(transformer)[part.first].list.attribute
+    found = blocks.family(transformer).gated.get(attribute)
+    if found is None:
+        raise UserError(
+            f"prune.start: solved is not for {type(transformer).__name__}: of its {attribute} the "
+            "family registry names no linear that a gate alone follows "
+            "(workflow/scripts/ppcl/transformer/families.py); set prune.start to first"
+        )
+    return found
+
+
+def start(
+    transformer: nn.Module,
+    parts: Iterable[Part],
+    how: str,
+    reader: calls.Reader,
+    options: Mapping,
+    seed: int,
+    device: torch.device,
+) -> Students:
+    """Whole blocks with their start weights as `students.start` makes them, refitted if `how` is
+    `solved`; on the device.
+
+    Args:
+        options: the config's `width`: fit_rows, batch_size.
+    """
+    made = students.start(transformer, parts, how)
+    for student in made.values():
+        student.to(device)
+    if how == "solved":
+        rows, _ = width.fit_rows(reader, options, seed)
+        refit(transformer, made, reader, rows, options["batch_size"], device)
+    return made
+
+
+def refit(
+    transformer: nn.Module,
+    wholes: Students,
+    reader: calls.Reader,
+    rows: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+) -> Students:
+    """Refits whole blocks that are copies of their interval's first; in place.
+
+    Args:
+        transformer: the teacher, on the device.
+        wholes: on the device; those of one block are left as they are.
+        rows: numbers of the calls to fit on.
+        batch_size: of calls.
+
+    Raises:
+        UserError: the registry does not say where these linears are, or is wrong about a block.
+    """
+    longer = {part: module for part, module in wholes.items() if part.last > part.first}
+    for number in range(max((len(stages(transformer, part)) for part in longer), default=0)):
+        wanted = {
+            part: every[number:]
+            for part in longer
+            if len(every := stages(transformer, part)) > number
+        }
+        for group in _groups(longer, wanted):
+            now = {part: wanted[part] for part in group}
+            _refit(transformer, longer, now, reader, rows, batch_size, device)
+    return wholes
+
+
+def _groups(wholes: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[Part]]:
+    """Parts whose sums fit in memory."""
+    group: list[Part] = []
+    held = 0
+    for part, paths in wanted.items():
+        linears = [wholes[part].get_submodule(path) for path in paths[0]]
+        size = sum(8 * GROUPS * (linear.in_features + 1) ** 2 for linear in linears)
+        if group and held + size > SUMS_BYTES:
+            yield group
+            group, held = [], 0
+        group, held = [*group, part], held + size
+    if group:
+        yield group
+
+
+def _refit(
+    transformer: nn.Module,
+    wholes: Students,
+    wanted: Mapping[Part, tuple[tuple[str, ...], ...]],
+    reader: calls.Reader,
+    rows: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+) -> None:
+    """One stage: the first paths of each part; those that follow return nothing."""
+    order = np.argsort(reader.index["timestep"][rows], kind="stable")
+    group_of = dict(
+        zip(rows[order].tolist(), np.arange(len(rows)) * GROUPS // len(rows), strict=True)
+    )
+    sums = {
+        (part, path): _Sums(wholes[part].get_submodule(path), device)
+        for part, paths in wanted.items()
+        for path in paths[0]
+    }
+    for batch in reader.batches(rows, batch_size, device):
+        batch = batch.to(device)
+        groups = torch.tensor([group_of[number] for number in batch.numbers.tolist()])
+        lessons = teaching.teacher_states(transformer, list(wanted), batch.arguments)
+        for part, (paths, *later) in wanted.items():
+            block = blocks.block_sequence(transformer)[part.first]
+            block = blocks.Block(part.first, wholes[part], block.list)
+            masks = _real(transformer, part, batch, lessons[part].target)
+            seen = _answers(block, paths, sum(later, ()), lessons[part], masks)
+            for path, (features, gate, target) in seen.items():
+                sums[part, path].add(features, gate, target, groups, f"block {part.first}, {path}")
+    for one in sums.values():
+        one.solve()
+
+
+def _real(
+    transformer: nn.Module, part: Part, batch: calls.Batch, target: blocks.Streams
+) -> blocks.Streams:
+    """Stream -> 1 for what counts of it and 0 for padding, in its shape; streams that nothing reads
+    are left out."""
+    family = blocks.family(transformer)
+    last = part.last == blocks.block_sequence(transformer)[-1].index
+    read = {s: v for s, v in target.items() if not (last and s in family.unread)}
+    masks = blocks.token_masks(family, batch.arguments, read)
+    found = {stream: torch.ones_like(value, dtype=torch.float32) for stream, value in read.items()}
+    for stream, mask in masks.items():
+        found[stream] *= mask[..., None]
+    return found
+
+
+def _answers(
+    block: blocks.Block,
+    paths: Sequence[str],
+    later: Sequence[str],
+    lesson: teaching.Lesson,
+    real: blocks.Streams,
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Path -> its linear's features [batch, tokens, in], J^T 1 and J^T r [batch, tokens, out]; none
+    of what only unread streams take up."""
+    features: dict[str, Tensor] = {}
+    leaves: dict[str, Tensor] = {}
+    handles = []
+
+    def watch(path: str):
+        def instead(_module, args, out):
+            features[path] = args[0].detach()
+            leaves[path] = out.detach().requires_grad_()
+            return leaves[path]
+
+        return instead
+
+    def nothing(_module, _args, out):
+        return torch.zeros_like(out)
+
+    for path in paths:
+        handles.append(block.module.get_submodule(path).register_forward_hook(watch(path)))
+    for path in later:
+        handles.append(block.module.get_submodule(path).register_forward_hook(nothing))
+    try:
+        with torch.enable_grad():
+            bound = teaching.fitting(lesson.bound, block.module)
+            output = block.outputs(block.module(**bound))
+    finally:
+        for handle in handles:
+            handle.remove()
+    streams = list(real)
+    made = [output[stream] for stream in streams]
+    names = list(leaves)
+
+    def back(cotangents: list[Tensor]) -> list[Tensor | None]:
+        return torch.autograd.grad(
+            made, [leaves[n] for n in names], cotangents, retain_graph=True, allow_unused=True
+        )
+
+    with torch.no_grad():
+        short = [
+            torch.where(real[s] > 0, lesson.target[s].to(y) - y, 0.0)
+            for s, y in zip(streams, made, strict=True)
+        ]
+        ones = [real[s].to(y) for s, y in zip(streams, made, strict=True)]
+        generator = torch.Generator().manual_seed(0)
+        flips = [torch.rand(y.shape, generator=generator).to(y) < 0.5 for y in made]
+        signs = [torch.where(flip, -one, one) for flip, one in zip(flips, ones, strict=True)]
+    gates, targets, turned = back(ones), back(short), back(signs)
+    found = {}
+    for name, gate, target, other in zip(names, gates, targets, turned, strict=True):
+        if gate is None:
+            continue
+        if (other.abs() - gate.abs()).abs().max() > ALIKE * gate.abs().max():
+            raise UserError(
+                f"{type(block.module).__name__}: more than a gate follows {name}, which the family "
+                "registry lists as gated (workflow/scripts/ppcl/transformer/families.py)"
+            )
+        found[name] = features[name], gate, target
+    return found
+
+
+class _Sums:
+    """Both sides of the normal equations of one linear's channels, float64.
+
+    moments [groups, in + 1, in + 1] of features and 1; gates [groups, out], sums of squares;
+    counts [groups], of samples; right [out, in + 1].
+    """
+
+    def __init__(self, linear: nn.Linear, device: torch.device):
+        self.linear = linear
+        where = devices.statistics_device(device)
+        size, out = linear.in_features + 1, linear.out_features
+        shape = {"dtype": torch.float64, "device": where}
+        self.moments = torch.zeros(GROUPS, size, size, **shape)
+        self.gates = torch.zeros(GROUPS, out, **shape)
+        self.counts = torch.zeros(GROUPS, **shape)
+        self.right = torch.zeros(out, size, **shape)
+
+    def add(
+        self, features: Tensor, gate: Tensor, target: Tensor, groups: Tensor, name: str
+    ) -> None:
+        """Adds samples; a gate of 0 marks padding. Raises UserError if tokens have gates of their
+        own."""
+        features, gate, target = (x.to(self.right) for x in (features, gate, target))
+        real = gate.abs().amax(-1) > 0  # [batch, tokens]
+        largest = gate.abs().amax(1, keepdim=True)
+        if ((gate.abs() - largest).abs() * real[..., None]).max() > ALIKE * largest.max():
+            raise UserError(
+                f"prune.start: solved: at {name}, tokens of a sample have gates of their own; set "
+                "prune.start to first"
+            )
+        features = torch.where(real[..., None], features, 0.0)
+        features = torch.cat([features, real[..., None].to(features)], -1)
+        self.right += torch.einsum("nto,nti->oi", target, features)
+        moments = features.mT @ features
+        groups = groups.to(self.moments.device)
+        self.moments.index_add_(0, groups, moments)
+        self.gates.index_add_(0, groups, largest[:, 0].square())
+        self.counts.index_add_(0, groups, torch.ones_like(groups, dtype=torch.float64))
+
+    @torch.no_grad()
+    def solve(self) -> None:
+        """Adds each channel's least-squares change to the linear."""
+        weights = self.gates / self.counts.clamp_min(1)[:, None]
+        scale = self.moments.sum(0).diagonal().sqrt()
+        scale = torch.where(scale > 0, scale, 1.0)
+        weight, bias = self.linear.weight, self.linear.bias
+        used = slice(None) if bias is not None else slice(-1)
+        for channel in range(len(self.right)):
+            left = torch.einsum("k,kij->ij", weights[:, channel], self.moments)
+            left = (left / torch.outer(scale, scale))[used, used]
+            mean = left.diagonal()[: weight.shape[1]].mean()
+            if not mean > 0:
+                continue  # its gate is shut throughout
+            left.diagonal()[: weight.shape[1]] += RIDGE * mean
+            change = torch.linalg.solve(left, (self.right[channel] / scale)[used]) / scale[used]
+            weight[channel] += change[: weight.shape[1]].to(weight)
+            if bias is not None:
+                bias[channel] += change[-1].to(bias)

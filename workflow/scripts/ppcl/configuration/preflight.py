@@ -1,0 +1,319 @@
+"""Cheap checks, before anything runs, of what a configuration points at.
+
+Reads neither torch nor diffusers, so that Snakefiles can import it.
+"""
+
+import math
+import os
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+from ppcl.configuration import prompt_checks
+from ppcl.configuration.config import limits, trains
+from ppcl.errors import UserError
+from ppcl.pruning import pins
+from ppcl.storage import schemas, untrusted
+from ppcl.teacher import arguments, hub, needed, weights
+from ppcl.transformer.families import family_of, fixed_states
+
+
+def check(config: dict, source: str = "config") -> None:
+    """Cheap checks of what the configuration points at: teacher, prompts, possible budgets.
+
+    Raises UserError naming the key, the file and the fix.
+    """
+    _check_teacher(config["teacher"], source)
+    prompt_checks.check(config, source)
+    arguments.check(config, source)
+    _check_renoising(config, source)
+    _check_start(config, source)
+    for stage in _trainings(config):
+        size = config[stage]["batch_size"]
+        if config["processes"] != "auto" and config["processes"] > size:
+            raise UserError(
+                f"{source}: processes is {config['processes']}, but {stage}.batch_size only "
+                f"{size}, and every process needs a sample; raise one or lower the other"
+            )
+    if config["teacher"]["dtype"] == "float16" and trains(config) and config["subsets"]["steps"]:
+        raise UserError(
+            f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
+            f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
+        )
+    _check_optimizers(config, source)
+    sequential = trains(config) and config["distill"]["mode"] == "sequential"
+    if sequential and config["distill"]["shards"] != 1:
+        raise UserError(
+            f"{source}: distill.mode is sequential, in which students learn from those before "
+            "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
+        )
+    searched = config["intervals"]["enabled"] and config["intervals"]["tolerance"] == "bootstrap"
+    if searched and not config["similarity"]["bootstrap"]:
+        raise UserError(
+            f"{source}: intervals.tolerance is bootstrap, the noise that resamples show, but "
+            "similarity.bootstrap is 0; set tolerance to a number, or bootstrap to 2 or more"
+        )
+    if sequential and config["distill"]["cache_inputs"] == "always":
+        raise UserError(
+            f"{source}: distill.mode is sequential, which runs all of the teacher anyway; set "
+            "distill.cache_inputs to auto or never, or mode to independent"
+        )
+    if config["finetune"]["cpu_offload"] and config["finetune"]["sharding"] == "none":
+        raise UserError(
+            f"{source}: finetune.cpu_offload is of use with finetune.sharding: fsdp alone; set "
+            "that too (one process is enough), or leave cpu_offload out"
+        )
+    _check_offload(config, source)
+    kinds = [name for name in ("intervals", "width", "modulation") if config[name]["enabled"]]
+    if not kinds:
+        raise UserError(
+            f"{source}: intervals, width and modulation all have enabled: false, so nothing can be "
+            "pruned; set one of them to true"
+        )
+    if kinds[0] == "width" and not config["choose"]["closed_forms"]:
+        raise UserError(
+            f"{source}: choose.closed_forms is false, so variants take the linear maps that the "
+            "search for intervals took, but intervals.enabled is false: there is none; set one of "
+            "them to true"
+        )
+    blocks, total = _parameters(config["teacher"])
+    try:
+        pins.wishes(config, len(blocks) or None)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    _check_budgets(config, blocks, total, source)
+
+
+def least_fraction(config: dict, source: str) -> float:
+    """The share of a local teacher's transformer that the fewest students leave; 0 on the Hub."""
+    blocks, total = _parameters(config["teacher"])
+    return _least(config, blocks, total, source)[1] / total if blocks else 0.0
+
+
+def _check_renoising(config: dict, source: str) -> None:
+    """Raises UserError if pictures of a local teacher are to be noised again and can't be."""
+    teacher, count = config["teacher"], config["record"]["renoised_per_sample"]
+    if not count or hub.is_name(teacher["path"]):
+        return
+    index = hub.read_index(_folder(teacher))
+    pipeline, transformer = str(index["_class_name"]), str(index[hub.component(teacher)][1])
+    if why := fixed_states(transformer, pipeline):
+        raise UserError(
+            f"{source}: record.renoised_per_sample is {count}, but pictures of a {pipeline} can't "
+            f"be noised again ({why}); set it to 0"
+        )
+
+
+def _check_start(config: dict, source: str) -> None:
+    """Raises UserError if a local teacher's blocks can't be refitted and are to be."""
+    teacher = config["teacher"]
+    if config["prune"]["start"] != "solved" or hub.is_name(teacher["path"]):
+        return
+    name = str(hub.read_index(_folder(teacher))[hub.component(teacher)][1])
+    family = family_of(name)
+    if family is None or not family.gated:
+        raise UserError(
+            f"{source}: prune.start is solved, but the family registry names no linears of a "
+            f"{name} that could be refitted (workflow/scripts/ppcl/transformer/families.py); set "
+            "it to first"
+        )
+
+
+def check_results(run: str, source: str = "config") -> None:
+    """Raises UserError if a file is where a folder of the run's results has to be."""
+    folders = {path.split("/")[0] for path in schemas.ARTIFACTS}
+    run_folder = Path("results", run)
+    for folder in (run_folder.parent, run_folder, *map(run_folder.joinpath, sorted(folders))):
+        if os.path.lexists(folder) and not folder.is_dir():
+            raise UserError(
+                f"{source}: run: {folder} has to be a folder, and is none; choose another name for "
+                "the run, or move that away"
+            )
+
+
+def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> None:
+    """Raises UserError if no budget prunes anything, or if one can't be met.
+
+    Args:
+        blocks: parameters of every block of a local teacher, in ascending order; empty if unknown.
+        total: parameters of its transformer.
+    """
+    if not any(_prunes(variant["budget"], blocks, total) for variant in config["variants"]):
+        raise UserError(
+            f"{source}: variants: a budget of {config['variants'][0]['budget']} prunes nothing; "
+            "lower one of them"
+        )
+    if not blocks:
+        return
+    fewest, least = _least(config, blocks, total, source)
+    for variant in config["variants"]:
+        for kind, value in limits(variant["budget"]).items():
+            left = {"fraction": least / total, "parameters": least, "blocks": fewest}.get(kind, 0)
+            if value >= left:
+                continue
+            shown = f"{left:.3f} of this teacher's parameters"
+            if kind != "fraction":
+                shown = f"{left:,} of this teacher's {kind}"
+            why = "even the fewest students in place of all unprotected blocks leave"
+            longer = "raise sensitivity.longest or " * (config["intervals"]["cost"] == "velocity")
+            fix = f"{longer}lower intervals.protect_first and protect_last"
+            if not config["intervals"]["enabled"]:
+                why = "without depth pruning, the least that closed forms leave is"
+                fix = "set intervals.enabled: true"
+            raise UserError(
+                f"{source}: variants: budget {variant['budget']} of '{variant['name']}' is "
+                f"impossible: {why} {shown}; choose a larger budget, or {fix}"
+            )
+
+
+def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
+    """Whether a budget asks for less than the whole teacher."""
+    whole = {"parameters": total, "blocks": len(blocks)}
+    return any(
+        value < whole.get(kind, 1) or not blocks and kind in whole
+        for kind, value in limits(budget).items()
+    )
+
+
+def _trainings(config: dict) -> list[str]:
+    """The stages that train, by their keys."""
+    stages = ["distill", "subsets"] if trains(config) else []
+    return stages + (["finetune"] if any(v["finetune_steps"] for v in config["variants"]) else [])
+
+
+def _check_optimizers(config: dict, source: str) -> None:
+    """Raises UserError if 8-bit moments are asked for where there can be none."""
+    for stage in _trainings(config):
+        if config[stage]["optimizer"] != "adamw8bit":
+            continue
+        if find_spec("bitsandbytes") is None:
+            raise UserError(
+                f"{source}: {stage}.optimizer is adamw8bit, which needs the package bitsandbytes; "
+                f"install it (pip install bitsandbytes), or set {stage}.optimizer to adamw"
+            )
+        if stage == "finetune" and config[stage]["sharding"] == "fsdp":
+            raise UserError(
+                f"{source}: finetune.optimizer is adamw8bit, which can't take weights that are "
+                "shared out; set finetune.optimizer to adamw, or finetune.sharding to none"
+            )
+
+
+def _check_offload(config: dict, source: str) -> None:
+    """Raises UserError if gradients would pass through a teacher whose weights come and go."""
+    trained = trains(config) and config["subsets"]["steps"]
+    if config["teacher"]["offload"] == "stream" and trained:
+        raise UserError(
+            f"{source}: teacher.offload is stream, but gradients of subsets pass through the "
+            "teacher, which needs all its weights on the device; set subsets.steps to 0, or "
+            "teacher.offload to none, model or auto"
+        )
+
+
+def _folder(teacher: dict) -> Path:
+    return Path(teacher["path"]) / (teacher["subfolder"] or "")
+
+
+def _check_teacher(teacher: dict, source: str) -> None:
+    path = teacher["path"]
+    if hub.is_name(path):
+        return  # only the download can check it
+    folder, component = _folder(teacher), hub.component(teacher)
+    if not folder.exists():
+        raise UserError(
+            f"{source}: teacher.path: {folder} does not exist; give the folder of a diffusers "
+            f"pipeline or the name of a repository on the Hub (owner/name)"
+        )
+    index, index_path = hub.read_index(folder, f"{source}: teacher.path"), folder / hub.INDEX
+    hub.refuse_strange(folder, f"{source}: teacher.path")
+    parts = hub.parts(folder)
+    transformers = [name for name, (_, made_as) in parts.items() if "Transformer" in made_as]
+    if "_class_name" not in index or not (component in parts or transformers):
+        raise UserError(
+            f"{source}: teacher.path: {index_path} names no {component}; only pipelines whose "
+            f"denoiser is a transformer can be pruned"
+        )
+    if component not in parts:
+        raise UserError(
+            f"{source}: teacher.component: {index_path} names no {component}; set it to one of "
+            f"{', '.join(transformers)}"
+        )
+    family = family_of(parts[component][1])
+    for name, made_as in index.items():
+        place = folder if name == "_class_name" else folder / name
+        beside = isinstance(made_as, list) and (place / f"{made_as[0]}.py").is_file()
+        if beside and not teacher["trust_remote_code"]:
+            raise UserError(
+                f"{source}: teacher.path: {place} brings code of its own ({made_as[0]}.py), as a "
+                "pruned transformer with narrow blocks does; if you trust it, set "
+                "teacher.trust_remote_code: true"
+            )
+    weights.check_variant(folder, parts, teacher["variant"], source)
+    key = f"{source}: teacher.path"
+    held = weights.check(folder, parts, teacher["variant"], key, component)[component]
+    needed.refuse_missing(folder, parts, key)
+    known = untrusted.json_object(folder / component / weights.CONFIG)
+    for listed in family.lists if family else ():
+        names = [name for header in held.values() for name in header]
+        stored = len({_block(name, listed.attribute) for name in names} - {None})
+        if listed.depth_key in known and known[listed.depth_key] != stored:
+            raise UserError(
+                f"{key}: {folder / component / weights.CONFIG}: {listed.depth_key} is "
+                f"{str(known[listed.depth_key])[:100]}, but the weights are of {stored} blocks "
+                f"({listed.attribute}); restore the config that they were saved with"
+            )
+
+
+def _block(weight: str, lists: str) -> tuple[str, int] | None:
+    """List and number of the block that a weight is of; None if it is of no block.
+
+    lists: a pattern of their names.
+    """
+    match = re.match(rf"({lists})\.([0-9]{{1,6}})\.", weight)
+    return (match[1], int(match[2])) if match else None
+
+
+def _parameters(teacher: dict) -> tuple[list[int], int]:
+    """Parameters of every block of a local teacher, ascending, and of its whole transformer, from
+    the safetensors headers alone."""
+    blocks: dict[tuple[str, int], int] = {}
+    total = 0
+    part = hub.component(teacher)
+    folder = _folder(teacher) / part
+    if not folder.is_dir():
+        return [], 0  # on the Hub
+    library, made_as = hub.parts(_folder(teacher))[part]
+    family = family_of(made_as)
+    names = "|".join(listed.attribute for listed in family.lists) if family else r"\w*blocks"
+    for header in weights.headers(folder, library, teacher["variant"]).values():
+        for name, entry in header.items():
+            count = math.prod(entry["shape"])
+            total += count
+            if key := _block(name, names):
+                blocks[key] = blocks.get(key, 0) + count
+    return sorted(blocks.values()), total
+
+
+def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[int, int]:
+    """The fewest blocks and parameters that pruning can leave.
+
+    As few students as may be in place of all unprotected blocks: one, or with measured costs one
+    for every sensitivity.longest blocks (or as many as a pinned interval has). Narrow blocks count
+    as nothing with width.enabled or modulation.enabled, since how much of them stays is not known
+    here; all stay without intervals.enabled.
+    """
+    intervals = config["intervals"]
+    protected = intervals["protect_first"] + intervals["protect_last"]
+    if protected > len(blocks) - 2:
+        raise UserError(
+            f"{source}: intervals: protect_first and protect_last keep {protected} of this "
+            f"teacher's {len(blocks)} blocks, which leaves nothing to prune; lower them"
+        )
+    measured = intervals["cost"] == "velocity"
+    longest = config["sensitivity"]["longest"] if measured else len(blocks)
+    longest = max([longest, *(last - first + 1 for first, last in intervals["pin"])])
+    students = math.ceil((len(blocks) - protected) / longest)
+    if not intervals["enabled"]:
+        students = len(blocks) - protected
+    whole = protected if config["width"]["enabled"] else protected + students
+    whole = 0 if config["modulation"]["enabled"] else whole
+    return protected + students, total - sum(blocks[whole:])

@@ -1,0 +1,138 @@
+"""Checks, before anything runs, of the prompts that a configuration names, and of its judge.
+
+Reads neither torch nor diffusers, so that Snakefiles can import it.
+"""
+
+import logging
+import os
+from pathlib import Path
+
+from ppcl.configuration.config import SCHEMA_PATH, schema
+from ppcl.errors import UserError
+from ppcl.teacher import hub
+from ppcl.teacher.prompts import JUDGE_COLUMNS, heldout_count, read, shown
+
+log = logging.getLogger(__name__)
+STAGES = ("record", "evaluate")
+
+
+def check(config: dict, source: str) -> None:
+    """Raises UserError, naming the key, the file and the fix, if the prompts or the judge do not
+    suit the teacher or each other; warns of what would make the numbers worth less."""
+    _check_digits(config, source)
+    used = {}
+    for stage in STAGES:
+        key = f"{source}: {stage}.prompts"
+        rows = read(config[stage]["prompts"], key)
+        used[stage] = [row["prompt"] for row in rows[: config[stage]["samples"]]]
+        if stage == "evaluate" and config["evaluate"]["judge"] == "digits":
+            _check_judged(rows, config["evaluate"]["prompts"], source)
+        _warn_of_repeats(used[stage], key)
+    _check_split(used["record"], config["record"], source)
+    # What only blanks tell apart is the same prompt to a reader.
+    recorded = {prompt.strip() for prompt in used["record"]}
+    if shared := sorted(recorded & {prompt.strip() for prompt in used["evaluate"]}):
+        raise UserError(
+            f"{source}: evaluate.prompts: {shown(shared[0])} is also a calibration prompt "
+            "(record.prompts), so results on it would flatter; remove it from one of the two files"
+        )
+    if len(set(used["evaluate"])) == 1:
+        log.warning(
+            "%s: evaluate.prompts: one prompt alone is evaluated, over which there are no "
+            "confidence intervals; write more (a few dozen), and raise evaluate.samples",
+            source,
+        )
+
+
+def _check_digits(config: dict, source: str) -> None:
+    """Raises UserError if another teacher than the embedded one would get its prompts; warns if
+    that is one that may know them, or if the judge of its pictures is all that is left of it."""
+    own = schema()["properties"]["teacher"]["properties"]["path"]["default"]
+    # Where Snakemake runs, or where the workflow is.
+    homes = [Path(own).resolve(), (SCHEMA_PATH.parents[2] / own).resolve()]
+    teacher = Path(config["teacher"]["path"])
+    if teacher.resolve() in homes:
+        return
+    named = [
+        f"{stage}.prompts"
+        for stage in STAGES
+        if Path(os.path.realpath(config[stage]["prompts"])).parent in homes  # which no loop ends
+    ]
+    judged = ["evaluate.judge"] if config["evaluate"]["judge"] == "digits" else []
+    if not named + judged:
+        return
+    fixes = [f"{key} to prompts for it" for key in named] + [f"{key}: none" for key in judged]
+    text = (
+        f"{source}: {', '.join(named + judged)}: made for the embedded teacher of handwritten "
+        f"digits (and the default), but teacher.path is {teacher}; unless that makes such digits "
+        f"too, set {', '.join(fixes)} (workflow/scripts/init.py writes a config for it)"
+    )
+    if named and not _same_vocabulary(config["teacher"], homes):
+        raise UserError(text)
+    log.warning("%s", text)
+
+
+def _same_vocabulary(teacher: dict, homes: list[Path]) -> bool:
+    """Whether a local teacher has the tokenizer of the embedded one, as its remakes do."""
+    if hub.is_name(teacher["path"]):
+        return False
+    name = Path("tokenizer/tokenizer.json")
+    own = Path(teacher["path"], teacher["subfolder"] or "") / name
+    return own.is_file() and any(
+        (home / name).is_file() and (home / name).read_bytes() == own.read_bytes() for home in homes
+    )
+
+
+def _check_judged(rows: list[dict[str, str]], path: str, source: str) -> None:
+    """Raises UserError if a prompt does not state what the judge compares with."""
+    for number, row in enumerate(rows, start=1):
+        missing = [column for column in JUDGE_COLUMNS if not row.get(column)]
+        if missing:
+            where = "has no column" if number == 1 else f"has for prompt {number} no"
+            raise UserError(
+                f"{source}: evaluate.judge is 'digits', but {path} {where} "
+                f"{', '.join(missing)}; add it or set evaluate.judge: none"
+            )
+
+
+def _warn_of_repeats(prompts: list[str], key: str) -> None:
+    if (different := len(set(prompts))) < len(prompts):
+        log.warning(
+            "%s: of %d prompts only %d differ; samples of one prompt are alike, and count as one "
+            "in every split and interval",
+            key,
+            len(prompts),
+            different,
+        )
+    if broken := [prompt for prompt in prompts if "\n" in prompt]:
+        log.warning(
+            "%s: %d prompts have line breaks in them, such as %s; if those should be several, a "
+            "quote is not closed",
+            key,
+            len(broken),
+            shown(broken[0]),
+        )
+
+
+def _check_split(prompts: list[str], options: dict, source: str) -> None:
+    """Raises UserError if there is nothing to hold out; warns if it is too little."""
+    different = len(set(prompts))
+    if different < 2:
+        raise UserError(
+            f"{source}: record.prompts: {options['prompts']} has only one prompt among the first "
+            f"{len(prompts)}; calibration needs two or more, to fit on and to hold out"
+        )
+    count = heldout_count(different, options["heldout_fraction"])
+    if count < 4:
+        selecting, reporting = (count + 1) // 2, count // 2
+        log.warning(
+            "%s: record.prompts: of %d different prompts %d are held out, %d to select blocks by "
+            "and %s to report errors on%s; write more prompts (a few dozen), raise record.samples, "
+            "or record.heldout_fraction",
+            source,
+            different,
+            count,
+            selecting,
+            reporting or "the same",
+            ", and over one prompt there are no confidence intervals" if reporting < 2 else "",
+        )

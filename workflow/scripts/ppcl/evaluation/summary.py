@@ -1,0 +1,119 @@
+"""What a run ended with: a row per variant, for the end of a run and for its report.
+
+From evaluation/metrics.parquet alone, without torch.
+"""
+
+import math
+import re
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+
+from ppcl.storage import schemas, tables
+
+TEACHER = "teacher"
+ACCURACIES = {
+    "digit_accuracy": "digit",
+    "digit_color_accuracy": "digit colour",
+    "background_color_accuracy": "background",
+}
+COLUMNS = (
+    *("variant", "parameters", "without modulation", "latency", "error", "PSNR"),
+    *("worst metric", "folder"),
+)
+NOTE = (
+    "Parameters of the transformer, those without its modulation (AdaLN) matrices, which take "
+    "memory but no time, and latency of a call, over the teacher's; relative error of the "
+    "velocity; PSNR to the teacher's pictures; the accuracy that fell most, of the same prompts "
+    "and seeds, with the 95 % interval of the difference."
+)
+
+
+def rows(metrics: str | Path, models: str | Path, teacher: str) -> list[dict[str, str]]:
+    """The cells of every variant, the teacher first, then in the order of the config.
+
+    Args:
+        metrics: evaluation/metrics.parquet.
+        models: the folder of the variants' pipelines.
+        teacher: the config's teacher.path.
+
+    Raises:
+        UserError: the table can't be read.
+    """
+    found: dict[str, dict[str, float]] = {}
+    intervals: dict[tuple[str, str], tuple[float, float]] = {}
+    wanted = ("variant", "metric", "value", "ci_low", "ci_high")
+    table = tables.read(metrics, schemas.METRICS)
+    for name, metric, value, *ends in zip(*(table[key].to_pylist() for key in wanted), strict=True):
+        found.setdefault(name, {})[metric] = value
+        intervals[name, metric] = ends
+    return [
+        {
+            "variant": name,
+            "parameters": _share(of, "parameter_fraction", "parameters", _short),
+            "without modulation": _share(of, "parameter_fraction_without_modulation"),
+            "latency": _share(of, "latency_ratio", "latency_seconds", lambda s: f"{s:.3g} s"),
+            "error": _small(of["velocity_error"]) if "velocity_error" in of else "",
+            "PSNR": f"{of['psnr']:.1f} dB" if "psnr" in of else "",
+            "worst metric": _worst({m: (of[m], *intervals[name, m]) for m in of}),
+            "folder": teacher if name == TEACHER else str(Path(models, name)),
+        }
+        for name, of in found.items()
+    ]
+
+
+def text(found: list[dict[str, str]]) -> str:
+    """As plain text: the names of the columns, a line per row, and what they say."""
+    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *found]
+    widths = {name: max(len(line[name]) for line in lines) for name in COLUMNS}
+    shown = ("  ".join(line[name].ljust(widths[name]) for name in COLUMNS) for line in lines)
+    return "\n".join([*(line.rstrip() for line in shown), textwrap.fill(NOTE, 88)])
+
+
+def rst(found: list[dict[str, str]]) -> str:
+    """As a table of reStructuredText, and what it says."""
+    lines = [".. list-table::", "   :header-rows: 1", ""]
+    for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *found]:
+        for name in COLUMNS:
+            cell = re.sub(r"([^\w\s.,/-]|_)", r"\\\1", row[name])
+            lines.append(f"   {'*' if name == COLUMNS[0] else ' '} - {cell}".rstrip())
+    return "\n".join([*lines, "", NOTE])
+
+
+def _share(of: Mapping[str, float], share: str, measure: str = "", shown=str) -> str:
+    """A measure over the teacher's, and the measure itself."""
+    if share not in of:
+        return ""
+    return f"{of[share]:.2f}" + (f" ({shown(of[measure])})" if measure in of else "")
+
+
+def _small(error: float) -> str:
+    """In two digits: errors lie decades apart."""
+    return f"{error:.1e}".replace("e-0", "e-") if error else "0"
+
+
+def _short(count: float) -> str:
+    """A large number in three digits."""
+    for size, unit in ((1e9, " B"), (1e6, " M"), (1e3, " K")):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def _worst(of: Mapping[str, tuple[float, float, float]]) -> str:
+    """The accuracy that fell furthest below the teacher's, in points, and the interval of that;
+    empty without a judge, and of the teacher.
+
+    of: metric -> value and interval.
+    """
+    falls = {
+        label: of[f"{metric}_difference"]
+        for metric, label in ACCURACIES.items()
+        if f"{metric}_difference" in of
+    }
+    if not falls:
+        return ""
+    label = min(falls, key=lambda name: falls[name][0])
+    value, *interval = (f"{round(100 * x, 1) + 0.0:+.1f}" for x in falls[label])
+    known = not any(math.isnan(x) for x in falls[label])
+    return f"{label} {value} points" + (f" ({' to '.join(interval)})" if known else "")

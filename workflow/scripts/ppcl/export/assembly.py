@@ -1,0 +1,238 @@
+"""Variants as pipeline folders that diffusers alone loads."""
+
+import inspect
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ppcl.errors import UserError
+from ppcl.export import reload_gate
+from ppcl.pruning import narrow
+from ppcl.storage import seals, tensors, texts, untrusted, whole
+from ppcl.teacher import hub, trust
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import family_of
+
+CARD = "pruning.json"
+
+
+def variant(settings: dict, name: str) -> dict:
+    """The variant's mapping in the config."""
+    for found in settings["variants"]:
+        if found["name"] == name:
+            return found
+    known = ", ".join(v["name"] for v in settings["variants"])
+    raise UserError(f"--variant: the config has no variant '{name}'; it has {known}")
+
+
+def export(
+    pipe: DiffusionPipeline,
+    transformer: nn.Module,
+    block_map: list[list[int]],
+    folder: Path,
+    card: dict,
+    call: dict,
+    component: str = "transformer",
+    source: Path | None = None,
+) -> None:
+    """Writes a pipeline folder and proves, in a fresh process, that diffusers alone loads it.
+
+    A transformer with narrow blocks brings their code with it, as does a pipeline that was loaded
+    with code of its own, and loads with trust_remote_code; any other is stock.
+
+    Args:
+        pipe: the teacher's pipeline; everything but the transformer is saved as it is.
+        component: the pipeline's component that the transformer is.
+        source: folder of the teacher's pipeline; components that `pipe` was loaded without are
+            copied from there.
+        block_map: new block -> the old blocks that it stands for; saved beside the weights, since
+            LoRA and ControlNet files carry the old numbers.
+        card: provenance and choices, saved as pruning.json with the digests of all files.
+        call: keyword arguments of one transformer call, for the comparison.
+
+    Raises:
+        UserError: the reloaded model misses weights or answers differently. Nothing is left behind.
+    """
+    transformer = with_code(transformer)
+    with whole.writing(folder, folder=True) as temporary:
+        trusted = save(pipe, transformer, block_map, temporary, component, source)
+        prove(temporary, transformer, call, component, trusted)
+        files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
+        texts.write_sealed(temporary / CARD, card | {"files": files})
+
+
+def with_code(transformer: nn.Module) -> nn.Module:
+    """The transformer as the class that it is saved as."""
+    if not narrow.specs(transformer):
+        return transformer
+    return narrow.from_stock(transformer, blocks.family(transformer).layouts())
+
+
+def save(
+    pipe: DiffusionPipeline,
+    transformer: nn.Module,
+    block_map: list[list[int]],
+    folder: Path,
+    component: str,
+    source: Path | None,
+    copy_file: Callable = shutil.copyfile,
+) -> bool:
+    """Writes all of an export but its card; whether there is code in it (`trust.bring`)."""
+    pipe.register_modules(**{component: transformer})
+    pipe.save_pretrained(folder)
+    if source is not None:
+        copy_missing(source, folder, pipe, copy_file)
+    trusted = trust.bring(pipe, folder)
+    _forget_paths(folder)
+    texts.write_json(folder / component / "block_map.json", block_map)
+    return trusted
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError unless every file of an exported folder is what `export` wrote.
+
+    A folder without a card is not of `export`; of it nothing is known.
+    """
+    if not (folder / CARD).exists():
+        return
+    for name, digest in texts.read_sealed(folder / CARD)["files"].items():
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is gone; delete {folder} and rerun")
+        if seals.file_digest(folder / name) != digest:
+            raise UserError(f"{folder / name} {seals.DAMAGED}; delete {folder} and rerun")
+
+
+def _files(folder: Path) -> list[str]:
+    """All files of a folder, by their paths in it, but for hidden ones: Snakemake puts its own
+    into folders."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found if not any(p[0] == "." for p in path.parts))
+
+
+def copied(source: Path) -> tuple[str, ...]:
+    """Components of a pipeline's folder that are large, and that its class starts without: text
+    encoders. Not those with code of their own, or whose files are links to somewhere else."""
+    return tuple(
+        name
+        for name, (library, _) in hub.parts(source).items()
+        if name.startswith("text_encoder")
+        and not (source / name / f"{library}.py").exists()
+        and not any(hub.leaves(source, source / file) for file in hub.files(source, name))
+    )
+
+
+def copy_missing(
+    source: Path, folder: Path, pipe: DiffusionPipeline, copy_file: Callable = shutil.copyfile
+) -> None:
+    """Copies the components that a pipeline's folder names no class for from another's.
+
+    Of each, the files that a download would take: no code, no hidden files.
+
+    Args:
+        pipe: of the class that both folders are of, whose parameters alone are components.
+        copy_file: (from, to); where links will do, something else than a copy.
+
+    Raises:
+        UserError: a file is a link to somewhere else.
+    """
+    index, known = hub.read_index(folder), inspect.signature(type(pipe).__init__).parameters
+    for name, made_as in hub.parts(source).items():
+        if name not in known or (index.get(name) or [None])[0]:
+            continue
+        for file in hub.files(source, name):
+            if hub.leaves(source, source / file):
+                raise UserError(
+                    f"teacher.path: {source / file} leads to {(source / file).resolve()}, out of "
+                    f"this folder, so it is not copied; put {name} itself there"
+                )
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            copy_file((source / file).resolve(), folder / file)
+        index[name] = list(made_as)
+    texts.write_json(folder / hub.INDEX, index)
+
+
+def _forget_paths(folder: Path) -> None:
+    """Takes the places that components were loaded from out of their configs: nobody else's
+    business, and nowhere on another machine."""
+    for path in (folder / hub.INDEX, *folder.glob("*/*config.json")):
+        found = untrusted.json_object(path)
+        if found.pop("_name_or_path", None) is not None:
+            texts.write_json(path, found)
+
+
+def own_code(folder: Path, component: str = "transformer") -> bool:
+    """Whether a pipeline's transformer has the code that `export` writes, to the letter, and
+    nothing else in its folder could be run."""
+    module, name = hub.read_index(folder)[component]
+    base = getattr(diffusers, name.removeprefix("Pruned"), None)
+    of = family_of(base.__name__) if isinstance(base, type) else None
+    if of is None or trust.code_in(folder) != [f"{component}/{module}.py"]:
+        return False
+    if module != narrow.module_name(base, of.layouts()):
+        return False
+    path = folder / component / f"{module}.py"
+    return path.read_text(encoding="utf-8") == narrow.module_text(base, of.layouts())
+
+
+@torch.no_grad()
+def prove(
+    folder: Path,
+    transformer: nn.Module,
+    call: dict,
+    component: str = "transformer",
+    trusted: bool | None = None,
+    light: Collection[str] = (),
+) -> None:
+    """The reload gate: a fresh process that knows only diffusers must get the same answer.
+
+    Args:
+        trusted: whether the code in the folder may run; by default only what `export` writes.
+        light: components to load without their weights.
+
+    Raises:
+        UserError: it gets another, or weights are missing.
+    """
+    held = {"expected": blocks.answer(transformer, call)}
+    about = {
+        "arguments": json.dumps(calls.encode(call, "call", held.__setitem__)),
+        "component": component,
+        "dtype": str(_main_dtype(transformer)).removeprefix("torch."),
+        "light": json.dumps(list(light)),
+        "trusted": json.dumps(own_code(folder, component) if trusted is None else trusted),
+        "weights": json.dumps(reload_gate.digests(transformer)),
+    }
+    probe = folder / ".call.safetensors"
+    tensors.write(probe, held, about)
+    gate = Path(__file__).with_name("reload_gate.py")
+    with tempfile.TemporaryDirectory() as modules:  # where diffusers copies and compiles code to
+        done = subprocess.run(
+            [sys.executable, "-I", str(gate), str(folder), str(probe)],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"HF_MODULES_CACHE": modules},
+        )
+    probe.unlink()
+    if done.returncode:
+        raise UserError(
+            f"{folder.name.strip('.')}: the exported pipeline does not reload as it was written, "
+            f"so it was not kept:\n{done.stdout.strip()}\n{done.stderr.strip()[-2000:]}"
+        )
+
+
+def _main_dtype(module: nn.Module) -> torch.dtype:
+    """The type of most of a module's weights; a class may keep some in float32."""
+    counts: dict[torch.dtype, int] = {}
+    for parameter in module.parameters():
+        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+    return max(counts, key=counts.get)

@@ -1,0 +1,428 @@
+"""Models of variants: the teacher with a set of units and low-rank modulations plugged in.
+
+One way for all who need one: `choose` measures sets, `finetune` trains one, `assemble` exports it,
+`pareto` compares sizes. Closed forms are made from stored sums and maps, students read from the
+stage that each is from.
+"""
+
+import argparse
+import functools
+import hashlib
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ppcl import provenance
+from ppcl.closed_forms import modulation, width
+from ppcl.errors import UserError
+from ppcl.extraction import conditioning
+from ppcl.pruning import pins, students
+from ppcl.pruning.plans import Matrix, Part, Unit
+from ppcl.pruning.students import Students
+from ppcl.search import measured, probes, reasons, selection
+from ppcl.search.selection import Choices, Weights
+from ppcl.search.sets import CLOSED, REFIT, START, TRAINED, Measure, Member, Offer, Set
+from ppcl.storage import schemas, tables, tensors
+from ppcl.training import prices
+from ppcl.transformer import blocks
+
+# Makes up one piece of a model: a unit from a source, or a kept block, or the last AdaLN, each with
+# the ranks of its matrices.
+Piece = tuple[Member | int, tuple[tuple[Matrix, int], ...]]
+
+# Maps that were fitted once more, by their source.
+Refits = Mapping[str, Mapping[width.Map, probes.Probe]]
+
+
+@dataclass(frozen=True)
+class Files:
+    """What sets are made from, as far as the config asks for it.
+
+    Attributes:
+        width, maps: prices of closed forms, and their least-squares maps.
+        conditioning: what modulations get.
+        latency: measured times.
+        refits: maps that were fitted once more in variants' sets.
+        students: of `start` and each stage that trains. errors: of these stages.
+    """
+
+    width: Path | None = None
+    maps: Path | None = None
+    conditioning: Path | None = None
+    latency: Path | None = None
+    refits: Path | None = None
+    students: Mapping[str, Path] = field(default_factory=dict)
+    errors: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Files":
+        """Those of a command line with `add_arguments`."""
+        given = {name: path for name, path in vars(args).items() if path is not None}
+        return cls(
+            *(given.get(name) for name in ("width", "maps", "conditioning", "latency", "refits")),
+            {source: given[source] for source in (START, *TRAINED) if source in given},
+            {stage: given[f"{stage}_errors"] for stage in TRAINED if f"{stage}_errors" in given},
+        )
+
+    @property
+    def every(self) -> list[Path]:
+        """All that there are; but the refitted maps, of which each set has its own."""
+        single = (self.width, self.maps, self.conditioning, self.latency)
+        return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
+
+    @functools.cached_property
+    def refitted(self) -> Refits:
+        """The refitted maps, read once for the digest and the models; none without a file."""
+        return read_refits(self.refits) if self.refits else {}
+
+    def refits_digest(self, found: Set, expected: str | None = None) -> str:
+        """`refits_digest` of a set.
+
+        Raises:
+            UserError: it is another than expected, or there are no refitted maps.
+        """
+        if self.refits is None and any(s.startswith(REFIT) for s in found.sources.values()):
+            raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")
+        digest = refits_digest(self.refitted, found)
+        if expected not in (None, digest):
+            raise UserError(
+                f"{self.refits} has other maps than the set was made with; delete the run's folder "
+                "variants and rerun"
+            )
+        return digest
+
+
+def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) -> None:
+    """Adds `Files` to a command line; models_only: those alone that models are made from."""
+
+    def add(name: str, text: str) -> None:
+        parser.add_argument(f"--{name}", type=Path, help=text)
+
+    add("maps", "maps.safetensors, with closed forms")
+    add("conditioning", "conditioning.safetensors, with modulation.enabled")
+    add(START, "start weights, with intervals.enabled")
+    for stage in TRAINED:
+        add(stage, f"students of {stage}, if it trains")
+    if models_only:
+        add("refits", "variants/maps.safetensors")
+        return
+    add("plan", "plan.json, with intervals.enabled")
+    add("width", "prices of closed forms")
+    add("latency", "measured times, with a latency budget")
+    for stage in TRAINED:
+        add(f"{stage}-errors", "errors of these students")
+
+
+def untrained(plan: students.Plan | None, files: Files) -> dict[str, Member]:
+    """Every unit of the plan, by name, as it is without training; but for those that nothing but
+    training makes: with width.schedule: staged, narrow students of intervals."""
+    if plan is None:
+        return {}
+    maps = width.stored(files.maps) if files.maps else {}
+    found = {}
+    for unit in plan.units:
+        wanted = [one for part in unit.parts for one in width.maps_of(part)]
+        if not unit.removed_blocks and all(one in maps for one in wanted):
+            found[unit.name] = Member(unit, CLOSED)
+        elif START in files.students and unit in plan.distilled:
+            found[unit.name] = Member(unit, START)
+    return found
+
+
+def offer(
+    settings: Mapping,
+    transformer: nn.Module,
+    files: Files,
+    plan: students.Plan | None,
+    alone: Mapping[str, Mapping[str, float]],
+) -> Offer:
+    """All that variants may take.
+
+    Args:
+        settings: intervals, width and modulation, for pins; choose.closed_forms.
+        alone: errors of untrained units, by name and source.
+    """
+    depth = len(blocks.block_sequence(transformer))
+    pinned, forbidden = pins.wishes(settings, depth)
+    closed, counted = _closed(files, depth, pinned, forbidden, settings)
+    units = {unit.name: unit for unit in plan.units} if plan else {}
+    _refuse_unpriced(pinned, closed, units.values())
+    if not settings["choose"]["closed_forms"]:
+        left = plan.closed if plan else ()
+        linear = {(p.first, stream) for u in left for p in u.parts for stream in p.linear_ffn}
+        runs = {(unit.first, unit.last) for unit in left if len(unit.parts) > 1}
+        closed = replace(
+            closed,
+            runs={ends: cost for ends, cost in closed.runs.items() if ends in runs},
+            ffns={ffn: cost for ffn, cost in closed.ffns.items() if ffn in linear},
+        )
+    entries = plan.facts["units"] if plan else []
+    none = [0.0] * depth
+    saving = {
+        key: {entry["name"]: entry[key] for entry in entries}
+        for key in ("removed_blocks", "saved_parameters")
+    }
+    weights = {
+        "blocks": Weights(none, none, none, units=saving["removed_blocks"]),
+        "parameters": replace(counted, units=saving["saved_parameters"]),
+    }
+    facts = {"transformer_parameters": blocks.parameter_count(transformer), "blocks": depth}
+    if files.latency:
+        timed, facts["transformer_seconds"] = selection.timing(files.latency, depth)
+        seconds = selection.saved_seconds(units.values(), files.latency)
+        weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
+    errors = {name: dict(alone.get(name, {})) for name in units}
+    for stage, path in files.errors.items():
+        found = tables.read(path, schemas.UNIT_ERRORS).to_pandas()
+        for row in found.itertuples():
+            # With width.schedule: staged, distill has whole blocks where units may be narrow.
+            if row.unit in units and (stage != "distill" or units[row.unit] in plan.distilled):
+                errors[row.unit][stage] = row.velocity_error
+    return Offer(closed, units, errors, weights, facts, pinned)
+
+
+def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit]) -> None:
+    """Raises UserError for what is pinned, but nothing on offer has it."""
+    units = list(units)
+    lists = (
+        ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),
+        ("width.ffn_image or width.ffn_text", "ffns", closed.ffns, "there is no such FFN"),
+        ("modulation", "ranks", {block for block, _ in closed.ranks}, "it has no rank on offer"),
+    )
+    for key, kind, priced, why in lists:
+        for item in sorted(getattr(pinned, kind) - set(priced)):
+            if not any(pins.holds(unit, pins.Named(**{kind: frozenset([item])})) for unit in units):
+                raise UserError(
+                    f"{key}: {pins.shown(item)} is pinned, but was not measured: {why}; change "
+                    "that or drop the pin"
+                )
+
+
+def _closed(
+    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Mapping
+) -> tuple[Choices, Weights]:
+    """Closed forms at their prices, and the parameters that each saves."""
+    kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
+    wanted = [kind for key, some in kinds.items() if settings[key]["enabled"] for kind in some]
+    found = measured.closed(files.width, [0] * depth, wanted)
+    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
+    limits["floor"] = settings["width"]["cka_floor"]
+    choices = Choices(
+        {},
+        *reasons.usable_widths(found.widths, pinned, limits),
+        reasons.usable_ranks(found.widths, forbidden),
+        modulations=found.modulations,
+        unread=found.unread,
+    )
+    return choices, found.weights
+
+
+class Workshop:
+    """Makes models of one teacher; a model is the teacher's but for what differs.
+
+    Args:
+        transformer: the teacher, which stays as it is.
+        files: maps, conditioning and students.
+        as_teacher: whether students get the teacher's types, as in an export; else they are as they
+            were trained, float32.
+        device: where students go; None: they stay on the CPU.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        files: Files,
+        as_teacher: bool = True,
+        device: torch.device | None = None,
+    ):
+        self._teacher, self._sources = transformer, files.students
+        self._maps = width.stored(files.maps) if files.maps else {}
+        self._refits = dict(files.refitted)
+        self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
+        self._as_teacher, self._device = as_teacher, device
+        self._depth = len(blocks.block_sequence(transformer))
+        self._made: dict[Piece, dict[tuple[int, int], nn.Module]] = {}
+
+    def model(self, found: Set, keep: Iterable[Set] = ()) -> tuple[nn.Module, list[list[int]]]:
+        """The model of a set, and the block map of `blocks.assembled`.
+
+        What the last model had in common with this one is used again.
+
+        Args:
+            keep: sets whose blocks stay in memory, too.
+
+        Raises:
+            UserError: a source lacks a unit, or its shapes are others; or nothing was told of what
+                a modulation gets.
+        """
+        pieces = self._pieces(found)
+        kept = {piece for one in keep for piece in self._pieces(one)} | set(pieces)
+        self._made = {piece: made for piece, made in self._made.items() if piece in kept}
+        missing = [piece for piece in pieces if piece not in self._made]
+        if missing:
+            self._made |= self._make(missing)
+        modules: dict[tuple[int, int], nn.Module] = {}
+        last = None
+        for piece in pieces:
+            made = self._made[piece]
+            if piece[0] == self._depth:
+                (last,) = made.values()
+            else:
+                modules |= made
+        model, block_map = blocks.assembled(self._teacher, modules)
+        if last is not None:
+            model._modules[_last(self._teacher)] = last
+        return model, block_map
+
+    def take(self, refits: Refits) -> None:
+        """From now on, units from these sources have these maps."""
+        self._refits |= refits
+        self._made = {
+            piece: made
+            for piece, made in self._made.items()
+            if not isinstance(piece[0], Member) or piece[0].source not in refits
+        }
+
+    def _pieces(self, found: Set) -> list[Piece]:
+        """What a set consists of, in order of depth."""
+        ranks: dict[int, list[tuple[Matrix, int]]] = {}
+        for matrix, rank in found.ranks:
+            ranks.setdefault(matrix[0], []).append((matrix, rank))
+        pieces: list[Piece] = []
+        for member in found.members:
+            own = [one for part in member.unit.parts for one in ranks.pop(part.first, ())]
+            pieces.append((member, tuple(own)))
+        return pieces + [(block, tuple(own)) for block, own in sorted(ranks.items())]
+
+    def _make(self, pieces: Sequence[Piece]) -> dict[Piece, dict[tuple[int, int], nn.Module]]:
+        """The blocks of some pieces of one set, by the ends of their parts."""
+        members = [piece[0] for piece in pieces if isinstance(piece[0], Member)]
+        taught = self._students(members)
+        if self._as_teacher:
+            model, _, block_map = students.plugged(self._teacher, taught)
+        else:
+            model, block_map = blocks.assembled(
+                self._teacher, {part.key: student for part, student in taught.items()}
+            )
+        ranks = {matrix: rank for piece in pieces for matrix, rank in piece[1]}
+        if ranks:
+            if self._conditioning is None:
+                raise UserError(
+                    "sets.json has modulations of low rank, but nothing tells what they get: name "
+                    "activations/conditioning.safetensors, --conditioning"
+                )
+            model = modulation.low_rank(model, block_map, ranks, self._conditioning)
+        starts = {members[0]: number for number, members in enumerate(block_map)}
+        sequence = blocks.block_sequence(model)
+        made: dict[Piece, dict[tuple[int, int], nn.Module]] = {}
+        for piece in pieces:
+            of = piece[0]
+            if of == self._depth:
+                made[piece] = {(of, of): model._modules[_last(model)]}
+                continue
+            ends = [part.key for part in of.unit.parts] if isinstance(of, Member) else [(of, of)]
+            made[piece] = {key: sequence[starts[key[0]]].module for key in ends}
+        return made
+
+    def _students(self, members: Sequence[Member]) -> Students:
+        """The blocks of units, without ranks."""
+        parts: dict[str, list[Part]] = {}
+        for member in members:
+            parts.setdefault(member.source, []).extend(member.unit.parts)
+        found: Students = {}
+        for source, wanted in parts.items():
+            if source == CLOSED or source.startswith(REFIT):
+                maps = ChainMap(self._refits.get(source, {}), self._maps)
+                found |= width.closed(self._teacher, wanted, maps)
+            elif source in self._sources:
+                found |= students.load(self._sources[source], self._teacher, wanted)
+            else:
+                raise UserError(
+                    f"unit {wanted[0].name} is from {source}, of which no students are given; "
+                    f"name them, --{source}"
+                )
+        for part, student in found.items():
+            if self._as_teacher:
+                students.as_teacher(self._teacher, part, student)
+            student.requires_grad_(not self._as_teacher).eval()
+            if self._device is not None:
+                student.to(self._device)
+        return found
+
+
+def write_refits(path: Path, refits: Refits, stamp) -> None:
+    """Writes variants/maps.safetensors. refits: source -> maps."""
+    state = {
+        f"{source.removeprefix(REFIT)}/{one.name}.{leaf}": torch.from_numpy(getattr(probe, leaf))
+        for source, maps in refits.items()
+        for one, probe in maps.items()
+        for leaf in width.LEAVES
+    }
+    tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
+
+
+def refits_digest(refits: Refits, found: Set) -> str:
+    """Digest of the refitted maps that a set uses, as `read_refits` gives them."""
+    used = set(found.sources.values())
+    return provenance.digest(
+        [
+            [source, one.name, *(_digest(getattr(probe, leaf)) for leaf in width.LEAVES)]
+            for source, maps in sorted(refits.items())
+            if source in used
+            for one, probe in sorted(maps.items(), key=lambda item: item[0].name)
+        ]
+    )
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
+
+
+def read_refits(path: Path) -> dict[str, dict[width.Map, probes.Probe]]:
+    """What `write_refits` wrote.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    state, _ = tensors.read(path)
+    found: dict[str, dict[width.Map, probes.Probe]] = {}
+    for name in [name for name in state if name.endswith(".weight")]:
+        variant, _, of = name.removesuffix(".weight").partition("/")
+        leaves = (state[f"{variant}/{of}.{leaf}"].double().numpy() for leaf in width.LEAVES)
+        maps = found.setdefault(f"{REFIT}{variant}", {})
+        maps[width.Map.named(of)] = probes.Probe(*leaves)
+    return found
+
+
+def measuring(
+    workshop: Workshop,
+    judged: prices.Judged,
+    accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
+) -> Measure:
+    """What measures sets, each once; state, identity: as of `prices.measure`, which raises."""
+    known: dict[str, float] = {}
+
+    def measure(asked: Sequence[Set]) -> list[float]:
+        new = {one.key: one for one in asked if one.key not in known}
+        changes = {
+            key: prices.Change(one.first, lambda one=one: workshop.model(one)[0])
+            for key, one in new.items()
+        }
+        found = prices.measure(judged, changes, accelerator, state, identity)
+        known.update(zip(new, found, strict=True))
+        return [known[one.key] for one in asked]
+
+    return measure
+
+
+def _last(transformer: nn.Module) -> str:
+    """The attribute of a transformer that holds its last AdaLN."""
+    return blocks.family(transformer).last_modulation.split(".")[0]

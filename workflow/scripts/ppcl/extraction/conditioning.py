@@ -1,0 +1,110 @@
+"""What modulation (AdaLN) matrices get: moments of their inputs, from which low-rank maps are made.
+
+Kept in activations/conditioning.safetensors, one entry for all matrices that get the same.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ppcl.errors import UserError
+from ppcl.pruning.plans import Matrix
+from ppcl.storage import seals, tensors
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over samples x [d] of what a matrix gets; float64, on the CPU.
+
+    Attributes:
+        count: of samples, or their weights' sum.
+        sum: [d], of x.
+        outer: [d, d], of x x^T.
+    """
+
+    count: float
+    sum: Tensor
+    outer: Tensor
+
+    def __add__(self, other: "Moments") -> "Moments":
+        return Moments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
+
+    def weighted(self, weight: float) -> "Moments":
+        """Of the same samples, each of them counting `weight` times."""
+        return Moments(weight * self.count, weight * self.sum, weight * self.outer)
+
+
+class Conditioning:
+    """Moments of what every modulation matrix of a transformer gets.
+
+    Args:
+        entries: of matrices that get the same, one.
+        places: the place of each matrix's among them.
+    """
+
+    def __init__(self, entries: Sequence[Moments], places: Mapping[Matrix, int]):
+        self.entries, self.places = list(entries), dict(places)
+
+    def __contains__(self, matrix: Matrix) -> bool:
+        return matrix in self.places
+
+    def of(self, matrix: Matrix) -> Moments:
+        """Those of one matrix.
+
+        Raises:
+            UserError: nothing was summed up for it.
+        """
+        if matrix not in self.places:
+            block, path = matrix
+            raise UserError(
+                f"nothing is known of what the modulation '{path}' of block {block} gets; set "
+                "modulation.enabled to true, delete activations/ of this run, and rerun"
+            )
+        return self.entries[self.places[matrix]]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """`<entry>.count`, `.sum` and `.outer`."""
+        found: dict[str, Tensor] = {}
+        for place, entry in enumerate(self.entries):
+            found[f"{place}.count"] = torch.tensor([entry.count], dtype=torch.float64)
+            found |= {f"{place}.sum": entry.sum, f"{place}.outer": entry.outer}
+        return found
+
+    def described(self) -> str:
+        """Whose the entries are, as JSON."""
+        return json.dumps([[*matrix, place] for matrix, place in self.places.items()])
+
+    @classmethod
+    def stored(cls, held: Mapping[str, Tensor], described: str) -> "Conditioning":
+        """What gave these `tensors` and was `described` so."""
+        places = {(block, path): place for block, path, place in json.loads(described)}
+        entries = [
+            Moments(held[f"{n}.count"].item(), held[f"{n}.sum"], held[f"{n}.outer"])
+            for n in range(len({name.split(".")[0] for name in held}))
+        ]
+        return cls(entries, places)
+
+
+def write(path: Path, conditioning: Conditioning, provenance: Mapping[str, str]) -> None:
+    """Writes conditioning.safetensors."""
+    metadata = dict(provenance) | {"matrices": conditioning.described()}
+    tensors.write(path, conditioning.tensors(), metadata)
+
+
+def read(path: Path) -> Conditioning:
+    """Reads what `write` wrote.
+
+    Raises:
+        UserError: as `tensors.read`; or it holds something else.
+    """
+    held, metadata = tensors.read(path)
+    try:
+        return Conditioning.stored(held, metadata["matrices"])
+    except (LookupError, ValueError, TypeError) as error:
+        raise UserError(
+            f"{path}: holds no moments of modulations ({error!r}); {seals.REMAKE}"
+        ) from error

@@ -1,0 +1,114 @@
+"""How large the files of a run become, uncompressed."""
+
+from collections.abc import Mapping
+
+from ppcl.configuration.config import compares, limits
+from ppcl.planning import weightless
+from ppcl.planning.planner import Planner, bytes_of
+from ppcl.pruning import students
+from ppcl.pruning.plans import Unit
+from ppcl.training import shards
+from ppcl.transformer import blocks
+from ppcl.transformer.families import TEXT
+
+
+def sizes(planner: Planner) -> dict[str, float | None]:
+    """Bytes of every artifact that is large; path -> bytes, None where they can't be told."""
+    settings = planner.settings
+    sequence = blocks.block_sequence(planner.transformer)
+    extract = settings["extract"]
+    per_token = sum(
+        channels * (1 + (block is sequence[0]))
+        for block in sequence
+        for channels in planner.channels(block).values()
+    )
+    tokens = 4 * extract["rows"] * extract["sample_tokens"] * per_token
+    found: dict[str, float | None] = {
+        "record/calls.parquet": _calls(planner),
+        "activations/tokens.parquet": tokens,
+        # While it runs: two checkpoints are there while one is replaced.
+        "state/extract/": tokens + 2 * sum(planner.moments()),
+        "activations/moments.safetensors": sum(planner.moments()),
+    }
+    if compares(settings):
+        found["probes/probes.safetensors"] = sum(
+            8 * (channels**2 + channels)
+            for block in sequence
+            for channels in planner.channels(block).values()
+        )
+    if planner.widens:
+        found["width/maps.safetensors"] = found["state/width/"] = _maps(planner)
+    if planner.trains:
+        found |= _students(planner)
+    for variant in settings["variants"]:
+        parameters = _variant_parameters(planner, variant["budget"])
+        if variant["finetune_steps"]:
+            found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
+            options = settings["finetune"]
+            kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
+            found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
+        found[f"models/{variant['name']}/"] = planner.dtype.itemsize * parameters
+    return found
+
+
+def _maps(planner: Planner) -> int:
+    """Bytes of the maps of all linear FFNs and text runs, in the teacher's type."""
+    size, longest = planner.dtype.itemsize, planner.settings["width"]["longest"]
+    total = 0
+    for block in blocks.block_sequence(planner.transformer):
+        channels, found = planner.channels(block), block.width
+        kinds = [*found.ffn, *([TEXT] * 2 * (longest - 1) if found.text else [])]
+        total += sum(size * (channels[kind] ** 2 + channels[kind]) for kind in kinds)
+    return total
+
+
+def _students(planner: Planner) -> dict[str, float]:
+    """Bytes of what the trainings of students leave and keep; path -> bytes."""
+    settings, count, found = planner.settings, blocks.parameter_count, {}
+    staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
+    whole = sum(map(count, weightless.new_blocks(planner.transformer, planner.every).values()))
+    first = whole
+    if staged:
+        first = sum(map(count, weightless.new_blocks(planner.transformer, planner.depth).values()))
+    found["prune/students.safetensors"] = 4 * first
+    trained = {"distill": first}
+    trained |= {"narrow": whole} if staged else {}
+    trained |= {"subsets": whole} if settings["subsets"]["steps"] else {}
+    for stage, parameters in trained.items():
+        options = settings["distill" if stage == "narrow" else stage]
+        kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
+        found[f"{stage}/students.safetensors"] = 4 * parameters
+        found[f"state/{stage}/"] = 4 * parameters + kept
+    return found | _streams(planner, planner.depth if staged else planner.every)
+
+
+def _variant_parameters(planner: Planner, budget: float | Mapping) -> int:
+    """At most: what its budget allows, and no less than all that there is leaves."""
+    total, least = blocks.parameter_count(planner.transformer), planner.least
+    allowed = [
+        {"fraction": int(value * total), "parameters": int(value)}.get(kind, total)
+        for kind, value in limits(budget).items()
+    ]
+    return max(least, min([*allowed, total]))
+
+
+def _calls(planner: Planner) -> float | None:
+    """Bytes of calls.parquet."""
+    rows = planner.recorded()
+    if planner.example is None or rows is None:
+        return None
+    return rows * (bytes_of(planner.example(1, planner.dtype)) + planner.answer)
+
+
+def _streams(planner: Planner, units: list[Unit]) -> dict[str, float]:
+    """Bytes of the streams that jobs of distill keep while they run; path -> bytes."""
+    caching, jobs = planner.caching(), planner.jobs(units)
+    options = planner.settings["distill"]
+    rows = caching.fill * options["steps"] * options["batch_size"]
+    found = {}
+    for number, job in enumerate(jobs):
+        kept = planner.streams(shards.first_needed(students.parts_of(job)))
+        if shards.cached(job, caching) and kept is not None:
+            name = "distill" if len(jobs) == 1 else f"distill-{number}"
+            found[f"state/{name}/inputs/"] = rows * kept
+    return found

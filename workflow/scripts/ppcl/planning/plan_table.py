@@ -1,0 +1,67 @@
+"""The rows of plan.parquet: sizes, FLOPs, memory, what fits on which GPU, and files."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+from ppcl.planning import artifacts, weightless
+from ppcl.planning.planner import Planner
+from ppcl.transformer import blocks
+
+
+def rows(planner: Planner, gpus: Sequence[float]) -> Iterator[dict]:
+    """The rows of plan.parquet."""
+
+    def row(item, name, measure, value, unit, note="", block=-1, gpu=math.nan):
+        number = math.nan if value is None else float(value)
+        return {
+            "item": item,
+            "name": name,
+            "block": block,
+            "gpu_gib": float(gpu),
+            "measure": measure,
+            "value": number,
+            "unit": unit,
+            "note": note,
+        }
+
+    whole = None
+    for name, (model, block_map) in planner.variants.items():
+        counted = planner.flops(model)
+        per_block, total = counted or ([None] * len(block_map), None)
+        whole = whole or total
+        share = "by FLOPs, of the teacher's call"
+        for measure, value, unit, note in (
+            ("parameters", blocks.parameter_count(model), "parameters", ""),
+            (
+                "size",
+                weightless.weight_bytes(model),
+                "bytes",
+                f"in {planner.settings['teacher']['dtype']}",
+            ),
+            ("blocks", len(block_map), "blocks", ""),
+            ("flops", total, "FLOPs", "of one call, batch 1"),
+            ("latency share", total and total / whole, "share", share),
+        ):
+            yield row("variant", name, measure, value, unit, note)
+        for block, spent in zip(blocks.block_sequence(model), per_block, strict=True):
+            ends = block_map[block.index]
+            stands = f"for {ends[0]}" + (f" to {ends[-1]}" if len(ends) > 1 else "")
+            at = {"note": stands, "block": block.index}
+            count = blocks.parameter_count(block.module)
+            yield row("block", name, "parameters", count, "parameters", **at)
+            yield row("block", name, "flops", spent, "FLOPs", **at)
+            at["note"] += "; by FLOPs, of this variant's call"
+            yield row("block", name, "latency share", spent and spent / total, "share", **at)
+    for stage in planner.stages():
+        for part, value in stage.parts.items():
+            yield row("stage", stage.name, part, value, "bytes", stage.note)
+        for kind in ("resident", "offloaded", "least"):
+            yield row(
+                "stage", stage.name, f"peak {kind}", getattr(stage, kind), "bytes", stage.note
+            )
+        for gpu in gpus:
+            for kind in ("resident", "offloaded"):
+                fits = stage.fits(gpu, kind == "offloaded")
+                yield row("gpu", stage.name, f"fits {kind}", fits, "fits", gpu=gpu)
+    for path, value in artifacts.sizes(planner).items():
+        yield row("artifact", path, "size", value, "bytes", "at most, uncompressed")

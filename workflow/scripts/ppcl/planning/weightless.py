@@ -1,0 +1,227 @@
+"""A teacher without weights: its stock class on the meta device, and what is plugged into it.
+
+The class is built from its config alone. Variants come from the code that prunes, so their counts
+are exact.
+"""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from huggingface_hub import constants, get_session, try_to_load_from_cache
+from torch import nn
+
+from ppcl.closed_forms import modulation, width
+from ppcl.errors import UserError
+from ppcl.planning import footprint
+from ppcl.pruning import narrow, pins, plans, students
+from ppcl.pruning.plans import Matrix, Unit
+from ppcl.storage import untrusted
+from ppcl.teacher import hub
+from ppcl.transformer import blocks, families
+
+# What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
+# for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
+BITS_8_BLOCK = 256
+
+
+class _Config(ConfigMixin):
+    """Reads the config of a model of any class."""
+
+    config_name = "config.json"
+
+
+def _from_hub(teacher: Mapping, place: str) -> dict:
+    """The config of a component of a pipeline on the Hub, and nothing else of it."""
+    name, file, revision = teacher["path"], f"{place}/{_Config.config_name}", teacher["revision"]
+    try:
+        if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+            # Asked once: a download would try for half a minute without a network.
+            get_session().head(constants.ENDPOINT, timeout=hub.PATIENCE)
+        return _Config.load_config(name, subfolder=place, revision=revision)
+    except Exception as error:  # offline, no such repository, no token: of many kinds
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(
+            f"teacher.path: {name}: its {file} can't be had from the Hub ({reason[0]}); without a "
+            "network, give a local folder, or a config.json as plan.transformer_config"
+        ) from error
+
+
+def architecture(teacher: Mapping, path: str | None) -> tuple[dict, str]:
+    """The config of the transformer to plan for, and where it is from.
+
+    Args:
+        teacher: the config's `teacher`.
+        path: the config's `plan.transformer_config`.
+
+    Raises:
+        UserError: there is no such file, it is no config, or the Hub can't be reached.
+    """
+    place = "/".join(filter(None, (teacher.get("subfolder"), hub.component(teacher))))
+    key, file = "plan.transformer_config", Path(path or "")
+    if path is None:
+        if hub.is_name(teacher["path"]):
+            return _from_hub(teacher, place), f"{teacher['path']}/{place}"
+        key, file = "teacher.path", Path(teacher["path"], place, _Config.config_name)
+    try:
+        found = untrusted.json_object(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(
+            f"{key}: {file} can't be read ({error.strerror}); give the config.json of a "
+            "transformer as plan.transformer_config"
+        ) from error
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from error
+    if not isinstance(found.get("_class_name"), str):
+        raise UserError(f"{key}: {file} is not the config of a model (it has no _class_name)")
+    return found, str(file)
+
+
+def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
+    """The transformer of a config, frozen, without weights.
+
+    What its class keeps in float32 is float32, as after `from_pretrained`.
+
+    Raises:
+        UserError: diffusers has no such class, it can't be made of this config, or it can't be
+            pruned.
+    """
+    import diffusers
+
+    name = families.today(config["_class_name"], config)
+    made_by = getattr(diffusers, name, None)
+    if not (isinstance(made_by, type) and issubclass(made_by, ModelMixin)):
+        raise UserError(
+            f"{where}: diffusers {diffusers.__version__} has no model {name}; only its own "
+            "classes can be planned"
+        )
+    try:
+        with footprint.META:
+            made = made_by.from_config(dict(config))
+    except Exception as error:  # whatever a constructor makes of odd values
+        raise UserError(f"{where}: {name} can't be made of this config: {error}") from error
+    blocks.family(made)
+    kept = () if dtype == torch.float32 else made_by._keep_in_fp32_modules or ()
+    for path, parameter in made.named_parameters():
+        if not any(part in path.split(".") for part in kept):
+            parameter.data = parameter.data.to(dtype)
+    for path, buffer in made.named_buffers():
+        if buffer.is_floating_point() and not any(part in path.split(".") for part in kept):
+            buffer.data = buffer.data.to(dtype)
+    return made.requires_grad_(False).eval()
+
+
+def selection(
+    settings: Mapping,
+    transformer: nn.Module,
+    intervals: Iterable[tuple[int, int]] | None = None,
+    narrower: tuple[list[tuple[int, int]], list[tuple[int, str]]] | None = None,
+) -> tuple[list[Unit], list[Unit]]:
+    """Units of depth alone, and of depth and width: detected ones, or else those that are pinned.
+
+    Args:
+        intervals: detected ones, if there are.
+        narrower: detected text runs and linear FFNs, if there are.
+
+    Raises:
+        UserError: pins that this teacher can't have, or blocks that it lacks.
+    """
+    sequence = blocks.block_sequence(transformer)
+    pinned, _ = pins.wishes(settings, len(sequence))
+    ffns = {
+        (part.first, stream)
+        for unit in width.ffn_candidates(transformer)
+        for part in unit.parts
+        for stream in part.linear_ffn
+    }
+    pins.check(
+        pinned,
+        blocks.seams(transformer),
+        blocks.untouchable(transformer),
+        (),
+        ffns,
+        width.text_sizes(transformer)["text_saved"] if pinned.runs else [0] * len(sequence),
+        {block for block, _ in matrices(settings, transformer)},
+        width.unread_after(transformer),
+    )
+    if not settings["intervals"]["enabled"]:
+        intervals = ()
+    chosen = sorted(pinned.intervals if intervals is None else intervals)
+    runs, linear = narrower or (sorted(pinned.runs), sorted(pinned.ffns))
+    ends = [*(last for _, last in (*chosen, *runs)), *(block for block, _ in linear)]
+    if max(ends, default=0) >= len(sequence):
+        raise UserError(
+            f"the selection names block {max(ends)}, but this teacher has {len(sequence)}: it is "
+            "of another teacher; delete intervals.parquet and width/candidates.parquet"
+        )
+    every = plans.units(chosen, runs, linear, width.unread_after(transformer))
+    return plans.units(chosen), every
+
+
+def new_blocks(
+    transformer: nn.Module, units: Iterable[Unit], dtype: torch.dtype | None = None
+) -> students.Students:
+    """The new blocks of units, as narrow as they are planned, without weights.
+
+    dtype: of their parameters; None for the teacher's.
+    """
+    sequence = blocks.block_sequence(transformer)
+    found = {}
+    for part in students.parts_of(units):
+        whole = copy.deepcopy(sequence[part.first].module)
+        found[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
+    return found
+
+
+def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module, list[list[int]]]:
+    """The teacher with new blocks in place of its own, and its block map."""
+    return blocks.assembled(transformer, {part.key: module for part, module in made.items()})
+
+
+def ranks_on_offer(options: Mapping) -> list[int]:
+    """Of modulation matrices, by the config's `modulation`; none if they stay."""
+    if not options["enabled"]:
+        return []
+    return sorted(options["ladder"]) if options["rank"] == "auto" else [options["rank"]]
+
+
+def matrices(settings: Mapping, transformer: nn.Module) -> dict[Matrix, list[int]]:
+    """Every modulation matrix that may become low rank, and the ranks on offer that it can have."""
+    offered, forbidden = ranks_on_offer(settings["modulation"]), settings["modulation"]["forbid"]
+    found = {
+        matrix.key: [rank for rank in offered if rank <= min(matrix.inputs, matrix.outputs)]
+        for matrix in modulation.matrices(transformer)
+        if matrix.block not in forbidden
+    }
+    return {key: ranks for key, ranks in found.items() if ranks}
+
+
+def low_rank(
+    model: nn.Module, block_map: list[list[int]], ranks: Mapping[Matrix, int]
+) -> nn.Module:
+    """A model without weights, with those of these matrices of low rank that it still has."""
+    depth, every = block_map[-1][-1] + 1, blocks.block_sequence(model)
+    kept = {old[0]: block.module for old, block in zip(block_map, every, strict=True)}
+
+    def has(matrix: Matrix) -> bool:
+        block, path = matrix
+        return block == depth or (block in kept and bool(narrow.held(kept[block], path)))
+
+    return modulation.shaped(model, block_map, {m: rank for m, rank in ranks.items() if has(m)})
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Bytes of parameters and buffers."""
+    return sum(t.nbytes for t in (*module.parameters(), *module.buffers()))
+
+
+def optimizer_bytes(parameters: int, kind: str, ema: float = 0.0) -> int:
+    """Bytes that `adamw` or `adamw8bit` keeps of so many parameters, and an average of them if its
+    decay is not 0."""
+    average = 4 * parameters if ema else 0
+    if kind == "adamw":
+        return 2 * 4 * parameters + average
+    return 2 * (parameters + 4 * math.ceil(parameters / BITS_8_BLOCK)) + average

@@ -1,0 +1,217 @@
+"""What a config pins and forbids: intervals, text runs (Eq. 8), linear FFNs (Eq. 9), and low-rank
+modulations.
+
+Reads neither torch nor diffusers, so that Snakefiles can import it.
+"""
+
+import itertools
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ppcl.errors import UserError
+from ppcl.pruning.plans import Unit
+from ppcl.transformer.families import IMAGE, TEXT
+
+Ends = tuple[int, int]
+Ffn = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a config's pin or forbid lists name; ranks: blocks, as `plans.Modulation.block`."""
+
+    intervals: frozenset[Ends] = frozenset()
+    runs: frozenset[Ends] = frozenset()
+    ffns: frozenset[Ffn] = frozenset()
+    ranks: frozenset[int] = frozenset()
+
+
+NOTHING = Named()
+
+
+def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
+    """What the config pins, and what it forbids; only of what is enabled.
+
+    depth: blocks of the teacher, if known.
+
+    Raises UserError, naming the key, for pins that contradict each other, a forbid or the protected
+    blocks, and for blocks that the teacher lacks.
+    """
+    pinned, forbidden = (_named(settings, verb, depth) for verb in ("pin", "forbid"))
+    for key, one, other in _listed(pinned, forbidden):
+        if both := sorted(one & other):
+            raise UserError(
+                f"{key}.pin: {shown(both[0])} is also in {key}.forbid; remove it from one of them"
+            )
+    for key, ends in (("intervals", pinned.intervals), ("width.text", pinned.runs)):
+        for one, other in itertools.pairwise(sorted(ends)):
+            if overlap(one, other):
+                raise UserError(f"{key}.pin: {shown(one)} and {shown(other)} overlap; drop one")
+    for run, interval in itertools.product(pinned.runs, pinned.intervals):
+        if overlap(run, interval) and (run == interval or not within(interval, run)):
+            raise UserError(
+                f"width.text.pin: {shown(run)} and {shown(interval)} of intervals.pin contradict "
+                "each other: a text run holds whole intervals and more; change one of them"
+            )
+    _check_pinned_ffns(pinned)
+    for block, (first, last) in itertools.product(sorted(pinned.ranks), pinned.intervals):
+        if first < block <= last:
+            raise UserError(
+                f"modulation.pin: {block} goes with [{first},{last}] of intervals.pin, whose "
+                f"student starts from block {first}; pin {first} or drop one of them"
+            )
+    kept = protected(settings, depth)
+    for key, one, _ in _listed(pinned, forbidden):
+        for item in sorted(one) if key != "modulation" else ():
+            if inside := sorted(kept & set(_blocks(item))):
+                raise UserError(
+                    f"{key}.pin: {shown(item)} holds block {inside[0]}, which intervals."
+                    "protect_first or protect_last keeps; lower that or drop the pin"
+                )
+    return pinned, forbidden
+
+
+def protected(settings: Mapping, depth: int | None) -> set[int]:
+    """Blocks that intervals.protect_first and protect_last keep as they are."""
+    first, last = (settings["intervals"][f"protect_{side}"] for side in ("first", "last"))
+    return {*range(first)} | (set() if depth is None else {*range(max(0, depth - last), depth)})
+
+
+def check(
+    pinned: Named,
+    seams: Iterable[int],
+    untouchable: Collection[int],
+    unseen: Collection[int],
+    ffns: Collection[Ffn],
+    text_saved: Sequence[int],
+    modulated: Collection[int],
+    unread: int | None,
+) -> None:
+    """Raises UserError for pins that this teacher can't have.
+
+    Args:
+        seams: first block of each block list.
+        untouchable: blocks that can't be pruned.
+        unseen: blocks without the CKA that decides, so that no interval may hold them.
+        ffns: the FFNs that were measured.
+        text_saved: per block, parameters of the text stream that a borrower drops.
+        modulated: blocks with modulations of which a rank was measured, as
+            `plans.Modulation.block`.
+        unread: the block after which nothing reads the text stream, if there is one.
+    """
+    seams = list(seams)
+    for key, one, _ in _listed(pinned, pinned):
+        for item in sorted(one):
+            blocks = _blocks(item)
+            if key == "modulation":
+                if item in modulated:
+                    continue
+                why = "there is no modulation matrix of its own that could have a rank on offer"
+            elif cannot := [block for block in blocks if block in untouchable]:
+                why = f"block {cannot[0]} of this teacher can't be pruned"
+            elif key == "intervals" and (hidden := [block for block in blocks if block in unseen]):
+                why = f"block {hidden[0]} does not pass the stream of similarity.streams"
+            elif crossed := [seam for seam in seams if seam in blocks[1:]]:
+                why = f"the teacher's blocks are of another kind from block {crossed[0]} on"
+            elif key == "width.text" and not all(text_saved[block] for block in blocks):
+                why = "not all of these blocks have a text stream of their own"
+            elif key.startswith("width.ffn") and item not in ffns:
+                why = "this block has no such FFN"
+            else:
+                continue
+            raise UserError(f"{key}.pin: {shown(item)} can't be had: {why}; drop it")
+    for first, last in pinned.runs:
+        if last == unread and (first, TEXT) in pinned.ffns:
+            raise UserError(
+                f"width.ffn_text.pin: {first} has no text FFN in the text run [{first},{last}] of "
+                "width.text.pin, after which nothing reads the text; drop one of them"
+            )
+
+
+def holds(unit: Unit, named: Named) -> bool:
+    """Whether a unit holds anything of what is named, ranks of modulations aside."""
+    ffns = {(part.first, stream) for part in unit.parts for stream in part.linear_ffn}
+    inside = [run for run in named.runs if within(run, (unit.first, unit.last))]
+    ends = {(part.first, part.last) for part in unit.parts}
+    return bool(ffns & named.ffns or ends & named.intervals or inside)
+
+
+def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
+    lists = {"intervals": settings["intervals"], "modulation": settings["modulation"]}
+    for name in ("text", "ffn_image", "ffn_text"):
+        lists[f"width.{name}"] = settings["width"][name]
+    lists = {
+        key: named[verb] if settings[key.partition(".")[0]]["enabled"] else []
+        for key, named in lists.items()
+    }
+    for key, items in lists.items():
+        for item in items:
+            blocks = item if isinstance(item, list) else [item]
+            if len(blocks) == 2 and blocks[0] >= blocks[1]:
+                raise UserError(
+                    f"{key}.{verb}: {shown(item)} has to be [first, last] with last > first"
+                )
+            # One number more stands for the modulation after the last block.
+            more = key == "modulation"
+            if depth is not None and max(blocks) >= depth + more:
+                raise UserError(
+                    f"{key}.{verb}: {shown(item)} is beyond this teacher's blocks 0 to "
+                    f"{depth - 1}{f', and {depth}, the last modulation' if more else ''}"
+                )
+    linear = [(b, IMAGE) for b in lists["width.ffn_image"]]
+    linear += [(b, TEXT) for b in lists["width.ffn_text"]]
+    return Named(
+        frozenset(map(tuple, lists["intervals"])),
+        frozenset(map(tuple, lists["width.text"])),
+        frozenset(linear),
+        frozenset(lists["modulation"]),
+    )
+
+
+def _listed(one: Named, other: Named) -> Iterator[tuple[str, frozenset, frozenset]]:
+    """The config key of each kind, and what the two name there."""
+    yield "intervals", one.intervals, other.intervals
+    yield "width.text", one.runs, other.runs
+    for stream in (IMAGE, TEXT):
+        yield (
+            f"width.ffn_{stream}",
+            *(frozenset(f for f in named.ffns if f[1] == stream) for named in (one, other)),
+        )
+    yield "modulation", one.ranks, other.ranks
+
+
+def _check_pinned_ffns(pinned: Named) -> None:
+    for block, stream in sorted(pinned.ffns):
+        key = f"width.ffn_{stream}.pin: {block}"
+        for first, last in pinned.intervals:
+            if first < block <= last:
+                raise UserError(
+                    f"{key} goes with [{first},{last}] of intervals.pin, whose student starts from "
+                    f"block {first}; pin {first} or drop one of them"
+                )
+        for first, last in pinned.runs:
+            if stream == TEXT and first < block <= last:
+                raise UserError(
+                    f"{key} has no text FFN of its own in the text run [{first},{last}] of "
+                    "width.text.pin; drop one of them"
+                )
+
+
+def _blocks(item: Ends | Ffn | int) -> range:
+    """The blocks that an interval, a text run, an FFN or a modulation is about."""
+    first, last = (item, item) if isinstance(item, int) else item
+    return range(first, (first if isinstance(last, str) else last) + 1)
+
+
+def shown(item: Ends | Ffn | list[int] | int) -> str:
+    if isinstance(item, int) or isinstance(item[1], str):
+        return f"block {item if isinstance(item, int) else item[0]}"
+    return f"[{item[0]},{item[1]}]"
+
+
+def overlap(one: Ends, other: Ends) -> bool:
+    return one[0] <= other[1] and other[0] <= one[1]
+
+
+def within(inner: Ends, outer: Ends) -> bool:
+    return outer[0] <= inner[0] and inner[1] <= outer[1]

@@ -1,0 +1,248 @@
+"""Students: the new blocks of a plan. Their start weights, their plan and their file."""
+
+import copy
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ppcl.errors import UserError
+from ppcl.pruning import narrow, plans
+from ppcl.pruning.plans import Part, Unit
+from ppcl.storage import tensors, texts
+from ppcl.transformer import blocks
+
+Students = dict[Part, nn.Module]
+
+
+def parts_of(units: Iterable[Unit]) -> list[Part]:
+    """The parts of all units, in order."""
+    return [part for unit in units for part in unit.parts]
+
+
+def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
+    """Start weights of the student of an interval, as a float32 state dict.
+
+    Args:
+        modules: the interval's teacher blocks, in order.
+        how: `first` (block u, PPCL), `middle` (block floor((u+v)/2), PPCL's published script), or
+            `average`: weights that fall linearly with the distance from the middle (Amber-Image,
+            arXiv 2602.17047). `solved` begins as `first`; `solved.start` does the rest.
+    """
+    states = [m.state_dict() for m in modules]
+    count = len(states)
+    if how in ("first", "solved"):
+        weights = [1.0] + [0.0] * (count - 1)
+    elif how == "middle":
+        weights = [float(i == (count - 1) // 2) for i in range(count)]
+    else:
+        raw = [1 - abs(i - (count - 1) / 2) / ((count + 1) / 2) for i in range(count)]
+        weights = [w / sum(raw) for w in raw]
+    return {
+        key: sum(w * s[key].float() for w, s in zip(weights, states, strict=True) if w)
+        for key in states[0]
+    }
+
+
+def start(transformer: nn.Module, parts: Iterable[Part], how: str) -> Students:
+    """A block of the teacher's kind for every part, with its start weights, float32, on the CPU.
+
+    They are whole blocks still: `width.narrowed` makes the narrow ones, whose linear maps need
+    activations to start from.
+    """
+    sequence = blocks.block_sequence(transformer)
+    found = {}
+    for part in parts:
+        modules = [sequence[i].module for i in range(part.first, part.last + 1)]
+        student = copy.deepcopy(modules[0]).float().cpu().requires_grad_(True)
+        student.load_state_dict(start_weights(modules, how))
+        found[part] = student
+    return found
+
+
+def whole(transformer: nn.Module, parts: Iterable[Part], distilled: Students) -> Students:
+    """Whole blocks for the parts: distilled students, and copies of the teacher's kept blocks."""
+    trained = {part.key: student for part, student in distilled.items()}
+    kept = start(transformer, [part for part in parts if part.key not in trained], "first")
+    return {part: trained[part.key] if part.key in trained else kept[part] for part in parts}
+
+
+def uncut(wholes: Students) -> Students:
+    """Frozen copies of the whole blocks of intervals that will borrow their text: their maps stand
+    for what the attention of these blocks gets as text."""
+    return {
+        part: copy.deepcopy(student).requires_grad_(False)
+        for part, student in wholes.items()
+        if part.borrows and part.last > part.first
+    }
+
+
+def shaped(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
+    """The whole block, made as narrow as its part; new linear maps are zero. In place."""
+    if part.narrow:
+        layout = blocks.block_sequence(transformer)[part.first].list.layout()
+        role = {} if part.text == "own" else {"text": part.text}
+        narrow.narrow(student, layout, {"linear_ffn": list(part.linear_ffn)} | role)
+    return student
+
+
+def as_teacher(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
+    """A student as a model holds it, in place: every weight in the type that the teacher's weight
+    of its name has, new ones in the type that they are loaded in. Some classes keep norms or tables
+    in float32."""
+    cast(student, _types_in_model(transformer, part, student))
+    return student
+
+
+def plugged(
+    transformer: nn.Module, students: Students
+) -> tuple[nn.Module, Students, list[list[int]]]:
+    """A variant's model, as its export holds it: the teacher with students in place of its blocks.
+
+    Students that are not `as_teacher` yet are copied, and stay what they are.
+
+    Returns:
+        The model, the students as they run there, and the block map of `blocks.assembled`.
+    """
+    held = {}
+    for part, student in students.items():
+        wanted = _types_in_model(transformer, part, student)
+        fits = types(student) == wanted
+        held[part] = student if fits else cast(copy.deepcopy(student), wanted)
+    model, block_map = blocks.assembled(transformer, {part.key: m for part, m in held.items()})
+    return model, held, block_map
+
+
+def types(module: nn.Module) -> dict[str, torch.dtype]:
+    """Of a module's floating-point parameters and buffers, by name."""
+    return {name: tensor.dtype for name, tensor in _floats(module)}
+
+
+def cast(module: nn.Module, wanted: Mapping[str, torch.dtype]) -> nn.Module:
+    """A module with its `types` changed to these, in place."""
+    for name, tensor in _floats(module):
+        tensor.data = tensor.data.to(wanted[name])
+    return module
+
+
+def _types_in_model(
+    transformer: nn.Module, part: Part, student: nn.Module
+) -> dict[str, torch.dtype]:
+    like = types(blocks.block_sequence(transformer)[part.first].module)
+    kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
+    wanted, own = {}, None
+    for name in types(student):
+        if name in like:
+            wanted[name] = like[name]
+        elif kept & set(name.split(".")):
+            wanted[name] = torch.float32
+        else:
+            own = own or transformer.dtype  # once: it looks at every module for it
+            wanted[name] = own
+    return wanted
+
+
+def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
+    every = (*module.named_parameters(), *module.named_buffers())
+    return [(name, tensor) for name, tensor in every if tensor.is_floating_point()]
+
+
+def save(path: Path, students: Students, metadata: dict[str, str]) -> None:
+    """Writes all students to one file, parameters named `<part>/<parameter>`."""
+    state = {f"{p.name}/{k}": v for p, m in students.items() for k, v in m.state_dict().items()}
+    tensors.write(path, state, metadata)
+
+
+def load(path: Path, transformer: nn.Module, parts: Iterable[Part]) -> Students:
+    """Reads students; each has the shape of its part, cut from the teacher's block at its start.
+
+    Raises:
+        UserError: the file lacks a part, or holds other shapes, or NaN.
+    """
+    state, _ = tensors.read(path)
+    sequence, found = blocks.block_sequence(transformer), {}
+    for part in parts:
+        whole = copy.deepcopy(sequence[part.first].module).float().cpu()
+        student = shaped(transformer, part, whole).requires_grad_(True)
+        own = {k.split("/", 1)[1]: v for k, v in state.items() if k.startswith(part.name + "/")}
+        try:
+            student.load_state_dict(own)
+        except RuntimeError as error:
+            raise UserError(
+                f"{path} does not fit part {part.name} of this plan and teacher; delete it and "
+                f"rerun. {error}"
+            ) from error
+        for key, value in own.items():
+            if not torch.isfinite(value).all():
+                raise UserError(f"{path}: '{part.name}/{key}' holds NaN or infinity; delete it")
+        found[part] = student
+    return found
+
+
+def plan_entry(
+    unit: Unit, saved_parameters: int, saved_seconds: float, pinned: bool = False
+) -> dict:
+    """A unit as plan.json holds it."""
+    return {
+        "name": unit.name,
+        "removed_blocks": unit.removed_blocks,
+        "saved_parameters": saved_parameters,
+        "pinned": pinned,
+        "saved_seconds": None if math.isnan(saved_seconds) else saved_seconds,
+        "parts": [asdict(part) for part in unit.parts],
+    }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """plan.json.
+
+    Attributes:
+        units: what is trained of the selection.
+        distilled: what distill trains of it.
+        closed: what is not, since its least-squares maps cost next to nothing.
+        facts: the file's content; its `units` and `distilled` tell what each saves.
+    """
+
+    units: list[Unit]
+    distilled: list[Unit]
+    closed: list[Unit]
+    facts: dict
+
+    @property
+    def pinned(self) -> set[str]:
+        """Names of the units that every variant has, as far as they are trained."""
+        return {entry["name"] for entry in self.facts["units"] if entry["pinned"]}
+
+
+def read_plan(path: Path) -> Plan:
+    """The plan that `prune` wrote.
+
+    Raises:
+        UserError: it is missing, or not a whole one.
+    """
+    facts = texts.read_sealed(path)
+    try:
+        for key in ("transformer_parameters", "blocks"):
+            int(facts[key])
+        plan = Plan(*(_units(facts[key]) for key in ("units", "distilled", "closed")), facts)
+        for part in parts_of([*plan.units, *plan.distilled, *plan.closed]):
+            if not 0 <= part.first <= part.last < facts["blocks"]:
+                raise ValueError(f"part {part.name} is not of {facts['blocks']} blocks")
+        return plan
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path} is not a whole plan ({error}); delete it and rerun") from error
+
+
+def _units(entries: list[dict]) -> list[Unit]:
+    found = [Unit(tuple(map(plans.part, entry["parts"]))) for entry in entries]
+    for entry, unit in zip(entries, found, strict=True):
+        if entry["name"] != unit.name:
+            raise ValueError(f"unit {entry['name']} has the parts of {unit.name}")
+        int(entry["saved_parameters"])
+        bool(entry["pinned"])
+        float(entry["saved_seconds"] or 0)
+    return found

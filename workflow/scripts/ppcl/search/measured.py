@@ -1,0 +1,134 @@
+"""What earlier stages measured, as selection wants it: matrices and facts from their tables.
+
+Needs no torch.
+"""
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ppcl.errors import UserError
+from ppcl.pruning.plans import Matrix, Modulation
+from ppcl.search import selection
+from ppcl.search.reasons import Width
+from ppcl.search.selection import Weights
+from ppcl.storage import schemas, tables
+from ppcl.transformer.families import JOINT
+
+
+def cka(path: Path, stream: str, depth: int) -> np.ndarray:
+    """cka [first, last] of one stream (NaN where the table has no row)."""
+    table = tables.read(path, schemas.CKA).to_pandas()
+    rows = table[table["stream"] == stream]
+    if rows.empty:
+        raise UserError(
+            f"{path}: no rows for similarity.streams '{stream}'; "
+            f"set it to one of {', '.join(sorted(set(table['stream'])))}"
+        )
+    values = np.full((depth, depth), np.nan)
+    values[rows["start"] + 1, rows["end"]] = rows["cka"]
+    return values
+
+
+def costs(path: Path | None, depth: int) -> np.ndarray:
+    """velocity_error [first, last] (NaN where nobody measured)."""
+    if path is None:
+        raise UserError("intervals.cost is velocity: name the measured costs, --sensitivity")
+    table = tables.read(path, schemas.SENSITIVITY).to_pandas()
+    selection.check_depth(path, table["last"], depth)
+    values = np.full((depth, depth), np.nan)
+    values[table["first"], table["last"]] = table["velocity_error"]
+    return values
+
+
+def influences(path: Path | None, stream: str, depth: int) -> np.ndarray:
+    """Block influence of every block [depth] in one stream (NaN where it passes none), as the probe
+    stage measured it. Blocks of a joint sequence count for image and text; `mean` is of streams."""
+    if path is None:
+        raise UserError("intervals.cost is influence: name the probes' table, --probes")
+    table = tables.read(path, schemas.PROBES).to_pandas()
+    wanted = table["stream"].isin([stream, JOINT]) | (stream == "mean")
+    found = table[wanted].groupby("block")["influence"].mean()
+    return found.reindex(range(depth)).to_numpy()
+
+
+def facts(path: Path, *names: str) -> dict:
+    """Facts that an earlier stage left in the provenance of its table."""
+    stamp = tables.provenance(path)
+    try:
+        return {name: json.loads(stamp[name]) for name in names}
+    except KeyError as error:
+        raise UserError(
+            f"{path}: its provenance lacks {error}; delete it and activations/, and rerun"
+        ) from error
+
+
+def widths(path: Path, depth: int) -> list[Width]:
+    """The rows of width/measured.parquet."""
+    table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
+    # The last modulation's block is the number of blocks.
+    low_rank = table["kind"] == "modulation"
+    selection.check_depth(path, table["last"] - low_rank, depth)
+    return [
+        Width(
+            row.kind,
+            int(row.first),
+            int(row.last),
+            row.stream,
+            row.fit_error_heldout,
+            row.cka,
+            int(row.parameters_saved),
+            row.velocity_error,
+            row.path,
+            int(row.rank),
+        )
+        for row in table.itertuples()
+    ]
+
+
+@dataclass(frozen=True)
+class Closed:
+    """Closed forms, as `width` left them in its table.
+
+    Attributes:
+        widths: rows of the table.
+        modulations: of every matrix of which there are rows.
+        weights: parameters that each saves, those of whole blocks among them.
+        unread: the block after which nothing reads the text stream, if there is one.
+    """
+
+    widths: list[Width]
+    modulations: dict[Matrix, Modulation]
+    weights: Weights
+    unread: int | None
+
+
+def closed(path: Path | None, block_parameters: Sequence[int], kinds: Collection[str]) -> Closed:
+    """Closed forms of some kinds (text, ffn, modulation) at their prices.
+
+    path: width/measured.parquet; without, there are none.
+    """
+    depth = len(block_parameters)
+    if path is None:
+        return Closed([], {}, Weights(block_parameters, [0] * depth, [0] * depth), None)
+    names = "text_saved", "text_output", "text_lent", "unread", "modulations"
+    known = facts(path, *names)
+    found = [width for width in widths(path, depth) if width.kind in kinds]
+    every = {one.key: one for one in (Modulation(**kept) for kept in known["modulations"])}
+    ranks = [(one.matrix, one.rank) for one in found if one.kind == "modulation"]
+    weights = Weights(
+        block_parameters,
+        known["text_saved"],
+        known["text_output"],
+        {width.ffn: width.saved for width in found if width.kind == "ffn"},
+        {
+            (matrix, rank, sixths): every[matrix].saved(rank, sixths)
+            for matrix, rank in ranks
+            for sixths in every[matrix].shares
+        },
+        source=dict(enumerate(known["text_lent"])),
+    )
+    return Closed(found, {m: every[m] for m, _ in ranks}, weights, known["unread"])

@@ -1,0 +1,439 @@
+"""What a model gives up: the cheapest set for its budgets, exactly.
+
+Depth intervals and text runs are [first, last], inclusive. A text run (Eq. 8) holds whole parts,
+that is kept blocks and whole intervals, and at least two of them: the first keeps its text stream,
+the later ones borrow it. An FFN (Eq. 9) becomes linear in the block that starts a part; a borrowed
+text stream has none. A modulation
+matrix becomes a product of low rank; a linear FFN leaves half of it, a borrower no text matrix, and
+the source of a run after which nothing reads text a third of its own. What was trained goes in as
+whole units, of which ranks alone may still be chosen. The cost of a set is the sum of its members'
+costs, and whatever counts (parameters, blocks, seconds) adds up as well: an integer program
+(ppcl.search.integer_programs), in which every member is a column and every exclusion a row. All
+budgets of a config are met at once, in several measures if need be. PPCL, arXiv 2511.16156, stages
+1.2 and 2. Needs no torch.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ppcl.configuration.config import limits
+from ppcl.errors import UserError
+from ppcl.pruning.pins import NOTHING, Ends, Ffn, Named
+from ppcl.pruning.plans import Matrix, Modulation, Unit
+from ppcl.search import integer_programs
+from ppcl.storage import schemas, tables
+from ppcl.transformer.families import IMAGE, TEXT
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is saved in one measure, each per block unless it says otherwise.
+
+    block: if the block goes. text: if its text stream is borrowed. output: what a run that closes
+    with it adds. source: what the first block of a run saves beside that, if the run reaches
+    `Choices.unread`. ffn: (block, stream) -> if that FFN is linear. ranks: (matrix, rank, sixths of
+    its outputs that are kept) -> if it has that rank. units: by name, of whole trained units.
+    """
+
+    block: Sequence[float]
+    text: Sequence[float]
+    output: Sequence[float]
+    ffn: Mapping[Ffn, float] = field(default_factory=dict)
+    ranks: Mapping[tuple[Matrix, int, int], float] = field(default_factory=dict)
+    units: Mapping[str, float] = field(default_factory=dict)
+    source: Mapping[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What may be given up, and the cost of each; no cost is negative.
+
+    ranks: of each modulation matrix, the cost of every rank on offer. units: trained ones, by name,
+    with their cost; they keep everything else off their blocks but ranks. modulations: the matrices
+    of `ranks`. unread: the block after which nothing reads the text stream, if there is one.
+    """
+
+    intervals: Mapping[Ends, float] = field(default_factory=dict)
+    runs: Mapping[Ends, float] = field(default_factory=dict)
+    ffns: Mapping[Ffn, float] = field(default_factory=dict)
+    ranks: Mapping[Matrix, Mapping[int, float]] = field(default_factory=dict)
+    units: Mapping[str, tuple[Unit, float]] = field(default_factory=dict)
+    modulations: Mapping[Matrix, Modulation] = field(default_factory=dict)
+    unread: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The chosen set in order of depth, its cost, and what it saves in every measure.
+
+    bound: no set that meets the needs costs less; it lies below the cost by the solver's tolerance.
+    """
+
+    intervals: tuple[Ends, ...]
+    runs: tuple[Ends, ...]
+    ffns: tuple[Ffn, ...]
+    cost: float
+    bound: float
+    saved: Mapping[str, float]
+    ranks: Mapping[Matrix, int] = field(default_factory=dict)
+    units: tuple[str, ...] = ()
+
+
+def needed(budget: float | Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
+    """What has to go for a budget: measure (parameters, blocks or latency) -> how much of it.
+
+    Args:
+        budget: of the config's variants.
+        facts: transformer_parameters, blocks, and transformer_seconds for latency.
+    """
+    found: dict[str, float] = {}
+    for kind, value in limits(budget).items():
+        if kind == "latency":
+            amount = (1 - value) * facts["transformer_seconds"]
+        elif kind == "blocks":
+            amount = max(0, facts["blocks"] - value)
+        elif kind == "parameters":
+            amount = max(0, facts["transformer_parameters"] - value)
+        else:
+            kind, amount = "parameters", parameters_needed(facts["transformer_parameters"], value)
+        found[kind] = max(amount, found.get(kind, 0))
+    return found
+
+
+def targets(variants: Iterable[Mapping], facts: Mapping[str, float]) -> dict[str, float]:
+    """Per measure, what has to go for the smallest budget of all variants."""
+    largest: dict[str, float] = {}
+    for variant in variants:
+        for measure, amount in needed(variant["budget"], facts).items():
+            largest[measure] = max(amount, largest.get(measure, 0))
+    return largest
+
+
+def by_blocks(depth: int) -> Weights:
+    """The measure that counts blocks."""
+    return Weights([1] * depth, [0] * depth, [0] * depth)
+
+
+def timing(path: Path, depth: int) -> tuple[Weights, float]:
+    """Seconds per call that can be saved, and those of the whole transformer, as `latency` timed
+    them. What a text run adds where it closes counts as nothing."""
+    table = tables.read(path, schemas.LATENCY).to_pandas()
+    check_depth(path, table["block"], depth)
+    found = {(row.part, row.block): row.seconds for row in table.itertuples()}
+
+    def per_block(part: str) -> list[float]:
+        return [found.get((part, block), 0.0) for block in range(depth)]
+
+    ffns = {
+        (block, stream): found[f"ffn_{stream}", block]
+        for stream in (IMAGE, TEXT)
+        for block in range(depth)
+        if (f"ffn_{stream}", block) in found
+    }
+    try:
+        whole = float(tables.provenance(path)["transformer_seconds"])
+    except KeyError as error:
+        raise UserError(f"{path}: its provenance lacks {error}; delete it and rerun") from error
+    return Weights(per_block("block"), per_block(TEXT), [0.0] * depth, ffns), whole
+
+
+def saved_seconds(units: Iterable[Unit], path: Path | None) -> list[float]:
+    """Seconds per call that each unit saves, from `latency`'s table; NaN without one."""
+    units = list(units)
+    if path is None:
+        return [math.nan] * len(units)
+    depth = 1 + int(tables.read(path, schemas.LATENCY)["block"].to_numpy().max())
+    weights, _ = timing(path, depth)
+    return [
+        saved(
+            [part.key for part in unit.parts if part.last > part.first],
+            [(unit.first, unit.last)] if len(unit.parts) > 1 else [],
+            [(part.first, stream) for part in unit.parts for stream in part.linear_ffn],
+            weights,
+        )
+        for unit in units
+    ]
+
+
+def check_depth(path: Path, blocks: Iterable[int], depth: int) -> None:
+    """Raises UserError if a table names blocks that a teacher of this depth lacks."""
+    if max(blocks, default=0) >= depth:
+        raise UserError(f"{path} names blocks that this teacher lacks; delete it and rerun")
+
+
+def parameters_needed(total: int, fraction: float) -> int:
+    """Parameters that must go so that at most fraction * total stay."""
+    # The small addend keeps 0.55 * 20 = 11.000000000000002 or 10.999999999999998 at 11.
+    return max(0, total - math.floor(fraction * total + 1e-6))
+
+
+def amount(measure: str, value: float) -> str:
+    """In words, such as 1,234 parameters."""
+    if measure == "latency":
+        return f"{1000 * value:.4g} ms per call"
+    return f"{round(value):,} {measure}"
+
+
+def amounts(values: Mapping[str, float]) -> str:
+    """Several, in words."""
+    return " and ".join(amount(*item) for item in values.items()) or "nothing"
+
+
+def select(
+    choices: Choices,
+    weights: Mapping[str, Weights],
+    needs: Mapping[str, float],
+    pinned: Named = NOTHING,
+    whose: str = "variants: the smallest budgets need",
+) -> Plan:
+    """The cheapest set that holds all that is pinned and saves what is needed in every measure.
+
+    What is pinned may be held by a trained unit. Where the pinned set is enough, it is the plan.
+
+    Args:
+        choices: hold what is pinned.
+        weights: of the measures blocks, parameters and all that `needs` names.
+        needs: measure -> how much has to go, as `targets` gives it.
+        whose: how the message begins if nothing saves enough.
+
+    Raises UserError, with what can be reached and the keys to relax, if nothing saves enough.
+    """
+    needs = {measure: need for measure, need in needs.items() if need > 0}
+    columns = _Columns(choices, pinned, len(weights["blocks"].block))
+    gains = {measure: columns.gains(weights[measure]) for measure in needs}
+    wanted = list(needs.values())
+    costs = [cost for *_, cost in columns.every]
+    every = list(zip(*gains.values(), strict=True)) or [()] * len(costs)
+    implied = [number for (kind, _), number in columns.number.items() if kind == "borrows"]
+    found = integer_programs.cheapest(costs, every, wanted, columns.rows, implied)
+    if found:
+        return columns.plan(found, weights)
+    reached = {
+        m: max(0.0, integer_programs.most(gained, columns.rows)) for m, gained in gains.items()
+    }
+    raise UserError(
+        f"{whose} {amounts(needs)} removed; what may be used removes "
+        f"at most {amounts(reached)}{'' if len(needs) == 1 else ' (each on its own)'}. Lower "
+        "intervals.cka_floor, width.cka_floor, intervals.protect_first or intervals.protect_last, "
+        "shorten the forbid lists, add lower ranks to modulation.ladder, raise those budgets or, "
+        "with measured costs, sensitivity.longest, or set intervals.segmentation to optimal."
+    )
+
+
+def saved(
+    intervals: Iterable[Ends],
+    runs: Iterable[Ends],
+    ffns: Iterable[Ffn],
+    weights: Weights,
+    unread: int | None = None,
+) -> float:
+    """What a set of intervals, text runs and FFNs saves in one measure.
+
+    unread: as in `Choices`.
+    """
+    gone = {block for first, last in intervals for block in range(first + 1, last + 1)}
+    total = sum(weights.block[block] for block in gone)
+    for first, last in runs:
+        total += weights.source.get(first, 0) if last == unread else -weights.output[last]
+        total += sum(weights.text[b] for b in range(first + 1, last + 1) if b not in gone)
+    return total + sum(weights.ffn.get(ffn, 0) for ffn in ffns)
+
+
+# Names of columns: (kind, what), where a rank is (matrix, rank, sixths of its outputs kept), and
+# `borrows` is a block whose text stream is borrowed, which the runs and intervals taken decide.
+Column = tuple[str, Any]
+
+
+class _Columns:
+    """The integer program of a selection: a column for each member, a row for each exclusion."""
+
+    def __init__(self, choices: Choices, pinned: Named, depth: int):
+        self.choices = choices
+        borrowers = {b for first, last in choices.runs for b in range(first + 1, last + 1)}
+        self.every: list[tuple[str, Any, float]] = [
+            *(("interval", ends, cost) for ends, cost in sorted(choices.intervals.items())),
+            *(("run", ends, cost) for ends, cost in sorted(choices.runs.items())),
+            *(("ffn", ffn, cost) for ffn, cost in sorted(choices.ffns.items())),
+            *(("unit", name, cost) for name, (_, cost) in sorted(choices.units.items())),
+            *(("borrows", block, 0.0) for block in sorted(borrowers)),
+        ]
+        self.number = {(kind, item): n for n, (kind, item, _) in enumerate(self.every)}
+        self.rows: list[integer_programs.Row] = []
+        self.holding, self.going, self.runs, self.ending = self._by_block(depth)
+        self._exclude_overlaps(depth)
+        for block in borrowers:
+            self._borrow(block)
+        for matrix in sorted(choices.ranks):
+            self._low_rank(matrix, depth, matrix[0] in pinned.ranks)
+        self._pin(pinned)
+
+    def gains(self, weights: Weights) -> list[float]:
+        """What each column saves in one measure."""
+        return [self._gain(kind, item, weights) for kind, item, _ in self.every]
+
+    def plan(self, found: integer_programs.Taken, weights: Mapping[str, Weights]) -> Plan:
+        taken = [self.every[column] for column in found.columns]
+        members: dict[str, list] = {
+            kind: sorted(item for k, item, _ in taken if k == kind)
+            for kind in ("interval", "run", "ffn", "unit", "rank")
+        }
+        saves = {
+            measure: sum(self._gain(kind, item, each) for kind, item, _ in taken)
+            for measure, each in weights.items()
+        }
+        return Plan(
+            *(tuple(members[kind]) for kind in ("interval", "run", "ffn")),
+            found.cost,
+            found.bound,
+            saves,
+            {matrix: rank for matrix, rank, _ in members["rank"]},
+            tuple(sorted(members["unit"], key=lambda name: self.choices.units[name][0].first)),
+        )
+
+    def _gain(self, kind: str, item: Any, weights: Weights) -> float:
+        if kind == "interval":
+            return sum(weights.block[item[0] + 1 : item[1] + 1])
+        if kind == "run":
+            ends = item[1] == self.choices.unread
+            return weights.source.get(item[0], 0) if ends else -weights.output[item[1]]
+        if kind == "borrows":
+            return weights.text[item]
+        return {"ffn": weights.ffn, "unit": weights.units, "rank": weights.ranks}[kind].get(item, 0)
+
+    def _by_block(self, depth: int) -> tuple[list[list[int]], ...]:
+        """Of each block: columns of the units that hold it, of the intervals with which it goes,
+        of the runs that hold it, and of the runs that start there and reach the unread end."""
+        holding, going, runs, ending = ([[] for _ in range(depth)] for _ in range(4))
+        for number, (kind, item, _) in enumerate(self.every):
+            if kind == "unit":
+                unit, _ = self.choices.units[item]
+                for block in range(unit.first, unit.last + 1):
+                    holding[block].append(number)
+            elif kind == "interval":
+                for block in range(item[0] + 1, item[1] + 1):
+                    going[block].append(number)
+            elif kind == "run":
+                for block in range(item[0], item[1] + 1):
+                    runs[block].append(number)
+                if item[1] == self.choices.unread:
+                    ending[item[0]].append(number)
+        return holding, going, runs, ending
+
+    def _at_most_one(self, columns: Iterable[int]) -> None:
+        columns = dict.fromkeys(columns, 1.0)
+        if len(columns) > 1:
+            self.rows.append((columns, 1.0))
+
+    def _only_with(self, columns: Iterable[int], others: Iterable[int]) -> None:
+        """At most one of `columns`, and that only with one of `others`."""
+        self.rows.append((dict.fromkeys(columns, 1.0) | dict.fromkeys(others, -1.0), 0.0))
+
+    def _exclude_overlaps(self, depth: int) -> None:
+        starting = [[] for _ in range(depth)]  # type: list[list[int]]
+        for ends in self.choices.intervals:
+            starting[ends[0]].append(self.number["interval", ends])
+        for block in range(depth):
+            going, held = self.going[block], self.holding[block]
+            self._at_most_one([*starting[block], *going, *held])
+            self._at_most_one([*self.runs[block], *held])
+            # No run begins or ends inside an interval.
+            runs = [(n, self.every[n][1]) for n in self.runs[block]]
+            self._at_most_one([*going, *(n for n, (first, _) in runs if first == block)])
+            if block:
+                ended = [(n, self.every[n][1]) for n in self.runs[block - 1]]
+                self._at_most_one([*going, *(n for n, (_, last) in ended if last == block - 1)])
+            for stream in (IMAGE, TEXT):
+                if ("ffn", (block, stream)) in self.number:
+                    ffn = self.number["ffn", (block, stream)]
+                    without = self._textless(block) if stream == TEXT else []
+                    self._at_most_one([ffn, *going, *held, *without])
+        for ends in self.choices.runs:
+            if ends in self.choices.intervals:  # one part, which would lend its text to nobody
+                self._at_most_one([self.number["run", ends], self.number["interval", ends]])
+
+    def _textless(self, block: int) -> list[int]:
+        """Columns with which what would follow a block's text attention is gone: it borrows its
+        text, or lends it up to the unread end."""
+        borrows = self.number.get(("borrows", block))
+        return [*([] if borrows is None else [borrows]), *self.ending[block]]
+
+    def _borrow(self, block: int) -> None:
+        """A block borrows if a run holds it after the run's first, unless it goes."""
+        borrows, going = self.number["borrows", block], self.going[block]
+        lent = [n for n in self.runs[block] if self.every[n][1][0] < block]
+        self._only_with([borrows], lent)
+        self._at_most_one([borrows, *going])
+        self._only_with(lent, [borrows, *going])
+
+    def _low_rank(self, matrix: Matrix, depth: int, pinned: bool) -> None:
+        """Columns of a matrix: each rank with each share of its outputs that may be left."""
+        block, modulation = matrix[0], self.choices.modulations[matrix]
+        by_sixths: dict[int, list[int]] = {sixths: [] for sixths in (0, *modulation.shares)}
+        if block < depth:
+            lent = modulation.text and modulation.ffn  # else it is not of six parts
+            ffn = self.number.get(("ffn", (block, modulation.ffn)))
+            borrows = self.number.get(("borrows", block)) if modulation.text else None
+            by_sixths[0] += self.going[block]
+            by_sixths[0] += [] if borrows is None else [borrows]
+            by_sixths[2] += self.ending[block] if lent else []
+            by_sixths[modulation.left] += [] if ffn is None else [ffn]
+            for number in self.holding[block]:
+                unit, _ = self.choices.units[self.every[number][1]]
+                by_sixths[sixths_left(unit, modulation, self.choices.unread)].append(number)
+        ranks: dict[int, list[int]] = {}
+        for sixths in modulation.shares:
+            if sixths < 6 and not by_sixths[sixths]:
+                continue
+            ranks[sixths] = []
+            for rank, cost in sorted(self.choices.ranks[matrix].items()):
+                self.number["rank", (matrix, rank, sixths)] = len(self.every)
+                ranks[sixths].append(len(self.every))
+                self.every.append(("rank", (matrix, rank, sixths), cost))
+            if sixths < 6:
+                self._only_with(ranks[sixths], by_sixths[sixths])
+        less = [n for sixths, numbers in by_sixths.items() if sixths < 6 for n in numbers]
+        self._at_most_one([*less, *ranks[6]])
+        if pinned:  # one of them, unless its text stream is borrowed
+            kept = [n for n in by_sixths[0] if n not in self.going[block]]
+            kept = [n for n in kept if self.every[n][0] != "unit" or self._keeps(n, block)]
+            self._at_least_one([*kept, *(n for columns in ranks.values() for n in columns)])
+
+    def _keeps(self, number: int, block: int) -> bool:
+        """Whether a block starts a part of a unit."""
+        return any(block == p.first for p in self.choices.units[self.every[number][1]][0].parts)
+
+    def _at_least_one(self, columns: Iterable[int]) -> None:
+        self.rows.append((dict.fromkeys(columns, -1.0), -1.0))
+
+    def _pin(self, pinned: Named) -> None:
+        """What is pinned is in, by itself or in a unit."""
+        units = [(self.number["unit", name], u) for name, (u, _) in self.choices.units.items()]
+        holding: dict[Column, list[int]] = {
+            **{("interval", ends): [] for ends in pinned.intervals},
+            **{("run", ends): [] for ends in pinned.runs},
+            **{("ffn", ffn): [] for ffn in pinned.ffns},
+        }
+        for number, unit in units:
+            has = {("interval", part.key) for part in unit.parts}
+            has |= {("ffn", (p.first, stream)) for p in unit.parts for stream in p.linear_ffn}
+            has |= {("run", (unit.first, unit.last))} if len(unit.parts) > 1 else set()
+            for column in has & holding.keys():
+                holding[column].append(number)
+        for column, numbers in sorted(holding.items()):
+            if column in self.number:
+                numbers.append(self.number[column])
+            self._at_least_one(numbers)
+
+
+def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
+    """Sixths of a modulation matrix's outputs that a trained unit keeps."""
+    part = next((part for part in unit.parts if part.first == modulation.block), None)
+    if part is None or (modulation.text and part.borrows):
+        return 0
+    lends = part is unit.parts[0] and len(unit.parts) > 1
+    if modulation.text and modulation.ffn and lends and unit.last == unread:
+        return 2
+    return modulation.left if modulation.ffn and modulation.ffn in part.linear_ffn else 6

@@ -1,0 +1,179 @@
+"""Reading and writing safetensors: whole or not at all, with provenance, and as they were written.
+
+The header's metadata holds the digest of the tensors' bytes and a seal of the header itself.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+from torch import Tensor
+
+from ppcl import errors
+from ppcl.errors import UserError
+from ppcl.storage import seals, whole
+
+_DATA = "data.sha256"
+_NO_DIGEST = "0" * 64
+
+
+def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors atomically; aliases and views are stored as contiguous copies.
+
+    Raises:
+        UserError: the disk is full, fails, or may not be written to.
+        ValueError: the metadata has one of the keys that digests are stored under.
+    """
+    unsealed = _unsealed(path, metadata)
+    with whole.writing(path) as temporary:
+        safetensors.torch.save_file(_whole_and_apart(tensors), temporary, metadata=unsealed)
+        _seal(temporary)
+
+
+def join(path: str | Path, sources: Iterable[Path], metadata: Mapping[str, str]) -> None:
+    """Writes the tensors of several files of `write` to one, none of them in memory.
+
+    Args:
+        sources: no two of them with a tensor of the same name.
+
+    Raises:
+        UserError: as `write` and `read`.
+    """
+    content: dict[str, dict] = {"__metadata__": _unsealed(path, metadata)}
+    regions, size = [], 0
+    for source in sources:
+        _checked(Path(source), whole=True)
+        with open(source, "rb") as file:
+            header, _ = _parts(file.fileno(), whole=False)
+        found = json.loads(header[8:])
+        del found["__metadata__"]
+        for entry in found.values():
+            entry["data_offsets"] = [offset + size for offset in entry["data_offsets"]]
+        content |= found
+        size = max((entry["data_offsets"][1] for entry in found.values()), default=size)
+        regions.append((source, len(header)))
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors lie where their types may
+    with whole.writing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for source, start in regions:
+                with open(source, "rb") as part:
+                    part.seek(start)
+                    shutil.copyfileobj(part, file)
+        _seal(temporary)
+
+
+def _unsealed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:
+    if taken := {_DATA, seals.KEY} & metadata.keys():
+        raise ValueError(f"{path}: the metadata's key {min(taken)!r} is the format's own")
+    return dict(metadata) | {_DATA: _NO_DIGEST, seals.KEY: seals.EMPTY}
+
+
+def _seal(path: Path) -> None:
+    with open(path, "rb+") as file:
+        header, data = _parts(file.fileno())
+        empty = f'"{_DATA}":"{_NO_DIGEST}"'.encode()
+        file.write(seals.seal(header.replace(empty, f'"{_DATA}":"{data}"'.encode())))
+
+
+def _whole_and_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, each all of its storage, which safetensors asks for; copied only if
+    that is not so."""
+    found, taken = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage()
+        if storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
+            tensor = tensor.clone()
+        taken.add(storage.data_ptr())
+        found[name] = tensor
+    return found
+
+
+def metadata(path: str | Path) -> dict[str, str]:
+    """The metadata; the tensors are not looked at. Raises UserError as `read` does."""
+    return _checked(Path(path), whole=False)
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors on the CPU, and the metadata.
+
+    Raises:
+        UserError: the file is missing, truncated, not safetensors, or not what `write` wrote.
+    """
+    while True:
+        before = _identity(path)
+        found = _checked(Path(path), whole=True)
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                read = {k: file.get_tensor(k) for k in file.keys()}
+        except (safetensors.SafetensorError, OSError) as error:
+            raise _broken(path, error) from error
+        # It was opened twice: another run may have put a newer file in its place in between.
+        if before == _identity(path):
+            return read, found
+
+
+def opened(path: str | Path, check: bool = True) -> tuple[safetensors.safe_open, dict[str, str]]:
+    """A file to read piece by piece, which nobody may replace meanwhile, and its metadata.
+
+    Args:
+        check: that all of it is what was written; else only its header.
+
+    Raises:
+        UserError: as `read`.
+    """
+    found = _checked(Path(path), whole=check)
+    try:
+        return safetensors.safe_open(path, framework="pt"), found
+    except (safetensors.SafetensorError, OSError) as error:
+        raise _broken(path, error) from error
+
+
+def _identity(path: str | Path) -> tuple | None:
+    """Changes when another file takes the place of this one."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _checked(path: Path, whole: bool) -> dict[str, str]:
+    """The metadata of a file whose header, and if `whole` whose data, is what was written."""
+    if not path.is_file():
+        raise UserError(f"{path} does not exist. Run the stage that writes it.")
+    try:
+        with open(path, "rb") as file:
+            header, data = _parts(file.fileno(), whole)
+        content = json.loads(header[8:]) if seals.sealed(header) else {}
+        found = dict(content.pop("__metadata__", {}))
+        size = len(header) + max((t["data_offsets"][1] for t in content.values()), default=0)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise _broken(path, error) from error
+    if found and size != path.stat().st_size:
+        raise _broken(path, "it is too short or too long")
+    if not found or whole and found.get(_DATA) != data:
+        raise UserError(f"{path} {seals.DAMAGED}; {seals.REMAKE}")
+    return {key: value for key, value in found.items() if key not in (_DATA, seals.KEY)}
+
+
+def _parts(file: int, whole: bool = True) -> tuple[bytes, str]:
+    """A file's header, with its length in front, and the digest of the rest."""
+    size = os.fstat(file).st_size
+    length = int.from_bytes(os.pread(file, 8, 0), "little")
+    if size < 8 or 8 + length > size:
+        raise ValueError("it ends within its header")
+    header = os.pread(file, 8 + length, 0)
+    return header, seals.digest(file, 8 + length, size - 8 - length) if whole else ""
+
+
+def _broken(path: str | Path, error: Exception | str) -> UserError:
+    if isinstance(error, Exception) and (found := errors.trouble(error, path)):
+        return UserError(found)
+    return UserError(f"{path} is not a whole safetensors file ({error}); {seals.REMAKE}")

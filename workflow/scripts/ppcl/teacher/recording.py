@@ -1,0 +1,287 @@
+"""Runs the stock pipeline and records what it asks of the transformer."""
+
+import contextlib
+import inspect
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ppcl.errors import UserError
+from ppcl.teacher import pipelines, replays, steps
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import Family
+
+
+class _Recorder:
+    """Hooks a transformer and a scheduler for one run of a pipeline, and collects the calls.
+
+    Attributes:
+        calls: arguments, output, step, branch and level of every call.
+        latents: after each step.
+        step: steps taken so far.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, transformer: nn.Module):
+        self.pipe, self.transformer, self.step = pipe, transformer, 0
+        self.calls: list[dict[str, Any]] = []
+        self.latents: dict[int, Tensor] = {}
+        self._counted = False
+
+    def __enter__(self) -> "_Recorder":
+        family = blocks.family(self.transformer)
+        changing = family.state, family.time
+
+        def hook(module, args, kwargs, returned):
+            output = blocks.stacked(returned[0] if isinstance(returned, tuple) else returned.sample)
+            branch = sum(call["step"] == self.step for call in self.calls)
+            here = {"step": self.step, "branch": branch, "level": None}
+            given = blocks.signature_arguments(module, args, kwargs)
+            # The pipeline may go on to compute in place.
+            here["arguments"] = given | {k: _copied(given[k]) for k in changing if k in given}
+            here["output"] = output.clone()
+            self.calls.append(here)
+
+        self._undo = contextlib.ExitStack()
+        handle = self.transformer.register_forward_hook(hook, with_kwargs=True)
+        self._undo.callback(handle.remove)
+        self._undo.enter_context(steps.around(self._scheduler, self._take))
+        return self
+
+    def __exit__(self, *_exception) -> None:
+        self._undo.close()
+
+    @property
+    def _scheduler(self) -> Any:
+        return getattr(self.pipe, "scheduler", None)
+
+    def _take(self, scheduler: Any, step: steps.Step, given: dict[str, Any]) -> Any:
+        returned, level = steps.taken(scheduler, step, given)
+        if scheduler is self._scheduler:  # not a copy, of which a pipeline may have several
+            self._end(level)
+            self._counted = True
+        return returned
+
+    def _end(self, level: steps.Level) -> None:
+        for call in self.calls:
+            if call["step"] == self.step:
+                call["level"] = level
+        self.step += 1
+
+    def end_of_step(self, _pipe, _step, timestep, values: dict) -> dict:
+        """The pipeline's callback after each denoising step."""
+        if not self._counted:
+            self._end(steps.told(self._scheduler, timestep))
+        self._counted = False
+        self.latents[self.step - 1] = _copied(values["latents"])
+        return {}
+
+    def callback(self, pipe: DiffusionPipeline) -> dict[str, Any]:
+        """Arguments of a pipeline's call that let it tell the end of each step.
+
+        Raises:
+            UserError: it can't.
+        """
+        known = inspect.signature(pipe.__call__).parameters
+        if "callback_on_step_end" in known:
+            return {"callback_on_step_end": self.end_of_step}
+        if {"callback", "callback_steps"} <= set(known):  # as older pipelines have it
+
+            def old(step: int, timestep: Tensor, latents: Tensor) -> None:
+                self.end_of_step(pipe, step, timestep, {"latents": latents})
+
+            return {"callback": old, "callback_steps": 1}
+        raise UserError(
+            f"{type(pipe).__name__} can't be recorded: it tells nobody when a step ends "
+            "(callback_on_step_end)"
+        )
+
+
+def _copied(value: Any) -> Any:
+    return tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, value)
+
+
+def record_batch(
+    pipe: DiffusionPipeline,
+    transformer: nn.Module,
+    samples: list[dict],
+    settings: dict[str, Any],
+    renoised: int,
+    seed: int,
+    replayed: bool = True,
+) -> list[pa.Table]:
+    """Every transformer call of one batch of samples, one table per call.
+
+    Args:
+        transformer: the component of the pipeline whose calls are recorded.
+        samples: per sample: sample, prompt_index, prompt, seed, heldout; and image, a picture's
+            path, if the prompts have one.
+        settings: the config's `pipeline` mapping.
+        renoised: fresh states per sample and branch: the pipeline's final latent, noised again at a
+            sigma drawn uniformly between the schedule's ends, and the teacher's answer to it.
+        seed: of the fresh noise.
+        replayed: replay all calls of the pipeline on the transformer alone, and compare
+            (`replays.compare`); costs as much as the calls did. Once for a pipeline is enough.
+
+    Raises:
+        UserError: the pipeline has no step callback, its states can't be renoised, it changes the
+            transformer's answers from outside, or one of them is all zero.
+    """
+    prompts, seeds = [s["prompt"] for s in samples], [s["seed"] for s in samples]
+    images = [s["image"] for s in samples] if "image" in samples[0] else None
+    samples = [{key: value for key, value in s.items() if key != "image"} for s in samples]
+    with _Recorder(pipe, transformer) as recorder:
+        more = recorder.callback(pipe)
+        pipelines.run(pipe, prompts, seeds, settings, images, output_type="latent", **more)
+    family = blocks.family(transformer)
+    found = []
+    most = len(getattr(getattr(pipe, "scheduler", None), "timesteps", recorder.calls))
+    for call in recorder.calls:
+        if call["step"] >= most or call["level"] is None:
+            raise UserError(
+                f"{type(pipe).__name__} denoises in several rounds, which can't be recorded yet; "
+                "make a shorter video, or a smaller picture, that takes one"
+            )
+        if listed := [name for name in family.numbered if call["arguments"].get(name)]:
+            raise UserError(
+                f"these pipeline settings give the transformer '{listed[0]}', numbers of blocks, "
+                "which would be other blocks after pruning; leave that guidance out of the "
+                "config's pipeline"
+            )
+        place = {key: call[key] for key in ("step", "branch")} | call["level"]._asdict()
+        found += _tables(
+            call["arguments"], call["output"], samples, place | {"kind": "pipeline"}, family
+        )
+    if not found:
+        raise UserError(
+            f"{type(pipe).__name__} never called its transformer teacher.component; with these "
+            "pipeline settings there is nothing to record"
+        )
+    if replayed:
+        replays.compare(pipe, transformer, recorder.calls)
+    if renoised:
+        found += _renoise(pipe, recorder, samples, renoised, seed, family)
+    return found
+
+
+def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]:
+    # A pipeline that joins both guidance branches in one batch repeats the samples.
+    repeats, rest = divmod(len(output), len(samples))
+    if rest or not repeats:
+        raise UserError(
+            f"the pipeline calls its transformer with {len(output)} samples for {len(samples)} "
+            "prompts, so whose they are is unclear; set record.batch_size to 1, and leave out "
+            "settings of the config's pipeline that multiply pictures"
+        )
+    every = samples * repeats
+    if zero := [every[i]["prompt"] for i in (~output.flatten(1).any(1)).nonzero().flatten()]:
+        raise UserError(
+            f"the transformer answers a call with zeros alone (step {place['step']}, branch "
+            f"{place['branch']}, prompt '{zero[0]}'), so no error relative to its answer is "
+            "defined; its last layer looks untrained: give a trained teacher (teacher.path, "
+            "teacher.component)"
+        )
+    rows = {key: [s[key] for s in every] for key in samples[0]}
+    rows |= {k: v if isinstance(v, list) else [v] * len(every) for k, v in place.items()}
+    return calls.to_tables(arguments, output, rows, family.shared, family.batch_dims)
+
+
+@torch.no_grad()
+def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa.Table]:
+    """x = (1 - sigma) x_0 + sigma noise, the interpolation that flow matching trains on."""
+    schedule = getattr(pipe, "scheduler", None)
+    config = getattr(schedule, "config", {})
+    flow = "FlowMatch" in type(schedule).__name__ or config.get("use_flow_sigmas")
+    if not flow:
+        name = type(schedule).__name__ if schedule is not None else "a pipeline without scheduler"
+        raise UserError(
+            f"record.renoised_per_sample: states of {name} can't be renoised (only flow-matching "
+            "schedulers yet); set it to 0"
+        )
+    if recorder.step < 2:
+        raise UserError(
+            "record.renoised_per_sample: one denoising step does not show how this pipeline hands "
+            "its latents to the transformer; set it to 0, or pipeline.num_inference_steps to 2 (of "
+            "a picture's, pipeline.strength higher)"
+        )
+    later = [call["step"] for call in recorder.calls if call["step"] > 0]
+    second = [call for call in recorder.calls if later and call["step"] == min(later)]
+    if not second:
+        raise UserError(
+            "record.renoised_per_sample: the pipeline calls this transformer in its first step "
+            "only, which does not show how it hands over its latents; set it to 0"
+        )
+    before, clean = (recorder.latents.get(n) for n in (min(later) - 1, recorder.step - 1))
+    # Of two transformers, each knows its own noise levels; of a picture, the later ones are used.
+    called = [call["level"].sigma for call in recorder.calls]
+    if before is None or clean is None or not np.isfinite(called).all():
+        raise UserError(
+            "record.renoised_per_sample: this pipeline does not show its latents and noise level "
+            "at every step, so its states can't be renoised; set it to 0"
+        )
+    low, high = min(called), max(called)
+    scale = _timestep_scale(recorder.calls, family, schedule)
+    found = []
+    for round_ in range(renoised):
+        generator = torch.Generator().manual_seed(
+            seed * 1_000_003 + samples[0]["sample"] * 1009 + round_
+        )
+        sigma = low + (high - low) * torch.rand(
+            len(samples), generator=generator, dtype=torch.float64
+        )
+        noise = torch.randn(clean.shape, generator=generator).to(clean)
+        # Mochi counts its noise levels the other way round.
+        share = 1 - sigma if schedule.config.get("invert_sigmas") else sigma
+        weight = share.to(clean).view(-1, *[1] * (clean.ndim - 1))
+        state = torch.lerp(clean, noise, weight)
+        for call in second:
+            arguments = dict(call["arguments"])
+            repeats = len(call["output"]) // len(samples)
+            hidden = arguments[family.state]
+            given = torch.cat([before] * repeats)
+            as_it_is = isinstance(hidden, Tensor) and hidden.shape == given.shape
+            if not as_it_is or not torch.equal(hidden, given.to(hidden)):
+                raise UserError(
+                    "record.renoised_per_sample: the transformer of this pipeline does not get the "
+                    "latents as they are, so its states can't be renoised; set it to 0"
+                )
+            timestep = sigma * schedule.config.num_train_timesteps
+            times = arguments[family.time]
+            if times.ndim > 1:
+                raise UserError(
+                    "record.renoised_per_sample: this pipeline gives every token a timestep of its "
+                    "own, so its states can't be renoised; set it to 0"
+                )
+            arguments[family.state] = torch.cat([state] * repeats).to(hidden)
+            arguments[family.time] = (timestep * scale).repeat(repeats).to(times)
+            output = blocks.answer(recorder.transformer, arguments | {"return_dict": False})
+            place = {
+                "kind": "renoised",
+                "step": -1,
+                "branch": call["branch"],
+                "timestep": timestep.tolist() * repeats,
+                "sigma": sigma.tolist() * repeats,
+            }
+            found += _tables(arguments, output, samples, place, family)
+    return found
+
+
+def _timestep_scale(recorded: list[dict[str, Any]], family: Family, schedule) -> float:
+    """What a pipeline multiplies the scheduler's timestep by: some pass it as it is, others sigma.
+
+    In bfloat16 the quotient is off by up to 1 %, so it says only which of the two.
+    """
+    call = max(recorded, key=lambda call: abs(call["level"].timestep))
+    given, timestep = call["arguments"][family.time].flatten()[0].item(), call["level"].timestep
+    found = given / timestep if timestep else float("nan")  # all calls are at timestep 0
+    for scale in (1.0, 1 / schedule.config.num_train_timesteps):
+        if abs(found / scale - 1) < 0.01:
+            return scale
+    raise UserError(
+        f"record.renoised_per_sample: this pipeline gives the transformer {given:g} at the "
+        f"scheduler's timestep {timestep:g}, so its states can't be renoised; set it to 0"
+    )

@@ -1,0 +1,128 @@
+"""Which teacher it is, so that what began with one does not go on with another.
+
+A folder can be replaced in place, by mv, rsync, or a link that moves, and a branch on the Hub moves
+whenever somebody pushes. `record` notes which teacher it has asked, and later stages load that one
+or stop. Imports nothing heavy, so that Snakefiles can.
+"""
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ppcl import provenance
+from ppcl.errors import UserError
+from ppcl.teacher import hub
+
+_SAMPLE = 1 << 16  # bytes
+_MARKS = {True: "revision", False: "fingerprint"}  # of one on the Hub, or in a folder
+
+
+def files(teacher: Mapping) -> list[Path]:
+    """What a local teacher consists of: its index, its code, and its components' files, sorted.
+
+    Links are followed. Hidden files are somebody else's (.git, .cache, .snakemake_timestamp). Of a
+    name on the Hub, or where there is no pipeline, nothing.
+    """
+    folder = Path(teacher["path"], teacher.get("subfolder") or "")
+    try:
+        index = hub.read_index(folder)
+    except UserError:
+        return []  # which is told where the teacher is loaded, or checked before a run
+    found = [folder / hub.INDEX, *folder.glob("[!.]*.py")]
+    for name, made_as in index.items():
+        if isinstance(made_as, list):
+            found += _below(folder / name)
+    return sorted(path for path in found if path.is_file())
+
+
+def _below(folder: Path) -> list[Path]:
+    """All that is no hidden file in a folder; a link that leads back to where it is is left out."""
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(place, name) for name in names if not name.startswith(".")]
+    return found
+
+
+def fingerprint(teacher: Mapping) -> str:
+    """Digest of the names, sizes and times of a local teacher's files, and of samples of what they
+    hold, wherever its folder is (weights are too large to read). Empty for a name on the Hub, whose
+    commit tells."""
+    if hub.is_name(teacher["path"]):
+        return ""
+    folder = Path(teacher["path"], teacher.get("subfolder") or "")
+    found = ((path.relative_to(folder).as_posix(), path) for path in files(teacher))
+    return provenance.digest([(name, *_looks(path)) for name, path in found])
+
+
+def _looks(path: Path) -> tuple[int, int, str]:
+    """Size, time, and digest of the beginning, middle and end: teachers of one shape have one size,
+    and whoever unpacks or copies may set one time for all."""
+    seen, read = path.stat(), hashlib.sha256()
+    # What may not be read is told where the teacher is loaded.
+    with contextlib.suppress(PermissionError), path.open("rb") as file:
+        for place in sorted({0, seen.st_size // 2, max(0, seen.st_size - _SAMPLE)}):
+            file.seek(place)
+            read.update(file.read(_SAMPLE))
+    return seen.st_size, seen.st_mtime_ns, read.hexdigest()
+
+
+def resolved(teacher: Mapping) -> dict:
+    """The config's `teacher` mapping, with what tells this teacher from any other: the commit as
+    its `revision`, or its `fingerprint`.
+
+    Raises:
+        UserError: it is on the Hub, which can't be reached.
+    """
+    if hub.is_name(teacher["path"]):
+        return teacher | {"revision": hub.commit(teacher)}
+    return teacher | {"fingerprint": fingerprint(teacher)}
+
+
+def note(teacher: Mapping) -> dict[str, str]:
+    """Of a `resolved` teacher, for the provenance of calls.parquet."""
+    name = _MARKS[hub.is_name(teacher["path"])]
+    return {f"teacher_{name}": teacher[name]}
+
+
+def recorded(teacher: Mapping, noted: Mapping[str, str]) -> dict:
+    """The config's `teacher` mapping, `resolved` to the one whose calls were recorded.
+
+    Args:
+        noted: the provenance of calls.parquet. Calls without a note of their teacher are taken to
+            be of the present one.
+
+    Raises:
+        UserError: it is not there any more.
+    """
+    on_hub = hub.is_name(teacher["path"])
+    name, other = _MARKS[on_hub], _MARKS[not on_hub]
+    if f"teacher_{other}" in noted:
+        _refuse(teacher)
+    found = teacher | {name: noted[f"teacher_{name}"]} if f"teacher_{name}" in noted else teacher
+    refuse_changed(found)
+    return dict(found)
+
+
+def refuse_changed(teacher: Mapping) -> None:
+    """Raises UserError if a `resolved` teacher's folder holds another one by now."""
+    known = teacher.get("fingerprint")
+    # Without files it is no teacher at all, which loading it says better.
+    if known and files(teacher) and known != fingerprint(teacher):
+        _refuse(teacher)
+
+
+def _refuse(teacher: Mapping) -> None:
+    raise UserError(
+        f"teacher.path: {teacher['path']} was changed since its calls were recorded, or began to "
+        "be: its files have other names, sizes, times or contents. Put the teacher back as it was, "
+        "or rerun the workflow, which records the present one and makes all that follows again (a "
+        "stage's program alone can't: delete record/calls.parquet first)"
+    )

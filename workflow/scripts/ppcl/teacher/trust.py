@@ -1,0 +1,124 @@
+"""Code that lies in a pipeline's folder: it runs only where it is trusted, in a place of this
+process's own, and goes along with an export that needs it."""
+
+import functools
+import multiprocessing.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import transformers.dynamic_module_utils
+from diffusers import DiffusionPipeline
+from diffusers.utils import dynamic_modules_utils
+from torch import nn
+
+from ppcl.errors import UserError
+from ppcl.pruning import narrow
+from ppcl.storage import texts
+from ppcl.teacher import hub
+from ppcl.transformer.families import family_of
+
+transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it would ask at the terminal
+_COPIES = "diffusers_modules."  # how the names of modules begin that diffusers made of such code
+_SUFFIXES = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
+
+
+def own_modules() -> None:
+    """From now on this process copies the code that it loads to a folder of its own, which goes
+    when the process ends.
+
+    By default all processes of a machine share one, under HF_HOME: there they read what another
+    one is writing, and it may not be writable.
+    """
+    place = _place(os.getpid())  # a fork starts anew
+    dynamic_modules_utils.HF_MODULES_CACHE = place
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = place
+
+
+@functools.cache
+def _place(_process: int) -> str:
+    place = tempfile.mkdtemp(prefix="ppcl-modules-")
+    # Unlike atexit, this also runs when a process of multiprocessing ends.
+    multiprocessing.util.Finalize(None, shutil.rmtree, (place, True), exitpriority=0)
+    return place
+
+
+def class_beside(folder: Path, part: str) -> type:
+    """A component's class from the code beside its weights, which the caller trusts.
+
+    Raises:
+        UserError: the index names no file there.
+    """
+    library, name = hub.read_index(folder)[part]
+    if not library.isidentifier():
+        raise UserError(f"{folder / hub.INDEX}: {part}: '{library}' is no name of a module")
+    own_modules()
+    return dynamic_modules_utils.get_class_from_dynamic_module(
+        folder, f"{library}.py", class_name=name, trust_remote_code=True, subfolder=part
+    )
+
+
+def bring(pipe: DiffusionPipeline, folder: Path) -> bool:
+    """Puts the code of a pipeline that was loaded with it into its saved folder, where the folder's
+    index then finds it.
+
+    Returns:
+        Whether there is code in the folder: what ran in this process, since the user trusts it, or
+        the text of `narrow`. All of it is that to the letter.
+
+    Raises:
+        UserError: there is other code.
+    """
+    index = hub.read_index(folder)
+    named = {"": type(pipe)} | {k: type(v) for k, v in pipe.components.items() if v is not None}
+    known: dict[str, bytes] = {}
+    for place, made_by in named.items():
+        if made_by.__module__.startswith(_COPIES):
+            origin = Path(sys.modules[made_by.__module__].__file__)
+            for file in (origin, *_needed(origin)):
+                known[(Path(place) / file.relative_to(origin.parent)).as_posix()] = (
+                    file.read_bytes()
+                )
+            index[place or "_class_name"] = [origin.stem, made_by.__name__]
+        elif hasattr(made_by, "stock"):
+            known[f"{place}/{made_by.__module__}.py"] = _narrow_text(made_by)
+    for name, content in known.items():
+        texts.write(folder / name, content)
+    texts.write_json(folder / hub.INDEX, index)
+    if other := sorted(set(code_in(folder)) - known.keys()):
+        raise UserError(f"{folder / other[0]}: code that the pipeline was not loaded with")
+    return bool(known)
+
+
+def refuse_narrowing(transformer: nn.Module) -> None:
+    """Raises UserError for a class of the teacher's own: the code of narrow blocks that an export
+    brings builds on diffusers' classes alone."""
+    made_by = getattr(type(transformer), "stock", type(transformer))
+    if getattr(diffusers, made_by.__name__, None) is not made_by:
+        raise UserError(
+            f"width.enabled: {made_by.__name__} comes with the teacher, and blocks can be made "
+            "narrow only in diffusers' own classes; set width.enabled: false"
+        )
+
+
+def _needed(origin: Path) -> Iterator[Path]:
+    """Files that a module imports relatively, directly or not."""
+    return map(Path, dynamic_modules_utils.get_relative_import_files(str(origin)))
+
+
+def _narrow_text(made_by: type) -> bytes:
+    """The code of a class of `narrow`: what it was loaded from, or what this version writes."""
+    loaded = getattr(sys.modules.get(made_by.__module__), "__file__", None)
+    if loaded:
+        return Path(loaded).read_bytes()
+    return narrow.module_text(made_by.stock, family_of(made_by.stock.__name__).layouts()).encode()
+
+
+def code_in(folder: Path) -> list[str]:
+    """All files of a folder that could be run, by their paths in it."""
+    found = (path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    return sorted(path.relative_to(folder).as_posix() for path in found)

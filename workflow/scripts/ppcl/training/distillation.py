@@ -1,0 +1,329 @@
+"""How students are taught, and what they cost once they are plugged in.
+
+Three teachers: `independent` is the paper's (Eq. 6, every student from the teacher's activations);
+`any_subset` trains random sets of students through the whole model; `output_distillation`, which
+the latter is made of, is also how a whole variant is fine-tuned.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
+
+from ppcl.errors import UserError
+from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.students import Students, plugged
+from ppcl.storage import schemas
+from ppcl.training import entrance, losses, prices, teaching
+from ppcl.training.losses import Real
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import TEXT
+
+
+def log_table(rows: list[dict]) -> pd.DataFrame:
+    """The log of `independent` as one row per step, part and stream."""
+    found = [
+        {
+            "step": row["step"],
+            "interval": row["name"],
+            "stream": stream,
+            "loss_normalised": row[f"{stream}/normalised"],
+            "loss_relative": row[f"{stream}/relative"],
+            "loss_linear": row.get("linear", math.nan),
+            "lr": row["lr"],
+            "seconds": row["seconds"],
+            "loss": row["loss"],
+        }
+        for row in rows
+        for stream in sorted(key.split("/")[0] for key in row if key.endswith("/normalised"))
+    ]
+    return pd.DataFrame(found, columns=schemas.DISTILL_LOG.names)
+
+
+def lr_scales(parts: Iterable[Part], kept: float, name: str = "{}/") -> dict[str, float]:
+    """What the learning rate of parts that stand for one block is multiplied by (loop.train).
+
+    Such a part starts from its own block and least squares, near its best; a rate that brings a
+    student along in a few steps only shakes it.
+
+    Args:
+        name: what the names of a part's parameters start with.
+    """
+    return {name.format(part.name): kept for part in parts if part.first == part.last}
+
+
+def share(rows, accelerator: Accelerator):
+    """This process's part of a global batch; the batch is the same for any process count.
+
+    Raises:
+        UserError: there are fewer rows than processes.
+    """
+    if len(rows) < accelerator.num_processes:
+        raise UserError(
+            f"batch_size {len(rows)} is less than the number of training processes, "
+            f"{accelerator.num_processes}; raise it, or lower the config key 'processes'"
+        )
+    return rows[accelerator.process_index :: accelerator.num_processes]
+
+
+def batches_of_steps(
+    reader: calls.Reader, options: Mapping, seed: int, accelerator: Accelerator
+) -> Callable[[int], calls.Batch]:
+    """What gives this process's part of a step's batch, on its device; the next step's is read
+    meanwhile.
+
+    Args:
+        options: batch_size, of all processes together.
+    """
+    rows = reader.rows(heldout=False)
+
+    def make(step: int) -> calls.Batch:
+        drawn = reader.draw(rows, options["batch_size"], (seed, step))
+        return reader.batch(share(drawn, accelerator)).pinned(accelerator.device)
+
+    ahead = calls.Ahead(make)
+    return lambda step: ahead(step).to(accelerator.device)
+
+
+def independent(
+    transformer: nn.Module,
+    students: Students,
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+    names: Mapping[Part, str] | None = None,
+    inputs: entrance.Inputs | None = None,
+    uncut: Students | None = None,
+):
+    """Step losses of all students (see training.Losses): Eq. 6, and L_linear of narrow ones.
+
+    mode `independent` (Eq. 6): a student gets the teacher's activation before its interval, and
+    never another student's output; but one that borrows gets z_a of the source that it will have,
+    which no block of the teacher need have. mode `sequential`, the ablation baseline: it gets what
+    the students before it make of the input; gradients stay within each student.
+
+    students: a source comes before those that borrow from it.
+    names: of the parts in the log, for students of overlapping units; `Part.name` otherwise.
+    inputs: the streams from which the teacher starts, of students taught in mode `independent`.
+    uncut: as of `teacher_states`.
+    """
+    sequence = blocks.block_sequence(transformer)
+    family = blocks.family(transformer)
+    parts, batch_of = list(students), batches_of_steps(reader, options, seed, accelerator)
+    names = names or {part: part.name for part in parts}
+    sources = {part.key for part in parts if part.lends}
+
+    def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        batch = batch_of(step)
+        with accelerator.autocast():
+            running = inputs.model(batch.numbers, batch.arguments) if inputs else transformer
+            lessons = teaching.teacher_states(transformer, parts, batch.arguments, running, uncut)
+        if options["mode"] == "sequential":
+            given = sequential_inputs(transformer, students, batch.arguments, accelerator)
+            for part, bound in given.items():
+                lessons[part].bound = bound
+        real: dict[str, Real] = {}  # a stream has the same in all blocks
+        lent: dict[tuple[int, int], Tensor] = {}
+        for part, student in students.items():
+            lesson = lessons.pop(part)
+            if part.source in sources and options["mode"] != "sequential":
+                lesson.lend(lent[part.source])
+            if part.last == sequence[-1].index:
+                read = {s: v for s, v in lesson.target.items() if s not in family.unread}
+                lesson.target = read
+            seen = {} if lesson.text_input is None else {TEXT: lesson.text_input}
+            fresh = {s: x for s, x in (seen | lesson.target).items() if s not in real}
+            real |= teaching.real_tokens(family, batch, fresh, options["batch_size"], accelerator)
+            # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
+            lesson.bound = teaching.fitting(lesson.bound, student)
+            with accelerator.autocast():
+                returned = _call(student, lesson.bound, options["gradient_checkpointing"])
+                output = sequence[part.first].outputs(returned)
+                # A source returns its carry: its own text stream, and what it lends.
+                if part.lends:
+                    lent[part.key] = output[TEXT].detach().chunk(2, dim=-1)[1]
+                output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
+                loss, metrics = teaching.interval_losses(output, lesson.target, real, options)
+                linear = teaching.linear_loss(part, student, output, lesson, real)
+            if linear is not None:
+                metrics["linear"] = linear
+                loss = loss + options["linear_weight"] * linear
+            yield names[part], loss, metrics
+
+    return losses_of_step
+
+
+def output_distillation(
+    model_at: Callable[[int], nn.Module],
+    name: str,
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+    in_float32: bool,
+):
+    """Step losses: relative velocity error against the recorded teacher (see training.Losses).
+
+    The teacher does not run: its answer to every recorded call is part of the record.
+
+    Args:
+        model_at: the model of a step.
+        name: of what is trained, in the log.
+        in_float32: the model is float32, whatever dtype the teacher's calls were recorded in.
+    """
+    batch_of = batches_of_steps(reader, options, seed, accelerator)
+
+    def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+        batch = batch_of(step)
+        if in_float32:
+            batch = batch.to_float32()
+        # Before the model runs: here processes have just met, behind it they would wait again.
+        power = accelerator.reduce(batch.output.float().square().sum(), reduction="mean")
+        with accelerator.autocast():
+            output = blocks.answer(model_at(step), batch.arguments)
+        error = losses.velocity_error(output, batch.output, power)
+        yield name, error, {"velocity_error": error}
+
+    return losses_of_step
+
+
+def any_subset(
+    transformer: nn.Module,
+    units: Sequence[Unit],
+    students: Students,
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+    draw: Callable[[tuple[int, ...]], Sequence[Unit]] | None = None,
+):
+    """Step losses of output distillation with a random subset of the units plugged in.
+
+    Students of Eq. 6 never see each other's errors. Here they do, and since every step plugs
+    another subset, they stay pluggable: one set of students serves every budget. Needs
+    `transformer` without gradients of its own.
+
+    Args:
+        draw: what a step plugs in, by (seed, step); `random_subset` unless told.
+    """
+    if options["gradient_checkpointing"]:
+        transformer.enable_gradient_checkpointing()
+    fitting = {part: InFloat32(student) for part, student in students.items()}
+
+    def model_at(step: int) -> nn.Module:
+        chosen = draw((seed, step)) if draw else random_subset(units, (seed, step))
+        modules = {part.key: fitting[part] for unit in chosen for part in unit.parts}
+        return blocks.assembled(transformer, modules)[0]
+
+    return output_distillation(
+        model_at, "students", reader, options, seed, accelerator, in_float32=False
+    )
+
+
+def random_subset(members: Sequence, seed: tuple[int, ...]) -> list:
+    """At least one of the members; every size is equally likely, then every subset of that size."""
+    # Batches are drawn from the same seed: the third number keeps the two draws apart.
+    rng = np.random.default_rng((*seed, 1))
+    size = rng.integers(1, len(members), endpoint=True)
+    return [members[i] for i in sorted(rng.permutation(len(members))[:size])]
+
+
+class InFloat32(nn.Module):
+    """A float32 student between blocks of another dtype; gradients reach the student."""
+
+    def __init__(self, student: nn.Module):
+        super().__init__()
+        self.student = student
+
+    def forward(self, *args, **kwargs):
+        streams = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+        dtype = next(x.dtype for x in streams if x.is_floating_point())
+        args, kwargs = tree_map(calls.as_float32, (args, kwargs))
+        return tree_map(lambda x: x.to(dtype), self.student(*args, **kwargs))
+
+
+@torch.no_grad()
+def sequential_inputs(
+    transformer: nn.Module, students: Students, arguments: dict[str, Any], accelerator: Accelerator
+) -> dict[Part, dict[str, Any]]:
+    """Per part the bound arguments that its student gets inside the assembled model."""
+    model, fitting, _ = plugged(transformer, students)
+    owner = {id(m): part for part, m in fitting.items()}
+    inputs = {}
+
+    def before(block, bound):
+        if id(block.module) in owner:
+            inputs[owner[id(block.module)]] = bound
+
+    watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
+    with accelerator.autocast(), blocks.watch(watched, before, stop_after=watched[-1].index) as run:
+        run(model, arguments)
+    return inputs
+
+
+def cost_table(
+    transformer: nn.Module,
+    units: Sequence[Unit],
+    students: Students,
+    entries: Sequence[dict],
+    reader: calls.Reader,
+    options: dict,
+    seed: int,
+    accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
+) -> pd.DataFrame:
+    """Rows of errors.parquet: what every unit costs, plugged in alone, on held-out rows.
+
+    Args:
+        entries: the plan's, one per unit.
+        options: the stage's, with heldout_rows and batch_size.
+        state, identity: as of `prices.measure`.
+    """
+    rows = reader.sample_heldout("select", options["heldout_rows"], seed, "heldout_rows")
+    for student in students.values():
+        student.eval()
+    plugged_in = {
+        unit.name: (
+            unit.first,
+            unit.last,
+            lambda u=unit: {part: students[part] for part in u.parts},
+        )
+        for unit in units
+    }
+    costs = prices.measure(
+        prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device),
+        prices.of_students(transformer, plugged_in),
+        accelerator,
+        state,
+        identity,
+    )
+    found = [
+        {
+            "unit": unit.name,
+            "first": unit.first,
+            "last": unit.last,
+            "removed_blocks": unit.removed_blocks,
+            "saved_parameters": entry["saved_parameters"],
+            "saved_seconds": math.nan if entry["saved_seconds"] is None else entry["saved_seconds"],
+            "velocity_error": cost,
+            "rows": len(rows),
+        }
+        for unit, entry, cost in zip(units, entries, costs, strict=True)
+    ]
+    return pd.DataFrame(found, columns=schemas.UNIT_ERRORS.names)
+
+
+def _call(module: nn.Module, bound: dict[str, Any], recompute: bool) -> Any:
+    if recompute:
+        return checkpoint(module, use_reentrant=False, **bound)
+    return module(**bound)

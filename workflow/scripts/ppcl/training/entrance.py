@@ -1,0 +1,389 @@
+"""The teacher's streams at the first block that a job needs, kept on disk, so that it starts there.
+
+Every step draws other rows, so streams are kept by row. They are computed before the first step,
+for all rows that the steps will draw, in batches of a fixed make-up: what a step reads does not
+depend on when it was computed, and a killed job ends with the weights of an uninterrupted one. The
+batches have the size of a process's share of a step. At one shape, a sample's activations are
+mostly the same to the bit whatever else is in the batch, and then so are the students with and
+without this. Where they are not (padding up to the longest text, experts that share out tokens),
+they are the same but for rounding.
+"""
+
+import inspect
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.nn import functional
+from tqdm import tqdm
+
+from ppcl import provenance
+from ppcl.errors import UserError, disk_is_full
+from ppcl.pruning.plans import Part
+from ppcl.runtime import processes, stopping
+from ppcl.storage import tensors, texts
+from ppcl.training import shards
+from ppcl.transformer import blocks, calls
+
+log = logging.getLogger(__name__)
+
+GIVEN_UP = "given-up.json"
+OPEN = 1024  # files that are kept mapped; the kernel allows some 65,000
+
+
+class Passing(nn.Module):
+    """Answers with the streams that it is given, in the layout of the block that it stands for."""
+
+    def __init__(self, block: blocks.Block):
+        super().__init__()
+        self.signature, self.list = inspect.signature(block.module.forward), block.list
+
+    def forward(self, *args, **kwargs) -> Any:
+        bound = self.signature.bind(*args, **kwargs).arguments
+        streams = tuple(bound.get(self.list.inputs[stream]) for stream in self.list.outputs)
+        return streams if len(streams) > 1 else streams[0]
+
+
+class Door(nn.Module):
+    """A block that gets streams from elsewhere, `given`: stream -> per sample [tokens, channels].
+
+    Everything else that it gets is what the transformer hands to it.
+    """
+
+    def __init__(self, block: blocks.Block):
+        super().__init__()
+        self.block, self.module = block, block.module
+        self.signature = inspect.signature(block.module.forward)
+        self.given: Mapping[str, Sequence[Tensor]] = {}
+
+    def forward(self, *args, **kwargs) -> Any:
+        call = self.signature.bind(*args, **kwargs)
+        for stream, values in self.given.items():
+            argument = self.block.list.inputs[stream]
+            call.arguments[argument] = fitted(values, call.arguments[argument])
+        return self.module(*call.args, **call.kwargs)
+
+
+def fitted(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Samples' streams as one batch with as many tokens as `like` [batch, tokens, channels].
+
+    Some families pad up to the longest text of a batch. The padding is at the end, so what is cut
+    off or put there (zeros) is of no token.
+    """
+    tokens = like.shape[1]
+    return torch.stack(
+        [
+            value[:tokens]
+            if len(value) >= tokens
+            else functional.pad(value, (0, 0, 0, tokens - len(value)))
+            for value in values
+        ]
+    ).to(like.device)
+
+
+class Entrance:
+    """A transformer that starts at block `first`: those before it pass on what they are given.
+
+    Embeddings, modulation and rotary embeddings are still the transformer's own work. Blocks from
+    `first` on are the transformer's, so what watches them there sees them here. With the number of
+    blocks as `first`, it starts behind the last one.
+    """
+
+    def __init__(self, transformer: nn.Module, first: int):
+        sequence = blocks.block_sequence(transformer)
+        instead: dict[tuple[int, int], nn.Module] = {
+            (b.index, b.index): Passing(b) for b in sequence[:first]
+        }
+        at = min(first, len(sequence) - 1)
+        self._door = Door(sequence[at])
+        if first > at:
+            self._door.module = instead[at, at]
+        self._model, _ = blocks.assembled(transformer, instead | {(at, at): self._door})
+
+    def model(self, streams: Mapping[str, Sequence[Tensor]]) -> nn.Module:
+        """The model, whose next call is on these streams (`Door.given`)."""
+        self._door.given = streams
+        return self._model
+
+
+@torch.no_grad()
+def streams_before(
+    transformer: nn.Module,
+    first: int,
+    arguments: dict[str, Any],
+    running: nn.Module | None = None,
+) -> blocks.Streams:
+    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...]; with
+    the number of blocks, what the last one returns.
+
+    running: what runs in its place, with that block of it (`Entrance.model`).
+    """
+    found: blocks.Streams = {}
+    sequence = blocks.block_sequence(transformer)
+    if first == len(sequence):
+        seen = {"after": lambda _block, streams: found.update(streams), "stop_after": first - 1}
+        watched = [sequence[-1]]
+    else:
+        seen = {"before": lambda block, bound: found.update(block.inputs(bound))}
+        seen |= {"stop_before": first}
+        watched = [sequence[first]]
+    with blocks.watch(watched, **seen) as run:
+        run(transformer if running is None else running, arguments)
+    return found
+
+
+def drawn(reader: calls.Reader, options: Mapping, seed: int) -> np.ndarray:
+    """Numbers of the rows that the steps of a training draw, each once, in order."""
+    rows = reader.rows(heldout=False)
+    draws = (reader.draw(rows, options["batch_size"], (seed, s)) for s in range(options["steps"]))
+    return np.unique(np.concatenate(list(draws)))
+
+
+def caching(reader: calls.Reader, options: Mapping, seed: int) -> shards.Caching:
+    """What keeping streams costs the distillation of these options (config's `distill`)."""
+    if options["cache_inputs"] == "never" or options["mode"] != "independent":
+        return shards.NEVER
+    visits = options["steps"] * options["batch_size"]
+    return shards.Caching(options["cache_inputs"], len(drawn(reader, options, seed)) / visits)
+
+
+class Inputs:
+    """The streams at a job's first needed block, of every row that its steps draw.
+
+    Args:
+        parts: that the job teaches; the teacher must run from the first of their blocks on.
+        options: config's `distill`.
+        folder: for the files, which processes share; `student_stage.finish` removes it.
+        identity: digest of what decides the training. Files of another identity are not used.
+        reserve: bytes that must stay free on the disk.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        parts: Sequence[Part],
+        reader: calls.Reader,
+        options: Mapping,
+        seed: int,
+        accelerator: Accelerator,
+        folder: Path,
+        identity: str,
+        reserve: int = 0,
+    ):
+        self.first = shards.first_needed(parts)
+        self._transformer, self._reader, self._accelerator = transformer, reader, accelerator
+        self._folder, self._reserve = folder, reserve
+        self._required = options["cache_inputs"] == "always"
+        self._entrance: Entrance | None = None
+        size = -(-options["batch_size"] // accelerator.num_processes)
+        self._groups = list(_groups(reader, drawn(reader, options, seed), size))
+        self._place = {row: (n, i) for n, g in enumerate(self._groups) for i, row in enumerate(g)}
+        self._identity = provenance.digest([identity, self.first, size])
+        self._open: dict[int, Any] = {}
+        self._checked: set[int] = set()
+        self._ready = False
+
+    def model(self, rows: np.ndarray, arguments: dict[str, Any]) -> nn.Module:
+        """What to run in the transformer's place, on the call of these rows, within autocast.
+
+        The first call fills the cache, by all processes together.
+
+        Raises:
+            UserError: a file is not what was written; or, where the config says `always`, the disk
+                is full; or the streams are not those of the teacher in the rows' own batch.
+        """
+        if not self._ready:
+            self._prepare()
+            if self._entrance:
+                self._verify(rows, arguments)
+            self._ready = True
+        return self._entrance.model(self._streams(rows)) if self._entrance else self._transformer
+
+    def _prepare(self) -> None:
+        main = self._accelerator.is_main_process
+        if self._gave_up():
+            return
+        if main:
+            self._put_away()
+        self._accelerator.wait_for_everyone()
+        reason = self._fill()
+        # All or none: a step of one process must not differ from that of another.
+        failed = torch.tensor([float(bool(reason))], device=self._accelerator.device)
+        if not self._accelerator.reduce(failed, reduction="sum").item():
+            self._entrance = Entrance(self._transformer, self.first)
+            return
+        reason = reason or "another process says why"
+        if main and not self._required:  # else it goes on when there is room
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._accelerator.wait_for_everyone()
+        if self._required:
+            raise UserError(
+                f"{self._folder}: no room for the teacher's streams ({reason}); free some, or set "
+                "distill.cache_inputs to never, which lets the teacher run from its first block"
+            )
+        if main:
+            # A resumed job must not decide again, or its steps would not be those of one job.
+            texts.write_sealed(self._folder / GIVEN_UP, {"identity": self._identity})
+            log.warning("%s: the teacher runs from its first block (%s)", self._folder, reason)
+
+    def _gave_up(self) -> bool:
+        path = self._folder / GIVEN_UP
+        found = path.exists() and texts.read_sealed(path)["identity"] == self._identity
+        # By all alike, and before one of them removes or writes it.
+        return bool(processes.of_main(self._accelerator, torch.tensor(int(found))))
+
+    def _fill(self) -> str:
+        """Computes this process's share of the files that are not there; why it could not."""
+        rank, count = self._accelerator.process_index, self._accelerator.num_processes
+        mine = range(rank, len(self._groups), count)
+        for number in tqdm(mine, desc="caching", unit="batch", disable=rank > 0, mininterval=2):
+            if self._is_there(number):
+                continue
+            rows = self._groups[number]
+            batch = self._reader.batch(rows).to(self._accelerator.device)
+            with self._accelerator.autocast():
+                found = streams_before(self._transformer, self.first, batch.arguments)
+            size = sum(value.nbytes for value in found.values())
+            if reason := self._short_of_room(size * self._missing()):
+                return reason
+            written = {"identity": self._identity, "rows": _text(rows)}
+            try:
+                tensors.write(self._path(number), found, written)
+            except (UserError, OSError, SafetensorError) as error:
+                if not disk_is_full(error):
+                    raise
+                return str(error)
+            if stopping.warned():  # what is written is kept
+                stopping.end()
+        return ""
+
+    def _put_away(self) -> None:
+        """Removes what runs of other settings or code left, which would be in the way."""
+        foreign = 0
+        for path in self._folder.glob("*.safetensors"):
+            try:
+                if tensors.metadata(path).get("identity") == self._identity:
+                    continue
+                foreign += 1
+            except UserError as error:
+                log.warning("%s; it is made again", error)
+            path.unlink(missing_ok=True)
+        if foreign:
+            text = "%s: %s files belong to other settings or inputs; they are made again"
+            log.warning(text, self._folder, foreign)
+
+    def _missing(self) -> int:
+        """How many files are not there, of all processes."""
+        return len(self._groups) - sum(1 for _ in self._folder.glob("*.safetensors"))
+
+    def _short_of_room(self, needed: int) -> str:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self._folder).free
+        if needed + self._reserve <= free:
+            return ""
+        gib = 2**30
+        return (
+            f"{needed / gib:.3g} GiB are to be written, {self._reserve / gib:.3g} GiB must stay "
+            f"free for checkpoints, and {free / gib:.3g} GiB are free"
+        )
+
+    def _is_there(self, number: int) -> bool:
+        """Whether a killed run left a file of this one; another one is made again."""
+        if not self._path(number).exists():
+            return False
+        try:
+            self._opened(number)
+        except UserError as error:
+            log.warning("%s; it is made again", error)
+            self._path(number).unlink(missing_ok=True)
+            return False
+        return True
+
+    def _opened(self, number: int):
+        """A file, whose every byte was read and found to be what was written."""
+        if number not in self._open:
+            if len(self._open) >= OPEN:
+                self._open.clear()
+            path = self._path(number)
+            file, written = tensors.opened(path, check=number not in self._checked)
+            wanted = {"identity": self._identity, "rows": _text(self._groups[number])}
+            if written != wanted:
+                raise UserError(f"{path} belongs to other settings or inputs; delete it and rerun")
+            self._checked.add(number)
+            self._open[number] = file
+        return self._open[number]
+
+    def _path(self, number: int) -> Path:
+        return self._folder / f"{number}.safetensors"
+
+    def _streams(self, rows: np.ndarray) -> dict[str, list[Tensor]]:
+        found: dict[str, list[Tensor]] = {}
+        for number, place in (self._place[row] for row in rows.tolist()):
+            file = self._opened(number)
+            for stream in file.keys():
+                found.setdefault(stream, []).append(file.get_slice(stream)[place])
+        return found
+
+    def _verify(self, rows: np.ndarray, arguments: dict[str, Any]) -> None:
+        """Compares what the first block gets here with what it gets from the teacher, in a batch of
+        a step: a registry could be wrong."""
+        whole = streams_before(self._transformer, self.first, arguments)
+        running = self._entrance.model(self._streams(rows))
+        try:
+            late = streams_before(self._transformer, self.first, arguments, running)
+        except (RuntimeError, LookupError, TypeError, ValueError) as error:
+            raise UserError(
+                f"{self._folder}: this teacher can't start at block {self.first} ({error}); set "
+                "distill.cache_inputs to never"
+            ) from error
+        low = self._accelerator.mixed_precision == "bf16"
+        computed = [torch.bfloat16 if low else torch.float32, self._transformer.dtype]
+        masks = blocks.token_masks(blocks.family(self._transformer), arguments, whole)
+        worst, equal = 0.0, True
+        for stream, ran in whole.items():
+            kept = late[stream]
+            if kept.shape != ran.shape:
+                raise UserError(
+                    f"{self._folder}: block {self.first} gets a {stream} stream of the shape "
+                    f"{list(kept.shape)} in place of {list(ran.shape)} if those before it pass on "
+                    "what they get; set distill.cache_inputs to never"
+                )
+            if stream in masks:
+                kept, ran = kept[masks[stream]], ran[masks[stream]]
+            equal &= torch.equal(kept, ran)
+            error = (kept - ran).float().norm() / ran.float().norm().clamp_min(1e-30)
+            worst = max(worst, float(error))
+            if not float(error) <= max(torch.finfo(kind).eps for kind in computed) ** 0.5:
+                raise UserError(
+                    f"{self._folder}: the {stream} stream before block {self.first} is another in "
+                    f"another batch (relative difference {float(error):.2g}), so it can't be kept; "
+                    "set distill.cache_inputs to never"
+                )
+        if self._accelerator.is_main_process:
+            count = len(self._place)
+            size = sum(self._path(n).stat().st_size for n in range(len(self._groups)))
+            print(
+                f"{self._folder}: streams before block {self.first} of {count} rows, "
+                f"{size / 2**20:.4g} MiB; in the first step's batch "
+                + ("equal to the bit" if equal else f"equal but for rounding ({worst:.1g})"),
+                flush=True,
+            )
+
+
+def _groups(reader: calls.Reader, rows: np.ndarray, size: int):
+    """The rows in batches of `size`; what a bucket's last one lacks is filled up with its first."""
+    for bucket in reader.buckets:
+        members = np.intersect1d(bucket, rows)
+        for start in range(0, len(members), size):
+            yield np.resize(members[start : start + size], size)
+
+
+def _text(rows: np.ndarray) -> str:
+    return " ".join(map(str, rows.tolist()))

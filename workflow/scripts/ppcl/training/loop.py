@@ -1,0 +1,399 @@
+"""One training loop for everything that is trained here: teacher parts, students, whole models.
+
+The loop is data parallel over accelerate's processes, keeps one atomic checkpoint file, and is a
+pure function of its inputs: what a step sees depends on (seed, step) alone, never on how often the
+run was killed, so that a resumed run ends with the weights of an uninterrupted one.
+"""
+
+import collections
+import hashlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ppcl import provenance
+from ppcl.errors import UserError
+from ppcl.runtime import stopping
+from ppcl.storage import tensors
+from ppcl.teacher import teacher_identity
+from ppcl.training import fsdp, optimizers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    """How to optimise; AdamW with linear warm-up, then a cosine down to zero.
+
+    ema: decay of an exponential moving average of the weights, which training ends with; 0 for
+        none. diffusers' EMAModel, whose decay rises as (1 + n) / (10 + n) over the first steps.
+    """
+
+    steps: int
+    lr: float
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    clip_norm: float = 1.0
+    checkpoint_every: int = 200
+    log_every: int = 10
+    optimizer: str = "adamw"
+    ema: float = 0.0
+
+    @classmethod
+    def from_settings(cls, settings: Mapping, **overrides) -> "Optimisation":
+        """Takes the keys of this class out of a larger settings mapping."""
+        known = {k: settings[k] for k in cls.__dataclass_fields__ if k in settings} | overrides
+        return cls(**known | {"betas": tuple(known.get("betas", (0.9, 0.95)))})
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of a step (0-based): warm-up, then cosine to zero at `steps`."""
+        if step < self.warmup_steps:
+            return self.lr * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# A step's losses: one (module name, scalar loss, scalar metrics) after the other. Each is
+# differentiated and its graph freed before the next is asked for, so peak memory is one graph.
+Losses = Callable[[int], Iterator[tuple[str, Tensor, dict[str, Tensor]]]]
+
+
+@dataclass
+class _Progress:
+    """Where a training is: what a checkpoint holds beside the weights and the optimizer's state.
+
+    Attributes:
+        seconds: training time since step 0.
+        sums: module -> metric -> this process's sum over the `unlogged` last steps.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    rows: list[dict] = field(default_factory=list)
+    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    unlogged: int = 0
+
+
+def train(
+    modules: Mapping[str, nn.Module],
+    losses: Losses,
+    options: Optimisation,
+    accelerator: Accelerator,
+    checkpoint: Path,
+    identity: str,
+    lr_scales: Mapping[str, float] | None = None,
+) -> list[dict]:
+    """Trains modules in place and returns the log.
+
+    Modules are optimised side by side and independently: each has its own gradient clipping, and
+    AdamW is element-wise, so a module ends the same whether trained alone or with others.
+
+    SIGTERM to any of the processes ends them all, with a checkpoint, after the step that they are
+    in (SystemExit with `stopping.EXIT_CODE`).
+
+    Args:
+        modules: float32 modules by name, already on the accelerator's device, or shared out over
+            the processes (`fsdp.shard`).
+        losses: yields each module's loss for a step, computed on this process's share of the batch.
+        checkpoint: the resume file; written every `checkpoint_every` steps by the main process.
+        identity: digest of everything that decides the result. A checkpoint that carries another
+            identity belongs to another run and is not used.
+        lr_scales: start of a parameter's name, `<module>/<path>` -> what its learning rate is
+            multiplied by, if not 1.
+
+    Returns:
+        One row per module every `log_every` steps: step (1-based), name, lr, seconds (training time
+        since step 0) and the means of the metrics over those steps.
+
+    Raises:
+        UserError: a loss or gradient is NaN or infinite; says the module and the steps.
+    """
+    parameters = {
+        f"{name}/{key}": p
+        for name, module in modules.items()
+        for key, p in module.named_parameters()
+        if p.requires_grad
+    }
+    if not parameters:
+        return []  # as with depth students of a selection that is of width alone
+    groups: dict[float, list[nn.Parameter]] = {}
+    for key, parameter in parameters.items():
+        scale = next((s for start, s in (lr_scales or {}).items() if key.startswith(start)), 1.0)
+        groups.setdefault(scale, []).append(parameter)
+    optimizer = optimizers.adamw(
+        options.optimizer,
+        [{"params": members, "scale": scale} for scale, members in groups.items()],
+        options.lr,
+        options.betas,
+        options.weight_decay,
+    )
+    average = EMAModel(parameters.values(), options.ema) if options.ema else None
+    progress = _resume(checkpoint, identity, parameters, optimizer, average, accelerator)
+    _refuse_two_steps(progress.step, checkpoint, accelerator)
+    began = time.perf_counter() - progress.seconds
+    agreement = _Agreement(accelerator)
+    bar = tqdm(
+        total=options.steps,
+        initial=progress.step,
+        desc="training",
+        unit="step",
+        disable=not accelerator.is_main_process,
+        mininterval=2,
+    )
+
+    def save() -> None:
+        # A checkpoint must never hold weights that a NaN has touched.
+        for name, total in progress.sums.items():
+            means = _mean_over_processes(total, progress.unlogged, accelerator)
+            _refuse_nonfinite(means, name, progress.step - progress.unlogged + 1, progress.step)
+        sums = _of_all_processes(progress.sums, accelerator)
+        _save(checkpoint, identity, parameters, optimizer, average, progress, sums, accelerator)
+
+    with stopping.part():
+        for step in range(progress.step, options.steps):
+            _one_step(step, modules, losses, options, accelerator, optimizer, progress.sums)
+            if average:
+                average.step(parameters.values())
+            bar.update()
+            progress.step, progress.unlogged = step + 1, progress.unlogged + 1
+            progress.seconds = time.perf_counter() - began
+            over = progress.step == options.steps
+            regular = progress.step % options.checkpoint_every == 0 or over
+            if progress.step % options.log_every == 0 or regular:
+                _log(progress, options.lr_at(step), accelerator)
+                bar.set_postfix(loss=f"{progress.rows[-1]['loss']:.4g}")
+            warned = agreement.reached()
+            if regular or warned:  # after the last step too: what follows may be killed
+                save()
+            if warned and not over:
+                log.warning("SIGTERM: stopped after step %s; rerun to go on", progress.step)
+                accelerator.wait_for_everyone()  # whoever ends first has the others killed
+                stopping.end()
+    bar.close()
+    if average:  # not in the checkpoint's weights, from which a longer training could go on
+        average.copy_to(parameters.values())
+    return progress.rows
+
+
+class _Agreement:
+    """Whether any of the processes was warned, which all of them learn at the same step."""
+
+    def __init__(self, accelerator: Accelerator):
+        # A group of its own on the CPU, so that nobody waits for a GPU to answer.
+        several = accelerator.num_processes > 1
+        self._group = torch.distributed.new_group(backend="gloo") if several else None
+
+    def reached(self) -> bool:
+        """To be called by all processes, once a step."""
+        if self._group is None:
+            return stopping.warned()
+        flag = torch.tensor(int(stopping.warned()))
+        torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, group=self._group)
+        return bool(flag)
+
+
+def _one_step(
+    step: int,
+    modules: Mapping[str, nn.Module],
+    losses: Losses,
+    options: Optimisation,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+    sums: dict[str, dict[str, Tensor]],
+) -> None:
+    """Trains one step (0-based) and adds its metrics to `sums`."""
+    for name, loss, metrics in losses(step):
+        accelerator.backward(loss)
+        total = sums.setdefault(name, {})
+        for key, value in (metrics | {"loss": loss}).items():
+            value = value.detach().float()
+            total[key] = total[key] + value if key in total else value
+    # Asked once: to go through a module takes as long as to go through its gradients.
+    parameters = {
+        name: [p for p in module.parameters() if p.grad is not None]
+        for name, module in modules.items()
+    }
+    _average_gradients(itertools.chain(*parameters.values()), accelerator)
+    for name, members in parameters.items():
+        norm = fsdp.clip(members, options.clip_norm, accelerator)
+        sums[name]["gradient_norm"] = sums[name].get("gradient_norm", 0) + norm
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * options.lr_at(step)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _log(progress: _Progress, lr: float, accelerator: Accelerator) -> None:
+    """Turns the sums into rows of the log. Raises UserError as `train` does."""
+    for name, total in progress.sums.items():
+        means = _mean_over_processes(total, progress.unlogged, accelerator)
+        _refuse_nonfinite(means, name, progress.step - progress.unlogged + 1, progress.step)
+        progress.rows.append(
+            {"step": progress.step, "name": name, "lr": lr, "seconds": progress.seconds, **means}
+        )
+    progress.sums.clear()
+    progress.unlogged = 0
+
+
+BUCKET = 16 << 20  # gradients reduced at a time: few messages, and little memory for copies
+
+
+def _average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """All-reduces gradients in flat buckets (students are called outside any DDP wrapper), and has
+    the parameters take them from there.
+
+    Gradients of shares are averages already.
+    """
+    if accelerator.num_processes == 1:
+        return
+    left = collections.deque(p for p in parameters if not fsdp.is_shared(p.grad))
+    while left:
+        bucket, size = [], 0
+        while left and (not bucket or size + left[0].numel() <= BUCKET):
+            bucket.append(left.popleft())
+            size += bucket[-1].numel()
+        flat = torch.cat([p.grad.flatten() for p in bucket])
+        flat = accelerator.reduce(flat, reduction="mean")
+        for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+            parameter.grad = mean.view_as(parameter)
+
+
+def _mean_over_processes(total: dict[str, Tensor], steps: int, accelerator: Accelerator) -> dict:
+    keys = sorted(total)
+    stacked = torch.stack([torch.as_tensor(total[k]) for k in keys]) / steps
+    return dict(zip(keys, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
+
+
+def _of_all_processes(
+    sums: dict[str, dict[str, Tensor]], accelerator: Accelerator
+) -> dict[str, Tensor]:
+    """Every process's sums [processes], by module and metric, a line each."""
+    names = [(name, key) for name in sums for key in sorted(sums[name])]
+    if not names:
+        return {}
+    mine = torch.stack([sums[name][key].float() for name, key in names])[None]
+    every = accelerator.gather(mine)
+    return {f"{name}\n{key}": every[:, i] for i, (name, key) in enumerate(names)}
+
+
+def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int) -> None:
+    for key, value in means.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"{key} of '{name}' became {value} between training steps {first} and {last}. "
+                "Lower `lr`, raise `warmup_steps`, or set mixed_precision: 'no'; the last "
+                "checkpoint is from before this, and is used if the settings stay as they are."
+            )
+
+
+def _save(
+    checkpoint, identity, parameters, optimizer, average, progress, sums, accelerator
+) -> None:
+    """Writes whole tensors, so that any number of processes can go on from them."""
+    state = {f"weight/{k}": p for k, p in parameters.items()}
+    if average:
+        state |= _averages(parameters, average)
+    for key, p in parameters.items():
+        moments = optimizers.state_of(optimizer, p)
+        state |= {f"{name}/{key}": value for name, value in moments.items()}
+    state = fsdp.gathered(state, keep=accelerator.is_main_process)
+    if not accelerator.is_main_process:
+        return
+    rows = progress.rows
+    columns = sorted({key for row in rows for key in row} - {"name"})
+    names = sorted({row["name"] for row in rows})
+    table = [[names.index(row["name"])] + [row.get(c, math.nan) for c in columns] for row in rows]
+    state["log"] = torch.tensor(table, dtype=torch.float64)
+    state |= {f"sum/{key}": value for key, value in sums.items()}
+    metadata = {
+        "identity": identity,
+        "step": str(progress.step),
+        "unlogged": str(progress.unlogged),
+        "seconds": repr(progress.seconds),
+        "names": "\n".join(names),
+        "columns": "\n".join(columns),
+    }
+    tensors.write(checkpoint, state, metadata)
+
+
+def _averages(parameters: Mapping[str, nn.Parameter], average: EMAModel) -> dict[str, Tensor]:
+    return dict(zip((f"average/{key}" for key in parameters), average.shadow_params, strict=True))
+
+
+def _resume(checkpoint, identity, parameters, optimizer, average, accelerator) -> _Progress:
+    """Loads the checkpoint, if there is one of this run, into parameters, optimizer, average."""
+    if not checkpoint.exists():
+        return _Progress()
+    state, metadata = tensors.read(checkpoint)
+    if metadata.get("identity") != identity:
+        log.warning("%s belongs to other settings or inputs; starting from step 0", checkpoint)
+        return _Progress()
+    kept: dict[str, dict[str, Tensor]] = {}
+    for place, value in state.items():
+        name, _, key = place.partition("/")
+        if name not in ("weight", "average", "log", "sum"):
+            kept.setdefault(key, {})[name] = value
+    with torch.no_grad():
+        for key, p in parameters.items():
+            p.copy_(fsdp.like(state[f"weight/{key}"], p))
+            # A parameter that never had a gradient (the last block's text output) has no state.
+            if key in kept:
+                optimizers.restore(optimizer, p, kept[key])
+        if average:
+            average.optimization_step = int(metadata["step"])  # by which its decay goes
+            for key, mean in _averages(parameters, average).items():
+                mean.copy_(fsdp.like(state[key], mean))
+    names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
+    rows = [
+        {"name": names[int(values[0])]}
+        | {
+            c: (int(v) if c == "step" else v)
+            for c, v in zip(columns, values[1:], strict=True)
+            if not math.isnan(v)  # which stands for a metric that the row's module lacks
+        }
+        for values in state["log"].tolist()
+    ]
+    sums: dict[str, dict[str, Tensor]] = {}
+    for key in (key for key in state if key.startswith("sum/")):
+        name, metric = key.removeprefix("sum/").split("\n")
+        every = state[key].to(accelerator.device)
+        # Another number of processes can only share out the mean.
+        same = len(every) == accelerator.num_processes
+        mine = every[accelerator.process_index] if same else every.mean()
+        sums.setdefault(name, {})[metric] = mine
+    log.warning("resuming %s at step %s", checkpoint, metadata["step"])
+    seconds, unlogged = float(metadata["seconds"]), int(metadata["unlogged"])
+    return _Progress(int(metadata["step"]), seconds, rows, sums, unlogged)
+
+
+def _refuse_two_steps(step: int, checkpoint: Path, accelerator: Accelerator) -> None:
+    """Processes that go on from different steps would wait for each other forever."""
+    if accelerator.num_processes == 1:
+        return
+    every = accelerator.gather(torch.tensor([step], device=accelerator.device))
+    if len(set(every.tolist())) > 1:
+        raise UserError(
+            f"{checkpoint}: was replaced while processes of this run read it; another run of this "
+            "config is at work: wait for it or stop it, then rerun"
+        )
+
+
+def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
+    """Digest of what decides a training's result: its code, settings, teacher and inputs."""
+    contents = []
+    for path in inputs:
+        with open(path, "rb") as file:
+            contents.append(hashlib.file_digest(file, "sha256").hexdigest())
+    teacher = teacher_identity.fingerprint(settings["teacher"])
+    return provenance.digest([provenance.code_digest(script), settings, teacher, contents])

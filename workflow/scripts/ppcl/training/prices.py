@@ -1,0 +1,374 @@
+"""What a change of the teacher costs: the velocity error with it alone, on recorded calls.
+
+The teacher's streams are known up to the block where a change begins, so a changed model runs from
+there on, and the last AdaLN's costs next to nothing. Behind a change's last block the model is the
+teacher again: recorded calls come in many shapes, with few calls of each among those judged, and a
+small batch takes about as long as a large one; so changes with the same last block go on together.
+All of it is in float32, whatever the teacher's dtype: in bfloat16 the rounding of two models
+differs by about 2e-5, which is more than most changes cost, and such floors would add up in a
+search.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm import tqdm
+
+from ppcl.errors import UserError
+from ppcl.pruning.students import Students, plugged
+from ppcl.runtime import devices, processes, stopping
+from ppcl.storage import texts
+from ppcl.training import entrance
+from ppcl.transformer import blocks, calls
+
+# Of streams in main memory; batches beyond it run from the first block on.
+KEPT_BYTES = 8 << 30
+
+
+@dataclass(frozen=True)
+class Change:
+    """A change of the teacher.
+
+    Attributes:
+        first: the block with which it begins; the number of blocks, if it is behind all of them.
+        model: makes the changed transformer, when its turn comes.
+        last: the teacher's block behind which the model is the teacher again, but for the place of
+            its blocks; None: never, it differs up to its output.
+    """
+
+    first: int
+    model: Callable[[], nn.Module]
+    last: int | None = None
+
+
+def of_students(
+    transformer: nn.Module, students_of: Mapping[str, tuple[int, int, Callable[[], Students]]]
+) -> dict[str, Change]:
+    """The changes that sets of students make.
+
+    Args:
+        students_of: by name, the first and the last block of a set, and what makes it.
+    """
+    return {
+        name: Change(first, lambda make=make: plugged(transformer, make())[0], last)
+        for name, (first, last, make) in students_of.items()
+    }
+
+
+class Judged:
+    """The teacher's answers to some recorded calls, in float32, and its streams before some blocks.
+
+    It runs when a first error is asked for: a stage that goes on may have all of them.
+
+    Args:
+        reader, rows, batch_size: which calls.
+
+    Attributes:
+        together: how many changes go on in one batch behind their last block, on the average: 1 if
+            batches are full as they are.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        reader: calls.Reader,
+        rows: np.ndarray,
+        batch_size: int,
+        device: torch.device,
+    ):
+        self._teacher, self._device = transformer, device
+        self._lifts = devices.of_16_bits(transformer)
+        self._depth = len(blocks.block_sequence(transformer))
+        self._calls = reader, rows, batch_size
+        batches = reader.in_batches(rows, batch_size)
+        self.together = max(1, batch_size * len(batches) // max(1, len(rows)))
+        self._batches: list[calls.Batch] = []
+        self._power = 0.0
+        # By block of the teacher, what each batch gets there; the first block needs none.
+        self._streams: dict[int, list[blocks.Streams]] = {}
+        # Blocks of which they stay when others are reached from them.
+        self._wanted: set[int] = set()
+
+    def _answer(self) -> None:
+        """Has the teacher's own answers, once."""
+        reader, rows, batch_size = self._calls
+        found = [b.to_float32() for b in reader.batches(rows, batch_size, self._device)]
+        calls.refuse_zeros(sum(float(b.output.square().sum()) for b in found))
+        with self._in_float32(self._teacher):
+            for batch in found:
+                batch.output = blocks.answer(self._teacher, batch.to(self._device).arguments)
+        self._power = sum(float(self._double(b.output).square().sum()) for b in found)
+        self._batches = found
+
+    @torch.no_grad()
+    def error(self, model: nn.Module, first: int) -> float:
+        """Relative velocity error of a model that is the teacher up to block `first`.
+
+        Raises:
+            UserError: all recorded answers are zero.
+        """
+        if not self._batches:
+            self._answer()
+        self._forget_but([first])
+        late = entrance.Entrance(model, first) if first else None
+        wrong = self._no_error()
+        every = self._before(first)
+        with self._in_float32(model):
+            for batch, streams in zip(self._batches, every, strict=True):
+                running = late.model(streams) if streams else model
+                output = blocks.answer(running, batch.to(self._device).arguments)
+                # On the device, which need not be waited for.
+                wrong += self._distance(output, batch)
+        return float(wrong) / self._power
+
+    @torch.no_grad()
+    def errors(self, changes: Sequence[Change]) -> list[float]:
+        """The error of each of some changes with the same `last`, up to rounding as `error` has it.
+
+        Every model is made once and goes to its `last` block alone. From there on, as many as fit
+        in a batch of `batch_size` calls, and in memory (KEPT_BYTES), go on together. Of use with up
+        to `together` changes.
+
+        Raises:
+            UserError: all recorded answers are zero.
+        """
+        if not self._batches:
+            self._answer()
+        (last,) = {change.last for change in changes}
+        self._forget_but([change.first for change in changes])
+        wrong = [self._no_error() for _ in changes]
+        # By batch, what changes left behind `last`, until there are enough of them.
+        waiting: list[list[tuple[int, blocks.Streams]]] = [[] for _ in self._batches]
+        _, _, batch_size = self._calls
+        begun: set[int] = set()
+        for place, change in enumerate(changes):
+            begun.add(change.first)
+            every, model = self._before(change.first), change.model()
+            late = entrance.Entrance(model, change.first) if change.first else None
+            again = len(blocks.block_sequence(model)) - (self._depth - 1 - last)
+            with self._in_float32(model):
+                for number, (batch, streams) in enumerate(zip(self._batches, every, strict=True)):
+                    running = late.model(streams) if streams else None
+                    arguments = batch.to(self._device).arguments
+                    found = entrance.streams_before(model, again, arguments, running)
+                    found = {name: value.cpu() for name, value in found.items()}
+                    waiting[number].append((place, found))
+            del model, late  # before the next is made: at full size there is no room for two
+            # Of these changes alone: what else waits depends on what this process had before, and
+            # in another batch an error is rounded in another way.
+            held = [*itertools.chain(*(self._streams.get(f, ()) for f in begun))]
+            held += [found for some in waiting for _, found in some]
+            over = place == len(changes) - 1 or sum(map(_size, held)) > KEPT_BYTES
+            for number, some in enumerate(waiting):
+                if some and (over or (len(some) + 1) * len(self._batches[number]) > batch_size):
+                    for alike in _of_one_shape(some):
+                        self._go_on(number, last + 1, alike, wrong)
+                    some.clear()
+        return [float(one) / self._power for one in wrong]
+
+    def _go_on(
+        self,
+        number: int,
+        first: int,
+        some: Sequence[tuple[int, blocks.Streams]],
+        wrong: Sequence[torch.Tensor],
+    ) -> None:
+        """Runs the teacher from block `first` on what changes left there of one batch.
+
+        some: streams, each with its place in `wrong`, to which its error is added.
+        """
+        batch, (reader, _, _) = self._batches[number], self._calls
+        streams = {name: torch.cat([found[name] for _, found in some]) for name in some[0][1]}
+        again = reader.batch(np.tile(batch.numbers, len(some))).to_float32().to(self._device)
+        running = entrance.Entrance(self._teacher, first).model(streams)
+        with self._in_float32(self._teacher):
+            outputs = blocks.answer(running, again.arguments)
+        for (place, _), output in zip(some, outputs.split(len(batch)), strict=True):
+            wrong[place] += self._distance(output, batch)
+
+    def _forget_but(self, wanted: Collection[int]) -> None:
+        """Lets go of streams, but those before these blocks, and the ones to reach others from."""
+        self._wanted = set(wanted) - {0}
+        missing = min(self._wanted - self._streams.keys(), default=0)
+        start = max((first for first in self._streams if first < missing), default=0)
+        kept = self._wanted | {start}
+        self._streams = {first: found for first, found in self._streams.items() if first in kept}
+
+    def _before(self, first: int) -> list[blocks.Streams]:
+        """The teacher's streams of each batch before that block; none where it has to run whole."""
+        if first == 0:
+            return [{} for _ in self._batches]
+        if first in self._streams:
+            return self._streams[first]
+        start = max((other for other in self._streams if other < first), default=0)
+        late = entrance.Entrance(self._teacher, start) if start else None
+        given, made = self._before(start), []
+        size = sum(map(_size, itertools.chain(*self._streams.values())))
+        with self._in_float32(self._teacher):
+            for number, (batch, before) in enumerate(zip(self._batches, given, strict=True)):
+                if start not in self._wanted:  # makes room as it goes
+                    given[number] = {}
+                    size -= _size(before)
+                made.append({})
+                if size > KEPT_BYTES:
+                    continue
+                running = late.model(before) if before else None
+                arguments = batch.to(self._device).arguments
+                found = entrance.streams_before(self._teacher, first, arguments, running)
+                made[-1] = {name: value.cpu() for name, value in found.items()}
+                size += _size(made[-1])
+        if start not in self._wanted:
+            self._streams.pop(start, None)
+        self._streams[first] = made
+        return made
+
+    def _in_float32(self, model: nn.Module) -> AbstractContextManager[None]:
+        # What a change makes has the teacher's types; to look at all weights of every model, batch
+        # by batch, takes longer than a small model does.
+        return devices.in_float32(model, _modules(model)) if self._lifts else nullcontext()
+
+    def _no_error(self) -> torch.Tensor:
+        return self._double(torch.zeros(()))
+
+    def _distance(self, output: torch.Tensor, batch: calls.Batch) -> torch.Tensor:
+        return (self._double(output) - self._double(batch.output)).square().sum()
+
+    def _double(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(devices.statistics_device(self._device)).double()
+
+
+def _of_one_shape(
+    some: Sequence[tuple[int, blocks.Streams]],
+) -> Iterable[list[tuple[int, blocks.Streams]]]:
+    """Those that fit in one batch: a text run after which nothing reads text leaves both texts that
+    its blocks have passed on."""
+    found: dict[tuple, list[tuple[int, blocks.Streams]]] = {}
+    for place, streams in some:
+        shapes = tuple((name, value.shape[1:]) for name, value in streams.items())
+        found.setdefault(shapes, []).append((place, streams))
+    return found.values()
+
+
+def _size(streams: blocks.Streams) -> int:
+    return sum(value.nbytes for value in streams.values())
+
+
+def error(
+    transformer: nn.Module,
+    students: Students,
+    reader: calls.Reader,
+    rows: np.ndarray,
+    batch_size: int,
+    device: torch.device,
+) -> float:
+    """Relative velocity error of the teacher with these students plugged in, on recorded calls.
+
+    Raises:
+        UserError: all of the teacher's answers are zero.
+    """
+    judged = Judged(transformer, reader, rows, batch_size, device)
+    first = min((part.first for part in students), default=0)
+    return judged.error(plugged(transformer, students)[0], first)
+
+
+def _modules(transformer: nn.Module) -> list[nn.Module]:
+    return [block.module for block in blocks.block_sequence(transformer)]
+
+
+def measure(
+    judged: Judged,
+    changes: Mapping[str, Change],
+    accelerator: Accelerator,
+    state: Path | None = None,
+    identity: str = "",
+) -> list[float]:
+    """The error of each of several changes, shared out over the processes.
+
+    Every process gets all errors back, in the order of `changes`.
+
+    Args:
+        changes: by name.
+        state: folder in which finished errors wait for a killed run to go on, one file per process.
+        identity: digest of what decides the errors; files with another one are not used.
+
+    Raises:
+        UserError: an error is NaN or infinite.
+    """
+    rank, count = accelerator.process_index, accelerator.num_processes
+    done = _finished(state, identity) if state else {}
+    names = list(changes)
+    known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
+    known = processes.of_main(accelerator, known)  # all must share out the same rest
+    left = {name for name, cost in zip(names, known.tolist(), strict=True) if math.isnan(cost)}
+    # Whole groups: in another batch, a change's error is rounded in another way.
+    groups = _groups(changes, judged.together)
+    rest = [group for group in groups if not left.isdisjoint(group)]
+    again = {name for group in rest for name in group}
+    place = {name: number for number, name in enumerate(names)}
+    known[[place[name] for name in again]] = 0.0
+    # The sum over processes counts an error once.
+    found = known if rank == 0 else torch.zeros_like(known)
+    turns = range(rank, len(rest), count)
+    if state and rest:
+        state.mkdir(parents=True, exist_ok=True)
+        turns = processes.in_turns(accelerator, len(rest), state)
+    ends = [0, *itertools.accumulate(map(len, rest))]
+    with tqdm(total=ends[-1], desc="plugging", unit="set", disable=rank > 0) as bar:
+        for turn in turns:
+            group = rest[turn]
+            bar.update(ends[turn] - bar.n)  # others have those that were skipped
+            # Not a part that a warned program finishes: at full size it takes longer than
+            # schedulers wait, and what it would lose is one error, where batches are full.
+            some = [changes[name] for name in group]
+            if len(some) == 1:
+                costs = [judged.error(some[0].model(), some[0].first)]
+            else:
+                costs = judged.errors(some)
+            found[[place[name] for name in group]] = torch.tensor(costs, dtype=torch.float64)
+            if state and all(map(math.isfinite, costs)):
+                done |= dict(zip(group, costs, strict=True))
+                with stopping.part():
+                    kept = {"identity": identity, "errors": done}
+                    texts.write_sealed(state / f"{rank}.json", kept)
+        bar.update(ends[-1] - bar.n)
+    if count > 1:
+        found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
+    for name, cost in zip(names, found.tolist(), strict=True):
+        if not math.isfinite(cost):
+            raise UserError(
+                f"velocity error with {name} changed is {cost}; weights or activations overflow: "
+                "set teacher.dtype: float32 or bfloat16"
+            )
+    return found.tolist()
+
+
+def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
+    """Names of the changes that are measured together: up to `size` with one end, in the order of
+    their first blocks, with which the teacher goes on."""
+    order = sorted(changes, key=lambda name: changes[name].first)
+    if size == 1:
+        return [[name] for name in order]
+    ending: dict[int | str, list[str]] = {}  # one without an end has its name for it
+    for name in order:
+        last = changes[name].last
+        ending.setdefault(name if last is None else last, []).append(name)
+    found = [every[i : i + size] for every in ending.values() for i in range(0, len(every), size)]
+    return sorted(found, key=lambda group: (changes[group[-1]].first, changes[group[0]].first))
+
+
+def _finished(state: Path, identity: str) -> dict[str, float]:
+    """Errors by name that earlier runs of the same identity left, of whatever process."""
+    found = {}
+    for path in sorted(state.glob("*.json")):
+        kept = texts.read_sealed(path)
+        if kept["identity"] == identity:
+            found |= kept["errors"]
+    return found

@@ -1,0 +1,154 @@
+"""Distillation in several jobs: which job teaches which units.
+
+Students of Eq. 6 never see each other, so any job may teach any of them, and they end the same.
+What every job pays anew is the teacher: it runs to the end of the last unit that the job owns, in
+every step, from the first block, or from the first that the job needs where its streams are kept
+(ppcl/training/entrance.py). So a job owns units that are next to each other in depth, and a deep
+one owns fewer unless it starts late.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ppcl.errors import UserError
+from ppcl.pruning.plans import Part, Unit
+from ppcl.storage import texts
+
+# A step of one student, in forward passes of a teacher's block: one forward, and a backward pass,
+# which takes about twice that. What it takes is the same for all here, be a student narrow or not.
+STUDENT = 3.0
+# `auto` takes no more jobs than it needs for the slowest to be this near to the fastest possible.
+SLACK = 1.1
+
+
+# `auto` keeps streams only if a job's steps then take this much less: reading is not free either.
+GAIN = 1.1
+
+
+@dataclass(frozen=True)
+class Caching:
+    """How streams at a job's first block are kept. Nothing in it depends on the machine.
+
+    Attributes:
+        mode: `distill.cache_inputs`.
+        fill: rows whose streams are computed once, as a share of the rows that the steps draw.
+    """
+
+    mode: str
+    fill: float
+
+
+NEVER = Caching("never", 1.0)
+
+
+def first_needed(parts: Sequence[Part]) -> int:
+    """The first block that the teacher has to run for these parts, if it has the streams there."""
+    return min(first for part in parts for first, _ in (part.key, part.source or part.key))
+
+
+def _costs(units: Sequence[Unit], fill: float) -> tuple[float, float]:
+    """A step's cost from the first block on, and from the first needed one, filling shared out."""
+    parts = [part for unit in units for part in unit.parts]
+    whole = max(unit.last for unit in units) + 1 + STUDENT * len(parts)
+    return whole, whole - first_needed(parts) * (1 - fill)
+
+
+def cached(units: Sequence[Unit], caching: Caching) -> bool:
+    """Whether a job that owns these units keeps streams, if its disk has room."""
+    if not units or caching.mode == "never":
+        return False
+    whole, less = _costs(units, caching.fill)
+    if caching.mode == "always":
+        return first_needed([part for unit in units for part in unit.parts]) > 0
+    return whole >= GAIN * less
+
+
+def cost(units: Sequence[Unit], caching: Caching = NEVER) -> float:
+    """What a step of a job takes that owns these units, in forward passes of a teacher's block."""
+    whole, less = _costs(units, caching.fill)
+    return less if cached(units, caching) else whole
+
+
+def explain(units: Sequence[Unit], caching: Caching) -> str:
+    """One line on where the teacher starts in the job of these units, and why."""
+    first = first_needed([part for unit in units for part in unit.parts])
+    whole, less = _costs(units, caching.fill)
+    if cached(units, caching):
+        return (
+            f"the teacher starts at block {first}, from streams that are kept: a step takes "
+            f"{less:.4g} block passes instead of {whole:g}; {caching.fill:.0%} of the rows drawn "
+            "are computed once"
+        )
+    if not first:
+        return "the teacher starts at block 0, which the job needs"
+    return (
+        f"the teacher starts at block 0: keeping its streams before block {first} would make a "
+        f"step {less:.4g} block passes instead of {whole:g} (cache_inputs: {caching.mode})"
+    )
+
+
+def _split(units: Sequence[Unit], count: int, caching: Caching) -> list[list[Unit]]:
+    """The units, in order of depth, in at most `count` runs of which the costliest costs least."""
+    ends = range(len(units) + 1)
+    # best[k][i]: least cost of the first i units in at most k runs, and where the last run starts.
+    best = [[(0.0 if i == 0 else float("inf"), 0) for i in ends]]
+    for _ in range(count):
+        before = best[-1]
+        best.append([(0.0, 0)])
+        for end in ends[1:]:
+            options = [
+                (max(before[start][0], cost(units[start:end], caching)), start)
+                for start in range(end)
+            ]
+            best[-1].append(min(options, key=lambda option: option[0]))
+    found, end = [], len(units)
+    for row in reversed(best[1:]):
+        if end:
+            start = row[end][1]
+            found.append(list(units[start:end]))
+            end = start
+    return found[::-1]
+
+
+def allot(units: Sequence[Unit], wanted: int | str, caching: Caching = NEVER) -> list[list[Unit]]:
+    """Shares the units out over jobs so that the slowest job's step takes as little as can be.
+
+    Args:
+        units: disjoint, in order of depth.
+        wanted: number of jobs, or `auto`: as few as bring the slowest within `SLACK` of what a job
+            for every unit would take.
+        caching: by which a job's cost is worked out. A job without room on its disk is slower than
+            that, but owns the same units.
+
+    Returns:
+        The jobs' units, in order of depth; every unit is in exactly one job, and no job is without,
+        so there are no more jobs than units. With no units at all, one empty job.
+    """
+    if not units:
+        return [[]]
+    if wanted != "auto":
+        return _split(units, min(wanted, len(units)), caching)
+    fastest = max(cost([unit], caching) for unit in units)
+    for count in range(1, len(units) + 1):
+        found = _split(units, count, caching)
+        if max(cost(job, caching) for job in found) <= SLACK * fastest:
+            break
+    return found
+
+
+def write(path: Path, jobs: Sequence[Sequence[Unit]]) -> None:
+    """Writes the names of every job's units."""
+    texts.write_sealed(path, {"jobs": [[unit.name for unit in job] for job in jobs]})
+
+
+def read(path: Path) -> list[list[str]]:
+    """Names of every job's units.
+
+    Raises:
+        UserError: the file is missing, or not what `write` leaves.
+    """
+    try:
+        return [[str(name) for name in job] for job in texts.read_sealed(path)["jobs"]]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{path} is no table of shards ({error}); delete it and rerun") from error

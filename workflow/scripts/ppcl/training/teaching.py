@@ -1,0 +1,194 @@
+"""What the teacher has to say to every new block, and how far from that the block's answer is."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ppcl.pruning import narrow
+from ppcl.pruning.plans import Part
+from ppcl.pruning.students import Students
+from ppcl.training import losses
+from ppcl.training.losses import Real
+from ppcl.transformer import blocks, calls
+from ppcl.transformer.families import TEXT, Family
+
+
+@dataclass
+class Lesson:
+    """What the teacher has to say to one part.
+
+    Attributes:
+        bound: arguments of its block's call, with T_{u-1}^D as streams; in place of a text stream
+            that it borrows, the carry: block a's text output and text-side attention input, side
+            by side along the channels.
+        target: streams T_v^D after its last block; no text where the part makes none.
+        carry, text_input: of a part that borrows: the argument with the carry, and z_p, what its
+            block's attention got as text when the block was whole.
+    """
+
+    bound: dict[str, Any]
+    target: blocks.Streams
+    carry: str = ""
+    text_input: Tensor | None = None
+
+    @property
+    def lent(self) -> Tensor | None:
+        """z_a, what the attention of the run's source gets as text, of a part that borrows."""
+        return self.bound[self.carry].chunk(2, dim=-1)[1] if self.carry else None
+
+    def lend(self, attended: Tensor) -> None:
+        """Puts another z_a in the carry."""
+        own, _ = self.bound[self.carry].chunk(2, dim=-1)
+        self.bound = self.bound | {self.carry: torch.cat([own, attended], dim=-1)}
+
+
+@torch.no_grad()
+def teacher_states(
+    transformer: nn.Module,
+    parts: Sequence[Part],
+    arguments: dict[str, Any],
+    running: nn.Module | None = None,
+    uncut: Students | None = None,
+) -> dict[Part, Lesson]:
+    """Runs the teacher once, no further than the last part's end.
+
+    Args:
+        running: what runs in its place, with its blocks from the first needed on (`entrance`).
+        uncut: the whole blocks of parts that borrow (`students.uncut`), where these are others than
+            the teacher's first.
+    """
+    uncut = uncut or {}
+    sequence = blocks.block_sequence(transformer)
+    lenders = {part.source for part in parts if part.source}
+    ends = {end for part in parts for end in part.key} | {end for key in lenders for end in key}
+    inputs: dict[int, dict[str, Any]] = {}
+    outputs: dict[int, blocks.Streams] = {}
+    tapped = {part.first for part in parts if part.source and part not in uncut}
+    tapped |= {first for first, _ in lenders}
+    watched = [b for b in sequence if b.index in ends]
+    with ExitStack() as stack:
+        seen = {index: stack.enter_context(blocks.taps(sequence[index])) for index in tapped}
+        run = stack.enter_context(
+            blocks.watch(
+                watched,
+                lambda block, bound: inputs.update({block.index: bound}),
+                lambda block, streams: outputs.update({block.index: streams}),
+                stop_after=max(ends),
+            )
+        )
+        run(transformer if running is None else running, arguments)
+    text_inputs = {index: inside["text/input"] for index, inside in seen.items()}
+    found = {}
+    for part in parts:
+        lesson = Lesson(inputs[part.first], outputs[part.last])
+        if part.source:
+            first, last = part.source
+            block = sequence[part.first]
+            if part in uncut:
+                whole = replace(block, module=uncut[part])
+                text_input = blocks.text_input(whole, fitting(lesson.bound, whole.module))
+            else:
+                text_input = text_inputs[part.first]
+            lesson = Lesson(lesson.bound, lesson.target, block.list.inputs[TEXT], text_input)
+            lesson.bound = lesson.bound | {
+                lesson.carry: torch.cat([outputs[last][TEXT], text_inputs[first]], dim=-1)
+            }
+        if part.text in ("borrow", "lend"):
+            lesson.target = {s: v for s, v in lesson.target.items() if s != TEXT}
+        found[part] = lesson
+    return found
+
+
+def fitting(bound: dict[str, Any], module: nn.Module) -> dict[str, Any]:
+    """The teacher's activations for a module with float32 weights, if that is what it has."""
+    float32 = all(p.dtype == torch.float32 for p in module.parameters())
+    return tree_map(calls.as_float32, bound) if float32 else bound
+
+
+def real_tokens(
+    family: Family,
+    batch: calls.Batch,
+    streams: blocks.Streams,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> dict[str, Real]:
+    """Which tokens of a step's batch count in these streams, all of a process's share.
+
+    To be called by all processes alike, which add up their counts.
+
+    Args:
+        batch_size: of all processes together.
+    """
+    processes = accelerator.num_processes
+    # Shares differ by a row where the batch does not divide evenly.
+    found = {stream: Real(None, len(batch) * processes / batch_size) for stream in streams}
+    for stream, mask in blocks.token_masks(family, batch.arguments, streams).items():
+        count = mask.sum().float()
+        mean = accelerator.reduce(count, reduction="mean")
+        found[stream] = Real(mask, count / mean.clamp_min(1 / processes))
+    return found
+
+
+def interval_losses(
+    output: blocks.Streams, target: blocks.Streams, real: Mapping[str, Real], options: Mapping
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """L_depth (Eq. 6) or L_width of one part, summed over streams, and both errors of each.
+
+    real: as of `real_tokens`; without an entry, all tokens of a stream count.
+    options: with `outliers`, the loss is of the streams without them; the errors are of all.
+    """
+    deviations = options.get("outliers", 0)
+    metrics: dict[str, Tensor] = {}
+    taught = {"normalised": 0.0, "relative": 0.0}
+    kinds = {"normalised": losses.normalised_error, "relative": losses.relative_error}
+    for stream, value in target.items():
+        mask, weight = real.get(stream, Real())
+        for kind, error in kinds.items():
+            wanted = options["loss"] in (kind, "mixed")
+            # An error that is only reported needs no graph.
+            with torch.set_grad_enabled(torch.is_grad_enabled() and wanted and not deviations):
+                found = weight * error(output[stream], value, mask)
+            metrics[f"{stream}/{kind}"] = found
+            if wanted and deviations:
+                both = output[stream], value
+                kept = (losses.without_outliers(x, deviations, mask) for x in both)
+                found = weight * error(*kept, mask)
+            taught[kind] = taught[kind] + found
+    if options["loss"] == "mixed":
+        return taught["normalised"] + options["relative_weight"] * taught["relative"], metrics
+    return taught[options["loss"]], metrics
+
+
+def linear_loss(
+    part: Part,
+    student: nn.Module,
+    output: blocks.Streams,
+    lesson: Lesson,
+    real: Mapping[str, Real],
+) -> Tensor | None:
+    """L_linear of one part: the sum of its new linear maps' plain squared errors; None without any.
+
+    What a linear FFN or the text map at a run's end replaces is the teacher's stream after the
+    part; what the map of the attention's text input replaces is z_p.
+    """
+
+    def error(found: Tensor, wanted: Tensor, stream: str) -> Tensor:
+        mask, weight = real.get(stream, Real())
+        return weight * losses.squared_error(found, wanted, mask)
+
+    errors = [
+        error(output[stream], lesson.target[stream], stream)
+        for stream in (*part.linear_ffn, *((TEXT,) if part.text == "close" else ()))
+        if stream in output  # after the last block, nothing may read it
+    ]
+    if part.borrows:
+        lent = losses.without_padding(lesson.lent, real.get(TEXT, Real()).mask)
+        mapped = lent + narrow.maps(student)["text/input"](lent)
+        errors.append(error(mapped, lesson.text_input, TEXT))
+    return sum(errors) if errors else None

@@ -1,0 +1,404 @@
+"""The blocks of a transformer as one sequence: watch them, call them, replace them.
+
+Everything here works on any class of the family registry. A block is called by diffusers with
+keywords, or positionally under gradient checkpointing, so arguments are bound by signature.
+"""
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Collection, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ppcl.errors import UserError
+from ppcl.transformer import discovery
+from ppcl.transformer.families import BlockList, Family, Width, family_of
+
+Streams = dict[str, Tensor]
+
+
+class _Enough(Exception):
+    """Ends a forward pass early: what was wanted has been seen."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: its place in the data flow, its module, and the list that it belongs to."""
+
+    index: int
+    module: nn.Module
+    list: BlockList
+
+    def bind(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        """A call's arguments by name."""
+        return signature_arguments(self.module, args, kwargs)
+
+    def inputs(self, bound: dict[str, Any]) -> Streams:
+        """The streams among a call's bound arguments."""
+        return {s: bound[a] for s, a in self.list.inputs.items() if bound.get(a) is not None}
+
+    def outputs(self, returned: Any) -> Streams:
+        """The streams among what the block returned.
+
+        Raises:
+            UserError: it returned more or fewer than the family registry says.
+        """
+        values = returned if isinstance(returned, tuple) else (returned,)
+        if len(values) != len(self.list.outputs):
+            raise UserError(
+                f"{type(self.module).__name__}: block {self.index} returns {len(values)} values, "
+                f"the family registry says {len(self.list.outputs)} "
+                "(workflow/scripts/ppcl/transformer/families.py)"
+            )
+        pairs = zip(self.list.outputs, values, strict=True)
+        return {stream: value for stream, value in pairs if value is not None}
+
+    @property
+    def width(self) -> Width:
+        """What can be narrowed in this block: a last one may lack what the others have."""
+        listed = self.list.width or Width({})
+
+        def has(path: str) -> bool:
+            try:
+                return self.module.get_submodule(path) is not None
+            except AttributeError:  # no such path, or None or a function at its end
+                return False
+
+        ffn = {stream: parts for stream, parts in listed.ffn.items() if has(parts.ffn)}
+        text = listed.text if listed.text and has(listed.text.output) else None
+        return Width(ffn, text)
+
+
+def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """A module call's arguments by name.
+
+    Those of its class: whoever puts a function in place of its `forward` may take any.
+    """
+    bound = _signature(type(module).forward).bind(module, *args, **kwargs).arguments
+    return dict(list(bound.items())[1:])
+
+
+# There are few, asked for at every block of every step; to find one takes as long as a small layer.
+_signature = functools.lru_cache(maxsize=64)(inspect.signature)
+
+
+def family(transformer: nn.Module) -> Family:
+    """The registry entry of a transformer, or what inspection finds of a class without one; a
+    subclass of a registered class is of that family.
+
+    Raises:
+        UserError: its class can't be pruned; says why.
+    """
+    for base in type(transformer).__mro__:
+        if found := family_of(base.__name__):
+            return found
+    return discovery.inspected(transformer)
+
+
+def block_sequence(transformer: nn.Module) -> list[Block]:
+    """All blocks of a transformer in data-flow order."""
+    every: list[Block] = []
+    for block_list in family(transformer).lists:
+        for module in getattr(transformer, block_list.attribute):
+            every.append(Block(len(every), module, block_list))
+    return every
+
+
+def seams(transformer: nn.Module) -> list[int]:
+    """Index of the first block of every run of blocks that one could stand for all of, the same
+    list and the same weights' shapes; no interval may cross one."""
+    every = block_sequence(transformer)
+    kinds = [(b.list.attribute, _shapes(b.module)) for b in every]
+    return [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
+
+
+def _shapes(module: nn.Module) -> list[tuple]:
+    return [(name, p.shape) for name, p in module.named_parameters()]
+
+
+def answer(transformer: nn.Module, arguments: dict[str, Any]) -> Tensor:
+    """What a transformer answers to a call, [batch, ...]; some give a list of the samples'."""
+    return stacked(transformer(**arguments)[0])
+
+
+def stacked(output: Tensor | list[Tensor]) -> Tensor:
+    """One tensor of what a transformer gives for a batch."""
+    return output if isinstance(output, Tensor) else torch.stack(list(output))
+
+
+def untouchable(transformer: nn.Module) -> dict[int, str]:
+    """Blocks that the family forbids to prune, with the reason."""
+    found, every = {}, block_sequence(transformer)
+    for (attribute, position), reason in family(transformer).untouchable.items():
+        members = [b.index for b in every if b.list.attribute == attribute]
+        found[members[position]] = reason
+    return found
+
+
+@contextmanager
+def watch(
+    blocks: Iterable[Block],
+    before: Callable[[Block, dict[str, Any]], None] | None = None,
+    after: Callable[[Block, Streams], None] | None = None,
+    stop_after: int | None = None,
+    stop_before: int | None = None,
+):
+    """Shows the calls of blocks while a transformer runs; yields a function that runs it.
+
+    Args:
+        before: gets each block with the bound arguments of its call.
+        after: gets each block with the streams that it returned.
+        stop_after: the block after which the forward pass ends early. Its caller gets None.
+        stop_before: the block at whose call it ends.
+    """
+    handles = []
+
+    def run(transformer: nn.Module, arguments: dict[str, Any]):
+        try:
+            return transformer(**arguments)
+        except _Enough:
+            return None
+
+    for block in blocks:
+        if before is not None or block.index == stop_before:
+
+            def pre(_module, args, kwargs, block=block):
+                if before is not None:
+                    before(block, block.bind(args, kwargs))
+                if block.index == stop_before:
+                    raise _Enough
+
+            handles.append(block.module.register_forward_pre_hook(pre, with_kwargs=True))
+        if after is not None or block.index == stop_after:
+
+            def post(_module, _args, returned, block=block):
+                if after is not None:
+                    after(block, block.outputs(returned))
+                if block.index == stop_after:
+                    raise _Enough
+
+            handles.append(block.module.register_forward_hook(post))
+    try:
+        yield run
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def taps(block: Block):
+    """Shows what passes inside a stock block while it runs; yields a mapping that fills then.
+
+    Keys: `text/input`, what its attention gets as text (z_p of Eq. 8), and `ffn/<stream>`, the
+    stream after attention (what l_q of Eq. 9 maps).
+    """
+    seen: Streams = {}
+    handles, width = [], block.width
+    if width.text:
+
+        def attend(module, args, kwargs):
+            seen["text/input"] = signature_arguments(module, args, kwargs)[width.text.argument]
+
+        attention = block.module.get_submodule(width.text.attention)
+        handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
+    for stream, ffn in width.ffn.items():
+
+        def normalise(_module, args, key=f"ffn/{stream}"):
+            seen[key] = args[0]
+
+        norm = block.module.get_submodule(ffn.norm)
+        handles.append(norm.register_forward_pre_hook(normalise))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def text_input(block: Block, bound: dict[str, Any]) -> Tensor:
+    """What a stock block's attention gets as text, z_p of Eq. 8; the block runs no further."""
+
+    def stop(*_call) -> None:
+        raise _Enough
+
+    with taps(block) as seen:
+        attention = block.module.get_submodule(block.width.text.attention)
+        handle = attention.register_forward_pre_hook(stop)
+        try:
+            block.module(**bound)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+    return seen["text/input"]
+
+
+@torch.no_grad()
+def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
+    """Checks the registry's claims on one real call: what a block returns as a stream is what the
+    next block of its list gets as that stream, to the bit, at its real tokens; and whatever else a
+    block gets, all blocks of its list get.
+
+    Raises:
+        UserError: a stream is missing, changes its shape, or comes back in another place; or
+            blocks get something each of its own, which would be another's after pruning.
+    """
+    returned: Streams = {}
+    others: dict[str, dict[str, Any]] = {}
+    name, of = type(transformer).__name__, family(transformer)
+    firsts = {block_list.attribute for block_list in of.lists}
+
+    def before(block: Block, bound: dict[str, Any]) -> None:
+        streams = block.inputs(bound)
+        if missing := set(block.list.inputs) - set(streams):
+            raise UserError(f"{name}: block {block.index} got no {missing.pop()} stream")
+        rest = {k: v for k, v in bound.items() if k not in block.list.inputs.values()}
+        before_it = others.setdefault(block.list.attribute, rest)
+        for argument, (one, other) in _pairs(before_it, rest).items():
+            if not _same(one, other):
+                raise UserError(
+                    f"{name}: block {block.index} gets another '{argument}' than the first of its "
+                    "list; blocks that get something of their own can't be removed"
+                )
+        if block.list.attribute in firsts:
+            firsts.discard(block.list.attribute)
+            return
+        masks = token_masks(of, arguments, streams)
+        for stream, value in streams.items():
+            before = returned.get(stream)
+            same = before is not None and before.shape == value.shape
+            if same and stream in masks:
+                value, before = value[masks[stream]], before[masks[stream]]
+            if not same or not torch.equal(value, before):
+                raise UserError(
+                    f"{name}: block {block.index - 1} does not return its {stream} stream "
+                    "where the family registry says (workflow/scripts/ppcl/transformer/families.py)"
+                )
+
+    with watch(
+        block_sequence(transformer), before, lambda _block, streams: returned.update(streams)
+    ) as run:
+        run(transformer, arguments)
+
+
+def _pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    return {name: (one.get(name), other.get(name)) for name in {*one, *other}}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two arguments hold equal tensors; what is no tensor counts as equal."""
+    ones, others = (
+        [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in (one, other)
+    )
+    return len(ones) == len(others) and all(map(torch.equal, ones, others))
+
+
+def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> Streams:
+    """Stream -> boolean mask [batch, tokens] of real tokens, for streams that have padding.
+
+    Args:
+        arguments: of the transformer's call.
+        streams: those wanted, [batch, tokens, channels] each.
+    """
+    found = {
+        stream: family.masks[stream](arguments, value.shape[1])
+        for stream, value in streams.items()
+        if stream in family.masks
+    }
+    return {s: mask.bool() for s, mask in found.items() if mask is not None}
+
+
+def assembled(
+    transformer: nn.Module, students: dict[tuple[int, int], nn.Module]
+) -> tuple[nn.Module, list[list[int]]]:
+    """A transformer with students in place of intervals; all other modules are shared.
+
+    The original is left as it was. Block lists are renumbered without gaps and the new config says
+    so, so that stock `from_pretrained` rebuilds the model.
+
+    Args:
+        students: (first, last) of an interval, inclusive -> the module that replaces it.
+
+    Returns:
+        The assembled transformer, and the block map: for every new block, the old ones it stands
+        for.
+    """
+    first = {interval[0]: interval for interval in students}
+    inside = {i for u, v in students for i in range(u + 1, v + 1)}
+    of, every = family(transformer), block_sequence(transformer)
+    block_map: list[list[int]] = []
+    lists: dict[str, list[nn.Module]] = {listed.attribute: [] for listed in of.lists}
+    starts: dict[str, int] = {}
+    origins: dict[str, list[int]] = {listed.attribute: [] for listed in of.lists}
+    for block in every:
+        attribute = block.list.attribute
+        start = starts.setdefault(attribute, block.index)
+        if block.index in inside:
+            continue
+        interval = first.get(block.index, (block.index, block.index))
+        lists[attribute].append(students.get(interval, block.module))
+        origins[attribute].append(block.index - start)
+        block_map.append(list(range(interval[0], interval[1] + 1)))
+    copied = copy.copy(transformer)
+    copied.__dict__.pop("forward", None)  # an offloading hook's, which runs the original
+    copied._modules = dict(transformer._modules)  # a shallow copy would share this mapping
+    changed: dict[str, Any] = {}
+    for listed in of.lists:
+        setattr(copied, listed.attribute, nn.ModuleList(lists[listed.attribute]))
+        changed[listed.depth_key] = len(lists[listed.attribute])
+    kept = [members[0] for members in block_map]
+    for key in of.index_keys:  # numbers of blocks, of families that have one list
+        (numbers,) = origins.values()
+        marked = set(transformer.config[key] or ())
+        changed[key] = [new for new, old in enumerate(numbers) if old in marked]
+    for key in of.per_block:
+        changed[key] = [transformer.config[key][index] for index in kept]
+    for attribute in of.companions:
+        members = list(getattr(transformer, attribute))
+        chosen = [members[index] for index in kept] + members[len(every) :]
+        setattr(copied, attribute, nn.ModuleList(chosen))
+    copied.register_to_config(**changed)
+    return copied, block_map
+
+
+class _Passing(nn.Module):
+    """Stands for a block, and gives its streams back as they are."""
+
+    def __init__(self, block: Block):
+        super().__init__()
+        self._block = block
+
+    def forward(self, *args, **kwargs):
+        streams = self._block.inputs(self._block.bind(args, kwargs))
+        found = tuple(streams.get(stream) for stream in self._block.list.outputs)
+        return found if len(found) > 1 else found[0]
+
+
+def emptied(transformer: nn.Module, kept: Collection[int] = ()) -> nn.Module:
+    """A transformer of as many blocks, of which only those of these numbers do anything: what is
+    around the blocks computes as ever. It shares all else with the original."""
+    every = block_sequence(transformer)
+    passing = {(b.index, b.index): _Passing(b) for b in every if b.index not in kept}
+    return assembled(transformer, passing)[0]
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in module.parameters())
+
+
+def parameters_of_blocks(transformer: nn.Module) -> list[int]:
+    """Parameters that go with each block: its own, and its companions' (`Family.companions`)."""
+    sequence = block_sequence(transformer)
+    beside = [getattr(transformer, name) for name in family(transformer).companions]
+    return [
+        parameter_count(block.module) + sum(parameter_count(each[block.index]) for each in beside)
+        for block in sequence
+    ]

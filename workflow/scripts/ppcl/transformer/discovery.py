@@ -1,0 +1,233 @@
+"""Transformer classes without an entry in the family registry: what their source tells.
+
+A class that diffusers brings tomorrow is read like those of today: its block lists by their place
+in the forward, its streams by the blocks' signatures and return statements (where these do not
+tell, by diffusers' own registry of blocks), the depth by the config. What a block does must not
+depend on its number. `blocks.verify` then checks all of it numerically, before anything long runs.
+"""
+
+import ast
+import functools
+import inspect
+import logging
+import textwrap
+from dataclasses import replace
+
+from torch import nn
+
+from ppcl.errors import UserError
+from ppcl.transformer.families import IMAGE, JOINT, TEXT, BlockList, Family
+
+log = logging.getLogger(__name__)
+_STATES = ("hidden_states", "x")
+_BESIDE = (
+    "refiner",
+    "text_",
+    "txt_",
+    "audio_",
+)  # in names of lists that prepare what is no picture
+
+
+def inspected(transformer: nn.Module) -> Family:
+    """The family of a transformer whose class has no entry, by inspection; warns once per class.
+
+    Raises:
+        UserError: the source does not tell, or tells that blocks can't be removed; says why.
+    """
+    return _inspected(_Shape.of(transformer))
+
+
+@functools.cache
+def _inspected(shape: "_Shape") -> Family:
+    name = shape.made_by.__name__
+    if not shape.lists:
+        raise _refusal(name, "it has no list of two or more blocks whose length its config names")
+    if why := _numbered(shape.made_by, [attribute for attribute, _, _ in shape.lists]):
+        raise _refusal(name, why)
+    source = _source(shape.made_by.forward)
+    ordered = sorted(shape.lists, key=lambda found: source.find(f"self.{found[0]}"))
+    lists = [_block_list(name, *found) for found in ordered]
+    if (
+        TEXT in lists[0].inputs
+    ):  # where texts came beside, they are in the one sequence that follows
+        lists = [b if TEXT in b.inputs else _joint(b) for b in lists]
+    log.warning(
+        "%s has no entry in the family registry; inspection found %s. Every claim is checked on a "
+        "real call before anything long runs; but tokens that pad prompts count as any",
+        name,
+        "; ".join(f"{b.attribute} ({', '.join(b.outputs)})" for b in lists),
+    )
+    return Family(lists=tuple(lists))
+
+
+class _Shape:
+    """What inspection needs of a transformer: its class, and (list, depth key, block class) of all
+    lists of blocks. Equal for transformers of one kind, so that each is inspected once."""
+
+    def __init__(self, made_by: type, lists: tuple[tuple[str, str, type], ...]):
+        self.made_by, self.lists = made_by, lists
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Shape) and vars(self) == vars(other)
+
+    def __hash__(self) -> int:
+        return hash((self.made_by, self.lists))
+
+    @classmethod
+    def of(cls, transformer: nn.Module) -> "_Shape":
+        found = []
+        for attribute, members in transformer.named_children():
+            if not isinstance(members, nn.ModuleList) or len(members) < 1:
+                continue
+            kinds = {type(member) for member in members}
+            takes = inspect.signature(members[0].forward).parameters
+            beside = any(word in attribute for word in _BESIDE)
+            if beside or len(kinds) > 1 or not set(_STATES) & set(takes):
+                continue
+            if key := _depth_key(transformer, attribute, len(members)):
+                found.append((attribute, key, kinds.pop()))
+        return cls(type(transformer), tuple(found))
+
+
+def _depth_key(transformer: nn.Module, attribute: str, length: int) -> str | None:
+    """The config key that tells a list's length: by its value, then by its name."""
+    keys = [
+        key
+        for key, value in dict(transformer.config).items()
+        if value == length
+        and not isinstance(value, bool)
+        and any(word in key for word in ("layer", "block", "depth"))
+        and not any(word in key for word in ("head", *_BESIDE))
+    ]
+    alike = [key for key in keys if ("single" in key) == ("single" in attribute)]
+    return (alike or keys or [None])[0]
+
+
+def _block_list(name: str, attribute: str, depth_key: str, block: type) -> BlockList:
+    takes = inspect.signature(block.forward).parameters
+    state = next(argument for argument in _STATES if argument in takes)
+    outputs = _returned(block) or _known_order(block)
+    if outputs is None or IMAGE not in outputs:
+        raise _refusal(name, f"what a {block.__name__} returns can't be told from its source")
+    inputs = {IMAGE: state} | ({TEXT: "encoder_hidden_states"} if TEXT in outputs else {})
+    return BlockList(attribute, depth_key, inputs, outputs)
+
+
+def _joint(listed: BlockList) -> BlockList:
+    return replace(listed, inputs={JOINT: listed.inputs[IMAGE]}, outputs=(JOINT,))
+
+
+def _known_order(block: type) -> tuple[str, ...] | None:
+    """The streams that a block returns, by diffusers' own registry, which is private."""
+    try:
+        from diffusers.hooks._helpers import TransformerBlockRegistry
+
+        known = TransformerBlockRegistry.get(block)
+    except (ImportError, ValueError):
+        return None
+    places = {
+        known.return_hidden_states_index: IMAGE,
+        known.return_encoder_hidden_states_index: TEXT,
+    }
+    places.pop(None, None)
+    return tuple(places[place] for place in sorted(places)) or None
+
+
+def _returned(block: type) -> tuple[str, ...] | None:
+    """The streams in a block's return statements, which must agree."""
+    found = set()
+    for node in ast.walk(ast.parse(_source(block.forward))):
+        if isinstance(node, ast.Return) and node.value is not None:
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            names = [value.id if isinstance(value, ast.Name) else "" for value in values]
+            if len(names) == 1:
+                found.add((IMAGE,))
+            else:
+                streams = {"hidden_states": IMAGE, "encoder_hidden_states": TEXT}
+                found.add(tuple(streams.get(name, "") for name in names))
+    return found.pop() if len(found) == 1 and "" not in next(iter(found)) else None
+
+
+def _numbered(made_by: type, attributes: list[str]) -> str | None:
+    """Why blocks can't be renumbered: something but the order of their list tells them apart."""
+    named = [f"self.{attribute}" for attribute in attributes]
+    whole = ast.parse(_source(made_by)).body[0]
+    for node in ast.walk(whole):
+        if isinstance(node, ast.Subscript) and ast.unparse(node.value) in named:
+            return "its code picks blocks by number"
+    forward = ast.parse(_source(made_by.forward))
+    loops = [
+        node
+        for node in ast.walk(forward)
+        if isinstance(node, ast.For) and any(name in ast.unparse(node.iter) for name in named)
+    ]
+    found = {name for name in named for loop in loops if name in ast.unparse(loop.iter)}
+    if found != set(named):
+        return "its forward does not go through all of its lists of blocks itself"
+    for loop in loops:
+        if "zip(" in ast.unparse(loop.iter):
+            return "its forward pairs the blocks with something else"
+        if "range(" in ast.unparse(loop.iter):
+            return "its code picks blocks by number"
+        if _counts(loop):
+            return "its forward counts the blocks, or keeps what they return"
+        if "enumerate(" in ast.unparse(loop.iter):
+            number = ast.unparse(loop.target.elts[0])
+            if _reads(loop.body, number):
+                return "what its forward does with a block depends on the block's number"
+    for node in ast.walk(ast.parse(_source(made_by.__init__))):
+        if isinstance(node, (ast.ListComp, ast.GeneratorExp)) and "Block" in ast.unparse(node.elt):
+            number = ast.unparse(node.generators[0].target)
+            if number != "_" and _reads([node.elt], number):
+                return "how its constructor makes a block depends on the block's number"
+    return None
+
+
+def _counts(loop: ast.For) -> bool:
+    """Whether a loop adds one to anything, or changes a list, beside residuals of a ControlNet."""
+    for node in ast.walk(loop):
+        adds = isinstance(node, (ast.AugAssign, ast.BinOp)) and isinstance(node.op, ast.Add)
+        if adds and any(_one(side) for side in ast.iter_child_nodes(node)):
+            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("append", "pop", "insert"):
+                return True
+    return False
+
+
+def _one(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and node.value == 1
+
+
+def _reads(statements: list[ast.AST], name: str) -> bool:
+    """Whether statements read a name, beside residuals of a ControlNet and checkpointing."""
+    for statement in statements:
+        first_line = ast.unparse(statement).split("\n")[0]
+        if "controlnet" in first_line:
+            continue
+        if isinstance(statement, (ast.If, ast.For, ast.With)):
+            head = statement.test if isinstance(statement, ast.If) else None
+            if head is not None and "checkpoint" not in first_line and _reads([head], name):
+                return True
+            if _reads([*statement.body, *getattr(statement, "orelse", [])], name):
+                return True
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and node.id == name and isinstance(node.ctx, ast.Load):
+                return True
+    return False
+
+
+def _source(function) -> str:
+    try:
+        return textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    except (OSError, TypeError) as error:
+        raise _refusal(function.__qualname__, "its source is not at hand") from error
+
+
+def _refusal(name: str, why: str) -> UserError:
+    return UserError(
+        f"teacher: its transformer is a {name}, which has no entry in the family registry and "
+        f"can't be pruned by inspection: {why}. To add it, write its entry in "
+        "workflow/scripts/ppcl/transformer/families.py"
+    )
