@@ -1,6 +1,6 @@
 """The library of the workflow's programs, in packages by subject.
 
-Each package says what it holds and may import; tests/test_floor_plan.py has their order. Beside
+Each package says what it holds and may import; CONTRIBUTING.md has their order. Beside
 them are errors, provenance, and program, which runs and ends a stage.
 """
 
