@@ -73,7 +73,9 @@ def code_digest(script: str | Path) -> str:
 
     Snakemake notices an edited script, but not an edited module; rules put this in their params.
     Imports are read from the source without running it, so nothing (no torch) is imported. The
-    packages around a module count, too: Python runs their `__init__.py` first.
+    packages around a module count, too: Python runs their `__init__.py` first. Not followed, as
+    nothing here does so: names that are put together when the program runs, `-m`, and scripts that
+    import or start each other.
 
     Raises:
         ModuleNotFoundError: an import from ppcl leads to no file.
