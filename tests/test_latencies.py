@@ -25,7 +25,8 @@ def times(seed: int = 0, noise: float = 0.0) -> dict:
 KINDS = {block: [kind for one, kind in times() if one == block] for block, _ in times()}
 
 
-def test_some_blocks_of_each_list_are_timed_from_the_first_to_the_last():
+def test_some_blocks_of_each_list_are_timed_from_the_first_to_the_last(monkeypatch):
+    monkeypatch.setattr(latencies, "TIMED", 8)
     timed = latencies.timed(KINDS, LISTS)
     for alike in LISTS:
         whole = [block for block, kind in timed if kind == WHOLE and block in alike]
@@ -43,7 +44,8 @@ def test_some_blocks_of_each_list_are_timed_from_the_first_to_the_last():
     ]
 
 
-def test_what_is_not_timed_gets_what_its_list_has():
+def test_what_is_not_timed_gets_what_its_list_has(monkeypatch):
+    monkeypatch.setattr(latencies, "TIMED", 8)
     least = {key: value for key, value in times().items() if key in latencies.timed(KINDS, LISTS)}
     assert len(least) < len(times())
     assert latencies.savings(least, 13.0, KINDS, LISTS) == latencies.savings(

@@ -23,8 +23,8 @@ STEPS = 32
 # What is around the blocks is one number, and rounded to so many steps: a quarter of a block.
 AROUND = 8
 WHOLE = "block"  # the kind of a block that is whole
-# Blocks of a list that are timed: their median hardly moves with more of them.
-TIMED = 8
+# Blocks of a list that are timed, at most. With 8 of 24, quiet runs were a step apart.
+TIMED = 24
 # At most, over evaluate.latency_repeats: selection goes by these times, and a round is short.
 ROUNDS = 2
 # Rounds end when the sum of least times fell by no more than this in the last SETTLED of them.
