@@ -15,13 +15,13 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ppcl.runtime.endings import GROUPS, OWN, read
+
 # Elements of a typical weight matrix from which threads are worth it: between those of 128 and of
 # 256 channels.
 WORTH = 1 << 17
 # More processes than this help no stage.
 MOST = 8
-GROUPS = Path("/sys/fs/cgroup")
-OWN = Path("/proc/self/cgroup")
 
 
 def available() -> int:
@@ -42,26 +42,18 @@ def available() -> int:
 def _quotas() -> list[int]:
     """Whole cores that the quotas of this process's control groups leave, of version 1 and 2."""
     found = []
-    for kind, path in re.findall(r"^\d+:(|[^:]*\bcpu\b[^:]*):/(.*)$", _read(OWN), re.M):
+    for kind, path in re.findall(r"^\d+:(|[^:]*\bcpu\b[^:]*):/(.*)$", read(OWN), re.M):
         # A group's quota holds for all below it. In a container the group itself is the root.
         group = Path(path)
         for place in (group, *group.parents):
             if kind:
                 folder = GROUPS / "cpu" / place
-                quota = [_read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
+                quota = [read(folder / f"cpu.cfs_{name}_us") for name in ("quota", "period")]
             else:
-                quota = _read(GROUPS / place / "cpu.max").split()
+                quota = read(GROUPS / place / "cpu.max").split()
             if len(quota) == 2 and all(re.fullmatch(r"[1-9]\d*\s*", part) for part in quota):
                 found.append(math.ceil(int(quota[0]) / int(quota[1])))
     return found
-
-
-def _read(path: Path) -> str:
-    """A file of the kernel's; empty where there is none."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
 
 
 def worth_threads(shapes: Iterable[Sequence[int]]) -> bool:

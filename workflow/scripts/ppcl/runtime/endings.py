@@ -42,17 +42,17 @@ def explain(number: int, who: str = "the program") -> str:
 
 def _memory() -> str:
     """What this job's cgroup, of either kind, counts of ends for lack of memory."""
-    own = dict(re.findall(r"^\d+:(|memory):(/.*)$", _read(OWN), re.M))
+    own = dict(re.findall(r"^\d+:(|memory):(/.*)$", read(OWN), re.M))
     unified = [GROUPS / own.get("", "/")[1:] / "memory.events", GROUPS / "memory.events"]
     older = GROUPS / "memory"
     older_ones = [older / own.get("memory", "/")[1:], older]
     for path in [*unified, *(folder / "memory.oom_control" for folder in older_ones)]:
-        if kills := re.search(r"^oom_kill ([1-9]\d*)$", _read(path), re.M):
+        if kills := re.search(r"^oom_kill ([1-9]\d*)$", read(path), re.M):
             return f" (the kernel has ended {kills[1]} of this job's processes for it)"
     return ""
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
     """A file of the kernel's; empty where there is none."""
     try:
         return path.read_text()
