@@ -49,8 +49,8 @@ checkpoint choose:
         processes=config["processes"],
         device=config["device"],
     params:
-        config=lambda wildcards: settings.subset(
-            {**config, "variants": settings.budgets(config["variants"])},
+        config=lambda wildcards: configuration.subset(
+            {**config, "variants": configuration.budgets(settings().variants)},
             "seed",
             "device",
             "teacher",

@@ -22,11 +22,12 @@ if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
 sys.path.insert(0, str(SCRIPTS.resolve()))
 
 from ppcl.ablation import methods
-from ppcl.configuration import config as settings
+from ppcl.configuration import config as configuration
 from ppcl.configuration import preflight
 from ppcl.errors import UserError, trouble
 from ppcl.provenance import code_digest, digest, stamps
 from ppcl.runtime import collector, cores, gpus
+from ppcl.settings import Settings
 from ppcl.storage import schemas, texts, whole
 from ppcl.teacher import hub, prompts, teacher_identity, weights
 
@@ -101,8 +102,8 @@ def validate():
     """Complete the config with its defaults; check it against schema, teacher and prompts."""
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
     try:
-        settings.refuse_surprises(map(os.path.relpath, workflow.configfiles))
-        config.update(settings.complete(config, source))
+        configuration.refuse_surprises(map(os.path.relpath, workflow.configfiles))
+        config.update(configuration.complete(config, source))
         if workflow.is_main_process:
             preflight.check_results(config["run"], source)
         # The teacher may be missing where it is about to be made, or where only figures are drawn
@@ -112,13 +113,19 @@ def validate():
             and targets() not in ({"train_teacher"}, {"plan"})
             and not interval_plots_only()
         ):
-            preflight.check(config, source)
+            preflight.check(settings(), source)
     except UserError as error:
         refuse(error)
     except OSError as error:  # such as a folder that you may not look into
         if (problem := trouble(error)) is None:
             raise
         refuse(f"{source}: {problem}")
+
+
+@functools.cache
+def settings():
+    """The completed config as typed sections."""
+    return Settings.of(config)
 
 
 def result(path):
@@ -162,7 +169,7 @@ def as_it_is(value):
 
 def subset(*keys):
     """JSON of the config keys that a stage depends on, for params."""
-    return as_it_is(settings.subset(config, *keys))
+    return as_it_is(configuration.subset(config, *keys))
 
 
 # Inputs of stages that make models from sets, and of those that search for sets (optional).
@@ -196,22 +203,22 @@ def depth():
 
 def trains():
     """Whether students are trained."""
-    return settings.trains(config)
+    return settings().trains
 
 
 def closed():
     """Whether there are closed forms: linear FFNs, text runs or modulations of low rank."""
-    return config["width"]["enabled"] or config["modulation"]["enabled"]
+    return settings().closed
 
 
 def compared():
     """Whether blocks are compared with each other: for intervals, and for text runs."""
-    return settings.compares(config)
+    return settings().compares
 
 
 def sensitivity():
     """The measured costs, if selection goes by them."""
-    measured = settings.searches_by_cost(config)
+    measured = settings().searches_by_cost
     return [result("sensitivity/intervals.parquet")] if measured else []
 
 
@@ -244,14 +251,13 @@ def conditioning():
 
 def latency():
     """Measured times, if a budget is one of time."""
-    wanted = any("latency" in settings.limits(v["budget"]) for v in config["variants"])
+    wanted = settings().limited_latency
     return [result("latency/blocks.parquet")] if wanted else []
 
 
 def staged():
     """Whether distilled blocks become narrow in a training of their own."""
-    narrow = trains() and config["width"]["enabled"]
-    return narrow and config["width"]["schedule"] == "staged"
+    return settings().staged
 
 
 def distill_keys():
@@ -301,25 +307,25 @@ def plan_of_students():
 def subset_for_variant(name, *keys):
     """As subset, with the named variant as the only one: the others' settings do not matter."""
     chosen = [variant for variant in config["variants"] if variant["name"] == name]
-    return settings.subset({**config, "variants": chosen}, "variants", *keys)
+    return configuration.subset({**config, "variants": chosen}, "variants", *keys)
 
 
 def subset_for_smallest_budgets(*keys):
     """As subset, with nothing of the variants but the smallest budgets: they decide selection."""
-    smallest = settings.tightest(config["variants"])
-    return as_it_is(settings.subset({**config, "variants": smallest}, "variants", *keys))
+    smallest = configuration.tightest(settings().variants)
+    return as_it_is(configuration.subset({**config, "variants": smallest}, "variants", *keys))
 
 
 def teacher_files():
     """Weights and configs of a local teacher; a newer file reruns what loads the teacher."""
-    found = map(str, teacher_identity.files(config["teacher"]))
+    found = map(str, teacher_identity.files(settings().teacher))
     return [path for path in found if not set("{}") & set(path)]  # they would be wildcards
 
 
 def teacher_stamp():
     """For params: what tells this teacher from any other. One that mv or rsync has put in its place
     may be older than what was made with the other, which Snakemake does not take for a change."""
-    return teacher_identity.fingerprint(config["teacher"])
+    return teacher_identity.fingerprint(settings().teacher)
 
 
 def prompts_stamp(stage):
@@ -364,13 +370,13 @@ def gpu(wildcards):
 @functools.cache
 def small_on_cpu():
     """Whether the teacher runs on the CPU, and its matrices are too small for several threads."""
-    teacher = config["teacher"]
-    if hub.is_name(teacher["path"]) or not on_cpu():
+    teacher = settings().teacher
+    if hub.is_name(teacher.path) or not on_cpu():
         return False
     try:
         name, folder = hub.component(teacher), hub.folder(teacher)
         library, _ = hub.parts(folder)[name]
-        headers = weights.headers(folder / name, library, teacher["variant"]).values()
+        headers = weights.headers(folder / name, library, teacher.variant).values()
     except (UserError, KeyError):  # which is told where the teacher is checked
         return False
     return not cores.worth_threads(
@@ -408,7 +414,7 @@ def planned():
         found = texts.read_sealed(path)
     except UserError as error:
         refuse(f"{error}, with the target plan; without it limits are fixed")
-    of = digest(settings.subset(config, *PLAN_KEYS))
+    of = digest(configuration.subset(config, *PLAN_KEYS))
     if workflow.is_main_process and found.get("config", of) != of:
         logger.warning(f"{path} is of another config; for limits of this one run the target plan")
     return found
@@ -550,8 +556,8 @@ def interval_plots_only():
 
 def plan_inputs():
     """What a plan takes if it is there."""
-    teacher = config["teacher"]
-    own = Path(teacher["path"], teacher["subfolder"] or "", teacher["component"], "config.json")
+    teacher = settings().teacher
+    own = Path(teacher.path, teacher.subfolder or "", teacher.component, "config.json")
     names = {
         "architecture": config["plan"]["transformer_config"] or str(own),
         "intervals": result("intervals/intervals.parquet"),
@@ -599,14 +605,14 @@ def ablation_runs(names, seeds=None):
     return [
         result(f"ablation/runs/{name}-{number}.parquet")
         for name in names
-        for number in range(seeds or methods.seeds(name, config["ablation"]))
+        for number in range(seeds or methods.seeds(name, settings().ablation))
     ]
 
 
 def compared_methods():
     """Names of the methods that this part of the ablation is of."""
     try:
-        return methods.wanted(config["ablation"])
+        return methods.wanted(settings().ablation)
     except UserError as error:
         refuse(error)
 

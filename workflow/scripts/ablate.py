@@ -27,6 +27,7 @@ from ppcl import program, provenance
 from ppcl.ablation import choices, trial
 from ppcl.configuration import config
 from ppcl.runtime import processes, stopping
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, whole
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import loop
@@ -60,19 +61,21 @@ def main() -> None:
         table = pd.DataFrame(rows)[schemas.ABLATION_RUN.names]
         tables.write(kept, table, schemas.ABLATION_RUN, {"identity": identity})
     table = tables.read(kept, schemas.ABLATION_RUN).to_pandas()
-    stamp = provenance.stamp(settings) | {"method": args.method}
+    stamp = provenance.stamp(settings.given) | {"method": args.method}
     stopping.ignore()
     tables.write(args.output, table, schemas.ABLATION_RUN, stamp)
     whole.forget(args.state / WORK)
 
 
-def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: str) -> list[dict]:
+def train_and_measure(
+    args, settings: Settings, job: dict, shared: dict, identity: str
+) -> list[dict]:
     """The rows of the run; arguments as in `main`."""
-    accelerator = processes.accelerator(settings["device"], settings["distill"]["mixed_precision"])
+    accelerator = processes.accelerator(settings.device, settings.distill.mixed_precision)
     # Everything is trained here, which needs the whole teacher on the device.
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
-    teacher |= {"offload": "none"}
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
+    teacher = teacher.replace(offload="none")
     pipe = pipelines.load(teacher, accelerator.device)
     material = trial.material_of(
         settings,
@@ -81,7 +84,7 @@ def train_and_measure(args, settings: dict, job: dict, shared: dict, identity: s
         reader=reader,
         accelerator=accelerator,
         paths=shared,
-        seed=settings["seed"] + args.number,
+        seed=settings.seed + args.number,
         state=args.state / WORK,
         identity=identity,
     )

@@ -25,9 +25,9 @@ def main() -> None:
     parser.add_argument("--shards", type=Path, required=True, help="shards.json to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options = settings["distill"]
-    caching = entrance.caching(calls.Reader(args.calls), options, settings["seed"])
-    jobs = shards.allot(students.read_plan(args.plan).distilled, options["shards"], caching)
+    options = settings.distill
+    caching = entrance.caching(calls.Reader(args.calls), options, settings.seed)
+    jobs = shards.allot(students.read_plan(args.plan).distilled, options.shards, caching)
     shards.write(args.shards, jobs)
     for number, units in enumerate(jobs):
         names = ", ".join(unit.name for unit in units)

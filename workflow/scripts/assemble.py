@@ -45,11 +45,11 @@ def main() -> None:
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
-    teacher |= {"offload": "none"}
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
+    teacher = teacher.replace(offload="none")
     source = hub.folder(teacher)
     # What is only copied need not be in memory, unless its files have a variant in their names.
-    copied = () if teacher["variant"] else assembly.copied(source)
+    copied = () if teacher.variant else assembly.copied(source)
     pipe = pipelines.load(teacher, torch.device("cpu"), without=copied)
     transformer = pipelines.denoiser(pipe, teacher)
     whole = blocks.parameter_count(transformer)
@@ -69,12 +69,13 @@ def main() -> None:
     complete.refuse_incomplete(model, f"variant {args.variant}")
     example = reader.batch(reader.buckets[0][:2])
     card = {
-        "variant": variant,
+        # As the config has it.
+        "variant": next(v for v in settings.given["variants"] if v["name"] == args.variant),
         **sets.entry(chosen),
         "finetuned": bool(args.finetuned),
         "parameters": count,
         "parameter_fraction": count / whole,
-        "provenance": provenance.stamp(settings),
+        "provenance": provenance.stamp(settings.given),
     }
     assembly.export(
         pipe,

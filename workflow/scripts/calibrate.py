@@ -47,11 +47,11 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="calibration.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    wide, seed = settings["width"], settings["seed"]
+    wide, seed = settings.width, settings.seed
 
-    accelerator = processes.accelerator(settings["device"], settings["distill"]["mixed_precision"])
+    accelerator = processes.accelerator(settings.device, settings.distill.mixed_precision)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     shared = {name: getattr(args, name) for name in SHARED}
     material = choices.Material(
@@ -65,7 +65,7 @@ def main() -> None:
         loop.identity(Path(__file__), settings, [args.calls, *shared.values()]),
     )
     reader, depth = material.reader, material.depth
-    cka = measured.cka(args.cka, settings["similarity"]["streams"], depth)
+    cka = measured.cka(args.cka, settings.similarity.streams, depth)
     widths = measured.widths(args.width, depth)
     drawn = calibration.sample(material.runs, widths, width.unread_after(transformer), seed)
     weights, _ = tensors.read(args.probes)
@@ -82,9 +82,9 @@ def main() -> None:
         )
         for _, unit in tqdm(drawn, desc="starting", unit="unit")
     ]
-    key, wanted = "distill.heldout_rows", settings["distill"]["heldout_rows"]
+    key, wanted = "distill.heldout_rows", settings.distill.heldout_rows
     reported = reader.sample_heldout("report", wanted, seed, key)
-    size = settings["ablation"]["batch_size"]
+    size = settings.ablation.batch_size
 
     def cost(plugged: students.Students, rows: np.ndarray) -> float:
         for student in plugged.values():
@@ -107,20 +107,18 @@ def main() -> None:
 
     every = {part: student for each in taught for part, student in each.items()}
     names = {part: f"{number} {part.name}" for number, part in enumerate(every)}
-    steps = sum(trial.phases({"by": "ppcl"}, {}, settings["ablation"]).values())
-    options = trial.stage_options(
-        material, "distill", steps, linear_weight=wide["linear_weight"], mode="independent"
-    )
+    steps = sum(trial.phases({"by": "ppcl"}, {}, settings.ablation).values())
+    options = trial.stage_options(material, "distill", steps, mode="independent")
     trial.phase(
         material,
         "calibration",
         {names[part]: student for part, student in every.items()},
         distillation.independent(transformer, every, reader, options, seed, accelerator, names),
         options,
-        {f"{names[p]}/": wide["lr_scale"] for p in every if p.first == p.last},
+        {f"{names[p]}/": wide.lr_scale for p in every if p.first == p.last},
     )
     found["trained"] = [cost(each, reported) for each in taught]
-    stamp = provenance.stamp(settings, judged=len(reported), steps=steps)
+    stamp = provenance.stamp(settings.given, judged=len(reported), steps=steps)
     stopping.ignore()
     tables.write(args.table, pd.DataFrame(found), schemas.CALIBRATION, stamp)
 

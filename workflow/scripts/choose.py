@@ -43,6 +43,7 @@ from ppcl.export import variants
 from ppcl.pruning import students
 from ppcl.runtime import processes, stopping
 from ppcl.search import sets
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import loop, prices
@@ -50,7 +51,7 @@ from ppcl.transformer import blocks, calls
 
 
 def refit(
-    settings: Mapping,
+    settings: Settings,
     transformer: nn.Module,
     workshop: variants.Workshop,
     reader: calls.Reader,
@@ -72,10 +73,10 @@ def refit(
         if files[name].exists() and of.items() <= tensors.metadata(files[name]).items():
             continue
         model, block_map = workshop.model(found)
-        rows, _ = width.fit_rows(reader, settings["width"], settings["seed"])
+        rows, _ = width.fit_rows(reader, settings.width, settings.seed)
         source = f"{sets.REFIT}{name}"
         parts = [p for m in found.members if m.source == source for p in m.unit.parts]
-        options, device = settings["width"], accelerator.device
+        options, device = settings.width, accelerator.device
         maps = width.refit(transformer, model, block_map, parts, reader, rows, options, device)
         with stopping.part():
             variants.write_refits(files[name], {source: maps}, of)
@@ -100,22 +101,22 @@ def main() -> None:
     parser.add_argument("--measured", type=Path, required=True, help="measured.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings["choose"], settings["seed"]
-    names = [variant["name"] for variant in settings["variants"]]
+    options, seed = settings.choose, settings.seed
+    names = [variant.name for variant in settings.variants]
     if unknown := [path for path in args.each if path.stem not in names]:
         raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
 
-    accelerator = processes.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings.device)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device)
     plan = students.read_plan(args.plan) if args.plan else None
     files = variants.Files.of(args)
     workshop = variants.Workshop(transformer, files, device=accelerator.device)
-    rows = reader.sample_heldout("select", options["rows"], seed, "choose.rows")
+    rows = reader.sample_heldout("select", options.rows, seed, "choose.rows")
     identity = loop.identity(Path(__file__), settings, [args.calls, *files.every])
     kept = args.state, identity
-    judged = prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device)
+    judged = prices.Judged(transformer, reader, rows, options.batch_size, accelerator.device)
     measure = variants.measuring(workshop, judged, accelerator, *kept)
 
     fresh = variants.untrained(plan, files)
@@ -125,12 +126,12 @@ def main() -> None:
         for (name, member), cost in zip(fresh.items(), costs, strict=True)
     }
     offer = variants.offer(settings, transformer, files, plan, alone)
-    found = {v["name"]: (v, sets.search(offer, v)) for v in settings["variants"]}
+    found = {v.name: (v, sets.search(offer, v)) for v in settings.variants}
     refits: dict[str, dict] = {}
-    if options["source"] == "measured":
+    if options.source == "measured":
         tried = sets.trials(offer, found, measure)
         decided = sets.settle(offer, found, tried)
-        if options["refit"]:
+        if options.refit:
             refits = refit(settings, transformer, workshop, reader, decided, accelerator, *kept)
             workshop.take(refits)
             anew = {
@@ -151,7 +152,7 @@ def main() -> None:
     stopping.ignore()
     if accelerator.is_main_process:
         depth = len(blocks.block_sequence(transformer))
-        stamp = provenance.stamp(settings, rows=len(rows), blocks=depth)
+        stamp = provenance.stamp(settings.given, rows=len(rows), blocks=depth)
         members = [row for name, one in choices.items() for row in sets.rows(offer, name, one)]
         trials = [row for name, one in decided.items() for row in sets.trial_rows(offer, name, one)]
         for path, found_rows, schema in (

@@ -28,10 +28,9 @@ from ppcl.transformer import calls
 def main() -> None:
     args = student_stage.arguments(__doc__, "start weights", sharded=True)
     settings = config.load(args.config)
-    options = settings["distill"] | {"linear_weight": settings["width"]["linear_weight"]}
-    seed = settings["seed"]
+    options, seed = settings.distill, settings.seed
 
-    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings.device, options.mixed_precision)
     plan = students.read_plan(args.plan)
     pairs = list(zip(plan.distilled, plan.facts["distilled"], strict=True))
     inputs = [args.calls, args.plan, args.students]
@@ -41,7 +40,7 @@ def main() -> None:
         inputs.append(args.shards)
     units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     taught = students.load(args.students, transformer, students.parts_of(units))
     for student in taught.values():
@@ -58,7 +57,7 @@ def main() -> None:
     if shards.cached(units, caching):
         # Two checkpoints, each of weights, two moments and the average, are there while one is
         # replaced.
-        tensors = 4 if options["ema"] else 3
+        tensors = 4 if options.ema else 3
         checkpoint = tensors * sum(p.nbytes for s in taught.values() for p in s.parameters())
         inputs = entrance.Inputs(
             transformer,
@@ -82,7 +81,7 @@ def main() -> None:
         accelerator,
         args.state / "checkpoint.safetensors",
         identity,
-        distillation.lr_scales(taught, settings["width"]["lr_scale"]),
+        distillation.lr_scales(taught, settings.width.lr_scale),
     )
     student_stage.finish(
         args,

@@ -47,6 +47,7 @@ from ppcl.evaluation import measuring, metrics
 from ppcl.evaluation.measuring import Found, Model
 from ppcl.evaluation.metrics import TEACHER, Estimate
 from ppcl.runtime import devices, stopping
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import arguments, pipelines, prompts, teacher_identity
 from ppcl.transformer import calls
@@ -102,23 +103,23 @@ def read_pictures(judge: world.Judge | None, part: Path) -> list[str]:
 def make_pictures(
     models: list[Model],
     samples: list[dict],
-    settings: dict,
+    settings: Settings,
     device: torch.device,
     state: Path,
     judge: world.Judge | None,
 ) -> tuple[dict[str, list[Path]], dict[Path, list[str]]]:
     """Every model's pictures: (model -> parts, in one order; part -> readings)."""
-    options = settings["evaluate"]
+    options = settings.evaluate
     parts: dict[str, list[Path]] = {}
     readings: dict[Path, list[str]] = {}
-    with measuring.workers(measuring.process_count(settings["processes"], device)) as pool:
+    with measuring.workers(measuring.process_count(settings.processes, device)) as pool:
         batches = pool.submit(
             measuring.plan_batches,
             models[0],
             device,
-            settings["pipeline"],
+            settings.pipeline,
             samples,
-            options["batch_size"],
+            options.batch_size,
         ).result()
         tasks = {}
         for model in models:
@@ -126,7 +127,7 @@ def make_pictures(
             parts[model.name] = [folder / f"{n:05d}.parquet" for n in range(len(batches))]
             for part, batch in zip(parts[model.name], batches, strict=True):
                 task = pool.submit(
-                    measuring.generate, model, device, settings["pipeline"], batch, part
+                    measuring.generate, model, device, settings.pipeline, batch, part
                 )
                 tasks[task] = part
         bar = tqdm(as_completed(tasks), total=len(tasks), desc="generating", unit="batch")
@@ -204,30 +205,30 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings["evaluate"], settings["seed"]
-    resamples = options["bootstrap"]
+    options, seed = settings.evaluate, settings.seed
+    resamples = options.bootstrap
 
-    rows = prompts.read(options["prompts"], "evaluate.prompts")
-    arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "evaluate.prompts")
-    if options["judge"] == "digits":
-        refuse_unjudged(rows, options["prompts"])
+    rows = prompts.read(options.prompts, "evaluate.prompts")
+    arguments.before_loading(settings.teacher, settings.pipeline, rows, "evaluate.prompts")
+    if options.judge == "digits":
+        refuse_unjudged(rows, options.prompts)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     models = measuring.models(teacher, args.models)
     digests = [model.digest() for model in models]
-    device = devices.choose(settings["device"])
+    device = devices.choose(settings.device)
     measuring.prepare_workers()
-    samples = choose_samples(rows, options["samples"], reader)
-    timed = reader.draw(reader.heldout_rows("report"), options["batch_size"], (seed,))
+    samples = choose_samples(rows, options.samples, reader)
+    timed = reader.draw(reader.heldout_rows("report"), options.batch_size, (seed,))
 
-    judge = world.Judge() if options["judge"] == "digits" else None
-    processes = measuring.process_count(settings["processes"], device)
+    judge = world.Judge() if options.judge == "digits" else None
+    processes = measuring.process_count(settings.processes, device)
     memory = measure_memory(models, device, args.calls, timed, processes)
     identity = provenance.digest(
         [
-            settings["teacher"],
-            settings["pipeline"],
-            [samples, options["batch_size"], device.type],
+            settings.teacher,
+            settings.pipeline,
+            [samples, options.batch_size, device.type],
             provenance.stamps(prompts.pictures(rows)),
             provenance.code_digest(Path(__file__)),
         ]
@@ -238,7 +239,7 @@ def main() -> None:
     transformers = {model.name: model.transformer(device) for model in together}
     measured = measuring.measure_transformers(transformers, reader, timed, settings, device)
 
-    stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows))
+    stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows))
     found: Found = {}
     of_teacher: dict[str, np.ndarray] = {}
     with tables.writer(args.images, schemas.IMAGES, stamp) as sink:

@@ -51,19 +51,17 @@ def main() -> None:
     )
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings["extract"], settings["seed"]
-    lowered = settings["modulation"]
+    options, seed = settings.extract, settings.seed
+    lowered = settings.modulation
 
     reader = calls.Reader(args.calls, memory=0)  # every row is read once
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
-    rows = choose_rows(reader, options["rows"], seed)
-    device = devices.choose(settings["device"])
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
+    rows = choose_rows(reader, options.rows, seed)
+    device = devices.choose(settings.device)
     transformer = pipelines.load_transformer(teacher, device, compiled=True)
-    given = [m.key for m in modulation.matrices(transformer)] if lowered["enabled"] else []
+    given = [m.key for m in modulation.matrices(transformer)] if lowered.enabled else []
     summed = modulation_inputs.Sums(transformer, given, device)
-    identity = loop.identity(
-        Path(__file__), settings | {"moments": not args.no_moments}, [args.calls]
-    )
+    identity = loop.identity(Path(__file__), settings, [args.calls], moments=not args.no_moments)
     # A folder of its own, so that a run of other settings can't write over its tokens.
     folder = args.state / identity[:16]
     with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
@@ -71,20 +69,21 @@ def main() -> None:
             transformer,
             reader,
             rows,
-            options | {"sums": not args.no_moments},
+            options,
             seed,
             device,
             folder,
             bar,
             identity,
             summed,
+            sums=not args.no_moments,
         )
     fitted = rows[~reader.index["heldout"][rows]]
     conditioned = modulation_inputs.with_grid(
-        transformer, summed.result(), reader, fitted, lowered, options["batch_size"], seed, device
+        transformer, summed.result(), reader, fitted, lowered, options.batch_size, seed, device
     )
     for stream, sample in samples.items():
-        asked, found = len(rows) * options["sample_tokens"], len(sample["token"])
+        asked, found = len(rows) * options.sample_tokens, len(sample["token"])
         what = f"tokens of the {stream} stream in these {len(rows)} calls"
         errors.warn_of_fewer("extract.sample_tokens", asked, found, what)
     facts = {
@@ -93,7 +92,7 @@ def main() -> None:
         "seams": json.dumps(blocks.seams(transformer)),
         "untouchable": json.dumps(sorted(blocks.untouchable(transformer))),
     }
-    stamp = provenance.stamp(settings, rows=len(rows)) | facts
+    stamp = provenance.stamp(settings.given, rows=len(rows)) | facts
     stopping.ignore()
     tensors.write(args.moments, moments.sums, stamp)
     conditioning.write(args.conditioning, conditioned, stamp)

@@ -48,51 +48,53 @@ def main() -> None:
     parser.add_argument("--log-table", type=Path, required=True, help="log table to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings["finetune"], settings["seed"]
+    options, seed = settings.finetune, settings.seed
     variant = assembly.variant(settings, args.variant)
 
-    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings.device, options.mixed_precision)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     written, files = sets.read(args.sets), variants.Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     # The record has the teacher's answers, so it never runs, nor is on the device.
     transformer = pipelines.load_transformer(
-        teacher | {"offload": "none"}, torch.device("cpu"), gradients=True
+        teacher.replace(offload="none"), torch.device("cpu"), gradients=True
     )
     model, _ = variants.Workshop(transformer, files, as_teacher=False).model(chosen)
     del transformer  # what the model has of it is its own now
-    shared_out = options["sharding"] == "fsdp" and (
-        accelerator.num_processes > 1 or options["cpu_offload"]
+    shared_out = options.sharding == "fsdp" and (
+        accelerator.num_processes > 1 or options.cpu_offload
     )
     if not shared_out:  # first, so that main memory need not hold it in float32
         model.to(accelerator.device)
     # In evaluation mode, as the teacher was: some classes answer in another shape in training.
     model = model.float().eval().requires_grad_(True)
-    if options["gradient_checkpointing"]:
+    if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if shared_out:
         every = [block.module for block in blocks.block_sequence(model)]
-        fsdp.shard(model, every, accelerator, options["cpu_offload"])
+        fsdp.shard(model, every, accelerator, options.cpu_offload)
     rows = loop.train(
         {"transformer": model},
         distillation.output_distillation(
             lambda _step: model, "transformer", reader, options, seed, accelerator, in_float32=True
         ),
-        loop.Optimisation.from_settings(options, steps=variant["finetune_steps"]),
+        loop.Optimisation.from_settings(options.for_variant(variant)),
         accelerator,
         args.state / "checkpoint.safetensors",
         loop.identity(
             Path(__file__),
-            settings | {"set": chosen.key, "refits": refits},
+            settings,
             [args.calls, *files.every],
+            set=chosen.key,
+            refits=refits,
         ),
     )
     state = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
     stopping.ignore()
     if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, rows=len(reader))
+        stamp = provenance.stamp(settings.given, rows=len(reader))
         tensors.write(args.output, state, stamp | {"set": chosen.key, "refits": refits})
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)

@@ -66,10 +66,10 @@ def main() -> None:
     parser.add_argument("--candidates", type=Path, help="output: closed forms, parquet")
     options = parser.parse_args()
     settings = config.load(options.config)
-    chosen, stream = settings["intervals"], settings["similarity"]["streams"]
-    wide = settings["width"]["enabled"]
+    chosen, stream = settings.intervals, settings.similarity.streams
+    wide = settings.width.enabled
     kinds = ("text", "ffn") if wide else ()
-    kinds += ("modulation",) if settings["modulation"]["enabled"] else ()
+    kinds += ("modulation",) if settings.modulation.enabled else ()
     if kinds and not (options.width and options.candidates):
         raise UserError(
             "width.enabled or modulation.enabled is true: name the tables --width and --candidates"
@@ -88,23 +88,23 @@ def main() -> None:
     facts["blocks"] = depth
     cka = measured.cka(options.cka, stream, depth)
     costs = 1 - cka
-    if chosen["cost"] == "velocity":
-        trained = any(variant["train"] for variant in settings["variants"])
-        leaves = chosen["training_leaves"] if trained else 1
+    if chosen.cost == "velocity":
+        trained = any(variant.train for variant in settings.variants)
+        leaves = chosen.training_leaves if trained else 1
         costs = leaves * measured.costs(options.sensitivity, depth)
-    elif chosen["cost"] == "influence":
+    elif chosen.cost == "influence":
         costs = intervals.by_influence(measured.influences(options.probes, stream, depth))
     noise = facts["delta_noise"][stream]
-    if chosen["tolerance"] == "bootstrap" and not facts["bootstrap"]:
+    if chosen.tolerance == "bootstrap" and not facts["bootstrap"]:
         raise UserError(
             f"intervals.tolerance: bootstrap is the noise that resamples show, but {options.cka} "
             "was made without; set a number, or similarity.bootstrap to 2 or more"
         )
-    tolerance = noise if chosen["tolerance"] == "bootstrap" else chosen["tolerance"]
+    tolerance = noise if chosen.tolerance == "bootstrap" else chosen.tolerance
     sizes = facts["block_parameters"]
     closed = measured.closed(options.width if kinds else None, sizes, kinds)
     weights = {"blocks": selection.by_blocks(depth), "parameters": closed.weights}
-    if any("latency" in config.limits(v["budget"]) for v in settings["variants"]):
+    if settings.limited_latency:
         if options.latency is None:
             raise UserError("variants: a budget is a latency: name the block times, --latency")
         weights["latency"], facts["transformer_seconds"] = selection.timing(options.latency, depth)
@@ -119,14 +119,14 @@ def main() -> None:
     pins.check(pinned, facts["seams"], untouchable, unknown, ffns, text, modulated, closed.unread)
     runs = intervals.spans(depth, facts["seams"], unknown | untouchable)
     chain = intervals.trend_chain(cka, runs, tolerance)
-    found = {*intervals.candidates(runs, chosen["segmentation"], chain), *pinned.intervals}
+    found = {*intervals.candidates(runs, chosen.segmentation, chain), *pinned.intervals}
     priced = {(it.first, it.last): it for it in intervals.priced(sorted(found), cka, costs)}
     chain = intervals.priced(chain, cka, costs)
     widths = with_pinned_runs(closed, pinned)
 
     limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
-    depth_limits = {**limits, "floor": chosen["cka_floor"]}
-    width_limits = {**limits, "floor": settings["width"]["cka_floor"]}
+    depth_limits = {**limits, "floor": chosen.cka_floor}
+    width_limits = {**limits, "floor": settings.width.cka_floor}
     choices = Choices(
         reasons.usable_intervals(priced, pinned, depth_limits),
         *reasons.usable_widths(widths, pinned, width_limits),
@@ -134,7 +134,7 @@ def main() -> None:
         modulations=closed.modulations,
         unread=closed.unread,
     )
-    needs = selection.targets(settings["variants"], facts)
+    needs = selection.targets(settings.variants, facts)
     plan = selection.select(choices, weights, needs, pinned)
     print(
         f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs, "
@@ -144,7 +144,7 @@ def main() -> None:
         flush=True,
     )
     stamp = provenance.stamp(
-        settings,
+        settings.given,
         blocks=depth,
         removed_blocks=round(plan.saved["blocks"]),
         removed_parameters=round(plan.saved["parameters"]),

@@ -48,7 +48,7 @@ def main() -> None:
     # One job logs a step's students in order of depth, then the next step's.
     log = _joined(args.logs, schemas.DISTILL_LOG).sort_values("step", kind="stable")
     state = {key: value for path in args.students for key, value in tensors.read(path)[0].items()}
-    stamp = provenance.stamp(settings, rows=tables.provenance(args.costs[0])["rows"])
+    stamp = provenance.stamp(settings.given, rows=tables.provenance(args.costs[0])["rows"])
     stopping.ignore()
     tensors.write(args.output, state, stamp)
     tables.write(args.log_table, log, schemas.DISTILL_LOG, stamp)

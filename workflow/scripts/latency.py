@@ -60,13 +60,13 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="blocks.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options = settings["evaluate"]
+    options = settings.evaluate
 
-    device = devices.choose(settings["device"])
+    device = devices.choose(settings.device)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, device)
-    rows = reader.draw(reader.heldout_rows("select"), options["batch_size"], (settings["seed"],))
+    rows = reader.draw(reader.heldout_rows("select"), options.batch_size, (settings.seed,))
     arguments = reader.batch(rows).to(device).arguments
     sequence = blocks.block_sequence(transformer)
     lists: dict[str, list[int]] = {}
@@ -87,7 +87,7 @@ def main() -> None:
         module = students.shaped(transformer, part, _sharing(sequence[block].module))
         runs[f"{block} {kind}"] = partial(module, **lessons[part].bound)
     with torch.no_grad():
-        most = latencies.ROUNDS * options["latency_repeats"]
+        most = latencies.ROUNDS * options.latency_repeats
         rounds = measuring.timed_rounds(runs, most, device)
         seconds, settled = latencies.least_times(rounds)
     if not settled:
@@ -104,7 +104,7 @@ def main() -> None:
         {"block": block, "part": part, "seconds": value}
         for (block, part), value in sorted(saved.parts.items())
     ]
-    stamp = provenance.stamp(settings, rows=len(rows))
+    stamp = provenance.stamp(settings.given, rows=len(rows))
     stamp["transformer_seconds"] = repr(saved.transformer)
     stopping.ignore()
     tables.write(args.table, pd.DataFrame(found), schemas.LATENCY, stamp)

@@ -21,6 +21,7 @@ from ppcl import program
 from ppcl.errors import UserError
 from ppcl.export import assembly, lora
 from ppcl.extraction import conditioning
+from ppcl.settings import TeacherSettings
 from ppcl.storage import tensors, whole
 from ppcl.teacher import hub, pipelines
 from ppcl.transformer import blocks
@@ -66,14 +67,14 @@ def main() -> None:
     assembly.verify(args.model)
     if args.component not in hub.parts(args.model, "--model"):
         raise UserError(f"--component: {args.model} has no {args.component}")
-    source = {
-        "path": str(args.model),
-        "component": args.component,
-        "revision": None,
-        "variant": None,
-        "dtype": args.dtype,
-        "trust_remote_code": assembly.own_code(args.model, args.component),
-    }
+    source = TeacherSettings.of(
+        {
+            "path": str(args.model),
+            "component": args.component,
+            "dtype": args.dtype,
+            "trust_remote_code": assembly.own_code(args.model, args.component),
+        }
+    )
     pipe = pipelines.load(source, torch.device("cpu"), key="--model")
     model = pipelines.denoiser(pipe, source)
     map_file = args.model / args.component / "block_map.json"

@@ -29,20 +29,17 @@ from ppcl.transformer import calls
 def main() -> None:
     args = student_stage.arguments(__doc__, "students of distill")
     settings = config.load(args.config)
-    width_options = settings["width"]
-    changed = {key: width_options[key] for key in ("steps", "linear_weight")}
-    options = settings["distill"] | changed
-    seed = settings["seed"]
+    options, seed = settings.narrowing, settings.seed
 
-    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings.device, options.mixed_precision)
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     done = students.load(args.students, transformer, students.parts_of(plan.distilled))
     whole = students.whole(transformer, students.parts_of(plan.units), done)
     uncut = students.uncut(whole)
-    taught = width.start(transformer, whole, reader, width_options, seed, accelerator.device)
+    taught = width.start(transformer, whole, reader, settings.width, seed, accelerator.device)
     for student in taught.values():
         student.train().to(accelerator.device)
     for block in uncut.values():
@@ -57,7 +54,7 @@ def main() -> None:
         accelerator,
         args.state / "checkpoint.safetensors",
         identity,
-        distillation.lr_scales(taught, settings["width"]["lr_scale"]),
+        distillation.lr_scales(taught, settings.width.lr_scale),
     )
     student_stage.finish(
         args,

@@ -38,6 +38,7 @@ from ppcl.export import variants
 from ppcl.pruning import pins, students
 from ppcl.runtime import processes, stopping
 from ppcl.search import sets
+from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import prices
@@ -55,12 +56,12 @@ def main() -> None:
     parser.add_argument("--points", type=Path, required=True, help="points.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    seed = settings["seed"]
+    seed = settings.seed
 
-    accelerator = processes.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings.device)
     device = accelerator.device
     reader = calls.Reader(args.calls)
-    source = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    source = teacher_identity.recorded(settings.teacher, reader.provenance)
     teacher = pipelines.load_transformer(source, device)
     plan = students.read_plan(args.plan) if args.plan else None
     files, written = variants.Files.of(args), sets.read(args.sets)
@@ -70,17 +71,18 @@ def main() -> None:
     asked = {}
     # Without 1 itself, which is the teacher.
     smallest = min(written.parameters.values()) / blocks.parameter_count(teacher)
-    budgets = np.linspace(smallest, 1, settings["pareto"]["budgets"], endpoint=False)
+    budgets = np.linspace(smallest, 1, settings.pareto.budgets, endpoint=False)
     for number, budget in enumerate(budgets):
         # Upwards, so that rounding does not leave the smallest budget out of reach.
-        wanted = {"name": f"budget {number}", "budget": min(1.0, float(budget) + 1e-9)}
-        wanted["train"] = any(variant["train"] for variant in settings["variants"])
-        asked[wanted["name"]] = wanted, sets.search(offer, wanted)
-    options = settings["choose"]
-    by = reader.sample_heldout("select", options["rows"], seed)
-    judged = prices.Judged(teacher, reader, by, options["batch_size"], device)
+        limit = {"fraction": min(1.0, float(budget) + 1e-9)}
+        train = any(variant.train for variant in settings.variants)
+        wanted = Variant(f"budget {number}", limit, train, finetune_steps=0)
+        asked[wanted.name] = wanted, sets.search(offer, wanted)
+    options = settings.choose
+    by = reader.sample_heldout("select", options.rows, seed)
+    judged = prices.Judged(teacher, reader, by, options.batch_size, device)
     measure = variants.measuring(workshop, judged, accelerator)
-    if options["source"] == "measured":
+    if options.source == "measured":
         decided = sets.decide(offer, asked, measure, flips=False)
     else:
         decided = sets.as_last_trained(offer, asked, measure)
@@ -91,7 +93,7 @@ def main() -> None:
         kept = [one.found for one in chosen.values()]
         transformers[name], _ = workshop.model(choice.found, kept)
 
-    timed = reader.draw(reader.heldout_rows("report"), settings["evaluate"]["batch_size"], (seed,))
+    timed = reader.draw(reader.heldout_rows("report"), settings.evaluate.batch_size, (seed,))
     found = measuring.measure_transformers(
         transformers, reader, timed, settings, device, accelerator
     )
@@ -115,7 +117,7 @@ def main() -> None:
                     f"{metric}_high": value.high,
                 }
             rows.append(row)
-        stamp = provenance.stamp(settings, budgets=len(rows))
+        stamp = provenance.stamp(settings.given, budgets=len(rows))
         tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
     processes.finish(accelerator)
 

@@ -21,6 +21,7 @@ from ppcl.configuration import config
 from ppcl.planning import durations, plan_table, planner, weightless
 from ppcl.pruning.plans import Matrix
 from ppcl.runtime import devices
+from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, tables, texts, untrusted
 from ppcl.transformer import blocks, example_calls
 
@@ -47,9 +48,9 @@ def detected(args: argparse.Namespace) -> tuple[dict, dict[Matrix, int] | None]:
     return found, ranks
 
 
-def latent_scale(teacher: dict) -> int | None:
+def latent_scale(teacher: TeacherSettings) -> int | None:
     """Pixels per latent of a local teacher's autoencoder, if its config tells."""
-    file = Path(teacher["path"], teacher.get("subfolder") or "", "vae", "config.json")
+    file = Path(teacher.path, teacher.subfolder or "", "vae", "config.json")
     try:
         vae = untrusted.json_object(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -61,11 +62,11 @@ def latent_scale(teacher: dict) -> int | None:
     return told if type(told) is int and told > 0 else None
 
 
-def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
+def made_for(args: argparse.Namespace, settings: Settings) -> planner.Planner:
     """The planner of a config and of what its run has found so far."""
-    teacher = settings["teacher"]
-    found, where = weightless.architecture(teacher, settings["plan"]["transformer_config"])
-    transformer = weightless.on_meta(found, devices.dtype(teacher["dtype"]), where)
+    teacher = settings.teacher
+    found, where = weightless.architecture(teacher, settings.plan.transformer_config)
+    transformer = weightless.on_meta(found, devices.dtype(teacher.dtype), where)
     selected, ranks = detected(args)
     depth, every = weightless.selection(settings, transformer, **selected)
     pipeline = example_calls.PIPELINES.get(type(transformer).__name__)
@@ -73,7 +74,7 @@ def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
     if args.calls:
         example = example_calls.recorded(args.calls)
     elif pipeline:
-        size = example_calls.size_of(pipeline.size, settings["pipeline"], latent_scale(teacher))
+        size = example_calls.size_of(pipeline.size, settings.pipeline, latent_scale(teacher))
 
         def example(batch, dtype):
             return pipeline.make(transformer.config, batch, size, dtype)
@@ -168,11 +169,11 @@ def main() -> None:
 
     made = made_for(args, settings)
     works = durations.works(made)
-    table = pd.DataFrame(plan_table.rows(made, settings["plan"]["gpus"]))
+    table = pd.DataFrame(plan_table.rows(made, settings.plan.gpus))
     if works:
         table = pd.concat([table, time_rows(made, works)], ignore_index=True)
     stamp = provenance.stamp(
-        settings,
+        settings.given,
         blocks=len(blocks.block_sequence(made.transformer)),
         units=len(made.every),
     )

@@ -20,6 +20,7 @@ from ppcl import program
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.figures import ablations, comparison, composition, results, search, style
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 
 
@@ -49,13 +50,13 @@ def depth(path: Path) -> int:
     return int(stamps["blocks"])
 
 
-def intervals(options: argparse.Namespace, settings: dict) -> None:
+def intervals(options: argparse.Namespace, settings: Settings) -> None:
     """Figures of the search, as far as the run has what they show."""
     drawn = {}
     chosen = pd.DataFrame(columns=schemas.INTERVALS.names)
     if options.intervals:
         chosen, cka = read(options.intervals, schemas.INTERVALS), read(options.cka, schemas.CKA)
-        stream = settings["similarity"]["streams"]
+        stream = settings.similarity.streams
         drawn["search"] = search.search(cka, chosen, stream), options.cka
     chosen = chosen.astype({"selected": bool})
     if options.blocks:
@@ -70,25 +71,25 @@ def intervals(options: argparse.Namespace, settings: dict) -> None:
     save(drawn, options.output)
 
 
-def closed_forms(table: pd.DataFrame, chosen: pd.DataFrame, path: Path, settings: dict) -> dict:
+def closed_forms(table: pd.DataFrame, chosen: pd.DataFrame, path: Path, settings: Settings) -> dict:
     """Figures of what closed forms cost, and of which were taken.
 
     table: as schemas.WIDTH_CANDIDATES. chosen: intervals. path: whose provenance counts.
     """
     drawn, blocks = {}, depth(path)
-    if settings["width"]["enabled"]:
+    if settings.width.enabled:
         drawn["width"] = search.width(table, chosen, blocks), path
-    if settings["modulation"]["enabled"]:
+    if settings.modulation.enabled:
         drawn["modulation"] = composition.modulation(table, blocks), path
     return drawn
 
 
-def training(options: argparse.Namespace, settings: dict) -> None:
+def training(options: argparse.Namespace, settings: Settings) -> None:
     """Loss curves, of what was trained."""
     drawn = {}
     if options.distill_log:
         log = read(options.distill_log, schemas.DISTILL_LOG)
-        figure = results.distill(log, settings["distill"]["loss"])
+        figure = results.distill(log, settings.distill.loss)
         drawn["distill"] = figure, options.distill_log
     if options.subsets_log:
         joint = {"subsets": read(options.subsets_log, schemas.VELOCITY_LOG)}
@@ -96,7 +97,7 @@ def training(options: argparse.Namespace, settings: dict) -> None:
         drawn["subsets"] = results.velocity(joint, ["subsets"], title), options.subsets_log
     if options.finetune_logs:
         # Colours follow the config's order of variants, whatever the order of the files.
-        names = [variant["name"] for variant in settings["variants"]]
+        names = [variant.name for variant in settings.variants]
         paths = {path.stem: path for path in options.finetune_logs}
         order = sorted(paths, key=lambda n: (names.index(n) if n in names else len(names), n))
         tuned = {name: read(paths[name], schemas.VELOCITY_LOG) for name in order}
@@ -105,12 +106,12 @@ def training(options: argparse.Namespace, settings: dict) -> None:
     save(drawn, options.output)
 
 
-def quality(options: argparse.Namespace, settings: dict) -> None:
+def quality(options: argparse.Namespace, settings: Settings) -> None:
     """Quality against cost, and pictures."""
     metrics, pictures = read(options.metrics, schemas.METRICS), first_pictures(options.images)
     points = read(options.points, schemas.POINTS)
-    names = [variant["name"] for variant in settings["variants"]]
-    tuned = [variant["name"] for variant in settings["variants"] if variant["finetune_steps"]]
+    names = [variant.name for variant in settings.variants]
+    tuned = [variant.name for variant in settings.variants if variant.finetune_steps]
     units = read(options.units, schemas.VARIANT_UNITS)
     drawn = {
         "sets": (composition.sets(units, names, depth(options.units)), options.units),
@@ -125,7 +126,7 @@ def quality(options: argparse.Namespace, settings: dict) -> None:
     save(drawn, options.output)
 
 
-def ablation(options: argparse.Namespace, settings: dict) -> None:
+def ablation(options: argparse.Namespace, settings: Settings) -> None:
     """Every method at the same size."""
     table = read(options.results, schemas.ABLATION)
     drawn = {
@@ -136,7 +137,7 @@ def ablation(options: argparse.Namespace, settings: dict) -> None:
     save(drawn, options.output)
 
 
-def calibration(options: argparse.Namespace, settings: dict) -> None:
+def calibration(options: argparse.Namespace, settings: Settings) -> None:
     """Prices before training against errors after it."""
     table = read(options.calibration, schemas.CALIBRATION)
     drawn = {"calibration": (ablations.calibration(table), options.calibration)}

@@ -42,7 +42,7 @@ def main() -> None:
     fitted, rows = {}, []
     for stream, block in tqdm(sorted((s, int(b)) for s, b in names), desc="probes", unit="probe"):
         moments = probes.stored_moments(stored, stream, block)
-        probe = probes.solve(moments, settings["probe"]["ridge"], block, stream)
+        probe = probes.solve(moments, settings.probe.ridge, block, stream)
         heldout = tokens.heldout(stream)
         before, after = (tokens.values(boundary, stream) for boundary in (block, block + 1))
         x = before[heldout].astype(np.float64)
@@ -64,7 +64,7 @@ def main() -> None:
                 "influence": 1 - probes.cosines(before, after).mean(),
             }
         )
-    stamp = provenance.stamp(settings, probes=len(rows))
+    stamp = provenance.stamp(settings.given, probes=len(rows))
     stopping.ignore()
     tables.write(options.probes_table, pd.DataFrame(rows), schemas.PROBES, stamp)
     tensors.write(options.probes, fitted, stamp)

@@ -98,30 +98,30 @@ def main() -> None:
     parser.add_argument("--students", type=Path, required=True, help="start weights to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, how = settings["width"], settings["prune"]["start"]
+    options, how = settings.width, settings.prune.start
 
-    device = devices.choose(settings["device"])
+    device = devices.choose(settings.device)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, device)
     found = selection_of(args, width.unread_after(transformer))
     if found.every and found.every[-1].last >= len(blocks.block_sequence(transformer)):
         raise UserError(
             f"{args.intervals} names blocks that this teacher lacks; delete it and rerun"
         )
-    units = found.trained(options["floor"])
+    units = found.trained(options.floor)
     closed = [unit for unit in found.every if unit not in units]
-    distilled = found.depth if options["schedule"] == "staged" else units
-    shared = reader, options, settings["seed"], device
+    distilled = found.depth if options.schedule == "staged" else units
+    shared = reader, options, settings.seed, device
     made = solved.start(transformer, students.parts_of(distilled), how, *shared)
     made = width.start(transformer, made, *shared)
-    stamp = provenance.stamp(settings, units=len(units), closed=len(closed))
+    stamp = provenance.stamp(settings.given, units=len(units), closed=len(closed))
     depth = len(blocks.block_sequence(transformer))
     pinned, _ = pins.wishes(settings, depth)
     if closed:
         print(
             f"{len(units)} units are trained; {len(closed)} are left as least squares makes them, "
-            f"since each costs less than {options['floor']:g} of the selection's {found.total:.3g} "
+            f"since each costs less than {options.floor:g} of the selection's {found.total:.3g} "
             "(width.floor)",
             flush=True,
         )
@@ -139,7 +139,7 @@ def main() -> None:
         {"transformer_seconds": selection.timing(args.latency, depth)[1]} if args.latency else {}
     )
     plan = timed | {
-        "teacher": settings["teacher"]["path"],
+        "teacher": settings.teacher.path,
         "blocks": depth,
         "transformer_parameters": blocks.parameter_count(transformer),
         "start": how,

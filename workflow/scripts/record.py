@@ -20,26 +20,27 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.export import rehearsal
 from ppcl.runtime import devices, processes, stopping
+from ppcl.settings import RecordSettings
 from ppcl.teacher import arguments, pipelines, prompt_tokens, prompts, recording, teacher_identity
 from ppcl.transformer import blocks, calls
 
 
-def choose_samples(rows: list[dict], settings: dict, seed: int) -> list[dict]:
+def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> list[dict]:
     """Calibration samples; the split is by prompt, so that no prompt is on both sides.
 
     Raises:
         UserError: there are not two different prompts to split.
     """
     # By text, not by row: a file may list a prompt twice.
-    used = list(dict.fromkeys(row["prompt"] for row in rows[: settings["samples"]]))
+    used = list(dict.fromkeys(row["prompt"] for row in rows[: settings.samples]))
     if len(used) < 2:
         raise UserError(
-            f"record.prompts: {settings['prompts']} has only one prompt; calibration needs two "
+            f"record.prompts: {settings.prompts} has only one prompt; calibration needs two "
             "or more, to fit on and to hold out"
         )
-    count = prompts.heldout_count(len(used), settings["heldout_fraction"])
+    count = prompts.heldout_count(len(used), settings.heldout_fraction)
     heldout = {used[i] for i in np.random.default_rng(seed).permutation(len(used))[:count]}
-    found = pipelines.samples(rows, settings["samples"], seed)
+    found = pipelines.samples(rows, settings.samples, seed)
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
 
 
@@ -52,26 +53,26 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings["record"], settings["seed"]
+    options, seed = settings.record, settings.seed
 
-    rows = prompts.read(options["prompts"], "record.prompts")
-    arguments.before_loading(settings["teacher"], settings["pipeline"], rows, "record.prompts")
-    accelerator = processes.accelerator(settings["device"])
+    rows = prompts.read(options.prompts, "record.prompts")
+    arguments.before_loading(settings.teacher, settings.pipeline, rows, "record.prompts")
+    accelerator = processes.accelerator(settings.device)
     # One of the processes decides: the teacher may be replaced while they start.
-    (teacher,) = broadcast_object_list([teacher_identity.resolved(settings["teacher"])])
+    (teacher,) = broadcast_object_list([teacher_identity.resolved(settings.teacher)])
     pipe = pipelines.load(teacher, accelerator.device)
     transformer = pipelines.denoiser(pipe, teacher)
-    if settings["teacher"]["compile"]:
+    if settings.teacher.compile:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
     samples = choose_samples(rows, options, seed)
-    batches = pipelines.in_batches(pipe, samples, options["batch_size"])
+    batches = pipelines.in_batches(pipe, samples, options.batch_size)
     if accelerator.is_main_process:
         texts = [sample["prompt"] for sample in samples]
-        prompt_tokens.warn_of_cut(pipe, texts, settings["pipeline"], "record.prompts")
+        prompt_tokens.warn_of_cut(pipe, texts, settings.pipeline, "record.prompts")
     code = provenance.code_digest(Path(__file__))
     pictures = provenance.stamps(prompts.pictures(rows))
     noted = teacher_identity.note(teacher)
-    identity = provenance.digest([settings, rows, pictures, noted, code])
+    identity = provenance.digest([settings.given, rows, pictures, noted, code])
     folder = args.state / identity[:16]
     parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
     # The first one has more to do. Of the rest, the largest first: prompts of unlike length make
@@ -89,8 +90,8 @@ def main() -> None:
                 pipe,
                 transformer,
                 batch,
-                settings["pipeline"],
-                options["renoised_per_sample"],
+                settings.pipeline,
+                options.renoised_per_sample,
                 seed,
                 replayed=part == parts[0],
             )
@@ -108,7 +109,7 @@ def main() -> None:
     accelerator.wait_for_everyone()
     stopping.ignore()
     if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, samples=len(samples), prompts=len(rows)) | noted
+        stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows)) | noted
         calls.merge(parts, args.calls, stamp)
     processes.finish(accelerator)
 

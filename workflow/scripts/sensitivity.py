@@ -27,6 +27,7 @@ from ppcl.pruning import students
 from ppcl.pruning.plans import Part
 from ppcl.runtime import processes, stopping
 from ppcl.search import intervals
+from ppcl.settings import WidthSettings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import loop, prices
@@ -43,18 +44,19 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="intervals.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, start = settings["sensitivity"], settings["prune"]["start"]
+    options, start = settings.sensitivity, settings.prune.start
 
-    accelerator = processes.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings.device)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
-    measured = [Part(*ends) for ends in intervals.all_within(runs, options["longest"])]
-    key, seed = "sensitivity.rows", settings["seed"]
-    rows = reader.sample_heldout("select", options["rows"], seed, key)
-    fits = settings["width"] if start == "solved" else {}  # its rule passes them then alone
+    measured = [Part(*ends) for ends in intervals.all_within(runs, options.longest)]
+    key, seed = "sensitivity.rows", settings.seed
+    rows = reader.sample_heldout("select", options.rows, seed, key)
+    # Its rule hands over what fits depend on where there are fits alone.
+    fits = settings.width if start == "solved" else WidthSettings.of({})
 
     def untrained(part: Part) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.
@@ -62,7 +64,7 @@ def main() -> None:
 
     plugged_in = {part.name: (part.first, part.last, partial(untrained, part)) for part in measured}
     found = prices.measure(
-        prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device),
+        prices.Judged(transformer, reader, rows, options.batch_size, accelerator.device),
         prices.of_students(transformer, plugged_in),
         accelerator,
         args.state,
@@ -78,7 +80,7 @@ def main() -> None:
                 "rows": len(rows),
             }
         )
-        stamp = provenance.stamp(settings, judged=len(rows))
+        stamp = provenance.stamp(settings.given, judged=len(rows))
         tables.write(args.table, table, schemas.SENSITIVITY, stamp)
     processes.finish(accelerator)
 

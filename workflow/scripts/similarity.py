@@ -74,18 +74,18 @@ def main() -> None:
     parser.add_argument("--blocks", type=Path, required=True, help="output: CKA of pairs, parquet")
     options = parser.parse_args()
     settings = config.load(options.config)
-    chosen = settings["similarity"]
-    how = {key: chosen[key] for key in ("estimator", "normalise_tokens")}
+    chosen = settings.similarity
+    how = {key: getattr(chosen, key) for key in ("estimator", "normalise_tokens")}
 
     weights, _ = tensors.read(options.probes)
     tokens = TokenReader(options.tokens)
     depth = tokens.boundaries - 1
-    wanted = devices.statistics_device(devices.choose(settings["device"]))
+    wanted = devices.statistics_device(devices.choose(settings.device))
     devices.use_threads(weights.values(), wanted)
     draws, blocks = {}, []
     for stream in tokens.streams:
         fitted = probes.of_stream(weights, stream, depth)
-        read, plan = similarity.heldout(tokens, stream, chosen, settings["seed"])
+        read, plan = similarity.heldout(tokens, stream, chosen, settings.seed)
         present = [i for i, probe in enumerate(fitted) if probe is not None]
         shape = read(present[0]).shape
         needed = similarity.memory(shape, len(present), chosen, wanted)
@@ -95,11 +95,11 @@ def main() -> None:
             log.warning("stream %s: on the CPU: %s has no %.3g GiB free", stream, wanted, room)
         progress = tqdm(range(depth), desc=f"runs, {stream}, {here['device']}", unit="block")
         draws[stream] = similarity.surrogate_cka(
-            read, fitted, plan, reference=chosen["reference"], steps=progress, **here, **how
+            read, fitted, plan, reference=chosen.reference, steps=progress, **here, **how
         )
         values = similarity.block_cka(read, present, plan, **here, **how)
         blocks.append(block_rows(stream, present, values))
-    if chosen["bootstrap"] and all(len(values) == 1 for values in draws.values()):
+    if chosen.bootstrap and all(len(values) == 1 for values in draws.values()):
         log.warning(
             "the tokens are of one held-out prompt, over which there are no resamples: no "
             "intervals, and a noise level of 0 for intervals.tolerance: bootstrap; record more "
@@ -111,7 +111,7 @@ def main() -> None:
     for stream, values in draws.items():
         rows, noise[stream] = cka_rows(stream, values)
         frames.append(rows)
-    stamp = provenance.stamp(settings, blocks=depth, bootstrap=chosen["bootstrap"])
+    stamp = provenance.stamp(settings.given, blocks=depth, bootstrap=chosen.bootstrap)
     handed_on = {key: json.dumps(fact) for key, fact in tokens.facts.items()}
     levels = {"delta_noise": json.dumps(noise)}
     stopping.ignore()

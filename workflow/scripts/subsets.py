@@ -31,12 +31,12 @@ from ppcl.transformer import calls
 def main() -> None:
     args = student_stage.arguments(__doc__, "students so far")
     settings = config.load(args.config)
-    options, seed = settings["subsets"], settings["seed"]
+    options, seed = settings.subsets, settings.seed
 
-    accelerator = processes.accelerator(settings["device"], options["mixed_precision"])
+    accelerator = processes.accelerator(settings.device, options.mixed_precision)
     plan = students.read_plan(args.plan)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(
         teacher, accelerator.device, gradients=True, compiled=True
     )
@@ -53,7 +53,7 @@ def main() -> None:
         accelerator,
         args.state / "checkpoint.safetensors",
         identity,
-        distillation.lr_scales(taught, settings["width"]["lr_scale"], "students/{}."),
+        distillation.lr_scales(taught, settings.width.lr_scale, "students/{}."),
     )
     student_stage.finish(
         args,

@@ -38,6 +38,7 @@ from ppcl.pruning import students
 from ppcl.pruning.plans import Unit
 from ppcl.runtime import processes, stopping
 from ppcl.search import selection
+from ppcl.settings import WidthSettings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity, trust
 from ppcl.training import loop, prices
@@ -55,12 +56,14 @@ def text_cka(path: Path, depth: int) -> np.ndarray:
     return values
 
 
-def narrow_units(transformer: nn.Module, cka: np.ndarray, options: Mapping) -> dict[str, Unit]:
+def narrow_units(
+    transformer: nn.Module, cka: np.ndarray, options: WidthSettings
+) -> dict[str, Unit]:
     """Linear FFNs and text runs by name."""
     units = {
         f"ffn {u.parts[0].linear_ffn[0]} {u.name}": u for u in width.ffn_candidates(transformer)
     }
-    runs = width.text_candidates(transformer, cka, options["longest"], options["cka_floor"])
+    runs = width.text_candidates(transformer, cka, options.longest, options.cka_floor)
     return units | {f"text {unit.name}": unit for unit in runs}
 
 
@@ -134,21 +137,21 @@ def main() -> None:
     parser.add_argument("--maps", type=Path, required=True, help="maps.safetensors to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings["width"], settings["seed"]
+    options, seed = settings.width, settings.seed
 
-    accelerator = processes.accelerator(settings["device"])
+    accelerator = processes.accelerator(settings.device)
     device = accelerator.device
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings["teacher"], reader.provenance)
+    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, device, compiled=True)
     trust.refuse_narrowing(transformer)
     depth = len(blocks.block_sequence(transformer))
     cka = text_cka(args.blocks, depth) if args.blocks else np.full((depth, depth), np.nan)
     inputs = [path for path in (args.calls, args.blocks, args.conditioning) if path]
     identity = loop.identity(Path(__file__), settings, inputs)
-    judged = reader.sample_heldout("select", options["rows"], seed, "width.rows")
+    judged = reader.sample_heldout("select", options.rows, seed, "width.rows")
 
-    units = narrow_units(transformer, cka, options) if options["enabled"] else {}
+    units = narrow_units(transformer, cka, options) if options.enabled else {}
     files, fit_errors = width.fit_to_files(
         transformer,
         [one for unit in units.values() for part in unit.parts for one in width.maps_of(part)],
@@ -170,9 +173,9 @@ def main() -> None:
     offers = None
     if args.conditioning:
         given = conditioning.read(args.conditioning)
-        offers = Offers(transformer, given, settings["modulation"], device)
+        offers = Offers(transformer, given, settings.modulation, device)
         changes |= offers.changes()
-    batch = options["batch_size"]
+    batch = options.batch_size
     costs = prices.measure(
         prices.Judged(transformer, reader, judged, batch, device),
         changes,
@@ -192,7 +195,7 @@ def main() -> None:
         table = pd.DataFrame(list(found.values()), columns=schemas.WIDTH_MEASURED.names)
         facts = width.text_sizes(transformer) | {"unread": width.unread_after(transformer)}
         facts["modulations"] = [asdict(one) for one in modulation.matrices(transformer)]
-        stamp = provenance.stamp(settings, judged=len(judged))
+        stamp = provenance.stamp(settings.given, judged=len(judged))
         stopping.ignore()
         tensors.join(args.maps, files, stamp)
         stamp |= {name: json.dumps(value) for name, value in facts.items()}

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
+from ppcl.settings import DistillSettings
 from ppcl.training import distillation, teaching
 from ppcl.transformer import blocks, calls
 
@@ -16,7 +17,7 @@ def through_chain(
     transformer: nn.Module,
     students: Students,
     reader: calls.Reader,
-    options: dict,
+    options: DistillSettings,
     seed: int,
     accelerator: Accelerator,
 ):
@@ -52,7 +53,7 @@ def through_chain(
                 run(model, batch.arguments)
             targets = {part: read(part, lesson) for part, lesson in lessons.items()}
             streams = {s: x for target in targets.values() for s, x in target.items()}
-            real = teaching.real_tokens(family, batch, streams, options["batch_size"], accelerator)
+            real = teaching.real_tokens(family, batch, streams, options.batch_size, accelerator)
             found = [
                 teaching.interval_losses(outputs[part], target, real, options)
                 for part, target in targets.items()

@@ -25,6 +25,7 @@ from ppcl.pruning.pins import Ends, Ffn
 from ppcl.pruning.plans import Matrix, Modulation
 from ppcl.search import cka_draws, intervals, measured, probes, reasons, selection, similarity
 from ppcl.search.selection import Choices
+from ppcl.settings import Settings
 from ppcl.storage import tensors, texts
 from ppcl.training import prices
 from ppcl.transformer import blocks, calls
@@ -58,7 +59,7 @@ class Material:
     transformer: nn.Module
     reader: calls.Reader
     accelerator: Accelerator
-    settings: Mapping
+    settings: Settings
     paths: Mapping[str, Path]
     seed: int
     state: Path
@@ -101,8 +102,8 @@ class Material:
     @functools.cached_property
     def judged(self) -> np.ndarray:
         """Rows that selections measure on."""
-        rows = self.settings["sensitivity"]["rows"]
-        return self.reader.sample_heldout("select", rows, self.settings["seed"])
+        rows = self.settings.sensitivity.rows
+        return self.reader.sample_heldout("select", rows, self.settings.seed)
 
 
 def blocks_to_remove(transformer: nn.Module, fraction: float) -> int:
@@ -114,7 +115,7 @@ def blocks_to_remove(transformer: nn.Module, fraction: float) -> int:
 
 def choose(material: Material, select: Mapping) -> Chosen:
     """What a method removes. Raises UserError if so much can't go."""
-    fraction = material.settings["ablation"]["removed_fraction"]
+    fraction = material.settings.ablation.removed_fraction
     removed = blocks_to_remove(material.transformer, fraction)
     options = {key: value for key, value in select.items() if key != "by"}
     found = SELECTIONS[select["by"]](material, removed, **options)
@@ -142,7 +143,7 @@ def ppcl(
     """
     cka, noise = similarities(material, similarity or {})
     runs = _seen(material.runs, cka)
-    tolerance = material.settings["intervals"]["tolerance"]
+    tolerance = material.settings.intervals.tolerance
     chain = intervals.trend_chain(cka, runs, noise if tolerance == "bootstrap" else tolerance)
     found = intervals.candidates(runs, segmentation, chain)
     costs = 1 - cka if cost == "cka" else measured.costs(material.paths["sensitivity"], len(cka))
@@ -157,7 +158,7 @@ def ppcl(
 
 def judged(material: Material) -> prices.Judged:
     """The rows of selection."""
-    size, device = material.settings["sensitivity"]["batch_size"], material.accelerator.device
+    size, device = material.settings.sensitivity.batch_size, material.accelerator.device
     return prices.Judged(material.transformer, material.reader, material.judged, size, device)
 
 
@@ -189,22 +190,24 @@ def similarities(material: Material, changed: Mapping) -> tuple[np.ndarray, floa
 
     What the similarity stage wrote, unless another estimator or reference is asked for.
     """
-    options = material.settings["similarity"] | changed
-    stream, path = options["streams"], material.paths["cka"]
-    own = {key for key in changed if changed[key] != material.settings["similarity"][key]}
+    options = material.settings.similarity.replace(**changed)
+    stream, path = options.streams, material.paths["cka"]
+    own = {key for key in changed if changed[key] != getattr(material.settings.similarity, key)}
     if own <= {"streams"}:
         noise = measured.facts(path, "delta_noise")["delta_noise"]
         return measured.cka(path, stream, material.depth), noise[stream]
     weights, _ = tensors.read(material.paths["probes"])
     tokens, draws = material.tokens, {}
     for name in (s for s in tokens.streams if stream in (s, "mean") or s == JOINT):
-        read, plan = similarity.heldout(tokens, name, options, material.settings["seed"])
+        read, plan = similarity.heldout(tokens, name, options, material.settings.seed)
         draws[name] = similarity.surrogate_cka(
             read,
             probes.of_stream(weights, name, material.depth),
             plan,
             stream=name,
-            **{key: options[key] for key in ("reference", "estimator", "normalise_tokens")},
+            **{
+                key: getattr(options, key) for key in ("reference", "estimator", "normalise_tokens")
+            },
         )
     found = cka_draws.mean_of_streams(list(draws.values()))
     return found[0], cka_draws.rise_noise(cka_draws.differences(found))
@@ -247,14 +250,14 @@ def depth_and_width(
         "blocks": selection.by_blocks(depth),
         "parameters": replace(closed.weights, ranks=low.saved),
     }
-    cka = measured.cka(paths["cka"], settings["similarity"]["streams"], depth)
-    leaves = settings["intervals"]["training_leaves"]
+    cka = measured.cka(paths["cka"], settings.similarity.streams, depth)
+    leaves = settings.intervals.training_leaves
     costs = leaves * measured.costs(paths["sensitivity"], depth)
     every = intervals.all_within(_seen(material.runs, cka))
     limits = {
         "forbidden": pins.NOTHING,
         "kept": pins.protected(settings, depth),
-        "floor": settings["width"]["cka_floor"],
+        "floor": settings.width.cka_floor,
     }
     needs: dict[str, float] = {"blocks": math.ceil(depth_share * removed)}
     if like == "rivals' time":
@@ -298,7 +301,7 @@ class _Modulations:
 
 
 def _modulations(material: Material) -> _Modulations:
-    rank = material.settings["ablation"]["rank"]
+    rank = material.settings.ablation.rank
     matrices = {one.key: one for one in modulation.matrices(material.transformer)}
     saved = {
         (key, rank, sixths): one.parameters(sixths=sixths) - one.parameters(rank, sixths)
@@ -321,7 +324,7 @@ def _by_score(score: Callable[[Material], np.ndarray]) -> Callable:
 
 def _skipped(m: Material, groups: list[np.ndarray]) -> np.ndarray:
     """rivals.skip_errors on groups of rows."""
-    size, where = m.settings["sensitivity"]["batch_size"], m.state / "skipped"
+    size, where = m.settings.sensitivity.batch_size, m.state / "skipped"
     shared = m.transformer, m.runs, m.reader, groups, size, m.accelerator
     return rivals.skip_errors(*shared, where, m.identity)
 
@@ -336,15 +339,14 @@ def _over_timesteps(m: Material, removed: int) -> Starts:
 
 
 def _learned_masks(m: Material, removed: int) -> list[int]:
-    options = m.settings["subsets"] | {
-        "rank": RANK,
-        "batch_size": m.settings["ablation"]["batch_size"],
-        "steps": m.steps["masks"],
-        "warmup_steps": 0,
-        "lr": MASKS_LR,
-    }
+    options = m.settings.subsets.replace(
+        batch_size=m.settings.ablation.batch_size,
+        steps=m.steps["masks"],
+        warmup_steps=0,
+        lr=MASKS_LR,
+    )
     groups = rivals.local_groups(removed, m.runs, LOCAL_GROUP)
-    shared = m.transformer, groups, m.reader, options, m.seed, m.accelerator
+    shared = m.transformer, groups, RANK, m.reader, options, m.seed, m.accelerator
     path = m.state / "masks-checkpoint.safetensors"
     return m.once("masks", lambda: rivals.learned_masks(*shared, path, m.identity))
 
@@ -358,7 +360,7 @@ SELECTIONS: dict[str, Callable[..., Chosen | Starts]] = {
     "random_run": lambda m, removed: rivals.random_run(removed, m.runs, m.seed),
     "block_influence": _by_score(lambda m: rivals.block_influence(m.tokens, m.streams)),
     "cka_change": _by_score(
-        lambda m: rivals.cka_change(m.tokens, m.streams, m.settings["similarity"]["estimator"])
+        lambda m: rivals.cka_change(m.tokens, m.streams, m.settings.similarity.estimator)
     ),
     "one_out": _by_score(lambda m: _skipped(m, [m.judged])[0]),
     "over_timesteps": _over_timesteps,

@@ -6,10 +6,10 @@ data; an entry says only what it does differently from the rest. To add a method
 """
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ppcl.errors import UserError
+from ppcl.settings import AblationSettings
 
 GROUPS = ("teacher", "ladder", "choice", "schedule", "latency", "rival")
 
@@ -152,25 +152,25 @@ def of_group(group: str) -> list[str]:
     return [name for name, method in METHODS.items() if method.group == group]
 
 
-def wanted(options: Mapping) -> list[str]:
+def wanted(options: AblationSettings) -> list[str]:
     """Names of the methods to run, in order. options: the config's `ablation`.
 
     Raises:
         UserError: it names one that there is not.
     """
-    if unknown := set(options["methods"]) - set(METHODS):
+    if unknown := set(options.methods) - set(METHODS):
         raise UserError(
             f"ablation.methods: there is no method '{min(unknown)}'; choose among "
             f"{', '.join(METHODS)}"
         )
-    return [name for name in METHODS if name in options["methods"] or not options["methods"]]
+    return [name for name in METHODS if name in options.methods or not options.methods]
 
 
-def seeds(name: str, options: dict) -> int:
+def seeds(name: str, options: AblationSettings) -> int:
     """How many runs a method has in any case. options: the config's `ablation`."""
     if METHODS[name].group == "teacher":
         return 1
-    return options["seeds" if METHODS[name].repeated else "other_seeds"]
+    return options.seeds if METHODS[name].repeated else options.other_seeds
 
 
 def job(name: str) -> str:

@@ -29,6 +29,7 @@ from ppcl.pruning.pins import Ends
 from ppcl.pruning.plans import Part
 from ppcl.search import probes
 from ppcl.search.cka import linear_cka
+from ppcl.settings import TrainingSettings
 from ppcl.training import distillation, loop, prices
 from ppcl.transformer import blocks, calls
 
@@ -330,8 +331,9 @@ class DepthMasks(nn.Module):
 def learned_masks(
     transformer: nn.Module,
     groups: Sequence[tuple[range, int]],
+    rank: int,
     reader: calls.Reader,
-    options: dict,
+    options: TrainingSettings,
     seed: int,
     accelerator: Accelerator,
     checkpoint: Path,
@@ -346,13 +348,13 @@ def learned_masks(
 
     Args:
         transformer: needs no gradients of its own, but may checkpoint them.
-        options: those of `loop.Optimisation`, batch_size, and the rank of the update.
+        rank: of the update.
     """
-    masks = DepthMasks(transformer, groups, options["rank"], seed).to(accelerator.device)
+    masks = DepthMasks(transformer, groups, rank, seed).to(accelerator.device)
 
     def model_at(step: int) -> nn.Module:
         # Batches are drawn from (seed, step): the third number keeps the draws apart.
-        masks.sample((seed, step, 2), np.interp(step / options["steps"], (0, 1), TEMPERATURES))
+        masks.sample((seed, step, 2), np.interp(step / options.steps, (0, 1), TEMPERATURES))
         return transformer
 
     losses = distillation.output_distillation(

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
@@ -19,6 +20,7 @@ from ppcl.extraction import conditioning
 from ppcl.pruning import plans, students
 from ppcl.pruning.plans import Unit
 from ppcl.pruning.students import Students
+from ppcl.settings import AblationSettings, Settings, TrainingSettings
 from ppcl.storage import tensors
 from ppcl.teacher import pipelines, prompts
 from ppcl.training import distillation, loop, prices
@@ -33,7 +35,7 @@ FINETUNE = "finetune", "finetune-low-rank"
 WITH_LOW_RANK = {"no": (False,), "also": (False, True), "only": (True,)}
 
 
-def phases(select: Mapping, train: Mapping, options: Mapping) -> dict[str, int]:
+def phases(select: Mapping, train: Mapping, options: AblationSettings) -> dict[str, int]:
     """Steps of each phase of a method; their sum is the same for all, apart from those of masks.
 
     Masks are learned before the training of the rest, for as many steps as the any-subset phase
@@ -43,7 +45,7 @@ def phases(select: Mapping, train: Mapping, options: Mapping) -> dict[str, int]:
     Args:
         options: the config's `ablation`.
     """
-    distill, subsets = options["distill_steps"], options["subsets_steps"]
+    distill, subsets = options.distill_steps, options.subsets_steps
     masks = subsets if select["by"] == "learned_masks" else 0
     if not train.get("subsets", True):
         distill, subsets = distill + subsets, 0
@@ -61,7 +63,7 @@ def phase(
     name: str,
     modules: Mapping[str, nn.Module],
     losses: Callable,
-    options: dict,
+    options: TrainingSettings,
     scales: Mapping[str, float] | None = None,
 ) -> None:
     """One training, in place; what a killed run had finished is read instead.
@@ -103,19 +105,20 @@ def seconds_of(material: Material, *phases: str) -> float:
     return sum(float(each["seconds"]) for each in mine)
 
 
-def stage_options(material: Material, stage: str, steps: int, **changed) -> dict:
+def stage_options(material: Material, stage: str, steps: int, **changed) -> Any:
     """Settings of a stage for a phase of the ablation."""
-    own = {} if material.ema is None else {"ema": material.ema}
-    options = material.settings[stage] | own | changed
-    warmup = min(options["warmup_steps"], steps // 4)
-    size = material.settings["ablation"]["batch_size"]
-    return options | {"steps": steps, "warmup_steps": warmup, "batch_size": size}
+    if material.ema is not None:
+        changed = {"ema": material.ema, **changed}
+    options = getattr(material.settings, stage).replace(**changed)
+    warmup = min(options.warmup_steps, steps // 4)
+    size = material.settings.ablation.batch_size
+    return options.replace(steps=steps, warmup_steps=warmup, batch_size=size)
 
 
 def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit], Students]:
     """The units of a selection and their trained students; `train` as in `methods.Method`."""
     transformer, steps = material.transformer, material.steps
-    device, wide = material.accelerator.device, material.settings["width"]
+    device, wide = material.accelerator.device, material.settings.width
     starts = {
         ends: train.get("start", how) if how == "first" else how
         for ends, how in chosen.starts.items()
@@ -128,7 +131,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         for student in taught.values():
             student.to(device)
         rows, _ = width.fit_rows(material.reader, wide, material.seed)
-        solved.refit(transformer, taught, material.reader, rows, wide["batch_size"], device)
+        solved.refit(transformer, taught, material.reader, rows, wide.batch_size, device)
 
     def narrowed(whole: Students) -> tuple[Students, Students]:
         every = students.whole(transformer, parts, whole)
@@ -141,7 +144,6 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             material,
             "distill",
             count,
-            linear_weight=wide["linear_weight"],
             mode=train.get("mode", "independent"),
             loss=train.get("loss", "normalised"),
             outliers=train.get("outliers", 0.0),
@@ -149,12 +151,12 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         for student in taught.values():
             student.to(device)
         shared = transformer, taught, material.reader, options, material.seed, material.accelerator
-        if options["mode"] == "chain":
+        if options.mode == "chain":
             together = nn.ModuleDict({part.name: student for part, student in taught.items()})
             phase(material, name, {"students": together}, chain.through_chain(*shared), options)
         else:
             modules = {part.name: student for part, student in taught.items()}
-            scales = distillation.lr_scales(taught, wide["lr_scale"])
+            scales = distillation.lr_scales(taught, wide.lr_scale)
             losses = distillation.independent(*shared, uncut=uncut)
             phase(material, name, modules, losses, options, scales)
 
@@ -177,8 +179,15 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             transformer, units, taught, *shared, draw=draw(units, prices)
         )
         if "mixed" in train:
-            also = options | {"linear_weight": wide["linear_weight"], "mode": "independent"}
-            also |= {"loss": "normalised", "outliers": 0.0}
+            # The losses of distill, drawn as subsets draws.
+            also = stage_options(
+                material,
+                "distill",
+                steps["subsets"],
+                mode="independent",
+                loss="normalised",
+                outliers=0.0,
+            )
             others = distillation.independent(
                 transformer,
                 taught,
@@ -190,7 +199,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             )
             losses = schedules.mixed(losses, others, "students", train["mixed"])
         together = nn.ModuleDict({part.name: student for part, student in taught.items()})
-        scales = distillation.lr_scales(taught, wide["lr_scale"], "students/{}.")
+        scales = distillation.lr_scales(taught, wide.lr_scale, "students/{}.")
         phase(material, "subsets", {"students": together.to(device)}, losses, options, scales)
     for student in taught.values():
         student.requires_grad_(False).eval()
@@ -212,7 +221,7 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
 
 def _reported(material: Material) -> np.ndarray:
     """Rows behind the velocity errors of the table."""
-    count, seed = material.settings["ablation"]["velocity_rows"], material.settings["seed"]
+    count, seed = material.settings.ablation.velocity_rows, material.settings.seed
     found = material.reader.sample_heldout("report", count, seed, "ablation.velocity_rows")
     return np.sort(found)
 
@@ -241,7 +250,7 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
 def with_low_rank(material: Material, model: nn.Module, block_map: list[list[int]]) -> nn.Module:
     """A model with all modulations that it has at the ablation's rank, in closed form."""
     firsts = [members[0] for members in block_map] + [material.depth]
-    rank = material.settings["ablation"]["rank"]
+    rank = material.settings.ablation.rank
     ranks = {(firsts[one.block], one.path): rank for one in modulation.matrices(model)}
     sums = conditioning.read(material.paths["conditioning"])
     return modulation.low_rank(model, block_map, ranks, sums)
@@ -261,9 +270,10 @@ def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module
     if low_rank:
         model = with_low_rank(material, model, block_map)
     model = copy.deepcopy(model).float().requires_grad_(True)
-    steps, lr = (material.settings["ablation"][f"finetune_{key}"] for key in ("steps", "lr"))
+    steps = material.settings.ablation.finetune_steps
+    lr = material.settings.ablation.finetune_lr
     options = stage_options(material, "finetune", steps, lr=lr)
-    if options["gradient_checkpointing"]:
+    if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     shared = material.reader, options, material.seed, material.accelerator
     losses = distillation.output_distillation(
@@ -276,9 +286,9 @@ def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module
 def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> dict:
     """Size, velocity error, latency and, with the judge, accuracies of a model, by column."""
     settings, reader, teacher = material.settings, material.reader, material.transformer
-    options, device = settings["evaluate"], material.accelerator.device
+    options, device = settings.evaluate, material.accelerator.device
     rows = _reported(material)
-    timed = reader.draw(rows, options["batch_size"], (settings["seed"],))
+    timed = reader.draw(rows, options.batch_size, (settings.seed,))
     pair = {TEACHER: teacher, "ablation": model}
     latency = measuring.latencies(pair, reader, timed, settings, device)["ablation"]
     whole, left = (blocks.parameter_count(each) for each in (teacher, model))
@@ -292,17 +302,17 @@ def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> di
 
 def _velocity(material: Material, model: nn.Module) -> dict:
     """The velocity error of a model on the reported rows, by column."""
-    options, rows = material.settings["evaluate"], _reported(material)
+    options, rows = material.settings.evaluate, _reported(material)
     compared = measuring.velocity_errors(
         "ablation",
         model,
         material.reader,
         rows,
-        options["batch_size"],
+        options.batch_size,
         material.accelerator.device,
     )
     columns = [compared[key] for key in ("error", "norm", "prompt_index")]
-    error = metrics.ratio(*columns, options["bootstrap"], material.settings["seed"])
+    error = metrics.ratio(*columns, options.bootstrap, material.settings.seed)
     # The same prompts for all, so that methods can be compared prompt by prompt.
     of_prompts = np.unique(columns[2], return_inverse=True)[1]
     sums = (np.bincount(of_prompts, values).tolist() for values in columns[:2])
@@ -312,21 +322,21 @@ def _velocity(material: Material, model: nn.Module) -> dict:
     return found
 
 
-def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Mapping) -> dict:
+def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) -> dict:
     """Shares of pictures that show what their prompt states, and which of them show it all; none
     without the judge."""
-    options = settings["evaluate"]
-    if options["judge"] != "digits":
+    options = settings.evaluate
+    if options.judge != "digits":
         return {}
-    rows = prompts.read(options["prompts"], "evaluate.prompts")
-    items = pipelines.samples(rows, settings["ablation"]["samples"], measuring.FIRST_SEED)
-    judge, teacher = world.Judge(), pipelines.denoiser(pipe, settings["teacher"])
+    rows = prompts.read(options.prompts, "evaluate.prompts")
+    items = pipelines.samples(rows, settings.ablation.samples, measuring.FIRST_SEED)
+    judge, teacher = world.Judge(), pipelines.denoiser(pipe, settings.teacher)
     right: list[list[float]] = []
     pipe.register_modules(transformer=model)
     try:
-        for batch in pipelines.in_batches(pipe, items, options["batch_size"]):
+        for batch in pipelines.in_batches(pipe, items, options.batch_size):
             texts_, seeds = [i["prompt"] for i in batch], [i["seed"] for i in batch]
-            made = pipelines.run(pipe, texts_, seeds, settings["pipeline"], output_type="np")
+            made = pipelines.run(pipe, texts_, seeds, settings.pipeline, output_type="np")
             # As 8-bit pictures, which is what the evaluation judges.
             pictures = (np.asarray(made.images) * 255).round() / 255
             for item, read in zip(batch, judge.read(pictures), strict=True):
@@ -343,7 +353,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     """Rows of a run: its `STATES`, and `part` where smaller budgets are asked for; the teacher's
     alone without a choice."""
     steps = sum(material.steps.values())
-    extra = material.settings["ablation"]["finetune_steps"]
+    extra = material.settings.ablation.finetune_steps
     intervals = json.dumps(sorted(chosen.starts))
     common = {"method": job["name"], "seed": material.seed, "intervals": intervals}
     common |= dict.fromkeys((*ACCURACIES, *ENDS), math.nan) | {"right": "[]"}
@@ -372,9 +382,9 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     return rows
 
 
-def material_of(settings: Mapping, pipe, job: Mapping, **given) -> Material:
+def material_of(settings: Settings, pipe, job: Mapping, **given) -> Material:
     """The material of one job."""
-    steps = phases(job["select"], job["train"], settings["ablation"])
-    transformer = pipelines.denoiser(pipe, settings["teacher"]).requires_grad_(False).eval()
+    steps = phases(job["select"], job["train"], settings.ablation)
+    transformer = pipelines.denoiser(pipe, settings.teacher).requires_grad_(False).eval()
     more = {"steps": steps, "ema": job["train"].get("ema")}
     return Material(transformer, settings=settings, **more, **given)

@@ -14,6 +14,7 @@ from ppcl.closed_forms.modulation import Factors, Spread
 from ppcl.extraction.conditioning import Conditioning
 from ppcl.pruning.plans import Matrix, Modulation
 from ppcl.runtime import devices
+from ppcl.settings import ModulationSettings
 from ppcl.training.prices import Change
 from ppcl.transformer import blocks, calls
 
@@ -36,7 +37,7 @@ class Offers:
         self,
         transformer: nn.Module,
         conditioning: Conditioning,
-        options: Mapping,
+        options: ModulationSettings,
         device: torch.device,
     ):
         self._transformer, self._conditioning = transformer, conditioning
@@ -45,7 +46,7 @@ class Offers:
         # Most matrices get the same as the one before.
         self._spread = functools.lru_cache(maxsize=1)(self._spread_at)
         self._products = functools.lru_cache(maxsize=1)(self._products_of)
-        ladder = options["ladder"] if options["rank"] == "auto" else [options["rank"]]
+        ladder = options.ladder if options.rank == "auto" else [options.rank]
         self.ranks: dict[Modulation, list[int]] = {}
         for matrix in modulation.matrices(transformer):
             most = self._of(matrix).rank

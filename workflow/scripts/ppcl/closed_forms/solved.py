@@ -25,6 +25,7 @@ from ppcl.pruning import students
 from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
 from ppcl.runtime import devices
+from ppcl.settings import WidthSettings
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls
 
@@ -62,7 +63,7 @@ def start(
     parts: Iterable[Part],
     how: str,
     reader: calls.Reader,
-    options: Mapping,
+    options: WidthSettings,
     seed: int,
     device: torch.device,
 ) -> Students:
@@ -77,7 +78,7 @@ def start(
         student.to(device)
     if how == "solved":
         rows, _ = width.fit_rows(reader, options, seed)
-        refit(transformer, made, reader, rows, options["batch_size"], device)
+        refit(transformer, made, reader, rows, options.batch_size, device)
     return made
 
 

@@ -30,6 +30,7 @@ from ppcl.pruning.plans import Part, Unit
 from ppcl.pruning.students import Students
 from ppcl.runtime import stopping
 from ppcl.search import intervals, probes
+from ppcl.settings import WidthSettings
 from ppcl.storage import tensors
 from ppcl.training import entrance, teaching
 from ppcl.transformer import blocks, calls
@@ -108,7 +109,7 @@ def fit(
     maps: Iterable[Map],
     reader: calls.Reader,
     rows: tuple[np.ndarray, np.ndarray],
-    options: dict,
+    options: WidthSettings,
     device: torch.device,
 ) -> dict[Map, Fit]:
     """Least squares for every map (Eq. 1, with other ends), and its error on held-out calls.
@@ -135,20 +136,20 @@ def _fit(
     maps: list[Map],
     reader: calls.Reader,
     rows: tuple[np.ndarray, np.ndarray],
-    options: dict,
+    options: WidthSettings,
     device: torch.device,
 ) -> dict[Map, Fit]:
     """As `fit`, in one pass over the calls."""
     sums = [activations.Moments(device) for _ in rows]
     for numbers, moments in zip(rows, sums, strict=True):
-        for batch in reader.batches(numbers, options["batch_size"], device):
+        for batch in reader.batches(numbers, options.batch_size, device):
             _add(transformer, wholes, maps, batch.to(device), moments)
     found = {}
     for one in maps:
         fitted, judged = (
             probes.stored_moments(moments.sums, one.kind, one.ends) for moments in sums
         )
-        probe = probes.solve(fitted, options["ridge"], one.ends, one.kind)
+        probe = probes.solve(fitted, options.ridge, one.ends, one.kind)
         found[one] = Fit(probe, 1 - probes.fit_r2(probe, judged))
     return found
 
@@ -208,7 +209,7 @@ def fit_to_files(
     transformer: nn.Module,
     maps: Iterable[Map],
     reader: calls.Reader,
-    options: dict,
+    options: WidthSettings,
     seed: int,
     accelerator: Accelerator,
     folder: Path,
@@ -343,7 +344,7 @@ def start(
     transformer: nn.Module,
     wholes: Students,
     reader: calls.Reader,
-    options: dict,
+    options: WidthSettings,
     seed: int,
     device: torch.device,
 ) -> Students:
@@ -364,10 +365,12 @@ def start(
     return {part: student.cpu() for part, student in wholes.items()}
 
 
-def fit_rows(reader: calls.Reader, options: dict, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def fit_rows(
+    reader: calls.Reader, options: WidthSettings, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Calls to fit maps on, and a quarter as many held-out ones to judge them on."""
     fitted = np.random.default_rng(seed).permutation(reader.rows(heldout=False))
-    count = options["fit_rows"]
+    count = options.fit_rows
     warn_of_fewer("width.fit_rows", count, len(fitted), "recorded calls to fit on")
     return fitted[:count], reader.sample_heldout("select", max(1, count // 4), seed)
 
@@ -380,7 +383,7 @@ def refit(
     parts: Iterable[Part],
     reader: calls.Reader,
     rows: np.ndarray,
-    options: dict,
+    options: WidthSettings,
     device: torch.device,
 ) -> dict[Map, probes.Probe]:
     """Linear FFNs of kept blocks once more by least squares, on what they get in a model, towards
@@ -395,7 +398,7 @@ def refit(
     """
     wanted = {part.first: part for part in parts if part.linear_ffn}
     starts = [members[0] for members in block_map]
-    batches = [b.to(device) for b in reader.batches(rows, options["batch_size"], device)]
+    batches = [b.to(device) for b in reader.batches(rows, options.batch_size, device)]
     whole, lean = (_Walk(one, batches) for one in (transformer, model))
     found = {}
     for old in sorted(wanted):
@@ -413,7 +416,7 @@ def refit(
                 sums.add(kind, one.ends, x.flatten(0, -2), y.flatten(0, -2))
         for kind, one in maps.items():
             moments = probes.stored_moments(sums.sums, kind, one.ends)
-            probe = found[one] = probes.solve(moments, options["ridge"], one.ends, kind)
+            probe = found[one] = probes.solve(moments, options.ridge, one.ends, kind)
             layers[kind].weight.copy_(torch.from_numpy(probe.weight))
             layers[kind].bias.copy_(torch.from_numpy(probe.bias))
     return found

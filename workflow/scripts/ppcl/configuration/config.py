@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import yaml
 
 from ppcl.configuration import strict_yaml
 from ppcl.errors import UserError
+from ppcl.settings import Settings, Variant
 from ppcl.teacher import hub
 from ppcl.teacher.prompts import once
 
@@ -31,20 +32,6 @@ AUTO = {"cost": ("velocity", "influence"), "segmentation": ("trend", "optimal")}
 TAKEN = {"readme.md": "a file of the workflow", "teacher": "the folder of the target train_teacher"}
 
 
-class Subset(dict):
-    """Part of a configuration, as a rule hands it to its script.
-
-    A script that reads a key which its rule does not pass (and so does not track for reruns)
-    fails here instead of silently working with the default.
-    """
-
-    def __missing__(self, key: str) -> Any:
-        raise UserError(
-            f"config key '{key}' was not given to this program: pass a whole config file to "
-            f"--config, or add '{key}' to the keys in the params of the stage's rule"
-        )
-
-
 @functools.cache
 def schema() -> dict:
     """The JSON schema of the configuration."""
@@ -53,11 +40,11 @@ def schema() -> dict:
     return yaml.load(SCHEMA_PATH.read_text(encoding="utf-8"), loader)
 
 
-def load(source: str) -> dict:
+def load(source: str) -> Settings:
     """The validated configuration from a YAML or JSON file, or from an inline JSON object.
 
     A file is completed with the default of every key. An inline object (it starts with "{") is
-    completed only below the top-level keys that it holds: see Subset.
+    completed only below the top-level keys that it holds: see `settings.Section`.
 
     Raises UserError naming the file and the dotted key, with what is allowed there.
     """
@@ -76,7 +63,7 @@ def load(source: str) -> dict:
     if not isinstance(config, dict):
         raise UserError(f"{name}: must hold keys and values, not a {type(config).__name__}")
     completed = complete(config, name)
-    return Subset({key: completed[key] for key in config}) if inline else completed
+    return Settings.of({key: completed[key] for key in config} if inline else completed)
 
 
 def refuse_surprises(files: Iterable[str | Path]) -> None:
@@ -203,41 +190,19 @@ def subset(config: dict, *keys: str) -> str:
     return json.dumps(part, sort_keys=True)
 
 
-def limits(budget: float | dict) -> dict[str, float]:
-    """What a variant's budget limits (fraction, parameters, blocks, latency), and to how much."""
-    return dict(budget) if isinstance(budget, dict) else {"fraction": budget}
-
-
-def compares(config: dict) -> bool:
-    """Whether blocks are compared with each other: for intervals, and for a floor of text runs."""
-    wide = config["width"]
-    runs = wide["enabled"] and wide["longest"] > 1 and wide["cka_floor"] > 0
-    return config["intervals"]["enabled"] or runs
-
-
-def searches_by_cost(config: dict) -> bool:
-    """Whether intervals are searched for by what they cost, measured before."""
-    return config["intervals"]["enabled"] and config["intervals"]["cost"] == "velocity"
-
-
-def trains(config: dict) -> bool:
-    """Whether students are trained: those of intervals, for variants that want any."""
-    return config["intervals"]["enabled"] and any(v["train"] for v in config["variants"])
-
-
-def budgets(variants: list[dict]) -> list[dict]:
+def budgets(variants: Iterable[Variant]) -> list[dict]:
     """The variants without what is done with them later: what the choice of sets depends on."""
-    return [{key: v[key] for key in ("name", "budget", "train")} for v in variants]
+    return [{key: getattr(v, key) for key in ("name", "budget", "train")} for v in variants]
 
 
-def tightest(variants: list[dict]) -> list[dict]:
+def tightest(variants: Sequence[Variant]) -> list[dict]:
     """The smallest limit of each kind, as one variant each: what the selection depends on. Those of
     variants that trained students may be in; of all, if there are none such."""
     least: dict[str, float] = {}
-    for variant in [v for v in variants if v["train"]] or variants:
-        for kind, value in limits(variant["budget"]).items():
+    for variant in [v for v in variants if v.train] or variants:
+        for kind, value in variant.budget.items():
             least[kind] = min(value, least.get(kind, value))
-    shared = {"train": any(v["train"] for v in variants)}
+    shared = {"train": any(v.train for v in variants)}
     return [
         {"name": f"smallest-{kind}", "budget": {kind: least[kind]}, **shared}
         for kind in sorted(least)

@@ -6,94 +6,97 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 import math
 import os
 import re
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
 from ppcl.configuration import prompt_checks
-from ppcl.configuration.config import limits, trains
 from ppcl.errors import UserError
 from ppcl.pruning import pins
+from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, untrusted
 from ppcl.teacher import arguments, hub, needed, weights
 from ppcl.transformer.families import family_of, fixed_states
 
 
-def check(config: dict, source: str = "config") -> None:
+def check(settings: Settings, source: str = "config") -> None:
     """Cheap checks of what the configuration points at: teacher, prompts, possible budgets.
 
     Raises UserError naming the key, the file and the fix.
     """
-    _check_teacher(config["teacher"], source)
-    prompt_checks.check(config, source)
-    arguments.check(config, source)
-    _check_renoising(config, source)
-    _check_start(config, source)
-    for stage in _trainings(config):
-        size = config[stage]["batch_size"]
-        if config["processes"] != "auto" and config["processes"] > size:
+    _check_teacher(settings.teacher, source)
+    prompt_checks.check(settings, source)
+    arguments.check(settings, source)
+    _check_renoising(settings, source)
+    _check_start(settings, source)
+    for stage in _trainings(settings):
+        size = getattr(settings, stage).batch_size
+        if settings.processes != "auto" and settings.processes > size:
             raise UserError(
-                f"{source}: processes is {config['processes']}, but {stage}.batch_size only "
+                f"{source}: processes is {settings.processes}, but {stage}.batch_size only "
                 f"{size}, and every process needs a sample; raise one or lower the other"
             )
-    if config["teacher"]["dtype"] == "float16" and trains(config) and config["subsets"]["steps"]:
+    if settings.teacher.dtype == "float16" and settings.trains and settings.subsets.steps:
         raise UserError(
             f"{source}: teacher.dtype is float16, in which the gradients of subsets vanish on "
             f"their way through the teacher; set it to bfloat16 or float32, or subsets.steps to 0"
         )
-    _check_optimizers(config, source)
-    sequential = trains(config) and config["distill"]["mode"] == "sequential"
-    if sequential and config["distill"]["shards"] != 1:
+    _check_optimizers(settings, source)
+    sequential = settings.trains and settings.distill.mode == "sequential"
+    if sequential and settings.distill.shards != 1:
         raise UserError(
             f"{source}: distill.mode is sequential, in which students learn from those before "
             "them, so they can't be shared out; set distill.shards to 1, or mode to independent"
         )
-    searched = config["intervals"]["enabled"] and config["intervals"]["tolerance"] == "bootstrap"
-    if searched and not config["similarity"]["bootstrap"]:
+    searched = settings.intervals.enabled and settings.intervals.tolerance == "bootstrap"
+    if searched and not settings.similarity.bootstrap:
         raise UserError(
             f"{source}: intervals.tolerance is bootstrap, the noise that resamples show, but "
             "similarity.bootstrap is 0; set tolerance to a number, or bootstrap to 2 or more"
         )
-    if sequential and config["distill"]["cache_inputs"] == "always":
+    if sequential and settings.distill.cache_inputs == "always":
         raise UserError(
             f"{source}: distill.mode is sequential, which runs all of the teacher anyway; set "
             "distill.cache_inputs to auto or never, or mode to independent"
         )
-    if config["finetune"]["cpu_offload"] and config["finetune"]["sharding"] == "none":
+    if settings.finetune.cpu_offload and settings.finetune.sharding == "none":
         raise UserError(
             f"{source}: finetune.cpu_offload is of use with finetune.sharding: fsdp alone; set "
             "that too (one process is enough), or leave cpu_offload out"
         )
-    _check_offload(config, source)
-    kinds = [name for name in ("intervals", "width", "modulation") if config[name]["enabled"]]
+    _check_offload(settings, source)
+    kinds = [
+        name for name in ("intervals", "width", "modulation") if getattr(settings, name).enabled
+    ]
     if not kinds:
         raise UserError(
             f"{source}: intervals, width and modulation all have enabled: false, so nothing can be "
             "pruned; set one of them to true"
         )
-    if kinds[0] == "width" and not config["choose"]["closed_forms"]:
+    if kinds[0] == "width" and not settings.choose.closed_forms:
         raise UserError(
             f"{source}: choose.closed_forms is false, so variants take the linear maps that the "
             "search for intervals took, but intervals.enabled is false: there is none; set one of "
             "them to true"
         )
-    blocks, total = _parameters(config["teacher"])
+    blocks, total = _parameters(settings.teacher)
     try:
-        pins.wishes(config, len(blocks) or None)
+        pins.wishes(settings, len(blocks) or None)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    _check_budgets(config, blocks, total, source)
+    _check_budgets(settings, blocks, total, source)
 
 
-def least_fraction(config: dict, source: str) -> float:
+def least_fraction(settings: Settings, source: str) -> float:
     """The share of a local teacher's transformer that the fewest students leave; 0 on the Hub."""
-    blocks, total = _parameters(config["teacher"])
-    return _least(config, blocks, total, source)[1] / total if blocks else 0.0
+    blocks, total = _parameters(settings.teacher)
+    return _least(settings, blocks, total, source)[1] / total if blocks else 0.0
 
 
-def _check_renoising(config: dict, source: str) -> None:
+def _check_renoising(settings: Settings, source: str) -> None:
     """Raises UserError if pictures of a local teacher are to be noised again and can't be."""
-    teacher, count = config["teacher"], config["record"]["renoised_per_sample"]
-    if not count or hub.is_name(teacher["path"]):
+    teacher, count = settings.teacher, settings.record.renoised_per_sample
+    if not count or hub.is_name(teacher.path):
         return
     index = hub.read_index(_folder(teacher))
     pipeline, transformer = str(index["_class_name"]), str(index[hub.component(teacher)][1])
@@ -104,10 +107,10 @@ def _check_renoising(config: dict, source: str) -> None:
         )
 
 
-def _check_start(config: dict, source: str) -> None:
+def _check_start(settings: Settings, source: str) -> None:
     """Raises UserError if a local teacher's blocks can't be refitted and are to be."""
-    teacher = config["teacher"]
-    if config["prune"]["start"] != "solved" or hub.is_name(teacher["path"]):
+    teacher = settings.teacher
+    if settings.prune.start != "solved" or hub.is_name(teacher.path):
         return
     name = str(hub.read_index(_folder(teacher))[hub.component(teacher)][1])
     family = family_of(name)
@@ -131,23 +134,23 @@ def check_results(run: str, source: str = "config") -> None:
             )
 
 
-def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> None:
+def _check_budgets(settings: Settings, blocks: list[int], total: int, source: str) -> None:
     """Raises UserError if no budget prunes anything, or if one can't be met.
 
     Args:
         blocks: parameters of every block of a local teacher, in ascending order; empty if unknown.
         total: parameters of its transformer.
     """
-    if not any(_prunes(variant["budget"], blocks, total) for variant in config["variants"]):
+    if not any(_prunes(variant.budget, blocks, total) for variant in settings.variants):
         raise UserError(
-            f"{source}: variants: a budget of {config['variants'][0]['budget']} prunes nothing; "
-            "lower one of them"
+            f"{source}: variants: a budget of {settings.given['variants'][0]['budget']} prunes "
+            "nothing; lower one of them"
         )
     if not blocks:
         return
-    fewest, least = _least(config, blocks, total, source)
-    for variant in config["variants"]:
-        for kind, value in limits(variant["budget"]).items():
+    fewest, least = _least(settings, blocks, total, source)
+    for variant in settings.variants:
+        for kind, value in variant.budget.items():
             left = {"fraction": least / total, "parameters": least, "blocks": fewest}.get(kind, 0)
             if value >= left:
                 continue
@@ -155,53 +158,52 @@ def _check_budgets(config: dict, blocks: list[int], total: int, source: str) -> 
             if kind != "fraction":
                 shown = f"{left:,} of this teacher's {kind}"
             why = "even the fewest students in place of all unprotected blocks leave"
-            longer = "raise sensitivity.longest or " * (config["intervals"]["cost"] == "velocity")
+            longer = "raise sensitivity.longest or " * (settings.intervals.cost == "velocity")
             fix = f"{longer}lower intervals.protect_first and protect_last"
-            if not config["intervals"]["enabled"]:
+            if not settings.intervals.enabled:
                 why = "without depth pruning, the least that closed forms leave is"
                 fix = "set intervals.enabled: true"
             raise UserError(
-                f"{source}: variants: budget {variant['budget']} of '{variant['name']}' is "
+                f"{source}: variants: budget {dict(variant.budget)} of '{variant.name}' is "
                 f"impossible: {why} {shown}; choose a larger budget, or {fix}"
             )
 
 
-def _prunes(budget: float | dict, blocks: list[int], total: int) -> bool:
+def _prunes(budget: Mapping[str, float], blocks: list[int], total: int) -> bool:
     """Whether a budget asks for less than the whole teacher."""
     whole = {"parameters": total, "blocks": len(blocks)}
     return any(
-        value < whole.get(kind, 1) or not blocks and kind in whole
-        for kind, value in limits(budget).items()
+        value < whole.get(kind, 1) or not blocks and kind in whole for kind, value in budget.items()
     )
 
 
-def _trainings(config: dict) -> list[str]:
+def _trainings(settings: Settings) -> list[str]:
     """The stages that train, by their keys."""
-    stages = ["distill", "subsets"] if trains(config) else []
-    return stages + (["finetune"] if any(v["finetune_steps"] for v in config["variants"]) else [])
+    stages = ["distill", "subsets"] if settings.trains else []
+    return stages + (["finetune"] if any(v.finetune_steps for v in settings.variants) else [])
 
 
-def _check_optimizers(config: dict, source: str) -> None:
+def _check_optimizers(settings: Settings, source: str) -> None:
     """Raises UserError if 8-bit moments are asked for where there can be none."""
-    for stage in _trainings(config):
-        if config[stage]["optimizer"] != "adamw8bit":
+    for stage in _trainings(settings):
+        if getattr(settings, stage).optimizer != "adamw8bit":
             continue
         if find_spec("bitsandbytes") is None:
             raise UserError(
                 f"{source}: {stage}.optimizer is adamw8bit, which needs the package bitsandbytes; "
                 f"install it (pip install bitsandbytes), or set {stage}.optimizer to adamw"
             )
-        if stage == "finetune" and config[stage]["sharding"] == "fsdp":
+        if stage == "finetune" and getattr(settings, stage).sharding == "fsdp":
             raise UserError(
                 f"{source}: finetune.optimizer is adamw8bit, which can't take weights that are "
                 "shared out; set finetune.optimizer to adamw, or finetune.sharding to none"
             )
 
 
-def _check_offload(config: dict, source: str) -> None:
+def _check_offload(settings: Settings, source: str) -> None:
     """Raises UserError if gradients would pass through a teacher whose weights come and go."""
-    trained = trains(config) and config["subsets"]["steps"]
-    if config["teacher"]["offload"] == "stream" and trained:
+    trained = settings.trains and settings.subsets.steps
+    if settings.teacher.offload == "stream" and trained:
         raise UserError(
             f"{source}: teacher.offload is stream, but gradients of subsets pass through the "
             "teacher, which needs all its weights on the device; set subsets.steps to 0, or "
@@ -209,12 +211,12 @@ def _check_offload(config: dict, source: str) -> None:
         )
 
 
-def _folder(teacher: dict) -> Path:
-    return Path(teacher["path"]) / (teacher["subfolder"] or "")
+def _folder(teacher: TeacherSettings) -> Path:
+    return Path(teacher.path) / (teacher.subfolder or "")
 
 
-def _check_teacher(teacher: dict, source: str) -> None:
-    path = teacher["path"]
+def _check_teacher(teacher: TeacherSettings, source: str) -> None:
+    path = teacher.path
     if hub.is_name(path):
         return  # only the download can check it
     folder, component = _folder(teacher), hub.component(teacher)
@@ -241,15 +243,15 @@ def _check_teacher(teacher: dict, source: str) -> None:
     for name, made_as in index.items():
         place = folder if name == "_class_name" else folder / name
         beside = isinstance(made_as, list) and (place / f"{made_as[0]}.py").is_file()
-        if beside and not teacher["trust_remote_code"]:
+        if beside and not teacher.trust_remote_code:
             raise UserError(
                 f"{source}: teacher.path: {place} brings code of its own ({made_as[0]}.py), as a "
                 "pruned transformer with narrow blocks does; if you trust it, set "
                 "teacher.trust_remote_code: true"
             )
-    weights.check_variant(folder, parts, teacher["variant"], source)
+    weights.check_variant(folder, parts, teacher.variant, source)
     key = f"{source}: teacher.path"
-    held = weights.check(folder, parts, teacher["variant"], key, component)[component]
+    held = weights.check(folder, parts, teacher.variant, key, component)[component]
     needed.refuse_missing(folder, parts, key)
     known = untrusted.json_object(folder / component / weights.CONFIG)
     for listed in family.lists if family else ():
@@ -272,7 +274,7 @@ def _block(weight: str, lists: str) -> tuple[str, int] | None:
     return (match[1], int(match[2])) if match else None
 
 
-def _parameters(teacher: dict) -> tuple[list[int], int]:
+def _parameters(teacher: TeacherSettings) -> tuple[list[int], int]:
     """Parameters of every block of a local teacher, ascending, and of its whole transformer, from
     the safetensors headers alone."""
     blocks: dict[tuple[str, int], int] = {}
@@ -284,7 +286,7 @@ def _parameters(teacher: dict) -> tuple[list[int], int]:
     library, made_as = hub.parts(_folder(teacher))[part]
     family = family_of(made_as)
     names = "|".join(listed.attribute for listed in family.lists) if family else r"\w*blocks"
-    for header in weights.headers(folder, library, teacher["variant"]).values():
+    for header in weights.headers(folder, library, teacher.variant).values():
         for name, entry in header.items():
             count = math.prod(entry["shape"])
             total += count
@@ -293,7 +295,7 @@ def _parameters(teacher: dict) -> tuple[list[int], int]:
     return sorted(blocks.values()), total
 
 
-def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[int, int]:
+def _least(settings: Settings, blocks: list[int], total: int, source: str) -> tuple[int, int]:
     """The fewest blocks and parameters that pruning can leave.
 
     As few students as may be in place of all unprotected blocks: one, or with measured costs one
@@ -301,19 +303,19 @@ def _least(config: dict, blocks: list[int], total: int, source: str) -> tuple[in
     as nothing with width.enabled or modulation.enabled, since how much of them stays is not known
     here; all stay without intervals.enabled.
     """
-    intervals = config["intervals"]
-    protected = intervals["protect_first"] + intervals["protect_last"]
+    intervals = settings.intervals
+    protected = intervals.protect_first + intervals.protect_last
     if protected > len(blocks) - 2:
         raise UserError(
             f"{source}: intervals: protect_first and protect_last keep {protected} of this "
             f"teacher's {len(blocks)} blocks, which leaves nothing to prune; lower them"
         )
-    measured = intervals["cost"] == "velocity"
-    longest = config["sensitivity"]["longest"] if measured else len(blocks)
-    longest = max([longest, *(last - first + 1 for first, last in intervals["pin"])])
+    measured = intervals.cost == "velocity"
+    longest = settings.sensitivity.longest if measured else len(blocks)
+    longest = max([longest, *(last - first + 1 for first, last in intervals.pin)])
     students = math.ceil((len(blocks) - protected) / longest)
-    if not intervals["enabled"]:
+    if not intervals.enabled:
         students = len(blocks) - protected
-    whole = protected if config["width"]["enabled"] else protected + students
-    whole = 0 if config["modulation"]["enabled"] else whole
+    whole = protected if settings.width.enabled else protected + students
+    whole = 0 if settings.modulation.enabled else whole
     return protected + students, total - sum(blocks[whole:])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ppcl.configuration.config import SCHEMA_PATH, schema
 from ppcl.errors import UserError
+from ppcl.settings import RecordSettings, Settings, TeacherSettings
 from ppcl.teacher import hub
 from ppcl.teacher.prompts import JUDGE_COLUMNS, heldout_count, read, shown
 
@@ -16,19 +17,19 @@ log = logging.getLogger(__name__)
 STAGES = ("record", "evaluate")
 
 
-def check(config: dict, source: str) -> None:
+def check(settings: Settings, source: str) -> None:
     """Raises UserError, naming the key, the file and the fix, if the prompts or the judge do not
     suit the teacher or each other; warns of what would make the numbers worth less."""
-    _check_digits(config, source)
+    _check_digits(settings, source)
     used = {}
     for stage in STAGES:
         key = f"{source}: {stage}.prompts"
-        rows = read(config[stage]["prompts"], key)
-        used[stage] = [row["prompt"] for row in rows[: config[stage]["samples"]]]
-        if stage == "evaluate" and config["evaluate"]["judge"] == "digits":
-            _check_judged(rows, config["evaluate"]["prompts"], source)
+        rows = read(getattr(settings, stage).prompts, key)
+        used[stage] = [row["prompt"] for row in rows[: getattr(settings, stage).samples]]
+        if stage == "evaluate" and settings.evaluate.judge == "digits":
+            _check_judged(rows, settings.evaluate.prompts, source)
         _warn_of_repeats(used[stage], key)
-    _check_split(used["record"], config["record"], source)
+    _check_split(used["record"], settings.record, source)
     # What only blanks tell apart is the same prompt to a reader.
     recorded = {prompt.strip() for prompt in used["record"]}
     if shared := sorted(recorded & {prompt.strip() for prompt in used["evaluate"]}):
@@ -44,21 +45,22 @@ def check(config: dict, source: str) -> None:
         )
 
 
-def _check_digits(config: dict, source: str) -> None:
+def _check_digits(settings: Settings, source: str) -> None:
     """Raises UserError if another teacher than the embedded one would get its prompts; warns if
     that is one that may know them, or if the judge of its pictures is all that is left of it."""
     own = schema()["properties"]["teacher"]["properties"]["path"]["default"]
     # Where Snakemake runs, or where the workflow is.
     homes = [Path(own).resolve(), (SCHEMA_PATH.parents[2] / own).resolve()]
-    teacher = Path(config["teacher"]["path"])
+    teacher = Path(settings.teacher.path)
     if teacher.resolve() in homes:
         return
     named = [
         f"{stage}.prompts"
         for stage in STAGES
-        if Path(os.path.realpath(config[stage]["prompts"])).parent in homes  # which no loop ends
+        # Unlike resolve(), realpath does not raise for a loop of links.
+        if Path(os.path.realpath(getattr(settings, stage).prompts)).parent in homes
     ]
-    judged = ["evaluate.judge"] if config["evaluate"]["judge"] == "digits" else []
+    judged = ["evaluate.judge"] if settings.evaluate.judge == "digits" else []
     if not named + judged:
         return
     fixes = [f"{key} to prompts for it" for key in named] + [f"{key}: none" for key in judged]
@@ -67,17 +69,17 @@ def _check_digits(config: dict, source: str) -> None:
         f"digits (and the default), but teacher.path is {teacher}; unless that makes such digits "
         f"too, set {', '.join(fixes)} (workflow/scripts/init.py writes a config for it)"
     )
-    if named and not _same_vocabulary(config["teacher"], homes):
+    if named and not _same_vocabulary(settings.teacher, homes):
         raise UserError(text)
     log.warning("%s", text)
 
 
-def _same_vocabulary(teacher: dict, homes: list[Path]) -> bool:
+def _same_vocabulary(teacher: TeacherSettings, homes: list[Path]) -> bool:
     """Whether a local teacher has the tokenizer of the embedded one, as its remakes do."""
-    if hub.is_name(teacher["path"]):
+    if hub.is_name(teacher.path):
         return False
     name = Path("tokenizer/tokenizer.json")
-    own = Path(teacher["path"], teacher["subfolder"] or "") / name
+    own = Path(teacher.path, teacher.subfolder or "") / name
     return own.is_file() and any(
         (home / name).is_file() and (home / name).read_bytes() == own.read_bytes() for home in homes
     )
@@ -114,15 +116,15 @@ def _warn_of_repeats(prompts: list[str], key: str) -> None:
         )
 
 
-def _check_split(prompts: list[str], options: dict, source: str) -> None:
+def _check_split(prompts: list[str], options: RecordSettings, source: str) -> None:
     """Raises UserError if there is nothing to hold out; warns if it is too little."""
     different = len(set(prompts))
     if different < 2:
         raise UserError(
-            f"{source}: record.prompts: {options['prompts']} has only one prompt among the first "
+            f"{source}: record.prompts: {options.prompts} has only one prompt among the first "
             f"{len(prompts)}; calibration needs two or more, to fit on and to hold out"
         )
-    count = heldout_count(different, options["heldout_fraction"])
+    count = heldout_count(different, options.heldout_fraction)
     if count < 4:
         selecting, reporting = (count + 1) // 2, count // 2
         log.warning(

@@ -11,6 +11,7 @@ import yaml
 
 from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
+from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import arguments, hub, signatures
 from ppcl.transformer.families import TEXT, Family, family_of, fixed_states
@@ -59,11 +60,11 @@ def write(
     given = teacher, run or output.stem, calibration, evaluation, free
     config.complete({"run": given[1], "teacher": teacher}, str(output))  # names that can't be
     text = made(*given)
-    settings = config.complete(yaml.safe_load(text), str(output))
+    settings = Settings.of(config.complete(yaml.safe_load(text), str(output)))
     least = preflight.least_fraction(settings, str(output))
     if least > BUDGETS[free][-1] - 0.05:  # most of this model is in nothing that can go
         text = made(*given, budgets=[round(least + (1 - least) * part, 3) for part in (0.6, 0.3)])
-        settings = config.complete(yaml.safe_load(text), str(output))
+        settings = Settings.of(config.complete(yaml.safe_load(text), str(output)))
     preflight.check(settings, str(output))
     output.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -87,8 +88,9 @@ def made(
         budgets: of a variant that is not fine-tuned, and of one that is; without training, of two.
     """
     budgets = budgets or BUDGETS[free]
-    folder = _folder(teacher)
-    index, part = hub.read_index(folder), hub.component(teacher)
+    source = TeacherSettings.of(teacher)
+    folder, part = _folder(source), hub.component(source)
+    index = hub.read_index(folder)
     pipeline = str(index.get("_class_name"))
     transformer = str((index.get(part) or [None])[-1])
     if "Transformer" not in transformer:
@@ -343,16 +345,16 @@ def _scalar(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).splitlines()[0]
 
 
-def _folder(teacher: dict) -> Path:
+def _folder(teacher: TeacherSettings) -> Path:
     """The pipeline's folder, of which its configs are here; on the Hub, they are fetched."""
-    path, subfolder = teacher["path"], teacher.get("subfolder") or ""
+    path, subfolder = teacher.path, teacher.subfolder or ""
     if not hub.is_name(path):
         return hub.folder(teacher, "--teacher")
     from huggingface_hub import snapshot_download
 
     wanted = [f"{subfolder}/{name}".lstrip("/") for name in (hub.INDEX, "*/config.json")]
     try:
-        root = snapshot_download(path, revision=teacher["revision"], allow_patterns=wanted)
+        root = snapshot_download(path, revision=teacher.revision, allow_patterns=wanted)
     except Exception as error:  # of many kinds: no network, no such repository, no token
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(

@@ -35,6 +35,7 @@ from ppcl.evaluation import metrics
 from ppcl.evaluation.metrics import TEACHER, Estimate
 from ppcl.export import assembly
 from ppcl.runtime import collector, cores, devices, stopping
+from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import hub, pipelines, prompt_tokens, teacher_identity
 from ppcl.transformer import blocks, calls
@@ -59,7 +60,7 @@ class Model:
     """A pipeline under evaluation: its name in the tables, and how to load it."""
 
     name: str
-    source: dict  # as the config's `teacher` mapping
+    source: TeacherSettings
 
     @property
     def key(self) -> str:
@@ -68,7 +69,7 @@ class Model:
 
     def digest(self) -> str:
         """Changes when a file of the model's folder does (by size and time; weights are large)."""
-        return provenance.digest([self.source, teacher_identity.fingerprint(self.source)])
+        return provenance.digest([vars(self.source), teacher_identity.fingerprint(self.source)])
 
     def pipeline(self, device: torch.device) -> DiffusionPipeline:
         """The whole pipeline. Raises UserError if it can't be loaded."""
@@ -79,7 +80,7 @@ class Model:
         return pipelines.load_transformer(self.source, device, key=self.key)
 
 
-def models(teacher: dict, folders: list[Path]) -> list[Model]:
+def models(teacher: TeacherSettings, folders: list[Path]) -> list[Model]:
     """The teacher, then one model per folder, named after it.
 
     Raises:
@@ -92,11 +93,15 @@ def models(teacher: dict, folders: list[Path]) -> list[Model]:
         assembly.verify(folder)
         if folder.name in {model.name for model in found}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
-        where = {"path": str(folder), "revision": None, "variant": None, "subfolder": None}
-        where |= {"fingerprint": None}  # which is the teacher's
-        source = teacher | where
-        if assembly.own_code(folder, hub.component(teacher)):
-            source["trust_remote_code"] = True
+        own_code = assembly.own_code(folder, hub.component(teacher))
+        source = teacher.replace(
+            path=str(folder),
+            revision=None,
+            variant=None,
+            subfolder=None,
+            trust_remote_code=own_code or teacher.trust_remote_code,
+            fingerprint=None,  # which is the teacher's
+        )
         found.append(Model(folder.name, source))
     return found
 
@@ -109,7 +114,7 @@ def refuse_changed(found: list[Model], digests: list[str]) -> None:
     for model, digest in zip(found, digests, strict=True):
         if model.digest() != digest:
             raise UserError(
-                f"{model.key}: {model.source['path']} was changed while it was evaluated; see that "
+                f"{model.key}: {model.source.path} was changed while it was evaluated; see that "
                 "nothing else works on these results, and rerun"
             )
 
@@ -117,11 +122,11 @@ def refuse_changed(found: list[Model], digests: list[str]) -> None:
 def side_by_side(found: list[Model], device: torch.device) -> list[Model]:
     """The models, to be on the device at once: where teacher.offload is auto, all their
     transformers stay there or all are streamed, so that times compare."""
-    if found[0].source.get("offload") != "auto":
+    if found[0].source.offload != "auto":
         return found
     sizes = {model.name: pipelines.transformer_size(model.source) for model in found}
     how = "none" if devices.offload("auto", sizes, device) == "none" else "stream"
-    return [Model(model.name, model.source | {"offload": how}) for model in found]
+    return [Model(model.name, model.source.replace(offload=how)) for model in found]
 
 
 # ---- processes
@@ -325,7 +330,7 @@ def measure_transformers(
     transformers: Mapping[str, nn.Module],
     reader: calls.Reader,
     timed: np.ndarray,
-    settings: dict,
+    settings: Settings,
     device: torch.device,
     accelerator: Accelerator | None = None,
 ) -> Found:
@@ -341,17 +346,17 @@ def measure_transformers(
     Returns:
         model -> metric -> estimate; those of latency in the main process alone.
     """
-    options, seed = settings["evaluate"], settings["seed"]
-    resamples = options["bootstrap"]
+    options, seed = settings.evaluate, settings.seed
+    resamples = options.bootstrap
     # The same for all, whichever was loaded last.
     devices.use_threads(transformers[TEACHER].parameters(), device)
     found: Found = {}
     for name, transformer in transformers.items():
         found[name] = sizes(transformer, transformers[TEACHER])
 
-    rows = np.sort(reader.sample_heldout("report", options["velocity_rows"], seed, "velocity_rows"))
+    rows = np.sort(reader.sample_heldout("report", options.velocity_rows, seed, "velocity_rows"))
     others = {name: module for name, module in transformers.items() if name != TEACHER}
-    compared = _compared(others, reader, rows, options["batch_size"], device, accelerator)
+    compared = _compared(others, reader, rows, options.batch_size, device, accelerator)
     # The teacher's answers are the recorded ones, so its error is zero by definition.
     one = next(iter(compared.values()))
     compared[TEACHER] = one | {"error": np.zeros(len(rows))}
@@ -431,16 +436,16 @@ def latencies(
     transformers: Mapping[str, nn.Module],
     reader: calls.Reader,
     timed: np.ndarray,
-    settings: Mapping,
+    settings: Settings,
     device: torch.device,
 ) -> Found:
     """The latency part of `measure_transformers`."""
-    options, seed = settings["evaluate"], settings["seed"]
+    options, seed = settings.evaluate, settings.seed
     arguments = reader.batch(timed).to(device).arguments
     with torch.no_grad():
         runs = {n: lambda t=t: t(**arguments) for n, t in transformers.items()}
-        times = interleaved_times(runs, options["latency_repeats"], device)
-    how = options["bootstrap"], seed
+        times = interleaved_times(runs, options.latency_repeats, device)
+    how = options.bootstrap, seed
     return {
         name: {
             "latency_seconds": metrics.median_ratio(seconds, np.ones_like(seconds), *how),

@@ -18,6 +18,7 @@ from torch import nn
 from ppcl.errors import UserError
 from ppcl.export import reload_gate
 from ppcl.pruning import narrow
+from ppcl.settings import Settings, Variant
 from ppcl.storage import seals, tensors, texts, untrusted, whole
 from ppcl.teacher import hub, trust
 from ppcl.transformer import blocks, calls
@@ -26,12 +27,12 @@ from ppcl.transformer.families import family_of
 CARD = "pruning.json"
 
 
-def variant(settings: dict, name: str) -> dict:
-    """The variant's mapping in the config."""
-    for found in settings["variants"]:
-        if found["name"] == name:
-            return found
-    known = ", ".join(v["name"] for v in settings["variants"])
+def variant(settings: Settings, name: str) -> Variant:
+    """The config's variant of that name."""
+    for variant in settings.variants:
+        if variant.name == name:
+            return variant
+    known = ", ".join(v.name for v in settings.variants)
     raise UserError(f"--variant: the config has no variant '{name}'; it has {known}")
 
 

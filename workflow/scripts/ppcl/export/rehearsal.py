@@ -11,13 +11,18 @@ from torch import nn
 
 from ppcl.errors import UserError
 from ppcl.export import assembly
+from ppcl.settings import TeacherSettings
 from ppcl.storage import whole
 from ppcl.teacher import hub
 from ppcl.transformer import blocks
 
 
 def rehearse(
-    pipe: DiffusionPipeline, transformer: nn.Module, teacher: dict, call: dict, done: Path
+    pipe: DiffusionPipeline,
+    transformer: nn.Module,
+    teacher: TeacherSettings,
+    call: dict,
+    done: Path,
 ) -> None:
     """Exports the untouched teacher, cut to the first and last block of each list, and reloads it,
     so that what can't be exported is known before anything is trained. Nothing of it is kept.
@@ -36,7 +41,7 @@ def rehearse(
     if done.exists():
         return
     source, component = hub.folder(teacher), hub.component(teacher)
-    left_out = () if teacher["variant"] else assembly.copied(source)
+    left_out = () if teacher.variant else assembly.copied(source)
     try:
         model, block_map = _shortest(transformer, call)
         twins = {  # such as the other expert of Wan 2.2
@@ -55,7 +60,7 @@ def rehearse(
             shutil.rmtree(folder)
     except Exception as error:  # whatever a class makes of being saved
         raise UserError(
-            f"teacher.path: {teacher['path']} can't be exported: its first and last blocks were "
+            f"teacher.path: {teacher.path} can't be exported: its first and last blocks were "
             "saved and loaded again, as variants will be, before anything is trained, and that "
             f"failed: {error}"
         ) from error

@@ -28,6 +28,7 @@ from ppcl.pruning.students import Students
 from ppcl.search import measured, probes, reasons, selection
 from ppcl.search.selection import Choices, Weights
 from ppcl.search.sets import CLOSED, REFIT, START, TRAINED, Measure, Member, Offer, Set
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.training import prices
 from ppcl.transformer import blocks
@@ -136,7 +137,7 @@ def untrained(plan: students.Plan | None, files: Files) -> dict[str, Member]:
 
 
 def offer(
-    settings: Mapping,
+    settings: Settings,
     transformer: nn.Module,
     files: Files,
     plan: students.Plan | None,
@@ -153,7 +154,7 @@ def offer(
     closed, counted = _closed(files, depth, pinned, forbidden, settings)
     units = {unit.name: unit for unit in plan.units} if plan else {}
     _refuse_unpriced(pinned, closed, units.values())
-    if not settings["choose"]["closed_forms"]:
+    if not settings.choose.closed_forms:
         left = plan.closed if plan else ()
         linear = {(p.first, stream) for u in left for p in u.parts for stream in p.linear_ffn}
         runs = {(unit.first, unit.last) for unit in left if len(unit.parts) > 1}
@@ -205,14 +206,16 @@ def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit])
 
 
 def _closed(
-    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Mapping
+    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Settings
 ) -> tuple[Choices, Weights]:
     """Closed forms at their prices, and the parameters that each saves."""
     kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
-    wanted = [kind for key, some in kinds.items() if settings[key]["enabled"] for kind in some]
+    wanted = [
+        kind for key, some in kinds.items() if getattr(settings, key).enabled for kind in some
+    ]
     found = measured.closed(files.width, [0] * depth, wanted)
     limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
-    limits["floor"] = settings["width"]["cka_floor"]
+    limits["floor"] = settings.width.cka_floor
     choices = Choices(
         {},
         *reasons.usable_widths(found.widths, pinned, limits),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ppcl.errors import UserError
 from ppcl.extraction import modulation_inputs, token_store
 from ppcl.runtime import devices
+from ppcl.settings import ExtractSettings
 from ppcl.transformer import blocks, calls
 
 
@@ -129,23 +130,25 @@ def collect(
     transformer: nn.Module,
     reader: calls.Reader,
     rows: np.ndarray,
-    settings: dict,
+    settings: ExtractSettings,
     seed: int,
     device: torch.device,
     folder: Path,
     progress,
     identity: str = "",
     modulations: modulation_inputs.Sums | None = None,
+    sums: bool = True,
 ) -> tuple[Moments, dict[str, dict]]:
     """Replays recorded calls and returns the probes' moments and the token sample.
 
     Args:
         rows: row numbers of the calls to replay, of both splits.
         settings: batch_size; moment_tokens and sample_tokens per row and stream;
-            checkpoint_every so many rows; sums, whether there shall be moments (if missing, yes).
+            checkpoint_every so many rows.
         folder: where the token sample is kept, and a checkpoint, from which a killed run goes on.
         identity: digest of what decides the result, for checkpoints; others are not used.
         modulations: sums up what modulation matrices get, of rows of the fit split.
+        sums: whether there shall be moments.
 
     Returns:
         The moments (rows of the fit split only), and per stream the sample: `value`, a
@@ -164,9 +167,8 @@ def collect(
         modulations = modulation_inputs.Sums(transformer, [], device)
     modulations.put(sample.conditioning)
     last = None if modulations.last else sequence[-1].index
-    sums = settings.get("sums", True)
-    size, most = settings["batch_size"], len(rows) * settings["sample_tokens"]
-    regular = max(1, settings["checkpoint_every"] // size)
+    size, most = settings.batch_size, len(rows) * settings.sample_tokens
+    regular = max(1, settings.checkpoint_every // size)
     every = reader.in_batches(rows, size)
     progress.update(sum(map(len, every[: sample.batches])))
     resumed = sample.batches
@@ -192,13 +194,13 @@ def collect(
                         masks,
                         stream,
                         x.shape[:2],
-                        settings["moment_tokens"],
+                        settings.moment_tokens,
                         recorded.numbers,
                         seed,
                     )
                     held = zip(chosen, batch.rows["heldout"], strict=True)
                     many[stream] = Places([c[:0] if out else c for c, out in held], device)
-                    few[stream] = Places([c[: settings["sample_tokens"]] for c in chosen], device)
+                    few[stream] = Places([c[: settings.sample_tokens] for c in chosen], device)
                     kept[stream] = [few[stream].of(x)]
                     if stream in masks:
                         padding[stream] = ~masks[stream].to(device)

@@ -16,6 +16,7 @@ from ppcl.extraction.conditioning import Conditioning, Moments
 from ppcl.pruning import narrow
 from ppcl.pruning.plans import Matrix
 from ppcl.runtime import devices
+from ppcl.settings import ModulationSettings
 from ppcl.transformer import blocks, calls
 
 # What schedulers of diffusers count up to, unless their configs say otherwise.
@@ -197,7 +198,7 @@ def with_grid(
     recorded: Conditioning,
     reader: calls.Reader,
     rows: np.ndarray,
-    settings: dict,
+    settings: ModulationSettings,
     size: int,
     seed: int,
     device: torch.device,
@@ -220,7 +221,7 @@ def with_grid(
     Raises:
         UserError: as `Sums`.
     """
-    family, count = blocks.family(transformer), settings["timesteps"]
+    family, count = blocks.family(transformer), settings.timesteps
     if not recorded.entries or not count:
         return recorded
     place = time_map(reader, rows, family.time)
@@ -229,7 +230,7 @@ def with_grid(
     (slope, offset), highest = place
     rng = np.random.default_rng(seed)
     times = rng.permutation(np.linspace(0, highest, count)) * slope + offset
-    guidances = rng.permutation(np.linspace(*settings["guidance"], count)) * family.guidance
+    guidances = rng.permutation(np.linspace(*settings.guidance, count)) * family.guidance
     leaders: dict[int, Matrix] = {}
     for matrix, entry in recorded.places.items():
         leaders.setdefault(entry, matrix)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-from ppcl.configuration.config import compares, limits
 from ppcl.planning import weightless
 from ppcl.planning.planner import Planner, bytes_of
 from ppcl.pruning import students
@@ -16,13 +15,13 @@ def sizes(planner: Planner) -> dict[str, float | None]:
     """Bytes of every artifact that is large; path -> bytes, None where they can't be told."""
     settings = planner.settings
     sequence = blocks.block_sequence(planner.transformer)
-    extract = settings["extract"]
+    extract = settings.extract
     per_token = sum(
         channels * (1 + (block is sequence[0]))
         for block in sequence
         for channels in planner.channels(block).values()
     )
-    tokens = 4 * extract["rows"] * extract["sample_tokens"] * per_token
+    tokens = 4 * extract.rows * extract.sample_tokens * per_token
     found: dict[str, float | None] = {
         "record/calls.parquet": _calls(planner),
         "activations/tokens.parquet": tokens,
@@ -30,7 +29,7 @@ def sizes(planner: Planner) -> dict[str, float | None]:
         "state/extract/": tokens + 2 * sum(planner.moments()),
         "activations/moments.safetensors": sum(planner.moments()),
     }
-    if compares(settings):
+    if settings.compares:
         found["probes/probes.safetensors"] = sum(
             8 * (channels**2 + channels)
             for block in sequence
@@ -40,20 +39,20 @@ def sizes(planner: Planner) -> dict[str, float | None]:
         found["width/maps.safetensors"] = found["state/width/"] = _maps(planner)
     if planner.trains:
         found |= _students(planner)
-    for variant in settings["variants"]:
-        parameters = _variant_parameters(planner, variant["budget"])
-        if variant["finetune_steps"]:
-            found[f"finetune/{variant['name']}.safetensors"] = 4 * parameters
-            options = settings["finetune"]
-            kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
-            found[f"state/finetune-{variant['name']}/"] = 4 * parameters + kept
-        found[f"models/{variant['name']}/"] = planner.dtype.itemsize * parameters
+    for variant in settings.variants:
+        parameters = _variant_parameters(planner, variant.budget)
+        if variant.finetune_steps:
+            found[f"finetune/{variant.name}.safetensors"] = 4 * parameters
+            options = settings.finetune
+            kept = weightless.optimizer_bytes(parameters, options.optimizer, options.ema)
+            found[f"state/finetune-{variant.name}/"] = 4 * parameters + kept
+        found[f"models/{variant.name}/"] = planner.dtype.itemsize * parameters
     return found
 
 
 def _maps(planner: Planner) -> int:
     """Bytes of the maps of all linear FFNs and text runs, in the teacher's type."""
-    size, longest = planner.dtype.itemsize, planner.settings["width"]["longest"]
+    size, longest = planner.dtype.itemsize, planner.settings.width.longest
     total = 0
     for block in blocks.block_sequence(planner.transformer):
         channels, found = planner.channels(block), block.width
@@ -65,7 +64,7 @@ def _maps(planner: Planner) -> int:
 def _students(planner: Planner) -> dict[str, float]:
     """Bytes of what the trainings of students leave and keep; path -> bytes."""
     settings, count, found = planner.settings, blocks.parameter_count, {}
-    staged = settings["width"]["enabled"] and settings["width"]["schedule"] == "staged"
+    staged = settings.staged
     whole = sum(map(count, weightless.new_blocks(planner.transformer, planner.every).values()))
     first = whole
     if staged:
@@ -73,21 +72,21 @@ def _students(planner: Planner) -> dict[str, float]:
     found["prune/students.safetensors"] = 4 * first
     trained = {"distill": first}
     trained |= {"narrow": whole} if staged else {}
-    trained |= {"subsets": whole} if settings["subsets"]["steps"] else {}
+    trained |= {"subsets": whole} if settings.subsets.steps else {}
     for stage, parameters in trained.items():
-        options = settings["distill" if stage == "narrow" else stage]
-        kept = weightless.optimizer_bytes(parameters, options["optimizer"], options["ema"])
+        options = getattr(settings, "distill" if stage == "narrow" else stage)
+        kept = weightless.optimizer_bytes(parameters, options.optimizer, options.ema)
         found[f"{stage}/students.safetensors"] = 4 * parameters
         found[f"state/{stage}/"] = 4 * parameters + kept
     return found | _streams(planner, planner.depth if staged else planner.every)
 
 
-def _variant_parameters(planner: Planner, budget: float | Mapping) -> int:
+def _variant_parameters(planner: Planner, budget: Mapping[str, float]) -> int:
     """At most: what its budget allows, and no less than all that there is leaves."""
     total, least = blocks.parameter_count(planner.transformer), planner.least
     allowed = [
         {"fraction": int(value * total), "parameters": int(value)}.get(kind, total)
-        for kind, value in limits(budget).items()
+        for kind, value in budget.items()
     ]
     return max(least, min([*allowed, total]))
 
@@ -103,8 +102,8 @@ def _calls(planner: Planner) -> float | None:
 def _streams(planner: Planner, units: list[Unit]) -> dict[str, float]:
     """Bytes of the streams that jobs of distill keep while they run; path -> bytes."""
     caching, jobs = planner.caching(), planner.jobs(units)
-    options = planner.settings["distill"]
-    rows = caching.fill * options["steps"] * options["batch_size"]
+    options = planner.settings.distill
+    rows = caching.fill * options.steps * options.batch_size
     found = {}
     for number, job in enumerate(jobs):
         kept = planner.streams(shards.first_needed(students.parts_of(job)))

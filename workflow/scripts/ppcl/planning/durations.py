@@ -12,12 +12,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ppcl.closed_forms import width
-from ppcl.configuration.config import compares, limits, searches_by_cost, trains
 from ppcl.evaluation import latencies
 from ppcl.planning.planner import Planner, Stage
 from ppcl.pruning import students
 from ppcl.pruning.plans import Part, Unit
 from ppcl.search import intervals, similarity
+from ppcl.settings import (
+    ChooseSettings,
+    DistillSettings,
+    SensitivitySettings,
+    Settings,
+    TrainingSettings,
+    WidthSettings,
+)
 from ppcl.transformer import blocks, example_calls
 
 # TFLOP/s, if plan.tflops names none. An A100's peak is 312 in bf16, of which large products leave a
@@ -86,10 +93,12 @@ def works(planner: Planner) -> dict[str, Work]:
     def forwards(rows: float, batch: int, **more) -> Work:
         return Work(rows * whole, math.ceil(rows / batch), **more)
 
-    def trained(stage: str, step: float, units: list[Unit], options: Mapping, **more) -> Work:
+    def trained(
+        stage: str, step: float, units: list[Unit], options: TrainingSettings, **more
+    ) -> Work:
         """step: FLOPs of one for one sample. Units are judged alone in the end."""
-        judged = options.get("heldout_rows", 0) * len(units)
-        batch, steps = options["batch_size"], options["steps"]
+        judged = getattr(options, "heldout_rows", 0) * len(units)
+        batch, steps = options.batch_size, options.steps
         devices = _devices(settings)
         return Work(
             steps * batch * step,
@@ -101,98 +110,98 @@ def works(planner: Planner) -> dict[str, Work]:
         )
 
     def times(stage: str) -> int:
-        return CHECKPOINTED if settings[stage]["gradient_checkpointing"] else STEP
+        return CHECKPOINTED if getattr(settings, stage).gradient_checkpointing else STEP
 
-    def distilled(units: list[Unit], steps: int | None = None) -> Work:
+    def distilled(units: list[Unit], options: DistillSettings = settings.distill) -> Work:
         """The teacher to the last block that is needed, and a step of every student."""
-        options = settings["distill"] | ({} if steps is None else {"steps": steps})
         teacher = sum(per_block[: max((u.last for u in units), default=-1) + 1])
         taught = sum(per_block[part.first] for part in students.parts_of(units))
         return trained("distill", teacher + times("distill") * taught, units, options)
 
-    record, evaluate = settings["record"], settings["evaluate"]
+    record, evaluate = settings.record, settings.evaluate
     done = {}
     if planner.pipeline is not None:
         per_picture = steps_of(planner)
-        renoised = branches_of(planner) * record["renoised_per_sample"]
-        rows = record["samples"] * (per_picture + renoised)
+        renoised = branches_of(planner) * record.renoised_per_sample
+        rows = record.samples * (per_picture + renoised)
         done["record"] = forwards(
-            rows, record["batch_size"], pictures=record["samples"], devices=_devices(settings)
+            rows, record.batch_size, pictures=record.samples, devices=_devices(settings)
         )
-    done["extract"] = forwards(settings["extract"]["rows"], settings["extract"]["batch_size"])
-    if compares(settings):
+    done["extract"] = forwards(settings.extract.rows, settings.extract.batch_size)
+    if settings.compares:
         done["similarity"] = _similarity(planner)
-    if searches_by_cost(settings):
-        options = settings["sensitivity"]
+    if settings.searches_by_cost:
+        options = settings.sensitivity
         runs = intervals.spans(
             len(sequence),
             blocks.seams(planner.transformer),
             blocks.untouchable(planner.transformer),
         )
-        tried = intervals.all_within(runs, options["longest"])
+        tried = intervals.all_within(runs, options.longest)
         starts = [first for first, _ in tried]
         done["sensitivity"] = _prices(planner, found, starts, options)
     if planner.widens or planner.matrices:
         done["width"] = _width(planner, found)
-    rounds, batch = evaluate["latency_repeats"], evaluate["batch_size"]
+    rounds, batch = evaluate.latency_repeats, evaluate.batch_size
     timed = (rounds + 1) * batch
-    if any("latency" in limits(variant["budget"]) for variant in settings["variants"]):
+    if settings.limited_latency:
         # Whole blocks, and each without one of its parts; some of each list.
         kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
         lengths = Counter(block.list.attribute for block in sequence).values()
         some = sum(min(length, latencies.TIMED) for length in lengths) / len(sequence)
         every_round = some * kinds * batch
         done["latency"] = forwards(every_round * (latencies.ROUNDS * rounds + 1), batch)
-    if trains(settings):
-        staged = planner.widens and settings["width"]["schedule"] == "staged"
+    if settings.trains:
+        staged = planner.widens and settings.width.schedule == "staged"
         units = depth if staged else every
         done["distill"] = distilled(units)
         jobs = planner.jobs(units) if planner.every else []
         if len(jobs) > 1:
             done |= {f"distill/{number}": distilled(job) for number, job in enumerate(jobs)}
         if staged:
-            done["narrow"] = distilled(every, settings["width"]["steps"])
-        if settings["subsets"]["steps"]:
+            done["narrow"] = distilled(every, settings.narrowing)
+        if settings.subsets.steps:
             step = times("subsets") * whole
-            done["subsets"] = trained("subsets", step, every, settings["subsets"], streams=False)
+            done["subsets"] = trained("subsets", step, every, settings.subsets, streams=False)
     # Every unit alone, and for every variant its units of one stage each, and one flipped by one.
-    tried = len(every) * (1 + 3 * len(settings["variants"])) if trains(settings) else 0
-    tried += len(settings["variants"])
-    done["choose"] = _prices(planner, found, [0] * tried, settings["choose"])
-    steps = max(variant["finetune_steps"] for variant in settings["variants"])
-    if steps:
-        options = settings["finetune"] | {"steps": steps}
+    tried = len(every) * (1 + 3 * len(settings.variants)) if settings.trains else 0
+    tried += len(settings.variants)
+    done["choose"] = _prices(planner, found, [0] * tried, settings.choose)
+    longest = max(settings.variants, key=lambda variant: variant.finetune_steps)
+    if longest.finetune_steps:
+        options = settings.finetune.for_variant(longest)
         step = times("finetune") * whole
         done["finetune"] = trained("finetune", step, [], options, streams=False)
-    sizes, judged = settings["pareto"]["budgets"], settings["choose"]["rows"]
+    sizes, judged = settings.pareto.budgets, settings.choose.rows
     done["pareto"] = forwards(
-        (sizes + 1) * (evaluate["velocity_rows"] + timed),
-        evaluate["batch_size"],
+        (sizes + 1) * (evaluate.velocity_rows + timed),
+        evaluate.batch_size,
         float32=(sizes + 1) * judged * whole,
     )
     if planner.pipeline is not None:
-        models = len(settings["variants"]) + 1
-        rows = models * (
-            evaluate["samples"] * steps_of(planner) + evaluate["velocity_rows"] + timed
-        )
-        pictures = models * evaluate["samples"]
-        done["evaluate"] = forwards(rows, evaluate["batch_size"], models=models, pictures=pictures)
+        models = len(settings.variants) + 1
+        rows = models * (evaluate.samples * steps_of(planner) + evaluate.velocity_rows + timed)
+        pictures = models * evaluate.samples
+        done["evaluate"] = forwards(rows, evaluate.batch_size, models=models, pictures=pictures)
     return done
 
 
 def branches_of(planner: Planner) -> int:
     """Calls of a guided denoising step."""
-    return 2 if example_calls.guided(planner.pipeline, planner.settings["pipeline"]) else 1
+    return 2 if example_calls.guided(planner.pipeline, planner.settings.pipeline) else 1
 
 
 def steps_of(planner: Planner) -> int:
     """Calls of the transformer for one picture."""
-    steps = planner.settings["pipeline"].get("num_inference_steps", planner.pipeline.steps)
+    steps = planner.settings.pipeline.get("num_inference_steps", planner.pipeline.steps)
     return steps * branches_of(planner)
 
 
 def _prices(
-    planner: Planner, found: tuple[list[int], int], starts: list[int], options: Mapping
+    planner: Planner,
+    found: tuple[list[int], int],
+    starts: list[int],
+    options: SensitivitySettings | WidthSettings | ChooseSettings,
 ) -> Work:
     """Changed models in float32, each from the block on where its change begins, and the teacher.
 
@@ -200,34 +209,34 @@ def _prices(
     """
     per_block, whole = found
     spent = 2 * whole + sum(whole - sum(per_block[:start]) for start in starts)
-    passes = math.ceil(options["rows"] / options["batch_size"]) * (len(starts) + 2)
-    return Work(0.0, passes, float32=options["rows"] * spent, devices=_devices(planner.settings))
+    passes = math.ceil(options.rows / options.batch_size) * (len(starts) + 2)
+    return Work(0.0, passes, float32=options.rows * spent, devices=_devices(planner.settings))
 
 
 def _width(planner: Planner, found: tuple[list[int], int]) -> Work:
     """Fits, in as many passes as their sums need, and every closed form priced alone."""
-    options, sequence = planner.settings["width"], blocks.block_sequence(planner.transformer)
+    options, sequence = planner.settings.width, blocks.block_sequence(planner.transformer)
     starts, rows = [], 0
     if planner.widens:
         starts += [unit.first for unit in width.ffn_candidates(planner.transformer)]
         texts = [block.index for block in sequence if block.width.text]
-        texts *= options["longest"] - 1
+        texts *= options.longest - 1
         channels = max(max(planner.channels(block).values()) for block in sequence)
         sums = 4 * 8 * channels**2 * (len(starts) + 2 * len(texts))
         passes = math.ceil(sums / width.SUMS_BYTES)
         # A quarter more to judge the maps on; and a pass also runs the blocks that the maps stand
         # for once more.
-        rows = 2 * passes * math.ceil(1.25 * options["fit_rows"])
+        rows = 2 * passes * math.ceil(1.25 * options.fit_rows)
         starts += texts
     starts += [block for (block, _), ranks in planner.matrices.items() for _ in ranks]
     work = _prices(planner, found, starts, options)
-    fits = math.ceil(rows / options["batch_size"])
+    fits = math.ceil(rows / options.batch_size)
     return replace(work, flops=rows * found[1], passes=work.passes + fits)
 
 
-def heldout_tokens(settings: Mapping) -> int:
+def heldout_tokens(settings: Settings) -> int:
     """Of every stream and boundary, for CKA: half of the rows that are replayed."""
-    return math.ceil(settings["extract"]["rows"] / 2) * settings["extract"]["sample_tokens"]
+    return math.ceil(settings.extract.rows / 2) * settings.extract.sample_tokens
 
 
 def _similarity(planner: Planner) -> Work:
@@ -249,28 +258,28 @@ def streams_of(planner: Planner) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _devices(settings: Mapping) -> int:
+def _devices(settings: Settings) -> int:
     """That a job's processes have; on a CPU they share what there is."""
-    processes = settings["processes"]
-    return 1 if processes == "auto" or settings["device"] == "cpu" else processes
+    processes = settings.processes
+    return 1 if processes == "auto" or settings.device == "cpu" else processes
 
 
-def speed(settings: Mapping, work: Work, float32: bool = False) -> float:
+def speed(settings: Settings, work: Work, float32: bool = False) -> float:
     """FLOP/s of one device, in the precision of a stage's work: the teacher's, unless it has its
     own; or of its passes in float32."""
-    cpu = settings["device"] == "cpu"
-    given = 1e12 * (settings["plan"]["tflops"] or (CPU_TFLOPS if cpu else GPU_TFLOPS))
+    cpu = settings.device == "cpu"
+    given = 1e12 * (settings.plan.tflops or (CPU_TFLOPS if cpu else GPU_TFLOPS))
     if work.float64:
         return given * (CPU_FLOAT64 if cpu else GPU_FLOAT64)
-    low = settings["teacher"]["dtype"] != "float32"
+    low = settings.teacher.dtype != "float32"
     if float32:
         return given * (1.0 if cpu else TENSOR_FLOAT32 if low else FLOAT32)
     if work.trains:
-        low = settings[work.trains]["mixed_precision"] != "no"
+        low = getattr(settings, work.trains).mixed_precision != "no"
     return given * (1.0 if low or cpu else FLOAT32)
 
 
-def seconds(work: Work, settings: Mapping, weights: int) -> float:
+def seconds(work: Work, settings: Settings, weights: int) -> float:
     """What a stage is expected to take.
 
     Args:
@@ -279,7 +288,7 @@ def seconds(work: Work, settings: Mapping, weights: int) -> float:
     spent = work.flops / work.devices / speed(settings, work)
     spent += work.float32 / work.devices / speed(settings, work, float32=True)
     spent += work.passes / work.devices * PASS + work.pictures * PICTURE
-    if work.streams and settings["teacher"]["offload"] in ("stream", "auto"):
+    if work.streams and settings.teacher.offload in ("stream", "auto"):
         spent += work.passes / work.devices * weights / STREAMING
     return spent + work.models * weights / LOADING
 
@@ -289,7 +298,7 @@ def minutes(seconds: float) -> int:
     return min(MOST, max(LEAST, math.ceil(SAFETY * seconds / 60)))
 
 
-def main_memory(stage: Stage | None, settings: Mapping, weights: int) -> int:
+def main_memory(stage: Stage | None, settings: Settings, weights: int) -> int:
     """Bytes of main memory for a stage's models, beside what its program needs in any case.
 
     Weights pass through it on their way to a GPU, once per process and in one copy more; so does
@@ -299,14 +308,14 @@ def main_memory(stage: Stage | None, settings: Mapping, weights: int) -> int:
         stage: what the planner knows of it, if it does.
         weights: bytes of the teacher's transformer.
     """
-    processes = 1 if settings["processes"] == "auto" else settings["processes"]
+    processes = 1 if settings.processes == "auto" else settings.processes
     needed = (processes + 1) * weights
     if stage is None:
         return needed
     kinds = ("students", "gradients", "optimizer 32-bit")
     needed += processes * sum(stage.parts.get(kind) or 0 for kind in kinds)
     needed += stage.parts.get("main memory") or 0
-    on_cpu = processes * (stage.resident or 0) if settings["device"] == "cpu" else 0
+    on_cpu = processes * (stage.resident or 0) if settings.device == "cpu" else 0
     return math.ceil(max(needed, on_cpu))
 
 
@@ -321,7 +330,7 @@ def resources(planner: Planner, found: Mapping[str, Work]) -> dict[str, dict[str
         # Also for a GPU: where it has no room for it, the CPU does it.
         tokens = heldout_tokens(settings)
         return max(
-            similarity.memory((tokens, channels), depth, settings["similarity"])
+            similarity.memory((tokens, channels), depth, settings.similarity)
             for depth, channels in streams_of(planner).values()
         )
 

@@ -36,7 +36,7 @@ def rows(planner: Planner, gpus: Sequence[float]) -> Iterator[dict]:
                 "size",
                 weightless.weight_bytes(model),
                 "bytes",
-                f"in {planner.settings['teacher']['dtype']}",
+                f"in {planner.settings.teacher.dtype}",
             ),
             ("blocks", len(block_map), "blocks", ""),
             ("flops", total, "FLOPs", "of one call, batch 1"),

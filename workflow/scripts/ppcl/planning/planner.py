@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from ppcl.closed_forms import modulation, width
-from ppcl.configuration.config import compares, searches_by_cost, trains
 from ppcl.planning import footprint, weightless
 from ppcl.pruning import students
 from ppcl.pruning.plans import Matrix, Part, Unit, units
 from ppcl.runtime import devices
+from ppcl.settings import DistillSettings, FinetuneSettings, Settings, TrainingSettings
 from ppcl.training import distillation, shards, teaching
 from ppcl.transformer import blocks, example_calls
 
@@ -87,7 +87,7 @@ class Planner:
         pipeline: how its stock pipeline calls it, if known.
     """
 
-    settings: Mapping
+    settings: Settings
     transformer: nn.Module
     depth: list[Unit]
     every: list[Unit]
@@ -127,10 +127,10 @@ class Planner:
     def least(self) -> int:
         """Parameters of the smallest model that variants can be: with every closed form in it, if
         variants choose among all. 0 where intervals are still to be found."""
-        if self.settings["intervals"]["enabled"] and not self.depth:
+        if self.settings.intervals.enabled and not self.depth:
             return 0
         smallest = [blocks.parameter_count(model) for model, _ in self.variants.values()]
-        if self.settings["choose"]["closed_forms"]:
+        if self.settings.choose.closed_forms:
             wanted = width.ffn_candidates(self.transformer) if self.widens else []
             linear = [(unit.first, s) for unit in wanted for s in unit.parts[0].linear_ffn]
             made = weightless.new_blocks(self.transformer, units([], linear=linear))
@@ -142,16 +142,16 @@ class Planner:
     @property
     def widens(self) -> bool:
         """Whether FFNs and text streams may become linear."""
-        return self.settings["width"]["enabled"]
+        return self.settings.width.enabled
 
     @property
     def trains(self) -> bool:
         """Whether students are trained."""
-        return bool(self.every) and trains(self.settings)
+        return bool(self.every) and self.settings.trains
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        return devices.dtype(self.settings["teacher"]["dtype"])
+        return devices.dtype(self.settings.teacher.dtype)
 
     @cached_property
     def weights(self) -> int:
@@ -240,43 +240,43 @@ class Planner:
     def _stages(self) -> Iterator[Stage]:
         settings = self.settings
         joined = self.pipeline is not None and self.pipeline.joined
-        doubled = 2 if joined and example_calls.guided(self.pipeline, settings["pipeline"]) else 1
+        doubled = 2 if joined and example_calls.guided(self.pipeline, settings.pipeline) else 1
         alone = "transformer alone: text encoder and autoencoder come on top"
-        yield self._still("record", settings["record"]["batch_size"] * doubled, note=alone)
+        yield self._still("record", settings.record.batch_size * doubled, note=alone)
         yield self._extract()
-        if searches_by_cost(settings):
-            yield self._priced("sensitivity", settings["sensitivity"]["batch_size"])
+        if settings.searches_by_cost:
+            yield self._priced("sensitivity", settings.sensitivity.batch_size)
         if self.widens or self.matrices:
-            yield self._width(settings["width"]["batch_size"])
+            yield self._width(settings.width.batch_size)
         if self.trains:
-            staged = self.widens and settings["width"]["schedule"] == "staged"
+            staged = self.widens and settings.width.schedule == "staged"
             yield from self._distillations(self.depth if staged else self.every)
             if staged:
                 yield self._distill("narrow", self.every)
-            if settings["subsets"]["steps"]:
+            if settings.subsets.steps:
                 yield self._subsets()
-        yield self._priced("choose", settings["choose"]["batch_size"])
-        if any(variant["finetune_steps"] for variant in settings["variants"]):
+        yield self._priced("choose", settings.choose.batch_size)
+        if any(variant.finetune_steps for variant in settings.variants):
             yield self._finetune()
-        yield self._still("evaluate", settings["evaluate"]["batch_size"] * doubled, note=alone)
+        yield self._still("evaluate", settings.evaluate.batch_size * doubled, note=alone)
 
     def _extract(self) -> Stage:
         """On a GPU, sums and the tokens that wait for them are in main memory, and a block's come
         to the device at a time (activations.Moments). Only where blocks are compared; sums of what
         modulations get are small beside them."""
-        options, sums = self.settings["extract"], sum(self.moments())
+        options, sums = self.settings.extract, sum(self.moments())
         if not sums:
-            return self._still("extract", options["batch_size"])
-        if self.settings["device"] == "cpu":
-            return self._still("extract", options["batch_size"], statistics=sums)
-        added = options["batch_size"] * options["moment_tokens"]
+            return self._still("extract", options.batch_size)
+        if self.settings.device == "cpu":
+            return self._still("extract", options.batch_size, statistics=sums)
+        added = options.batch_size * options.moment_tokens
         widths = [
             channels
             for block in blocks.block_sequence(self.transformer)
             for channels in self.channels(block).values()
         ]
         at_once = max(8 * (3 * (d + added) * d + d * d) for d in widths)
-        stage = self._still("extract", options["batch_size"], statistics=at_once)
+        stage = self._still("extract", options.batch_size, statistics=at_once)
         waiting = sum(
             2 * math.ceil((d + added) / added) * _pinned(added * d * self.dtype.itemsize)
             for d in widths
@@ -286,7 +286,7 @@ class Planner:
 
     def moments(self) -> list[int]:
         """Bytes of the sums that `extract` keeps for probes, float64, of every block and stream."""
-        if not compares(self.settings):
+        if not self.settings.compares:
             return []
         return [
             8 * (2 * channels**2 + 2 * channels + 2)
@@ -373,7 +373,7 @@ class Planner:
         one = 4 * 8 * channels**2
         # Every block may borrow the text of one before it and end a run, in as many ways as runs
         # are long.
-        wanted = len(maps) + 2 * texts * (self.settings["width"]["longest"] - 1)
+        wanted = len(maps) + 2 * texts * (self.settings.width.longest - 1)
         at_once = min(wanted, max(1, width.SUMS_BYTES // one))
         statistics = at_once * one
         activations = None
@@ -408,29 +408,29 @@ class Planner:
         """Rows of calls.parquet: of every step and branch, then the renoised ones."""
         if self.pipeline is None:
             return None
-        asked, options = self.settings["pipeline"], self.settings["record"]
+        asked, options = self.settings.pipeline, self.settings.record
         steps = asked.get("num_inference_steps", self.pipeline.steps)
         branches = 2 if example_calls.guided(self.pipeline, asked) else 1
-        return options["samples"] * branches * (steps + options["renoised_per_sample"])
+        return options.samples * branches * (steps + options.renoised_per_sample)
 
     def caching(self) -> shards.Caching:
         """What keeping streams at a job's first block costs, from the rows that are recorded."""
-        options, rows = self.settings["distill"], self.recorded()
-        if rows is None or options["mode"] != "independent":
+        options, rows = self.settings.distill, self.recorded()
+        if rows is None or options.mode != "independent":
             return shards.NEVER
-        taught = rows * (1 - self.settings["record"]["heldout_fraction"])
-        visits = options["steps"] * options["batch_size"]
+        taught = rows * (1 - self.settings.record.heldout_fraction)
+        visits = options.steps * options.batch_size
         # Of so many draws, what is drawn at all.
         drawn = taught * (1 - (1 - 1 / max(2, taught)) ** visits)
-        return shards.Caching(options["cache_inputs"], min(1, drawn / visits))
+        return shards.Caching(options.cache_inputs, min(1, drawn / visits))
 
     def jobs(self, units: list[Unit]) -> list[list[Unit]]:
         """The units of every job of distill."""
-        return shards.allot(units, self.settings["distill"]["shards"], self.caching())
+        return shards.allot(units, self.settings.distill.shards, self.caching())
 
     def _distill(self, name: str, units: list[Unit]) -> Stage:
         """Eq. 6: the teacher once, then one student's graph after the other."""
-        options = self.settings["distill"]
+        options = self.settings.distill
         batch, made = (
             self._batch(options),
             weightless.new_blocks(self.transformer, units, torch.float32),
@@ -444,7 +444,7 @@ class Planner:
             for module in running.values():
                 module.requires_grad_(True).train()
             arguments = self.example(batch, self.dtype)
-            used = options | {"gradient_checkpointing": recompute}
+            used = options.replace(gradient_checkpointing=recompute)
 
             def run():
                 self._distillation_step(running, arguments, used, dtype)
@@ -456,7 +456,11 @@ class Planner:
         return self._trained(name, options, batch, modules, measured, [largest])
 
     def _distillation_step(
-        self, running: students.Students, arguments: dict, options: Mapping, dtype: torch.dtype
+        self,
+        running: students.Students,
+        arguments: dict,
+        options: DistillSettings,
+        dtype: torch.dtype,
     ) -> None:
         """A step of `distillation.independent`, on meta."""
         sequence = blocks.block_sequence(self.transformer)
@@ -467,7 +471,7 @@ class Planner:
             if part.last == sequence[-1].index:
                 lesson.target = {s: t for s, t in lesson.target.items() if s not in unread}
             lesson.bound = tree_map(lambda v: _cast(v, dtype), lesson.bound)
-            returned = distillation._call(student, lesson.bound, options["gradient_checkpointing"])
+            returned = distillation._call(student, lesson.bound, options.gradient_checkpointing)
             output = sequence[part.first].outputs(returned)
             output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
             loss, _ = teaching.interval_losses(output, lesson.target, {}, options)
@@ -475,7 +479,7 @@ class Planner:
 
     def _subsets(self) -> Stage:
         """Any-subset distillation at its most: with all units plugged in."""
-        options = self.settings["subsets"]
+        options = self.settings.subsets
         batch, made = (
             self._batch(options),
             weightless.new_blocks(self.transformer, self.every, torch.float32),
@@ -497,7 +501,7 @@ class Planner:
 
     def _finetune(self) -> Stage:
         """All parameters of the smallest model; the record has the teacher's answers."""
-        options = self.settings["finetune"]
+        options = self.settings.finetune
         batch = self._batch(options)
         model, _ = next(reversed(self.variants.values()))
         model = nn.Module.to(copy.deepcopy(model), torch.float32)  # diffusers' own would warn
@@ -518,16 +522,16 @@ class Planner:
             shares=self._shares(options, model),
         )
 
-    def _shares(self, options: Mapping, model: nn.Module) -> Shares | None:
+    def _shares(self, options: FinetuneSettings, model: nn.Module) -> Shares | None:
         """How `model` is shared out, if it is; with processes: auto, as with one."""
-        processes = self.settings["processes"]
+        processes = self.settings.processes
         processes = 1 if processes == "auto" else processes
-        if options["sharding"] == "none" or (processes == 1 and not options["cpu_offload"]):
+        if options.sharding == "none" or (processes == 1 and not options.cpu_offload):
             return None
         counts = [blocks.parameter_count(b.module) for b in blocks.block_sequence(model)]
         whole = blocks.parameter_count(model) - sum(counts) + 3 * max(counts)
         gathered = whole * _precision(options)[0].itemsize
-        return Shares(processes, gathered, options["cpu_offload"])
+        return Shares(processes, gathered, options.cpu_offload)
 
     def _velocity(
         self,
@@ -556,15 +560,15 @@ class Planner:
                 model.disable_gradient_checkpointing()
         return found.beside(bytes_of(arguments))
 
-    def _batch(self, options: Mapping) -> int:
+    def _batch(self, options: TrainingSettings) -> int:
         """Samples per device; with processes: auto, all on one."""
-        processes = self.settings["processes"]
-        return math.ceil(options["batch_size"] / (1 if processes == "auto" else processes))
+        processes = self.settings.processes
+        return math.ceil(options.batch_size / (1 if processes == "auto" else processes))
 
     def _trained(
         self,
         name: str,
-        options: Mapping,
+        options: TrainingSettings,
         batch: int,
         modules: list[nn.Module],
         measured: Callable[[bool], footprint.Footprint | None],
@@ -585,10 +589,9 @@ class Planner:
         held = sum(map(weightless.weight_bytes, modules))
         plain, again = measured(False), measured(True)
         states, small = (
-            weightless.optimizer_bytes(count, kind, options["ema"])
-            for kind in ("adamw", "adamw8bit")
+            weightless.optimizer_bytes(count, kind, options.ema) for kind in ("adamw", "adamw8bit")
         )
-        lowered = options["mixed_precision"] == "bf16"
+        lowered = options.mixed_precision == "bf16"
         casts = 2 * sum(map(blocks.parameter_count, cast)) if lowered else 0
         parts = {
             "students": held,
@@ -599,9 +602,9 @@ class Planner:
             "activations": plain and plain.activations,
             "activations checkpointed": again and again.activations,
         }
-        note = f"batch {batch}, {options['mixed_precision']} mixed precision"
-        note += ", checkpointed" if options["gradient_checkpointing"] else ""
-        note += ", 8-bit AdamW" if options["optimizer"] == "adamw8bit" else ""
+        note = f"batch {batch}, {options.mixed_precision} mixed precision"
+        note += ", checkpointed" if options.gradient_checkpointing else ""
+        note += ", 8-bit AdamW" if options.optimizer == "adamw8bit" else ""
         if shares:
             parts = {
                 name: value
@@ -613,8 +616,8 @@ class Planner:
             note += ", shares in CPU memory" if shares.offloaded else ""
         if plain is None:
             return self._stage(name, parts, None, note=note)
-        used = again if options["gradient_checkpointing"] else plain
-        configured = small if options["optimizer"] == "adamw8bit" else states
+        used = again if options.gradient_checkpointing else plain
+        configured = small if options.optimizer == "adamw8bit" else states
         # All gradients are there when the optimizer steps, whatever there was before.
         beside = held + configured + max(used.peak + casts, 4 * count)
         least = held + small + max(again.peak + casts, 4 * count)
@@ -632,9 +635,9 @@ class Planner:
         return stage
 
 
-def _precision(options: Mapping) -> tuple[torch.dtype, float]:
+def _precision(options: TrainingSettings) -> tuple[torch.dtype, float]:
     """What a step computes in, and how much larger gradients of float32 weights are than its."""
-    return (torch.bfloat16, 2.0) if options["mixed_precision"] == "bf16" else (torch.float32, 1.0)
+    return (torch.bfloat16, 2.0) if options.mixed_precision == "bf16" else (torch.float32, 1.0)
 
 
 def _pinned(size: int) -> int:

@@ -19,6 +19,7 @@ from ppcl.errors import UserError
 from ppcl.planning import footprint
 from ppcl.pruning import narrow, pins, plans, students
 from ppcl.pruning.plans import Matrix, Unit
+from ppcl.settings import ModulationSettings, Settings, TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import hub
 from ppcl.transformer import blocks, families
@@ -34,9 +35,9 @@ class _Config(ConfigMixin):
     config_name = "config.json"
 
 
-def _from_hub(teacher: Mapping, place: str) -> dict:
+def _from_hub(teacher: TeacherSettings, place: str) -> dict:
     """The config of a component of a pipeline on the Hub, and nothing else of it."""
-    name, file, revision = teacher["path"], f"{place}/{_Config.config_name}", teacher["revision"]
+    name, file, revision = teacher.path, f"{place}/{_Config.config_name}", teacher.revision
     try:
         if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             # Asked once: a download would try for half a minute without a network.
@@ -50,7 +51,7 @@ def _from_hub(teacher: Mapping, place: str) -> dict:
         ) from error
 
 
-def architecture(teacher: Mapping, path: str | None) -> tuple[dict, str]:
+def architecture(teacher: TeacherSettings, path: str | None) -> tuple[dict, str]:
     """The config of the transformer to plan for, and where it is from.
 
     Args:
@@ -60,12 +61,12 @@ def architecture(teacher: Mapping, path: str | None) -> tuple[dict, str]:
     Raises:
         UserError: there is no such file, it is no config, or the Hub can't be reached.
     """
-    place = "/".join(filter(None, (teacher.get("subfolder"), hub.component(teacher))))
+    place = "/".join(filter(None, (teacher.subfolder, hub.component(teacher))))
     key, file = "plan.transformer_config", Path(path or "")
     if path is None:
-        if hub.is_name(teacher["path"]):
-            return _from_hub(teacher, place), f"{teacher['path']}/{place}"
-        key, file = "teacher.path", Path(teacher["path"], place, _Config.config_name)
+        if hub.is_name(teacher.path):
+            return _from_hub(teacher, place), f"{teacher.path}/{place}"
+        key, file = "teacher.path", Path(teacher.path, place, _Config.config_name)
     try:
         found = untrusted.json_object(file)
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -115,7 +116,7 @@ def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
 
 
 def selection(
-    settings: Mapping,
+    settings: Settings,
     transformer: nn.Module,
     intervals: Iterable[tuple[int, int]] | None = None,
     narrower: tuple[list[tuple[int, int]], list[tuple[int, str]]] | None = None,
@@ -147,7 +148,7 @@ def selection(
         {block for block, _ in matrices(settings, transformer)},
         width.unread_after(transformer),
     )
-    if not settings["intervals"]["enabled"]:
+    if not settings.intervals.enabled:
         intervals = ()
     chosen = sorted(pinned.intervals if intervals is None else intervals)
     runs, linear = narrower or (sorted(pinned.runs), sorted(pinned.ffns))
@@ -181,16 +182,16 @@ def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module,
     return blocks.assembled(transformer, {part.key: module for part, module in made.items()})
 
 
-def ranks_on_offer(options: Mapping) -> list[int]:
+def ranks_on_offer(options: ModulationSettings) -> list[int]:
     """Of modulation matrices, by the config's `modulation`; none if they stay."""
-    if not options["enabled"]:
+    if not options.enabled:
         return []
-    return sorted(options["ladder"]) if options["rank"] == "auto" else [options["rank"]]
+    return sorted(options.ladder) if options.rank == "auto" else [options.rank]
 
 
-def matrices(settings: Mapping, transformer: nn.Module) -> dict[Matrix, list[int]]:
+def matrices(settings: Settings, transformer: nn.Module) -> dict[Matrix, list[int]]:
     """Every modulation matrix that may become low rank, and the ranks on offer that it can have."""
-    offered, forbidden = ranks_on_offer(settings["modulation"]), settings["modulation"]["forbid"]
+    offered, forbidden = ranks_on_offer(settings.modulation), settings.modulation.forbid
     found = {
         matrix.key: [rank for rank in offered if rank <= min(matrix.inputs, matrix.outputs)]
         for matrix in modulation.matrices(transformer)

@@ -5,11 +5,12 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ppcl.errors import UserError
 from ppcl.pruning.plans import Unit
+from ppcl.settings import Settings
 from ppcl.transformer.families import IMAGE, TEXT
 
 Ends = tuple[int, int]
@@ -29,7 +30,7 @@ class Named:
 NOTHING = Named()
 
 
-def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
+def wishes(settings: Settings, depth: int | None = None) -> tuple[Named, Named]:
     """What the config pins, and what it forbids; only of what is enabled.
 
     depth: blocks of the teacher, if known.
@@ -71,9 +72,9 @@ def wishes(settings: Mapping, depth: int | None = None) -> tuple[Named, Named]:
     return pinned, forbidden
 
 
-def protected(settings: Mapping, depth: int | None) -> set[int]:
+def protected(settings: Settings, depth: int | None) -> set[int]:
     """Blocks that intervals.protect_first and protect_last keep as they are."""
-    first, last = (settings["intervals"][f"protect_{side}"] for side in ("first", "last"))
+    first, last = settings.intervals.protect_first, settings.intervals.protect_last
     return {*range(first)} | (set() if depth is None else {*range(max(0, depth - last), depth)})
 
 
@@ -136,17 +137,22 @@ def holds(unit: Unit, named: Named) -> bool:
     return bool(ffns & named.ffns or ends & named.intervals or inside)
 
 
-def _named(settings: Mapping, verb: str, depth: int | None) -> Named:
-    lists = {"intervals": settings["intervals"], "modulation": settings["modulation"]}
-    for name in ("text", "ffn_image", "ffn_text"):
-        lists[f"width.{name}"] = settings["width"][name]
+def _named(settings: Settings, verb: str, depth: int | None) -> Named:
+    width = settings.width
+    sections = {
+        "intervals": (settings.intervals, settings.intervals.enabled),
+        "modulation": (settings.modulation, settings.modulation.enabled),
+        "width.text": (width.text, width.enabled),
+        "width.ffn_image": (width.ffn_image, width.enabled),
+        "width.ffn_text": (width.ffn_text, width.enabled),
+    }
     lists = {
-        key: named[verb] if settings[key.partition(".")[0]]["enabled"] else []
-        for key, named in lists.items()
+        key: getattr(section, verb) if enabled else ()
+        for key, (section, enabled) in sections.items()
     }
     for key, items in lists.items():
         for item in items:
-            blocks = item if isinstance(item, list) else [item]
+            blocks = [item] if isinstance(item, int) else item
             if len(blocks) == 2 and blocks[0] >= blocks[1]:
                 raise UserError(
                     f"{key}.{verb}: {shown(item)} has to be [first, last] with last > first"

@@ -1,4 +1,4 @@
 """Which blocks go: probes, CKA and similarity, candidate intervals, what earlier stages measured of
 them, the exact search for the cheapest set within each budget, and its reasons. May import errors,
-provenance, storage, transformer, pruning and configuration; every package above may import it.
+settings, provenance, storage, transformer and pruning; every package above may import it.
 """

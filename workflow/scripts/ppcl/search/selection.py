@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ppcl.configuration.config import limits
 from ppcl.errors import UserError
 from ppcl.pruning.pins import NOTHING, Ends, Ffn, Named
 from ppcl.pruning.plans import Matrix, Modulation, Unit
 from ppcl.search import integer_programs
+from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
 from ppcl.transformer.families import IMAGE, TEXT
 
@@ -90,7 +90,7 @@ def needed(budget: float | Mapping[str, float], facts: Mapping[str, float]) -> d
         facts: transformer_parameters, blocks, and transformer_seconds for latency.
     """
     found: dict[str, float] = {}
-    for kind, value in limits(budget).items():
+    for kind, value in budget.items():
         if kind == "latency":
             amount = (1 - value) * facts["transformer_seconds"]
         elif kind == "blocks":
@@ -103,11 +103,11 @@ def needed(budget: float | Mapping[str, float], facts: Mapping[str, float]) -> d
     return found
 
 
-def targets(variants: Iterable[Mapping], facts: Mapping[str, float]) -> dict[str, float]:
+def targets(variants: Iterable[Variant], facts: Mapping[str, float]) -> dict[str, float]:
     """Per measure, what has to go for the smallest budget of all variants."""
     largest: dict[str, float] = {}
     for variant in variants:
-        for measure, amount in needed(variant["budget"], facts).items():
+        for measure, amount in needed(variant.budget, facts).items():
             largest[measure] = max(amount, largest.get(measure, 0))
     return largest
 

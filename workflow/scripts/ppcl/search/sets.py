@@ -18,6 +18,7 @@ from ppcl.pruning import pins, plans
 from ppcl.pruning.plans import Matrix, Unit
 from ppcl.search import integer_programs, selection
 from ppcl.search.selection import Choices, Weights
+from ppcl.settings import Variant
 from ppcl.storage import texts
 from ppcl.transformer.families import IMAGE, TEXT
 
@@ -147,7 +148,7 @@ class Decided:
     tried: Mapping[str, Choice]
 
 
-def search(offer: Offer, wanted: Mapping) -> Choice:
+def search(offer: Offer, wanted: Variant) -> Choice:
     """The set that costs least and meets a variant's budget, each trained unit at its best error.
 
     The cost of a set is the sum of what its members cost alone, so that a larger budget never
@@ -159,7 +160,7 @@ def search(offer: Offer, wanted: Mapping) -> Choice:
     Raises:
         UserError: nothing that may be used meets the budget.
     """
-    train = wanted.get("train", True)
+    train = wanted.train
     units = {
         name: (unit, min(found.values()))
         for name, unit in offer.units.items()
@@ -167,7 +168,7 @@ def search(offer: Offer, wanted: Mapping) -> Choice:
     }
     needs = selection.targets([wanted], offer.facts)
     choices = replace(offer.closed, units=units)
-    whose = f"variants: the budget of '{wanted['name']}' needs"
+    whose = f"variants: the budget of '{wanted.name}' needs"
     plan = selection.select(choices, offer.weights, needs, offer.pinned, whose)
     members = [Member(units[name][0], offer.best(name, train)) for name in plan.units]
     closed = plans.units((), plan.runs, plan.ffns, offer.closed.unread)
@@ -177,7 +178,7 @@ def search(offer: Offer, wanted: Mapping) -> Choice:
     return Choice(found, plan.cost, plan.saved)
 
 
-def meets(choice: Choice, offer: Offer, wanted: Mapping) -> bool:
+def meets(choice: Choice, offer: Offer, wanted: Variant) -> bool:
     """Whether a variant may be this set: it is small and fast enough, and trained only if that is
     allowed."""
     needs = selection.targets([wanted], offer.facts)
@@ -185,7 +186,7 @@ def meets(choice: Choice, offer: Offer, wanted: Mapping) -> bool:
         integer_programs.enough(choice.saved[measure], need) for measure, need in needs.items()
     )
     trained = any(member.source in TRAINED for member in choice.found.members)
-    return enough and (wanted.get("train", True) or not trained)
+    return enough and (wanted.train or not trained)
 
 
 # Velocity errors of sets; asked for the same set again, it gives the same.
@@ -193,7 +194,7 @@ Measure = Callable[[Sequence[Set]], list[float]]
 
 
 def decide(
-    offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure, flips: bool = True
+    offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure, flips: bool = True
 ) -> dict[str, Decided]:
     """Where each variant's trained units are from, by error measured in the whole set.
 
@@ -209,7 +210,7 @@ def decide(
 
 
 def trials(
-    offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure, flips: bool = True
+    offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure, flips: bool = True
 ) -> dict[str, dict[str, Choice]]:
     """What `decide` tries for each variant, by what it is in words."""
     free = {name: _free(offer, choice.found, wanted) for name, (wanted, choice) in asked.items()}
@@ -230,7 +231,7 @@ def trials(
 
 def settle(
     offer: Offer,
-    asked: Mapping[str, tuple[Mapping, Choice]],
+    asked: Mapping[str, tuple[Variant, Choice]],
     tried: Mapping[str, Mapping[str, Choice]],
 ) -> dict[str, Decided]:
     """The best of all that was tried that each variant may be."""
@@ -257,13 +258,13 @@ def refitted(found: Set, variant: str) -> Set:
 
 
 def as_last_trained(
-    offer: Offer, asked: Mapping[str, tuple[Mapping, Choice]], measure: Measure
+    offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure
 ) -> dict[str, Decided]:
     """As `decide`, but every unit is from the last stage that it may be from, and no set is another
     variant's."""
     found = {}
     for name, (wanted, choice) in asked.items():
-        train = wanted.get("train", True)
+        train = wanted.train
         trained = offer.trained(choice.found)
         last = {unit: list(offer.sources(unit, train))[-1] for unit in trained}
         found[name] = choice.found.having(last)
@@ -274,9 +275,9 @@ def as_last_trained(
     return decided
 
 
-def _free(offer: Offer, found: Set, wanted: Mapping) -> dict[str, list[str]]:
+def _free(offer: Offer, found: Set, wanted: Variant) -> dict[str, list[str]]:
     """Units of a set that may be from several stages, and these."""
-    train = wanted.get("train", True)
+    train = wanted.train
     sources = {name: list(offer.sources(name, train)) for name in offer.trained(found)}
     return {name: several for name, several in sources.items() if len(several) > 1}
 

@@ -30,7 +30,7 @@ All surrogates that end at the same block are compared together, some at a time:
 slab of memory (`cka.pairs_at_once`).
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import takewhile
 
 import numpy as np
@@ -53,9 +53,12 @@ from ppcl.search.cka import (
     slab_bytes,
 )
 from ppcl.search.probes import Probe
+from ppcl.settings import SimilaritySettings
 
 
-def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Resamples]:
+def heldout(
+    tokens, stream: str, options: SimilaritySettings, seed: int
+) -> tuple[Callable, Resamples]:
     """How `surrogate_cka` reads one stream of a token_table.TokenReader, and its resamples.
 
     options: the config's `similarity`. The same seed for every stream: a resample draws the same
@@ -63,12 +66,14 @@ def heldout(tokens, stream: str, options: dict, seed: int) -> tuple[Callable, Re
     """
     mask = tokens.heldout(stream)
     every = [tokens.prompts(other)[tokens.heldout(other)] for other in tokens.streams]
-    draws = options["bootstrap"], seed, options["estimator"]
+    draws = options.bootstrap, seed, options.estimator
     plan = resamples(tokens.prompts(stream)[mask], *draws, np.concatenate(every))
     return lambda boundary: tokens.values(boundary, stream)[mask], plan
 
 
-def memory(shape: tuple[int, int], depth: int, options: Mapping, device: torch.device = CPU) -> int:
+def memory(
+    shape: tuple[int, int], depth: int, options: SimilaritySettings, device: torch.device = CPU
+) -> int:
     """The most bytes of `surrogate_cka`, or of `block_cka`, for `depth` boundaries, tokens [n, d].
 
     options: the config's `similarity`. device: where it is computed, as that decides how many pairs
@@ -76,11 +81,11 @@ def memory(shape: tuple[int, int], depth: int, options: Mapping, device: torch.d
     """
     tokens, channels = shape
     one, rank = tokens * channels, min(shape)
-    groups = MAX_GROUPS if options["bootstrap"] else 1
+    groups = MAX_GROUPS if options.bootstrap else 1
     kept = one
-    if _composes(options["bootstrap"], options["estimator"], options["normalise_tokens"]):
+    if _composes(options.bootstrap, options.estimator, options.normalise_tokens):
         kept = max(one, rank * (tokens + channels))  # a basis and a map; heat maps keep tokens
-    if options["reference"] == "start":
+    if options.reference == "start":
         kept += one
     # Of a pair at work: tokens on their way, and sums over groups with their products.
     working = 5 * one + 2 * groups * (tokens + channels) + groups**3

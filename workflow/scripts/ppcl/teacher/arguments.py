@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ppcl.errors import UserError
+from ppcl.settings import Settings, TeacherSettings
 from ppcl.teacher import hub, prompts, signatures
 from ppcl.teacher.signatures import Parameter, Signature
 
@@ -59,23 +60,23 @@ _COUNT = re.compile(r"(num_\w+|(\w+_)?(height|width|length)|layers|resolution|ma
 _OPTIONAL = re.compile(r"\bNone\b|\bOptional\b")
 
 
-def check(config: dict, source: str) -> None:
+def check(settings: Settings, source: str) -> None:
     """Checks the `pipeline` mapping and the prompts files against a local teacher's pipeline.
 
     Raises:
         UserError: see `refuse_call`; names the config.
     """
-    if hub.is_name(config["teacher"]["path"]):
+    if hub.is_name(settings.teacher.path):
         return  # the programs do it once its index is there
     for stage in ("record", "evaluate"):
-        rows = prompts.read(config[stage]["prompts"], f"{source}: {stage}.prompts")
+        rows = prompts.read(getattr(settings, stage).prompts, f"{source}: {stage}.prompts")
         try:
-            before_loading(config["teacher"], config["pipeline"], rows, f"{stage}.prompts")
+            before_loading(settings.teacher, settings.pipeline, rows, f"{stage}.prompts")
         except UserError as error:
             raise UserError(f"{source}: {error}") from error
 
 
-def before_loading(teacher: dict, settings: Mapping, rows: list[dict], key: str) -> None:
+def before_loading(teacher: TeacherSettings, settings: Mapping, rows: list[dict], key: str) -> None:
     """What can be refused once a teacher's index is there, of all its files.
 
     A pipeline with code of its own is left to `refuse_call` after loading.

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ppcl.errors import UserError
+from ppcl.settings import TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import weights
 from ppcl.transformer import families
@@ -20,9 +21,9 @@ TEXT_LIMIT = 256 << 20  # bytes of a tokenizer or a config; the largest known ha
 _TEXT = re.compile(r"\.(json|jsonl|txt|model|jinja|spm|vocab|tiktoken)$")
 
 
-def component(teacher: dict) -> str:
+def component(teacher: TeacherSettings) -> str:
     """Name of the pipeline's component that is pruned, such as `transformer_2` of Wan 2.2."""
-    return teacher.get("component") or "transformer"
+    return teacher.component
 
 
 def is_name(path: str) -> bool:
@@ -32,7 +33,7 @@ def is_name(path: str) -> bool:
 
 
 def folder(
-    teacher: dict,
+    teacher: TeacherSettings,
     key: str = "teacher.path",
     only: Collection[str] | None = None,
     without: Collection[str] = (),
@@ -51,7 +52,7 @@ def folder(
     Raises:
         UserError: there is no such folder or repository, or it can't be reached.
     """
-    path, subfolder = teacher["path"], teacher.get("subfolder") or ""
+    path, subfolder = teacher.path, teacher.subfolder or ""
     if not is_name(path):
         found = Path(path) / subfolder
         if not found.is_dir():
@@ -66,7 +67,7 @@ def folder(
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-    revision, prefix = teacher.get("revision"), f"{subfolder}/" if subfolder else ""
+    revision, prefix = teacher.revision, f"{subfolder}/" if subfolder else ""
     try:
         listed = HfApi().model_info(path, revision=revision, timeout=PATIENCE)
     except RevisionNotFoundError as error:
@@ -92,7 +93,7 @@ def folder(
     return Path(root) / subfolder
 
 
-def commit(teacher: dict) -> str:
+def commit(teacher: TeacherSettings) -> str:
     """The commit of a repository on the Hub to which its revision, a branch or tag, leads now.
 
     Raises:
@@ -126,7 +127,7 @@ def wanted(
     prefix: str,
     only: Collection[str] | None,
     without: Collection[str],
-    teacher: dict,
+    teacher: TeacherSettings,
 ) -> list[str]:
     """Which files of a repository to download: of every component, one set of weights; code only
     where it is trusted.
@@ -139,7 +140,7 @@ def wanted(
     for name in (n.removeprefix(prefix) for n in names if n.startswith(prefix)):
         part, _, file = name.partition("/")
         if not file:
-            if name == INDEX or (name.endswith(".py") and teacher["trust_remote_code"]):
+            if name == INDEX or (name.endswith(".py") and teacher.trust_remote_code):
                 found.append(name)
         elif part in without or (only is not None and part not in only):
             continue
@@ -147,10 +148,10 @@ def wanted(
             beside.setdefault(part, []).append(file)
         elif _TEXT.search(file):
             found.append(name)
-        elif file.endswith(".py") and teacher["trust_remote_code"]:
+        elif file.endswith(".py") and teacher.trust_remote_code:
             found.append(name)
     for part, files in beside.items():
-        found += [f"{part}/{file}" for file in weights.wanted(files, teacher.get("variant"))]
+        found += [f"{part}/{file}" for file in weights.wanted(files, teacher.variant)]
     return [prefix + name for name in found]
 
 
@@ -218,7 +219,7 @@ def files(folder: Path, name: str) -> list[str]:
     for place, folders, names in os.walk(folder / name):
         folders[:] = [f for f in folders if not f.startswith(".")]
         found += [Path(place, n).relative_to(folder).as_posix() for n in names if n[0] != "."]
-    stock = {"variant": None, "trust_remote_code": False}
+    stock = TeacherSettings.of({"path": str(folder)})
     return sorted(f for f in wanted(found, "", (name,), (), stock) if (folder / f).is_file())
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from ppcl.errors import UserError
 from ppcl.runtime import devices
+from ppcl.settings import TeacherSettings
 from ppcl.teacher import (
     arguments,
     complete,
@@ -39,7 +40,7 @@ _CHECKING = (
 )
 
 
-def denoiser(pipe: DiffusionPipeline, teacher: dict) -> torch.nn.Module:
+def denoiser(pipe: DiffusionPipeline, teacher: TeacherSettings) -> torch.nn.Module:
     """The transformer that is pruned: the pipeline's component that `teacher.component` names.
 
     Raises:
@@ -49,14 +50,14 @@ def denoiser(pipe: DiffusionPipeline, teacher: dict) -> torch.nn.Module:
     found = getattr(pipe, name, None)
     if not isinstance(found, torch.nn.Module):
         raise UserError(
-            f"teacher.component: {teacher['path']} is a {type(pipe).__name__} without a {name}; "
+            f"teacher.component: {teacher.path} is a {type(pipe).__name__} without a {name}; "
             f"it has {', '.join(sorted(pipe.components))}"
         )
     return found
 
 
 def load(
-    teacher: dict,
+    teacher: TeacherSettings,
     device: torch.device,
     without: tuple[str, ...] = (),
     key: str = "teacher.path",
@@ -73,22 +74,22 @@ def load(
     Raises:
         UserError: not a pipeline, not reachable, damaged weights, or a family we can't prune.
     """
-    path, folder = teacher["path"], hub.folder(teacher, key, without=without)
-    if teacher["trust_remote_code"]:
+    path, folder = teacher.path, hub.folder(teacher, key, without=without)
+    if teacher.trust_remote_code:
         trust.own_modules()
     parts = hub.parts(folder, key)
-    weights.check_variant(folder, parts, teacher["variant"], key)
+    weights.check_variant(folder, parts, teacher.variant, key)
     needed = {name: made_as for name, made_as in parts.items() if name not in without}
-    files = weights.check(folder, needed, teacher["variant"], key, hub.component(teacher))
+    files = weights.check(folder, needed, teacher.variant, key, hub.component(teacher))
     refuse_incomplete(folder, {*parts, *without}, key)
     refuse_missing(folder, needed, key)
     try:
         with complete.accounts() as told:
             pipe = DiffusionPipeline.from_pretrained(
                 folder,
-                variant=teacher["variant"],
-                dtype=devices.dtype(teacher["dtype"]),
-                trust_remote_code=teacher["trust_remote_code"],
+                variant=teacher.variant,
+                dtype=devices.dtype(teacher.dtype),
+                trust_remote_code=teacher.trust_remote_code,
                 use_safetensors=True,
                 **dict.fromkeys(without),
             )
@@ -110,7 +111,7 @@ def load(
             complete.check(module, account, folder / name, files.get(name, {}))
     pipe.set_progress_bar_config(disable=True)
     sizes = {name: devices.size(module) for name, module in modules.items()}
-    how = devices.offload(teacher.get("offload", "none"), sizes, device)
+    how = devices.offload(teacher.offload, sizes, device)
     if how == "none":
         return pipe.to(device)
     if how == "model":
@@ -141,7 +142,7 @@ def stream_leaves(module: torch.nn.Module, device: torch.device) -> None:
 
 
 def load_transformer(
-    teacher: dict,
+    teacher: TeacherSettings,
     device: torch.device,
     key: str = "teacher.path",
     gradients: bool = False,
@@ -160,7 +161,7 @@ def load_transformer(
     Raises:
         UserError: as `load`; or it has to be streamed and gradients are wanted.
     """
-    path, name = teacher["path"], hub.component(teacher)
+    path, name = teacher.path, hub.component(teacher)
     where = f"{path}/{name}"
     folder = hub.folder(teacher, key, only=(name,))
     parts = hub.parts(folder, key)
@@ -168,23 +169,23 @@ def load_transformer(
         raise UserError(f"{key}: {path} has no {name}; set teacher.component to one that it has")
     library, made_as = parts[name]
     if not hub.is_name(path):  # of which only this component may be here
-        weights.check_variant(folder, parts, teacher["variant"], key)
-    files = weights.check(folder, {name: parts[name]}, teacher["variant"], key, name)[name]
+        weights.check_variant(folder, parts, teacher.variant, key)
+    files = weights.check(folder, {name: parts[name]}, teacher.variant, key, name)[name]
     if library == "diffusers":
         family_of(made_as)
-    elif not teacher["trust_remote_code"]:
+    elif not teacher.trust_remote_code:
         raise UserError(
             f"{key}: {path}: its {name} is not a class of diffusers; if its code is beside "
             "its weights and you trust it, set trust_remote_code: true"
         )
-    variant = weights.variant_of(weights.names_in(folder / name), teacher["variant"])
+    variant = weights.variant_of(weights.names_in(folder / name), teacher.variant)
     try:
         made_by = getattr(diffusers, made_as) if library == "diffusers" else code_beside(teacher)
         transformer, account = made_by.from_pretrained(
             folder,
             subfolder=name,
             variant=variant,
-            dtype=devices.dtype(teacher["dtype"]),
+            dtype=devices.dtype(teacher.dtype),
             use_safetensors=True,
             output_loading_info=True,
         )
@@ -195,9 +196,9 @@ def load_transformer(
     complete.check(transformer, account, folder / name, files)
     teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()
-    if compiled and teacher["compile"]:
+    if compiled and teacher.compile:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
-    how = devices.offload(teacher.get("offload", "none"), {name: devices.size(transformer)}, device)
+    how = devices.offload(teacher.offload, {name: devices.size(transformer)}, device)
     if how != "stream":
         return transformer.to(device)
     if gradients:
@@ -210,17 +211,17 @@ def load_transformer(
     return transformer
 
 
-def transformer_size(teacher: dict) -> int:
+def transformer_size(teacher: TeacherSettings) -> int:
     """Bytes of the transformer's weights in the dtype that it runs in, read from their headers."""
     name = hub.component(teacher)
     folder = hub.folder(teacher, only=(name,))
     library, _ = hub.parts(folder)[name]
-    headers = weights.headers(folder / name, library, teacher["variant"]).values()
+    headers = weights.headers(folder / name, library, teacher.variant).values()
     count = sum(math.prod(entry["shape"]) for header in headers for entry in header.values())
-    return count * devices.dtype(teacher["dtype"]).itemsize
+    return count * devices.dtype(teacher.dtype).itemsize
 
 
-def code_beside(teacher: dict) -> type:
+def code_beside(teacher: TeacherSettings) -> type:
     """The transformer's class from the code beside its weights, which the caller trusts."""
     part = hub.component(teacher)
     return trust.class_beside(hub.folder(teacher, only=(part,)), part)

@@ -13,19 +13,20 @@ from pathlib import Path
 
 from ppcl import provenance
 from ppcl.errors import UserError
+from ppcl.settings import TeacherSettings
 from ppcl.teacher import hub
 
 _SAMPLE = 1 << 16  # bytes
 _MARKS = {True: "revision", False: "fingerprint"}  # of one on the Hub, or in a folder
 
 
-def files(teacher: Mapping) -> list[Path]:
+def files(teacher: TeacherSettings) -> list[Path]:
     """What a local teacher consists of: its index, its code, and its components' files, sorted.
 
     Links are followed. Hidden files are somebody else's (.git, .cache, .snakemake_timestamp). Of a
     name on the Hub, or where there is no pipeline, nothing.
     """
-    folder = Path(teacher["path"], teacher.get("subfolder") or "")
+    folder = Path(teacher.path, teacher.subfolder or "")
     try:
         index = hub.read_index(folder)
     except UserError:
@@ -51,13 +52,13 @@ def _below(folder: Path) -> list[Path]:
     return found
 
 
-def fingerprint(teacher: Mapping) -> str:
+def fingerprint(teacher: TeacherSettings) -> str:
     """Digest of the names, sizes and times of a local teacher's files, and of samples of what they
     hold, wherever its folder is (weights are too large to read). Empty for a name on the Hub, whose
     commit tells."""
-    if hub.is_name(teacher["path"]):
+    if hub.is_name(teacher.path):
         return ""
-    folder = Path(teacher["path"], teacher.get("subfolder") or "")
+    folder = Path(teacher.path, teacher.subfolder or "")
     found = ((path.relative_to(folder).as_posix(), path) for path in files(teacher))
     return provenance.digest([(name, *_looks(path)) for name, path in found])
 
@@ -74,25 +75,25 @@ def _looks(path: Path) -> tuple[int, int, str]:
     return seen.st_size, seen.st_mtime_ns, read.hexdigest()
 
 
-def resolved(teacher: Mapping) -> dict:
+def resolved(teacher: TeacherSettings) -> TeacherSettings:
     """The config's `teacher` mapping, with what tells this teacher from any other: the commit as
     its `revision`, or its `fingerprint`.
 
     Raises:
         UserError: it is on the Hub, which can't be reached.
     """
-    if hub.is_name(teacher["path"]):
-        return teacher | {"revision": hub.commit(teacher)}
-    return teacher | {"fingerprint": fingerprint(teacher)}
+    if hub.is_name(teacher.path):
+        return teacher.replace(revision=hub.commit(teacher))
+    return teacher.replace(fingerprint=fingerprint(teacher))
 
 
-def note(teacher: Mapping) -> dict[str, str]:
+def note(teacher: TeacherSettings) -> dict[str, str]:
     """Of a `resolved` teacher, for the provenance of calls.parquet."""
-    name = _MARKS[hub.is_name(teacher["path"])]
-    return {f"teacher_{name}": teacher[name]}
+    name = _MARKS[hub.is_name(teacher.path)]
+    return {f"teacher_{name}": getattr(teacher, name)}
 
 
-def recorded(teacher: Mapping, noted: Mapping[str, str]) -> dict:
+def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSettings:
     """The config's `teacher` mapping, `resolved` to the one whose calls were recorded.
 
     Args:
@@ -102,26 +103,27 @@ def recorded(teacher: Mapping, noted: Mapping[str, str]) -> dict:
     Raises:
         UserError: it is not there any more.
     """
-    on_hub = hub.is_name(teacher["path"])
+    on_hub = hub.is_name(teacher.path)
     name, other = _MARKS[on_hub], _MARKS[not on_hub]
     if f"teacher_{other}" in noted:
         _refuse(teacher)
-    found = teacher | {name: noted[f"teacher_{name}"]} if f"teacher_{name}" in noted else teacher
-    refuse_changed(found)
-    return dict(found)
+    if f"teacher_{name}" in noted:
+        teacher = teacher.replace(**{name: noted[f"teacher_{name}"]})
+    refuse_changed(teacher)
+    return teacher
 
 
-def refuse_changed(teacher: Mapping) -> None:
+def refuse_changed(teacher: TeacherSettings) -> None:
     """Raises UserError if a `resolved` teacher's folder holds another one by now."""
-    known = teacher.get("fingerprint")
+    known = teacher.fingerprint
     # Without files it is no teacher at all, which loading it says better.
     if known and files(teacher) and known != fingerprint(teacher):
         _refuse(teacher)
 
 
-def _refuse(teacher: Mapping) -> None:
+def _refuse(teacher: TeacherSettings) -> None:
     raise UserError(
-        f"teacher.path: {teacher['path']} was changed since its calls were recorded, or began to "
+        f"teacher.path: {teacher.path} was changed since its calls were recorded, or began to "
         "be: its files have other names, sizes, times or contents. Put the teacher back as it was, "
         "or rerun the workflow, which records the present one and makes all that follows again (a "
         "stage's program alone can't: delete record/calls.parquet first)"

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ppcl.errors import UserError
 from ppcl.pruning.plans import Part, Unit
 from ppcl.pruning.students import Students, plugged
+from ppcl.settings import DistillSettings, SubsetsSettings, TrainingSettings
 from ppcl.storage import schemas
 from ppcl.training import entrance, losses, prices, teaching
 from ppcl.training.losses import Real
@@ -75,7 +76,7 @@ def share(rows, accelerator: Accelerator):
 
 
 def batches_of_steps(
-    reader: calls.Reader, options: Mapping, seed: int, accelerator: Accelerator
+    reader: calls.Reader, options: TrainingSettings, seed: int, accelerator: Accelerator
 ) -> Callable[[int], calls.Batch]:
     """What gives this process's part of a step's batch, on its device; the next step's is read
     meanwhile.
@@ -86,7 +87,7 @@ def batches_of_steps(
     rows = reader.rows(heldout=False)
 
     def make(step: int) -> calls.Batch:
-        drawn = reader.draw(rows, options["batch_size"], (seed, step))
+        drawn = reader.draw(rows, options.batch_size, (seed, step))
         return reader.batch(share(drawn, accelerator)).pinned(accelerator.device)
 
     ahead = calls.Ahead(make)
@@ -97,7 +98,7 @@ def independent(
     transformer: nn.Module,
     students: Students,
     reader: calls.Reader,
-    options: dict,
+    options: DistillSettings,
     seed: int,
     accelerator: Accelerator,
     names: Mapping[Part, str] | None = None,
@@ -127,7 +128,7 @@ def independent(
         with accelerator.autocast():
             running = inputs.model(batch.numbers, batch.arguments) if inputs else transformer
             lessons = teaching.teacher_states(transformer, parts, batch.arguments, running, uncut)
-        if options["mode"] == "sequential":
+        if options.mode == "sequential":
             given = sequential_inputs(transformer, students, batch.arguments, accelerator)
             for part, bound in given.items():
                 lessons[part].bound = bound
@@ -135,18 +136,18 @@ def independent(
         lent: dict[tuple[int, int], Tensor] = {}
         for part, student in students.items():
             lesson = lessons.pop(part)
-            if part.source in sources and options["mode"] != "sequential":
+            if part.source in sources and options.mode != "sequential":
                 lesson.lend(lent[part.source])
             if part.last == sequence[-1].index:
                 read = {s: v for s, v in lesson.target.items() if s not in family.unread}
                 lesson.target = read
             seen = {} if lesson.text_input is None else {TEXT: lesson.text_input}
             fresh = {s: x for s, x in (seen | lesson.target).items() if s not in real}
-            real |= teaching.real_tokens(family, batch, fresh, options["batch_size"], accelerator)
+            real |= teaching.real_tokens(family, batch, fresh, options.batch_size, accelerator)
             # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
             lesson.bound = teaching.fitting(lesson.bound, student)
             with accelerator.autocast():
-                returned = _call(student, lesson.bound, options["gradient_checkpointing"])
+                returned = _call(student, lesson.bound, options.gradient_checkpointing)
                 output = sequence[part.first].outputs(returned)
                 # A source returns its carry: its own text stream, and what it lends.
                 if part.lends:
@@ -156,7 +157,7 @@ def independent(
                 linear = teaching.linear_loss(part, student, output, lesson, real)
             if linear is not None:
                 metrics["linear"] = linear
-                loss = loss + options["linear_weight"] * linear
+                loss = loss + options.linear_weight * linear
             yield names[part], loss, metrics
 
     return losses_of_step
@@ -166,7 +167,7 @@ def output_distillation(
     model_at: Callable[[int], nn.Module],
     name: str,
     reader: calls.Reader,
-    options: dict,
+    options: TrainingSettings,
     seed: int,
     accelerator: Accelerator,
     in_float32: bool,
@@ -201,7 +202,7 @@ def any_subset(
     units: Sequence[Unit],
     students: Students,
     reader: calls.Reader,
-    options: dict,
+    options: TrainingSettings,
     seed: int,
     accelerator: Accelerator,
     draw: Callable[[tuple[int, ...]], Sequence[Unit]] | None = None,
@@ -215,7 +216,7 @@ def any_subset(
     Args:
         draw: what a step plugs in, by (seed, step); `random_subset` unless told.
     """
-    if options["gradient_checkpointing"]:
+    if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     fitting = {part: InFloat32(student) for part, student in students.items()}
 
@@ -276,7 +277,7 @@ def cost_table(
     students: Students,
     entries: Sequence[dict],
     reader: calls.Reader,
-    options: dict,
+    options: DistillSettings | SubsetsSettings,
     seed: int,
     accelerator: Accelerator,
     state: Path | None = None,
@@ -289,7 +290,7 @@ def cost_table(
         options: the stage's, with heldout_rows and batch_size.
         state, identity: as of `prices.measure`.
     """
-    rows = reader.sample_heldout("select", options["heldout_rows"], seed, "heldout_rows")
+    rows = reader.sample_heldout("select", options.heldout_rows, seed, "heldout_rows")
     for student in students.values():
         student.eval()
     plugged_in = {
@@ -301,7 +302,7 @@ def cost_table(
         for unit in units
     }
     costs = prices.measure(
-        prices.Judged(transformer, reader, rows, options["batch_size"], accelerator.device),
+        prices.Judged(transformer, reader, rows, options.batch_size, accelerator.device),
         prices.of_students(transformer, plugged_in),
         accelerator,
         state,

@@ -28,6 +28,7 @@ from ppcl import provenance
 from ppcl.errors import UserError, disk_is_full
 from ppcl.pruning.plans import Part
 from ppcl.runtime import processes, stopping
+from ppcl.settings import DistillSettings
 from ppcl.storage import tensors, texts
 from ppcl.training import shards
 from ppcl.transformer import blocks, calls
@@ -139,19 +140,19 @@ def streams_before(
     return found
 
 
-def drawn(reader: calls.Reader, options: Mapping, seed: int) -> np.ndarray:
+def drawn(reader: calls.Reader, options: DistillSettings, seed: int) -> np.ndarray:
     """Numbers of the rows that the steps of a training draw, each once, in order."""
     rows = reader.rows(heldout=False)
-    draws = (reader.draw(rows, options["batch_size"], (seed, s)) for s in range(options["steps"]))
+    draws = (reader.draw(rows, options.batch_size, (seed, s)) for s in range(options.steps))
     return np.unique(np.concatenate(list(draws)))
 
 
-def caching(reader: calls.Reader, options: Mapping, seed: int) -> shards.Caching:
+def caching(reader: calls.Reader, options: DistillSettings, seed: int) -> shards.Caching:
     """What keeping streams costs the distillation of these options (config's `distill`)."""
-    if options["cache_inputs"] == "never" or options["mode"] != "independent":
+    if options.cache_inputs == "never" or options.mode != "independent":
         return shards.NEVER
-    visits = options["steps"] * options["batch_size"]
-    return shards.Caching(options["cache_inputs"], len(drawn(reader, options, seed)) / visits)
+    visits = options.steps * options.batch_size
+    return shards.Caching(options.cache_inputs, len(drawn(reader, options, seed)) / visits)
 
 
 class Inputs:
@@ -170,7 +171,7 @@ class Inputs:
         transformer: nn.Module,
         parts: Sequence[Part],
         reader: calls.Reader,
-        options: Mapping,
+        options: DistillSettings,
         seed: int,
         accelerator: Accelerator,
         folder: Path,
@@ -180,9 +181,9 @@ class Inputs:
         self.first = shards.first_needed(parts)
         self._transformer, self._reader, self._accelerator = transformer, reader, accelerator
         self._folder, self._reserve = folder, reserve
-        self._required = options["cache_inputs"] == "always"
+        self._required = options.cache_inputs == "always"
         self._entrance: Entrance | None = None
-        size = -(-options["batch_size"] // accelerator.num_processes)
+        size = -(-options.batch_size // accelerator.num_processes)
         self._groups = list(_groups(reader, drawn(reader, options, seed), size))
         self._place = {row: (n, i) for n, g in enumerate(self._groups) for i, row in enumerate(g)}
         self._identity = provenance.digest([identity, self.first, size])

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +25,7 @@ from tqdm import tqdm
 from ppcl import provenance
 from ppcl.errors import UserError
 from ppcl.runtime import stopping
+from ppcl.settings import Settings, TrainingSettings
 from ppcl.storage import tensors
 from ppcl.teacher import teacher_identity
 from ppcl.training import fsdp, optimizers
@@ -51,10 +53,10 @@ class Optimisation:
     ema: float = 0.0
 
     @classmethod
-    def from_settings(cls, settings: Mapping, **overrides) -> "Optimisation":
-        """Takes the keys of this class out of a larger settings mapping."""
-        known = {k: settings[k] for k in cls.__dataclass_fields__ if k in settings} | overrides
-        return cls(**known | {"betas": tuple(known.get("betas", (0.9, 0.95)))})
+    def from_settings(cls, options: TrainingSettings) -> "Optimisation":
+        """Of a section of the config; keys that it was not given have this class's defaults."""
+        given = vars(options)
+        return cls(**{key: given[key] for key in cls.__dataclass_fields__ if key in given})
 
     def lr_at(self, step: int) -> float:
         """Learning rate of a step (0-based): warm-up, then cosine to zero at `steps`."""
@@ -389,11 +391,16 @@ def _refuse_two_steps(step: int, checkpoint: Path, accelerator: Accelerator) -> 
         )
 
 
-def identity(script: Path, settings: Mapping, inputs: list[Path]) -> str:
-    """Digest of what decides a training's result: its code, settings, teacher and inputs."""
+def identity(script: Path, settings: Settings, inputs: list[Path], **more: Any) -> str:
+    """Digest of what decides a training's result: its code, settings, teacher and inputs.
+
+    more: what decides it beside the settings.
+    """
     contents = []
     for path in inputs:
         with open(path, "rb") as file:
             contents.append(hashlib.file_digest(file, "sha256").hexdigest())
-    teacher = teacher_identity.fingerprint(settings["teacher"])
-    return provenance.digest([provenance.code_digest(script), settings, teacher, contents])
+    teacher = teacher_identity.fingerprint(settings.teacher)
+    return provenance.digest(
+        [provenance.code_digest(script), {**settings.given, **more}, teacher, contents]
+    )

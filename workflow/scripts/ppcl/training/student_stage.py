@@ -1,7 +1,7 @@
 """What the stages that teach students share: their command line, and what they leave behind."""
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +14,7 @@ from ppcl.pruning import students
 from ppcl.pruning.plans import Unit
 from ppcl.pruning.students import Students
 from ppcl.runtime import processes, stopping
+from ppcl.settings import DistillSettings, Settings, SubsetsSettings
 from ppcl.storage import schemas, tables, whole
 from ppcl.training import distillation
 from ppcl.transformer import calls
@@ -45,8 +46,8 @@ def arguments(description: str, start: str, sharded: bool = False) -> argparse.N
 
 def finish(
     args: argparse.Namespace,
-    settings: Mapping,
-    options: Mapping,
+    settings: Settings,
+    options: DistillSettings | SubsetsSettings,
     transformer: nn.Module,
     units: Sequence[Unit],
     entries: Sequence[dict],
@@ -70,14 +71,14 @@ def finish(
         entries,
         reader,
         options,
-        settings["seed"],
+        settings.seed,
         accelerator,
         args.state / "errors",
         identity,
     )
     stopping.ignore()
     if accelerator.is_main_process:
-        stamp = provenance.stamp(settings, rows=len(reader))
+        stamp = provenance.stamp(settings.given, rows=len(reader))
         students.save(args.output, taught, stamp)
         tables.write(args.log_table, log, schema, stamp)
         tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)

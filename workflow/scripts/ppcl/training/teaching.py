@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map
 from ppcl.pruning import narrow
 from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
+from ppcl.settings import DistillSettings
 from ppcl.training import losses
 from ppcl.training.losses import Real
 from ppcl.transformer import blocks, calls
@@ -136,21 +137,24 @@ def real_tokens(
 
 
 def interval_losses(
-    output: blocks.Streams, target: blocks.Streams, real: Mapping[str, Real], options: Mapping
+    output: blocks.Streams,
+    target: blocks.Streams,
+    real: Mapping[str, Real],
+    options: DistillSettings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """L_depth (Eq. 6) or L_width of one part, summed over streams, and both errors of each.
 
     real: as of `real_tokens`; without an entry, all tokens of a stream count.
     options: with `outliers`, the loss is of the streams without them; the errors are of all.
     """
-    deviations = options.get("outliers", 0)
+    deviations = options.outliers
     metrics: dict[str, Tensor] = {}
     taught = {"normalised": 0.0, "relative": 0.0}
     kinds = {"normalised": losses.normalised_error, "relative": losses.relative_error}
     for stream, value in target.items():
         mask, weight = real.get(stream, Real())
         for kind, error in kinds.items():
-            wanted = options["loss"] in (kind, "mixed")
+            wanted = options.loss in (kind, "mixed")
             # An error that is only reported needs no graph.
             with torch.set_grad_enabled(torch.is_grad_enabled() and wanted and not deviations):
                 found = weight * error(output[stream], value, mask)
@@ -160,9 +164,9 @@ def interval_losses(
                 kept = (losses.without_outliers(x, deviations, mask) for x in both)
                 found = weight * error(*kept, mask)
             taught[kind] = taught[kind] + found
-    if options["loss"] == "mixed":
-        return taught["normalised"] + options["relative_weight"] * taught["relative"], metrics
-    return taught[options["loss"]], metrics
+    if options.loss == "mixed":
+        return taught["normalised"] + options.relative_weight * taught["relative"], metrics
+    return taught[options.loss], metrics
 
 
 def linear_loss(

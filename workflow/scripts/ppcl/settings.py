@@ -1,0 +1,403 @@
+"""The config's sections as typed objects: what programs and the library read instead of mappings.
+
+`configuration.config.load` makes them from a complete, checked config. workflow/schemas has what is
+allowed, the defaults and what each key means; a test holds both to the same keys and types.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
+
+from ppcl.errors import UserError
+
+Ends = Sequence[int]  # [first, last] block of an interval, both in it
+
+
+@dataclass(frozen=True)
+class Section:
+    """Some keys of a config, as attributes.
+
+    A program gets those keys alone that its rule hands over (and so tracks for reruns). One that it
+    was not given is no default: reading it raises UserError.
+    """
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """A section with these keys; lists become tuples. Raises TypeError for an unknown key."""
+        made, known = object.__new__(cls), {each.name for each in dataclasses.fields(cls)}
+        for key, value in values.items():
+            if key not in known:
+                raise TypeError(f"{cls.__name__} has no key '{key}'")
+            object.__setattr__(made, key, cls._typed(key, value))
+        return made
+
+    @classmethod
+    def _typed(cls, key: str, value: Any) -> Any:
+        kind = get_type_hints(cls)[key]
+        if isinstance(kind, type) and issubclass(kind, Section):
+            return kind.of(value)
+        return _tuples(value)
+
+    def replace(self, **changes: Any) -> Self:
+        """The same with some keys changed or added."""
+        return type(self).of(vars(self) | changes)
+
+    if not TYPE_CHECKING:  # a checker shall see that an attribute is misspelled
+
+        def __getattr__(self, key: str) -> Any:
+            if key not in {each.name for each in dataclasses.fields(self)}:
+                raise AttributeError(f"{type(self).__name__} has no key '{key}'")
+            raise UserError(
+                f"config key '{key}' was not given to this program: pass a whole config file to "
+                f"--config, or add '{key}' to the keys in the params of the stage's rule"
+            )
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+@dataclass(frozen=True)
+class TeacherSettings(Section):
+    """Where the teacher is and how it is loaded.
+
+    fingerprint: no key of the config, but what `teacher_identity.resolved` tells a folder by.
+    """
+
+    path: str
+    revision: str | None
+    variant: str | None
+    subfolder: str | None
+    component: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    offload: Literal["none", "model", "stream", "auto"]
+    compile: bool
+    trust_remote_code: bool
+    fingerprint: str | None
+
+    _PLAIN: ClassVar[Mapping[str, Any]] = {
+        "revision": None,
+        "variant": None,
+        "subfolder": None,
+        "component": "transformer",
+        "dtype": "float32",
+        "offload": "none",
+        "compile": False,
+        "trust_remote_code": False,
+        "fingerprint": None,
+    }
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """As of any section; keys that most teachers leave out have the schema's defaults."""
+        return super().of({**cls._PLAIN, **values})
+
+
+@dataclass(frozen=True)
+class PlanSettings(Section):
+    """What a plan of memory, sizes and time goes by."""
+
+    transformer_config: str | None
+    gpus: tuple[float, ...]  # GiB
+    tflops: float | None
+
+
+@dataclass(frozen=True)
+class RecordSettings(Section):
+    prompts: str
+    samples: int
+    batch_size: int
+    renoised_per_sample: int
+    heldout_fraction: float
+
+
+@dataclass(frozen=True)
+class ExtractSettings(Section):
+    rows: int
+    batch_size: int
+    moment_tokens: int
+    sample_tokens: int
+    checkpoint_every: int
+
+
+@dataclass(frozen=True)
+class ProbeSettings(Section):
+    ridge: float
+
+
+@dataclass(frozen=True)
+class SimilaritySettings(Section):
+    reference: Literal["end", "start"]
+    streams: Literal["mean", "image", "text"]
+    estimator: Literal["plain", "debiased"]
+    normalise_tokens: bool
+    bootstrap: int
+
+
+@dataclass(frozen=True)
+class SensitivitySettings(Section):
+    rows: int
+    longest: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class IntervalsSettings(Section):
+    enabled: bool
+    segmentation: Literal["trend", "optimal"]  # auto is decided when the config is completed
+    tolerance: float | Literal["bootstrap"]
+    cost: Literal["velocity", "cka", "influence"]
+    training_leaves: float
+    cka_floor: float
+    protect_first: int
+    protect_last: int
+    pin: tuple[Ends, ...]
+    forbid: tuple[Ends, ...]
+
+
+@dataclass(frozen=True)
+class Choices(Section):
+    """What has to be pruned of a kind of candidates, and what may not be."""
+
+    pin: tuple[Any, ...]
+    forbid: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class WidthSettings(Section):
+    """Linear maps in place of a stream's FFN, or of a run of text streams (Eq. 8 and 9)."""
+
+    enabled: bool
+    rows: int
+    fit_rows: int
+    batch_size: int
+    longest: int
+    cka_floor: float
+    ridge: float
+    linear_weight: float
+    lr_scale: float
+    schedule: Literal["joint", "staged"]
+    steps: int
+    floor: float
+    text: Choices
+    ffn_image: Choices
+    ffn_text: Choices
+
+
+@dataclass(frozen=True)
+class ModulationSettings(Section):
+    enabled: bool
+    rank: int | Literal["auto"]
+    ladder: tuple[int, ...]
+    timesteps: int
+    guidance: tuple[float, float]
+    pin: tuple[Any, ...]
+    forbid: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class PruneSettings(Section):
+    start: Literal["first", "middle", "average", "solved"]
+
+
+@dataclass(frozen=True)
+class TrainingSettings(Section):
+    """How something is trained: AdamW with linear warm-up, then a cosine down to zero."""
+
+    steps: int
+    batch_size: int
+    lr: float
+    warmup_steps: int
+    betas: tuple[float, float]
+    weight_decay: float
+    optimizer: Literal["adamw", "adamw8bit"]
+    clip_norm: float
+    mixed_precision: Literal["no", "bf16"]
+    gradient_checkpointing: bool
+    ema: float
+    checkpoint_every: int
+    log_every: int
+
+
+@dataclass(frozen=True)
+class DistillSettings(TrainingSettings):
+    """Stage 1.3. `linear_weight`, the weight of the linear maps' own loss, is the config's
+    width.linear_weight: `Settings.of` copies it."""
+
+    loss: Literal["normalised", "relative", "mixed"]
+    relative_weight: float
+    outliers: float
+    heldout_rows: int
+    mode: Literal["independent", "sequential", "chain"]  # chain: of the ablation alone
+    shards: int | Literal["auto"]
+    cache_inputs: Literal["auto", "always", "never"]
+    linear_weight: float
+
+
+@dataclass(frozen=True)
+class SubsetsSettings(TrainingSettings):
+    heldout_rows: int
+
+
+@dataclass(frozen=True)
+class FinetuneSettings(TrainingSettings):
+    """Fine-tuning. `steps` are a variant's own: see `for_variant`."""
+
+    sharding: Literal["none", "fsdp"]
+    cpu_offload: bool
+
+    def for_variant(self, variant: "Variant") -> "FinetuneSettings":
+        """With the steps of one variant."""
+        return self.replace(steps=variant.finetune_steps)
+
+
+@dataclass(frozen=True)
+class Variant(Section):
+    """A pruned model to make.
+
+    budget: what it is limited to, by kind: fraction (of parameters), parameters, blocks, latency
+        (of the teacher's). A bare number in a config is a fraction.
+    """
+
+    name: str
+    budget: Mapping[str, float]
+    train: bool
+    finetune_steps: int
+
+    @classmethod
+    def _typed(cls, key: str, value: Any) -> Any:
+        if key == "budget":
+            return dict(value) if isinstance(value, Mapping) else {"fraction": value}
+        return value
+
+
+@dataclass(frozen=True)
+class ChooseSettings(Section):
+    closed_forms: bool
+    source: Literal["measured", "last"]
+    refit: bool
+    rows: int
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class ParetoSettings(Section):
+    budgets: int
+
+
+@dataclass(frozen=True)
+class EvaluateSettings(Section):
+    prompts: str
+    samples: int
+    batch_size: int
+    judge: Literal["digits", "none"]
+    velocity_rows: int
+    bootstrap: int
+    latency_repeats: int
+
+
+@dataclass(frozen=True)
+class AblationSettings(Section):
+    methods: tuple[str, ...]
+    removed_fraction: float
+    distill_steps: int
+    subsets_steps: int
+    finetune_steps: int
+    finetune_lr: float
+    batch_size: int
+    rank: int
+    samples: int
+    velocity_rows: int
+    seeds: int
+    other_seeds: int
+
+
+@dataclass(frozen=True)
+class Settings(Section):
+    """A config, or the part of one that a program was given.
+
+    Attributes:
+        pipeline: keyword arguments of every call of the pipeline, as the config has them.
+        given: the mapping that it was made from, for digests.
+    """
+
+    run: str
+    seed: int
+    device: Literal["auto", "cpu", "cuda", "mps"]
+    processes: int | Literal["auto"]
+    teacher: TeacherSettings
+    pipeline: Mapping[str, Any]
+    plan: PlanSettings
+    record: RecordSettings
+    extract: ExtractSettings
+    probe: ProbeSettings
+    similarity: SimilaritySettings
+    sensitivity: SensitivitySettings
+    intervals: IntervalsSettings
+    width: WidthSettings
+    modulation: ModulationSettings
+    prune: PruneSettings
+    distill: DistillSettings
+    subsets: SubsetsSettings
+    finetune: FinetuneSettings
+    variants: tuple[Variant, ...]
+    choose: ChooseSettings
+    pareto: ParetoSettings
+    evaluate: EvaluateSettings
+    ablation: AblationSettings
+    given: Mapping[str, Any] = field(repr=False, compare=False)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Of a complete, checked config, or of some of its top-level keys.
+
+        Raises TypeError for a key that no section has.
+        """
+        shared = dict(values)
+        if "distill" in values and "linear_weight" in values.get("width", {}):
+            weight = values["width"]["linear_weight"]
+            shared["distill"] = {**values["distill"], "linear_weight": weight}
+        return super().of({**shared, "given": values})
+
+    @classmethod
+    def _typed(cls, key: str, value: Any) -> Any:
+        if key == "variants":
+            return tuple(map(Variant.of, value))
+        return value if key in ("pipeline", "given") else super()._typed(key, value)
+
+    @property
+    def compares(self) -> bool:
+        """Whether blocks are compared with each other: for intervals, or a floor of text runs."""
+        runs = self.width.enabled and self.width.longest > 1 and self.width.cka_floor > 0
+        return self.intervals.enabled or runs
+
+    @property
+    def searches_by_cost(self) -> bool:
+        """Whether intervals are searched for by what they cost, measured before."""
+        return self.intervals.enabled and self.intervals.cost == "velocity"
+
+    @property
+    def trains(self) -> bool:
+        """Whether students are trained: those of intervals, for variants that want any."""
+        return self.intervals.enabled and any(variant.train for variant in self.variants)
+
+    @property
+    def closed(self) -> bool:
+        """Whether there are closed forms: linear FFNs, text runs or modulations of low rank."""
+        return self.width.enabled or self.modulation.enabled
+
+    @property
+    def staged(self) -> bool:
+        """Whether students are trained whole first, and narrowed then."""
+        return self.trains and self.width.enabled and self.width.schedule == "staged"
+
+    @property
+    def narrowing(self) -> DistillSettings:
+        """The training of students that were narrowed: as distill, with steps of its own."""
+        return self.distill.replace(steps=self.width.steps)
+
+    @property
+    def limited_latency(self) -> bool:
+        """Whether a variant's latency is limited."""
+        return any("latency" in variant.budget for variant in self.variants)
