@@ -90,6 +90,26 @@ def stand_in(tmp_path) -> dict:
     }
 
 
+@pytest.fixture
+def snakemake(stand_in, tmp_path):
+    """Runs snakemake with a config of the repository, a stand-in teacher and further keys."""
+    import dry_runs
+    import yaml
+
+    def call(*arguments, config="digits", code=0, variables=None, **keys) -> str:
+        overlay = tmp_path / "overlay.yaml"
+        given = dict(stand_in)
+        for key, value in keys.items():
+            given[key] = {**given.get(key, {}), **value} if isinstance(value, dict) else value
+        overlay.write_text(yaml.safe_dump(given))
+        files = ["--configfile", f"config/{config}.yaml", overlay]
+        # Another run may hold the lock of this folder.
+        common = ["--nolock", "--cores", "2", *files]
+        return dry_runs.run("snakemake", *common, *arguments, code=code, **(variables or {}))
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> Path:
     """Folder of a complete tiny pipeline with 5 blocks."""

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from test_width_stages import measure
+from map_prices import measure
 
 from ppcl.closed_forms import width
 from ppcl.configuration import config

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_narrow_distillation import OPTIONS, UNITS
+from narrow_students import OPTIONS, UNITS
 
 from ppcl.errors import UserError
 from ppcl.pruning import students

@@ -19,6 +19,7 @@ import torch
 import zoo_images
 import zoo_parts
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from hub_cache import NAME, put
 from PIL import Image
 
 from ppcl.errors import UserError
@@ -31,7 +32,6 @@ from ppcl.teacher import hub, pipelines, prompts, recording
 from ppcl.transformer import blocks, calls
 
 CPU = torch.device("cpu")
-NAME = "some-owner/some-model"
 
 
 @torch.no_grad()
@@ -104,15 +104,6 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
-
-
-def put(folder: Path, cache: Path, name: str = NAME, revision: str = "main") -> None:
-    """Lays a folder into a cache as the Hub's client does."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    commit = "0123456789" * 4
-    shutil.copytree(folder, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / revision).write_text(commit)
 
 
 @pytest.fixture

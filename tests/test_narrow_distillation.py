@@ -6,6 +6,7 @@ import copy
 import pytest
 import tiny
 import torch
+from narrow_students import OPTIONS, UNITS, made
 from torch import nn
 
 from ppcl.pruning import narrow, plans, students
@@ -13,32 +14,8 @@ from ppcl.pruning.plans import Part
 from ppcl.training import distillation, losses, teaching
 from ppcl.transformer import blocks
 
-OPTIONS = {
-    "loss": "normalised",
-    "relative_weight": 0.5,
-    "mode": "independent",
-    "batch_size": 4,
-    "gradient_checkpointing": False,
-    "linear_weight": 0.25,
-}
-# A depth student lends its text to a kept block with a linear FFN and to another student; a block
-# of its own has two linear FFNs.
-UNITS = plans.units([(0, 1), (3, 4)], [(0, 4)], [(2, "image"), (5, "image"), (5, "text")])
 SOURCE, BORROW, CLOSE, LAST = students.parts_of(UNITS)
 D = 32
-
-
-def made(teacher, seed=0):
-    """Narrow students of all parts, with random maps."""
-    taught = students.start(teacher, students.parts_of(UNITS), "first")
-    generator = torch.Generator().manual_seed(seed)
-    for part, student in taught.items():
-        students.shaped(teacher, part, student)
-        with torch.no_grad():
-            for linear in narrow.maps(student).values():
-                for parameter in linear.parameters():
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return taught
 
 
 def batch_of(reader, seed=0):
