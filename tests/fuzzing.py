@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.extraction import token_table
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.storage import schemas, tables, tensors, texts
 from ppcl.teacher import prompts
 from ppcl.transformer import calls
@@ -46,7 +46,7 @@ READERS = {
     "tokens.parquet": read_tokens,
     "intervals.parquet": lambda path: tables.read(path, schemas.INTERVALS),
     "start.safetensors": tensors.read,
-    "plan.json": students.read_plan,
+    "plan.json": selection_file.read,
     "prompts.csv": prompts.read,
     "prompts.txt": prompts.read,
     "prompts.jsonl": prompts.read,

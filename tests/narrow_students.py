@@ -3,6 +3,7 @@
 import torch
 
 from ppcl.pruning import narrow, plans, students
+from ppcl.pruning.plans import parts_of
 
 OPTIONS = {
     "loss": "normalised",
@@ -19,7 +20,7 @@ UNITS = plans.units([(0, 1), (3, 4)], [(0, 4)], [(2, "image"), (5, "image"), (5,
 
 def made(teacher, seed=0):
     """Narrow students of all parts, with random maps."""
-    taught = students.start(teacher, students.parts_of(UNITS), "first")
+    taught = students.start(teacher, parts_of(UNITS), "first")
     generator = torch.Generator().manual_seed(seed)
     for part, student in taught.items():
         students.shaped(teacher, part, student)

@@ -19,7 +19,7 @@ from killing import (
     kill_and_resume,
 )
 
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.storage import schemas, tables, tensors
 
 
@@ -103,7 +103,7 @@ def test_distill_tables(world, distilled):
     assert set(zip(log["interval"], log["stream"], strict=True)) == streams
     errors = tables.read(distilled["errors"], schemas.UNIT_ERRORS).to_pandas()
     assert errors["first"].tolist() == [1, 3] and (errors["velocity_error"] > 0).all()
-    plan = students.read_plan(world[0] / "plan.json")
+    plan = selection_file.read(world[0] / "plan.json")
     saved = [entry["saved_parameters"] for entry in plan.facts["distilled"]]
     assert errors["saved_parameters"].tolist() == saved and plan.units == plan.distilled
     assert 5 * saved[0] < plan.facts["transformer_parameters"] < 7 * saved[0]

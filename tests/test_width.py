@@ -12,7 +12,7 @@ from torch import nn
 from ppcl.closed_forms import width
 from ppcl.closed_forms.width import Map
 from ppcl.pruning import plans, students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.plans import Part, Unit, parts_of
 from ppcl.training import prices
 from ppcl.transformer import blocks, calls
 
@@ -217,7 +217,7 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
     units = plans.units([], [(3, 5)], [(1, "image"), (1, "text")], width.unread_after(transformer))
     made = width.start(
         transformer,
-        students.start(transformer, students.parts_of(units), "first"),
+        students.start(transformer, parts_of(units), "first"),
         reader,
         OPTIONS | {"fit_rows": 24},
         0,

@@ -18,7 +18,8 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import assembly
-from ppcl.pruning import plans, students
+from ppcl.pruning import plans, selection_file, students
+from ppcl.pruning.plans import parts_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines
@@ -193,7 +194,7 @@ def test_times_are_of_every_part(world):
 
 def test_a_staged_plan_trains_depth_first(world):
     folder, _, _ = world
-    plan = students.read_plan(folder / "plan.json")
+    plan = selection_file.read(folder / "plan.json")
     assert [unit.name for unit in plan.units] == ["00-01", "02-03", "04-04"]
     assert [unit.name for unit in plan.distilled] == ["00-01"]
     assert not plan.distilled[0].parts[0].narrow and plan.units[0].parts[0].narrow
@@ -243,7 +244,7 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     # Of one prompt to report on there is no interval.
     assert not (table["velocity_error_low"] > table["velocity_error"]).any()
 
-    plan, reader = students.read_plan(folder / "plan.json"), calls.Reader(tiny_calls)
+    plan, reader = selection_file.read(folder / "plan.json"), calls.Reader(tiny_calls)
     errors = tables.read(made["narrow_errors"], schemas.UNIT_ERRORS).to_pandas().set_index("unit")
     named = [[unit["name"] for unit in json.loads(text)["units"]] for text in table["units"]]
     for names, predicted in zip(named, table["predicted_error"], strict=True):
@@ -251,7 +252,7 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     smallest = table.iloc[0]
     assert named[0] == [unit.name for unit in plan.units]
     teacher = tiny.load(tiny_teacher).transformer
-    trained = students.load(made["narrow"], teacher, students.parts_of(plan.units))
+    trained = students.load(made["narrow"], teacher, parts_of(plan.units))
     model, _ = blocks.assembled(teacher, {part.key: s for part, s in trained.items()})
     assert smallest["parameters"] == blocks.parameter_count(model)
     error = power = 0.0
@@ -271,7 +272,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     monkeypatch.setattr(QwenImageTransformer2DModel, "_keep_in_fp32_modules", ["img_mod"])
     folder, settings, common = world
     teacher = settings["teacher"] | {"dtype": "bfloat16"}
-    plan = students.read_plan(folder / "plan.json")
+    plan = selection_file.read(folder / "plan.json")
     saved = sum(entry["saved_parameters"] for entry in plan.facts["units"])
     smallest = 1 - saved / plan.facts["transformer_parameters"]
     variants = [{"name": "all", "budget": smallest + 1e-9}]
@@ -292,7 +293,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
 
     source = tiny.source(teacher["path"]) | {"dtype": "bfloat16"}
     transformer = pipelines.load_transformer(source, torch.device("cpu"))
-    trained = students.load(made["narrow"], transformer, students.parts_of(plan.units))
+    trained = students.load(made["narrow"], transformer, parts_of(plan.units))
     options = config.complete(settings, "test")
     options["ablation"] |= {"finetune_steps": 0}
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
@@ -314,7 +315,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
 
 def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
     folder, settings, common = world
-    plan = students.read_plan(folder / "plan.json").facts
+    plan = selection_file.read(folder / "plan.json").facts
     saved = {entry["name"]: entry["saved_seconds"] for entry in plan["units"]}
     # What 00-01 saves and nothing else does.
     assert saved["00-01"] > saved["02-03"] + saved["04-04"]

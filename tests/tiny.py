@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from ppcl.digits import teacher
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.search import sets
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines, recording, teacher_identity
@@ -225,7 +225,7 @@ def pruned(
 
 def chosen(path: Path, plan: Path, source: str, variant: str = "p70") -> Path:
     """Writes sets.json: the variant is all units of a plan, from one source."""
-    found = students.read_plan(plan)
+    found = selection_file.read(plan)
     members = tuple(sets.Member(unit, source) for unit in found.units)
     saved = sum(entry["saved_parameters"] for entry in found.facts["units"])
     facts = {"parameters": found.facts["transformer_parameters"] - saved}

@@ -15,8 +15,7 @@ from ppcl.closed_forms import width
 from ppcl.configuration.config import compares, limits, searches_by_cost, trains
 from ppcl.evaluation import latencies
 from ppcl.planning.planner import Planner, Stage
-from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.plans import Part, Unit, parts_of
 from ppcl.search import intervals, similarity
 from ppcl.transformer import blocks, example_calls
 
@@ -107,7 +106,7 @@ def works(planner: Planner) -> dict[str, Work]:
         """The teacher to the last block that is needed, and a step of every student."""
         options = settings["distill"] | ({} if steps is None else {"steps": steps})
         teacher = sum(per_block[: max((u.last for u in units), default=-1) + 1])
-        taught = sum(per_block[part.first] for part in students.parts_of(units))
+        taught = sum(per_block[part.first] for part in parts_of(units))
         return trained("distill", teacher + times("distill") * taught, units, options)
 
     record, evaluate = settings["record"], settings["evaluate"]
