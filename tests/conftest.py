@@ -147,14 +147,14 @@ def reader(teacher, tmp_path_factory):
     """Calls of `teacher`: 8 padded samples to fit on, and 4 held out, of which one is padded."""
     import tiny
 
-    from ppcl.transformer import calls
+    from ppcl.transformer import call_tables, calls
 
     path, found = tmp_path_factory.mktemp("reader") / "calls.parquet", []
     for heldout, lengths, seed in ((False, (5, 3) * 4, 0), (True, (5, 5, 4, 5), 1)):
         given = tiny.arguments(lengths, seed)
         rows = tiny.places(len(lengths), heldout=heldout)
-        found += calls.to_tables(given, teacher(**given)[0], rows)
-    calls.write(path, [table.schema for table in found], found, {})
+        found += call_tables.to_tables(given, teacher(**given)[0], rows)
+    call_tables.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 
 

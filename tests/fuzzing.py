@@ -20,7 +20,7 @@ from ppcl.extraction import token_table
 from ppcl.pruning import selection_file
 from ppcl.storage import schemas, tables, tensors, texts
 from ppcl.teacher import prompts
-from ppcl.transformer import calls
+from ppcl.transformer import call_tables, calls
 
 # ---- readers, by the name of the file that they read
 
@@ -274,8 +274,8 @@ def example(folder: Path) -> dict[str, bytes]:
         "sigma": [0.5] * 3,
         "heldout": [False, True, False],
     }
-    made = calls.to_tables(arguments, torch.ones(3, 2), rows)
-    calls.write(folder / "calls.parquet", [t.schema for t in made], made, {})
+    made = call_tables.to_tables(arguments, torch.ones(3, 2), rows)
+    call_tables.write(folder / "calls.parquet", [t.schema for t in made], made, {})
     sample = {
         "value": np.ones((3, 4, 2), np.float32),
         **{name: np.zeros(4, int) for name in ("prompt", "step", "token")},

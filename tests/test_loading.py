@@ -29,7 +29,7 @@ from ppcl.pruning import narrow, students
 from ppcl.pruning.plans import Part
 from ppcl.runtime import devices
 from ppcl.teacher import hub, pipelines, prompts, recording
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_arguments
 
 CPU = torch.device("cpu")
 
@@ -514,7 +514,7 @@ def test_the_gate_gets_nested_arguments(tmp_path, kind):
     held = {}
     t = torch.arange(3.0)
     given = {"a": {"nested": (t, [t + 1, None, "x"]), "listed": [[t], {"b": (1, 2.5)}]}[kind]}
-    skeleton = json.loads(json.dumps(calls.encode(given, "call", held.__setitem__)))
+    skeleton = json.loads(json.dumps(call_arguments.encode(given, "call", held.__setitem__)))
     file = SimpleNamespace(get_tensor=held.__getitem__)
     found = reload_gate.filled(skeleton, file)
     flat = torch.utils._pytree.tree_flatten(found)

@@ -14,7 +14,7 @@ from ppcl.closed_forms.width import Map
 from ppcl.pruning import plans, students
 from ppcl.pruning.plans import Part, Unit, parts_of
 from ppcl.training import prices
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_tables, calls
 
 CPU = torch.device("cpu")
 D = 32  # channels of tiny's transformer
@@ -26,8 +26,8 @@ def recorded(transformer, path):
     for heldout, lengths, seed in ((False, (5, 3) * 12, 0), (True, (4, 5) * 4, 1)):
         call = tiny.arguments(lengths, seed)
         rows = tiny.places(len(lengths), heldout=heldout)
-        found += calls.to_tables(call, transformer(**call)[0], rows)
-    calls.write(path, [table.schema for table in found], found, {})
+        found += call_tables.to_tables(call, transformer(**call)[0], rows)
+    call_tables.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 
 

@@ -20,7 +20,7 @@ from ppcl.pruning import selection_file
 from ppcl.search import sets
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines, recording, teacher_identity
-from ppcl.transformer import calls
+from ppcl.transformer import call_tables, calls
 
 SETTINGS = {
     "height": 32,
@@ -140,7 +140,7 @@ def record(
         part = every[start : start + batch]
         tables += recording.record_batch(pipe, pipe.transformer, part, SETTINGS, renoised, seed=0)
     note = teacher_identity.note(teacher_identity.resolved(source(folder)))
-    calls.write(path, [table.schema for table in tables], tables, note)
+    call_tables.write(path, [table.schema for table in tables], tables, note)
     return path
 
 
