@@ -6,7 +6,7 @@ from benchmarks import material, measuring, teaching
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.plans import Part, Unit, parts_of
 from ppcl.training import distillation, entrance, shards
 from ppcl.transformer import calls
 
@@ -24,7 +24,7 @@ def run(size: Size, folder: Path) -> list[Ratio]:
     slow, first = {}, {}
     for name, how in (("late", caching), ("whole", shards.NEVER)):
         job = max(shards.allot(units, 2, how), key=lambda job, how=how: shards.cost(job, how))
-        taught = students.start(teacher, students.parts_of(job), "first")
+        taught = students.start(teacher, parts_of(job), "first")
         steps = teaching.Steps(teacher, taught, reader, size.batch)
         if shards.cached(job, how):
             inputs = entrance.Inputs(

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from ppcl.digits import teacher
-from ppcl.transformer import calls
+from ppcl.transformer import call_tables
 
 Z_DIM, TEXT_WIDTH = 4, 64
 
@@ -95,8 +95,8 @@ def record(path: Path, size: Size, rows: int) -> Path:
         same = {"seed": 0, "kind": "pipeline", "step": 0, "branch": 0}
         same |= {"timestep": 1.0, "sigma": 0.5, "heldout": number % 2 == 1}
         where |= {name: [value] * batch for name, value in same.items()}
-        found += calls.to_tables(given, answer, where)
-    calls.write(path, [table.schema for table in found], found, {})
+        found += call_tables.to_tables(given, answer, where)
+    call_tables.write(path, [table.schema for table in found], found, {})
     return path
 
 

@@ -19,7 +19,7 @@ NAME = "workflow"
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "workflow" / "scripts"
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
-PLOTS_SECONDS = 10.0  # promised in the README
+PLOTS_SECONDS = 10.0  # docs/options.md: in seconds
 # The last commit at which every pruning trained, to which a run without is compared.
 BEFORE = "39317bf"
 FREE_SHARE = 0.4  # promised in the issue

@@ -90,6 +90,26 @@ def stand_in(tmp_path) -> dict:
     }
 
 
+@pytest.fixture
+def snakemake(stand_in, tmp_path):
+    """Runs snakemake with a config of the repository, a stand-in teacher and further keys."""
+    import dry_runs
+    import yaml
+
+    def call(*arguments, config="digits", code=0, variables=None, **keys) -> str:
+        overlay = tmp_path / "overlay.yaml"
+        given = dict(stand_in)
+        for key, value in keys.items():
+            given[key] = {**given.get(key, {}), **value} if isinstance(value, dict) else value
+        overlay.write_text(yaml.safe_dump(given))
+        files = ["--configfile", f"config/{config}.yaml", overlay]
+        # Another run may hold the lock of this folder.
+        common = ["--nolock", "--cores", "2", *files]
+        return dry_runs.run("snakemake", *common, *arguments, code=code, **(variables or {}))
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> Path:
     """Folder of a complete tiny pipeline with 5 blocks."""
@@ -127,14 +147,14 @@ def reader(teacher, tmp_path_factory):
     """Calls of `teacher`: 8 padded samples to fit on, and 4 held out, of which one is padded."""
     import tiny
 
-    from ppcl.transformer import calls
+    from ppcl.transformer import call_tables, calls
 
     path, found = tmp_path_factory.mktemp("reader") / "calls.parquet", []
     for heldout, lengths, seed in ((False, (5, 3) * 4, 0), (True, (5, 5, 4, 5), 1)):
         given = tiny.arguments(lengths, seed)
         rows = tiny.places(len(lengths), heldout=heldout)
-        found += calls.to_tables(given, teacher(**given)[0], rows)
-    calls.write(path, [table.schema for table in found], found, {})
+        found += call_tables.to_tables(given, teacher(**given)[0], rows)
+    call_tables.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 
 

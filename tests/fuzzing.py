@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.extraction import token_table
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.storage import schemas, tables, tensors, texts
 from ppcl.teacher import prompts
-from ppcl.transformer import calls
+from ppcl.transformer import call_tables, calls
 
 # ---- readers, by the name of the file that they read
 
@@ -46,7 +46,7 @@ READERS = {
     "tokens.parquet": read_tokens,
     "intervals.parquet": lambda path: tables.read(path, schemas.INTERVALS),
     "start.safetensors": tensors.read,
-    "plan.json": students.read_plan,
+    "plan.json": selection_file.read,
     "prompts.csv": prompts.read,
     "prompts.txt": prompts.read,
     "prompts.jsonl": prompts.read,
@@ -274,8 +274,8 @@ def example(folder: Path) -> dict[str, bytes]:
         "sigma": [0.5] * 3,
         "heldout": [False, True, False],
     }
-    made = calls.to_tables(arguments, torch.ones(3, 2), rows)
-    calls.write(folder / "calls.parquet", [t.schema for t in made], made, {})
+    made = call_tables.to_tables(arguments, torch.ones(3, 2), rows)
+    call_tables.write(folder / "calls.parquet", [t.schema for t in made], made, {})
     sample = {
         "value": np.ones((3, 4, 2), np.float32),
         **{name: np.zeros(4, int) for name in ("prompt", "step", "token")},

@@ -9,6 +9,8 @@ import torch
 
 from ppcl.storage import tables, tensors
 
+TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
+
 # Ends the process with SIGKILL when it is about to put its second checkpoint in place, so the
 # first one, and half a file beside it, are what the next run finds.
 KILLER = """
@@ -48,3 +50,29 @@ def equal(one, other):
 def assert_same_log(one, other, schema):
     one, other = (tables.read(p, schema).to_pandas().drop(columns="seconds") for p in (one, other))
     pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+def distill_paths(world, name):
+    folder, _, recorded = world
+    return {
+        "calls": recorded,
+        "plan": folder / "plan.json",
+        "students": folder / "start.safetensors",
+        "state": folder / name / "state",
+        "output": folder / name / "students.safetensors",
+        "log_table": folder / name / "log.parquet",
+        "errors": folder / name / "errors.parquet",
+    }
+
+
+def finetune_paths(world, distilled, name):
+    folder, _, recorded = world
+    return {
+        "variant": "p70",
+        "calls": recorded,
+        "sets": tiny.chosen(folder / "sets.json", folder / "plan.json", "distill"),
+        "distill": distilled["output"],
+        "state": folder / name / "state",
+        "output": folder / name / "p70.safetensors",
+        "log_table": folder / name / "p70.parquet",
+    }

@@ -13,7 +13,7 @@ from ppcl.errors import UserError
 from ppcl.extraction import activations, modulation_inputs, token_store, token_table
 from ppcl.runtime import devices
 from ppcl.storage import schemas, tables
-from ppcl.transformer import calls
+from ppcl.transformer import call_tables, calls
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background", "4 in red", "a green 9"]
@@ -210,9 +210,9 @@ def captions(teacher, tmp_path_factory):
         given["img_shapes"] = given["img_shapes"][1:]
         rows = tiny.places(len(lengths))
         rows["heldout"] = [row in heldout for row in range(len(lengths))]
-        found = calls.to_tables(given, teacher(**given)[0], rows)
+        found = call_tables.to_tables(given, teacher(**given)[0], rows)
         path = tmp_path_factory.mktemp("captions") / "calls.parquet"
-        calls.write(path, [table.schema for table in found], found, {})
+        call_tables.write(path, [table.schema for table in found], found, {})
         return calls.Reader(path)
 
     return reader

@@ -14,7 +14,7 @@ from torch import nn
 
 from ppcl.errors import UserError
 from ppcl.export import assembly, rehearsal
-from ppcl.pruning import students
+from ppcl.pruning import selection_file, students
 from ppcl.pruning.plans import Part, Unit
 from ppcl.storage import texts
 from ppcl.transformer import blocks, calls
@@ -246,7 +246,7 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     students.save(tmp_path / "students.safetensors", made, {})
     size = blocks.parameter_count(teacher.transformer_blocks[0])
     total = blocks.parameter_count(teacher)
-    entries = [students.plan_entry(unit, size, float("nan"))]
+    entries = [selection_file.unit_entry(unit, size, float("nan"))]
     plan = {"transformer_parameters": total, "blocks": 5}
     plan |= {"units": entries, "distilled": entries, "closed": []}
     texts.write_sealed(tmp_path / "plan.json", plan)

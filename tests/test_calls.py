@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from ppcl.errors import UserError
 from ppcl.storage import tables
-from ppcl.transformer import calls
+from ppcl.transformer import call_arguments, call_tables, calls
 
 
 def store(path, *every, shared=()):
@@ -19,9 +19,9 @@ def store(path, *every, shared=()):
     found = [
         t
         for given, out in every
-        for t in calls.to_tables(given, out, tiny.places(len(out)), shared)
+        for t in call_tables.to_tables(given, out, tiny.places(len(out)), shared)
     ]
-    calls.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 
 
@@ -91,7 +91,7 @@ def nested(inner):
 @settings(max_examples=25, deadline=None)
 @given(st.recursive(plain, nested, max_leaves=6))
 def test_other_arguments_survive_json(value):
-    assert calls._decode(calls.encode(value, "a", None), {}) == value
+    assert call_arguments.decode(call_arguments.encode(value, "a", None), {}) == value
 
 
 def test_calls_with_other_shared_values_are_not_batched(tmp_path):
@@ -118,10 +118,10 @@ def test_tensors_in_containers_come_back(tmp_path):
         "scale": 2,
     }
     answer = torch.arange(3.0)[:, None]
-    found = calls.to_tables(given, answer, tiny.places(3), ("rotary",), {"layers": 1})
+    found = call_tables.to_tables(given, answer, tiny.places(3), ("rotary",), {"layers": 1})
     assert [len(table) for table in found] == [2, 1]
     path = tmp_path / "c.parquet"
-    calls.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in found], found, {})
     reader = calls.Reader(path)
     for bucket, members in zip(reader.buckets, ([0, 2], [1]), strict=True):
         batch = reader.batch(bucket)
@@ -142,7 +142,7 @@ def test_what_is_no_tensor_text_or_number_is_refused():
     with pytest.raises(
         UserError, match="of type object inside the transformer argument 'controls'"
     ):
-        calls.to_tables({"controls": {"a": object()}}, torch.ones(2, 1), tiny.places(2))
+        call_tables.to_tables({"controls": {"a": object()}}, torch.ones(2, 1), tiny.places(2))
 
 
 def test_parts_are_merged_in_order(tmp_path):
@@ -151,7 +151,7 @@ def test_parts_are_merged_in_order(tmp_path):
         parts.append(tmp_path / f"{number}.parquet")
         name = "states" if number < 2 else "other"
         store(parts[-1], ({name: part}, part + 100))
-    calls.merge(parts, tmp_path / "all.parquet", {"made": "here"})
+    call_tables.merge(parts, tmp_path / "all.parquet", {"made": "here"})
     reader = calls.Reader(tmp_path / "all.parquet")
     assert reader.provenance == {"made": "here"}
     assert [bucket.tolist() for bucket in reader.buckets] == [[0, 1, 2, 3], [4, 5]]

@@ -10,16 +10,16 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from test_width_stages import measure
+from map_prices import measure
 
 from ppcl.closed_forms import width
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import variants
-from ppcl.pruning import narrow, pins, students
+from ppcl.pruning import narrow, pins, selection_file
 from ppcl.pruning.plans import Part, Unit
-from ppcl.search import sets
+from ppcl.search import sets, sets_file
 from ppcl.search.selection import Choices
 from ppcl.search.sets import Member, Set
 from ppcl.storage import schemas, tables, tensors
@@ -52,7 +52,7 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         pareto={"budgets": 3},
         evaluate={"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 1},
     )
-    plan = students.read_plan(given["plan"])
+    plan = selection_file.read(given["plan"])
     start, _ = tensors.read(given["students"])
     files = {"start": given["students"]}
     for stage, moved, error in (("distill", 1e-3, 3e-3), ("subsets", 1e-2, 2e-3)):
@@ -118,7 +118,7 @@ def test_sets_keep_their_budgets_and_models_have_what_was_foretold(
     chosen, world, tiny_teacher, tiny_calls
 ):
     transformer, shop = workshop(tiny_teacher, world, chosen["refitted"])
-    written = sets.read(chosen["sets"])
+    written = sets_file.read(chosen["sets"])
     total, call = blocks.parameter_count(transformer), calls.Reader(tiny_calls)
     batch = call.batch(call.buckets[0][:2])
     units = tables.read(chosen["units"], schemas.VARIANT_UNITS).to_pandas()
@@ -140,7 +140,7 @@ def test_sets_keep_their_budgets_and_models_have_what_was_foretold(
 
 def test_every_set_that_was_tried_is_told_and_the_best_is_taken(chosen):
     found = tables.read(chosen["measured"], schemas.VARIANT_SETS).to_pandas()
-    written = sets.read(chosen["sets"])
+    written = sets_file.read(chosen["sets"])
     for name, rows in found.groupby("variant"):
         least = rows["velocity_error"].min()
         assert (rows[rows["chosen"]]["velocity_error"] == least).all() and rows["chosen"].any()
@@ -179,7 +179,7 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
     tuned = tmp_path / "tight.safetensors"
     made = {"output": tuned, "log_table": tmp_path / "log.parquet", "state": tmp_path / "state"}
     tiny.stage("finetune", settings, **paths, variant="tight", **made)
-    written = sets.read(chosen["sets"])
+    written = sets_file.read(chosen["sets"])
     assert tensors.metadata(tuned)["set"] == written.of("tight").key
     monkeypatch.setattr("ppcl.export.assembly.prove", lambda *_: None)  # test_narrow_export has it
     folder = tmp_path / "tight"
@@ -194,7 +194,7 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
 
 
 def test_refitted_maps_are_those_that_the_set_was_made_with(chosen, tmp_path):
-    written, files = sets.read(chosen["sets"]), variants.Files(refits=chosen["refitted"])
+    written, files = sets_file.read(chosen["sets"]), variants.Files(refits=chosen["refitted"])
     found = next(
         one for one in written.sets.values() if any("refit-" in s for s in one.sources.values())
     )
@@ -227,7 +227,7 @@ def test_a_pinned_run_that_nobody_measured_is_trained(tiny_teacher, tiny_calls, 
     paths |= {"intervals": tiny.intervals(tmp_path / "i.parquet", [(0, 1)]), "calls": tiny_calls}
     made = {"plan": tmp_path / "p.json", "students": tmp_path / "s.safetensors"}
     tiny.stage("prune", settings | {"modulation": {}}, **paths, **made)
-    plan = students.read_plan(made["plan"])
+    plan = selection_file.read(made["plan"])
     assert [unit.name for unit in plan.units] == ["00-01", "02-03"] and plan.pinned == {"02-03"}
     assert [unit.name for unit in plan.closed] == ["04-04"]
 

@@ -17,7 +17,7 @@ from ppcl.extraction import activations, conditioning, modulation_inputs
 from ppcl.extraction.conditioning import Conditioning, Moments
 from ppcl.storage import tensors
 from ppcl.teacher import recording
-from ppcl.transformer import blocks, calls, families
+from ppcl.transformer import blocks, call_tables, calls, families
 
 CPU = torch.device("cpu")
 GRID = {"timesteps": 16, "guidance": [1.0, 10.0]}
@@ -163,8 +163,8 @@ def test_a_second_time_of_zero_is_a_sample_too(tmp_path):
     rows = tiny.places(2) | {"heldout": [False, True], "timestep": [700.0] * 2}
     found["timestep"] = torch.tensor([0.7, 0.7])
     path = tmp_path / "calls.parquet"
-    written = calls.to_tables(found, made(**found)[0], rows)
-    calls.write(path, [table.schema for table in written], written, {})
+    written = call_tables.to_tables(found, made(**found)[0], rows)
+    call_tables.write(path, [table.schema for table in written], written, {})
     sums = summed(made, calls.Reader(path), tmp_path)
     temb = made.time_text_embed(torch.tensor([0.7, 0.0]), torch.zeros(1))
     expected = nn.functional.silu(temb)
@@ -275,7 +275,7 @@ def test_other_schedules_are_at_most_twice_as_wrong(name, tmp_path):
     for sample in every:
         found += recording.record_batch(pipe, pipe.transformer, [sample], one.settings, 0, 0, False)
     path = tmp_path / "calls.parquet"
-    calls.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in found], found, {})
     reader = calls.Reader(path)
     fit, transformer = reader.rows(heldout=False), pipe.transformer
     place = modulation_inputs.time_map(reader, fit, families.FAMILIES[one.family].time)

@@ -7,19 +7,12 @@ import jsonschema
 import pytest
 import yaml
 from readme_tables import ROOT, TABLES, renewed
+from schema_keys import nodes
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
 
 CONFIGS = ("digits", "digits-full", "test")
-
-
-def nodes(node, key=""):
-    """(dotted key, schema node) of every key, sections and list entries included."""
-    for name, child in node.get("properties", {}).items():
-        yield f"{key}{name}", child
-        yield from nodes(child, f"{key}{name}.")
-        yield from nodes(child.get("items", {}), f"{key}{name}[].")
 
 
 def test_schema_describes_every_key_and_gives_leaves_a_default():

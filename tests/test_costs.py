@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from ppcl.closed_forms import width
 from ppcl.errors import UserError
-from ppcl.pruning import students
+from ppcl.pruning import selection_file, students
 from ppcl.pruning.plans import Part, Unit
 from ppcl.runtime import devices, processes
 from ppcl.storage import schemas, tables, texts
@@ -244,7 +244,7 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
     taught = students.start(teacher, [SECOND, FIRST], "middle")
     units = [Unit((SECOND,)), Unit((FIRST,))]
     entries = [
-        students.plan_entry(unit, saved, seconds)
+        selection_file.unit_entry(unit, saved, seconds)
         for unit, saved, seconds in zip(units, (9, 7), (0.5, np.nan), strict=True)
     ]
     options = {"heldout_rows": 3, "batch_size": 2}

@@ -15,9 +15,9 @@ import fresh
 import pandas as pd
 import pytest
 import yaml
+from artifacts import content
 from safetensors import safe_open
 from slurm import cluster
-from test_faults import content
 
 from ppcl.storage import schemas, tables, texts
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from test_narrow_distillation import OPTIONS, UNITS
+from narrow_students import OPTIONS, UNITS
 
 from ppcl.errors import UserError
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.plans import Part, parts_of
 from ppcl.runtime import stopping
 from ppcl.storage import tensors
 from ppcl.training import distillation, entrance, loop, shards, teaching
@@ -64,7 +64,7 @@ def files(tmp_path):
 
 def test_lessons_of_text_runs_are_the_same_to_the_bit(teacher):
     """A part that borrows needs block a's attention input too, which may be before its own."""
-    parts = [part for part in students.parts_of(UNITS) if part.borrows]
+    parts = [part for part in parts_of(UNITS) if part.borrows]
     assert shards.first_needed(parts) == 0 < min(part.first for part in parts)
     parts = [Part(4, 4, text="borrow", source=(2, 3)), Part(5, 5)]
     call = tiny.arguments((5, 3))

@@ -4,7 +4,8 @@ import pandas as pd
 import pytest
 import tiny
 import yaml
-from test_workflow import BIN, ROOT, run, settings_of_jobs, snakemake  # noqa: F401
+from dry_runs import run, settings_of_jobs
+from readme_tables import ROOT
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
@@ -52,7 +53,7 @@ def test_names_of_runs_and_variants_cannot_be_paths_or_commands(text):
             config.complete(given, "mine.yaml")
 
 
-def test_no_text_of_a_config_reaches_the_shell_of_any_job(snakemake, tmp_path):  # noqa: F811
+def test_no_text_of_a_config_reaches_the_shell_of_any_job(snakemake, tmp_path):
     """Every job's command, read as a shell would, hands its texts over whole."""
     evil = (
         f"$(touch {tmp_path}/no) ';touch {tmp_path}/no;' \"`touch {tmp_path}/no`\" ../ \n \\ {{x}}"

@@ -18,11 +18,9 @@ from pathlib import Path
 import faulting
 import pytest
 import stages
-import torch
+from artifacts import content
 
-from ppcl.export import assembly
 from ppcl.runtime import stopping
-from ppcl.storage import tables, tensors, texts
 
 TRIALS = int(os.environ.get("PPCL_FAULTS", "14"))
 SEED = int(os.environ.get("PPCL_FAULTS_SEED", "0"))
@@ -39,35 +37,6 @@ FAULTS = [
 LONG = ("evaluate", "calibrate", "ablate", "gather")
 EVERY = [*stages.STAGES, *stages.MORE]
 PLAYED = [s for s in EVERY if s.program not in LONG or "PPCL_FAULTS" in os.environ]
-MEASURED = ("seconds", "latency", "peak_memory")
-
-
-def content(path: Path):
-    """What an artifact says, without times and what is measured in seconds and bytes.
-
-    Raises UserError unless it is whole.
-    """
-    if path.is_dir() and not (path / assembly.CARD).exists():
-        files = {file.name: file.read_bytes() for file in path.glob("[!.]*")}
-        return files | {"": "figures"}
-    if path.is_dir():
-        assembly.verify(path)
-        card = texts.read_sealed(path / assembly.CARD)
-        return {**card["files"], "units": card["units"]}
-    if path.suffix == ".safetensors":
-        found, about = tensors.read(path)
-        # Views of bytes: NaN equals itself.
-        found = {k: t.contiguous().flatten().view(torch.uint8).tolist() for k, t in found.items()}
-        return found | {"": _undated(about)}
-    if path.suffix == ".json":
-        found = texts.read_sealed(path)
-        return found | {"provenance": _undated(found.get("provenance", {}))}
-    table = tables.read(path)
-    if "metric" in table.column_names:
-        kept = [not any(m in name for m in MEASURED) for name in table["metric"].to_pylist()]
-        table = table.filter(kept)
-    names = [name for name in table.column_names if not any(m in name for m in MEASURED)]
-    return repr(table.select(names).to_pylist()), _undated(tables.provenance(path))
 
 
 def whole(found, expected) -> bool:
@@ -75,12 +44,6 @@ def whole(found, expected) -> bool:
     if isinstance(found, dict) and found.get("") == "figures":
         return found.items() <= expected.items()
     return found == expected
-
-
-def _undated(stamp: dict) -> dict:
-    # Nor by the commit, for somebody may work on this repository meanwhile.
-    stamp = {key: value for key, value in stamp.items() if key not in ("created", "commit")}
-    return {key: value for key, value in stamp.items() if not any(m in key for m in MEASURED)}
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.storage import seals, tensors, texts
 
 EXAMPLES = int(os.environ.get("PPCL_FUZZ", "150"))
@@ -115,7 +115,7 @@ def test_whole_plans_of_other_content(tmp_path):
     def check(plan):
         texts.write_sealed(path, plan)
         if not tried("plan.json", path):
-            for unit in students.read_plan(path).units:
+            for unit in selection_file.read(path).units:
                 assert all(0 <= part.first <= part.last < plan["blocks"] for part in unit.parts)
 
     check()

@@ -9,12 +9,18 @@ import pandas as pd
 import pytest
 import tiny
 import torch
-from killing import KILLER, assert_same_log, equal, kill_and_resume
+from killing import (
+    KILLER,
+    TRAINING,
+    assert_same_log,
+    distill_paths,
+    equal,
+    finetune_paths,
+    kill_and_resume,
+)
 
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.storage import schemas, tables, tensors
-
-TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
 
 
 @pytest.fixture(scope="module")
@@ -35,38 +41,12 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
     return folder, settings, tiny_calls
 
 
-def distill_paths(world, name):
-    folder, _, recorded = world
-    return {
-        "calls": recorded,
-        "plan": folder / "plan.json",
-        "students": folder / "start.safetensors",
-        "state": folder / name / "state",
-        "output": folder / name / "students.safetensors",
-        "log_table": folder / name / "log.parquet",
-        "errors": folder / name / "errors.parquet",
-    }
-
-
 @pytest.fixture(scope="module")
 def distilled(world):
     """Paths of an uninterrupted distillation in this process, the teacher run as a whole."""
     paths = distill_paths(world, "distilled")
     tiny.stage("distill", world[1], **paths)
     return paths
-
-
-def finetune_paths(world, distilled, name):
-    folder, _, recorded = world
-    return {
-        "variant": "p70",
-        "calls": recorded,
-        "sets": tiny.chosen(folder / "sets.json", folder / "plan.json", "distill"),
-        "distill": distilled["output"],
-        "state": folder / name / "state",
-        "output": folder / name / "p70.safetensors",
-        "log_table": folder / name / "p70.parquet",
-    }
 
 
 def kept(world):
@@ -123,7 +103,7 @@ def test_distill_tables(world, distilled):
     assert set(zip(log["interval"], log["stream"], strict=True)) == streams
     errors = tables.read(distilled["errors"], schemas.UNIT_ERRORS).to_pandas()
     assert errors["first"].tolist() == [1, 3] and (errors["velocity_error"] > 0).all()
-    plan = students.read_plan(world[0] / "plan.json")
+    plan = selection_file.read(world[0] / "plan.json")
     saved = [entry["saved_parameters"] for entry in plan.facts["distilled"]]
     assert errors["saved_parameters"].tolist() == saved and plan.units == plan.distilled
     assert 5 * saved[0] < plan.facts["transformer_parameters"] < 7 * saved[0]

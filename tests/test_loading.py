@@ -19,6 +19,7 @@ import torch
 import zoo_images
 import zoo_parts
 from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
+from hub_cache import NAME, put
 from PIL import Image
 
 from ppcl.errors import UserError
@@ -28,10 +29,9 @@ from ppcl.pruning import narrow, students
 from ppcl.pruning.plans import Part
 from ppcl.runtime import devices
 from ppcl.teacher import hub, pipelines, prompts, recording
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_arguments
 
 CPU = torch.device("cpu")
-NAME = "some-owner/some-model"
 
 
 @torch.no_grad()
@@ -104,15 +104,6 @@ def cache(tmp_path, monkeypatch):
     """An empty cache of the Hub."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     return tmp_path / "hub"
-
-
-def put(folder: Path, cache: Path, name: str = NAME, revision: str = "main") -> None:
-    """Lays a folder into a cache as the Hub's client does."""
-    repository = cache / f"models--{name.replace('/', '--')}"
-    commit = "0123456789" * 4
-    shutil.copytree(folder, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / revision).write_text(commit)
 
 
 @pytest.fixture
@@ -523,7 +514,7 @@ def test_the_gate_gets_nested_arguments(tmp_path, kind):
     held = {}
     t = torch.arange(3.0)
     given = {"a": {"nested": (t, [t + 1, None, "x"]), "listed": [[t], {"b": (1, 2.5)}]}[kind]}
-    skeleton = json.loads(json.dumps(calls.encode(given, "call", held.__setitem__)))
+    skeleton = json.loads(json.dumps(call_arguments.encode(given, "call", held.__setitem__)))
     file = SimpleNamespace(get_tensor=held.__getitem__)
     found = reload_gate.filled(skeleton, file)
     flat = torch.utils._pytree.tree_flatten(found)

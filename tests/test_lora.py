@@ -8,10 +8,10 @@ import pytest
 import tiny
 import torch
 from diffusers import FluxPipeline, QwenImagePipeline
+from modulation_inputs import LAST, WIDTH, Recorded, inputs_of
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
-from test_modulation import LAST, WIDTH, Recorded, inputs_of
 
 from ppcl.closed_forms import modulation
 from ppcl.errors import UserError

@@ -1,11 +1,11 @@
 """Low-rank modulation: the closed form, and what diffusers and torch do with such products."""
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import tiny
 import torch
+from modulation_inputs import LAST, WIDTH, Recorded, Sums, inputs_of
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,44 +18,12 @@ from ppcl.teacher import pipelines
 from ppcl.transformer import blocks
 
 SHAPES = [(48, 8), (12, 8), (5, 8)]  # [out, d]: six parts, a halved one, fewer outputs than inputs
-WIDTH, LAST = 32, (6, "norm_out.linear")
 RUN = {
     0: {"linear_ffn": ["image", "text"]},
     1: {"text": "source"},
     2: {"text": "borrow", "linear_ffn": ["image"]},
     3: {"text": "close"},
 }
-
-
-@dataclass(frozen=True)
-class Sums:
-    """Sums over inputs, as conditioning.py has them."""
-
-    count: float
-    sum: torch.Tensor
-    outer: torch.Tensor
-
-    @classmethod
-    def over(cls, inputs: torch.Tensor) -> "Sums":
-        inputs = inputs.double()
-        return cls(len(inputs), inputs.sum(0), inputs.T @ inputs)
-
-
-class Recorded:
-    """The same inputs for all matrices, [samples, d]."""
-
-    def __init__(self, inputs: torch.Tensor):
-        self.inputs = inputs
-
-    def of(self, _matrix) -> Sums:
-        return Sums.over(self.inputs)
-
-
-def inputs_of(count: int, width: int = 8, seed: int = 0) -> torch.Tensor:
-    """Like silu(temb): a few directions of very unequal size, far from zero."""
-    generator = torch.Generator().manual_seed(seed)
-    scale = 4.0 ** -torch.arange(width)
-    return torch.randn(count, width, generator=generator) * scale + 3
 
 
 def matrix(shape: tuple[int, int], bias: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -6,39 +6,16 @@ import copy
 import pytest
 import tiny
 import torch
+from narrow_students import OPTIONS, UNITS, made
 from torch import nn
 
 from ppcl.pruning import narrow, plans, students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.plans import Part, parts_of
 from ppcl.training import distillation, losses, teaching
 from ppcl.transformer import blocks
 
-OPTIONS = {
-    "loss": "normalised",
-    "relative_weight": 0.5,
-    "mode": "independent",
-    "batch_size": 4,
-    "gradient_checkpointing": False,
-    "linear_weight": 0.25,
-}
-# A depth student lends its text to a kept block with a linear FFN and to another student; a block
-# of its own has two linear FFNs.
-UNITS = plans.units([(0, 1), (3, 4)], [(0, 4)], [(2, "image"), (5, "image"), (5, "text")])
-SOURCE, BORROW, CLOSE, LAST = students.parts_of(UNITS)
+SOURCE, BORROW, CLOSE, LAST = parts_of(UNITS)
 D = 32
-
-
-def made(teacher, seed=0):
-    """Narrow students of all parts, with random maps."""
-    taught = students.start(teacher, students.parts_of(UNITS), "first")
-    generator = torch.Generator().manual_seed(seed)
-    for part, student in taught.items():
-        students.shaped(teacher, part, student)
-        with torch.no_grad():
-            for linear in narrow.maps(student).values():
-                for parameter in linear.parameters():
-                    parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return taught
 
 
 def batch_of(reader, seed=0):
@@ -203,7 +180,7 @@ def test_borrowers_learn_from_what_the_model_lends(
     """L_linear of l^z is of z_a in the assembled model, and of what the whole block had in z_p's
     place, before anything is trained and when the source has become another."""
     units = plans.units(intervals, [(0, 5)], ffns, unread_after=5)
-    wholes = students.start(teacher, students.parts_of(units), how)
+    wholes = students.start(teacher, parts_of(units), how)
     batch, wanted = batch_of(reader), {}
     real = batch.arguments["encoder_hidden_states_mask"].bool()
     for part, block in wholes.items():
@@ -310,7 +287,7 @@ def test_units_go_in_together_and_every_part_learns(teacher, reader, accelerator
         for student in taught.values():
             student.zero_grad()
         loss.backward()
-        plugged = students.parts_of(subset)
+        plugged = parts_of(subset)
         batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, step)))
         with torch.no_grad():
             answer = literal_model(teacher, taught, plugged)(**batch.arguments)[0]

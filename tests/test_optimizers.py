@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import OPTIONS, Stop, stop_at, weights
+from loop_parts import OPTIONS, Stop, stop_at, weights
 from torch import nn
 
 from ppcl.errors import UserError

@@ -2,7 +2,7 @@
 
 import yaml
 from readme_tables import ROOT
-from test_config import nodes
+from schema_keys import nodes
 
 from ppcl.configuration import config
 

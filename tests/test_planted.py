@@ -17,7 +17,7 @@ from ppcl.extraction import activations, token_table
 from ppcl.search import cka_draws, intervals
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, recording
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_tables, calls
 from ppcl.transformer.families import IMAGE, TEXT
 
 DEPTH, WIDTH = 12, 32
@@ -82,7 +82,7 @@ def folder(tiny_teacher, tmp_path_factory):
     found = recording.record_batch(
         pipe, pipe.transformer, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0, replayed=False
     )
-    calls.write(folder / "calls.parquet", [table.schema for table in found], found, {})
+    call_tables.write(folder / "calls.parquet", [table.schema for table in found], found, {})
     reader = calls.Reader(folder / "calls.parquet")
     blocks.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)
     options = {"batch_size": 16, "moment_tokens": 16, "sample_tokens": 4, "checkpoint_every": 99}

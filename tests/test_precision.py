@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.storage import tensors
 from ppcl.teacher import pipelines
 
@@ -83,7 +83,7 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     assert len(made.transformer_blocks) == 3
     card = json.loads((tmp_path / "p70" / "pruning.json").read_text())
     assert card["finetuned"] and len(card["units"]) == 2
-    units = students.read_plan(plan).units
+    units = selection_file.read(plan).units
     narrow = [part.narrow for unit in units for part in unit.parts]
     assert narrow == ([True] * 3 if schedule else [False] * 2)
     assert {key for key in weights if "text_output" in key} == set()  # nothing reads it

@@ -15,7 +15,7 @@ from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.teacher import recording, steps
 from ppcl.training import prices
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_tables, calls
 
 PROMPTS = ["a red 1 on blue", "a blue handwritten two on a red background"]
 
@@ -130,7 +130,7 @@ def test_bfloat16_timesteps_are_the_sigmas(tiny_teacher, tmp_path):
         pipe, pipe.transformer, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0
     )
     path = tmp_path / "calls.parquet"
-    calls.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in found], found, {})
     reader = calls.Reader(path)
     for row in reader.rows(kinds=("renoised",)):
         batch = reader.batch(np.array([row]))
@@ -187,8 +187,8 @@ def test_a_call_of_unclear_samples_or_of_zero_answers_is_refused(pipe):
 def test_zero_answers_of_an_older_record_are_refused(pipe, tmp_path):
     path, given = tmp_path / "calls.parquet", tiny.arguments((3,))
     answered = torch.zeros_like(pipe.transformer(**given)[0])
-    found = calls.to_tables(given, answered, tiny.places(1))
-    calls.write(path, [table.schema for table in found], found, {})
+    found = call_tables.to_tables(given, answered, tiny.places(1))
+    call_tables.write(path, [table.schema for table in found], found, {})
     reader, rows = calls.Reader(path), np.arange(1)
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
         prices.error(pipe.transformer, {}, reader, rows, 1, torch.device("cpu"))
@@ -204,7 +204,7 @@ def test_a_picture_starts_in_the_middle_of_the_schedule(pipe, tmp_path):
     settings = tiny.SETTINGS | {"num_inference_steps": 4, "strength": 0.5}
     sample = [tiny.samples(PROMPTS)[0] | {"image": str(picture)}]
     found = recording.record_batch(edits, edits.transformer, sample, settings, 3, seed=0)
-    calls.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in found], found, {})
     reader = calls.Reader(path)
     called = reader.rows(kinds=("pipeline",))
     assert reader.index["step"][called].tolist() == [0, 0, 1, 1]
@@ -267,7 +267,7 @@ def test_calls_of_frames_with_timesteps_of_their_own_have_none(pipe, tmp_path):
     made.per_frame = True
     one, path = tiny.samples(PROMPTS[:1]), tmp_path / "calls.parquet"
     found = recording.record_batch(made, made.transformer, one, {}, 0, seed=0)
-    calls.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in found], found, {})
     assert np.isnan(calls.Reader(path).index["timestep"]).all()
 
 

@@ -19,7 +19,7 @@ from ppcl.pruning.plans import Part
 from ppcl.search import cka_draws, intervals, probes, similarity
 from ppcl.search.cka import resamples
 from ppcl.training import prices
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_tables, calls
 from ppcl.transformer.families import IMAGE, TEXT
 
 DEPTH = 8
@@ -57,8 +57,8 @@ def record(transformer, path, timesteps=(LOW, HIGH)):
         given_ = tiny.arguments((5,) * count, seed=number)
         given_["timestep"] = torch.full((count,), timestep)
         rows = tiny.places(count, heldout=heldout, timestep=timestep)
-        found += calls.to_tables(given_, transformer(**given_)[0], rows)
-    calls.write(path, [table.schema for table in found], found, {})
+        found += call_tables.to_tables(given_, transformer(**given_)[0], rows)
+    call_tables.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 
 

@@ -12,8 +12,8 @@ import pytest
 import stages
 import tiny
 import torch
+from artifacts import content
 from stages import NAMED, PLAN, STAGES, Stage
-from test_faults import content
 from torch.utils._pytree import tree_leaves
 
 from ppcl.errors import UserError

@@ -11,8 +11,9 @@ import pandas as pd
 import pytest
 
 from ppcl.pruning.plans import Modulation
-from ppcl.search import cka_draws, intervals, selection
+from ppcl.search import cka_draws, intervals, savings
 from ppcl.search.intervals import Interval
+from ppcl.search.savings import Weights
 from ppcl.storage import schemas, tables
 
 
@@ -302,14 +303,14 @@ def test_stage_chooses_depth_and_width_together(tmp_path, monkeypatch, capsys):
     ]
     ffns = chosen[chosen["kind"] == "ffn"]
     ffns = list(zip(ffns["first"], ffns["stream"], strict=True))
-    counted = selection.Weights(
+    counted = Weights(
         [100] * 8,
         [30] * 8,
         [6] * 7 + [0],
         {(b, s): 20 for b in range(8) for s in ("image", "text")},
         source=dict.fromkeys(range(7), 25),
     )
-    saved = selection.saved(*pairs, ffns, counted, unread=7)
+    saved = savings.saved(*pairs, ffns, counted, unread=7)
     assert saved >= 340
     assert min(first for first, _ in [*pairs[0], *pairs[1], *ffns]) >= 1
     protected = wide[wide["first"] == 0]

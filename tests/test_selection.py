@@ -18,8 +18,10 @@ from ppcl.errors import UserError
 from ppcl.pruning import pins, plans
 from ppcl.pruning.pins import Named
 from ppcl.pruning.plans import Modulation, Part, Unit
-from ppcl.search import selection
-from ppcl.search.selection import Choices, Weights
+from ppcl.search import measured, selection
+from ppcl.search.budgets import needed, parameters_needed, targets
+from ppcl.search.savings import Weights, by_blocks, saved
+from ppcl.search.selection import Choices
 from ppcl.storage import schemas, tables
 from ppcl.transformer.families import IMAGE, TEXT
 
@@ -134,7 +136,7 @@ def problem(seed, depth=DEPTH, intervals=3, runs=2, ffns=3, matrices=2, units=1)
     )
     weights = {
         "blocks": replace(
-            selection.by_blocks(depth),
+            by_blocks(depth),
             units={name: unit.removed_blocks for name, (unit, _) in choices.units.items()},
         ),
         "parameters": sizes.weights(every, choices.ranks, choices.units),
@@ -191,7 +193,7 @@ def every_set(choices, weights, sizes, pinned=pins.NOTHING):
         savings = {}
         for name in ("blocks", "latency"):
             each = weights[name]
-            savings[name] = selection.saved(*chosen[:3], each, sizes.unread)
+            savings[name] = saved(*chosen[:3], each, sizes.unread)
             savings[name] += sum(each.units.get(unit, 0) for unit in chosen[3])
         for ranks in itertools.product(
             *([(matrix, None), *((matrix, r) for r in o)] for matrix, o in choices.ranks.items())
@@ -201,8 +203,8 @@ def every_set(choices, weights, sizes, pinned=pins.NOTHING):
             if count is None or not ranks_pinned(units, ranks, choices, pinned.ranks):
                 continue
             more = sum(choices.ranks[matrix][rank] for matrix, rank in ranks.items())
-            saved = savings | {"parameters": sizes.model([], {}) - count}
-            yield (*chosen, ranks), cost + more, saved
+            gone = savings | {"parameters": sizes.model([], {}) - count}
+            yield (*chosen, ranks), cost + more, gone
 
 
 def parts_of(intervals, runs, ffns, sizes):
@@ -353,38 +355,38 @@ FACTS = {"transformer_parameters": 1000, "blocks": 20, "transformer_seconds": 0.
 
 
 def test_a_budget_is_what_has_to_go():
-    assert selection.needed(0.7, FACTS) == {"parameters": 300}
-    assert selection.needed({"parameters": 640}, FACTS) == {"parameters": 360}
-    assert selection.needed({"blocks": 12}, FACTS) == {"blocks": 8}
-    assert selection.needed({"latency": 0.8}, FACTS) == {"latency": pytest.approx(0.1)}
+    assert needed(0.7, FACTS) == {"parameters": 300}
+    assert needed({"parameters": 640}, FACTS) == {"parameters": 360}
+    assert needed({"blocks": 12}, FACTS) == {"blocks": 8}
+    assert needed({"latency": 0.8}, FACTS) == {"latency": pytest.approx(0.1)}
     several = {"fraction": 0.7, "parameters": 600, "latency": 0.8}
     expected = {"parameters": 400, "latency": pytest.approx(0.1)}
-    assert selection.needed(several, FACTS) == expected
+    assert needed(several, FACTS) == expected
     for small in ({"parameters": 2000}, {"blocks": 30}, {"latency": 1.0}, 1.0):
-        assert list(selection.needed(small, FACTS).values()) == [0]
+        assert list(needed(small, FACTS).values()) == [0]
 
 
 def test_targets_are_those_of_the_smallest_budgets():
     budgets = [0.7, {"parameters": 500}, {"blocks": 12}, {"blocks": 15}, {"latency": 0.9}, 0.9]
     variants = [{"name": str(n), "budget": b, "train": True} for n, b in enumerate(budgets)]
     expected = {"parameters": 500, "blocks": 8, "latency": pytest.approx(0.05)}
-    assert selection.targets(variants, FACTS) == expected
+    assert targets(variants, FACTS) == expected
     least = config.tightest(variants)
-    assert len(least) == 4 and selection.targets(least, FACTS) == expected
+    assert len(least) == 4 and targets(least, FACTS) == expected
 
 
 def test_parameters_needed_leaves_at_most_the_budget():
-    assert selection.parameters_needed(20, 0.55) == 9
-    assert selection.parameters_needed(1000, 0.7) == 300
-    assert selection.parameters_needed(7, 0.5) == 4
-    assert selection.parameters_needed(100, 0.57) == 43  # 0.57 * 100 is 56.99999999999999
-    assert selection.parameters_needed(7, 1.0) == 0
+    assert parameters_needed(20, 0.55) == 9
+    assert parameters_needed(1000, 0.7) == 300
+    assert parameters_needed(7, 0.5) == 4
+    assert parameters_needed(100, 0.57) == 43  # 0.57 * 100 is 56.99999999999999
+    assert parameters_needed(7, 1.0) == 0
 
 
 def test_unreachable_budgets_say_what_can_be_had():
     choices = Choices({(0, 1): 1.0, (2, 3): 1.0})
     weights = {
-        "blocks": selection.by_blocks(6),
+        "blocks": by_blocks(6),
         "parameters": Weights([10] * 6, [0] * 6, [0] * 6),
     }
     message = r"need 60 parameters removed; .* at most 20 parameters\. .*sensitivity\.longest"
@@ -410,23 +412,23 @@ def latency_table(path, depth=4):
 
 def test_times_are_read_by_part(tmp_path):
     path = latency_table(tmp_path / "blocks.parquet")
-    weights, whole = selection.timing(path, 4)
+    weights, whole = measured.timing(path, 4)
     assert whole == 2.5
     assert weights.block == pytest.approx([0.4, 0.401, 0.402, 0.403])
     assert weights.text == pytest.approx([0.1, 0.101, 0.102, 0])
     assert weights.output == [0] * 4 and (3, IMAGE) not in weights.ffn
     assert weights.ffn[2, TEXT] == pytest.approx(0.052)
     with pytest.raises(UserError, match="names blocks that this teacher lacks"):
-        selection.timing(path, 3)
+        measured.timing(path, 3)
 
 
 def test_units_save_the_seconds_of_their_parts(tmp_path):
     path = latency_table(tmp_path / "blocks.parquet")
     run = Unit((Part(0, 0, (TEXT,)), Part(1, 2, (IMAGE,))))
     alone = Unit((Part(1, 3),))
-    found = selection.saved_seconds([run, alone], path)
+    found = measured.saved_seconds([run, alone], path)
     assert found == pytest.approx([0.05 + 0.402 + 0.101 + 0.061, 0.402 + 0.403])
-    assert np.isnan(selection.saved_seconds([run, alone], None)).all()
+    assert np.isnan(measured.saved_seconds([run, alone], None)).all()
 
 
 # ---- models of real depth
@@ -458,7 +460,7 @@ def deep(depth=60, longest=7, ranks=(2, 4, 8, 16, 32)):
     )
     jitter = 1 + 0.01 * random.random((3, depth))
     weights = {
-        "blocks": selection.by_blocks(depth),
+        "blocks": by_blocks(depth),
         "parameters": Weights(
             [BLOCK] * depth,
             [BORROWED] * depth,
@@ -507,7 +509,7 @@ def test_the_published_lists_are_a_config_and_come_out_as_they_are():
         choices.runs | dict.fromkeys(pinned.runs, 0.0),
         choices.ffns,
     )
-    needs = selection.targets(wanted["variants"], QWEN)
+    needs = targets(wanted["variants"], QWEN)
     plan = selection.select(free, weights, needs, pinned)
     assert set(plan.intervals) == pinned.intervals
     assert set(plan.runs) == pinned.runs and set(plan.ffns) == pinned.ffns
@@ -523,7 +525,7 @@ def test_flux_like_seam_and_sizes():
     apart = {ends: c for ends, c in choices.intervals.items() if not ends[0] < 19 <= ends[1]}
     double = {run: c for run, c in choices.runs.items() if run[1] < 19}
     weights = {
-        "blocks": selection.by_blocks(57),
+        "blocks": by_blocks(57),
         "parameters": Weights(sizes, [130] * 19 + [0] * 38, [9] * 57),
     }
     need = round(0.4 * sum(sizes))

@@ -9,9 +9,12 @@ import pytest
 
 from ppcl.errors import UserError
 from ppcl.pruning.plans import Modulation, Part, Unit
-from ppcl.search import selection, sets
-from ppcl.search.selection import Choices, Weights
-from ppcl.search.sets import Member, Offer, Set
+from ppcl.search import choosing, savings, set_tables, sets, sets_file
+from ppcl.search.choosing import Choice
+from ppcl.search.offers import Offer
+from ppcl.search.savings import Weights
+from ppcl.search.selection import Choices
+from ppcl.search.sets import Member, Set
 from ppcl.storage import schemas, tables
 
 DEPTH, TOTAL = 6, 1500
@@ -71,7 +74,7 @@ def variant(budget, train=True, name="v"):
 
 
 def searched(offer, *variants):
-    return {v["name"]: (v, sets.search(offer, v)) for v in variants}
+    return {v["name"]: (v, choosing.search(offer, v)) for v in variants}
 
 
 def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
@@ -79,12 +82,14 @@ def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
     offer, before = offered(), np.inf
     reached = set()
     for budget in np.linspace(0.32, 1, 14):
-        choice = sets.search(offer, variant(float(budget)))
+        choice = choosing.search(offer, variant(float(budget)))
         assert choice.cost <= before + 1e-12
         before = choice.cost
-        assert sets.left(offer, choice) <= budget * TOTAL + 1e-9
-        rows = sets.rows(offer, "v", choice)
-        assert sum(row["saved_parameters"] for row in rows) == TOTAL - sets.left(offer, choice)
+        assert offer.parameters_left(choice.saved) <= budget * TOTAL + 1e-9
+        rows = set_tables.rows(offer, "v", choice)
+        assert sum(row["saved_parameters"] for row in rows) == TOTAL - offer.parameters_left(
+            choice.saved
+        )
         assert sum(row["velocity_error"] for row in rows) == pytest.approx(choice.cost)
         reached |= {(row["kind"], row["source"]) for row in rows}
         taken = [b for u in choice.found.units for b in range(u.first, u.last + 1)]
@@ -100,12 +105,12 @@ def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
 def test_without_training_nothing_trained_is_in_it():
     offer = offered()
     tight = variant({"blocks": DEPTH - 1}, train=False)
-    choice = sets.search(offer, tight)
+    choice = choosing.search(offer, tight)
     assert choice.found.sources["01-02"] == "start"
     assert choice.cost == pytest.approx(9e-4)
-    assert sets.search(offer, tight | {"train": True}).cost == pytest.approx(2e-4)
+    assert choosing.search(offer, tight | {"train": True}).cost == pytest.approx(2e-4)
     with pytest.raises(UserError, match="the budget of 'v' needs .* blocks"):
-        sets.search(offer, variant({"blocks": 1}))
+        choosing.search(offer, variant({"blocks": 1}))
 
 
 def measured_as(errors):
@@ -123,27 +128,27 @@ def test_each_unit_is_from_the_stage_that_serves_the_set():
     """Alone, 01-02 is best after distill; beside 04-04, that of subsets is."""
     offer = offered(closed=Choices())
     both = Set((Member(INTERVAL, "distill"), Member(NARROW, "distill")))
-    start = sets.Choice(both, 6e-4, {"parameters": 160.0, "blocks": 1})
+    start = Choice(both, 6e-4, {"parameters": 160.0, "blocks": 1})
     worth = {("subsets", "distill"): 1.0, ("subsets", "subsets"): 2.0, ("start", "closed"): 2.5}
 
     def error(one):
         return worth.get((one.sources["01-02"], one.sources["04-04"]), 3.0)
 
     measure, asked = measured_as(error)
-    found = sets.decide(offer, {"v": (variant(0.9), start)}, measure)["v"]
+    found = choosing.decide(offer, {"v": (variant(0.9), start)}, measure)["v"]
     assert found.choice.found.sources == {"01-02": "subsets", "04-04": "distill"}
     assert found.choice.error == 1.0
     # Its best alone, all of each of four sources; then the others of each unit.
     assert [len(one) for one in asked] == [5, 2, 2]
     assert list(found.tried)[:2] == ["each at its best alone", "all of closed"]
-    whole = sets.decide(offer, {"v": (variant(0.9), start)}, measure, flips=False)["v"]
+    whole = choosing.decide(offer, {"v": (variant(0.9), start)}, measure, flips=False)["v"]
     assert whole.choice.error == 2.0
-    last = sets.as_last_trained(offer, {"v": (variant(0.9), start)}, measure)["v"]
+    last = choosing.as_last_trained(offer, {"v": (variant(0.9), start)}, measure)["v"]
     assert set(last.choice.found.sources.values()) == {"subsets"}
     untrained = variant(0.9, train=False)
     plain = start.found.having({"01-02": "start", "04-04": "closed"})
     asked_for = {"v": (untrained, sets.replace(start, found=plain))}
-    assert sets.decide(offer, asked_for, measure)["v"].choice.error == 2.5
+    assert choosing.decide(offer, asked_for, measure)["v"].choice.error == 2.5
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -158,12 +163,12 @@ def test_larger_budgets_are_never_measured_worse(seed):
     budgets = sorted(rng.uniform(0.4, 1, 4))
     wanted = [variant(float(b), name=f"p{n}") for n, b in enumerate(budgets)]
     wanted += [variant(float(budgets[1]), False, "free")]
-    found = sets.decide(offer, searched(offer, *wanted), measure)
+    found = choosing.decide(offer, searched(offer, *wanted), measure)
     errors = [found[f"p{n}"].choice.error for n in range(4)]
     assert errors == sorted(errors, reverse=True)
     for each in wanted:
         choice = found[each["name"]].choice
-        assert sets.meets(choice, offer, each)
+        assert choosing.meets(choice, offer, each)
         assert choice.error == min(c.error for c in found[each["name"]].tried.values())
     assert not set(found["free"].choice.found.sources.values()) & set(sets.TRAINED)
 
@@ -178,37 +183,40 @@ def test_a_budget_is_met_however_sums_are_rounded():
     facts = offered().facts | {"transformer_seconds": 2 * (0.1 + 0.2)}
     offer = offered(weights=weights, facts=facts, units={}, errors={})
     wanted = variant({"latency": 0.5})
-    choice = sets.search(offer, wanted)
+    choice = choosing.search(offer, wanted)
     measure, _ = measured_as(lambda one: 1.0)
-    assert sets.decide(offer, {"v": (wanted, choice)}, measure)["v"].choice.error == 1.0
+    assert choosing.decide(offer, {"v": (wanted, choice)}, measure)["v"].choice.error == 1.0
     exact, short = ({"latency": value, "parameters": 0.0, "blocks": 0} for value in (0.3, 0.2999))
-    assert [sets.meets(replace(choice, saved=s), offer, wanted) for s in (exact, short)] == [1, 0]
+    assert [choosing.meets(replace(choice, saved=s), offer, wanted) for s in (exact, short)] == [
+        1,
+        0,
+    ]
 
 
 def test_files_hold_what_was_decided(tmp_path):
     offer = offered()
     asked = searched(offer, variant(0.5, name="a"), variant(0.8, name="b"))
-    found = sets.decide(offer, asked, lambda some: [1e-3] * len(some))
+    found = choosing.decide(offer, asked, lambda some: [1e-3] * len(some))
     choices = {name: one.choice for name, one in found.items()}
     path = tmp_path / "sets.json"
-    sets.write(path, offer, choices, {})
-    written = sets.read(path)
+    sets_file.write(path, offer, choices, {})
+    written = sets_file.read(path)
     assert written.sets == {name: choice.found for name, choice in choices.items()}
-    assert written.parameters["a"] == sets.left(offer, choices["a"]) <= 750
+    assert written.parameters["a"] == offer.parameters_left(choices["a"].saved) <= 750
     assert written.alone == offer.errors and written.of("a").key == choices["a"].found.key
     assert written.of("a").key != written.of("b").key
     with pytest.raises(UserError, match="has no variant 'c'; it has a, b"):
         written.of("c")
     each = tmp_path / "b.json"
-    sets.write_one(each, offer, choices["b"], "digest")
-    one, content = sets.read(each), each.read_bytes()
+    sets_file.write_one(each, offer, choices["b"], "digest")
+    one, content = sets_file.read(each), each.read_bytes()
     assert one.sets == {"b": choices["b"].found} and one.facts["b"]["refits"] == "digest"
     assert one.parameters["b"] == written.parameters["b"]
     measured = replace(choices["b"], error=0.5, cost=0.1, saved=choices["b"].saved | {"latency": 1})
-    sets.write_one(each, offer, measured, "digest")
+    sets_file.write_one(each, offer, measured, "digest")
     assert each.read_bytes() == content  # another timing makes no other model
-    rows = [row for name, choice in choices.items() for row in sets.rows(offer, name, choice)]
-    trials = [row for name, one in found.items() for row in sets.trial_rows(offer, name, one)]
+    rows = [row for name, choice in choices.items() for row in set_tables.rows(offer, name, choice)]
+    trials = [row for name, one in found.items() for row in set_tables.trial_rows(offer, name, one)]
     for rows_, schema in ((rows, schemas.VARIANT_UNITS), (trials, schemas.VARIANT_SETS)):
         table = pd.DataFrame(rows_, columns=schema.names)
         tables.write(tmp_path / "t.parquet", table, schema, {})
@@ -216,12 +224,12 @@ def test_files_hold_what_was_decided(tmp_path):
     assert all(json.loads(row["sources"]).keys() <= offer.units.keys() for row in trials)
     path.write_text(path.read_text().replace('"a"', '"e"'))
     with pytest.raises(UserError, match="delete"):
-        sets.read(path)
+        sets_file.read(path)
 
 
 def test_a_closed_text_run_is_a_unit_of_several_parts():
     offer = offered(units={}, errors={})
-    choice = sets.search(offer, variant(0.4))
+    choice = choosing.search(offer, variant(0.4))
     runs = [unit for unit in choice.found.units if len(unit.parts) > 1]
     assert runs and set(choice.found.sources.values()) == {"closed"}
-    assert selection.saved([], [(runs[0].first, runs[0].last)], [], offer.weights["parameters"]) > 0
+    assert savings.saved([], [(runs[0].first, runs[0].last)], [], offer.weights["parameters"]) > 0

@@ -7,8 +7,8 @@ import pytest
 import yaml
 import zoo_images
 import zoo_videos
+from dry_runs import counts, run
 from readme_tables import ROOT
-from test_workflow import counts, run
 
 from ppcl.configuration import config, preflight, starter
 from ppcl.errors import UserError

@@ -11,8 +11,8 @@ import fresh
 import launch
 import pytest
 import tiny
-from killing import assert_same_log, equal
-from test_kill import TRAINING, distill_paths, distilled, finetune_paths, world  # noqa: F401
+from killing import TRAINING, assert_same_log, distill_paths, equal, finetune_paths
+from test_kill import distilled, world  # noqa: F401
 
 from ppcl.evaluation import measuring
 from ppcl.runtime import stopping

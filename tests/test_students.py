@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ppcl.errors import UserError
-from ppcl.pruning import students
+from ppcl.pruning import selection_file, students
 from ppcl.pruning.plans import Part
 from ppcl.storage import tensors, texts
 
@@ -89,10 +89,10 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
 def test_a_broken_plan_is_named(tmp_path, content):
     path = tmp_path / "plan.json"
     with pytest.raises(UserError, match=r"plan\.json can't be read.*run the stage that writes it"):
-        students.read_plan(path)
+        selection_file.read(path)
     texts.write_sealed(path, content)
     with pytest.raises(UserError, match=r"plan\.json is not a whole plan"):
-        students.read_plan(path)
+        selection_file.read(path)
     path.write_text("[]")
     with pytest.raises(UserError, match=r"plan\.json is not what was written; delete it and rerun"):
-        students.read_plan(path)
+        selection_file.read(path)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.plans import Part, Unit, parts_of
 from ppcl.training import distillation
 from ppcl.transformer import calls
 
@@ -81,7 +81,7 @@ def test_gradients_are_those_of_the_model_of_the_drawn_subset(teacher, reader, a
     one, other = UNITS
     assert drawn.keys() == {(one,), (other,), (one, other)}
     for units, step in drawn.items():
-        subset = students.parts_of(units)
+        subset = parts_of(units)
         loss = loss_at(step, teacher, taught, reader, accelerator)
         model = copy.deepcopy(teacher).double()
         every = list(model.transformer_blocks)
@@ -168,4 +168,4 @@ def test_students_equal_to_their_intervals_have_nothing_to_learn(reader, acceler
     for step in range(4):
         assert loss_at(step, teacher, taught, Own, accelerator) == 0
         plugged = distillation.random_subset(UNITS, (SEED, step))
-        assert all(not flat(taught[part]).any() for part in students.parts_of(plugged))
+        assert all(not flat(taught[part]).any() for part in parts_of(plugged))

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from hub_cache import NAME, put
 from safetensors.torch import load_file, save_file
-from test_loading import NAME, put
 
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring

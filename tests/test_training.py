@@ -5,25 +5,12 @@ import math
 
 import pytest
 import torch
+from loop_parts import OPTIONS, Stop, stop_at, weights
 from torch import nn
 
 from ppcl.errors import UserError
 from ppcl.storage import tensors
 from ppcl.training import loop
-
-OPTIONS = loop.Optimisation(
-    steps=12,
-    lr=0.02,
-    warmup_steps=3,
-    clip_norm=0.5,
-    weight_decay=0.1,
-    checkpoint_every=4,
-    log_every=3,
-)
-
-
-class Stop(Exception):
-    """Ends a training from outside."""
 
 
 class Part(nn.Module):
@@ -57,12 +44,6 @@ def losses_of(parts, scales, before=lambda _step: None, change=lambda _n, _s, lo
 
 def parts(*names):
     return {name: Part(ord(name)) for name in names}
-
-
-def weights(modules):
-    return {
-        f"{n}/{k}": p.detach().clone() for n, m in modules.items() for k, p in m.named_parameters()
-    }
 
 
 def same(one, other):
@@ -156,14 +137,6 @@ def test_a_module_ends_the_same_whoever_trains_beside_it(train):
     train(alone, identity="alone")
     train(together, identity="together")
     assert same(weights(alone), weights({"a": together["a"]}))
-
-
-def stop_at(step):
-    def before(here):
-        if here == step:
-            raise Stop
-
-    return before
 
 
 def test_resumed_is_uninterrupted_to_the_bit(train):

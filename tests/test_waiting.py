@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from accelerate import Accelerator
-from test_narrow_distillation import OPTIONS, UNITS, made
+from narrow_students import OPTIONS, UNITS, made
 
 from ppcl.extraction import activations, token_store
 from ppcl.runtime import devices

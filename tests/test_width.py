@@ -12,9 +12,9 @@ from torch import nn
 from ppcl.closed_forms import width
 from ppcl.closed_forms.width import Map
 from ppcl.pruning import plans, students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.plans import Part, Unit, parts_of
 from ppcl.training import prices
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_tables, calls
 
 CPU = torch.device("cpu")
 D = 32  # channels of tiny's transformer
@@ -26,8 +26,8 @@ def recorded(transformer, path):
     for heldout, lengths, seed in ((False, (5, 3) * 12, 0), (True, (4, 5) * 4, 1)):
         call = tiny.arguments(lengths, seed)
         rows = tiny.places(len(lengths), heldout=heldout)
-        found += calls.to_tables(call, transformer(**call)[0], rows)
-    calls.write(path, [table.schema for table in found], found, {})
+        found += call_tables.to_tables(call, transformer(**call)[0], rows)
+    call_tables.write(path, [table.schema for table in found], found, {})
     return calls.Reader(path)
 
 
@@ -217,7 +217,7 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
     units = plans.units([], [(3, 5)], [(1, "image"), (1, "text")], width.unread_after(transformer))
     made = width.start(
         transformer,
-        students.start(transformer, students.parts_of(units), "first"),
+        students.start(transformer, parts_of(units), "first"),
         reader,
         OPTIONS | {"fit_rows": 24},
         0,

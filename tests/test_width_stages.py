@@ -10,45 +10,21 @@ import tiny
 import torch
 from diffusers import QwenImageTransformer2DModel
 from killing import assert_same_log, equal, kill_and_resume
+from map_prices import measure, settings_of, similar
 
 from ppcl.ablation import choices, trial
-from ppcl.closed_forms import modulation, modulation_prices, width
+from ppcl.closed_forms import width
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import assembly
-from ppcl.extraction import conditioning
-from ppcl.pruning import plans, students
+from ppcl.pruning import plans, selection_file, students
+from ppcl.pruning.plans import parts_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines
 from ppcl.training import prices
 from ppcl.transformer import blocks, calls
-
-TRAINING = {"batch_size": 4, "lr": 0.003, "warmup_steps": 1, "checkpoint_every": 2, "log_every": 2}
-EVALUATE = {"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 3}
-
-
-def settings_of(teacher, **changed):
-    how = TRAINING | {"steps": 6, "heldout_rows": 4}
-    width = {"rows": 3, "fit_rows": 8, "batch_size": 4, "longest": 3, "steps": 6}
-    settings = {
-        "seed": 0,
-        "device": "cpu",
-        "teacher": {"path": str(teacher)},
-        "intervals": {},
-        "prune": {"start": "first"},
-        "width": width | {"schedule": "staged"},
-        "modulation": {},
-        "choose": {"rows": 4, "batch_size": 4},
-        "distill": how,
-        "subsets": how,
-        "finetune": TRAINING,
-        "pareto": {"budgets": 4},
-        "evaluate": EVALUATE,
-        "variants": [{"name": "fast", "budget": {"latency": 0.99}}],
-    }
-    return settings | changed
 
 
 def refused(capsys, name, settings, **paths):
@@ -61,52 +37,6 @@ def refused(capsys, name, settings, **paths):
 
 
 # ---- prices
-
-
-def similar(path, depth=5, text=0.9):
-    rows = [
-        [stream, a, b, 1.0 if a == b else text]
-        for stream in ("image", "text")
-        for a in range(depth)
-        for b in range(depth)
-    ]
-    frame = pd.DataFrame(rows, columns=schemas.BLOCKS.names)
-    # Block 3's text is unlike that of block 1.
-    unlike = (frame["stream"] == "text") & (frame["block_a"] == 1) & (frame["block_b"] == 3)
-    tables.write(path, frame.assign(cka=frame["cka"].mask(unlike, 0.1)), schemas.BLOCKS, {})
-    return path
-
-
-def measure(tiny_teacher, tiny_calls, folder, name="w", without=(), **modulation):
-    """The prices; `without` names inputs that the stage is not given."""
-    settings = settings_of(tiny_teacher) | {"modulation": modulation}
-    settings["width"]["enabled"] = "blocks" not in without
-    path = folder / f"{name}.parquet"
-    paths = {
-        "blocks": similar(folder / "blocks.parquet"),
-        "conditioning": conditioned(tiny_teacher, tiny_calls, folder / "conditioning.safetensors"),
-    }
-    paths = {key: value for key, value in paths.items() if key not in without}
-    paths |= {"calls": tiny_calls, "state": folder / "state", "table": path}
-    tiny.stage("width", settings, **paths, maps=folder / f"{name}.safetensors")
-    return tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
-
-
-def conditioned(tiny_teacher, tiny_calls, path):
-    """What matrices get in the calls to fit on, an entry each."""
-    if path.exists():  # the order of a header's entries is not the same twice
-        return path
-    reader, transformer = calls.Reader(tiny_calls), tiny.load(tiny_teacher).transformer
-    every = modulation.matrices(transformer)
-    rows = reader.rows(heldout=False)
-    seen = modulation_prices.inputs_of(transformer, every, reader, rows, 4, torch.device("cpu"))
-    entries = [
-        conditioning.Moments(float(len(x)), x.sum(0), x.T @ x)
-        for x in (seen[one.key].double() for one in every)
-    ]
-    places = {one.key: place for place, one in enumerate(every)}
-    conditioning.write(path, conditioning.Conditioning(entries, places), {})
-    return path
 
 
 def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
@@ -264,7 +194,7 @@ def test_times_are_of_every_part(world):
 
 def test_a_staged_plan_trains_depth_first(world):
     folder, _, _ = world
-    plan = students.read_plan(folder / "plan.json")
+    plan = selection_file.read(folder / "plan.json")
     assert [unit.name for unit in plan.units] == ["00-01", "02-03", "04-04"]
     assert [unit.name for unit in plan.distilled] == ["00-01"]
     assert not plan.distilled[0].parts[0].narrow and plan.units[0].parts[0].narrow
@@ -314,7 +244,7 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     # Of one prompt to report on there is no interval.
     assert not (table["velocity_error_low"] > table["velocity_error"]).any()
 
-    plan, reader = students.read_plan(folder / "plan.json"), calls.Reader(tiny_calls)
+    plan, reader = selection_file.read(folder / "plan.json"), calls.Reader(tiny_calls)
     errors = tables.read(made["narrow_errors"], schemas.UNIT_ERRORS).to_pandas().set_index("unit")
     named = [[unit["name"] for unit in json.loads(text)["units"]] for text in table["units"]]
     for names, predicted in zip(named, table["predicted_error"], strict=True):
@@ -322,7 +252,7 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     smallest = table.iloc[0]
     assert named[0] == [unit.name for unit in plan.units]
     teacher = tiny.load(tiny_teacher).transformer
-    trained = students.load(made["narrow"], teacher, students.parts_of(plan.units))
+    trained = students.load(made["narrow"], teacher, parts_of(plan.units))
     model, _ = blocks.assembled(teacher, {part.key: s for part, s in trained.items()})
     assert smallest["parameters"] == blocks.parameter_count(model)
     error = power = 0.0
@@ -342,7 +272,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     monkeypatch.setattr(QwenImageTransformer2DModel, "_keep_in_fp32_modules", ["img_mod"])
     folder, settings, common = world
     teacher = settings["teacher"] | {"dtype": "bfloat16"}
-    plan = students.read_plan(folder / "plan.json")
+    plan = selection_file.read(folder / "plan.json")
     saved = sum(entry["saved_parameters"] for entry in plan.facts["units"])
     smallest = 1 - saved / plan.facts["transformer_parameters"]
     variants = [{"name": "all", "budget": smallest + 1e-9}]
@@ -363,7 +293,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
 
     source = tiny.source(teacher["path"]) | {"dtype": "bfloat16"}
     transformer = pipelines.load_transformer(source, torch.device("cpu"))
-    trained = students.load(made["narrow"], transformer, students.parts_of(plan.units))
+    trained = students.load(made["narrow"], transformer, parts_of(plan.units))
     options = config.complete(settings, "test")
     options["ablation"] |= {"finetune_steps": 0}
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
@@ -385,7 +315,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
 
 def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
     folder, settings, common = world
-    plan = students.read_plan(folder / "plan.json").facts
+    plan = selection_file.read(folder / "plan.json").facts
     saved = {entry["name"]: entry["saved_seconds"] for entry in plan["units"]}
     # What 00-01 saves and nothing else does.
     assert saved["00-01"] > saved["02-03"] + saved["04-04"]

@@ -1,23 +1,16 @@
 """The workflow's own code: lint, targets, what a changed key reruns, and how it fails."""
 
-import json
-import os
 import re
 import resource
-import shlex
 import shutil
-import subprocess
-import sys
 
-import fresh
 import pytest
-import yaml
+from dry_runs import counts, run, settings_of_jobs
 from plotting import search_tables, width_table
 from readme_tables import ROOT
 
 from ppcl.storage import schemas, tables
 
-BIN = os.path.dirname(sys.executable)
 # Without training, and without depth pruning.
 TRAINING = {"distill", "subsets", "plot_training"}
 DEPTH = {"sensitivity", "intervals", "prune", *TRAINING}
@@ -40,62 +33,6 @@ STAGES = {
     "plot_training",
     "plot_quality",
 }
-
-
-def run(*command, code=0, **variables) -> str:
-    """What a command prints, after it ended with the expected exit code."""
-    words = [os.path.join(BIN, command[0]), *map(str, command[1:])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    if command[0] == "snakemake" and not variables:
-        given = ["-m", *command]
-        done = fresh.run(fresh.SNAKEMAKE, *given, cwd=ROOT, env=environment, merged=True)
-    else:
-        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        done = subprocess.run(words, cwd=ROOT, env=environment, text=True, **both)
-    assert done.returncode == code, done.stdout
-    return done.stdout
-
-
-@pytest.fixture
-def snakemake(stand_in, tmp_path):
-    """Runs snakemake with a config of the repository, a stand-in teacher and further keys."""
-
-    def call(*arguments, config="digits", code=0, variables=None, **keys) -> str:
-        overlay = tmp_path / "overlay.yaml"
-        given = dict(stand_in)
-        for key, value in keys.items():
-            given[key] = {**given.get(key, {}), **value} if isinstance(value, dict) else value
-        overlay.write_text(yaml.safe_dump(given))
-        files = ["--configfile", f"config/{config}.yaml", overlay]
-        # Another run may hold the lock of this folder.
-        common = ["--nolock", "--cores", "2", *files]
-        return run("snakemake", *common, *arguments, code=code, **(variables or {}))
-
-    return call
-
-
-def counts(printed: str) -> dict[str, int]:
-    """Rule to number of jobs, from the statistics of a dry run."""
-    found = printed.split("Job stats:")[1].split("total")[0]
-    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", found, re.M)}
-
-
-def settings_of_jobs(printed: str) -> dict[str, dict]:
-    """Program and variant to the config that its command carries, from a dry run with -p."""
-    found = {}
-    for line in printed.splitlines():
-        if "workflow/scripts/" in line and " --config '" in line:
-            words = shlex.split(line.split(" 2>&1 |")[0])
-            given = words[words.index("--config") + 1]
-            helpers = ("launch.py", "forget.py")
-            program = next(w for w in words if w.endswith(".py") and not w.endswith(helpers))
-            name = os.path.basename(program).removesuffix(".py")
-            if name == "plot":
-                name += f"_{words[words.index(program) + 1]}"
-            if "--variant" in words:
-                name += f" {words[words.index('--variant') + 1]}"
-            found[name] = json.loads(given)
-    return found
 
 
 def test_a_key_twice_is_refused_though_snakemake_takes_the_last(tmp_path):

@@ -16,11 +16,11 @@ from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from ppcl.digits import teacher
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.search import sets
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines, recording, teacher_identity
-from ppcl.transformer import calls
+from ppcl.transformer import call_tables, calls
 
 SETTINGS = {
     "height": 32,
@@ -140,7 +140,7 @@ def record(
         part = every[start : start + batch]
         tables += recording.record_batch(pipe, pipe.transformer, part, SETTINGS, renoised, seed=0)
     note = teacher_identity.note(teacher_identity.resolved(source(folder)))
-    calls.write(path, [table.schema for table in tables], tables, note)
+    call_tables.write(path, [table.schema for table in tables], tables, note)
     return path
 
 
@@ -225,7 +225,7 @@ def pruned(
 
 def chosen(path: Path, plan: Path, source: str, variant: str = "p70") -> Path:
     """Writes sets.json: the variant is all units of a plan, from one source."""
-    found = students.read_plan(plan)
+    found = selection_file.read(plan)
     members = tuple(sets.Member(unit, source) for unit in found.units)
     saved = sum(entry["saved_parameters"] for entry in found.facts["units"])
     facts = {"parameters": found.facts["transformer_parameters"] - saved}

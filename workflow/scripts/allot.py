@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ppcl import program
 from ppcl.configuration import config
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.training import entrance, shards
 from ppcl.transformer import calls
 
@@ -27,7 +27,7 @@ def main() -> None:
     settings = config.load(args.config)
     options = settings.distill
     caching = entrance.caching(calls.Reader(args.calls), options, settings.seed)
-    jobs = shards.allot(students.read_plan(args.plan).distilled, options.shards, caching)
+    jobs = shards.allot(selection_file.read(args.plan).distilled, options.shards, caching)
     shards.write(args.shards, jobs)
     for number, units in enumerate(jobs):
         names = ", ".join(unit.name for unit in units)

@@ -20,7 +20,7 @@ from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.export import assembly, variants
-from ppcl.search import sets
+from ppcl.search import sets, sets_file
 from ppcl.storage import tensors
 from ppcl.teacher import complete, hub, pipelines, teacher_identity
 from ppcl.transformer import blocks, calls
@@ -39,9 +39,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     args = parser.parse_args()
     settings = config.load(args.config)
-    variant = assembly.variant(settings, args.variant)
+    assembly.variant(settings, args.variant)  # which must be there
 
-    written, files = sets.read(args.sets), variants.Files.of(args)
+    written, files = sets_file.read(args.sets), variants.Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     reader = calls.Reader(args.calls)

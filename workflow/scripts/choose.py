@@ -40,9 +40,10 @@ from ppcl.closed_forms import width
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.export import variants
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.runtime import processes, stopping
-from ppcl.search import sets
+from ppcl.search import choosing, set_tables, sets, sets_file
+from ppcl.search.choosing import Decided
 from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity
@@ -55,7 +56,7 @@ def refit(
     transformer: nn.Module,
     workshop: variants.Workshop,
     reader: calls.Reader,
-    decided: Mapping[str, sets.Decided],
+    decided: Mapping[str, Decided],
     accelerator: Accelerator,
     state: Path,
     identity: str,
@@ -110,7 +111,7 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device)
-    plan = students.read_plan(args.plan) if args.plan else None
+    plan = selection_file.read(args.plan) if args.plan else None
     files = variants.Files.of(args)
     workshop = variants.Workshop(transformer, files, device=accelerator.device)
     rows = reader.sample_heldout("select", options.rows, seed, "choose.rows")
@@ -126,11 +127,11 @@ def main() -> None:
         for (name, member), cost in zip(fresh.items(), costs, strict=True)
     }
     offer = variants.offer(settings, transformer, files, plan, alone)
-    found = {v.name: (v, sets.search(offer, v)) for v in settings.variants}
+    found = {v.name: (v, choosing.search(offer, v)) for v in settings.variants}
     refits: dict[str, dict] = {}
     if options.source == "measured":
-        tried = sets.trials(offer, found, measure)
-        decided = sets.settle(offer, found, tried)
+        tried = choosing.trials(offer, found, measure)
+        decided = choosing.settle(offer, found, tried)
         if options.refit:
             refits = refit(settings, transformer, workshop, reader, decided, accelerator, *kept)
             workshop.take(refits)
@@ -142,19 +143,23 @@ def main() -> None:
             costs = measure([one.found for one in anew.values()])
             for (name, one), error in zip(anew.items(), costs, strict=True):
                 tried[name]["linear FFNs fitted once more"] = replace(one, error=error)
-            decided = sets.settle(offer, found, tried)
+            decided = choosing.settle(offer, found, tried)
     else:
-        decided = sets.as_last_trained(offer, found, measure)
+        decided = choosing.as_last_trained(offer, found, measure)
     choices = {name: one.choice for name, one in decided.items()}
     for name, choice in choices.items():
         if accelerator.is_main_process:
-            print(sets.told(offer, name, choice), flush=True)
+            print(choosing.told(offer, name, choice), flush=True)
     stopping.ignore()
     if accelerator.is_main_process:
         depth = len(blocks.block_sequence(transformer))
         stamp = provenance.stamp(settings.given, rows=len(rows), blocks=depth)
-        members = [row for name, one in choices.items() for row in sets.rows(offer, name, one)]
-        trials = [row for name, one in decided.items() for row in sets.trial_rows(offer, name, one)]
+        members = [
+            row for name, one in choices.items() for row in set_tables.rows(offer, name, one)
+        ]
+        trials = [
+            row for name, one in decided.items() for row in set_tables.trial_rows(offer, name, one)
+        ]
         for path, found_rows, schema in (
             (args.units, members, schemas.VARIANT_UNITS),
             (args.measured, trials, schemas.VARIANT_SETS),
@@ -163,11 +168,11 @@ def main() -> None:
         used = {source for one in choices.values() for source in one.found.sources.values()}
         refits = {source: maps for source, maps in refits.items() if source in used}
         variants.write_refits(args.refitted, refits, stamp)
-        sets.write(args.sets, offer, choices, stamp)
+        sets_file.write(args.sets, offer, choices, stamp)
         for path in args.each:
             choice = choices[path.stem]
             maps = variants.refits_digest(refits, choice.found)
-            sets.write_one(path, offer, choice, maps)
+            sets_file.write_one(path, offer, choice, maps)
     processes.finish(accelerator)
 
 

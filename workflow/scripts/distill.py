@@ -17,7 +17,8 @@ from pathlib import Path
 
 from ppcl import program
 from ppcl.configuration import config
-from ppcl.pruning import students
+from ppcl.pruning import selection_file, students
+from ppcl.pruning.plans import parts_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas
 from ppcl.teacher import pipelines, teacher_identity
@@ -31,7 +32,7 @@ def main() -> None:
     options, seed = settings.distill, settings.seed
 
     accelerator = processes.accelerator(settings.device, options.mixed_precision)
-    plan = students.read_plan(args.plan)
+    plan = selection_file.read(args.plan)
     pairs = list(zip(plan.distilled, plan.facts["distilled"], strict=True))
     inputs = [args.calls, args.plan, args.students]
     if args.shards:
@@ -42,7 +43,7 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
-    taught = students.load(args.students, transformer, students.parts_of(units))
+    taught = students.load(args.students, transformer, parts_of(units))
     for student in taught.values():
         student.train().to(accelerator.device)
     start = plan.facts["start"]

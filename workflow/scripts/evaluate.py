@@ -226,7 +226,7 @@ def main() -> None:
     memory = measure_memory(models, device, args.calls, timed, processes)
     identity = provenance.digest(
         [
-            settings.teacher,
+            vars(settings.teacher),
             settings.pipeline,
             [samples, options.batch_size, device.type],
             provenance.stamps(prompts.pictures(rows)),

@@ -27,7 +27,7 @@ from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.export import assembly, variants
 from ppcl.runtime import processes, stopping
-from ppcl.search import sets
+from ppcl.search import sets_file
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import distillation, fsdp, loop
@@ -54,7 +54,7 @@ def main() -> None:
     accelerator = processes.accelerator(settings.device, options.mixed_precision)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    written, files = sets.read(args.sets), variants.Files.of(args)
+    written, files = sets_file.read(args.sets), variants.Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     # The record has the teacher's answers, so it never runs, nor is on the device.

@@ -23,7 +23,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Named
 from ppcl.runtime import stopping
-from ppcl.search import intervals, measured, reasons, selection
+from ppcl.search import budgets, intervals, measured, reasons, savings, selection
 from ppcl.search.measured import Closed
 from ppcl.search.reasons import Width
 from ppcl.search.selection import Choices
@@ -41,7 +41,7 @@ def with_pinned_runs(closed: Closed, pinned: Named) -> list[Width]:
             "text",
             float("nan"),
             float("nan"),
-            int(selection.saved((), [run], (), closed.weights, closed.unread)),
+            int(savings.saved((), [run], (), closed.weights, closed.unread)),
             float("nan"),
         )
         for run in missing
@@ -103,11 +103,11 @@ def main() -> None:
     tolerance = noise if chosen.tolerance == "bootstrap" else chosen.tolerance
     sizes = facts["block_parameters"]
     closed = measured.closed(options.width if kinds else None, sizes, kinds)
-    weights = {"blocks": selection.by_blocks(depth), "parameters": closed.weights}
+    weights = {"blocks": savings.by_blocks(depth), "parameters": closed.weights}
     if settings.limited_latency:
         if options.latency is None:
             raise UserError("variants: a budget is a latency: name the block times, --latency")
-        weights["latency"], facts["transformer_seconds"] = selection.timing(options.latency, depth)
+        weights["latency"], facts["transformer_seconds"] = measured.timing(options.latency, depth)
 
     pinned, forbidden = pins.wishes(settings, depth)
     # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
@@ -134,12 +134,12 @@ def main() -> None:
         modulations=closed.modulations,
         unread=closed.unread,
     )
-    needs = selection.targets(settings.variants, facts)
+    needs = budgets.targets(settings.variants, facts)
     plan = selection.select(choices, weights, needs, pinned)
     print(
         f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs, "
         f"{len(plan.ffns)} linear FFNs and {len(plan.ranks)} modulations of low rank: they save "
-        f"{selection.amounts(plan.saved)} at cost {plan.cost:.6g}; no set that is enough "
+        f"{budgets.amounts(plan.saved)} at cost {plan.cost:.6g}; no set that is enough "
         f"costs less than {plan.bound:.6g}",
         flush=True,
     )

@@ -18,7 +18,7 @@ import pandas as pd
 from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.pruning import students
+from ppcl.pruning import selection_file
 from ppcl.runtime import stopping
 from ppcl.storage import schemas, tables, tensors
 
@@ -39,7 +39,7 @@ def main() -> None:
     settings = config.load(args.config)
 
     costs = _joined(args.costs, schemas.UNIT_ERRORS)
-    wanted = [unit.name for unit in students.read_plan(args.plan).distilled]
+    wanted = [unit.name for unit in selection_file.read(args.plan).distilled]
     if costs["unit"].tolist() != wanted:
         raise UserError(
             f"{args.costs[0].parent}: the shards hold units {', '.join(costs['unit'])}, but "

@@ -18,7 +18,8 @@ from pathlib import Path
 from ppcl import program
 from ppcl.closed_forms import width
 from ppcl.configuration import config
-from ppcl.pruning import students
+from ppcl.pruning import selection_file, students
+from ppcl.pruning.plans import parts_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas
 from ppcl.teacher import pipelines, teacher_identity
@@ -32,12 +33,12 @@ def main() -> None:
     options, seed = settings.narrowing, settings.seed
 
     accelerator = processes.accelerator(settings.device, options.mixed_precision)
-    plan = students.read_plan(args.plan)
+    plan = selection_file.read(args.plan)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
-    done = students.load(args.students, transformer, students.parts_of(plan.distilled))
-    whole = students.whole(transformer, students.parts_of(plan.units), done)
+    done = students.load(args.students, transformer, parts_of(plan.distilled))
+    whole = students.whole(transformer, parts_of(plan.units), done)
     uncut = students.uncut(whole)
     taught = width.start(transformer, whole, reader, settings.width, seed, accelerator.device)
     for student in taught.values():

@@ -35,9 +35,9 @@ from ppcl.configuration import config
 from ppcl.evaluation import measuring, metrics
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.export import variants
-from ppcl.pruning import pins, students
+from ppcl.pruning import pins, selection_file
 from ppcl.runtime import processes, stopping
-from ppcl.search import sets
+from ppcl.search import choosing, sets, sets_file
 from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines, teacher_identity
@@ -63,8 +63,8 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     source = teacher_identity.recorded(settings.teacher, reader.provenance)
     teacher = pipelines.load_transformer(source, device)
-    plan = students.read_plan(args.plan) if args.plan else None
-    files, written = variants.Files.of(args), sets.read(args.sets)
+    plan = selection_file.read(args.plan) if args.plan else None
+    files, written = variants.Files.of(args), sets_file.read(args.sets)
     workshop = variants.Workshop(teacher, files, device=device)
     offer = variants.offer(settings, teacher, files, plan, written.alone)
     offer = replace(offer, pinned=pins.NOTHING)
@@ -77,15 +77,15 @@ def main() -> None:
         limit = {"fraction": min(1.0, float(budget) + 1e-9)}
         train = any(variant.train for variant in settings.variants)
         wanted = Variant(f"budget {number}", limit, train, finetune_steps=0)
-        asked[wanted.name] = wanted, sets.search(offer, wanted)
+        asked[wanted.name] = wanted, choosing.search(offer, wanted)
     options = settings.choose
     by = reader.sample_heldout("select", options.rows, seed)
     judged = prices.Judged(teacher, reader, by, options.batch_size, device)
     measure = variants.measuring(workshop, judged, accelerator)
     if options.source == "measured":
-        decided = sets.decide(offer, asked, measure, flips=False)
+        decided = choosing.decide(offer, asked, measure, flips=False)
     else:
-        decided = sets.as_last_trained(offer, asked, measure)
+        decided = choosing.as_last_trained(offer, asked, measure)
     chosen = {name: one.choice for name, one in decided.items()}
     transformers = {TEACHER: teacher}
     for name, choice in chosen.items():

@@ -23,10 +23,10 @@ from ppcl import program, provenance
 from ppcl.closed_forms import solved, width
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.pruning import pins, plans, students
-from ppcl.pruning.plans import Unit
+from ppcl.pruning import pins, plans, selection_file, students
+from ppcl.pruning.plans import Unit, parts_of
 from ppcl.runtime import devices, stopping
-from ppcl.search import selection
+from ppcl.search import measured
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.transformer import blocks, calls
@@ -113,7 +113,7 @@ def main() -> None:
     closed = [unit for unit in found.every if unit not in units]
     distilled = found.depth if options.schedule == "staged" else units
     shared = reader, options, settings.seed, device
-    made = solved.start(transformer, students.parts_of(distilled), how, *shared)
+    made = solved.start(transformer, parts_of(distilled), how, *shared)
     made = width.start(transformer, made, *shared)
     stamp = provenance.stamp(settings.given, units=len(units), closed=len(closed))
     depth = len(blocks.block_sequence(transformer))
@@ -127,17 +127,15 @@ def main() -> None:
         )
 
     def entries(some: list[Unit]) -> list[dict]:
-        seconds = selection.saved_seconds(some, args.latency)
+        seconds = measured.saved_seconds(some, args.latency)
         return [
-            students.plan_entry(
+            selection_file.unit_entry(
                 unit, width.saved_parameters(transformer, unit), saved, pins.holds(unit, pinned)
             )
             for unit, saved in zip(some, seconds, strict=True)
         ]
 
-    timed = (
-        {"transformer_seconds": selection.timing(args.latency, depth)[1]} if args.latency else {}
-    )
+    timed = {"transformer_seconds": measured.timing(args.latency, depth)[1]} if args.latency else {}
     plan = timed | {
         "teacher": settings.teacher.path,
         "blocks": depth,

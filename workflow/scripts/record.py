@@ -22,7 +22,7 @@ from ppcl.export import rehearsal
 from ppcl.runtime import devices, processes, stopping
 from ppcl.settings import RecordSettings
 from ppcl.teacher import arguments, pipelines, prompt_tokens, prompts, recording, teacher_identity
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_tables, calls
 
 
 def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> list[dict]:
@@ -97,7 +97,7 @@ def main() -> None:
             )
             # Not around the calls too: those of a large teacher take longer than schedulers wait.
             with stopping.part():
-                calls.write(part, [table.schema for table in found], found, {})
+                call_tables.write(part, [table.schema for table in found], found, {})
         if part == parts[0]:
             reader = calls.Reader(part)
             first = reader.batch(reader.buckets[0][:1])
@@ -110,7 +110,7 @@ def main() -> None:
     stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows)) | noted
-        calls.merge(parts, args.calls, stamp)
+        call_tables.merge(parts, args.calls, stamp)
     processes.finish(accelerator)
 
 

@@ -20,7 +20,8 @@ from torch import nn
 
 from ppcl import program
 from ppcl.configuration import config
-from ppcl.pruning import students
+from ppcl.pruning import selection_file, students
+from ppcl.pruning.plans import parts_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas
 from ppcl.teacher import pipelines, teacher_identity
@@ -34,13 +35,13 @@ def main() -> None:
     options, seed = settings.subsets, settings.seed
 
     accelerator = processes.accelerator(settings.device, options.mixed_precision)
-    plan = students.read_plan(args.plan)
+    plan = selection_file.read(args.plan)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(
         teacher, accelerator.device, gradients=True, compiled=True
     )
-    taught = students.load(args.students, transformer, students.parts_of(plan.units))
+    taught = students.load(args.students, transformer, parts_of(plan.units))
     together = nn.ModuleDict({part.name: student for part, student in taught.items()})
     together.train().to(accelerator.device)
     identity = loop.identity(Path(__file__), settings, [args.calls, args.plan, args.students])

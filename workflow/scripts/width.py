@@ -37,7 +37,7 @@ from ppcl.extraction import conditioning
 from ppcl.pruning import students
 from ppcl.pruning.plans import Unit
 from ppcl.runtime import processes, stopping
-from ppcl.search import selection
+from ppcl.search import measured
 from ppcl.settings import WidthSettings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity, trust
@@ -50,7 +50,7 @@ def text_cka(path: Path, depth: int) -> np.ndarray:
     """CKA [blocks, blocks] of text outputs (NaN where there is none)."""
     table = tables.read(path, schemas.BLOCKS).to_pandas()
     rows = table[table["stream"] == TEXT]
-    selection.check_depth(path, rows["block_a"], depth)
+    measured.check_depth(path, rows["block_a"], depth)
     values = np.full((depth, depth), np.nan)
     values[rows["block_a"], rows["block_b"]] = rows["cka"]
     return values

@@ -23,7 +23,16 @@ from ppcl.extraction import token_table
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Ends, Ffn
 from ppcl.pruning.plans import Matrix, Modulation
-from ppcl.search import cka_draws, intervals, measured, probes, reasons, selection, similarity
+from ppcl.search import (
+    cka_draws,
+    intervals,
+    measured,
+    probes,
+    reasons,
+    savings,
+    selection,
+    similarity,
+)
 from ppcl.search.selection import Choices
 from ppcl.settings import Settings
 from ppcl.storage import tensors, texts
@@ -247,7 +256,7 @@ def depth_and_width(
     closed = measured.closed(paths["width"], sizes, kinds)
     low = _modulations(material) if like == "low-rank rivals" else _Modulations()
     weights = {
-        "blocks": selection.by_blocks(depth),
+        "blocks": savings.by_blocks(depth),
         "parameters": replace(closed.weights, ranks=low.saved),
     }
     cka = measured.cka(paths["cka"], settings.similarity.streams, depth)
@@ -261,7 +270,7 @@ def depth_and_width(
     }
     needs: dict[str, float] = {"blocks": math.ceil(depth_share * removed)}
     if like == "rivals' time":
-        weights["latency"], _ = selection.timing(paths["latency"], depth)
+        weights["latency"], _ = measured.timing(paths["latency"], depth)
         needs["latency"] = removed * float(np.mean(weights["latency"].block))
     else:
         left = low.after(removed / depth)

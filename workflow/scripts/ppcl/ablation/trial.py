@@ -18,7 +18,7 @@ from ppcl.evaluation import measuring, metrics
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.extraction import conditioning
 from ppcl.pruning import plans, students
-from ppcl.pruning.plans import Unit
+from ppcl.pruning.plans import Unit, parts_of
 from ppcl.pruning.students import Students
 from ppcl.settings import AblationSettings, Settings, TrainingSettings
 from ppcl.storage import tensors
@@ -125,7 +125,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
     }
     unread_after = width.unread_after(transformer)
     units = plans.units(starts, chosen.runs, chosen.ffns, unread_after)
-    parts = students.parts_of(units)
+    parts = parts_of(units)
     taught, uncut = rivals.start(transformer, starts), {}
     if train.get("start") == "solved":
         for student in taught.values():

@@ -21,7 +21,7 @@ from ppcl.pruning import narrow
 from ppcl.settings import Settings, Variant
 from ppcl.storage import seals, tensors, texts, untrusted, whole
 from ppcl.teacher import hub, trust
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_arguments
 from ppcl.transformer.families import family_of
 
 CARD = "pruning.json"
@@ -205,7 +205,7 @@ def prove(
     """
     held = {"expected": blocks.answer(transformer, call)}
     about = {
-        "arguments": json.dumps(calls.encode(call, "call", held.__setitem__)),
+        "arguments": json.dumps(call_arguments.encode(call, "call", held.__setitem__)),
         "component": component,
         "dtype": str(_main_dtype(transformer)).removeprefix("torch."),
         "light": json.dumps(list(light)),

@@ -24,10 +24,14 @@ from ppcl.errors import UserError
 from ppcl.extraction import conditioning
 from ppcl.pruning import pins, students
 from ppcl.pruning.plans import Matrix, Part, Unit
+from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.students import Students
-from ppcl.search import measured, probes, reasons, selection
-from ppcl.search.selection import Choices, Weights
-from ppcl.search.sets import CLOSED, REFIT, START, TRAINED, Measure, Member, Offer, Set
+from ppcl.search import measured, probes, reasons
+from ppcl.search.choosing import Measure
+from ppcl.search.offers import Offer
+from ppcl.search.savings import Weights
+from ppcl.search.selection import Choices
+from ppcl.search.sets import CLOSED, REFIT, START, TRAINED, Member, Set
 from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.training import prices
@@ -120,7 +124,7 @@ def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) ->
         add(f"{stage}-errors", "errors of these students")
 
 
-def untrained(plan: students.Plan | None, files: Files) -> dict[str, Member]:
+def untrained(plan: SelectionFile | None, files: Files) -> dict[str, Member]:
     """Every unit of the plan, by name, as it is without training; but for those that nothing but
     training makes: with width.schedule: staged, narrow students of intervals."""
     if plan is None:
@@ -140,7 +144,7 @@ def offer(
     settings: Settings,
     transformer: nn.Module,
     files: Files,
-    plan: students.Plan | None,
+    plan: SelectionFile | None,
     alone: Mapping[str, Mapping[str, float]],
 ) -> Offer:
     """All that variants may take.
@@ -175,8 +179,8 @@ def offer(
     }
     facts = {"transformer_parameters": blocks.parameter_count(transformer), "blocks": depth}
     if files.latency:
-        timed, facts["transformer_seconds"] = selection.timing(files.latency, depth)
-        seconds = selection.saved_seconds(units.values(), files.latency)
+        timed, facts["transformer_seconds"] = measured.timing(files.latency, depth)
+        seconds = measured.saved_seconds(units.values(), files.latency)
         weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
     errors = {name: dict(alone.get(name, {})) for name in units}
     for stage, path in files.errors.items():

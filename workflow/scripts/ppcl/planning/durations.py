@@ -14,8 +14,7 @@ from dataclasses import dataclass, replace
 from ppcl.closed_forms import width
 from ppcl.evaluation import latencies
 from ppcl.planning.planner import Planner, Stage
-from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.plans import Part, Unit, parts_of
 from ppcl.search import intervals, similarity
 from ppcl.settings import (
     ChooseSettings,
@@ -115,7 +114,7 @@ def works(planner: Planner) -> dict[str, Work]:
     def distilled(units: list[Unit], options: DistillSettings = settings.distill) -> Work:
         """The teacher to the last block that is needed, and a step of every student."""
         teacher = sum(per_block[: max((u.last for u in units), default=-1) + 1])
-        taught = sum(per_block[part.first] for part in students.parts_of(units))
+        taught = sum(per_block[part.first] for part in parts_of(units))
         return trained("distill", teacher + times("distill") * taught, units, options)
 
     record, evaluate = settings.record, settings.evaluate

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ppcl.closed_forms import modulation, width
 from ppcl.planning import footprint, weightless
 from ppcl.pruning import students
-from ppcl.pruning.plans import Matrix, Part, Unit, units
+from ppcl.pruning.plans import Matrix, Part, Unit, parts_of, units
 from ppcl.runtime import devices
 from ppcl.settings import DistillSettings, FinetuneSettings, Settings, TrainingSettings
 from ppcl.training import distillation, shards, teaching
@@ -105,7 +105,7 @@ class Planner:
         chosen = {"teacher": []}
         if self.depth:
             chosen["depth"] = self.depth
-        if any(part.narrow for part in students.parts_of(self.every)):
+        if any(part.narrow for part in parts_of(self.every)):
             chosen["depth+width" if self.depth else "width"] = self.every
         ranks = {m: max(offered) for m, offered in self.matrices.items()}
         ranks = ranks if self.ranks is None else self.ranks
@@ -395,7 +395,7 @@ class Planner:
         jobs, caching = self.jobs(units), self.caching()
         for number, job in enumerate(jobs):
             stage = self._distill("distill" if len(jobs) == 1 else f"distill/{number}", job)
-            parts = students.parts_of(job)
+            parts = parts_of(job)
             start = shards.first_needed(parts) if shards.cached(job, caching) else 0
             if len(jobs) > 1 or start:
                 stage.note += f"; {len(parts)} students, teacher from block {start} to"

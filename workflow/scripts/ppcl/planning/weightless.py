@@ -18,7 +18,7 @@ from ppcl.closed_forms import modulation, width
 from ppcl.errors import UserError
 from ppcl.planning import footprint
 from ppcl.pruning import narrow, pins, plans, students
-from ppcl.pruning.plans import Matrix, Unit
+from ppcl.pruning.plans import Matrix, Unit, parts_of
 from ppcl.settings import ModulationSettings, Settings, TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import hub
@@ -171,7 +171,7 @@ def new_blocks(
     """
     sequence = blocks.block_sequence(transformer)
     found = {}
-    for part in students.parts_of(units):
+    for part in parts_of(units):
         whole = copy.deepcopy(sequence[part.first].module)
         found[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
     return found

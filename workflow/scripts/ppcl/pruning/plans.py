@@ -184,3 +184,8 @@ def units(
             parts.append(made(ends, "close" if closes else "borrow", source))
         found.append(Unit(tuple(parts)))
     return sorted(found, key=lambda unit: unit.first)
+
+
+def parts_of(units: Iterable[Unit]) -> list[Part]:
+    """The parts of all units, in order."""
+    return [part for unit in units for part in unit.parts]

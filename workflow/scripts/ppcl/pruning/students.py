@@ -1,26 +1,19 @@
-"""Students: the new blocks of a plan. Their start weights, their plan and their file."""
+"""Students: the new blocks of a selection. Their start weights, their types and their file."""
 
 import copy
-import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ppcl.errors import UserError
-from ppcl.pruning import narrow, plans
-from ppcl.pruning.plans import Part, Unit
-from ppcl.storage import tensors, texts
+from ppcl.pruning import narrow
+from ppcl.pruning.plans import Part
+from ppcl.storage import tensors
 from ppcl.transformer import blocks
 
 Students = dict[Part, nn.Module]
-
-
-def parts_of(units: Iterable[Unit]) -> list[Part]:
-    """The parts of all units, in order."""
-    return [part for unit in units for part in unit.parts]
 
 
 def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
@@ -179,70 +172,4 @@ def load(path: Path, transformer: nn.Module, parts: Iterable[Part]) -> Students:
             if not torch.isfinite(value).all():
                 raise UserError(f"{path}: '{part.name}/{key}' holds NaN or infinity; delete it")
         found[part] = student
-    return found
-
-
-def plan_entry(
-    unit: Unit, saved_parameters: int, saved_seconds: float, pinned: bool = False
-) -> dict:
-    """A unit as plan.json holds it."""
-    return {
-        "name": unit.name,
-        "removed_blocks": unit.removed_blocks,
-        "saved_parameters": saved_parameters,
-        "pinned": pinned,
-        "saved_seconds": None if math.isnan(saved_seconds) else saved_seconds,
-        "parts": [asdict(part) for part in unit.parts],
-    }
-
-
-@dataclass(frozen=True)
-class Plan:
-    """plan.json.
-
-    Attributes:
-        units: what is trained of the selection.
-        distilled: what distill trains of it.
-        closed: what is not, since its least-squares maps cost next to nothing.
-        facts: the file's content; its `units` and `distilled` tell what each saves.
-    """
-
-    units: list[Unit]
-    distilled: list[Unit]
-    closed: list[Unit]
-    facts: dict
-
-    @property
-    def pinned(self) -> set[str]:
-        """Names of the units that every variant has, as far as they are trained."""
-        return {entry["name"] for entry in self.facts["units"] if entry["pinned"]}
-
-
-def read_plan(path: Path) -> Plan:
-    """The plan that `prune` wrote.
-
-    Raises:
-        UserError: it is missing, or not a whole one.
-    """
-    facts = texts.read_sealed(path)
-    try:
-        for key in ("transformer_parameters", "blocks"):
-            int(facts[key])
-        plan = Plan(*(_units(facts[key]) for key in ("units", "distilled", "closed")), facts)
-        for part in parts_of([*plan.units, *plan.distilled, *plan.closed]):
-            if not 0 <= part.first <= part.last < facts["blocks"]:
-                raise ValueError(f"part {part.name} is not of {facts['blocks']} blocks")
-        return plan
-    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole plan ({error}); delete it and rerun") from error
-
-
-def _units(entries: list[dict]) -> list[Unit]:
-    found = [Unit(tuple(map(plans.part, entry["parts"]))) for entry in entries]
-    for entry, unit in zip(entries, found, strict=True):
-        if entry["name"] != unit.name:
-            raise ValueError(f"unit {entry['name']} has the parts of {unit.name}")
-        int(entry["saved_parameters"])
-        bool(entry["pinned"])
-        float(entry["saved_seconds"] or 0)
     return found

@@ -4,19 +4,20 @@ Needs no torch.
 """
 
 import json
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Matrix, Modulation
-from ppcl.search import selection
+from ppcl.pruning.plans import Matrix, Modulation, Unit
+from ppcl.search import savings
 from ppcl.search.reasons import Width
-from ppcl.search.selection import Weights
+from ppcl.search.savings import Weights
 from ppcl.storage import schemas, tables
-from ppcl.transformer.families import JOINT
+from ppcl.transformer.families import IMAGE, JOINT, TEXT
 
 
 def cka(path: Path, stream: str, depth: int) -> np.ndarray:
@@ -38,7 +39,7 @@ def costs(path: Path | None, depth: int) -> np.ndarray:
     if path is None:
         raise UserError("intervals.cost is velocity: name the measured costs, --sensitivity")
     table = tables.read(path, schemas.SENSITIVITY).to_pandas()
-    selection.check_depth(path, table["last"], depth)
+    check_depth(path, table["last"], depth)
     values = np.full((depth, depth), np.nan)
     values[table["first"], table["last"]] = table["velocity_error"]
     return values
@@ -71,7 +72,7 @@ def widths(path: Path, depth: int) -> list[Width]:
     table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
     # The last modulation's block is the number of blocks.
     low_rank = table["kind"] == "modulation"
-    selection.check_depth(path, table["last"] - low_rank, depth)
+    check_depth(path, table["last"] - low_rank, depth)
     return [
         Width(
             row.kind,
@@ -132,3 +133,50 @@ def closed(path: Path | None, block_parameters: Sequence[int], kinds: Collection
         source=dict(enumerate(known["text_lent"])),
     )
     return Closed(found, {m: every[m] for m, _ in ranks}, weights, known["unread"])
+
+
+def timing(path: Path, depth: int) -> tuple[Weights, float]:
+    """Seconds per call that can be saved, and those of the whole transformer, as `latency` timed
+    them. What a text run adds where it closes counts as nothing."""
+    table = tables.read(path, schemas.LATENCY).to_pandas()
+    check_depth(path, table["block"], depth)
+    found = {(row.part, row.block): row.seconds for row in table.itertuples()}
+
+    def per_block(part: str) -> list[float]:
+        return [found.get((part, block), 0.0) for block in range(depth)]
+
+    ffns = {
+        (block, stream): found[f"ffn_{stream}", block]
+        for stream in (IMAGE, TEXT)
+        for block in range(depth)
+        if (f"ffn_{stream}", block) in found
+    }
+    try:
+        whole = float(tables.provenance(path)["transformer_seconds"])
+    except KeyError as error:
+        raise UserError(f"{path}: its provenance lacks {error}; delete it and rerun") from error
+    return Weights(per_block("block"), per_block(TEXT), [0.0] * depth, ffns), whole
+
+
+def saved_seconds(units: Iterable[Unit], path: Path | None) -> list[float]:
+    """Seconds per call that each unit saves, from `latency`'s table; NaN without one."""
+    units = list(units)
+    if path is None:
+        return [math.nan] * len(units)
+    depth = 1 + int(tables.read(path, schemas.LATENCY)["block"].to_numpy().max())
+    weights, _ = timing(path, depth)
+    return [
+        savings.saved(
+            [part.key for part in unit.parts if part.last > part.first],
+            [(unit.first, unit.last)] if len(unit.parts) > 1 else [],
+            [(part.first, stream) for part in unit.parts for stream in part.linear_ffn],
+            weights,
+        )
+        for unit in units
+    ]
+
+
+def check_depth(path: Path, blocks: Iterable[int], depth: int) -> None:
+    """Raises UserError if a table names blocks that a teacher of this depth lacks."""
+    if max(blocks, default=0) >= depth:
+        raise UserError(f"{path} names blocks that this teacher lacks; delete it and rerun")

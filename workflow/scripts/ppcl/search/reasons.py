@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from ppcl.pruning.pins import Ends, Ffn, Named, overlap, shown, within
 from ppcl.pruning.plans import Matrix, Modulation
+from ppcl.search.budgets import amounts
 from ppcl.search.intervals import Interval
-from ppcl.search.selection import Plan, amounts
+from ppcl.search.selection import Selection
 from ppcl.transformer.families import TEXT
 
 
@@ -122,7 +123,7 @@ def _protected(blocks: Iterable[int], kept: Collection[int]) -> str | None:
 def interval_rows(
     chain: Sequence[Interval],
     priced: Mapping[Ends, Interval],
-    plan: Plan,
+    plan: Selection,
     needs: Mapping[str, float],
     tolerance: float,
     pinned: Named,
@@ -163,7 +164,7 @@ def interval_rows(
 
 def width_rows(
     widths: Iterable[Width],
-    plan: Plan,
+    plan: Selection,
     needs: Mapping[str, float],
     pinned: Named,
     limits: dict,
@@ -217,7 +218,7 @@ def width_rows(
     return rows
 
 
-def _why(wanted: bool, key: str, cost: float, plan: Plan, needs: Mapping[str, float]) -> str:
+def _why(wanted: bool, key: str, cost: float, plan: Selection, needs: Mapping[str, float]) -> str:
     """Why something is selected."""
     if wanted:
         return f"pinned by {key}.pin" + ("; not measured, so it counts as free" * math.isnan(cost))
@@ -227,7 +228,7 @@ def _why(wanted: bool, key: str, cost: float, plan: Plan, needs: Mapping[str, fl
     )
 
 
-def _beaten(ends: Ends, plan: Plan) -> str:
+def _beaten(ends: Ends, plan: Selection) -> str:
     if rivals := [shown(it) for it in plan.intervals if overlap(it, ends)]:
         return f"costs more at this budget than {', '.join(rivals)} on its blocks"
     if cut := [shown(run) for run in plan.runs if overlap(run, ends) and not within(ends, run)]:
@@ -235,7 +236,7 @@ def _beaten(ends: Ends, plan: Plan) -> str:
     return "not needed for the budget: other choices cost less"
 
 
-def _run_beaten(width: Width, plan: Plan) -> str:
+def _run_beaten(width: Width, plan: Selection) -> str:
     if rivals := [shown(run) for run in plan.runs if overlap(run, width.ends)]:
         return f"costs more at this budget than {', '.join(rivals)} on its blocks"
     for interval in plan.intervals:
@@ -247,7 +248,7 @@ def _run_beaten(width: Width, plan: Plan) -> str:
     return "not needed for the budget: other choices cost less"
 
 
-def _ffn_beaten(width: Width, plan: Plan, unread: int | None) -> str:
+def _ffn_beaten(width: Width, plan: Selection, unread: int | None) -> str:
     text = width.stream == TEXT
     for first, last in plan.runs:
         if text and first == width.first and last == unread:
@@ -255,14 +256,14 @@ def _ffn_beaten(width: Width, plan: Plan, unread: int | None) -> str:
     return _gone(width.first, text, plan) or "not needed for the budget: other choices cost less"
 
 
-def _rank_beaten(width: Width, plan: Plan, modulation: Modulation) -> str:
+def _rank_beaten(width: Width, plan: Selection, modulation: Modulation) -> str:
     if width.matrix in plan.ranks:
         return f"rank {plan.ranks[width.matrix]} of it costs less at this budget"
     gone = _gone(width.first, modulation.text, plan)
     return gone or "not needed for the budget: other choices cost less"
 
 
-def _gone(block: int, text: bool, plan: Plan) -> str:
+def _gone(block: int, text: bool, plan: Selection) -> str:
     """Why a block has something no more; empty if it still has. text: of its text stream."""
     for first, last in plan.intervals:
         if first < block <= last:

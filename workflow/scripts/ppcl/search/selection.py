@@ -10,41 +10,19 @@ whole units, of which ranks alone may still be chosen. The cost of a set is the 
 costs, and whatever counts (parameters, blocks, seconds) adds up as well: an integer program
 (ppcl.search.integer_programs), in which every member is a column and every exclusion a row. All
 budgets of a config are met at once, in several measures if need be. PPCL, arXiv 2511.16156, stages
-1.2 and 2. Needs no torch.
-"""
+1.2 and 2. Needs no torch."""
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from ppcl.errors import UserError
 from ppcl.pruning.pins import NOTHING, Ends, Ffn, Named
 from ppcl.pruning.plans import Matrix, Modulation, Unit
-from ppcl.search import integer_programs
-from ppcl.settings import Variant
-from ppcl.storage import schemas, tables
+from ppcl.search import integer_programs, savings
+from ppcl.search.budgets import amounts
+from ppcl.search.savings import Weights
 from ppcl.transformer.families import IMAGE, TEXT
-
-
-@dataclass(frozen=True)
-class Weights:
-    """What is saved in one measure, each per block unless it says otherwise.
-
-    block: if the block goes. text: if its text stream is borrowed. output: what a run that closes
-    with it adds. source: what the first block of a run saves beside that, if the run reaches
-    `Choices.unread`. ffn: (block, stream) -> if that FFN is linear. ranks: (matrix, rank, sixths of
-    its outputs that are kept) -> if it has that rank. units: by name, of whole trained units.
-    """
-
-    block: Sequence[float]
-    text: Sequence[float]
-    output: Sequence[float]
-    ffn: Mapping[Ffn, float] = field(default_factory=dict)
-    ranks: Mapping[tuple[Matrix, int, int], float] = field(default_factory=dict)
-    units: Mapping[str, float] = field(default_factory=dict)
-    source: Mapping[int, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -66,7 +44,7 @@ class Choices:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Selection:
     """The chosen set in order of depth, its cost, and what it saves in every measure.
 
     bound: no set that meets the needs costs less; it lies below the cost by the solver's tolerance.
@@ -82,113 +60,13 @@ class Plan:
     units: tuple[str, ...] = ()
 
 
-def needed(budget: float | Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
-    """What has to go for a budget: measure (parameters, blocks or latency) -> how much of it.
-
-    Args:
-        budget: of the config's variants.
-        facts: transformer_parameters, blocks, and transformer_seconds for latency.
-    """
-    found: dict[str, float] = {}
-    for kind, value in budget.items():
-        if kind == "latency":
-            amount = (1 - value) * facts["transformer_seconds"]
-        elif kind == "blocks":
-            amount = max(0, facts["blocks"] - value)
-        elif kind == "parameters":
-            amount = max(0, facts["transformer_parameters"] - value)
-        else:
-            kind, amount = "parameters", parameters_needed(facts["transformer_parameters"], value)
-        found[kind] = max(amount, found.get(kind, 0))
-    return found
-
-
-def targets(variants: Iterable[Variant], facts: Mapping[str, float]) -> dict[str, float]:
-    """Per measure, what has to go for the smallest budget of all variants."""
-    largest: dict[str, float] = {}
-    for variant in variants:
-        for measure, amount in needed(variant.budget, facts).items():
-            largest[measure] = max(amount, largest.get(measure, 0))
-    return largest
-
-
-def by_blocks(depth: int) -> Weights:
-    """The measure that counts blocks."""
-    return Weights([1] * depth, [0] * depth, [0] * depth)
-
-
-def timing(path: Path, depth: int) -> tuple[Weights, float]:
-    """Seconds per call that can be saved, and those of the whole transformer, as `latency` timed
-    them. What a text run adds where it closes counts as nothing."""
-    table = tables.read(path, schemas.LATENCY).to_pandas()
-    check_depth(path, table["block"], depth)
-    found = {(row.part, row.block): row.seconds for row in table.itertuples()}
-
-    def per_block(part: str) -> list[float]:
-        return [found.get((part, block), 0.0) for block in range(depth)]
-
-    ffns = {
-        (block, stream): found[f"ffn_{stream}", block]
-        for stream in (IMAGE, TEXT)
-        for block in range(depth)
-        if (f"ffn_{stream}", block) in found
-    }
-    try:
-        whole = float(tables.provenance(path)["transformer_seconds"])
-    except KeyError as error:
-        raise UserError(f"{path}: its provenance lacks {error}; delete it and rerun") from error
-    return Weights(per_block("block"), per_block(TEXT), [0.0] * depth, ffns), whole
-
-
-def saved_seconds(units: Iterable[Unit], path: Path | None) -> list[float]:
-    """Seconds per call that each unit saves, from `latency`'s table; NaN without one."""
-    units = list(units)
-    if path is None:
-        return [math.nan] * len(units)
-    depth = 1 + int(tables.read(path, schemas.LATENCY)["block"].to_numpy().max())
-    weights, _ = timing(path, depth)
-    return [
-        saved(
-            [part.key for part in unit.parts if part.last > part.first],
-            [(unit.first, unit.last)] if len(unit.parts) > 1 else [],
-            [(part.first, stream) for part in unit.parts for stream in part.linear_ffn],
-            weights,
-        )
-        for unit in units
-    ]
-
-
-def check_depth(path: Path, blocks: Iterable[int], depth: int) -> None:
-    """Raises UserError if a table names blocks that a teacher of this depth lacks."""
-    if max(blocks, default=0) >= depth:
-        raise UserError(f"{path} names blocks that this teacher lacks; delete it and rerun")
-
-
-def parameters_needed(total: int, fraction: float) -> int:
-    """Parameters that must go so that at most fraction * total stay."""
-    # The small addend keeps 0.55 * 20 = 11.000000000000002 or 10.999999999999998 at 11.
-    return max(0, total - math.floor(fraction * total + 1e-6))
-
-
-def amount(measure: str, value: float) -> str:
-    """In words, such as 1,234 parameters."""
-    if measure == "latency":
-        return f"{1000 * value:.4g} ms per call"
-    return f"{round(value):,} {measure}"
-
-
-def amounts(values: Mapping[str, float]) -> str:
-    """Several, in words."""
-    return " and ".join(amount(*item) for item in values.items()) or "nothing"
-
-
 def select(
     choices: Choices,
     weights: Mapping[str, Weights],
     needs: Mapping[str, float],
     pinned: Named = NOTHING,
     whose: str = "variants: the smallest budgets need",
-) -> Plan:
+) -> Selection:
     """The cheapest set that holds all that is pinned and saves what is needed in every measure.
 
     What is pinned may be held by a trained unit. Where the pinned set is enough, it is the plan.
@@ -223,25 +101,6 @@ def select(
     )
 
 
-def saved(
-    intervals: Iterable[Ends],
-    runs: Iterable[Ends],
-    ffns: Iterable[Ffn],
-    weights: Weights,
-    unread: int | None = None,
-) -> float:
-    """What a set of intervals, text runs and FFNs saves in one measure.
-
-    unread: as in `Choices`.
-    """
-    gone = {block for first, last in intervals for block in range(first + 1, last + 1)}
-    total = sum(weights.block[block] for block in gone)
-    for first, last in runs:
-        total += weights.source.get(first, 0) if last == unread else -weights.output[last]
-        total += sum(weights.text[b] for b in range(first + 1, last + 1) if b not in gone)
-    return total + sum(weights.ffn.get(ffn, 0) for ffn in ffns)
-
-
 # Names of columns: (kind, what), where a rank is (matrix, rank, sixths of its outputs kept), and
 # `borrows` is a block whose text stream is borrowed, which the runs and intervals taken decide.
 Column = tuple[str, Any]
@@ -274,7 +133,7 @@ class _Columns:
         """What each column saves in one measure."""
         return [self._gain(kind, item, weights) for kind, item, _ in self.every]
 
-    def plan(self, found: integer_programs.Taken, weights: Mapping[str, Weights]) -> Plan:
+    def plan(self, found: integer_programs.Taken, weights: Mapping[str, Weights]) -> Selection:
         taken = [self.every[column] for column in found.columns]
         members: dict[str, list] = {
             kind: sorted(item for k, item, _ in taken if k == kind)
@@ -284,7 +143,7 @@ class _Columns:
             measure: sum(self._gain(kind, item, each) for kind, item, _ in taken)
             for measure, each in weights.items()
         }
-        return Plan(
+        return Selection(
             *(tuple(members[kind]) for kind in ("interval", "run", "ffn")),
             found.cost,
             found.bound,
@@ -382,7 +241,7 @@ class _Columns:
             by_sixths[modulation.left] += [] if ffn is None else [ffn]
             for number in self.holding[block]:
                 unit, _ = self.choices.units[self.every[number][1]]
-                by_sixths[sixths_left(unit, modulation, self.choices.unread)].append(number)
+                by_sixths[savings.sixths_left(unit, modulation, self.choices.unread)].append(number)
         ranks: dict[int, list[int]] = {}
         for sixths in modulation.shares:
             if sixths < 6 and not by_sixths[sixths]:
@@ -426,14 +285,3 @@ class _Columns:
             if column in self.number:
                 numbers.append(self.number[column])
             self._at_least_one(numbers)
-
-
-def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
-    """Sixths of a modulation matrix's outputs that a trained unit keeps."""
-    part = next((part for part in unit.parts if part.first == modulation.block), None)
-    if part is None or (modulation.text and part.borrows):
-        return 0
-    lends = part is unit.parts[0] and len(unit.parts) > 1
-    if modulation.text and modulation.ffn and lends and unit.last == unread:
-        return 2
-    return modulation.left if modulation.ffn and modulation.ffn in part.linear_ffn else 6

@@ -36,7 +36,7 @@ def tokens(width: int) -> pa.Schema:
     )
 
 
-# Tensor columns come after these, named `<argument>/<shape>/<dtype>` (calls.to_table).
+# Tensor columns come after these, named `<argument>/<shape>/<dtype>` (transformer/call_columns.py).
 CALLS = pa.schema(
     [
         column("sample", pa.int32(), "calibration sample: one prompt with one noise seed"),

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from ppcl.errors import UserError
 from ppcl.teacher import pipelines, replays, steps
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, call_tables
 from ppcl.transformer.families import Family
 
 
@@ -187,7 +187,7 @@ def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]
         )
     rows = {key: [s[key] for s in every] for key in samples[0]}
     rows |= {k: v if isinstance(v, list) else [v] * len(every) for k, v in place.items()}
-    return calls.to_tables(arguments, output, rows, family.shared, family.batch_dims)
+    return call_tables.to_tables(arguments, output, rows, family.shared, family.batch_dims)
 
 
 @torch.no_grad()

@@ -1,0 +1,78 @@
+"""The file in which `prune` leaves the selection: its units, and what each saves."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from ppcl.errors import UserError
+from ppcl.pruning import plans
+from ppcl.pruning.plans import Unit, parts_of
+from ppcl.storage import texts
+
+
+def unit_entry(
+    unit: Unit, saved_parameters: int, saved_seconds: float, pinned: bool = False
+) -> dict:
+    """A unit as plan.json holds it."""
+    return {
+        "name": unit.name,
+        "removed_blocks": unit.removed_blocks,
+        "saved_parameters": saved_parameters,
+        "pinned": pinned,
+        "saved_seconds": None if math.isnan(saved_seconds) else saved_seconds,
+        "parts": [asdict(part) for part in unit.parts],
+    }
+
+
+@dataclass(frozen=True)
+class SelectionFile:
+    """plan.json.
+
+    Attributes:
+        units: what is trained of the selection.
+        distilled: what distill trains of it.
+        closed: what is not, since its least-squares maps cost next to nothing.
+        facts: the file's content; its `units` and `distilled` tell what each saves.
+    """
+
+    units: list[Unit]
+    distilled: list[Unit]
+    closed: list[Unit]
+    facts: dict
+
+    @property
+    def pinned(self) -> set[str]:
+        """Names of the units that every variant has, as far as they are trained."""
+        return {entry["name"] for entry in self.facts["units"] if entry["pinned"]}
+
+
+def read(path: Path) -> SelectionFile:
+    """The plan that `prune` wrote.
+
+    Raises:
+        UserError: it is missing, or not a whole one.
+    """
+    facts = texts.read_sealed(path)
+    try:
+        for key in ("transformer_parameters", "blocks"):
+            int(facts[key])
+        plan = SelectionFile(
+            *(_units(facts[key]) for key in ("units", "distilled", "closed")), facts
+        )
+        for part in parts_of([*plan.units, *plan.distilled, *plan.closed]):
+            if not 0 <= part.first <= part.last < facts["blocks"]:
+                raise ValueError(f"part {part.name} is not of {facts['blocks']} blocks")
+        return plan
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
+        raise UserError(f"{path} is not a whole plan ({error}); delete it and rerun") from error
+
+
+def _units(entries: list[dict]) -> list[Unit]:
+    found = [Unit(tuple(map(plans.part, entry["parts"]))) for entry in entries]
+    for entry, unit in zip(entries, found, strict=True):
+        if entry["name"] != unit.name:
+            raise ValueError(f"unit {entry['name']} has the parts of {unit.name}")
+        int(entry["saved_parameters"])
+        bool(entry["pinned"])
+        float(entry["saved_seconds"] or 0)
+    return found

@@ -1,0 +1,54 @@
+"""What has to go for the budgets of variants, and amounts in words."""
+
+import math
+from collections.abc import Iterable, Mapping
+
+from ppcl.settings import Variant
+
+
+def needed(budget: float | Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
+    """What has to go for a budget: measure (parameters, blocks or latency) -> how much of it.
+
+    Args:
+        budget: of the config's variants.
+        facts: transformer_parameters, blocks, and transformer_seconds for latency.
+    """
+    found: dict[str, float] = {}
+    for kind, value in budget.items():
+        if kind == "latency":
+            amount = (1 - value) * facts["transformer_seconds"]
+        elif kind == "blocks":
+            amount = max(0, facts["blocks"] - value)
+        elif kind == "parameters":
+            amount = max(0, facts["transformer_parameters"] - value)
+        else:
+            kind, amount = "parameters", parameters_needed(facts["transformer_parameters"], value)
+        found[kind] = max(amount, found.get(kind, 0))
+    return found
+
+
+def targets(variants: Iterable[Variant], facts: Mapping[str, float]) -> dict[str, float]:
+    """Per measure, what has to go for the smallest budget of all variants."""
+    largest: dict[str, float] = {}
+    for variant in variants:
+        for measure, amount in needed(variant.budget, facts).items():
+            largest[measure] = max(amount, largest.get(measure, 0))
+    return largest
+
+
+def parameters_needed(total: int, fraction: float) -> int:
+    """Parameters that must go so that at most fraction * total stay."""
+    # The small addend keeps 0.55 * 20 = 11.000000000000002 or 10.999999999999998 at 11.
+    return max(0, total - math.floor(fraction * total + 1e-6))
+
+
+def amount(measure: str, value: float) -> str:
+    """In words, such as 1,234 parameters."""
+    if measure == "latency":
+        return f"{1000 * value:.4g} ms per call"
+    return f"{round(value):,} {measure}"
+
+
+def amounts(values: Mapping[str, float]) -> str:
+    """Several, in words."""
+    return " and ".join(amount(*item) for item in values.items()) or "nothing"

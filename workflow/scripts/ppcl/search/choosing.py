@@ -1,0 +1,196 @@
+"""Which set each variant is: the cheapest within its budget, then the best sources of its units.
+
+Units and ranks come from one exact search per variant (ppcl.search.selection) over everything that
+is priced. Which of its students a unit takes is measured in the set in which it is used, since they
+differ in how they stand each other's errors: those of `distill` know the teacher alone, those of
+`subsets` each other. Needs no torch.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from ppcl.pruning import plans
+from ppcl.search import budgets, integer_programs, selection
+from ppcl.search.offers import Offer
+from ppcl.search.sets import CLOSED, START, TRAINED, Member, Set
+from ppcl.settings import Variant
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A set for a variant.
+
+    Attributes:
+        cost: what its members cost alone, each at its best: what the search minimises.
+        saved: measure -> how much of it goes.
+        error: of the whole set, measured.
+    """
+
+    found: Set
+    cost: float
+    saved: Mapping[str, float]
+    error: float = math.nan
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What a variant is, and all that was measured for it: in words -> the choice."""
+
+    choice: Choice
+    tried: Mapping[str, Choice]
+
+
+def search(offer: Offer, wanted: Variant) -> Choice:
+    """The set that costs least and meets a variant's budget, each trained unit at its best error.
+
+    The cost of a set is the sum of what its members cost alone, so that a larger budget never
+    costs more.
+
+    Args:
+        wanted: the variant's mapping in the config: name, budget and train.
+
+    Raises:
+        UserError: nothing that may be used meets the budget.
+    """
+    train = wanted.train
+    units = {
+        name: (unit, min(found.values()))
+        for name, unit in offer.units.items()
+        if (found := offer.sources(name, train))
+    }
+    needs = budgets.targets([wanted], offer.facts)
+    choices = replace(offer.closed, units=units)
+    whose = f"variants: the budget of '{wanted.name}' needs"
+    plan = selection.select(choices, offer.weights, needs, offer.pinned, whose)
+    members = [Member(units[name][0], offer.best(name, train)) for name in plan.units]
+    closed = plans.units((), plan.runs, plan.ffns, offer.closed.unread)
+    members += [Member(unit, CLOSED) for unit in closed]
+    members.sort(key=lambda member: member.unit.first)
+    found = Set(tuple(members), tuple(sorted(plan.ranks.items())))
+    return Choice(found, plan.cost, plan.saved)
+
+
+def meets(choice: Choice, offer: Offer, wanted: Variant) -> bool:
+    """Whether a variant may be this set: it is small and fast enough, and trained only if that is
+    allowed."""
+    needs = budgets.targets([wanted], offer.facts)
+    enough = all(
+        integer_programs.enough(choice.saved[measure], need) for measure, need in needs.items()
+    )
+    trained = any(member.source in TRAINED for member in choice.found.members)
+    return enough and (wanted.train or not trained)
+
+
+# Velocity errors of sets; asked for the same set again, it gives the same.
+Measure = Callable[[Sequence[Set]], list[float]]
+
+
+def decide(
+    offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure, flips: bool = True
+) -> dict[str, Decided]:
+    """Where each variant's trained units are from, by error measured in the whole set.
+
+    Tried are: each unit at its best alone, all of one stage, and then, one unit after the other,
+    every other source of it. In the end each variant is the set of least error of all that were
+    measured and that it may be, so that a larger budget has no larger error.
+
+    Args:
+        asked: variant -> its mapping in the config, and what `search` found for it.
+        flips: whether single units are tried.
+    """
+    return settle(offer, asked, trials(offer, asked, measure, flips))
+
+
+def trials(
+    offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure, flips: bool = True
+) -> dict[str, dict[str, Choice]]:
+    """What `decide` tries for each variant, by what it is in words."""
+    free = {name: _free(offer, choice.found, wanted) for name, (wanted, choice) in asked.items()}
+    begun = {name: _whole_stages(asked[name][1].found, units) for name, units in free.items()}
+    # All at once, as processes share out what is asked for at a time.
+    errors = iter(measure([one for found in begun.values() for one in found.values()]))
+    tried = {
+        name: {
+            words: replace(asked[name][1], found=one, error=next(errors))
+            for words, one in found.items()
+        }
+        for name, found in begun.items()
+    }
+    for name, found in tried.items() if flips else ():
+        _flip(found, free[name], measure)
+    return tried
+
+
+def settle(
+    offer: Offer,
+    asked: Mapping[str, tuple[Variant, Choice]],
+    tried: Mapping[str, Mapping[str, Choice]],
+) -> dict[str, Decided]:
+    """The best of all that was tried that each variant may be."""
+    pool = [(name, choice) for name, found in tried.items() for choice in found.values()]
+    decided = {}
+    for name, (wanted, _) in asked.items():
+        allowed = [pair for pair in pool if meets(pair[1], offer, wanted)]
+        # Of equally good ones its own.
+        of, best = min(allowed, key=lambda pair: (pair[1].error, pair[0] != name))
+        borrowed = {} if of == name else {f"the set of {of}": best}
+        decided[name] = Decided(best, {**tried[name], **borrowed})
+    return decided
+
+
+def as_last_trained(
+    offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure
+) -> dict[str, Decided]:
+    """As `decide`, but every unit is from the last stage that it may be from, and no set is another
+    variant's."""
+    found = {}
+    for name, (wanted, choice) in asked.items():
+        train = wanted.train
+        trained = offer.trained(choice.found)
+        last = {unit: list(offer.sources(unit, train))[-1] for unit in trained}
+        found[name] = choice.found.having(last)
+    decided = {}
+    for (name, one), error in zip(found.items(), measure(list(found.values())), strict=True):
+        chosen = replace(asked[name][1], found=one, error=error)
+        decided[name] = Decided(chosen, {"each of its last training": chosen})
+    return decided
+
+
+def _free(offer: Offer, found: Set, wanted: Variant) -> dict[str, list[str]]:
+    """Units of a set that may be from several stages, and these."""
+    train = wanted.train
+    sources = {name: list(offer.sources(name, train)) for name in offer.trained(found)}
+    return {name: several for name, several in sources.items() if len(several) > 1}
+
+
+def _whole_stages(start: Set, free: Mapping[str, list[str]]) -> dict[str, Set]:
+    """A variant's sets whose units are each at its best alone, or all of one stage."""
+    sets = {"each at its best alone": start}
+    for source in (CLOSED, START, *TRAINED):
+        if having := {name: source for name, sources in free.items() if source in sources}:
+            sets[f"all of {source}"] = start.having(having)
+    return sets
+
+
+def _flip(found: dict[str, Choice], free: Mapping[str, list[str]], measure: Measure) -> None:
+    """Adds sets to those that a variant has tried: the best, with one unit after the other from its
+    other sources."""
+    for name, sources in free.items():
+        best = min(found.values(), key=lambda choice: choice.error)
+        others = [source for source in sources if source != best.found.sources[name]]
+        sets = {f"{name} of {one}": best.found.having({name: one}) for one in others}
+        for (words, one), error in zip(sets.items(), measure(list(sets.values())), strict=True):
+            found[words] = replace(best, found=one, error=error)
+
+
+def told(offer: Offer, name: str, choice: Choice) -> str:
+    """A variant's choice in words, for the log."""
+    sources = [f"{unit} {source}" for unit, source in offer.trained(choice.found).items()]
+    closed = len(choice.found.members) - len(sources)
+    share = offer.parameters_left(choice.saved) / offer.facts["transformer_parameters"]
+    return (
+        f"{name}: {share:.4f} of the parameters, error {choice.error:.3g} (its members alone: "
+        f"{choice.cost:.3g}): {', '.join(sources) or 'no trained units'}; {closed} units by "
+        f"least squares, {len(choice.found.ranks)} modulations of low rank"
+    )

@@ -1,0 +1,61 @@
+"""What is saved in one measure (parameters, blocks, seconds), by whatever a set may hold."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from ppcl.pruning.pins import Ends, Ffn
+from ppcl.pruning.plans import Matrix, Modulation, Unit
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What is saved in one measure, each per block unless it says otherwise.
+
+    block: if the block goes. text: if its text stream is borrowed. output: what a run that closes
+    with it adds. source: what the first block of a run saves beside that, if the run reaches
+    `Choices.unread`. ffn: (block, stream) -> if that FFN is linear. ranks: (matrix, rank, sixths of
+    its outputs that are kept) -> if it has that rank. units: by name, of whole trained units.
+    """
+
+    block: Sequence[float]
+    text: Sequence[float]
+    output: Sequence[float]
+    ffn: Mapping[Ffn, float] = field(default_factory=dict)
+    ranks: Mapping[tuple[Matrix, int, int], float] = field(default_factory=dict)
+    units: Mapping[str, float] = field(default_factory=dict)
+    source: Mapping[int, float] = field(default_factory=dict)
+
+
+def by_blocks(depth: int) -> Weights:
+    """The measure that counts blocks."""
+    return Weights([1] * depth, [0] * depth, [0] * depth)
+
+
+def saved(
+    intervals: Iterable[Ends],
+    runs: Iterable[Ends],
+    ffns: Iterable[Ffn],
+    weights: Weights,
+    unread: int | None = None,
+) -> float:
+    """What a set of intervals, text runs and FFNs saves in one measure.
+
+    unread: as in `Choices`.
+    """
+    gone = {block for first, last in intervals for block in range(first + 1, last + 1)}
+    total = sum(weights.block[block] for block in gone)
+    for first, last in runs:
+        total += weights.source.get(first, 0) if last == unread else -weights.output[last]
+        total += sum(weights.text[b] for b in range(first + 1, last + 1) if b not in gone)
+    return total + sum(weights.ffn.get(ffn, 0) for ffn in ffns)
+
+
+def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
+    """Sixths of a modulation matrix's outputs that a trained unit keeps."""
+    part = next((part for part in unit.parts if part.first == modulation.block), None)
+    if part is None or (modulation.text and part.borrows):
+        return 0
+    lends = part is unit.parts[0] and len(unit.parts) > 1
+    if modulation.text and modulation.ffn and lends and unit.last == unread:
+        return 2
+    return modulation.left if modulation.ffn and modulation.ffn in part.linear_ffn else 6

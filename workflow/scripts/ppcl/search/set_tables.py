@@ -1,0 +1,118 @@
+"""Variants' sets as rows of units.parquet and measured.parquet. Needs no torch."""
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+
+from ppcl.pruning import pins
+from ppcl.pruning.plans import Unit
+from ppcl.search import savings
+from ppcl.search.choosing import Choice, Decided
+from ppcl.search.offers import Offer
+from ppcl.search.sets import CLOSED
+from ppcl.transformer.families import IMAGE, TEXT
+
+
+def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
+    """A variant's rows of units.parquet; what they save adds up to what the variant does."""
+    found = []
+    for member in choice.found.members:
+        unit = member.unit
+        if offer.units.get(unit.name) == unit:
+            streams = {stream for part in unit.parts for stream in part.linear_ffn}
+            kind = "interval" if unit.removed_blocks else "text" if len(unit.parts) > 1 else "ffn"
+            row = {
+                "kind": kind,
+                "stream": " ".join(s for s in (IMAGE, TEXT) if s in streams or kind != "ffn"),
+                "velocity_error": offer.errors[unit.name][member.source],
+                "pinned": pins.holds(unit, offer.pinned),
+            }
+            saved = {measure: w.units[unit.name] for measure, w in offer.weights.items()}
+            found.append(_row(name, unit.name, unit.first, unit.last, member.source, saved, row))
+            continue
+        for kind, item in _closed(unit):
+            cost = (offer.closed.runs if kind == "text" else offer.closed.ffns)[item]
+            ends = item if kind == "text" else (item[0], item[0])
+            row = {
+                "kind": kind,
+                "stream": TEXT if kind == "text" else item[1],
+                "velocity_error": cost,
+                "pinned": item in offer.pinned.runs | offer.pinned.ffns,
+            }
+            saved = {
+                measure: savings.saved(
+                    (),
+                    [item] if kind == "text" else [],
+                    [item] if kind == "ffn" else [],
+                    each,
+                    offer.closed.unread,
+                )
+                for measure, each in offer.weights.items()
+            }
+            found.append(_row(name, unit.name, *ends, member.source, saved, row))
+    holding = {b: m for m in choice.found.members for b in range(m.unit.first, m.unit.last + 1)}
+    for (block, path), rank in choice.found.ranks:
+        matrix, member = (block, path), holding.get(block)
+        sixths = 6
+        if member:
+            modulation = offer.closed.modulations[matrix]
+            sixths = savings.sixths_left(member.unit, modulation, offer.closed.unread)
+        row = {
+            "kind": "modulation",
+            "stream": "",
+            "path": path,
+            "rank": rank,
+            "velocity_error": offer.closed.ranks[matrix][rank],
+            "pinned": block in offer.pinned.ranks,
+        }
+        saved = {m: w.ranks.get((matrix, rank, sixths), 0.0) for m, w in offer.weights.items()}
+        unit = member.unit.name if member else f"{block:02d}-{block:02d}"
+        found.append(_row(name, unit, block, block, CLOSED, saved, row))
+    return found
+
+
+def _closed(unit: Unit) -> Iterable[tuple[str, tuple]]:
+    """The text run and the linear FFNs of a unit of kept blocks."""
+    if len(unit.parts) > 1:
+        yield "text", (unit.first, unit.last)
+    for part in unit.parts:
+        for stream in part.linear_ffn:
+            yield "ffn", (part.first, stream)
+
+
+def _row(
+    variant: str,
+    unit: str,
+    first: int,
+    last: int,
+    source: str,
+    saved: Mapping[str, float],
+    more: Mapping,
+) -> dict:
+    return {
+        "variant": variant,
+        "unit": unit,
+        "first": first,
+        "last": last,
+        "path": "",
+        "rank": 0,
+        "source": source,
+        "saved_parameters": round(saved["parameters"]),
+        "saved_seconds": saved.get("latency", math.nan),
+    } | dict(more)
+
+
+def trial_rows(offer: Offer, name: str, decided: Decided) -> list[dict]:
+    """A variant's rows of measured.parquet."""
+    return [
+        {
+            "variant": name,
+            "tried": words,
+            "sources": json.dumps(offer.trained(choice.found)),
+            "parameters": offer.parameters_left(choice.saved),
+            "predicted_error": choice.cost,
+            "velocity_error": choice.error,
+            "chosen": choice == decided.choice,
+        }
+        for words, choice in decided.tried.items()
+    ]
