@@ -486,7 +486,7 @@ def test_calibration_draws_no_part_twice():
 
 
 def width_row(kind, first, last):
-    return calibration.Width(kind, first, last, "text", 0.1, 0.9, 1, 0.1)
+    return calibration.ClosedForm(kind, first, last, "text", 0.1, 0.9, 1, 0.1)
 
 
 # ---- gathering and the figure

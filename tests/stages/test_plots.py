@@ -9,12 +9,16 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 
 from ppcl.errors import UserError
 from ppcl.figures import composition, labelling, search, style
 from ppcl.pruning import pins
-from ppcl.search import reasons
+from ppcl.search.candidates import Limits, closed_form_obstacle
+from ppcl.search.measured import ClosedForm
+from ppcl.storage import schemas, tables
+from ppcl.storage.schemas import Verdict
 from support import SCRIPTS
 from support.plotting import draw, search_tables, svg_text, variant_units, width_table, write
 
@@ -164,14 +168,16 @@ def test_width_shows_every_candidate_where_it_is_and_full_if_selected():
 
 def test_width_crosses_what_selection_could_not_take():
     fields = {"stream": "image", "fit_error": 0.1, "saved": 1, "cost": 0.01}
-    ffns = [reasons.Width("ffn", q, q, cka=np.nan, **fields) for q in range(3)]
-    run = reasons.Width("text", 4, 5, cka=0.2, **fields | {"stream": "text"})
+    ffns = [ClosedForm("ffn", q, q, cka=np.nan, **fields) for q in range(3)]
+    run = ClosedForm("text", 4, 5, cka=0.2, **fields | {"stream": "text"})
     forbidden = pins.Named(set(), set(), {(1, "image")})
-    words = [reasons.width_obstacle(w, forbidden, 0.5, {0}) for w in [*ffns, run]]
+    limits = Limits(forbidden, {0}, 0.5)
+    obstacles = [closed_form_obstacle(one, limits) for one in [*ffns, run]]
     table = width_table(search_tables(24, 6)["intervals"], 24).query("not selected").iloc[:4].copy()
     table["kind"], table["stream"] = ["ffn"] * 3 + ["text"], ["image"] * 3 + ["text"]
     table["first"], table["last"] = [0, 1, 2, 4], [0, 1, 2, 5]
-    table["reason"] = [word or "not needed" for word in words]
+    table["verdict"] = [one.verdict if one else Verdict.NOT_NEEDED for one in obstacles]
+    table["reason"] = "nobody reads this"
     panels = width_panels(table, search_tables(24, 6)["intervals"].iloc[:0], 24)
     assert [line.get_marker() for line in panels["image FFNs"].lines] == ["x", "x", "o"]
     assert [line.get_linestyle() for line in panels["text runs"].lines] == [":"]
@@ -241,7 +247,7 @@ def test_modulation_shows_every_price_and_fills_what_was_taken():
 
 def test_without_intervals_the_smallest_variant_tells_what_was_taken():
     table = width_table(search_tables(24, 6)["intervals"], 24)
-    table = table.drop(columns=["selected", "reason"])
+    table = table.drop(columns=["selected", "verdict", "reason"])
     units = variant_units()
     found = composition.taken(table, units)
     own = units[units["variant"] == "p70"]  # saves most, and takes neither runs nor intervals
@@ -272,6 +278,17 @@ def test_a_stream_that_the_table_lacks_and_a_missing_file_are_named(tmp_path):
     (tmp_path / "cka.parquet").unlink()
     error = run(*arguments, code=2).stderr
     assert "cka.parquet" in error and "Traceback" not in error
+
+
+def test_tables_from_before_there_were_verdicts_are_refused_with_what_to_do(tmp_path):
+    table = width_table(search_tables(24, 6)["intervals"], 24)
+    path, fields = tmp_path / "candidates.parquet", list(schemas.WIDTH_CANDIDATES)
+    older = pa.schema([field for field in fields if field.name != "verdict"])
+    tables.write(path, table[older.names], older, {"blocks": "24"})
+    arguments = ["--config", INTERVALS_CONFIG, "--width", path, "--output", tmp_path / "a"]
+    again = rf"{path}: column 'verdict' is missing; delete it and rerun: snakemake makes it again"
+    with pytest.raises(UserError, match=again):
+        draw("intervals", *arguments)
 
 
 @pytest.mark.parametrize("seed", range(20))

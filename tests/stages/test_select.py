@@ -14,7 +14,22 @@ from ppcl.search import cka_draws, intervals, savings
 from ppcl.search.intervals import Interval
 from ppcl.search.savings import Weights
 from ppcl.storage import schemas, tables
+from ppcl.storage.schemas import Verdict
 from support import SCRIPTS
+
+# How the sentence begins that goes with a verdict.
+SENTENCES = {
+    Verdict.PINNED: "pinned by ",
+    Verdict.CHEAPEST: "in the cheapest set that saves ",
+    Verdict.FORBIDDEN: "forbidden by ",
+    Verdict.PROTECTED: "holds protected block ",
+    Verdict.LOW_CKA: ("cka ", "text cka "),
+    Verdict.UNMEASURED: "has no measured cost",
+    Verdict.COSTLIER: ("costs more at this budget than ", "rank "),
+    Verdict.CONFLICT: ("would cut ", "would be cut "),
+    Verdict.GONE: ("gone: ", "goes with ", "inside the selected interval "),
+    Verdict.NOT_NEEDED: "not needed for the budget",
+}
 
 
 def random_cka(seed, depth):
@@ -25,6 +40,15 @@ def random_cka(seed, depth):
     cka = 1 - np.cumsum(falls, axis=1)
     cka[np.tril_indices(depth, -1)] = np.nan
     return cka
+
+
+def judged(path, schema):
+    """A table of selection, of which each verdict agrees with the sentence and the choice."""
+    table = tables.read(path, schema).to_pandas()
+    for row in table.itertuples():
+        assert row.reason.startswith(SENTENCES[Verdict(row.verdict)]), row
+        assert row.selected == (row.verdict in (Verdict.PINNED, Verdict.CHEAPEST)), row
+    return table
 
 
 def write_cka(path, cka, **facts):
@@ -125,7 +149,7 @@ def run_stage(
         arguments += [f"--{table}", str(folder / f"{table}.parquet")]
     monkeypatch.setattr("sys.argv", [str(script), *arguments])
     runpy.run_path(str(script), run_name="__main__")
-    return tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
+    return judged(folder / "intervals.parquet", schemas.INTERVALS)
 
 
 def subsets_without_overlap(choices, after=-1):
@@ -279,7 +303,7 @@ def test_stage_refuses_costs_of_a_deeper_model(tmp_path, monkeypatch, capsys):
 
 
 def candidates(folder):
-    return tables.read(folder / "candidates.parquet", schemas.WIDTH_CANDIDATES).to_pandas()
+    return judged(folder / "candidates.parquet", schemas.WIDTH_CANDIDATES)
 
 
 def test_stage_chooses_depth_and_width_together(tmp_path, monkeypatch, capsys):

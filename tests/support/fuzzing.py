@@ -254,7 +254,7 @@ def odd_tensors(pick):
 def example(folder: Path) -> dict[str, bytes]:
     """A whole file of every kind."""
     interval = pd.DataFrame(
-        [(0, 1, 1, 0.9, True, "", "trend", 0.1, 0.0)], columns=schemas.INTERVALS.names
+        [(0, 1, 1, 0.9, True, "cheapest", "", "trend", 0.1, 0.0)], columns=schemas.INTERVALS.names
     )
     arguments = {
         "x": torch.ones(3, 2),

@@ -11,6 +11,7 @@ import pytest
 
 from ppcl.figures import search
 from ppcl.storage import schemas, tables
+from ppcl.storage.schemas import Verdict
 
 
 def chain_of(blocks: int, searches: int, rng: np.random.Generator) -> list[tuple[int, int]]:
@@ -19,6 +20,11 @@ def chain_of(blocks: int, searches: int, rng: np.random.Generator) -> list[tuple
     cuts = np.sort(rng.choice(inner, searches - 1, replace=False))
     edges = [0, *cuts.tolist(), blocks]
     return list(zip(edges[:-1], [edge - 1 for edge in edges[1:]], strict=True))
+
+
+def verdict(selected: bool) -> list[str]:
+    """Verdict and reason of what nothing rules out."""
+    return [Verdict.CHEAPEST if selected else Verdict.NOT_NEEDED, "in words"]
 
 
 def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.DataFrame]:
@@ -63,7 +69,7 @@ def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.Dat
     table = cka[cka["stream"] == "mean"].set_index(["start", "end"])["cka"]
     intervals = pd.DataFrame(
         [
-            [f, v, v - f, table[f - 1, v], n in chosen, "", "trend", 0.01, 5e-4]
+            [f, v, v - f, table[f - 1, v], n in chosen, *verdict(n in chosen), "trend", 0.01, 5e-4]
             for n, (f, v) in enumerate(chain)
         ],
         columns=schemas.INTERVALS.names,
@@ -72,8 +78,9 @@ def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.Dat
     longest = (intervals["last"] - intervals["first"]).idxmax()
     first, last = intervals.loc[longest, ["first", "last"]]
     if last - first > 2:
-        intervals.loc[longest, "selected"] = False
-        part = [first, first + 1, 1, table[first - 1, first + 1], True, "", "optimal", 0.01, 5e-4]
+        intervals.loc[longest, ["selected", "verdict"]] = False, Verdict.COSTLIER
+        part = [first, first + 1, 1, table[first - 1, first + 1], True, *verdict(True)]
+        part += ["optimal", 0.01, 5e-4]
         intervals.loc[len(intervals)] = part
     return {
         "cka": cka,
@@ -94,24 +101,25 @@ def width_table(intervals: pd.DataFrame, blocks: int, seed: int = 0) -> pd.DataF
     def add(kind, first, last, stream, level, fit, cka, saved):
         error = level * rng.lognormal(0, 0.8) * (1 + 30 * np.exp(-first / 2))
         fit *= rng.lognormal(0, 0.5)
-        reason, selected = "not needed for the budget: other choices cost less", False
+        ruled_out, selected = None, False
         if first < 2:
-            reason = "holds protected block 0 (intervals.protect_first, protect_last)"
+            ruled_out = Verdict.PROTECTED
         elif cka < 0.6:
-            reason = f"text cka {cka:.4f} is below width.cka_floor 0.6"
+            ruled_out = Verdict.LOW_CKA
         elif kind == "text":
             selected = (first, last) == run
         else:
             borrowed = stream == "text" and run[0] < first <= run[1]
             selected = error < 4e-4 and first not in gone and not borrowed
-        rows.append([kind, first, last, stream, "", 0, fit, cka, saved, error, selected, reason])
+        known = [kind, first, last, stream, "", 0, fit, cka, saved, error, selected]
+        rows.append([*known, *([ruled_out, "in words"] if ruled_out else verdict(selected))])
 
     def price(block, path, level):
         chosen = rng.choice([0, 2, 4, 8])
         for rank in (2, 4, 8):
             error = level * rng.lognormal(0, 0.3) * 4.0**-rank
-            fields = [rank, 1e-3, np.nan, 1e4 * (9 - rank), error, rank == chosen, ""]
-            rows.append(["modulation", block, block, "", path, *fields])
+            fields = [rank, 1e-3, np.nan, 1e4 * (9 - rank), error, rank == chosen]
+            rows.append(["modulation", block, block, "", path, *fields, *verdict(rank == chosen)])
 
     for block in range(blocks + 1):
         for path in ("img_mod.1", "txt_mod.1") if block < blocks else ("norm_out.linear",):

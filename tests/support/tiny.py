@@ -147,7 +147,7 @@ def intervals(path: Path, chosen: list[tuple[int, int]]) -> Path:
     """Writes a table of selected intervals."""
     found = pd.DataFrame(chosen, columns=["first", "last"])
     found = found.assign(removed_blocks=found["last"] - found["first"], cka=0.9, selected=True)
-    found = found.assign(reason="test", source="trend", cost=0.1, tolerance=0.0)
+    found = found.assign(verdict="cheapest", reason="test", source="trend", cost=0.1, tolerance=0.0)
     tables.write(path, found[schemas.INTERVALS.names], schemas.INTERVALS, {})
     return path
 
@@ -159,7 +159,7 @@ def candidates(path: Path, runs: list[tuple[int, int]], ffns: list[tuple[int, st
     found = pd.DataFrame(rows, columns=["kind", "first", "last", "stream"])
     found = found.assign(fit_error_heldout=0.1, cka=0.9, parameters_saved=1, velocity_error=0.1)
     found = found.assign(path="", rank=0)
-    found = found.assign(selected=True, reason="test")
+    found = found.assign(selected=True, verdict="cheapest", reason="test")
     tables.write(path, found[schemas.WIDTH_CANDIDATES.names], schemas.WIDTH_CANDIDATES, {})
     return path
 

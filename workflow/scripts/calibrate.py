@@ -66,7 +66,7 @@ def main() -> None:
     )
     reader, depth = material.reader, material.depth
     cka = measured.cka(args.cka, settings["similarity"]["streams"], depth)
-    widths = measured.widths(args.width, depth)
+    widths = measured.closed_forms(args.width, depth)
     drawn = calibration.sample(material.runs, widths, width.unread_after(transformer), seed)
     weights, _ = tensors.read(args.probes)
 
