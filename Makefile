@@ -24,7 +24,7 @@ lint: $(READY)
 
 # Renews the tables of config/README.md, results/README.md, docs/families.md and environment.yml.
 tables: $(READY)
-	$(BIN)/python tests/readme_tables.py
+	$(BIN)/python tools/readme_tables.py
 
 # The stamp makes a second run instant; changed pins install again.
 $(READY): requirements.txt

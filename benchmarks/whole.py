@@ -90,7 +90,7 @@ def dry_run(size: Size, folder: Path) -> list[Ratio]:
 def interval_plots(size: Size, folder: Path) -> list[Ratio]:
     """The figures of a search of 60 blocks from their tables, over the 10 seconds promised."""
     sys.path.insert(0, str(ROOT / "tests"))
-    from plotting import search_tables, width_table
+    from support.plotting import search_tables, width_table
 
     work, found = folder / "work", search_tables(60, 15)
     for name, frame in found.items():

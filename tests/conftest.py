@@ -1,4 +1,4 @@
-"""Makes the workflow's library package importable; imports no torch."""
+"""Fixtures of several folders, and the order of the files; imports no torch."""
 
 import json
 import os
@@ -15,7 +15,6 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs that take more all the same must not spin while the other process has the core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "workflow" / "scripts"))
 
 
 # Files that take long for their number of tests, the longest first: begun last, each would keep one
@@ -93,8 +92,9 @@ def stand_in(tmp_path) -> dict:
 @pytest.fixture
 def snakemake(stand_in, tmp_path):
     """Runs snakemake with a config of the repository, a stand-in teacher and further keys."""
-    import dry_runs
     import yaml
+
+    from support import dry_runs
 
     def call(*arguments, config="digits", code=0, variables=None, **keys) -> str:
         overlay = tmp_path / "overlay.yaml"
@@ -113,7 +113,7 @@ def snakemake(stand_in, tmp_path):
 @pytest.fixture(scope="session")
 def tiny_teacher(tmp_path_factory) -> Path:
     """Folder of a complete tiny pipeline with 5 blocks."""
-    import tiny  # imports torch, which many tests do without
+    from support import tiny  # imports torch, which many tests do without
 
     return tiny.pipeline(tmp_path_factory.mktemp("tiny") / "teacher", blocks=5)
 
@@ -121,7 +121,7 @@ def tiny_teacher(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_calls(tiny_teacher, tmp_path_factory) -> Path:
     """Recorded calls of `tiny_teacher`: four prompts, one at a time, of two token lengths."""
-    import tiny
+    from support import tiny
 
     return tiny.record(tiny_teacher, tmp_path_factory.mktemp("tiny") / "calls.parquet")
 
@@ -137,7 +137,7 @@ def accelerator():
 @pytest.fixture(scope="session")
 def teacher():
     """A stock transformer of 6 blocks that all matter."""
-    import tiny
+    from support import tiny
 
     return tiny.transformer(blocks=6, scale=0.2)
 
@@ -145,9 +145,8 @@ def teacher():
 @pytest.fixture(scope="session")
 def reader(teacher, tmp_path_factory):
     """Calls of `teacher`: 8 padded samples to fit on, and 4 held out, of which one is padded."""
-    import tiny
-
     from ppcl.transformer import call_tables, calls
+    from support import tiny
 
     path, found = tmp_path_factory.mktemp("reader") / "calls.parquet", []
     for heldout, lengths, seed in ((False, (5, 3) * 4, 0), (True, (5, 5, 4, 5), 1)):

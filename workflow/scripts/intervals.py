@@ -12,6 +12,7 @@ students may be in: what is trained for them, larger ones use as well. Needs no 
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,19 +24,20 @@ from ppcl.errors import UserError
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Named
 from ppcl.runtime import stopping
-from ppcl.search import budgets, intervals, measured, reasons, savings, selection
-from ppcl.search.measured import Closed
-from ppcl.search.reasons import Width
+from ppcl.search import budgets, candidates, intervals, measured, savings, selection, verdicts
+from ppcl.search.candidates import Limits
+from ppcl.search.measured import ClosedForm, ClosedForms
 from ppcl.search.selection import Choices
+from ppcl.search.verdicts import Decision
 from ppcl.storage import schemas, tables
 
 
-def with_pinned_runs(closed: Closed, pinned: Named) -> list[Width]:
-    """The measured widths, and pinned text runs that nobody measured (width.longest)."""
-    measured_runs = {width.ends for width in closed.widths if width.kind == "text"}
+def with_pinned_runs(closed: ClosedForms, pinned: Named) -> list[ClosedForm]:
+    """The measured closed forms, and pinned text runs that nobody measured (width.longest)."""
+    measured_runs = {row.ends for row in closed.rows if row.kind == "text"}
     missing = sorted(pinned.runs - measured_runs)
-    return closed.widths + [
-        Width(
+    return closed.rows + [
+        ClosedForm(
             "text",
             *run,
             "text",
@@ -113,7 +115,7 @@ def main() -> None:
     # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
     unknown = {block for block in range(depth) if np.isnan(cka[block, block])}
     untouchable = set(facts["untouchable"])
-    modulated = {width.first for width in closed.widths if width.kind == "modulation"}
+    modulated = {row.first for row in closed.rows if row.kind == "modulation"}
     text = closed.weights.text
     ffns = set(closed.weights.ffn)
     pins.check(pinned, facts["seams"], untouchable, unknown, ffns, text, modulated, closed.unread)
@@ -122,15 +124,21 @@ def main() -> None:
     found = {*intervals.candidates(runs, chosen.segmentation, chain), *pinned.intervals}
     priced = {(it.first, it.last): it for it in intervals.priced(sorted(found), cka, costs)}
     chain = intervals.priced(chain, cka, costs)
-    widths = with_pinned_runs(closed, pinned)
+    closed = replace(closed, rows=with_pinned_runs(closed, pinned))
 
+<<<<<<< HEAD
     limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
     depth_limits = {**limits, "floor": chosen.cka_floor}
     width_limits = {**limits, "floor": settings.width.cka_floor}
+=======
+    protected = pins.protected(settings, depth)
+    interval_limits = Limits(forbidden, protected, chosen["cka_floor"])
+    closed_form_limits = Limits(forbidden, protected, settings["width"]["cka_floor"])
+>>>>>>> origin/main
     choices = Choices(
-        reasons.usable_intervals(priced, pinned, depth_limits),
-        *reasons.usable_widths(widths, pinned, width_limits),
-        reasons.usable_ranks(widths, forbidden),
+        candidates.usable_intervals(priced, pinned, interval_limits),
+        *candidates.usable_linear_maps(closed.rows, pinned, closed_form_limits),
+        candidates.usable_ranks(closed.rows, forbidden),
         modulations=closed.modulations,
         unread=closed.unread,
     )
@@ -150,14 +158,13 @@ def main() -> None:
         removed_parameters=round(plan.saved["parameters"]),
     )
     stopping.ignore()
-    rows = reasons.interval_rows(chain, priced, plan, needs, tolerance, pinned, depth_limits)
+    decision = Decision(plan, needs, pinned)
+    rows = verdicts.interval_rows(chain, priced, decision, interval_limits, tolerance)
     table = pd.DataFrame(rows, columns=schemas.INTERVALS.names)
     if kinds:
-        candidates = reasons.width_rows(
-            widths, plan, needs, pinned, width_limits, closed.modulations, closed.unread
-        )
-        candidates = pd.DataFrame(candidates, columns=schemas.WIDTH_CANDIDATES.names)
-        tables.write(options.candidates, candidates, schemas.WIDTH_CANDIDATES, stamp)
+        judged = verdicts.closed_form_rows(closed, decision, closed_form_limits)
+        closed_table = pd.DataFrame(judged, columns=schemas.WIDTH_CANDIDATES.names)
+        tables.write(options.candidates, closed_table, schemas.WIDTH_CANDIDATES, stamp)
     tables.write(options.intervals, table, schemas.INTERVALS, stamp)
 
 

@@ -16,7 +16,7 @@ from ppcl.pruning import plans
 from ppcl.pruning.pins import Ends
 from ppcl.pruning.plans import Part, Unit
 from ppcl.search import probes
-from ppcl.search.reasons import Width
+from ppcl.search.measured import ClosedForm
 from ppcl.transformer import blocks
 from ppcl.transformer.families import TEXT
 
@@ -25,7 +25,7 @@ FFNS, TEXT_RUNS = 4, 3  # of each stream; of each length
 
 
 def sample(
-    runs: Sequence[range], widths: Sequence[Width], unread_after: int | None, seed: int
+    runs: Sequence[range], widths: Sequence[ClosedForm], unread_after: int | None, seed: int
 ) -> list[tuple[str, Unit]]:
     """Kind (as in schemas.CALIBRATION) and unit, drawn from what may be pruned.
 
@@ -107,7 +107,7 @@ def probe_block(transformer: nn.Module, weights: Mapping, ends: Ends) -> ProbeBl
     return ProbeBlock(block, maps)
 
 
-def cka_price(kind: str, unit: Unit, cka: np.ndarray, widths: Sequence[Width]) -> float:
+def cka_price(kind: str, unit: Unit, cka: np.ndarray, widths: Sequence[ClosedForm]) -> float:
     """1 - CKA of a unit; NaN for an FFN."""
     if kind == "depth":
         return 1 - float(cka[unit.first, unit.last])

@@ -24,15 +24,16 @@ from ppcl.pruning import pins
 from ppcl.pruning.pins import Ends, Ffn
 from ppcl.pruning.plans import Matrix, Modulation
 from ppcl.search import (
+    candidates,
     cka_draws,
     intervals,
     measured,
     probes,
-    reasons,
     savings,
     selection,
     similarity,
 )
+from ppcl.search.candidates import Limits
 from ppcl.search.selection import Choices
 from ppcl.settings import Settings
 from ppcl.storage import tensors, texts
@@ -263,11 +264,16 @@ def depth_and_width(
     leaves = settings.intervals.training_leaves
     costs = leaves * measured.costs(paths["sensitivity"], depth)
     every = intervals.all_within(_seen(material.runs, cka))
+<<<<<<< HEAD
     limits = {
         "forbidden": pins.NOTHING,
         "kept": pins.protected(settings, depth),
         "floor": settings.width.cka_floor,
     }
+=======
+    protected = pins.protected(settings, depth)
+    limits = Limits(pins.NOTHING, protected, settings["width"]["cka_floor"])
+>>>>>>> origin/main
     needs: dict[str, float] = {"blocks": math.ceil(depth_share * removed)}
     if like == "rivals' time":
         weights["latency"], _ = measured.timing(paths["latency"], depth)
@@ -278,7 +284,7 @@ def depth_and_width(
     plan = selection.select(
         Choices(
             {ends: float(costs[ends]) for ends in every if np.isfinite(costs[ends])},
-            *reasons.usable_widths(closed.widths, pins.NOTHING, limits),
+            *candidates.usable_linear_maps(closed.rows, pins.NOTHING, limits),
             ranks={matrix: {low.rank: 0.0} for matrix in low.matrices},  # they cost all alike
             modulations=low.matrices,
             unread=closed.unread,

@@ -26,7 +26,8 @@ from ppcl.pruning import pins, students
 from ppcl.pruning.plans import Matrix, Part, Unit
 from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.students import Students
-from ppcl.search import measured, probes, reasons
+from ppcl.search import candidates, measured, probes
+from ppcl.search.candidates import Limits
 from ppcl.search.choosing import Measure
 from ppcl.search.offers import Offer
 from ppcl.search.savings import Weights
@@ -218,12 +219,17 @@ def _closed(
         kind for key, some in kinds.items() if getattr(settings, key).enabled for kind in some
     ]
     found = measured.closed(files.width, [0] * depth, wanted)
+<<<<<<< HEAD
     limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
     limits["floor"] = settings.width.cka_floor
+=======
+    protected = pins.protected(settings, depth)
+    limits = Limits(forbidden, protected, settings["width"]["cka_floor"])
+>>>>>>> origin/main
     choices = Choices(
         {},
-        *reasons.usable_widths(found.widths, pinned, limits),
-        reasons.usable_ranks(found.widths, forbidden),
+        *candidates.usable_linear_maps(found.rows, pinned, limits),
+        candidates.usable_ranks(found.rows, forbidden),
         modulations=found.modulations,
         unread=found.unread,
     )

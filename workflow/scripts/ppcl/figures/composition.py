@@ -118,7 +118,7 @@ def taken(measured: pd.DataFrame, units: pd.DataFrame) -> pd.DataFrame:
     keys = ["kind", "first", "last", "stream", "path", "rank"]
     chosen = set(own[keys].itertuples(index=False, name=None))
     selected = [row in chosen for row in measured[keys].itertuples(index=False, name=None)]
-    return measured.assign(selected=selected, reason="")
+    return measured.assign(selected=selected, verdict="")
 
 
 def _shades(count: int) -> list[str]:

@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from ppcl.errors import UserError
 from ppcl.figures import labelling, style
 from ppcl.figures.style import MINUS
+from ppcl.storage.schemas import RULED_OUT
 
 _STREAM_WORDS = {
     "image": "image stream",
@@ -33,8 +34,6 @@ KINDS = {
     "ffn_text": ("text FFN", style.VERMILION, "s", "#F6CDB4"),
     "text": ("text run", style.GREEN, "^", "#B5E0D0"),
 }
-# How reasons begin that leave a candidate no choice, whatever it costs (ppcl.search.reasons).
-_RULED_OUT = ("forbidden by", "text cka", "holds protected")
 
 
 def selected_spans(intervals: pd.DataFrame) -> list[tuple[int, int]]:
@@ -375,7 +374,7 @@ def _candidates(ax: Axes, kind: str, rows: pd.DataFrame, column: str, floor: flo
     rows = rows[rows[column].notna()].sort_values("selected")
     for row in rows.itertuples():
         value = max(getattr(row, column), floor)
-        out = row.reason.startswith(_RULED_OUT)
+        out = row.verdict in RULED_OUT
         look = {"color": colour if row.selected else "#9A9A9A" if out else colour}
         look |= {"zorder": 3 if row.selected else 2}
         if kind == "text":
@@ -414,7 +413,7 @@ def _width_legend(table: pd.DataFrame, floor: float, spans: list, runs: list) ->
     point = {"color": "#444444", "marker": "o", "ms": 4.6, "lw": 0}
     handles = [Line2D([], [], label="selected", **point)]
     handles.append(Line2D([], [], label="not selected", mfc="white", **point))
-    if table["reason"].str.startswith(_RULED_OUT).any():
+    if table["verdict"].isin(RULED_OUT).any():
         crossed = point | {"color": "#9A9A9A", "marker": "x"}
         handles.append(Line2D([], [], label="ruled out (dotted: run)", **crossed))
     if (table["velocity_error"] < floor).any():

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from ppcl.errors import UserError
+from ppcl.pruning.pins import Ends, Ffn
 from ppcl.pruning.plans import Matrix, Modulation, Unit
 from ppcl.search import savings
-from ppcl.search.reasons import Width
 from ppcl.search.savings import Weights
 from ppcl.storage import schemas, tables
 from ppcl.transformer.families import IMAGE, JOINT, TEXT
@@ -67,14 +67,47 @@ def facts(path: Path, *names: str) -> dict:
         ) from error
 
 
-def widths(path: Path, depth: int) -> list[Width]:
+@dataclass(frozen=True)
+class ClosedForm:
+    """A row of width/measured.parquet, whose columns schemas.WIDTH_MEASURED explains.
+
+    Attributes:
+        saved: parameters.
+        cost: its velocity error; NaN if nobody measured it.
+    """
+
+    kind: str
+    first: int
+    last: int
+    stream: str
+    fit_error: float
+    cka: float
+    saved: int
+    cost: float
+    path: str = ""
+    rank: int = 0
+
+    @property
+    def ends(self) -> Ends:
+        return self.first, self.last
+
+    @property
+    def ffn(self) -> Ffn:
+        return self.first, self.stream
+
+    @property
+    def matrix(self) -> Matrix:
+        return self.first, self.path
+
+
+def closed_forms(path: Path, depth: int) -> list[ClosedForm]:
     """The rows of width/measured.parquet."""
     table = tables.read(path, schemas.WIDTH_MEASURED).to_pandas()
     # The last modulation's block is the number of blocks.
     low_rank = table["kind"] == "modulation"
     check_depth(path, table["last"] - low_rank, depth)
     return [
-        Width(
+        ClosedForm(
             row.kind,
             int(row.first),
             int(row.last),
@@ -91,40 +124,42 @@ def widths(path: Path, depth: int) -> list[Width]:
 
 
 @dataclass(frozen=True)
-class Closed:
-    """Closed forms, as `width` left them in its table.
+class ClosedForms:
+    """Closed forms, as the `width` stage left them in its table.
 
     Attributes:
-        widths: rows of the table.
+        rows: those of the table.
         modulations: of every matrix of which there are rows.
         weights: parameters that each saves, those of whole blocks among them.
         unread: the block after which nothing reads the text stream, if there is one.
     """
 
-    widths: list[Width]
+    rows: list[ClosedForm]
     modulations: dict[Matrix, Modulation]
     weights: Weights
     unread: int | None
 
 
-def closed(path: Path | None, block_parameters: Sequence[int], kinds: Collection[str]) -> Closed:
+def closed(
+    path: Path | None, block_parameters: Sequence[int], kinds: Collection[str]
+) -> ClosedForms:
     """Closed forms of some kinds (text, ffn, modulation) at their prices.
 
     path: width/measured.parquet; without, there are none.
     """
     depth = len(block_parameters)
     if path is None:
-        return Closed([], {}, Weights(block_parameters, [0] * depth, [0] * depth), None)
+        return ClosedForms([], {}, Weights(block_parameters, [0] * depth, [0] * depth), None)
     names = "text_saved", "text_output", "text_lent", "unread", "modulations"
     known = facts(path, *names)
-    found = [width for width in widths(path, depth) if width.kind in kinds]
+    rows = [row for row in closed_forms(path, depth) if row.kind in kinds]
     every = {one.key: one for one in (Modulation(**kept) for kept in known["modulations"])}
-    ranks = [(one.matrix, one.rank) for one in found if one.kind == "modulation"]
+    ranks = [(one.matrix, one.rank) for one in rows if one.kind == "modulation"]
     weights = Weights(
         block_parameters,
         known["text_saved"],
         known["text_output"],
-        {width.ffn: width.saved for width in found if width.kind == "ffn"},
+        {row.ffn: row.saved for row in rows if row.kind == "ffn"},
         {
             (matrix, rank, sixths): every[matrix].saved(rank, sixths)
             for matrix, rank in ranks
@@ -132,7 +167,7 @@ def closed(path: Path | None, block_parameters: Sequence[int], kinds: Collection
         },
         source=dict(enumerate(known["text_lent"])),
     )
-    return Closed(found, {m: every[m] for m, _ in ranks}, weights, known["unread"])
+    return ClosedForms(rows, {m: every[m] for m, _ in ranks}, weights, known["unread"])
 
 
 def timing(path: Path, depth: int) -> tuple[Weights, float]:

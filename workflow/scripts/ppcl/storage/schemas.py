@@ -3,6 +3,8 @@
 `results/README.md` is made from this module; other programs may rely on these columns.
 """
 
+from enum import StrEnum
+
 import pyarrow as pa
 
 
@@ -11,6 +13,34 @@ def column(name: str, kind: pa.DataType, description: str, nan: bool = False) ->
     metadata = {"description": description} | ({"nan": "allowed"} if nan else {})
     return pa.field(name, kind, metadata=metadata)
 
+
+class Verdict(StrEnum):
+    """Why a candidate was selected or not: what the columns `verdict` hold."""
+
+    PINNED = "pinned"
+    CHEAPEST = "cheapest"
+    FORBIDDEN = "forbidden"
+    PROTECTED = "protected"
+    LOW_CKA = "low_cka"
+    UNMEASURED = "unmeasured"
+    COSTLIER = "costlier"
+    CONFLICT = "conflict"
+    GONE = "gone"
+    NOT_NEEDED = "not_needed"
+
+
+RULED_OUT = frozenset({Verdict.FORBIDDEN, Verdict.PROTECTED, Verdict.LOW_CKA, Verdict.UNMEASURED})
+"""Verdicts on what selection may not use, whatever it costs."""
+
+_VERDICT = column(
+    "verdict",
+    pa.string(),
+    "selected: `pinned` by the config, or of the `cheapest` set that is enough; ruled out: "
+    "`forbidden` by the config, holds a `protected` block, `low_cka` (below cka_floor) or "
+    "`unmeasured`; left: `costlier` than another choice for its blocks or its matrix, in "
+    "`conflict` with one, as either would cut the other, `gone` with one, or `not_needed`",
+)
+_REASON = column("reason", pa.string(), "the verdict in a sentence")
 
 _STREAM = column("stream", pa.string(), "`image`, `text`, or `joint`: both in one sequence")
 _CKA_STREAM = column("stream", pa.string(), "`image`, `text`, `joint` (counts for each) or `mean`")
@@ -148,7 +178,8 @@ WIDTH_CANDIDATES = pa.schema(
     [
         *_width(unmeasured=True),
         column("selected", pa.bool_(), "becomes linear"),
-        column("reason", pa.string(), "why it was selected or not"),
+        _VERDICT,
+        _REASON,
     ]
 )
 
@@ -167,7 +198,8 @@ INTERVALS = pa.schema(
         column("removed_blocks", pa.int32(), "last - first: one student remains"),
         column("cka", pa.float64(), "cka(first - 1, last)"),
         column("selected", pa.bool_(), "a student is trained for this interval"),
-        column("reason", pa.string(), "why it was selected or not"),
+        _VERDICT,
+        _REASON,
         column("source", pa.string(), "`trend` (Eq. 5) or `optimal` (the cheapest set of all)"),
         column("cost", pa.float64(), "predicted loss of fidelity (intervals.cost)", nan=True),
         column("tolerance", pa.float64(), "rise of Delta that ended the search", nan=True),

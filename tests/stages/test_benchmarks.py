@@ -1,0 +1,101 @@
+"""The benchmarks run and print what they measured; wiring only, no time is judged."""
+
+import functools
+import sys
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from benchmarks import (
+    cka,
+    extraction,
+    late,
+    material,
+    measuring,
+    options,
+    teaching,
+    variants,
+)
+from benchmarks import run as program
+from ppcl.runtime import devices
+
+TINY = material.SIZES["tiny"]
+
+
+@pytest.fixture
+def in_place(monkeypatch):
+    """No processes of their own: importing torch once more takes longer than all the rest."""
+    monkeypatch.setattr(measuring, "fresh", lambda function, *given, **_: function(*given))
+    monkeypatch.setattr(measuring, "process_peak", lambda run: run() or 1)
+    # Nor machine code of blocks, which takes longer still.
+    eager = functools.partial(devices.compile_blocks, backend="aot_eager")
+    monkeypatch.setattr(devices, "compile_blocks", eager)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "count"),
+    [
+        (extraction.run, 6),
+        (cka.run, 5),
+        (teaching.floor, 2),
+        (teaching.memory, 2),
+        (teaching.naive, 3),
+        (late.run, 1),
+        (variants.run, 3),
+    ],
+)
+def test_a_benchmark_gives_its_ratios(in_place, tmp_path, benchmark, count):
+    found = benchmark(TINY, tmp_path)
+    assert len(found) == count
+    assert all(ratio.measured >= 0 and ratio.against > 0 for ratio in found)
+
+
+def test_each_option_is_measured_against_none(in_place, tmp_path):
+    found = options.run(TINY, tmp_path)
+    assert {ratio.name.split(":")[0] for ratio in found} >= {
+        "distill, mixed_precision",
+        "distill, gradient_checkpointing",
+        "distill, teacher.compile",
+        "fine-tune, mixed_precision",
+        "fine-tune, gradient_checkpointing",
+    }
+    assert all(
+        ratio.verdict == "reported" and min(ratio.measured, ratio.against) > 0 for ratio in found
+    )
+
+
+def test_the_direct_way_gives_the_same_values(tmp_path):
+    (difference,) = [r for r in cka.run(TINY, tmp_path) if r.unit == "CKA"]
+    assert difference.verdict == "pass"
+
+
+def test_a_bar_is_met_from_its_own_side():
+    def verdict(measured, least):
+        return measuring.Ratio("b", "n", measured, 1.0, "s", 1.1, least).verdict
+
+    assert verdict(1.0, False) == verdict(1.2, True) == "pass"
+    assert verdict(1.2, False) == verdict(1.0, True) == "fail"
+    assert measuring.Ratio("b", "n", 1.0, 1.0, "s").verdict == "reported"
+
+
+def test_the_peak_counts_what_is_alive_at_once():
+    def run():
+        for _ in range(3):
+            one = torch.ones(2**18)
+            del one
+
+    assert 2**20 <= measuring.torch_peak(run) < 1.1 * 2**20
+
+
+def test_the_program_stores_what_it_prints(monkeypatch, tmp_path, capsys):
+    output = tmp_path / "results.parquet"
+    command = ["run.py", "--size", "tiny", "--only", "variants", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    threads = torch.get_num_threads()
+    program.main()
+    torch.set_num_threads(threads)
+    rows = pq.read_table(output).to_pylist()
+    printed = capsys.readouterr().out
+    assert len(rows) == 3 and all(row["name"] in printed for row in rows)
+    assert {row["verdict"] for row in rows} <= {"pass", "fail"}
