@@ -65,13 +65,8 @@ def main() -> None:
         loop.identity(Path(__file__), settings, [args.calls, *shared.values()]),
     )
     reader, depth = material.reader, material.depth
-<<<<<<< HEAD
     cka = measured.cka(args.cka, settings.similarity.streams, depth)
-    widths = measured.widths(args.width, depth)
-=======
-    cka = measured.cka(args.cka, settings["similarity"]["streams"], depth)
     widths = measured.closed_forms(args.width, depth)
->>>>>>> origin/main
     drawn = calibration.sample(material.runs, widths, width.unread_after(transformer), seed)
     weights, _ = tensors.read(args.probes)
 

@@ -126,15 +126,9 @@ def main() -> None:
     chain = intervals.priced(chain, cka, costs)
     closed = replace(closed, rows=with_pinned_runs(closed, pinned))
 
-<<<<<<< HEAD
-    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
-    depth_limits = {**limits, "floor": chosen.cka_floor}
-    width_limits = {**limits, "floor": settings.width.cka_floor}
-=======
     protected = pins.protected(settings, depth)
-    interval_limits = Limits(forbidden, protected, chosen["cka_floor"])
-    closed_form_limits = Limits(forbidden, protected, settings["width"]["cka_floor"])
->>>>>>> origin/main
+    interval_limits = Limits(forbidden, protected, chosen.cka_floor)
+    closed_form_limits = Limits(forbidden, protected, settings.width.cka_floor)
     choices = Choices(
         candidates.usable_intervals(priced, pinned, interval_limits),
         *candidates.usable_linear_maps(closed.rows, pinned, closed_form_limits),

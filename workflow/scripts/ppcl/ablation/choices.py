@@ -264,16 +264,8 @@ def depth_and_width(
     leaves = settings.intervals.training_leaves
     costs = leaves * measured.costs(paths["sensitivity"], depth)
     every = intervals.all_within(_seen(material.runs, cka))
-<<<<<<< HEAD
-    limits = {
-        "forbidden": pins.NOTHING,
-        "kept": pins.protected(settings, depth),
-        "floor": settings.width.cka_floor,
-    }
-=======
     protected = pins.protected(settings, depth)
-    limits = Limits(pins.NOTHING, protected, settings["width"]["cka_floor"])
->>>>>>> origin/main
+    limits = Limits(pins.NOTHING, protected, settings.width.cka_floor)
     needs: dict[str, float] = {"blocks": math.ceil(depth_share * removed)}
     if like == "rivals' time":
         weights["latency"], _ = measured.timing(paths["latency"], depth)

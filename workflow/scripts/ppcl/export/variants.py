@@ -219,13 +219,8 @@ def _closed(
         kind for key, some in kinds.items() if getattr(settings, key).enabled for kind in some
     ]
     found = measured.closed(files.width, [0] * depth, wanted)
-<<<<<<< HEAD
-    limits = {"forbidden": forbidden, "kept": pins.protected(settings, depth)}
-    limits["floor"] = settings.width.cka_floor
-=======
     protected = pins.protected(settings, depth)
-    limits = Limits(forbidden, protected, settings["width"]["cka_floor"])
->>>>>>> origin/main
+    limits = Limits(forbidden, protected, settings.width.cka_floor)
     choices = Choices(
         {},
         *candidates.usable_linear_maps(found.rows, pinned, limits),
