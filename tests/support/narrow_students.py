@@ -4,15 +4,18 @@ import torch
 
 from ppcl.pruning import narrow, plans, students
 from ppcl.pruning.plans import parts_of
+from ppcl.settings import DistillSettings
 
-OPTIONS = {
-    "loss": "normalised",
-    "relative_weight": 0.5,
-    "mode": "independent",
-    "batch_size": 4,
-    "gradient_checkpointing": False,
-    "linear_weight": 0.25,
-}
+OPTIONS = DistillSettings.of(
+    {
+        "loss": "normalised",
+        "relative_weight": 0.5,
+        "mode": "independent",
+        "batch_size": 4,
+        "gradient_checkpointing": False,
+        "linear_weight": 0.25,
+    }
+)
 # A depth student lends its text to a kept block with a linear FFN and to another student; a block
 # of its own has two linear FFNs.
 UNITS = plans.units([(0, 1), (3, 4)], [(0, 4)], [(2, "image"), (5, "image"), (5, "text")])

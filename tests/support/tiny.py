@@ -17,6 +17,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from ppcl.digits import teacher
 from ppcl.pruning import selection_file
 from ppcl.search import sets
+from ppcl.settings import TeacherSettings
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines, recording, teacher_identity
 from ppcl.transformer import call_tables
@@ -33,15 +34,9 @@ CALIBRATION = ["a red 1 on blue", "a blue 2 on red", "a green two on red", "4 in
 Z_DIM, TEXT_WIDTH = 4, 32
 
 
-def source(folder: Path) -> dict:
-    """The config's `teacher` mapping for a folder."""
-    return {
-        "path": str(folder),
-        "revision": None,
-        "variant": None,
-        "dtype": "float32",
-        "trust_remote_code": False,
-    }
+def source(folder: Path | str) -> TeacherSettings:
+    """The config's `teacher` section for a folder, in float32."""
+    return TeacherSettings.of({"path": str(folder)})
 
 
 def transformer(blocks: int = 3, seed: int = 0, scale: float = 0.05):
