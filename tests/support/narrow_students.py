@@ -14,6 +14,7 @@ OPTIONS = DistillSettings.of(
         "batch_size": 4,
         "gradient_checkpointing": False,
         "linear_weight": 0.25,
+        "outliers": 0.0,
     }
 )
 # A depth student lends its text to a kept block with a linear FFN and to another student; a block

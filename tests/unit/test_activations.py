@@ -11,6 +11,7 @@ import torch
 from ppcl.errors import UserError
 from ppcl.extraction import activations, modulation_inputs, token_store, token_table
 from ppcl.runtime import devices
+from ppcl.settings import ExtractSettings
 from ppcl.storage import schemas, tables
 from ppcl.transformer import call_tables, calls
 from support import tiny
@@ -28,19 +29,21 @@ def world(tiny_teacher, tmp_path_factory):
     return tiny.load(tiny_teacher).transformer, calls.Reader(path)
 
 
-def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3, **more):
+def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3, sums=True):
     transformer, reader = world
     rows = np.arange(len(reader)) if rows is None else rows
-    options = {
-        "batch_size": batch_size,
-        "moment_tokens": moment_tokens,
-        "sample_tokens": sample_tokens,
-        "checkpoint_every": 10**6,
-    } | more
+    options = ExtractSettings.of(
+        {
+            "batch_size": batch_size,
+            "moment_tokens": moment_tokens,
+            "sample_tokens": sample_tokens,
+            "checkpoint_every": 10**6,
+        }
+    )
     # The files stay open, and may go.
     with tempfile.TemporaryDirectory() as folder:
         return activations.collect(
-            transformer, reader, rows, options, 0, CPU, Path(folder), tiny.NoBar()
+            transformer, reader, rows, options, 0, CPU, Path(folder), tiny.NoBar(), sums=sums
         )
 
 
@@ -365,7 +368,9 @@ class Deadly(tiny.NoBar):
 def collect_in(folder, world, bar, identity="i"):
     """In batches of 4, with a checkpoint every 8 rows."""
     transformer, reader = world
-    options = {"batch_size": 4, "moment_tokens": 9, "sample_tokens": 3, "checkpoint_every": 8}
+    options = ExtractSettings.of(
+        {"batch_size": 4, "moment_tokens": 9, "sample_tokens": 3, "checkpoint_every": 8}
+    )
     rows = np.arange(len(reader))
     given = modulation_inputs.Sums(transformer, [(1, "img_mod.1"), (5, "norm_out.linear")], CPU)
     found = activations.collect(

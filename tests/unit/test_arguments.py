@@ -8,6 +8,7 @@ import pytest
 
 from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
+from ppcl.settings import Settings, TeacherSettings
 from ppcl.teacher import arguments, hub, signatures
 
 
@@ -166,7 +167,7 @@ def inputs(stand_in):
 
 def checked(inputs) -> str:
     with pytest.raises(UserError) as raised:
-        preflight.check(inputs, "mine.yaml")
+        preflight.check(Settings.of(inputs), "mine.yaml")
     return str(raised.value)
 
 
@@ -176,7 +177,7 @@ def named(inputs, pipeline: str) -> None:
 
 
 def test_the_checks_before_a_run_read_the_index(inputs):
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["pipeline"] = {"true_cfg_scal": 3.0}
     assert "mine.yaml: config key 'pipeline.true_cfg_scal' is not" in checked(inputs)
     inputs["pipeline"] = {"negative_prompt": ["a", "b"]}
@@ -186,7 +187,7 @@ def test_the_checks_before_a_run_read_the_index(inputs):
     assert "needs control_image" in checked(inputs)
     named(inputs, "TheirOwnPipeline")
     inputs["pipeline"] = {"true_cfg_scal": 3.0}
-    preflight.check(inputs, "mine.yaml")  # only their code can tell
+    preflight.check(Settings.of(inputs), "mine.yaml")  # only their code can tell
 
 
 def test_pictures_of_the_prompts_and_of_the_pipeline_agree(inputs, tmp_path):
@@ -198,13 +199,13 @@ def test_pictures_of_the_prompts_and_of_the_pipeline_agree(inputs, tmp_path):
         lines = "".join(f"{prompt} {n},a.png,1,red,blue\n" for n in (1, 2))
         Path(inputs[stage]["prompts"]).write_text(f"{header}{lines}")
     inputs["record"]["renoised_per_sample"] = 0
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     named(inputs, "QwenImagePipeline")
     assert "QwenImagePipeline takes no picture; remove the column" in checked(inputs)
 
 
 def test_a_teacher_on_the_hub_is_checked_with_nothing_but_its_index(inputs, monkeypatch):
-    folder, asked = hub.folder(inputs["teacher"]), []
+    folder, asked = hub.folder(TeacherSettings.of(inputs["teacher"])), []
 
     def download(teacher, **wanted):
         asked.append(wanted)
@@ -212,6 +213,6 @@ def test_a_teacher_on_the_hub_is_checked_with_nothing_but_its_index(inputs, monk
 
     monkeypatch.setattr(hub, "folder", download)
     with pytest.raises(UserError, match="num_inference_steps is 0"):
-        teacher = {"path": "owner/name"}
+        teacher = TeacherSettings.of({"path": "owner/name"})
         arguments.before_loading(teacher, {"num_inference_steps": 0}, [], "record.prompts")
     assert asked == [{"only": ()}]

@@ -11,6 +11,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import students
 from ppcl.pruning.plans import Part, Unit
 from ppcl.runtime import devices
+from ppcl.settings import SubsetsSettings
 from ppcl.teacher import pipelines, replays
 from ppcl.training import distillation, teaching
 from ppcl.transformer import blocks
@@ -78,7 +79,7 @@ def test_gradients_pass_through_compiled_blocks(teacher, compiled, reader, accel
     for model in (copy.deepcopy(teacher), copy.copy(compiled)):
         taught = students.start(model, PARTS, "first")
         units = [Unit((part,)) for part in PARTS]
-        options = {"batch_size": 4, "gradient_checkpointing": recompute}
+        options = SubsetsSettings.of({"batch_size": 4, "gradient_checkpointing": recompute})
         ((_, loss, _),) = distillation.any_subset(
             model, units, taught, reader, options, 0, accelerator
         )(0)
@@ -122,7 +123,7 @@ def test_the_config_decides(tiny_teacher, monkeypatch):
     seen = []
     monkeypatch.setattr(devices, "compile_blocks", lambda modules: seen.append(len(modules)))
     for compile, asked in ((True, True), (True, False), (False, True)):
-        source = tiny.source(tiny_teacher) | {"compile": compile}
+        source = tiny.source(tiny_teacher).replace(compile=compile)
         pipelines.load_transformer(source, torch.device("cpu"), compiled=asked)
     assert seen == [5]
 

@@ -12,6 +12,7 @@ from ppcl.digits import teacher
 from ppcl.errors import UserError
 from ppcl.extraction import activations, conditioning, modulation_inputs
 from ppcl.extraction.conditioning import Conditioning, Moments
+from ppcl.settings import ExtractSettings
 from ppcl.storage import tensors
 from ppcl.teacher import recording
 from ppcl.transformer import blocks, call_tables, calls, families
@@ -32,13 +33,13 @@ def keys(transformer):
 
 def summed(transformer, reader, tmp_path, batch_size=4):
     found = modulation_inputs.Sums(transformer, keys(transformer), CPU)
-    options = {"batch_size": batch_size, "moment_tokens": 3, "sample_tokens": 1}
+    how = {"batch_size": batch_size, "moment_tokens": 3, "sample_tokens": 1}
     rows = np.arange(len(reader))
     activations.collect(
         transformer,
         reader,
         rows,
-        options | {"checkpoint_every": 10**6},
+        ExtractSettings.of(how | {"checkpoint_every": 10**6}),
         0,
         CPU,
         tmp_path / "state",

@@ -9,6 +9,7 @@ import yaml
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.settings import Variant
 from support import ROOT
 from support.schema_keys import nodes
 from tools.readme_tables import TABLES, renewed
@@ -44,7 +45,7 @@ def test_readme_table_is_up_to_date(name):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_config_file_is_valid(name):
     loaded = config.load(str(ROOT / f"config/{name}.yaml"))
-    assert loaded["run"] == name
+    assert loaded.run == name
 
 
 def put(given: dict, key: str, value):
@@ -199,8 +200,8 @@ def test_what_yaml_reads_as_it_looks(tmp_path):
         'pipeline: {x: [*t, *t], negative_prompt: "no", height: 0x20}\n'
     )
     found = config.load(str(path))
-    assert (found["run"], found["seed"], found["teacher"]["revision"]) == ("3", 1000, "1e10")
-    assert found["pipeline"]["negative_prompt"] == "no" and found["pipeline"]["height"] == 32
+    assert (found.run, found.seed, found.teacher.revision) == ("3", 1000, "1e10")
+    assert found.pipeline["negative_prompt"] == "no" and found.pipeline["height"] == 32
 
 
 @pytest.mark.parametrize("value", [3, True, None, 1.5])
@@ -215,9 +216,9 @@ def test_values_of_the_command_line_that_are_no_text(value):
 
 def test_inline_object_holds_only_what_it_was_given():
     loaded = config.load('{"distill": {"steps": 7}}')
-    assert loaded["distill"]["steps"] == 7 and loaded["distill"]["clip_norm"] == 1.0
+    assert loaded.distill.steps == 7 and loaded.distill.clip_norm == 1.0
     with pytest.raises(UserError, match="'probe' was not given"):
-        loaded["probe"]
+        loaded.probe  # noqa: B018
     with pytest.raises(UserError, match="not JSON"):
         config.load("{steps: 7}")
     with pytest.raises(UserError, match="has the key 'seed' twice"):
@@ -241,15 +242,15 @@ def test_budgets_of_four_kinds_in_one_config():
     budgets = [0.5, {"parameters": 1.2e10}, {"blocks": 35}, {"latency": 0.7}, several]
     variants = [{"name": f"v{n}", "budget": budget} for n, budget in enumerate(budgets)]
     found = config.complete({"variants": variants}, "mine.yaml")["variants"]
-    limits = [config.limits(variant["budget"]) for variant in found]
-    assert limits == [
+    variants = [Variant.of(variant) for variant in found]
+    assert [variant.budget for variant in variants] == [
         {"fraction": 0.5},
         {"parameters": 12_000_000_000},
         {"blocks": 35},
         {"latency": 0.7},
         {"fraction": 0.4, "blocks": 30},
     ]
-    least = [variant["budget"] for variant in config.tightest(found)]
+    least = [variant["budget"] for variant in config.tightest(variants)]
     assert least == [
         {"blocks": 30},
         {"fraction": 0.4},

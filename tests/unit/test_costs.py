@@ -16,6 +16,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import selection_file, students
 from ppcl.pruning.plans import Part, Unit
 from ppcl.runtime import devices, processes
+from ppcl.settings import DistillSettings
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines
 from ppcl.training import distillation, entrance, prices
@@ -247,7 +248,7 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
         selection_file.unit_entry(unit, saved, seconds)
         for unit, saved, seconds in zip(units, (9, 7), (0.5, np.nan), strict=True)
     ]
-    options = {"heldout_rows": 3, "batch_size": 2}
+    options = DistillSettings.of({"heldout_rows": 3, "batch_size": 2})
     found = distillation.cost_table(
         teacher, units, taught, entries, reader, options, 5, accelerator
     )

@@ -10,22 +10,28 @@ from ppcl.ablation import chain
 from ppcl.errors import UserError
 from ppcl.pruning import students
 from ppcl.pruning.plans import Part, Unit
+from ppcl.settings import DistillSettings
 from ppcl.training import distillation, loop, losses, teaching
 from support import tiny
 
 FIRST, SECOND = Part(0, 1), Part(3, 4)
-OPTIONS = {
-    "loss": "normalised",
-    "relative_weight": 0.5,
-    "mode": "independent",
-    "batch_size": 4,
-    "gradient_checkpointing": False,
-    "linear_weight": 1.0,
-}
+OPTIONS = DistillSettings.of(
+    {
+        "loss": "normalised",
+        "relative_weight": 0.5,
+        "mode": "independent",
+        "batch_size": 4,
+        "gradient_checkpointing": False,
+        "linear_weight": 1.0,
+        "outliers": 0.0,
+    }
+)
 
 
 def losses_of(teacher, taught, reader, accelerator, **options):
-    return distillation.independent(teacher, taught, reader, OPTIONS | options, 0, accelerator)
+    return distillation.independent(
+        teacher, taught, reader, OPTIONS.replace(**options), 0, accelerator
+    )
 
 
 def train(teacher, taught, reader, accelerator, path, **options):
@@ -100,7 +106,7 @@ def test_losses_are_sums_over_streams(teacher, reader, accelerator):
 
 def test_outliers_are_left_out_of_the_loss_alone():
     output, target = ({"image": x} for x in torch.randn(2, 2, 6, 4))
-    options = OPTIONS | {"outliers": 1.2}
+    options = OPTIONS.replace(outliers=1.2)
     loss, metrics = teaching.interval_losses(output, target, {}, options)
     kept = [losses.without_outliers(x["image"], 1.2) for x in (output, target)]
     assert loss == losses.normalised_error(*kept)
@@ -213,7 +219,7 @@ def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage
         draw, batch = staticmethod(reader.draw), staticmethod(reader.batch)
 
     def gradient(process):
-        options = OPTIONS | {"batch_size": 5}
+        options = OPTIONS.replace(batch_size=5)
         if stage == "distill":
             losses = distillation.independent(teacher, taught, Unpadded, options, 0, process)
         elif stage == "subsets":
@@ -254,7 +260,7 @@ def test_padded_shares_average_to_the_batch(teacher, reader, step_of, count):
             return found
 
     def step(process):
-        options = OPTIONS | {"batch_size": 5, "loss": "mixed"}
+        options = OPTIONS.replace(batch_size=5, loss="mixed")
         found = {}
         for student in taught.values():
             student.zero_grad()

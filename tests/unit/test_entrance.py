@@ -19,7 +19,7 @@ from support import tiny
 from support.narrow_students import OPTIONS, UNITS
 
 PART = Part(3, 4)
-HOW = OPTIONS | {"cache_inputs": "auto", "steps": 6, "batch_size": 3}
+HOW = OPTIONS.replace(cache_inputs="auto", steps=6, batch_size=3)
 FREE = namedtuple("Usage", "total used free")
 
 
@@ -32,7 +32,7 @@ def job(teacher, reader, accelerator, tmp_path):
     """Trains a student from kept streams and gives its weights; `plain` from block 0."""
 
     def run(identity="one", plain=False, **options):
-        chosen = HOW | options
+        chosen = HOW.replace(**options)
         taught = students.start(teacher, [PART], "first")
         given = None
         if not plain:
@@ -103,13 +103,13 @@ def test_streams_fit_a_batch_that_is_padded_otherwise():
 
 
 def test_every_row_that_is_drawn_is_kept_once(reader, teacher, accelerator, tmp_path):
-    options = HOW | {"steps": 3, "batch_size": 2}
+    options = HOW.replace(steps=3, batch_size=2)
     rows = reader.rows(heldout=False)
     wanted = {r for s in range(3) for r in reader.draw(rows, 2, (7, s)).tolist()}
     assert len(wanted) < len(rows)
     assert entrance.drawn(reader, options, 7).tolist() == sorted(wanted)
     assert entrance.caching(reader, options, 7) == shards.Caching("auto", len(wanted) / 6)
-    assert entrance.caching(reader, options | {"mode": "sequential"}, 7) == shards.NEVER
+    assert entrance.caching(reader, options.replace(mode="sequential"), 7) == shards.NEVER
     kept = entrance.Inputs(teacher, [PART], reader, options, 7, accelerator, tmp_path, "")
     first = reader.batch(sorted(wanted)[:2])
     with torch.no_grad():

@@ -62,16 +62,16 @@ def test_subfolder_shards_and_variant(tiny_teacher, call, expected, tmp_path):
     pipe.save_pretrained(tmp_path / "inside", variant="fp16", max_shard_size="60KB")
     files = [f.name for f in (tmp_path / "inside/transformer").iterdir()]
     assert len(files) > 3 and "diffusion_pytorch_model.safetensors.index.fp16.json" in files
-    source = tiny.source(tmp_path) | {"subfolder": "inside", "variant": "fp16"}
+    source = tiny.source(tmp_path).replace(subfolder="inside", variant="fp16")
     for found in loaded(source, call):
         assert torch.equal(found, expected)
     size = sum(p.nbytes for p in pipe.transformer.parameters())
     assert pipelines.transformer_size(source) == size
-    assert pipelines.transformer_size(source | {"dtype": "bfloat16"}) == size // 2
+    assert pipelines.transformer_size(source.replace(dtype="bfloat16")) == size // 2
     with pytest.raises(
         UserError, match="none of its components has weights of teacher.variant fp32"
     ):
-        pipelines.load_transformer(source | {"variant": "fp32"}, CPU)
+        pipelines.load_transformer(source.replace(variant="fp32"), CPU)
     pipe.save_pretrained(tmp_path / "plain", max_shard_size="60KB")
     for found in loaded(tiny.source(tmp_path / "plain"), call):
         assert torch.equal(found, expected)
@@ -125,7 +125,7 @@ def test_no_network_is_one_error_at_once(cache, no_network, load):
 @pytest.mark.parametrize("inside", ["..", "a/../../b", "/etc"])
 def test_a_subfolder_on_the_hub_is_inside(inside):
     with pytest.raises(UserError, match=r"teacher\.subfolder: .* is no folder inside"):
-        hub.folder(tiny.source(NAME) | {"subfolder": inside})
+        hub.folder(tiny.source(NAME).replace(subfolder=inside))
 
 
 def test_what_is_in_the_cache_needs_no_network(cache, no_network, tiny_teacher, call, expected):
@@ -133,7 +133,7 @@ def test_what_is_in_the_cache_needs_no_network(cache, no_network, tiny_teacher, 
     for found in loaded(tiny.source(NAME), call):
         assert torch.equal(found, expected)
     with pytest.raises(UserError, match="does not hold some-owner/some-model at revision v2"):
-        pipelines.load(tiny.source(NAME) | {"revision": "v2"}, CPU)
+        pipelines.load(tiny.source(NAME).replace(revision="v2"), CPU)
 
 
 def test_a_fresh_process_uses_the_cache_of_hf_home(tiny_teacher, tmp_path):
@@ -142,10 +142,11 @@ def test_a_fresh_process_uses_the_cache_of_hf_home(tiny_teacher, tmp_path):
     program = (
         "import sys, json, torch; sys.path.insert(0, sys.argv[1])\n"
         "from ppcl.teacher import pipelines\n"
-        "source = json.loads(sys.argv[2])\n"
+        "from ppcl.settings import TeacherSettings\n"
+        "source = TeacherSettings.of(json.loads(sys.argv[2]))\n"
         "print(len(pipelines.load_transformer(source, torch.device('cpu')).transformer_blocks))\n"
     )
-    arguments = [str(SCRIPTS), json.dumps(tiny.source(NAME))]
+    arguments = [str(SCRIPTS), json.dumps(vars(tiny.source(NAME)))]
     done = subprocess.run(
         [sys.executable, "-c", program, *arguments],
         env={"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
@@ -221,7 +222,7 @@ def gated(cache, tiny_teacher, tmp_path, monkeypatch):
 
 def test_a_token_comes_from_the_environment(gated, cache, call, expected, monkeypatch):
     """Only what the stage needs is downloaded."""
-    source = tiny.source(NAME) | {"subfolder": "inside", "revision": "v1"}
+    source = tiny.source(NAME).replace(subfolder="inside", revision="v1")
     monkeypatch.setenv("HF_TOKEN", "wrong")
     with pytest.raises(UserError, match="accept its terms there and set HF_TOKEN"):
         pipelines.load_transformer(source, CPU)
@@ -266,7 +267,7 @@ def test_one_set_of_weights_is_downloaded():
 def test_offloaded_pipelines_make_the_same(tiny_teacher, how):
     sample, made = tiny.samples(tiny.CALIBRATION)[:2], {}
     for setting in ("none", how):
-        pipe = pipelines.load(tiny.source(tiny_teacher) | {"offload": setting}, CPU)
+        pipe = pipelines.load(tiny.source(tiny_teacher).replace(offload=setting), CPU)
         found = recording.record_batch(pipe, pipe.transformer, sample, tiny.SETTINGS, 1, seed=0)
         run = pipelines.run(pipe, ["red 1"], [3], tiny.SETTINGS, output_type="np")
         made[setting] = (found, run.images)
@@ -277,7 +278,7 @@ def test_offloaded_pipelines_make_the_same(tiny_teacher, how):
 def test_a_streamed_transformer_works_as_any(tiny_teacher, call, expected):
     source = tiny.source(tiny_teacher)
     plain = pipelines.load_transformer(source, CPU)
-    streamed = pipelines.load_transformer(source | {"offload": "stream"}, CPU)
+    streamed = pipelines.load_transformer(source.replace(offload="stream"), CPU)
     assert torch.equal(answer(streamed, call), expected)
     blocks.verify(streamed, call)
     seen = {}
@@ -309,7 +310,9 @@ def test_blocks_are_on_the_device_only_while_they_run(tiny_teacher, call, monkey
         move(hook, module, *rest)
 
     monkeypatch.setattr(devices._Move, "__call__", noted)
-    transformer = pipelines.load_transformer(tiny.source(tiny_teacher) | {"offload": "stream"}, CPU)
+    transformer = pipelines.load_transformer(
+        tiny.source(tiny_teacher).replace(offload="stream"), CPU
+    )
     every = list(transformer.transformer_blocks)
     places = [p.data_ptr() for p in transformer.parameters()]
     answer(transformer, call)
@@ -330,10 +333,10 @@ def test_blocks_are_on_the_device_only_while_they_run(tiny_teacher, call, monkey
 
 
 def test_gradients_do_not_pass_through_a_streamed_teacher(tiny_teacher):
-    source = tiny.source(tiny_teacher) | {"offload": "stream"}
+    source = tiny.source(tiny_teacher).replace(offload="stream")
     with pytest.raises(UserError, match="teacher.offload: .*needs all its weights on the device"):
         pipelines.load_transformer(source, CPU, gradients=True)
-    pipelines.load_transformer(source | {"offload": "auto"}, CPU, gradients=True)
+    pipelines.load_transformer(source.replace(offload="auto"), CPU, gradients=True)
 
 
 @pytest.mark.parametrize(
@@ -346,12 +349,12 @@ def test_auto_goes_by_the_room_there_is(monkeypatch, free, how):
 
 
 def test_models_side_by_side_are_offloaded_alike(tiny_teacher, monkeypatch):
-    teacher = tiny.source(tiny_teacher) | {"offload": "auto"}
+    teacher = tiny.source(tiny_teacher).replace(offload="auto")
     size = pipelines.transformer_size(teacher)
     found = [measuring.Model("teacher", teacher), measuring.Model("p70", teacher)]
     for room, how in ((3 * size, "none"), (2 * size, "stream")):
         monkeypatch.setattr(devices, "free_memory", lambda _device, room=room: room)
-        hows = [model.source["offload"] for model in measuring.side_by_side(found, CPU)]
+        hows = [model.source.offload for model in measuring.side_by_side(found, CPU)]
         assert hows == [how, how]
 
 
@@ -424,7 +427,7 @@ def film_call():
 
 
 def test_the_second_transformer_is_pruned(wan, tmp_path):
-    source, given = tiny.source(wan) | {"component": "transformer_2"}, film_call()
+    source, given = tiny.source(wan).replace(component="transformer_2"), film_call()
     transformer = pipelines.load_transformer(source, CPU)
     left_out = assembly.copied(wan)
     assert left_out == ("text_encoder",)
@@ -450,7 +453,7 @@ def test_the_second_transformer_is_pruned(wan, tmp_path):
 
 def test_a_model_is_what_loads_in_the_teachers_types(wan, tmp_path):
     """Its class keeps tables and norms in float32: a student's are not rounded on the way."""
-    source = tiny.source(wan) | {"dtype": "bfloat16"}
+    source = tiny.source(wan).replace(dtype="bfloat16")
     transformer, part = pipelines.load_transformer(source, CPU), Part(0, 1, ("image",))
     (student,) = students.start(transformer, [part], "average").values()
     students.shaped(transformer, part, student)
@@ -479,7 +482,7 @@ def test_a_model_is_what_loads_in_the_teachers_types(wan, tmp_path):
 
 
 def test_a_component_that_is_not_there(tiny_teacher):
-    source = tiny.source(tiny_teacher) | {"component": "transformer_2"}
+    source = tiny.source(tiny_teacher).replace(component="transformer_2")
     with pytest.raises(UserError, match="has no transformer_2; set teacher.component"):
         pipelines.load_transformer(source, CPU)
     with pytest.raises(UserError, match="teacher.component: .* without a transformer_2"):

@@ -283,7 +283,7 @@ def test_a_pruned_pipeline_is_a_teacher(
     low = modulation.low_rank(pipe.transformer, identity, every, recorded)
     assembly.export(pipe, low, identity, tmp_path / "one", {}, call)
     assert assembly.own_code(tmp_path / "one")
-    source = tiny.source(tmp_path / "one") | {"trust_remote_code": True}
+    source = tiny.source(tmp_path / "one").replace(trust_remote_code=True)
     again = pipelines.load(source, torch.device("cpu"))
     teacher = again.transformer
     assert torch.equal(answer(teacher, call), answer(low, call))
@@ -297,7 +297,7 @@ def test_a_pruned_pipeline_is_a_teacher(
     model = modulation.low_rank(model, block_map, {(4, "img_mod.1"): 2}, recorded)
     assembly.export(again, model, block_map, tmp_path / "two", {}, call)
     third = pipelines.load(
-        tiny.source(tmp_path / "two") | {"trust_remote_code": True}, torch.device("cpu")
+        tiny.source(tmp_path / "two").replace(trust_remote_code=True), torch.device("cpu")
     )
     assert torch.equal(answer(third.transformer, call), answer(model, call))
     assert third.transformer.config.narrow_blocks["norm_out"] == {"ranks": {"linear": 4}}

@@ -9,6 +9,7 @@ from torch import nn
 
 from ppcl.pruning import narrow, plans, students
 from ppcl.pruning.plans import Part, parts_of
+from ppcl.settings import SubsetsSettings
 from ppcl.training import distillation, losses, teaching
 from ppcl.transformer import blocks
 from support import tiny
@@ -195,7 +196,7 @@ def test_borrowers_learn_from_what_the_model_lends(
     for _ in range(2):
         lent = in_the_model(teacher, taught, batch)
         losses = distillation.independent(
-            teacher, taught, reader, OPTIONS | {"mode": mode}, 0, accelerator, uncut=uncut
+            teacher, taught, reader, OPTIONS.replace(mode=mode), 0, accelerator, uncut=uncut
         )
         found = {name: metrics.get("linear") for name, _, metrics in losses(0)}
         for part in others:
@@ -255,7 +256,7 @@ def test_a_narrow_student_equal_to_its_target_has_no_loss(reader, accelerator, m
     part = Part(2, 3, ("image", "text"))
     taught = students.start(teacher, [part], "first")
     students.shaped(teacher, part, taught[part])
-    options = OPTIONS | {"mode": mode, "gradient_checkpointing": recompute}
+    options = OPTIONS.replace(mode=mode, gradient_checkpointing=recompute)
     losses = distillation.independent(teacher, taught, reader, options, 0, accelerator)
     ((name, loss, metrics),) = losses(0)
     assert name == "02-03" and loss.requires_grad
@@ -275,7 +276,8 @@ def literal_model(teacher, taught, parts):
 
 
 def test_units_go_in_together_and_every_part_learns(teacher, reader, accelerator):
-    taught, options = made(teacher), {"batch_size": 4, "gradient_checkpointing": False}
+    taught = made(teacher)
+    options = SubsetsSettings.of({"batch_size": 4, "gradient_checkpointing": False})
     drawn = {}
     for step in range(20):
         subset = distillation.random_subset(UNITS, (0, step))

@@ -73,7 +73,7 @@ def answer(transformer, call):
 
 
 def trusting(folder):
-    return tiny.source(folder) | {"trust_remote_code": True}
+    return tiny.source(folder).replace(trust_remote_code=True)
 
 
 def test_the_folder_has_its_code_and_nothing_else_changed(exported, tiny_teacher):

@@ -253,7 +253,7 @@ def test_a_class_by_the_name_that_published_indexes_have(tmp_path):
     pipe.save_pretrained(tmp_path)
     edited(tmp_path / "model_index.json", transformer=["diffusers", "Transformer2DModel"])
     edited(tmp_path / "transformer" / "config.json", _class_name="Transformer2DModel")
-    teacher = tiny.source(tmp_path) | {"subfolder": None}
+    teacher = tiny.source(tmp_path)
     preflight._check_teacher(teacher, "mine.yaml")
     whole = pipelines.load(teacher, CPU)
     for found in (whole.transformer, pipelines.load_transformer(teacher, CPU)):

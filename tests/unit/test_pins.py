@@ -7,6 +7,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Named
 from ppcl.pruning.plans import Part, Unit
+from ppcl.settings import Settings
 from ppcl.transformer.families import IMAGE, TEXT
 
 
@@ -27,19 +28,21 @@ def test_lists_are_read_by_kind():
     settings = given(
         pin=[[3, 5]], forbid=[[3, 4]], text__pin=[[2, 7]], ffn_image__pin=[3], ffn_text__forbid=[0]
     )
-    pinned, forbidden = pins.wishes(settings, 8)
+    pinned, forbidden = pins.wishes(Settings.of(settings), 8)
     assert (pinned.intervals, pinned.runs, pinned.ffns) == ({(3, 5)}, {(2, 7)}, {(3, IMAGE)})
     assert (forbidden.intervals, forbidden.runs) == ({(3, 4)}, set())
     assert forbidden.ffns == {(0, TEXT)}
     settings["modulation"] |= {"pin": [6, 8], "forbid": [7]}
-    pinned, forbidden = pins.wishes(settings, 8)
+    pinned, forbidden = pins.wishes(Settings.of(settings), 8)
     assert (pinned.ranks, forbidden.ranks) == ({6, 8}, {7})
     settings["width"]["enabled"] = False
-    assert pins.wishes(settings, 8)[0] == Named(frozenset({(3, 5)}), ranks=frozenset({6, 8}))
+    assert pins.wishes(Settings.of(settings), 8)[0] == Named(
+        frozenset({(3, 5)}), ranks=frozenset({6, 8})
+    )
     settings["modulation"]["enabled"] = False
-    assert pins.wishes(settings, 8)[0] == Named(frozenset({(3, 5)}))
+    assert pins.wishes(Settings.of(settings), 8)[0] == Named(frozenset({(3, 5)}))
     settings["intervals"]["enabled"] = False
-    assert pins.wishes(settings, 8)[0] == pins.NOTHING
+    assert pins.wishes(Settings.of(settings), 8)[0] == pins.NOTHING
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_lists_are_read_by_kind():
 )
 def test_contradictions(keys, message):
     with pytest.raises(UserError, match=message) as raised:
-        pins.wishes(given(**keys), 10)
+        pins.wishes(Settings.of(given(**keys)), 10)
     assert "\n" not in str(raised.value)
 
 
@@ -90,15 +93,15 @@ def test_what_looks_like_a_contradiction_but_is_none():
         protect_first=3,
         protect_last=1,
     )
-    assert len(pins.wishes(settings, 10)[0].ffns) == 3
-    assert pins.wishes(given(pin=[[80, 90]]))[0].intervals  # a depth that is not known
+    assert len(pins.wishes(Settings.of(settings), 10)[0].ffns) == 3
+    assert pins.wishes(Settings.of(given(pin=[[80, 90]])))[0].intervals  # a depth that is not known
 
 
 def test_pins_of_a_teacher():
     settings = given(
         pin=[[3, 5]], text__pin=[[0, 2]], ffn_image__pin=[1], ffn_text__pin=[0], modulation__pin=[6]
     )
-    pinned, _ = pins.wishes(settings, 6)
+    pinned, _ = pins.wishes(Settings.of(settings), 6)
     fitting = {"seams": [0], "untouchable": (), "unseen": (), "ffns": {(1, IMAGE), (0, TEXT)}}
     fitting |= {"text_saved": [5] * 6, "modulated": {*range(7)}, "unread": 5}
     pins.check(pinned, **fitting)

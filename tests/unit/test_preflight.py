@@ -8,6 +8,7 @@ import pytest
 
 from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
+from ppcl.settings import Settings
 from ppcl.teacher import prompts
 from ppcl.transformer import families
 
@@ -24,18 +25,18 @@ def inputs(stand_in):
 
 def refused(inputs) -> str:
     with pytest.raises(UserError) as raised:
-        preflight.check(inputs, "mine.yaml")
+        preflight.check(Settings.of(inputs), "mine.yaml")
     assert "\n" not in str(raised.value)
     return str(raised.value)
 
 
 def test_good_inputs_pass(inputs):
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_teacher_on_the_hub_is_left_to_the_download(inputs):
     inputs["teacher"]["path"] = "some-owner/some-model"
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_teacher_is_missing_or_no_pipeline(inputs, tmp_path):
@@ -67,7 +68,7 @@ def test_impossible_budget(inputs):
     message = refused(inputs)
     assert "budget 0.27 of 'tiny' is impossible" in message and "0.280" in message
     inputs["variants"][0]["budget"] = 0.28
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["intervals"]["protect_first"] = 1
     assert "0.360" in refused(inputs)
 
@@ -97,7 +98,9 @@ def test_prompts_csv_without_its_columns(inputs, tmp_path):
     inputs["record"]["prompts"] = str(path)
     assert "has no column 'prompt'" in refused(inputs)
     path.write_text("prompt\nthe digit 6\nthe digit 4\n")
-    preflight.check({**inputs, "evaluate": {**inputs["evaluate"], "judge": "none"}}, "mine.yaml")
+    preflight.check(
+        Settings.of({**inputs, "evaluate": {**inputs["evaluate"], "judge": "none"}}), "mine.yaml"
+    )
     other = tmp_path / "other.csv"
     other.write_text("prompt\nthe digit 5\n")
     inputs["evaluate"]["prompts"] = str(other)
@@ -133,7 +136,7 @@ def test_the_component_that_is_pruned_must_be_there(inputs):
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace('"transformer"', '"transformer_2"'))
     (folder / "transformer").rename(folder / "transformer_2")
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["variants"] = [
         {"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0, "train": True}
     ]
@@ -143,7 +146,7 @@ def test_the_component_that_is_pruned_must_be_there(inputs):
 def test_a_pipeline_in_a_folder_of_the_path(inputs):
     folder = Path(inputs["teacher"]["path"])
     inputs["teacher"] |= {"path": str(folder.parent), "subfolder": folder.name}
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["teacher"]["subfolder"] = "elsewhere"
     assert "elsewhere does not exist" in refused(inputs)
 
@@ -165,7 +168,7 @@ def test_a_streamed_teacher_passes_no_gradients(inputs):
     assert "set subsets.steps to 0, or teacher.offload to none" in refused(inputs)
     inputs["subsets"]["steps"] = 0
     inputs["variants"][0]["finetune_steps"] = 1  # which goes without the teacher
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_pictures_of_prompts(tmp_path, monkeypatch):
@@ -197,15 +200,15 @@ def test_prompts_as_written(tmp_path):
 
 def test_starts_that_cannot_be_solved_are_known(inputs):
     solved = inputs | {"prune": {"start": "solved"}}
-    preflight._check_start(solved, "mine.yaml")
+    preflight._check_start(Settings.of(solved), "mine.yaml")
     index = Path(inputs["teacher"]["path"]) / "model_index.json"
     named = json.loads(index.read_text()) | {
         "transformer": ["diffusers", "MochiTransformer3DModel"]
     }
     index.write_text(json.dumps(named))
-    preflight._check_start(inputs, "mine.yaml")
+    preflight._check_start(Settings.of(inputs), "mine.yaml")
     with pytest.raises(UserError, match="mine.yaml: prune.start is solved, .* set it to first"):
-        preflight._check_start(solved, "mine.yaml")
+        preflight._check_start(Settings.of(solved), "mine.yaml")
 
 
 def test_states_that_cannot_be_renoised_are_known(inputs):
@@ -224,7 +227,7 @@ def test_states_that_cannot_be_renoised_are_known(inputs):
             )
         )
         with pytest.raises(UserError) as raised:
-            preflight._check_renoising(inputs, "mine.yaml")
+            preflight._check_renoising(Settings.of(inputs), "mine.yaml")
         message = str(raised.value)
         assert f"record.renoised_per_sample is 12, but pictures of a {pipeline} can't" in message
         assert message.startswith("mine.yaml: ") and message.endswith("set it to 0")
@@ -238,7 +241,7 @@ def test_protecting_every_block_is_refused(inputs):
     assert "keep 9 of this teacher's 10 blocks, which leaves nothing" in refused(inputs)
     inputs["intervals"]["protect_last"] = 3
     inputs["variants"][0]["budget"] = 0.95
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 @pytest.mark.parametrize("stage", ["distill", "subsets", "finetune"])
@@ -249,12 +252,12 @@ def test_more_processes_than_samples_are_refused(inputs, stage):
         variant["finetune_steps"] = int(stage == "finetune")
     assert f"processes is 3, but {stage}.batch_size only 2" in refused(inputs)
     inputs["processes"] = 2
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     # What trains nothing shares no samples out.
     inputs["processes"] = 3
     for variant in inputs["variants"]:
         variant |= {"finetune_steps": 0, "train": False}
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_truncated_weights_of_another_part(inputs):
@@ -279,7 +282,7 @@ def test_measured_costs_bound_what_a_student_can_replace(inputs):
     assert "0.600" in message and "raise sensitivity.longest" in message
     for other in ("cka", "influence"):
         inputs["intervals"]["cost"] = other
-        preflight.check(inputs, "mine.yaml")
+        preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_counts_that_cannot_be_reached(inputs):
@@ -291,15 +294,15 @@ def test_counts_that_cannot_be_reached(inputs):
         message = refused(inputs)
         assert "of 'tiny' is impossible" in message and f"leave {least} of this" in message
         inputs["variants"][0]["budget"] = {kind: least}
-        preflight.check(inputs, "mine.yaml")
+        preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["variants"][0]["budget"] = {"latency": 0.01}  # only measuring can tell
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_narrow_students_count_as_nothing(inputs):
     inputs["width"]["enabled"] = True
     inputs["variants"] = [{"name": "tiny", "budget": 0.2, "finetune_steps": 0, "train": True}]
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["variants"][0]["budget"] = 0.19
     assert "0.200" in refused(inputs)
     inputs["variants"][0]["budget"] = {"blocks": 1}
@@ -311,14 +314,14 @@ def test_a_long_pin_makes_more_possible(inputs):
         {"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0, "train": True}
     ]
     inputs["intervals"]["pin"] = [[0, 9]]
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_pins_are_checked(inputs):
     inputs["intervals"]["pin"] = [[8, 10]]
     assert "mine.yaml: intervals.pin: [8,10] is beyond this teacher's blocks" in refused(inputs)
     inputs["teacher"]["path"] = "some-owner/some-model"  # whose depth only the download tells
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["intervals"]["pin"] = [[2, 3], [3, 4]]
     assert "overlap" in refused(inputs)
 
@@ -330,12 +333,12 @@ def test_budgets_that_prune_nothing_are_refused(inputs, budget):
     inputs["variants"].append(
         {"name": "half", "budget": {"blocks": 5}, "finetune_steps": 0, "train": True}
     )
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_closed_forms_of_no_search_are_refused(inputs):
     inputs["choose"]["closed_forms"] = False
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["intervals"]["enabled"] = False
     inputs["width"]["enabled"] = True
     assert "choose.closed_forms is false, so variants take" in refused(inputs)
@@ -345,7 +348,7 @@ def test_float16_is_refused_for_gradients_through_the_teacher(inputs):
     inputs["teacher"]["dtype"] = "float16"
     assert "set it to bfloat16 or float32, or subsets.steps to 0" in refused(inputs)
     inputs["subsets"]["steps"] = 0
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
@@ -360,16 +363,16 @@ def test_what_does_not_go_together_is_refused(inputs, monkeypatch):
     inputs["finetune"]["cpu_offload"] = True
     assert "finetune.cpu_offload is of use with finetune.sharding: fsdp alone" in refused(inputs)
     inputs["finetune"]["sharding"] = "fsdp"
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
     inputs["finetune"]["optimizer"] = "adamw8bit"
-    preflight.check(inputs, "mine.yaml")  # of no variant
+    preflight.check(Settings.of(inputs), "mine.yaml")  # of no variant
     inputs["variants"][0]["finetune_steps"] = 1
     monkeypatch.setattr(preflight, "find_spec", lambda _name: None)
     assert "finetune.optimizer is adamw8bit, which needs the package" in refused(inputs)
     monkeypatch.setattr(preflight, "find_spec", lambda name: name)
     assert "can't take weights that are shared out" in refused(inputs)
     inputs["finetune"] |= {"sharding": "none", "cpu_offload": False}
-    preflight.check(inputs, "mine.yaml")
+    preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 @pytest.mark.parametrize("name", ["results", "results/mine", "results/mine/logs"])

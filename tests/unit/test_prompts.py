@@ -11,6 +11,7 @@ import pytest
 
 from ppcl.configuration import config, preflight, prompt_checks
 from ppcl.errors import UserError
+from ppcl.settings import Settings
 from ppcl.teacher import prompts
 from support import ROOT
 
@@ -164,27 +165,27 @@ def test_digits_are_for_the_embedded_teacher(stand_in, tmp_path, monkeypatch, ca
     monkeypatch.chdir(ROOT)
     alone = {"run": "mine", "teacher": stand_in["teacher"]}
     with pytest.raises(UserError) as raised:
-        preflight.check(config.complete(alone, "mine.yaml"), "mine.yaml")
+        preflight.check(Settings.of(config.complete(alone, "mine.yaml")), "mine.yaml")
     for key in ("record.prompts to", "evaluate.prompts to", "evaluate.judge: none", "init.py"):
         assert key in str(raised.value)
     assert not caplog.records
-    preflight.check(config.complete({**stand_in}, "mine.yaml"), "mine.yaml")
+    preflight.check(Settings.of(config.complete({**stand_in}, "mine.yaml")), "mine.yaml")
     assert "set evaluate.judge: none" in caplog.text and "record.prompts to" not in caplog.text
     caplog.clear()
     place = Path(stand_in["teacher"]["path"]) / "tokenizer"
     place.mkdir()
     shutil.copy(ROOT / "resources/digits/tokenizer/tokenizer.json", place)
-    prompt_checks.check(config.complete(alone, "mine.yaml"), "mine.yaml")
+    prompt_checks.check(Settings.of(config.complete(alone, "mine.yaml")), "mine.yaml")
     assert "record.prompts to prompts for it" in caplog.text
     caplog.clear()
-    prompt_checks.check(config.complete({}, "digits.yaml"), "digits.yaml")
+    prompt_checks.check(Settings.of(config.complete({}, "digits.yaml")), "digits.yaml")
     assert not caplog.records
 
 
 def test_repeated_and_few_prompts_are_told(tmp_path, caplog):
     few = written(tmp_path, record=["a"] * 40 + ["b"] * 8, evaluate=["c"] * 48)
     with caplog.at_level(logging.WARNING):
-        prompt_checks.check(few, "mine.yaml")
+        prompt_checks.check(Settings.of(few), "mine.yaml")
     said = [record.getMessage() for record in caplog.records]
     assert "record.prompts: of 48 prompts only 2 differ" in said[0]
     assert "evaluate.prompts: of 48 prompts only 1 differ" in said[1]
@@ -192,16 +193,16 @@ def test_repeated_and_few_prompts_are_told(tmp_path, caplog):
     assert "evaluate.prompts: one prompt alone" in said[3] and len(said) == 4
     with pytest.raises(UserError, match="record.txt has only one prompt among the first 40"):
         few["record"]["samples"] = 40
-        prompt_checks.check(few, "mine.yaml")
+        prompt_checks.check(Settings.of(few), "mine.yaml")
 
 
 def test_enough_prompts_are_no_news_but_line_breaks_are(tmp_path, caplog):
     many = written(tmp_path, record=map(str, range(40)), evaluate="ab")
-    prompt_checks.check(many, "mine.yaml")
+    prompt_checks.check(Settings.of(many), "mine.yaml")
     assert not caplog.records
     (tmp_path / "a.csv").write_text('prompt\n"one\ntwo"\nthree\n')
     many["evaluate"]["prompts"] = str(tmp_path / "a.csv")
-    prompt_checks.check(many, "mine.yaml")
+    prompt_checks.check(Settings.of(many), "mine.yaml")
     assert "1 prompts have line breaks in them, such as 'one\\ntwo'" in caplog.text
 
 
@@ -210,7 +211,7 @@ def test_what_only_blanks_tell_apart_is_one_prompt(tmp_path):
     (tmp_path / "e.csv").write_text('prompt\n"a "\n')
     same["evaluate"]["prompts"] = str(tmp_path / "e.csv")
     with pytest.raises(UserError, match="'a' is also a calibration prompt"):
-        prompt_checks.check(same, "mine.yaml")
+        prompt_checks.check(Settings.of(same), "mine.yaml")
 
 
 def test_prompts_that_are_a_link_to_themselves(tmp_path):
@@ -219,7 +220,7 @@ def test_prompts_that_are_a_link_to_themselves(tmp_path):
     given["record"]["prompts"] = str(tmp_path / "loop.csv")
     given["teacher"]["path"] = "another/one"
     with pytest.raises(UserError, match="record.prompts: cannot read .*loop.csv"):
-        prompt_checks.check(given, "mine.yaml")
+        prompt_checks.check(Settings.of(given), "mine.yaml")
 
 
 @pytest.mark.parametrize(

@@ -38,10 +38,10 @@ def test_only_messages_that_are_named_are_left_out():
 def test_a_pipeline_without_its_text_encoder_is_saved_in_silence(tiny_teacher, tmp_path, capfd):
     import torch
 
+    from ppcl.settings import TeacherSettings
     from ppcl.teacher import pipelines
 
-    source = {"path": str(tiny_teacher), "variant": None, "dtype": "float32"}
-    source |= {"revision": None, "trust_remote_code": False, "subfolder": None}
+    source = TeacherSettings.of({"path": str(tiny_teacher)})
     pipe = pipelines.load(source, torch.device("cpu"), without=("text_encoder",))
     pipe.save_pretrained(tmp_path)
     assert "cannot be saved" not in capfd.readouterr().err

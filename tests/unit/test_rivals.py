@@ -17,6 +17,7 @@ from ppcl.pruning import students
 from ppcl.pruning.plans import Part
 from ppcl.search import cka_draws, intervals, probes, similarity
 from ppcl.search.cka import resamples
+from ppcl.settings import TrainingSettings
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
 from ppcl.transformer.families import IMAGE, TEXT
@@ -424,7 +425,7 @@ def _modulations(transformer, block):
 # ---- learned depth masks
 
 
-OPTIONS = {"steps": 60, "lr": 1e-2, "batch_size": 8, "rank": 2}
+OPTIONS = TrainingSettings.of({"steps": 60, "lr": 1e-2, "batch_size": 8})
 
 
 @pytest.mark.parametrize(("size", "seed"), [(4, 0), (4, 1), (8, 0)])
@@ -433,7 +434,7 @@ def test_learned_masks_find_silent_blocks(scattered, accelerator, tmp_path, size
     before = copy.deepcopy(transformer.state_dict())
     groups = rivals.local_groups(len(SCATTERED), RUNS, size)
     place = (seed, accelerator, tmp_path / "checkpoint.safetensors", "test")
-    gone = rivals.learned_masks(transformer, groups, reader, OPTIONS, *place)
+    gone = rivals.learned_masks(transformer, groups, 2, reader, OPTIONS, *place)
     assert tuple(gone) == SCATTERED
     assert all(torch.equal(v, before[k]) for k, v in transformer.state_dict().items())
     assert not any(m._forward_hooks for m in transformer.modules())
@@ -442,7 +443,7 @@ def test_learned_masks_find_silent_blocks(scattered, accelerator, tmp_path, size
 def test_learned_masks_resume_to_the_bit(scattered, accelerator, tmp_path, monkeypatch):
     transformer, reader, _, _ = scattered
     groups, trained, temperatures = rivals.local_groups(4, RUNS, 4), [], {}
-    options = OPTIONS | {"steps": 4, "checkpoint_every": 2}
+    options = OPTIONS.replace(steps=4, checkpoint_every=2)
 
     class Kept(rivals.DepthMasks):
         def __init__(self, *args):
@@ -459,7 +460,7 @@ def test_learned_masks_resume_to_the_bit(scattered, accelerator, tmp_path, monke
 
     def run(name):
         place = (0, accelerator, tmp_path / name, "test")
-        return rivals.learned_masks(transformer, groups, reader, options, *place)
+        return rivals.learned_masks(transformer, groups, 2, reader, options, *place)
 
     stop = None
     run("whole")

@@ -21,6 +21,7 @@ from ppcl.search import measured, selection
 from ppcl.search.budgets import needed, parameters_needed, targets
 from ppcl.search.savings import Weights, by_blocks, saved
 from ppcl.search.selection import Choices
+from ppcl.settings import Settings, Variant
 from ppcl.storage import schemas, tables
 from ppcl.transformer.families import IMAGE, TEXT
 from support import ROOT
@@ -368,7 +369,9 @@ def test_a_budget_is_what_has_to_go():
 
 def test_targets_are_those_of_the_smallest_budgets():
     budgets = [0.7, {"parameters": 500}, {"blocks": 12}, {"blocks": 15}, {"latency": 0.9}, 0.9]
-    variants = [{"name": str(n), "budget": b, "train": True} for n, b in enumerate(budgets)]
+    variants = [
+        Variant.of({"name": str(n), "budget": b, "train": True}) for n, b in enumerate(budgets)
+    ]
     expected = {"parameters": 500, "blocks": 8, "latency": pytest.approx(0.05)}
     assert targets(variants, FACTS) == expected
     least = config.tightest(variants)
@@ -500,7 +503,7 @@ def test_the_published_lists_are_a_config_and_come_out_as_they_are():
     text = (ROOT / "config/README.md").read_text(encoding="utf-8")
     published = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     variants = [{"name": "small", "budget": {"parameters": 11_000_000_000}}]
-    wanted = config.complete({**published, "variants": variants}, "published")
+    wanted = Settings.of(config.complete({**published, "variants": variants}, "published"))
     pinned, _ = pins.wishes(wanted, 60)
     assert len(pinned.intervals) == 13 and len(pinned.runs) == 6 and len(pinned.ffns) == 4
     choices, weights = deep()
@@ -509,7 +512,7 @@ def test_the_published_lists_are_a_config_and_come_out_as_they_are():
         choices.runs | dict.fromkeys(pinned.runs, 0.0),
         choices.ffns,
     )
-    needs = targets(wanted["variants"], QWEN)
+    needs = targets(wanted.variants, QWEN)
     plan = selection.select(free, weights, needs, pinned)
     assert set(plan.intervals) == pinned.intervals
     assert set(plan.runs) == pinned.runs and set(plan.ffns) == pinned.ffns

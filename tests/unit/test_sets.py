@@ -15,6 +15,7 @@ from ppcl.search.offers import Offer
 from ppcl.search.savings import Weights
 from ppcl.search.selection import Choices
 from ppcl.search.sets import Member, Set
+from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
 
 DEPTH, TOTAL = 6, 1500
@@ -70,11 +71,11 @@ def offered(**changes) -> Offer:
 
 
 def variant(budget, train=True, name="v"):
-    return {"name": name, "budget": budget, "train": train}
+    return Variant.of({"name": name, "budget": budget, "train": train})
 
 
 def searched(offer, *variants):
-    return {v["name"]: (v, choosing.search(offer, v)) for v in variants}
+    return {v.name: (v, choosing.search(offer, v)) for v in variants}
 
 
 def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
@@ -108,7 +109,7 @@ def test_without_training_nothing_trained_is_in_it():
     choice = choosing.search(offer, tight)
     assert choice.found.sources["01-02"] == "start"
     assert choice.cost == pytest.approx(9e-4)
-    assert choosing.search(offer, tight | {"train": True}).cost == pytest.approx(2e-4)
+    assert choosing.search(offer, tight.replace(train=True)).cost == pytest.approx(2e-4)
     with pytest.raises(UserError, match="the budget of 'v' needs .* blocks"):
         choosing.search(offer, variant({"blocks": 1}))
 
@@ -167,9 +168,9 @@ def test_larger_budgets_are_never_measured_worse(seed):
     errors = [found[f"p{n}"].choice.error for n in range(4)]
     assert errors == sorted(errors, reverse=True)
     for each in wanted:
-        choice = found[each["name"]].choice
+        choice = found[each.name].choice
         assert choosing.meets(choice, offer, each)
-        assert choice.error == min(c.error for c in found[each["name"]].tried.values())
+        assert choice.error == min(c.error for c in found[each.name].tried.values())
     assert not set(found["free"].choice.found.sources.values()) & set(sets.TRAINED)
 
 

@@ -10,6 +10,7 @@ from benchmarks import measuring
 from ppcl.errors import UserError
 from ppcl.search import cka, cka_draws, similarity
 from ppcl.search.probes import Probe
+from ppcl.settings import SimilaritySettings
 
 seeds = st.integers(0, 2**32 - 1)
 estimators = pytest.mark.parametrize("estimator", ["plain", "debiased"])
@@ -421,7 +422,7 @@ def test_a_stream_that_lacks_prompts_is_resampled_as_the_others(estimator):
         def heldout(self, stream):
             return np.ones(len(self.of[stream]), bool)
 
-    options = {"bootstrap": 20, "estimator": estimator}
+    options = SimilaritySettings.of({"bootstrap": 20, "estimator": estimator})
     (_, image), (_, text) = (
         similarity.heldout(Tokens(), stream, options, 5) for stream in Tokens.streams
     )

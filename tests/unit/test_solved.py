@@ -8,12 +8,13 @@ from ppcl.closed_forms import solved
 from ppcl.errors import UserError
 from ppcl.pruning import students
 from ppcl.pruning.plans import Part
+from ppcl.settings import WidthSettings
 from ppcl.training import teaching
 from ppcl.transformer import families
 
 CPU = torch.device("cpu")
 PART = Part(1, 3)
-OPTIONS = {"fit_rows": 8, "batch_size": 3}
+OPTIONS = WidthSettings.of({"fit_rows": 8, "batch_size": 3})
 FFN = {"image": "img_mlp.net.2", "text": "txt_mlp.net.2"}
 
 

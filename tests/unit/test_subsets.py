@@ -13,6 +13,7 @@ from torch import nn
 
 from ppcl.pruning import students
 from ppcl.pruning.plans import Part, Unit, parts_of
+from ppcl.settings import SubsetsSettings
 from ppcl.training import distillation
 from ppcl.transformer import calls
 from support import tiny
@@ -53,7 +54,7 @@ def test_sizes_are_equally_likely_and_so_are_the_subsets_of_a_size():
 def loss_at(step, teacher, taught, reader, accelerator, recompute=False):
     for student in taught.values():
         student.zero_grad()
-    options = {"batch_size": 4, "gradient_checkpointing": recompute}
+    options = SubsetsSettings.of({"batch_size": 4, "gradient_checkpointing": recompute})
     losses = distillation.any_subset(teacher, UNITS, taught, reader, options, SEED, accelerator)
     ((name, loss, metrics),) = losses(step)
     assert name == "students" and metrics.keys() == {"velocity_error"}

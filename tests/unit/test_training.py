@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
+from ppcl.settings import DistillSettings, Settings
 from ppcl.storage import tensors
 from ppcl.training import loop
 from support.loop_parts import OPTIONS, Stop, stop_at, weights
@@ -76,8 +77,8 @@ def test_learning_rate_in_closed_form():
 
 
 def test_options_come_from_larger_settings():
-    settings = {"lr": 0.1, "betas": [0.8, 0.9], "loss": "mixed", "steps": 5}
-    options = loop.Optimisation.from_settings(settings, steps=7)
+    settings = DistillSettings.of({"lr": 0.1, "betas": [0.8, 0.9], "loss": "mixed", "steps": 5})
+    options = loop.Optimisation.from_settings(settings.replace(steps=7))
     assert (options.lr, options.steps, options.betas) == (0.1, 7, (0.8, 0.9))
 
 
@@ -276,7 +277,8 @@ def test_identity_is_of_code_settings_teacher_and_contents(tmp_path):
     (folder / "model_index.json").write_text('{"vae": ["diffusers", "AutoencoderKL"]}')
 
     def identity(path=path, lr=1):
-        return loop.identity(script, {"lr": lr, "teacher": {"path": str(folder)}}, [path])
+        settings = {"distill": {"lr": lr}, "teacher": {"path": str(folder)}}
+        return loop.identity(script, Settings.of(settings), [path])
 
     first = identity()
     copied = tmp_path / "elsewhere"

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 
 from ppcl.extraction import activations, token_store
 from ppcl.runtime import devices
+from ppcl.settings import ExtractSettings
 from ppcl.training import distillation, loop, optimizers
 from ppcl.transformer import calls
 from support import tiny
@@ -112,7 +113,9 @@ def test_extraction_reads_from_the_device_once_a_call(
         return np.ones(x.shape, bool if x.dtype == torch.bool else np.float32)
 
     monkeypatch.setattr(activations, "_on_host", answer)
-    options = {"batch_size": 4, "moment_tokens": 4, "sample_tokens": 2, "checkpoint_every": 99}
+    options = ExtractSettings.of(
+        {"batch_size": 4, "moment_tokens": 4, "sample_tokens": 2, "checkpoint_every": 99}
+    )
     # At its end it keeps its sums, which are on no device here.
     monkeypatch.setattr(token_store.Kept, "save", lambda *_: None)
     model = copy.deepcopy(teacher).to(META)

@@ -10,6 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
+from ppcl.settings import Settings
 from ppcl.teacher import hub, pipelines, weights
 from support import tiny
 
@@ -76,7 +77,7 @@ def sharded(tiny_teacher, tmp_path) -> Path:
 
 def refused(folder: Path, parts: dict | None = None, **more) -> str:
     """The message, which the checks before a run and the programs both end with."""
-    source = tiny.source(folder.parent) | {"subfolder": None} | more
+    source = tiny.source(folder.parent).replace(**more)
     said = []
     for check in (
         lambda: preflight._check_teacher(source, "mine.yaml"),
@@ -112,7 +113,7 @@ def test_an_index_and_its_shards_must_agree(sharded):
     assert str(sharded / shard) in message and f"also holds the weight '{name}'" in message
     path.write_text(json.dumps(whole))
     shutil.copy(sharded / shard, sharded / "diffusion_pytorch_model-00009-of-00009.safetensors")
-    preflight._check_teacher(tiny.source(sharded.parent) | {"subfolder": None}, "mine.yaml")
+    preflight._check_teacher(tiny.source(sharded.parent), "mine.yaml")
 
 
 def test_weights_that_are_pickles_are_not_read(sharded):
@@ -159,7 +160,7 @@ def test_quantised_weights_are_named(sharded, monkeypatch):
 
 def test_a_variant_of_some_parts(sharded):
     """Wherever a component has files of the variant they are read, elsewhere the plain ones."""
-    source = tiny.source(sharded.parent) | {"variant": "fp16", "subfolder": None}
+    source = tiny.source(sharded.parent).replace(variant="fp16")
     assert "none of its components has weights of teacher.variant fp16" in refused(
         sharded, variant="fp16"
     )
@@ -180,7 +181,7 @@ def test_a_config_of_fewer_blocks_is_refused_before_anything_runs(sharded, stand
     stand_in["teacher"]["path"] = str(sharded.parent)
     given = config.complete(stand_in, "mine.yaml")
     with pytest.raises(UserError, match="num_layers is 1, but the weights are of 2 blocks"):
-        preflight.check(given, "mine.yaml")
+        preflight.check(Settings.of(given), "mine.yaml")
 
 
 @pytest.mark.parametrize(

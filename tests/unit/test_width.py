@@ -12,6 +12,7 @@ from ppcl.closed_forms import width
 from ppcl.closed_forms.width import Map
 from ppcl.pruning import plans, students
 from ppcl.pruning.plans import Part, Unit, parts_of
+from ppcl.settings import WidthSettings
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
 from support import tiny
@@ -58,7 +59,7 @@ MAPS = [
     Map("text/input", (0, 1), (3, 4)),
     Map("text/output", (0, 1), (3, 4)),
 ]
-OPTIONS = {"batch_size": 7, "ridge": 0}
+OPTIONS = WidthSettings.of({"batch_size": 7, "ridge": 0})
 
 
 @torch.no_grad()
@@ -137,7 +138,7 @@ def test_passes_and_batches_change_nothing(teacher, many, wholes, fits, monkeypa
     assert len(runs) == len(MAPS) * (4 + 2)  # 24 and 8 calls, 7 at a time
     monkeypatch.setattr(width, "SUMS_BYTES", 2 * 4 * 8 * D**2)
     twos = width.fit(teacher, wholes, MAPS[::-1], many, rows_of(many), OPTIONS, CPU)
-    larger = OPTIONS | {"batch_size": 24}
+    larger = OPTIONS.replace(batch_size=24)
     at_once = width.fit(teacher, wholes, [*MAPS, *MAPS], many, rows_of(many), larger, CPU)
     for one, fit in fits.items():
         for same in (one_by_one, twos):
@@ -219,7 +220,7 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
         transformer,
         students.start(transformer, parts_of(units), "first"),
         reader,
-        OPTIONS | {"fit_rows": 24},
+        OPTIONS.replace(fit_rows=24),
         0,
         CPU,
     )
