@@ -25,7 +25,7 @@ from ppcl.pruning import narrow, students
 from ppcl.pruning.plans import Part
 from ppcl.runtime import devices
 from ppcl.teacher import hub, pipelines, prompts, recording
-from ppcl.transformer import blocks, call_arguments
+from ppcl.transformer import blocks, call_arguments, claims
 from support import SCRIPTS, tiny, zoo_images, zoo_parts
 from support.hub_cache import NAME, put
 
@@ -279,7 +279,7 @@ def test_a_streamed_transformer_works_as_any(tiny_teacher, call, expected):
     plain = pipelines.load_transformer(source, CPU)
     streamed = pipelines.load_transformer(source | {"offload": "stream"}, CPU)
     assert torch.equal(answer(streamed, call), expected)
-    blocks.verify(streamed, call)
+    claims.verify(streamed, call)
     seen = {}
     for name, transformer in (("plain", plain), ("streamed", streamed)):
         kept = seen.setdefault(name, {})

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.errors import UserError
 from ppcl.pruning import narrow
-from ppcl.transformer import blocks, families
+from ppcl.transformer import blocks, claims, families
 from support import tiny
 
 WIDTH, LENGTHS = 32, (5, 3)  # the second prompt is padded
@@ -434,7 +434,7 @@ def test_blocks_compile_one_by_one(stock, call):
 
 
 def test_hooks_on_a_block_see_what_passes_between_blocks(stock, call):
-    blocks.verify(run_of(stock), call)
+    claims.verify(run_of(stock), call)
 
 
 def test_a_lora_of_the_stock_class_loads(stock, call, caplog):

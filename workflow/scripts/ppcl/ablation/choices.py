@@ -249,8 +249,7 @@ def depth_and_width(
             many blocks (`rivals' time`).
     """
     settings, paths, depth = material.settings, material.paths, material.depth
-    facts = material.tokens.facts
-    sizes = facts["block_parameters"]
+    sizes = blocks.parameters_of_blocks(material.transformer)
     closed = measured.closed(paths["width"], sizes, kinds)
     low = _modulations(material) if like == "low-rank rivals" else _Modulations()
     weights = {

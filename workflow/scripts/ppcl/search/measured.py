@@ -16,7 +16,7 @@ from ppcl.pruning.pins import Ends, Ffn
 from ppcl.pruning.plans import Matrix, Modulation, Unit
 from ppcl.search import savings
 from ppcl.search.savings import Weights
-from ppcl.storage import schemas, tables
+from ppcl.storage import schemas, seals, tables
 from ppcl.transformer.families import IMAGE, JOINT, TEXT
 
 
@@ -29,6 +29,7 @@ def cka(path: Path, stream: str, depth: int) -> np.ndarray:
             f"{path}: no rows for similarity.streams '{stream}'; "
             f"set it to one of {', '.join(sorted(set(table['stream'])))}"
         )
+    check_depth(path, rows["end"], depth)
     values = np.full((depth, depth), np.nan)
     values[rows["start"] + 1, rows["end"]] = rows["cka"]
     return values
@@ -62,9 +63,7 @@ def facts(path: Path, *names: str) -> dict:
     try:
         return {name: json.loads(stamp[name]) for name in names}
     except KeyError as error:
-        raise UserError(
-            f"{path}: its provenance lacks {error}; delete it and activations/, and rerun"
-        ) from error
+        raise UserError(f"{path}: its provenance lacks {error}; {seals.REMAKE}") from error
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ppcl.errors import UserError
 from ppcl.transformer import discovery
+from ppcl.transformer.block_facts import BlockFacts
 from ppcl.transformer.families import BlockList, Family, Width, family_of
 
 Streams = dict[str, Tensor]
@@ -240,66 +240,6 @@ def text_input(block: Block, bound: dict[str, Any]) -> Tensor:
     return seen["text/input"]
 
 
-@torch.no_grad()
-def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
-    """Checks the registry's claims on one real call: what a block returns as a stream is what the
-    next block of its list gets as that stream, to the bit, at its real tokens; and whatever else a
-    block gets, all blocks of its list get.
-
-    Raises:
-        UserError: a stream is missing, changes its shape, or comes back in another place; or
-            blocks get something each of its own, which would be another's after pruning.
-    """
-    returned: Streams = {}
-    others: dict[str, dict[str, Any]] = {}
-    name, of = type(transformer).__name__, family(transformer)
-    firsts = {block_list.attribute for block_list in of.lists}
-
-    def before(block: Block, bound: dict[str, Any]) -> None:
-        streams = block.inputs(bound)
-        if missing := set(block.list.inputs) - set(streams):
-            raise UserError(f"{name}: block {block.index} got no {missing.pop()} stream")
-        rest = {k: v for k, v in bound.items() if k not in block.list.inputs.values()}
-        before_it = others.setdefault(block.list.attribute, rest)
-        for argument, (one, other) in _pairs(before_it, rest).items():
-            if not _same(one, other):
-                raise UserError(
-                    f"{name}: block {block.index} gets another '{argument}' than the first of its "
-                    "list; blocks that get something of their own can't be removed"
-                )
-        if block.list.attribute in firsts:
-            firsts.discard(block.list.attribute)
-            return
-        masks = token_masks(of, arguments, streams)
-        for stream, value in streams.items():
-            before = returned.get(stream)
-            same = before is not None and before.shape == value.shape
-            if same and stream in masks:
-                value, before = value[masks[stream]], before[masks[stream]]
-            if not same or not torch.equal(value, before):
-                raise UserError(
-                    f"{name}: block {block.index - 1} does not return its {stream} stream "
-                    "where the family registry says (workflow/scripts/ppcl/transformer/families.py)"
-                )
-
-    with watch(
-        block_sequence(transformer), before, lambda _block, streams: returned.update(streams)
-    ) as run:
-        run(transformer, arguments)
-
-
-def _pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (one.get(name), other.get(name)) for name in {*one, *other}}
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments hold equal tensors; what is no tensor counts as equal."""
-    ones, others = (
-        [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in (one, other)
-    )
-    return len(ones) == len(others) and all(map(torch.equal, ones, others))
-
-
 def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> Streams:
     """Stream -> boolean mask [batch, tokens] of real tokens, for streams that have padding.
 
@@ -402,3 +342,14 @@ def parameters_of_blocks(transformer: nn.Module) -> list[int]:
         parameter_count(block.module) + sum(parameter_count(each[block.index]) for each in beside)
         for block in sequence
     ]
+
+
+def facts(transformer: nn.Module) -> BlockFacts:
+    """What the stages without a transformer need to know of its blocks."""
+    return BlockFacts(
+        lists=[block.list.attribute for block in block_sequence(transformer)],
+        seams=seams(transformer),
+        untouchable=untouchable(transformer),
+        parameters=parameters_of_blocks(transformer),
+        transformer_parameters=parameter_count(transformer),
+    )

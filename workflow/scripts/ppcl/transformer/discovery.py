@@ -3,7 +3,7 @@
 A class that diffusers brings tomorrow is read like those of today: its block lists by their place
 in the forward, its streams by the blocks' signatures and return statements (where these do not
 tell, by diffusers' own registry of blocks), the depth by the config. What a block does must not
-depend on its number. `blocks.verify` then checks all of it numerically, before anything long runs.
+depend on its number. `claims.verify` then checks all of it numerically, before anything long runs.
 """
 
 import ast

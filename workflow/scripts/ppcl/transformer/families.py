@@ -2,7 +2,7 @@
 
 No other module asks which model it works on. An entry names the block lists in the order in which
 data flows through them, and which argument and which output of a block is which stream.
-`blocks.verify` checks the claims numerically before anything long runs. A class without an entry is
+`claims.verify` checks the claims numerically before anything long runs. A class without an entry is
 inspected (discovery.py), unless it is among those that are known not to work: REFUSED.
 """
 
