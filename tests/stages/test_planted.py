@@ -16,7 +16,7 @@ from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, recording
 from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
 from ppcl.transformer.block_facts import BlockFacts
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 from support import tiny
 
 DEPTH, WIDTH = 12, 32

@@ -11,7 +11,7 @@ from ppcl.errors import UserError
 from ppcl.storage import schemas, tables
 from ppcl.transformer import block_facts, blocks, families
 from ppcl.transformer.block_facts import BlockFacts
-from ppcl.transformer.families import Family
+from ppcl.transformer.family import Family
 from support import tiny
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.transformer import blocks, claims, families
-from ppcl.transformer.families import BlockList, Family
+from ppcl.transformer import blocks, claims, families, registry
+from ppcl.transformer.family import BlockList, Family
 from support import tiny
 
 NAME = "QwenImageTransformer2DModel"
@@ -178,7 +178,7 @@ def test_interval_of_identities_is_its_first_block():
 
 
 def test_token_masks(model):
-    family = families.family_of(NAME)
+    family = registry.family_of(NAME)
     streams = {"image": torch.ones(2, 16, 4), "text": torch.ones(2, 5, 4)}
     assert blocks.token_masks(family, tiny.arguments(), streams) == {}
     masks = blocks.token_masks(family, tiny.arguments((5, 3)), streams)

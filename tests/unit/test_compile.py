@@ -13,7 +13,7 @@ from ppcl.pruning.plans import Part, Unit
 from ppcl.runtime import devices
 from ppcl.teacher import pipelines, replays
 from ppcl.training import distillation, teaching
-from ppcl.transformer import blocks
+from ppcl.transformer import blocks, inside_block
 from support import tiny
 
 # The compiled graph runs without a compiler of machine code, which not everybody has.
@@ -65,7 +65,7 @@ def test_taps_see_what_passes_inside(teacher, compiled):
         block = blocks.block_sequence(model)[2]
         with torch.no_grad():
             model(**call)  # compiled before the taps are there
-            with blocks.taps(block) as taps:
+            with inside_block.taps(block) as taps:
                 model(**call)
         seen.append(dict(taps))
     assert seen[0].keys() == seen[1].keys() == {"text/input", "ffn/image", "ffn/text"}

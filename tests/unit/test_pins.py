@@ -7,7 +7,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Named
 from ppcl.pruning.plans import Part, Unit
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 def given(**keys):

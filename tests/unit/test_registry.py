@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.transformer import blocks, claims, discovery, families
+from ppcl.transformer import blocks, claims, discovery, families, registry
 from support import zoo_images, zoo_videos
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
@@ -79,7 +79,7 @@ def test_every_class_of_diffusers_has_a_verdict():
 @pytest.mark.parametrize("name", sorted(families.REFUSED))
 def test_a_refusal_says_why(name):
     with pytest.raises(UserError, match=name) as refused:
-        families.family_of(name)
+        registry.family_of(name)
     assert families.REFUSED[name] in str(refused.value)
 
 

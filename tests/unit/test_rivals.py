@@ -19,7 +19,7 @@ from ppcl.search import cka_draws, intervals, probes, similarity
 from ppcl.search.cka import resamples
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 from support import tiny
 
 DEPTH = 8

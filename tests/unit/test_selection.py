@@ -22,7 +22,7 @@ from ppcl.search.budgets import needed, parameters_needed, targets
 from ppcl.search.savings import Weights, by_blocks, saved
 from ppcl.search.selection import Choices
 from ppcl.storage import schemas, tables
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 from support import ROOT
 
 seeds = st.integers(0, 2**32 - 1)

@@ -32,7 +32,7 @@ from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 log = logging.getLogger(__name__)
 

@@ -68,7 +68,7 @@ def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
     transformer = weightless.on_meta(found, devices.dtype(teacher["dtype"]), where)
     selected, ranks = detected(args)
     depth, every = weightless.selection(settings, transformer, **selected)
-    pipeline = example_calls.PIPELINES.get(type(transformer).__name__)
+    pipeline = blocks.family(transformer).pipeline
     example = None
     if args.calls:
         example = example_calls.recorded(args.calls)
@@ -76,7 +76,7 @@ def made_for(args: argparse.Namespace, settings: dict) -> planner.Planner:
         size = example_calls.size_of(pipeline.size, settings["pipeline"], latent_scale(teacher))
 
         def example(batch, dtype):
-            return pipeline.make(transformer.config, batch, size, dtype)
+            return example_calls.made(pipeline, transformer.config, size, batch, dtype)
 
     else:
         log.warning(

@@ -42,7 +42,7 @@ from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity, trust
 from ppcl.training import loop, prices
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 
 def text_cka(path: Path, depth: int) -> np.ndarray:

@@ -18,7 +18,7 @@ from ppcl.pruning.plans import Part, Unit
 from ppcl.search import probes
 from ppcl.search.measured import ClosedForm
 from ppcl.transformer import blocks
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 LENGTHS, PER_LENGTH = range(2, 7), 4
 FFNS, TEXT_RUNS = 4, 3  # of each stream; of each length

@@ -38,7 +38,7 @@ from ppcl.search.selection import Choices
 from ppcl.storage import tensors, texts
 from ppcl.training import prices
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import JOINT
+from ppcl.transformer.family import JOINT
 
 # Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
 # the rank of the update that is learned beside the masks, and their learning rate.

@@ -32,8 +32,8 @@ from ppcl.runtime import stopping
 from ppcl.search import intervals, probes
 from ppcl.storage import tensors
 from ppcl.training import entrance, teaching
-from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer import blocks, calls, inside_block
+from ppcl.transformer.family import TEXT
 
 log = logging.getLogger(__name__)
 
@@ -181,12 +181,12 @@ def _add(
     with ExitStack() as stack:
         for ends in wanted:  # the teacher's own blocks run once
             if wholes[ends] is sequence[ends[0]].module:
-                inside[ends] = stack.enter_context(blocks.taps(sequence[ends[0]]))
+                inside[ends] = stack.enter_context(inside_block.taps(sequence[ends[0]]))
         lessons = teaching.teacher_states(transformer, list(parts.values()), batch.arguments)
     for ends in wanted - inside.keys():
         block = blocks.Block(ends[0], wholes[ends], sequence[ends[0]].list)
         bound = teaching.fitting(lessons[parts[ends]].bound, block.module)
-        with blocks.taps(block) as seen:
+        with inside_block.taps(block) as seen:
             block.module(**bound)
         inside[ends] = seen
     for one in maps:

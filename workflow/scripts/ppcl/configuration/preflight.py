@@ -15,7 +15,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import pins
 from ppcl.storage import schemas, untrusted
 from ppcl.teacher import arguments, hub, needed, weights
-from ppcl.transformer.families import family_of, fixed_states
+from ppcl.transformer.registry import family_of, fixed_states
 
 
 def check(config: dict, source: str = "config") -> None:

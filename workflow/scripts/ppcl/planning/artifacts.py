@@ -8,7 +8,7 @@ from ppcl.planning.planner import Planner, bytes_of
 from ppcl.pruning.plans import Unit, parts_of
 from ppcl.training import shards
 from ppcl.transformer import blocks
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 
 def sizes(planner: Planner) -> dict[str, float | None]:

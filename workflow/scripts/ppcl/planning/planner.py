@@ -25,6 +25,7 @@ from ppcl.pruning.plans import Matrix, Part, Unit, parts_of, units
 from ppcl.runtime import devices
 from ppcl.training import distillation, shards, teaching
 from ppcl.transformer import blocks, example_calls
+from ppcl.transformer.family import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Planner:
     depth: list[Unit]
     every: list[Unit]
     example: Callable[[int, torch.dtype], dict[str, Any]] | None
-    pipeline: example_calls.Pipeline | None
+    pipeline: Pipeline | None
     ranks: Mapping[Matrix, int] | None = None
     _kept: dict = field(default_factory=dict)
 

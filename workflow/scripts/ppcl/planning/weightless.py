@@ -21,7 +21,7 @@ from ppcl.pruning import narrow, pins, plans, students
 from ppcl.pruning.plans import Matrix, Unit, parts_of
 from ppcl.storage import untrusted
 from ppcl.teacher import hub
-from ppcl.transformer import blocks, families
+from ppcl.transformer import blocks, registry
 
 # What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
 # for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
@@ -91,7 +91,7 @@ def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
     """
     import diffusers
 
-    name = families.today(config["_class_name"], config)
+    name = registry.today(config["_class_name"], config)
     made_by = getattr(diffusers, name, None)
     if not (isinstance(made_by, type) and issubclass(made_by, ModelMixin)):
         raise UserError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ppcl.errors import UserError
 from ppcl.pruning.plans import Unit
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 Ends = tuple[int, int]
 Ffn = tuple[int, str]

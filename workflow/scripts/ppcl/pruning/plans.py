@@ -7,7 +7,7 @@ never overlap, so every set of them is a model.
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from ppcl.pruning.plans import Matrix, Modulation, Unit
 from ppcl.search import savings
 from ppcl.search.savings import Weights
 from ppcl.storage import schemas, seals, tables
-from ppcl.transformer.families import IMAGE, JOINT, TEXT
+from ppcl.transformer.family import IMAGE, JOINT, TEXT
 
 
 def cka(path: Path, stream: str, depth: int) -> np.ndarray:

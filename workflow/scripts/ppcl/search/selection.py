@@ -22,7 +22,7 @@ from ppcl.pruning.plans import Matrix, Modulation, Unit
 from ppcl.search import integer_programs, savings
 from ppcl.search.budgets import amounts
 from ppcl.search.savings import Weights
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from ppcl.search import savings
 from ppcl.search.choosing import Choice, Decided
 from ppcl.search.offers import Offer
 from ppcl.search.sets import CLOSED
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:

@@ -14,7 +14,7 @@ from ppcl.search.intervals import Interval
 from ppcl.search.measured import ClosedForm, ClosedForms
 from ppcl.search.selection import Selection
 from ppcl.storage.schemas import Verdict
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 Judged = tuple[Verdict, str]  # and the sentence that explains the verdict
 

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ppcl.errors import UserError
 from ppcl.teacher import pipelines, replays, steps
 from ppcl.transformer import blocks, call_tables
-from ppcl.transformer.families import Family
+from ppcl.transformer.family import Family
 
 
 class _Recorder:

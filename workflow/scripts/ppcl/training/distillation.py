@@ -25,7 +25,7 @@ from ppcl.storage import schemas
 from ppcl.training import entrance, losses, prices, teaching
 from ppcl.training.losses import Real
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 
 def log_table(rows: list[dict]) -> pd.DataFrame:

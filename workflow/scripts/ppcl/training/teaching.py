@@ -15,8 +15,8 @@ from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
 from ppcl.training import losses
 from ppcl.training.losses import Real
-from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT, Family
+from ppcl.transformer import blocks, calls, inside_block
+from ppcl.transformer.family import TEXT, Family
 
 
 @dataclass
@@ -73,7 +73,7 @@ def teacher_states(
     tapped |= {first for first, _ in lenders}
     watched = [b for b in sequence if b.index in ends]
     with ExitStack() as stack:
-        seen = {index: stack.enter_context(blocks.taps(sequence[index])) for index in tapped}
+        seen = {index: stack.enter_context(inside_block.taps(sequence[index])) for index in tapped}
         run = stack.enter_context(
             blocks.watch(
                 watched,
@@ -92,7 +92,7 @@ def teacher_states(
             block = sequence[part.first]
             if part in uncut:
                 whole = replace(block, module=uncut[part])
-                text_input = blocks.text_input(whole, fitting(lesson.bound, whole.module))
+                text_input = inside_block.text_input(whole, fitting(lesson.bound, whole.module))
             else:
                 text_input = text_inputs[part.first]
             lesson = Lesson(lesson.bound, lesson.target, block.list.inputs[TEXT], text_input)

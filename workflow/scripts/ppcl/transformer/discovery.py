@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.transformer.families import IMAGE, JOINT, TEXT, BlockList, Family
+from ppcl.transformer.family import IMAGE, JOINT, TEXT, BlockList, Family
 
 log = logging.getLogger(__name__)
 _STATES = ("hidden_states", "x")
