@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppcl.errors import UserError
 
@@ -81,54 +81,23 @@ def is_shared(tensor: Tensor) -> bool:
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole tensors, as files have them. All processes must ask for the same ones at once.
 
+    Tried in its place: torch's get_model_state_dict and get_optimizer_state_dict. They gather the
+    same bits with the same memory, but know a model and its optimizer only, not averaged weights.
+
     Args:
         keep: whether this process wants them; the others' dict is empty.
     """
-    found, held = {}, []
+    whole = {}
     for name in sorted(tensors):  # in one order everywhere, or processes would mix them up
         tensor = tensors[name]
         if is_shared(tensor):
-            group, place = tensor.device_mesh.get_group(), tensor.device_mesh.device_type
-            buffers = _gather(tensor, group, torch.device(place))
-            held.append(buffers)
-            # A copy: what others may still send to or read from is not handed on.
-            tensor = buffers[1][: len(tensor)].to("cpu", copy=True) if keep else None
-            if sum(buffer.nbytes for pair in held for buffer in pair) >= HELD:
-                _release(held, group, place)
+            # On the mesh's device: NCCL cannot gather shares that are kept in CPU memory.
+            tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+            # A copy: if the rows do not divide evenly, it is a view of more rows than it has.
+            tensor = tensor.to("cpu", copy=True) if keep else None
         if keep:
-            found[name] = tensor
-    if held:
-        _release(held, group, place)
-    return found
-
-
-HELD = 64 << 20  # bytes of buffers that are kept until all processes are done with them
-
-
-def _gather(
-    tensor: DTensor, group: torch.distributed.ProcessGroup, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """This process's rows and all processes' [rows of each, in order], filled up to one length.
-
-    With the plain collective: DTensor's own leaves what it works with to the garbage collector,
-    and a process once died of "double free or corruption" there.
-    """
-    if tensor.placements != (Shard(0),):
-        raise ValueError(f"rows are shared out, not {tensor.placements}")
-    count = torch.distributed.get_world_size(group)
-    share, rows = tensor.detach().to_local(), -(-tensor.shape[0] // count)
-    mine = torch.zeros(rows, *tensor.shape[1:], dtype=share.dtype, device=device)
-    mine[: len(share)] = share
-    every = torch.empty(count * rows, *tensor.shape[1:], dtype=share.dtype, device=device)
-    torch.distributed.all_gather(list(every.split(rows)), mine, group=group)
-    return mine, every
-
-
-def _release(held: list, group: torch.distributed.ProcessGroup, place: str) -> None:
-    """Lets go of buffers when no process needs them any more."""
-    devices = [torch.cuda.current_device()] if place == "cuda" else None
-    torch.distributed.barrier(group, device_ids=devices)
-    held.clear()
+            whole[name] = tensor
+    return whole
 
 
 def like(value: Tensor, other: Tensor) -> Tensor:
