@@ -23,7 +23,7 @@ from ppcl.closed_forms import width
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.planning import footprint, planner, weightless
-from ppcl.pruning import plans
+from ppcl.pruning.units import units_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas, tables
 from ppcl.training import distillation
@@ -143,7 +143,7 @@ def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
     made = weightless.on_meta(
         {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
     )
-    every = plans.units(
+    every = units_of(
         [tuple(ends) for ends in intervals],
         [tuple(ends) for ends in groups],
         [(block, stream) for block in ffns for stream in ("image", "text")],
@@ -154,7 +154,7 @@ def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
     ranks = {matrix: rank for matrix, (rank,) in weightless.matrices(settings, made).items()}
     assert len(ranks) == 121
     low = weightless.low_rank(model, block_map, ranks)
-    d, borrowers = 3072, sum(part.borrows for unit in every for part in unit.parts)
+    d, borrowers = 3072, sum(part.borrows for unit in every for part in unit.new_blocks)
     dead = borrowers * (d * d + d + 128)  # text queries, and of the source of [50,59] all but a
     if groups:  # third of its modulation, whose product loses rows of `up` and of the bias
         dead += 84_953_088 + (d * d + d + 128) + 4 * d * (16 + 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ppcl.pruning.plans import Modulation
+from ppcl.pruning.units import Modulation
 from ppcl.search import cka_draws, intervals, savings
 from ppcl.search.intervals import Interval
 from ppcl.search.savings import Weights

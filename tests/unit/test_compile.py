@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 from ppcl.errors import UserError
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.runtime import devices
 from ppcl.teacher import pipelines, replays
 from ppcl.training import distillation, teaching
@@ -18,7 +18,7 @@ from support import tiny
 
 # The compiled graph runs without a compiler of machine code, which not everybody has.
 BACKEND = "aot_eager"
-PARTS = [Part(0, 1), Part(3, 4)]
+PARTS = [NewBlock(0, 1), NewBlock(3, 4)]
 
 
 @pytest.fixture(scope="module")

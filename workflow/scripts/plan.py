@@ -19,7 +19,7 @@ import pandas as pd
 from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.planning import durations, plan_table, planner, weightless
-from ppcl.pruning.plans import Matrix
+from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.storage import schemas, tables, texts, untrusted
 from ppcl.transformer import blocks, example_calls

@@ -22,7 +22,7 @@ from ppcl.errors import UserError
 from ppcl.extraction import token_table
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Ends, Ffn
-from ppcl.pruning.plans import Matrix, Modulation
+from ppcl.pruning.units import Matrix, Modulation
 from ppcl.search import (
     candidates,
     cka_draws,

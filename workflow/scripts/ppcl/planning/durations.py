@@ -15,7 +15,7 @@ from ppcl.closed_forms import width
 from ppcl.configuration.config import compares, limits, searches_by_cost, trains
 from ppcl.evaluation import latencies
 from ppcl.planning.planner import Planner, Stage
-from ppcl.pruning.plans import Part, Unit, parts_of
+from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
 from ppcl.search import intervals, similarity
 from ppcl.transformer import blocks, example_calls
 
@@ -79,7 +79,7 @@ def works(planner: Planner) -> dict[str, Work]:
     per_block, whole = found
     settings = planner.settings
     sequence = blocks.block_sequence(planner.transformer)
-    everything = [Unit((Part(i, i),)) for i in range(len(sequence))]
+    everything = [Unit((NewBlock(i, i),)) for i in range(len(sequence))]
     depth, every = (planner.depth, planner.every) if planner.every else (everything, everything)
 
     def forwards(rows: float, batch: int, **more) -> Work:
@@ -106,7 +106,7 @@ def works(planner: Planner) -> dict[str, Work]:
         """The teacher to the last block that is needed, and a step of every student."""
         options = settings["distill"] | ({} if steps is None else {"steps": steps})
         teacher = sum(per_block[: max((u.last for u in units), default=-1) + 1])
-        taught = sum(per_block[part.first] for part in parts_of(units))
+        taught = sum(per_block[part.first] for part in new_blocks_of(units))
         return trained("distill", teacher + times("distill") * taught, units, options)
 
     record, evaluate = settings["record"], settings["evaluate"]

@@ -21,7 +21,7 @@ from ppcl.closed_forms import modulation, width
 from ppcl.configuration.config import compares, searches_by_cost, trains
 from ppcl.planning import footprint, weightless
 from ppcl.pruning import students
-from ppcl.pruning.plans import Matrix, Part, Unit, parts_of, units
+from ppcl.pruning.units import Matrix, NewBlock, Unit, new_blocks_of, units_of
 from ppcl.runtime import devices
 from ppcl.training import distillation, shards, teaching
 from ppcl.transformer import blocks, example_calls
@@ -106,7 +106,7 @@ class Planner:
         chosen = {"teacher": []}
         if self.depth:
             chosen["depth"] = self.depth
-        if any(part.narrow for part in parts_of(self.every)):
+        if any(part.narrow for part in new_blocks_of(self.every)):
             chosen["depth+width" if self.depth else "width"] = self.every
         ranks = {m: max(offered) for m, offered in self.matrices.items()}
         ranks = ranks if self.ranks is None else self.ranks
@@ -133,8 +133,8 @@ class Planner:
         smallest = [blocks.parameter_count(model) for model, _ in self.variants.values()]
         if self.settings["choose"]["closed_forms"]:
             wanted = width.ffn_candidates(self.transformer) if self.widens else []
-            linear = [(unit.first, s) for unit in wanted for s in unit.parts[0].linear_ffn]
-            made = weightless.new_blocks(self.transformer, units([], linear=linear))
+            linear = [(unit.first, s) for unit in wanted for s in unit.new_blocks[0].linear_ffn]
+            made = weightless.new_blocks(self.transformer, units_of([], linear=linear))
             model, block_map = weightless.plugged(self.transformer, made)
             ranks = {matrix: min(offered) for matrix, offered in self.matrices.items()}
             smallest.append(blocks.parameter_count(weightless.low_rank(model, block_map, ranks)))
@@ -367,7 +367,7 @@ class Planner:
         if not self.widens:
             return self._priced("width", batch, factored, factored)
         candidates = width.ffn_candidates(self.transformer)
-        maps = [one for unit in candidates for p in unit.parts for one in width.maps_of(p)]
+        maps = [one for unit in candidates for p in unit.new_blocks for one in width.maps_of(p)]
         sequence = blocks.block_sequence(self.transformer)
         texts = sum(block.width.text is not None for block in sequence)
         channels = max(max(self.channels(block).values()) for block in sequence)
@@ -379,7 +379,7 @@ class Planner:
         statistics = at_once * one
         activations = None
         if self.example is not None:
-            parts = [Part(*ends) for ends in dict.fromkeys(m.part for m in maps[:at_once])]
+            parts = [NewBlock(*ends) for ends in dict.fromkeys(m.target for m in maps[:at_once])]
             arguments = self.example(batch, self.dtype)
 
             def run():
@@ -391,12 +391,12 @@ class Planner:
 
     def _distillations(self, units: list[Unit]) -> Iterator[Stage]:
         """One job that distills these units, or those that share them out."""
-        if not units:
+        if not units_of:
             return
-        jobs, caching = self.jobs(units), self.caching()
+        jobs, caching = self.jobs(units_of), self.caching()
         for number, job in enumerate(jobs):
             stage = self._distill("distill" if len(jobs) == 1 else f"distill/{number}", job)
-            parts = parts_of(job)
+            parts = new_blocks_of(job)
             start = shards.first_needed(parts) if shards.cached(job, caching) else 0
             if len(jobs) > 1 or start:
                 stage.note += f"; {len(parts)} students, teacher from block {start} to"
@@ -427,14 +427,14 @@ class Planner:
 
     def jobs(self, units: list[Unit]) -> list[list[Unit]]:
         """The units of every job of distill."""
-        return shards.allot(units, self.settings["distill"]["shards"], self.caching())
+        return shards.allot(units_of, self.settings["distill"]["shards"], self.caching())
 
     def _distill(self, name: str, units: list[Unit]) -> Stage:
         """Eq. 6: the teacher once, then one student's graph after the other."""
         options = self.settings["distill"]
         batch, made = (
             self._batch(options),
-            weightless.new_blocks(self.transformer, units, torch.float32),
+            weightless.new_blocks(self.transformer, units_of, torch.float32),
         )
 
         def measured(recompute: bool) -> footprint.Footprint | None:

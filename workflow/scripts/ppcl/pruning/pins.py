@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Unit
+from ppcl.pruning.units import Unit
 from ppcl.transformer.family import IMAGE, TEXT
 
 Ends = tuple[int, int]
@@ -130,9 +130,13 @@ def check(
 
 def holds(unit: Unit, named: Named) -> bool:
     """Whether a unit holds anything of what is named, ranks of modulations aside."""
-    ffns = {(part.first, stream) for part in unit.parts for stream in part.linear_ffn}
+    ffns = {
+        (new_block.first, stream)
+        for new_block in unit.new_blocks
+        for stream in new_block.linear_ffn
+    }
     inside = [run for run in named.runs if within(run, (unit.first, unit.last))]
-    ends = {(part.first, part.last) for part in unit.parts}
+    ends = {(new_block.first, new_block.last) for new_block in unit.new_blocks}
     return bool(ffns & named.ffns or ends & named.intervals or inside)
 
 

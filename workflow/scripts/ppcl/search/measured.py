@@ -13,7 +13,7 @@ import numpy as np
 
 from ppcl.errors import UserError
 from ppcl.pruning.pins import Ends, Ffn
-from ppcl.pruning.plans import Matrix, Modulation, Unit
+from ppcl.pruning.units import Matrix, Modulation, Unit
 from ppcl.search import savings
 from ppcl.search.savings import Weights
 from ppcl.storage import schemas, seals, tables
@@ -201,9 +201,9 @@ def saved_seconds(units: Iterable[Unit], path: Path | None) -> list[float]:
     weights, _ = timing(path, depth)
     return [
         savings.saved(
-            [part.key for part in unit.parts if part.last > part.first],
-            [(unit.first, unit.last)] if len(unit.parts) > 1 else [],
-            [(part.first, stream) for part in unit.parts for stream in part.linear_ffn],
+            [part.ends for part in unit.new_blocks if part.last > part.first],
+            [(unit.first, unit.last)] if len(unit.new_blocks) > 1 else [],
+            [(part.first, stream) for part in unit.new_blocks for stream in part.linear_ffn],
             weights,
         )
         for unit in units

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppcl.pruning.pins import Ends, Named, overlap, shown, within
-from ppcl.pruning.plans import Modulation
+from ppcl.pruning.units import Modulation
 from ppcl.search.budgets import amounts
 from ppcl.search.candidates import Limits, closed_form_obstacle, interval_obstacle
 from ppcl.search.intervals import Interval

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ppcl.pruning import narrow
-from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import NewBlock
 from ppcl.training import losses
 from ppcl.training.losses import Real
 from ppcl.transformer import blocks, calls, inside_block
@@ -51,11 +51,11 @@ class Lesson:
 @torch.no_grad()
 def teacher_states(
     transformer: nn.Module,
-    parts: Sequence[Part],
+    parts: Sequence[NewBlock],
     arguments: dict[str, Any],
     running: nn.Module | None = None,
     uncut: Students | None = None,
-) -> dict[Part, Lesson]:
+) -> dict[NewBlock, Lesson]:
     """Runs the teacher once, no further than the last part's end.
 
     Args:
@@ -66,7 +66,7 @@ def teacher_states(
     uncut = uncut or {}
     sequence = blocks.block_sequence(transformer)
     lenders = {part.source for part in parts if part.source}
-    ends = {end for part in parts for end in part.key} | {end for key in lenders for end in key}
+    ends = {end for part in parts for end in part.ends} | {end for key in lenders for end in key}
     inputs: dict[int, dict[str, Any]] = {}
     outputs: dict[int, blocks.Streams] = {}
     tapped = {part.first for part in parts if part.source and part not in uncut}
@@ -166,7 +166,7 @@ def interval_losses(
 
 
 def linear_loss(
-    part: Part,
+    part: NewBlock,
     student: nn.Module,
     output: blocks.Streams,
     lesson: Lesson,
