@@ -80,8 +80,8 @@ def filled(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
 def lettered(pipe, prompt: str) -> int:
     # One guider serves a whole batch: another one if any of its prompts has words in quotes.
     for base in type(pipe).__mro__:
-        if found := getattr(sys.modules[base.__module__], "extract_glyph_text", None):
-            return int(found(prompt) is not None)
+        if quoted := getattr(sys.modules[base.__module__], "extract_glyph_text", None):
+            return int(quoted(prompt) is not None)
     return 0
 
 

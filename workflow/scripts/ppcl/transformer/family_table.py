@@ -26,15 +26,15 @@ def table() -> str:
 
 
 def _width_words(family: Family) -> str:
-    found = []
+    words = []
     for listed in family.lists:
         width = listed.width or Width({})
-        found += [f"{stream} FFN" for stream in width.ffn]
-        found += ["text runs"] if width.text else []
-    return ", ".join(found) or "none"
+        words += [f"{stream} FFN" for stream in width.ffn]
+        words += ["text runs"] if width.text else []
+    return ", ".join(words) or "none"
 
 
 def _modulation_words(family: Family) -> str:
-    found = [f"`{path}`" for listed in family.lists for path in listed.modulations]
-    found += [f"last `{family.last_modulation}`"] if family.last_modulation else []
-    return ", ".join(dict.fromkeys(found)) or "none: one table serves all blocks"
+    words = [f"`{path}`" for listed in family.lists for path in listed.modulations]
+    words += [f"last `{family.last_modulation}`"] if family.last_modulation else []
+    return ", ".join(dict.fromkeys(words)) or "none: one table serves all blocks"
