@@ -30,7 +30,7 @@ from ppcl.training import distillation
 from ppcl.transformer import blocks, calls, example_calls
 from ppcl.transformer.families import FAMILIES
 from ppcl.transformer.family import Size
-from support import ROOT, SCRIPTS, tiny
+from support import ROOT, SCRIPTS, tiny, zoo_images, zoo_videos
 
 INTERVALS = [[3, 4], [5, 7], [8, 10], [11, 12], [15, 24], [25, 27], [29, 30], [42, 43], [45, 47]]
 INTERVALS += [[48, 49], [52, 53], [54, 55], [56, 57]]
@@ -693,23 +693,19 @@ def test_errors(settings, message, tmp_path, monkeypatch):
         weightless.selection(complete, made)
 
 
-def test_every_example_runs():
-    shapes = {
-        "QwenImageTransformer2DModel": SMALL,
-        "FluxTransformer2DModel": SMALL_FLUX,
-        "SD3Transformer2DModel": {"num_layers": 2, "sample_size": 32},
-        "WanTransformer3DModel": {"num_layers": 1, "num_attention_heads": 2},
-    }
-    assert set(shapes) == {name for name, family in FAMILIES.items() if family.pipeline}
-    for name, shape in shapes.items():
-        made = weightless.on_meta({"_class_name": name, **shape}, torch.bfloat16, "here")
-        size = Size(64, 64, 5, 16)
-        pipeline = FAMILIES[name].pipeline
-        arguments = example_calls.made(pipeline, made.config, size, 2, torch.bfloat16)
-        with torch.no_grad():
-            assert len(made(**arguments)[0]) == 2, name
-        per_block, total = footprint.flops(made, arguments)
-        assert 0 < sum(per_block) < total
+EXAMPLES = {one.family: one for one in (zoo_images.SPECIMENS | zoo_videos.SPECIMENS).values()}
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.pipeline])
+def test_every_example_runs(name):
+    one = EXAMPLES[name]
+    made = getattr(one.make(2), one.component).to("meta", torch.bfloat16)
+    size = Size(64, 64, 5, 16)
+    arguments = example_calls.made(FAMILIES[name].pipeline, made.config, size, 2, torch.bfloat16)
+    with torch.no_grad():
+        assert len(made(**arguments)[0]) == 2
+    per_block, total = footprint.flops(made, arguments)
+    assert 0 < sum(per_block) < total
 
 
 def test_the_target_runs_without_weights(tmp_path):
