@@ -6,7 +6,7 @@ from benchmarks import material, measuring, teaching
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit, parts_of
+from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
 from ppcl.training import distillation, entrance, shards
 from ppcl.transformer import calls
 
@@ -24,7 +24,7 @@ def run(size: Size, folder: Path) -> list[Ratio]:
     slow, first = {}, {}
     for name, how in (("late", caching), ("whole", shards.NEVER)):
         job = max(shards.allot(units, 2, how), key=lambda job, how=how: shards.cost(job, how))
-        taught = students.start(teacher, parts_of(job), "first")
+        taught = students.start(teacher, new_blocks_of(job), "first")
         steps = teaching.Steps(teacher, taught, reader, size.batch)
         if shards.cached(job, how):
             inputs = entrance.Inputs(
@@ -47,6 +47,6 @@ def run(size: Size, folder: Path) -> list[Ratio]:
     ]
 
 
-def second_half(blocks_: int) -> list[Part]:
+def second_half(blocks_: int) -> list[NewBlock]:
     """Intervals of two blocks in the second half of the depth, where the teacher's way is long."""
-    return [Part(first, first + 1) for first in range(blocks_ // 2, blocks_ - 1, 2)]
+    return [NewBlock(first, first + 1) for first in range(blocks_ // 2, blocks_ - 1, 2)]

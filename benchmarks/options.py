@@ -117,7 +117,7 @@ def tuning(size: Size, path: Path, option: Option) -> Stepping:
     """Steps of `finetune`: all weights of a variant, without its teacher."""
     teacher = material.transformer(size)
     parts = teaching.intervals(size.blocks, teaching.most(size))
-    taught = {part.key: copy.deepcopy(teacher.transformer_blocks[part.first]) for part in parts}
+    taught = {part.ends: copy.deepcopy(teacher.transformer_blocks[part.first]) for part in parts}
     model = blocks.assembled(teacher, taught)[0].requires_grad_(True)
     if option.gradient_checkpointing:
         model.enable_gradient_checkpointing()

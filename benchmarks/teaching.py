@@ -11,8 +11,8 @@ from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 from ppcl.digits import teacher as parts_of_pipelines
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import NewBlock
 from ppcl.training import distillation, loop, losses, optimizers, teaching
 from ppcl.transformer import blocks, calls
 
@@ -27,12 +27,12 @@ OPTIONS = {
 HOW = loop.Optimisation(steps=1000, lr=1e-4, clip_norm=1.0)
 
 
-def intervals(blocks_: int, count: int) -> list[Part]:
+def intervals(blocks_: int, count: int) -> list[NewBlock]:
     """`count` intervals of two blocks side by side, the last of which ends a block before the
     last: so there is something that the teacher need not run."""
     if 2 * count > blocks_ - 1:
         raise ValueError(f"{count} intervals need more than {blocks_} blocks")
-    return [Part(2 * i, 2 * i + 1) for i in range(count)]
+    return [NewBlock(2 * i, 2 * i + 1) for i in range(count)]
 
 
 class Steps:
@@ -79,7 +79,7 @@ def floor_pieces(steps: Steps, arguments: dict) -> dict:
     teacher, taught = steps.teacher, steps.taught
     lessons = teaching.teacher_states(teacher, list(taught), arguments)
     last = blocks.block_sequence(teacher)[max(part.last for part in taught)]
-    graphs: dict[Part, tuple] = {}
+    graphs: dict[NewBlock, tuple] = {}
 
     @torch.no_grad()
     def forward_teacher():

@@ -16,7 +16,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Programs that take more all the same must not spin while the other process has the core.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-
 # Files that take long for their number of tests, the longest first: begun last, each would keep one
 # process waiting.
 SLOW = (

@@ -8,7 +8,7 @@ sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
 
 from ppcl.configuration import config  # noqa: E402  (the path has to be set first)
 from ppcl.storage import schemas  # noqa: E402  (the path has to be set first)
-from ppcl.transformer import families  # noqa: E402  (the path has to be set first)
+from ppcl.transformer import family_table  # noqa: E402  (the path has to be set first)
 
 MARKS = {".md": "<!-- made by: make tables -->\n", ".yml": "      # made by: make tables\n"}
 
@@ -22,7 +22,7 @@ def pins() -> str:
 TABLES = {
     "config/README.md": config.table,
     "results/README.md": schemas.table,
-    "docs/families.md": families.table,
+    "docs/families.md": family_table.table,
     "environment.yml": pins,
 }
 

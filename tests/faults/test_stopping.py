@@ -187,6 +187,7 @@ def test_a_warned_record_keeps_finished_batches_and_ends_within_one(
     settings = {"seed": 0, "device": "cpu", "teacher": {"path": str(tiny_teacher)}}
     settings |= {"pipeline": tiny.SETTINGS, "record": options | {"heldout_fraction": 0.5}}
     paths = {"calls": tmp_path / "calls.parquet", "state": tmp_path / "state"}
+    paths["block_facts"] = tmp_path / "block-facts.parquet"
     taken, own = [], steps.taken
 
     def warned(*given):

@@ -123,6 +123,7 @@ def test_record_refuses_a_teacher_that_changes_meanwhile(teacher, tmp_path, monk
         "record": {"prompts": str(tmp_path / "p.txt"), "samples": 2, "renoised_per_sample": 0},
     }
     paths = {"calls": tmp_path / "calls.parquet", "state": tmp_path / "state"}
+    paths["block_facts"] = tmp_path / "block-facts.parquet"
     plain = recording.record_batch
     monkeypatch.setattr("ppcl.export.assembly.prove", lambda *_: None)  # test_assembly has it
 

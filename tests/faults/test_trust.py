@@ -18,7 +18,7 @@ from ppcl.errors import UserError
 from ppcl.export import assembly, reload_gate
 from ppcl.pruning import narrow
 from ppcl.teacher import hub, pipelines, trust
-from ppcl.transformer import blocks, families
+from ppcl.transformer import blocks, registry
 from support import tiny
 
 CPU = torch.device("cpu")
@@ -172,7 +172,7 @@ def test_code_is_named_before_a_run(teacher):
 
 
 def test_a_module_has_a_name_for_every_content(monkeypatch):
-    of = QwenImageTransformer2DModel, families.family_of("QwenImageTransformer2DModel").layouts()
+    of = QwenImageTransformer2DModel, registry.family_of("QwenImageTransformer2DModel").layouts()
     name = narrow.module_name(*of)
     assert name.startswith(narrow.MODULE) and name == narrow.module_name(*of)
     monkeypatch.setattr(narrow, "_TEXT", narrow._TEXT + "# another version")

@@ -22,7 +22,7 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.figures import ablations, comparison
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.search import probes
 from ppcl.storage import schemas, tables, tensors
 from ppcl.training import loop, prices
@@ -355,7 +355,7 @@ def test_a_mixture_has_the_gradient_of_the_weighted_sum():
 
 
 def test_chain_losses_and_gradients_are_those_of_the_literal_chain(teacher, reader, accelerator):
-    parts = [Part(1, 2), Part(4, 5)]
+    parts = [NewBlock(1, 2), NewBlock(4, 5)]
     made = students.start(teacher, parts, "first")
     for student in made.values():
         for parameter in student.parameters():
@@ -446,7 +446,7 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     row = depth.iloc[-1]
     first, last = int(row["first"]), int(row["last"])
     assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])
-    made = students.start(pipe.transformer, [Part(first, last)], "first")
+    made = students.start(pipe.transformer, [NewBlock(first, last)], "first")
     args = held.reader, held.judged, 2, accelerator.device
     untrained = prices.error(pipe.transformer, made, *args)
     assert row["cost_untrained"] == pytest.approx(untrained, rel=1e-4)
@@ -481,7 +481,7 @@ def test_calibration_draws_no_part_twice():
         width_row("text", first, last) for first in range(8) for last in range(first + 1, first + 4)
     ]
     drawn = calibration.sample([range(12)], widths, None, 0)
-    parts = [part for _, unit in drawn for part in unit.parts]
+    parts = [part for _, unit in drawn for part in unit.new_blocks]
     assert len(parts) == len(set(parts))
 
 

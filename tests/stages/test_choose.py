@@ -15,7 +15,7 @@ from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import variants
 from ppcl.pruning import narrow, pins, selection_file
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.search import sets, sets_file
 from ppcl.search.selection import Choices
 from ppcl.search.sets import Member, Set
@@ -151,7 +151,7 @@ def test_every_set_that_was_tried_is_told_and_the_best_is_taken(chosen):
 
 def test_a_workshop_uses_blocks_again_and_keeps_students_as_they_are(world, tiny_teacher):
     transformer, shop = workshop(tiny_teacher, world)
-    here, last = Unit((Part(1, 2),)), Unit((Part(3, 3, ("image", "text")),))
+    here, last = Unit((NewBlock(1, 2),)), Unit((NewBlock(3, 3, ("image", "text")),))
     ranks = (((0, "img_mod.1"), 2), ((1, "img_mod.1"), 2), ((5, "norm_out.linear"), 2))
     one = Set((Member(here, "distill"), Member(last, "closed")), ranks)
     model, _ = shop.model(one)
@@ -243,7 +243,7 @@ def test_what_is_pinned_and_not_on_offer_is_named(named, words):
     pinned = pins.Named(**{kind: frozenset([item]) for kind, item in named.items()})
     with pytest.raises(UserError, match=words):
         variants._refuse_unpriced(pinned, Choices(), [])
-    units = [Unit((Part(0, 0, text="source"), Part(1, 3, ("image",), "close", (0, 0))))]
+    units = [Unit((NewBlock(0, 0, text="source"), NewBlock(1, 3, ("image",), "close", (0, 0))))]
     if "ranks" not in named:
         variants._refuse_unpriced(pinned, Choices(), units)
 
@@ -252,7 +252,7 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     """Of the first FFN, which gets what the teacher's does, it is the map that there was."""
     transformer, shop = workshop(tiny_teacher, world)
     places = [(0, ("image",)), (3, ("image", "text"))]
-    units = [Unit((Part(block, block, streams),)) for block, streams in places]
+    units = [Unit((NewBlock(block, block, streams),)) for block, streams in places]
     found = Set(tuple(Member(unit, "closed") for unit in units), (((1, "img_mod.1"), 2),))
     again = sets.refitted(found, "v")
     assert set(again.sources.values()) == {"refit-v"}
@@ -260,7 +260,7 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     model, block_map = shop.model(again)
     reader, options = calls.Reader(tiny_calls), config.load(json.dumps(world[0]))["width"]
     rows, _ = width.fit_rows(reader, options, 0)
-    parts = [part for unit in units for part in unit.parts]
+    parts = [part for unit in units for part in unit.new_blocks]
     cpu = torch.device("cpu")
     maps = width.refit(transformer, model, block_map, parts, reader, rows, options, cpu)
     assert len(maps) == 3

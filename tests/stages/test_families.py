@@ -26,7 +26,7 @@ from ppcl.pruning import narrow
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines
 from ppcl.training import entrance
-from ppcl.transformer import blocks, calls, families
+from ppcl.transformer import blocks, calls, claims, families
 from support import ROOT, fresh, tiny, zoo_images, zoo_videos
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
@@ -158,6 +158,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
         "maps": "maps.safetensors",
         "intervals": "intervals.parquet",
         "candidates": "candidates.parquet",
+        "block_facts": "block-facts.parquet",
         "plan": "plan.json",
         "students": "students.safetensors",
         "state": "state",
@@ -168,14 +169,14 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
         stage(name, settings, **{key: at[key] for key in keys}, **more)
 
     wide = settings["width"]["enabled"]
-    run("record", "calls", "state")
+    run("record", "calls", "block_facts", "state")
     run("extract", "calls", "state", "tokens", "moments", "conditioning")
     run("probe", "moments", "tokens", "probes_table", "probes")
     run("similarity", "probes", "tokens", "cka", "blocks")
     run("sensitivity", "calls", "state", table=at["sensitivity"])
     compared = ["blocks"] if wide else []
     run("width", "calls", *compared, "conditioning", "state", "maps", table=at["width"])
-    run("intervals", "cka", "sensitivity", "intervals", "width", "candidates")
+    run("intervals", "block_facts", "cka", "sensitivity", "intervals", "width", "candidates")
     run("prune", "intervals", "calls", "plan", "students", "candidates")
     return at
 
@@ -235,7 +236,7 @@ def test_recorded_calls_replay_to_the_bit(ran):
     transformer = pipelines.load_transformer(settings["teacher"], torch.device("cpu"))
     reader = calls.Reader(at["calls"])
     for batch in reader.batches(reader.rows(), 2):
-        blocks.verify(transformer, batch.arguments)
+        claims.verify(transformer, batch.arguments)
         torch.testing.assert_close(
             blocks.answer(transformer, batch.arguments), batch.output, **close(settings)
         )

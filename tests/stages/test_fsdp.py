@@ -131,8 +131,11 @@ for product in (model.transformer_blocks[0].img_mod[1], model.norm_out.linear):
     torch.nn.init.constant_(product.down.weight, 0.1)
     torch.nn.init.constant_(product.up.weight, 0.1)
 model.requires_grad_(True)
+before = {{name: p.detach().clone() for name, p in model.named_parameters()}}
 count = blocks.parameter_count(model)
 fsdp.shard(model, list(model.transformer_blocks), accelerator, cpu_offload=False)
+gathered = fsdp.gathered(dict(model.named_parameters()), keep=True)
+assert gathered.keys() == before.keys() and all(torch.equal(gathered[n], before[n]) for n in before)
 optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
 model(**tiny.arguments())[0].square().mean().backward()
 norm = fsdp.clip(model.parameters(), 1e-3, accelerator)
@@ -141,10 +144,12 @@ assert norm > 1e-3 and abs(after - 1e-3) < 1e-6
 optimizer.step()
 tensors = dict(model.named_parameters()) | {{"odd": model.proj_out.weight.grad}}
 whole = {{name: tensor.detach().full_tensor() for name, tensor in tensors.items()}}
-fsdp.HELD = 4096  # in several turns
-found = fsdp.gathered(tensors, keep=accelerator.is_main_process)
-assert found.keys() == (tensors.keys() if accelerator.is_main_process else set())
-assert all(torch.equal(found[name], whole[name]) for name in found)
+whole["seven rows"] = torch.rand(7, 3, generator=torch.Generator().manual_seed(0))
+tensors["seven rows"] = fsdp.like(whole["seven rows"], model.proj_out.weight)
+gathered = fsdp.gathered(tensors, keep=accelerator.is_main_process)
+assert gathered.keys() == (tensors.keys() if accelerator.is_main_process else set())
+assert all(torch.equal(gathered[name], whole[name]) for name in gathered)
+assert all(t.untyped_storage().nbytes() == t.nbytes for t in gathered.values())
 held = sum(p.to_local().numel() for p in model.parameters())
 moments = sum(s["exp_avg"].to_local().numel() for s in optimizer.state.values())
 assert 0.45 * count < held < 0.55 * count and 0 < moments <= held, (held, count)

@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +23,14 @@ from ppcl.closed_forms import width
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.planning import footprint, planner, weightless
-from ppcl.pruning import plans
+from ppcl.pruning.units import units_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas, tables
 from ppcl.training import distillation
-from ppcl.transformer import blocks, calls, example_calls, families
-from support import ROOT, SCRIPTS, tiny
+from ppcl.transformer import blocks, calls, example_calls
+from ppcl.transformer.families import FAMILIES
+from ppcl.transformer.family import Size
+from support import ROOT, SCRIPTS, tiny, zoo_images, zoo_videos
 
 INTERVALS = [[3, 4], [5, 7], [8, 10], [11, 12], [15, 24], [25, 27], [29, 30], [42, 43], [45, 47]]
 INTERVALS += [[48, 49], [52, 53], [54, 55], [56, 57]]
@@ -35,6 +38,7 @@ GROUPS = [[13, 14], [31, 32], [33, 34], [36, 37], [40, 41], [50, 59]]
 QWEN, QWEN_DEPTH, FLUX = 20_430_401_088, 11_934_618_688, 11_901_408_320
 SMALL = {"num_layers": 3, "attention_head_dim": 64, "num_attention_heads": 8}
 SMALL |= {"joint_attention_dim": 256, "in_channels": 64, "axes_dims_rope": (16, 24, 24)}
+QWEN_IMAGE = FAMILIES["QwenImageTransformer2DModel"].pipeline
 SMALL_FLUX = SMALL | {"num_layers": 2, "num_single_layers": 2, "pooled_projection_dim": 64}
 
 
@@ -139,7 +143,7 @@ def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
     made = weightless.on_meta(
         {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
     )
-    every = plans.units(
+    every = units_of(
         [tuple(ends) for ends in intervals],
         [tuple(ends) for ends in groups],
         [(block, stream) for block in ffns for stream in ("image", "text")],
@@ -150,7 +154,7 @@ def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
     ranks = {matrix: rank for matrix, (rank,) in weightless.matrices(settings, made).items()}
     assert len(ranks) == 121
     low = weightless.low_rank(model, block_map, ranks)
-    d, borrowers = 3072, sum(part.borrows for unit in every for part in unit.parts)
+    d, borrowers = 3072, sum(part.borrows for unit in every for part in unit.new_blocks)
     dead = borrowers * (d * d + d + 128)  # text queries, and of the source of [50,59] all but a
     if groups:  # third of its modulation, whose product loses rows of `up` and of the bias
         dead += 84_953_088 + (d * d + d + 128) + 4 * d * (16 + 1)
@@ -233,15 +237,15 @@ def step_of(model: nn.Module, arguments: dict):
     "made_by, shape", [(QwenImageTransformer2DModel, SMALL), (FluxTransformer2DModel, SMALL_FLUX)]
 )
 def test_memory_of_a_training_step_is_as_measured(made_by, shape, recompute):
-    pipeline = example_calls.PIPELINES[made_by.__name__]
+    pipeline = FAMILIES[made_by.__name__].pipeline
     model = made_by(**shape).requires_grad_(True).train()
     with torch.device("meta"):
         empty = made_by(**shape).requires_grad_(True).train()
     for one in (model, empty):
         if recompute:
             one.enable_gradient_checkpointing()
-    size = example_calls.Size(384, 384, 1, 64)
-    arguments = pipeline.make(empty.config, 2, size, torch.float32)
+    size = Size(384, 384, 1, 64)
+    arguments = example_calls.made(pipeline, empty.config, size, 2, torch.float32)
     expected = footprint.measured(step_of(empty, arguments), [empty])
     peak = measured(step_of(model, real(arguments)))
     assert expected.peak == pytest.approx(peak, rel=0.15)
@@ -254,8 +258,8 @@ def test_memory_without_gradients_is_as_measured():
     model = QwenImageTransformer2DModel(**SMALL).eval()
     with torch.device("meta"):
         empty = QwenImageTransformer2DModel(**SMALL).eval()
-    size = example_calls.Size(384, 384, 1, 64)
-    arguments = example_calls.qwen_image(empty.config, 2, size, torch.float32)
+    size = Size(384, 384, 1, 64)
+    arguments = example_calls.made(QWEN_IMAGE, empty.config, size, 2, torch.float32)
     given = real(arguments)
     with torch.no_grad():
         expected = footprint.measured(lambda: empty(**arguments))
@@ -620,9 +624,9 @@ def _batches(path: Path):
 
 
 def _call(tokens: int) -> dict:
-    size = example_calls.Size(32, 32, 1, tokens, scale=4)
+    size = Size(32, 32, 1, tokens, scale=4)
     known = {"in_channels": 4 * tiny.Z_DIM, "joint_attention_dim": tiny.TEXT_WIDTH}
-    return example_calls.qwen_image(known, 1, size, torch.float32)
+    return example_calls.made(QWEN_IMAGE, known, size, 1, torch.float32)
 
 
 def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_path):
@@ -638,7 +642,8 @@ def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_
 
 
 def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
-    monkeypatch.delitem(example_calls.PIPELINES, "QwenImageTransformer2DModel")
+    name = "QwenImageTransformer2DModel"
+    monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], pipeline=None))
     file = architecture(tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL)
     settings = {"plan": {"transformer_config": str(file)}, "intervals": {"pin": [[0, 1]]}}
     found = plan(tmp_path / "plan.parquet", settings)
@@ -688,22 +693,19 @@ def test_errors(settings, message, tmp_path, monkeypatch):
         weightless.selection(complete, made)
 
 
-def test_every_example_runs():
-    shapes = {
-        "QwenImageTransformer2DModel": SMALL,
-        "FluxTransformer2DModel": SMALL_FLUX,
-        "SD3Transformer2DModel": {"num_layers": 2, "sample_size": 32},
-        "WanTransformer3DModel": {"num_layers": 1, "num_attention_heads": 2},
-    }
-    assert set(shapes) == set(example_calls.PIPELINES) & set(families.FAMILIES)
-    for name, shape in shapes.items():
-        made = weightless.on_meta({"_class_name": name, **shape}, torch.bfloat16, "here")
-        size = example_calls.Size(64, 64, 5, 16)
-        arguments = example_calls.PIPELINES[name].make(made.config, 2, size, torch.bfloat16)
-        with torch.no_grad():
-            assert len(made(**arguments)[0]) == 2, name
-        per_block, total = footprint.flops(made, arguments)
-        assert 0 < sum(per_block) < total
+EXAMPLES = {one.family: one for one in (zoo_images.SPECIMENS | zoo_videos.SPECIMENS).values()}
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family.pipeline])
+def test_every_example_runs(name):
+    one = EXAMPLES[name]
+    made = getattr(one.make(2), one.component).to("meta", torch.bfloat16)
+    size = Size(64, 64, 5, 16)
+    arguments = example_calls.made(FAMILIES[name].pipeline, made.config, size, 2, torch.bfloat16)
+    with torch.no_grad():
+        assert len(made(**arguments)[0]) == 2
+    per_block, total = footprint.flops(made, arguments)
+    assert 0 < sum(per_block) < total
 
 
 def test_the_target_runs_without_weights(tmp_path):

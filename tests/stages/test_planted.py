@@ -5,8 +5,6 @@ identity (a stock block with closed gates) or exactly linear per token (a block 
 replaced). Record, extract, probe, similarity and intervals then run as in the workflow.
 """
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -16,8 +14,9 @@ from ppcl.extraction import activations, token_table
 from ppcl.search import cka_draws, intervals
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, recording
-from ppcl.transformer import blocks, call_tables, calls
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
+from ppcl.transformer.block_facts import BlockFacts
+from ppcl.transformer.family import IMAGE, TEXT
 from support import tiny
 
 DEPTH, WIDTH = 12, 32
@@ -84,7 +83,7 @@ def folder(tiny_teacher, tmp_path_factory):
     )
     call_tables.write(folder / "calls.parquet", [table.schema for table in found], found, {})
     reader = calls.Reader(folder / "calls.parquet")
-    blocks.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)
+    claims.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)
     options = {"batch_size": 16, "moment_tokens": 16, "sample_tokens": 4, "checkpoint_every": 99}
     moments, samples = activations.collect(
         pipe.transformer,
@@ -97,14 +96,10 @@ def folder(tiny_teacher, tmp_path_factory):
         tiny.NoBar(),
     )
     size = blocks.parameter_count(pipe.transformer.transformer_blocks[0])
-    facts = {
-        "block_parameters": [size] * DEPTH,
-        "transformer_parameters": size * DEPTH,
-        "seams": [0],  # the stand-ins have other weights, but count as blocks of one kind here
-        "untouchable": [],
-    }
-    facts = {name: json.dumps(fact) for name, fact in facts.items()}
-    token_table.write_sample(folder / "tokens.parquet", samples, facts)
+    # The stand-ins have other weights, but count as blocks of one kind here.
+    facts = BlockFacts(["transformer_blocks"] * DEPTH, [0], {}, [size] * DEPTH, size * DEPTH)
+    block_facts.write(folder / "block-facts.parquet", facts, {})
+    token_table.write_sample(folder / "tokens.parquet", samples, {})
     tensors.write(folder / "moments.safetensors", moments.sums, {})
     table, probes, tokens = (
         folder / "p.parquet",
@@ -131,6 +126,7 @@ def selected(folder, streams, removed, segmentation="optimal", cost="cka"):
         "variants": [{"name": "small", "budget": 1 - removed / DEPTH}],
     }
     paths = {name: folder / f"{name}.parquet" for name in ("cka", "sensitivity", "intervals")}
+    paths["block_facts"] = folder / "block-facts.parquet"
     tiny.stage("intervals", SETTINGS | wanted, **paths)
     found = tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
     chosen = found[found["selected"]]

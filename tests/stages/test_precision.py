@@ -84,7 +84,7 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     card = json.loads((tmp_path / "p70" / "pruning.json").read_text())
     assert card["finetuned"] and len(card["units"]) == 2
     units = selection_file.read(plan).units
-    narrow = [part.narrow for unit in units for part in unit.parts]
+    narrow = [part.narrow for unit in units for part in unit.new_blocks]
     assert narrow == ([True] * 3 if schedule else [False] * 2)
     assert {key for key in weights if "text_output" in key} == set()  # nothing reads it
     linear = [key for key in weights if "txt_norm1.linear" in key or "linear_ffn" in key]

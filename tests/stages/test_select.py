@@ -9,12 +9,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ppcl.pruning.plans import Modulation
+from ppcl.pruning.units import Modulation
 from ppcl.search import cka_draws, intervals, savings
 from ppcl.search.intervals import Interval
 from ppcl.search.savings import Weights
 from ppcl.storage import schemas, tables
 from ppcl.storage.schemas import Verdict
+from ppcl.transformer import block_facts
+from ppcl.transformer.block_facts import BlockFacts
 from support import SCRIPTS
 
 # How the sentence begins that goes with a verdict.
@@ -51,7 +53,8 @@ def judged(path, schema):
     return table
 
 
-def write_cka(path, cka, **facts):
+def write_cka(path, cka, seams=(0,), untouchable=(), **facts):
+    """The tables of `similarity` and, beside it, of a teacher with as many like blocks."""
     first, last = np.nonzero(np.isfinite(cka))
     delta = cka_draws.differences(cka)[first, last]
     values = {"cka": cka[first, last], "delta": delta}
@@ -59,15 +62,10 @@ def write_cka(path, cka, **facts):
         values |= {f"{name}_low": values[name], f"{name}_high": values[name]}
     table = pd.DataFrame({"stream": "mean", "start": first - 1, "end": last, **values})
     depth = len(cka)
-    facts = {
-        "block_parameters": [100] * depth,
-        "transformer_parameters": 100 * depth + 50,
-        "seams": [0],
-        "untouchable": [],
-        "delta_noise": {"mean": 0.0},
-        "bootstrap": 2,
-        **facts,
-    }
+    facts = {"delta_noise": {"mean": 0.0}, "bootstrap": 2, **facts}
+    reasons = dict.fromkeys(untouchable, "the test says so")
+    blocks = BlockFacts(["b"] * depth, list(seams), reasons, [100] * depth, 100 * depth + 50)
+    block_facts.write(path.with_name("block-facts.parquet"), blocks, {})
     tables.write(path, table, schemas.CKA, {key: json.dumps(value) for key, value in facts.items()})
 
 
@@ -142,7 +140,7 @@ def run_stage(
     }
     script = SCRIPTS / "intervals.py"
     arguments = ["--config", json.dumps(choices)]
-    used = ["cka", "sensitivity", "intervals"]
+    used = ["block-facts", "cka", "sensitivity", "intervals"]
     used += ["probes"] if chosen.get("cost") == "influence" else []
     used += ["width", "candidates"] if width is not None or modulation is not None else []
     for table in used + ["latency"] * latency:
@@ -242,13 +240,22 @@ def test_stage_names_the_streams_that_there_are(tmp_path, monkeypatch, capsys):
     assert "similarity.streams 'text'; set it to one of mean" in message
 
 
-def test_stage_refuses_a_table_without_the_models_facts(tmp_path, monkeypatch, capsys):
+def test_stage_refuses_a_table_without_its_own_facts(tmp_path, monkeypatch, capsys):
     write_cka(tmp_path / "cka.parquet", random_cka(6, 4))
     table = tables.read(tmp_path / "cka.parquet", schemas.CKA)
     tables.write(tmp_path / "cka.parquet", table, schemas.CKA, {"seed": "0"})
     with pytest.raises(SystemExit):
         run_stage(monkeypatch, tmp_path)
-    assert "cka.parquet: its provenance lacks 'block_parameters'" in capsys.readouterr().err
+    assert "cka.parquet: its provenance lacks 'delta_noise'" in capsys.readouterr().err
+
+
+def test_stage_refuses_tables_of_another_teacher(tmp_path, monkeypatch, capsys):
+    write_cka(tmp_path / "cka.parquet", random_cka(6, 4))
+    fewer = BlockFacts(["b"] * 3, [0], {}, [100] * 3, 350)
+    block_facts.write(tmp_path / "block-facts.parquet", fewer, {})
+    with pytest.raises(SystemExit):
+        run_stage(monkeypatch, tmp_path)
+    assert "cka.parquet names blocks that this teacher lacks" in capsys.readouterr().err
 
 
 def test_stage_takes_what_was_measured_to_cost_least(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.storage import schemas, tables, texts
 from ppcl.training import shards
 from support import SCRIPTS, tiny
@@ -27,7 +27,7 @@ def selections(draw, largest=12, parts=3):
         of_unit = []
         for _ in range(draw(st.integers(1, parts))):
             last = first + draw(st.integers(0, 3))
-            of_unit.append(Part(first, last))
+            of_unit.append(NewBlock(first, last))
             first = last + 1
         found.append(Unit(tuple(of_unit)))
         block = first
@@ -99,10 +99,13 @@ def test_auto_is_near_the_fastest_with_no_job_too_many(units, caching):
 def passes(units, caching):
     """A step's block passes one by one: what runs, from where, and the filling's share."""
     first = min(
-        first for unit in units for p in unit.parts for first, _ in (p.key, p.source or p.key)
+        first
+        for unit in units
+        for p in unit.new_blocks
+        for first, _ in (p.ends, p.source or p.ends)
     )
-    last = max(p.last for unit in units for p in unit.parts)
-    students = 3 * sum(len(unit.parts) for unit in units)
+    last = max(p.last for unit in units for p in unit.new_blocks)
+    students = 3 * sum(len(unit.new_blocks) for unit in units)
     whole = len(range(last + 1)) + students
     late = len(range(first, last + 1)) + students + caching.fill * len(range(first))
     if caching.mode == "never":
@@ -114,21 +117,21 @@ def passes(units, caching):
 def test_a_job_costs_what_it_runs(units, caching):
     assert shards.cost(units, caching) == pytest.approx(passes(units, caching))
     kept = shards.cached(units, caching)
-    assert not kept or shards.first_needed([p for u in units for p in u.parts]) > 0
+    assert not kept or shards.first_needed([p for u in units for p in u.new_blocks]) > 0
     line = shards.explain(units, caching)
     assert ("streams that are kept" in line) == kept
 
 
 def test_streams_are_kept_only_where_that_pays():
-    deep, shallow = [Unit((Part(50, 51),))], [Unit((Part(2, 51),))]
+    deep, shallow = [Unit((NewBlock(50, 51),))], [Unit((NewBlock(2, 51),))]
     often, once = shards.Caching("auto", 0.1), shards.Caching("auto", 1.0)
     assert shards.cached(deep, often) and not shards.cached(deep, once)
     assert not shards.cached(shallow, often)  # it saves 1.8 of 55 passes
     assert shards.cached(shallow, shards.Caching("always", 1.0))
     assert not shards.cached(deep, shards.NEVER)
-    start = [Unit((Part(0, 3),))]
+    start = [Unit((NewBlock(0, 3),))]
     assert not shards.cached(start, shards.Caching("always", 0.0))
-    lent = [Unit((Part(4, 4, text="source"), Part(6, 7, text="close", source=(4, 4))))]
+    lent = [Unit((NewBlock(4, 4, text="source"), NewBlock(6, 7, text="close", source=(4, 4))))]
     assert shards.cost(lent, shards.Caching("always", 0.0)) == 4 + 6
 
 
@@ -136,7 +139,7 @@ def test_deep_jobs_own_fewer_students():
     """60 blocks and 13 students as published for Qwen-Image: the teacher dominates a deep job."""
     ends = [(3, 4), (5, 7), (8, 10), (11, 12), (15, 24), (25, 27), (29, 30), (42, 43), (45, 47)]
     ends += [(48, 49), (52, 53), (54, 55), (56, 57)]
-    units = [Unit((Part(*pair),)) for pair in ends]
+    units = [Unit((NewBlock(*pair),)) for pair in ends]
     assert shards.cost(units) == 58 + 3 * 13
     jobs = shards.allot(units, 3)
     assert [len(job) for job in jobs] == [7, 4, 2]

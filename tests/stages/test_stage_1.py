@@ -12,6 +12,8 @@ from ppcl.ablation import rivals
 from ppcl.extraction import token_table
 from ppcl.search import probes
 from ppcl.storage import schemas, tables, tensors
+from ppcl.transformer import block_facts
+from ppcl.transformer.block_facts import BlockFacts
 from support import SCRIPTS
 
 LINEAR = {2, 3, 4, 7, 8}
@@ -62,14 +64,9 @@ def record(folder):
                 sums[f"{stream}.{block}.{name}"] = torch.from_numpy(
                     np.atleast_1d(value).astype(float)
                 )
-    facts = {
-        "block_parameters": [100] * 10,
-        "transformer_parameters": 1000,
-        "seams": [0],
-        "untouchable": [],
-    }
-    facts = {name: json.dumps(fact) for name, fact in facts.items()}
-    token_table.write_sample(folder / "tokens.parquet", samples, facts)
+    token_table.write_sample(folder / "tokens.parquet", samples, {})
+    facts = BlockFacts(["blocks"] * 10, [0], {}, [100] * 10, 1000)
+    block_facts.write(folder / "block-facts.parquet", facts, {})
     tensors.write(folder / "moments.safetensors", sums, {})
 
 
@@ -98,7 +95,8 @@ def test_planted_linear_runs_are_found(folder, monkeypatch):
     paths = {"probes": "probes.safetensors", "tokens": "tokens.parquet"}
     run(monkeypatch, "similarity", folder, **paths, cka="cka.parquet", blocks="blocks.parquet")
     paths = {"sensitivity": "none.parquet", "intervals": "intervals.parquet"}
-    run(monkeypatch, "intervals", folder, cka="cka.parquet", **paths)
+    paths |= {"block_facts": "block-facts.parquet", "cka": "cka.parquet"}
+    run(monkeypatch, "intervals", folder, **paths)
 
     quality = tables.read(folder / "probes.parquet", schemas.PROBES).to_pandas()
     assert len(quality) == 20

@@ -15,8 +15,8 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import assembly
-from ppcl.pruning import plans, selection_file, students
-from ppcl.pruning.plans import parts_of
+from ppcl.pruning import selection_file, students
+from ppcl.pruning.units import Modulation, NewBlock, new_blocks_of, units_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines
@@ -61,7 +61,7 @@ def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
     assert (found["path"] == "").all() and (found["rank"] == 0).all()
     # Each matrix of every block and the last one's, at 2, 4 and 8: what gets silu(temb) of six
     # timesteps and no more has five directions.
-    every = [plans.Modulation(**entry) for entry in json.loads(sizes["modulations"])]
+    every = [Modulation(**entry) for entry in json.loads(sizes["modulations"])]
     assert [one.key for one in every] == [
         *((block, f"{name}_mod.1") for block in range(5) for name in ("img", "txt")),
         (5, "norm_out.linear"),
@@ -101,14 +101,14 @@ def test_maps_in_the_file_are_those_that_were_priced(tiny_teacher, tiny_calls, t
     rows = reader.sample_heldout("select", 3, 0)
     for row in (found[found["kind"] == "ffn"].iloc[2], found[found["kind"] == "text"].iloc[1]):
         if row["kind"] == "ffn":
-            units = plans.units([], [], [(row["first"], row["stream"])], last)
+            units = units_of([], [], [(row["first"], row["stream"])], last)
         else:
-            units = plans.units([], [(row["first"], row["last"])], (), last)
-        made = width.closed(transformer, units[0].parts, maps)
+            units = units_of([], [(row["first"], row["last"])], (), last)
+        made = width.closed(transformer, units[0].new_blocks, maps)
         cost = prices.error(transformer, made, reader, rows, 4, torch.device("cpu"))
         assert cost == pytest.approx(row["velocity_error"], rel=1e-5)
         with pytest.raises(ValueError, match="no kept block"):
-            width.closed(transformer, [plans.Part(1, 2)], maps)
+            width.closed(transformer, [NewBlock(1, 2)], maps)
     with pytest.raises(UserError, match=r"w\.safetensors has no map ffn/image\.07"):
         maps[width.Map("ffn/image", (7, 7), (7, 7))]
 
@@ -197,7 +197,7 @@ def test_a_staged_plan_trains_depth_first(world):
     plan = selection_file.read(folder / "plan.json")
     assert [unit.name for unit in plan.units] == ["00-01", "02-03", "04-04"]
     assert [unit.name for unit in plan.distilled] == ["00-01"]
-    assert not plan.distilled[0].parts[0].narrow and plan.units[0].parts[0].narrow
+    assert not plan.distilled[0].new_blocks[0].narrow and plan.units[0].new_blocks[0].narrow
     seconds = tables.read(folder / "latency.parquet", schemas.LATENCY).to_pandas()
     seconds = seconds[seconds["block"] == 0].set_index("part")["seconds"]
     found = [entry["saved_seconds"] for entry in plan.facts["units"]]
@@ -252,8 +252,8 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     smallest = table.iloc[0]
     assert named[0] == [unit.name for unit in plan.units]
     teacher = tiny.load(tiny_teacher).transformer
-    trained = students.load(made["narrow"], teacher, parts_of(plan.units))
-    model, _ = blocks.assembled(teacher, {part.key: s for part, s in trained.items()})
+    trained = students.load(made["narrow"], teacher, new_blocks_of(plan.units))
+    model, _ = blocks.assembled(teacher, {part.ends: s for part, s in trained.items()})
     assert smallest["parameters"] == blocks.parameter_count(model)
     error = power = 0.0
     for row in reader.sample_heldout("report", 4, 0):
@@ -293,7 +293,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
 
     source = tiny.source(teacher["path"]) | {"dtype": "bfloat16"}
     transformer = pipelines.load_transformer(source, torch.device("cpu"))
-    trained = students.load(made["narrow"], transformer, parts_of(plan.units))
+    trained = students.load(made["narrow"], transformer, new_blocks_of(plan.units))
     options = config.complete(settings, "test")
     options["ablation"] |= {"finetune_steps": 0}
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
@@ -305,7 +305,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
         assert state.keys() == exported.keys(), name
         for key, value in exported.items():
             assert state[key].dtype == value.dtype and torch.equal(state[key], value), (name, key)
-    own = trained[plan.units[0].parts[0]].state_dict()
+    own = trained[plan.units[0].new_blocks[0]].state_dict()
     for key in ("img_mod.1.weight", "attn.to_q.weight"):
         held = exported[f"transformer_blocks.0.{key}"]
         kept = key.startswith("img_mod")
@@ -378,7 +378,7 @@ def test_narrow_refuses_students_that_do_not_fit(world, tmp_path, capsys):
     folder, settings, common = world
     paths = common | outputs(tmp_path, "narrow", "x")
     paths["students"] = folder / "narrow.safetensors"  # narrow already
-    assert "does not fit part 00-01" in refused(capsys, "narrow", settings, **paths)
+    assert "does not fit block 00-01" in refused(capsys, "narrow", settings, **paths)
 
 
 def test_a_staged_selection_without_depth_only_narrows(world, tiny_calls, tmp_path):

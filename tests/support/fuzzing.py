@@ -300,7 +300,7 @@ UNIT = {
     "saved_parameters": 5,
     "pinned": False,
     "saved_seconds": None,
-    "parts": [PART],
+    "new_blocks": [PART],
 }
 PLAN = {"transformer_parameters": 100, "blocks": 5}
 PLAN |= {"units": [UNIT], "distilled": [UNIT], "closed": [UNIT]}

@@ -2,8 +2,8 @@
 
 import torch
 
-from ppcl.pruning import narrow, plans, students
-from ppcl.pruning.plans import parts_of
+from ppcl.pruning import narrow, students
+from ppcl.pruning.units import new_blocks_of, units_of
 from ppcl.settings import DistillSettings
 
 OPTIONS = DistillSettings.of(
@@ -19,12 +19,12 @@ OPTIONS = DistillSettings.of(
 )
 # A depth student lends its text to a kept block with a linear FFN and to another student; a block
 # of its own has two linear FFNs.
-UNITS = plans.units([(0, 1), (3, 4)], [(0, 4)], [(2, "image"), (5, "image"), (5, "text")])
+UNITS = units_of([(0, 1), (3, 4)], [(0, 4)], [(2, "image"), (5, "image"), (5, "text")])
 
 
 def made(teacher, seed=0):
     """Narrow students of all parts, with random maps."""
-    taught = students.start(teacher, parts_of(UNITS), "first")
+    taught = students.start(teacher, new_blocks_of(UNITS), "first")
     generator = torch.Generator().manual_seed(seed)
     for part, student in taught.items():
         students.shaped(teacher, part, student)

@@ -42,6 +42,7 @@ class Stage:
 
 
 CALLS = {"calls": "calls.parquet"}
+BLOCK_FACTS = {"block_facts": "block-facts.parquet"}
 SEARCHED = CALLS | {
     "tokens": "tokens.parquet",
     "conditioning": "conditioning.safetensors",
@@ -76,7 +77,7 @@ def _taught(program: str, start: str) -> Stage:
 
 
 STAGES = [
-    Stage("record", {}, CALLS, state=True),
+    Stage("record", {}, CALLS | BLOCK_FACTS, state=True),
     Stage(
         "extract",
         CALLS,
@@ -106,7 +107,8 @@ STAGES = [
     ),
     Stage(
         "intervals",
-        {"cka": "cka.parquet", "sensitivity": "sensitivity.parquet", "width": "width.parquet"},
+        BLOCK_FACTS
+        | {"cka": "cka.parquet", "sensitivity": "sensitivity.parquet", "width": "width.parquet"},
         {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
     ),
     Stage("latency", CALLS, {"table": "latency.parquet"}),

@@ -281,7 +281,7 @@ def test_picked_tokens_depend_on_the_row_only():
 def sampled(world, tmp_path_factory):
     path = tmp_path_factory.mktemp("tokens") / "tokens.parquet"
     _, samples = collect(world)
-    token_table.write_sample(path, samples, {"seams": "[0]"})
+    token_table.write_sample(path, samples, {"seed": "0"})
     return path, samples
 
 
@@ -468,8 +468,7 @@ def test_a_narrower_stream_keeps_its_width(sampled, tmp_path):
     _, samples = sampled
     narrow = samples["text"] | {"value": np.stack(list(samples["text"]["value"]))[..., :8]}
     path = tmp_path / "t.parquet"
-    facts = {"block_parameters": "[1]"}
-    token_table.write_sample(path, samples | {"text": narrow}, facts)
+    token_table.write_sample(path, samples | {"text": narrow}, {"seed": "0"})
     tokens = token_table.TokenReader(path)
     for stream, expected in (("image", samples["image"]), ("text", narrow)):
         for boundary, value in enumerate(expected["value"]):

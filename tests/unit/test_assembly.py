@@ -14,7 +14,7 @@ from torch import nn
 from ppcl.errors import UserError
 from ppcl.export import assembly, rehearsal
 from ppcl.pruning import selection_file, students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.storage import texts
 from ppcl.transformer import blocks, calls
 from support import tiny
@@ -241,8 +241,8 @@ def test_a_class_that_needs_more_than_two_blocks_is_rehearsed_whole(
 def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_inside):
     """The program, from a hand-made student."""
     teacher = tiny.load(tiny_teacher).transformer
-    unit = Unit((Part(3, 4),))
-    made = students.start(teacher, unit.parts, "first")
+    unit = Unit((NewBlock(3, 4),))
+    made = students.start(teacher, unit.new_blocks, "first")
     students.save(tmp_path / "students.safetensors", made, {})
     size = blocks.parameter_count(teacher.transformer_blocks[0])
     total = blocks.parameter_count(teacher)
@@ -265,7 +265,7 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     card = json.loads((tmp_path / "p85" / "pruning.json").read_text())
     (found,) = card["units"]
     assert found["name"] == "03-04" and found["source"] == "start" and card["ranks"] == []
-    assert found["parts"] == json.loads(json.dumps(entries[0]["parts"]))
+    assert found["new_blocks"] == json.loads(json.dumps(entries[0]["new_blocks"]))
     assert card["finetuned"] is False
     assert card["parameters"] == total - size
     assert card["parameter_fraction"] == pytest.approx(1 - size / total)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.transformer import blocks, families
-from ppcl.transformer.families import BlockList, Family
+from ppcl.transformer import blocks, claims, families, registry
+from ppcl.transformer.family import BlockList, Family
 from support import tiny
 
 NAME = "QwenImageTransformer2DModel"
@@ -115,7 +115,7 @@ def test_stop_after_ends_the_pass_and_hooks_leave(model):
 
 def test_verify_accepts_the_registry_and_refuses_swapped_streams(model, monkeypatch):
     call = tiny.arguments((16, 16))  # as many text tokens as image tokens: shapes tell nothing
-    blocks.verify(model, call)
+    claims.verify(model, call)
     (true,) = families.FAMILIES[NAME].lists
     for wrong in (
         replace(true, outputs=("image", "text")),
@@ -123,7 +123,7 @@ def test_verify_accepts_the_registry_and_refuses_swapped_streams(model, monkeypa
     ):
         monkeypatch.setitem(families.FAMILIES, NAME, Family((wrong,)))
         with pytest.raises(UserError, match=r"block 0 does not return its \w+ stream"):
-            blocks.verify(model, call)
+            claims.verify(model, call)
 
 
 def test_verify_refuses_missing_streams_and_outputs(model, monkeypatch):
@@ -131,11 +131,11 @@ def test_verify_refuses_missing_streams_and_outputs(model, monkeypatch):
     extra = replace(true, inputs=true.inputs | {"audio": "audio_states"})
     monkeypatch.setitem(families.FAMILIES, NAME, Family((extra,)))
     with pytest.raises(UserError, match="block 0 got no audio stream"):
-        blocks.verify(model, tiny.arguments())
+        claims.verify(model, tiny.arguments())
     single = replace(true, inputs={"image": "hidden_states"}, outputs=("image",))
     monkeypatch.setitem(families.FAMILIES, NAME, Family((single,)))
     with pytest.raises(UserError, match=r"block 0 returns 2 .*families\.py"):
-        blocks.verify(model, tiny.arguments())
+        claims.verify(model, tiny.arguments())
 
 
 def test_teachers_own_blocks_plugged_back_are_the_teacher(model):
@@ -178,7 +178,7 @@ def test_interval_of_identities_is_its_first_block():
 
 
 def test_token_masks(model):
-    family = families.family_of(NAME)
+    family = registry.family_of(NAME)
     streams = {"image": torch.ones(2, 16, 4), "text": torch.ones(2, 5, 4)}
     assert blocks.token_masks(family, tiny.arguments(), streams) == {}
     masks = blocks.token_masks(family, tiny.arguments((5, 3)), streams)

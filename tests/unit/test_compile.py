@@ -9,17 +9,17 @@ from torch._dynamo.utils import counters
 
 from ppcl.errors import UserError
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.runtime import devices
 from ppcl.settings import SubsetsSettings
 from ppcl.teacher import pipelines, replays
 from ppcl.training import distillation, teaching
-from ppcl.transformer import blocks
+from ppcl.transformer import blocks, inside_block
 from support import tiny
 
 # The compiled graph runs without a compiler of machine code, which not everybody has.
 BACKEND = "aot_eager"
-PARTS = [Part(0, 1), Part(3, 4)]
+PARTS = [NewBlock(0, 1), NewBlock(3, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_taps_see_what_passes_inside(teacher, compiled):
         block = blocks.block_sequence(model)[2]
         with torch.no_grad():
             model(**call)  # compiled before the taps are there
-            with blocks.taps(block) as taps:
+            with inside_block.taps(block) as taps:
                 model(**call)
         seen.append(dict(taps))
     assert seen[0].keys() == seen[1].keys() == {"text/input", "ffn/image", "ffn/text"}

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ppcl.closed_forms import width
 from ppcl.errors import UserError
 from ppcl.pruning import selection_file, students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.runtime import devices, processes
 from ppcl.settings import DistillSettings
 from ppcl.storage import schemas, tables, texts
@@ -24,8 +24,8 @@ from ppcl.transformer import blocks, calls
 from support import ROOT, tiny
 
 CPU = torch.device("cpu")
-FIRST, SECOND = Part(0, 1), Part(3, 4)
-EVERY = [SECOND, Part(1, 3), FIRST]
+FIRST, SECOND = NewBlock(0, 1), NewBlock(3, 4)
+EVERY = [SECOND, NewBlock(1, 3), FIRST]
 
 # ---- students in the teacher
 
@@ -39,7 +39,7 @@ def test_the_price_is_the_relative_velocity_error_in_float32(teacher, reader, dt
     found = prices.error(low, taught, reader, rows, 4, CPU)
     exact = copy.deepcopy(low).double()
     model, _ = blocks.assembled(
-        exact, {SECOND.key: copy.deepcopy(taught[SECOND]).to(dtype).double()}
+        exact, {SECOND.ends: copy.deepcopy(taught[SECOND]).to(dtype).double()}
     )
     error = power = 0.0
     for batch in reader.batches(rows, 4):
@@ -62,7 +62,7 @@ def is_float(x):
 
 
 def test_the_price_of_a_perfect_student_is_zero(teacher, reader):
-    own = {Part(2, 2): teacher.transformer_blocks[2]}
+    own = {NewBlock(2, 2): teacher.transformer_blocks[2]}
     assert prices.error(teacher, own, reader, reader.rows(heldout=True), 4, CPU) < 1e-12
 
 
@@ -99,7 +99,7 @@ def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader
     """In small batches, which behind the changes are joined; and again where nothing is kept."""
     rows = reader.rows(heldout=True)
     # Also at the very end, where nothing of the teacher but its head follows.
-    parts = [Part(0, 2), Part(1, 2), Part(2, 2), Part(4, 5), Part(5, 5)]
+    parts = [NewBlock(0, 2), NewBlock(1, 2), NewBlock(2, 2), NewBlock(4, 5), NewBlock(5, 5)]
     taught = students.start(teacher, parts, "first")
     for student in taught.values():
         with torch.no_grad():
@@ -126,7 +126,7 @@ def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader
 @torch.no_grad()
 def test_what_is_left_of_a_group_is_measured_with_the_rest_of_it(teacher, reader, tmp_path):
     """Alone, an error would be rounded in another way than in a run that nobody stopped."""
-    rows, parts = reader.rows(heldout=True), [Part(0, 2), Part(1, 2), Part(2, 2)]
+    rows, parts = reader.rows(heldout=True), [NewBlock(0, 2), NewBlock(1, 2), NewBlock(2, 2)]
     taught = students.start(teacher, parts, "first")
     sets = {p.name: (p.first, p.last, partial(lambda p: {p: taught[p]}, p)) for p in parts}
     changes = prices.of_students(teacher, sets)
@@ -147,8 +147,8 @@ def test_what_is_left_of_a_group_is_measured_with_the_rest_of_it(teacher, reader
 
 def test_a_text_run_up_to_the_end_goes_on_with_others(teacher, reader):
     """Nothing takes apart the two texts that its blocks pass on, so that it needs its own batch."""
-    run = [Part(4, 4, text="lend"), Part(5, 5, text="borrow", source=(4, 4))]
-    sets = [run, [Part(5, 5)], [Part(3, 5)]]
+    run = [NewBlock(4, 4, text="lend"), NewBlock(5, 5, text="borrow", source=(4, 4))]
+    sets = [run, [NewBlock(5, 5)], [NewBlock(3, 5)]]
     taught = students.start(teacher, [part for parts in sets for part in parts], "first")
     for student in taught.values():
         with torch.no_grad():
@@ -275,7 +275,7 @@ def harmless(tmp_path_factory):
     path = tmp_path_factory.mktemp("digits") / "calls.parquet"
     reader = calls.Reader(tiny.record(folder, path, prompts))
     teacher = pipelines.load_transformer(tiny.source(folder), CPU)
-    parts = [Part(block, block, ("text",)) for block in (4, 11, 12, 17, 21)]
+    parts = [NewBlock(block, block, ("text",)) for block in (4, 11, 12, 17, 21)]
     wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(teacher)}
     maps = [one for part in parts for one in width.maps_of(part)]
     rows = reader.rows(heldout=False), reader.rows(heldout=True)

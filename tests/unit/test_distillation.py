@@ -9,12 +9,12 @@ import torch
 from ppcl.ablation import chain
 from ppcl.errors import UserError
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.settings import DistillSettings
 from ppcl.training import distillation, loop, losses, teaching
 from support import tiny
 
-FIRST, SECOND = Part(0, 1), Part(3, 4)
+FIRST, SECOND = NewBlock(0, 1), NewBlock(3, 4)
 OPTIONS = DistillSettings.of(
     {
         "loss": "normalised",

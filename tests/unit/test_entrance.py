@@ -10,7 +10,7 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, parts_of
+from ppcl.pruning.units import NewBlock, new_blocks_of
 from ppcl.runtime import stopping
 from ppcl.storage import tensors
 from ppcl.training import distillation, entrance, loop, shards, teaching
@@ -18,7 +18,7 @@ from ppcl.transformer import blocks
 from support import tiny
 from support.narrow_students import OPTIONS, UNITS
 
-PART = Part(3, 4)
+PART = NewBlock(3, 4)
 HOW = OPTIONS.replace(cache_inputs="auto", steps=6, batch_size=3)
 FREE = namedtuple("Usage", "total used free")
 
@@ -64,9 +64,9 @@ def files(tmp_path):
 
 def test_lessons_of_text_runs_are_the_same_to_the_bit(teacher):
     """A part that borrows needs block a's attention input too, which may be before its own."""
-    parts = [part for part in parts_of(UNITS) if part.borrows]
+    parts = [part for part in new_blocks_of(UNITS) if part.borrows]
     assert shards.first_needed(parts) == 0 < min(part.first for part in parts)
-    parts = [Part(4, 4, text="borrow", source=(2, 3)), Part(5, 5)]
+    parts = [NewBlock(4, 4, text="borrow", source=(2, 3)), NewBlock(5, 5)]
     call = tiny.arguments((5, 3))
     first = shards.first_needed(parts)
     assert first == 2

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from support import SCRIPTS
+from support import ROOT, SCRIPTS
 
 LIBRARY = SCRIPTS / "ppcl"
 
 # Packages and the modules beside them, from the lowest, the table's last row, to the highest. Each
 # may import what is below it, and a package's own docstring says which of them it does.
-MAP = (LIBRARY.parents[2] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+MAP = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 FLOORS = re.findall(r"^\| `(\w+)` \|", MAP, re.MULTILINE)[::-1]
 PACKAGES = sorted(path.parent.name for path in LIBRARY.glob("*/__init__.py"))
 
@@ -90,3 +90,21 @@ def test_a_package_says_what_it_holds_and_imports_no_more_than_it_says(package):
             if any(other.startswith(f"{package}.") for other in imports(path))
         } - {package}
         assert "may import it" in by and users == set(re.findall(r"\w+", by)) & set(FLOORS)
+
+
+def test_tests_lie_in_a_folder_of_their_kind_and_none_imports_another():
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    tests = [path for path in files if path.name.startswith("test_")]
+    assert {str(path.parent.relative_to(ROOT)) for path in tests} == {
+        "tests/unit",
+        "tests/stages",
+        "tests/faults",
+    }
+    names = {path.stem for path in tests}
+    assert len(names) == len(tests), "pytest imports test files by their names alone"
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                assert not names & {alias.name for alias in node.names}, path
+            elif isinstance(node, ast.ImportFrom):
+                assert node.module not in names, path

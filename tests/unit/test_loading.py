@@ -22,10 +22,10 @@ from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import assembly, reload_gate
 from ppcl.pruning import narrow, students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.runtime import devices
 from ppcl.teacher import hub, pipelines, prompts, recording
-from ppcl.transformer import blocks, call_arguments
+from ppcl.transformer import blocks, call_arguments, claims
 from support import SCRIPTS, tiny, zoo_images, zoo_parts
 from support.hub_cache import NAME, put
 
@@ -280,7 +280,7 @@ def test_a_streamed_transformer_works_as_any(tiny_teacher, call, expected):
     plain = pipelines.load_transformer(source, CPU)
     streamed = pipelines.load_transformer(source.replace(offload="stream"), CPU)
     assert torch.equal(answer(streamed, call), expected)
-    blocks.verify(streamed, call)
+    claims.verify(streamed, call)
     seen = {}
     for name, transformer in (("plain", plain), ("streamed", streamed)):
         kept = seen.setdefault(name, {})
@@ -295,8 +295,8 @@ def test_a_streamed_transformer_works_as_any(tiny_teacher, call, expected):
     # Students of it, plugged in, give what students of a plain teacher do.
     answers = []
     for transformer in (plain, streamed):
-        made = students.start(transformer, [Part(1, 3)], "average")
-        model, _ = blocks.assembled(transformer, {(1, 3): made[Part(1, 3)]})
+        made = students.start(transformer, [NewBlock(1, 3)], "average")
+        model, _ = blocks.assembled(transformer, {(1, 3): made[NewBlock(1, 3)]})
         answers.append(answer(model, call))
     assert torch.equal(*answers) and not torch.equal(answers[0], expected)
 
@@ -327,7 +327,7 @@ def test_blocks_are_on_the_device_only_while_they_run(tiny_teacher, call, monkey
         every[3]("wrong")
     assert moves == [("on", every[3]), ("off", every[3])]
     moves.clear()
-    student = students.start(transformer, [Part(0, 1)], "first")[Part(0, 1)]
+    student = students.start(transformer, [NewBlock(0, 1)], "first")[NewBlock(0, 1)]
     blocks.assembled(transformer, {(0, 4): student})[0](**call)[0].sum().backward()
     assert moves == [] and student.img_mlp.net[2].weight.grad.abs().sum() > 0
 
@@ -454,7 +454,7 @@ def test_the_second_transformer_is_pruned(wan, tmp_path):
 def test_a_model_is_what_loads_in_the_teachers_types(wan, tmp_path):
     """Its class keeps tables and norms in float32: a student's are not rounded on the way."""
     source = tiny.source(wan).replace(dtype="bfloat16")
-    transformer, part = pipelines.load_transformer(source, CPU), Part(0, 1, ("image",))
+    transformer, part = pipelines.load_transformer(source, CPU), NewBlock(0, 1, ("image",))
     (student,) = students.start(transformer, [part], "average").values()
     students.shaped(transformer, part, student)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ppcl.closed_forms import modulation
 from ppcl.export import assembly
 from ppcl.pruning import narrow, students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.runtime import devices
 from ppcl.teacher import pipelines
 from ppcl.transformer import blocks
@@ -288,7 +288,11 @@ def test_a_pruned_pipeline_is_a_teacher(
     teacher = again.transformer
     assert torch.equal(answer(teacher, call), answer(low, call))
     assert [found.block for found in modulation.matrices(teacher)] == [3, 3, 4, 4]  # the rest are
-    parts = [Part(0, 0, ("image",)), Part(1, 1, (), "source"), Part(2, 2, (), "close", (1, 1))]
+    parts = [
+        NewBlock(0, 0, ("image",)),
+        NewBlock(1, 1, (), "source"),
+        NewBlock(2, 2, (), "close", (1, 1)),
+    ]
     made = students.start(teacher, parts, "first")
     for part, student in made.items():
         students.shaped(teacher, part, student)

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.errors import UserError
 from ppcl.pruning import narrow
-from ppcl.transformer import blocks, families
+from ppcl.transformer import blocks, claims, families
+from ppcl.transformer.family import TEXT, BlockList
 from support import tiny
 
 WIDTH, LENGTHS = 32, (5, 3)  # the second prompt is padded
@@ -243,7 +244,7 @@ def test_zero_maps_pass_the_source_on(stock, bound):
 
 def test_nothing_reads_the_text_after_the_last_block(stock, call):
     """The family's claim, by which a run that ends there needs no close."""
-    assert blocks.family(stock).unread == (families.TEXT,)
+    assert blocks.family(stock).unread == (TEXT,)
     specs = {2: {"text": "source"}, 3: {"text": "borrow"}, 4: {"text": "borrow"}}
     answers = [
         assembled(stock, specs | other)(**call)[0]
@@ -434,7 +435,7 @@ def test_blocks_compile_one_by_one(stock, call):
 
 
 def test_hooks_on_a_block_see_what_passes_between_blocks(stock, call):
-    blocks.verify(run_of(stock), call)
+    claims.verify(run_of(stock), call)
 
 
 def test_a_lora_of_the_stock_class_loads(stock, call, caplog):
@@ -492,7 +493,7 @@ def test_what_cannot_be_narrowed_is_refused(stock, spec, message):
 
 
 def test_a_family_without_the_part_is_refused(stock):
-    bare = families.BlockList("b", "n", {"image": "x"}, ("image",))
+    bare = BlockList("b", "n", {"image": "x"}, ("image",))
     assert bare.layout() == {"outputs": ["image"], "ffn": {}, "text": None}
     whole = copy.deepcopy(stock.transformer_blocks[0])
     with pytest.raises(ValueError, match="no text stream that could be borrowed"):

@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from ppcl.pruning import narrow, plans, students
-from ppcl.pruning.plans import Part, parts_of
+from ppcl.pruning import narrow, students
+from ppcl.pruning.units import NewBlock, new_blocks_of, units_of
 from ppcl.settings import SubsetsSettings
 from ppcl.training import distillation, losses, teaching
 from ppcl.transformer import blocks
 from support import tiny
 from support.narrow_students import OPTIONS, UNITS, made
 
-SOURCE, BORROW, CLOSE, LAST = parts_of(UNITS)
+SOURCE, BORROW, CLOSE, LAST = new_blocks_of(UNITS)
 D = 32
 
 
@@ -37,9 +37,9 @@ def test_the_parts_are_those_that_this_file_means():
 def test_borrowers_get_what_a_source_like_the_teacher_passes(teacher):
     """With blocks of the teacher as source: in a model that really runs, to the bit."""
     source, borrow, close = (
-        Part(1, 1, text="source"),
+        NewBlock(1, 1, text="source"),
         *(
-            Part(block, block, text=text, source=(1, 1))
+            NewBlock(block, block, text=text, source=(1, 1))
             for block, text in ((2, "borrow"), (3, "close"))
         ),
     )
@@ -61,7 +61,7 @@ def test_borrowers_get_what_a_source_like_the_teacher_passes(teacher):
         assert torch.equal(carry, passed[part]["encoder_hidden_states"])
         assert torch.equal(lessons[part].lent, carry[..., D:])
     # The image stream is the teacher's, whatever a borrower before it did.
-    whole = teaching.teacher_states(teacher, [Part(2, 2)], call)[Part(2, 2)]
+    whole = teaching.teacher_states(teacher, [NewBlock(2, 2)], call)[NewBlock(2, 2)]
     assert torch.equal(lessons[close].bound["hidden_states"], whole.target["image"])
     assert lessons[borrow].target.keys() == {"image"}
     assert lessons[close].target.keys() == {"image", "text"}
@@ -180,13 +180,13 @@ def test_borrowers_learn_from_what_the_model_lends(
 ):
     """L_linear of l^z is of z_a in the assembled model, and of what the whole block had in z_p's
     place, before anything is trained and when the source has become another."""
-    units = plans.units(intervals, [(0, 5)], ffns, unread_after=5)
-    wholes = students.start(teacher, parts_of(units), how)
+    units = units_of(intervals, [(0, 5)], ffns, unread_after=5)
+    wholes = students.start(teacher, new_blocks_of(units), how)
     batch, wanted = batch_of(reader), {}
     real = batch.arguments["encoder_hidden_states_mask"].bool()
     for part, block in wholes.items():
-        lesson = teaching.teacher_states(teacher, [Part(*part.key)], batch.arguments)
-        bound = lesson[Part(*part.key)].bound
+        lesson = teaching.teacher_states(teacher, [NewBlock(*part.ends)], batch.arguments)
+        bound = lesson[NewBlock(*part.ends)].bound
         with torch.no_grad():
             wanted[part] = attention_input(block, bound)[real]
     uncut = students.uncut(wholes)
@@ -253,7 +253,7 @@ def test_a_narrow_student_equal_to_its_target_has_no_loss(reader, accelerator, m
             modulation.weight[5 * D :] = 0
             modulation.bias[5 * D :] = 0
     tiny.silence(teacher.transformer_blocks[3])
-    part = Part(2, 3, ("image", "text"))
+    part = NewBlock(2, 3, ("image", "text"))
     taught = students.start(teacher, [part], "first")
     students.shaped(teacher, part, taught[part])
     options = OPTIONS.replace(mode=mode, gradient_checkpointing=recompute)
@@ -289,7 +289,7 @@ def test_units_go_in_together_and_every_part_learns(teacher, reader, accelerator
         for student in taught.values():
             student.zero_grad()
         loss.backward()
-        plugged = parts_of(subset)
+        plugged = new_blocks_of(subset)
         batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, step)))
         with torch.no_grad():
             answer = literal_model(teacher, taught, plugged)(**batch.arguments)[0]

@@ -13,7 +13,7 @@ from ppcl.errors import UserError
 from ppcl.export import assembly
 from ppcl.pruning import narrow
 from ppcl.teacher import pipelines
-from ppcl.transformer import blocks, families
+from ppcl.transformer import blocks, registry
 from support import fresh, tiny
 
 SPECS = {
@@ -23,7 +23,7 @@ SPECS = {
     3: {"text": "close"},
 }
 CLASS = QwenImageTransformer2DModel
-MODULE = narrow.module_name(CLASS, families.family_of(CLASS.__name__).layouts())
+MODULE = narrow.module_name(CLASS, registry.family_of(CLASS.__name__).layouts())
 CODE = f"transformer/{MODULE}.py"
 
 

@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map
 
 from ppcl.closed_forms import modulation, solved, width
 from ppcl.pruning import narrow, students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.training import teaching
-from ppcl.transformer import blocks, calls, families
-from ppcl.transformer.families import TEXT
+from ppcl.transformer import blocks, calls, families, inside_block
+from ppcl.transformer.family import TEXT
 from support import zoo_images, zoo_videos
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
@@ -110,7 +110,7 @@ def test_what_goes_with_a_block_counts(calls_of):
     """HiDream has a projection of texts for every block, which goes with it."""
     (family,) = (name for name, found in families.FAMILIES.items() if found.companions)
     transformer, _ = calls_of(ONE_EACH[family])
-    unit = Unit((Part(1, 3),))
+    unit = Unit((NewBlock(1, 3),))
     student = blocks.block_sequence(transformer)[1].module
     model, _ = blocks.assembled(transformer, {(1, 3): student})
     saved = blocks.parameter_count(transformer) - blocks.parameter_count(model)
@@ -124,7 +124,7 @@ def test_a_refitted_start_is_nearer_to_its_interval(calls_of, name, attribute):
     transformer, arguments = calls_of(name)
     sequence = blocks.block_sequence(transformer)
     first = next(block.index for block in sequence if block.list.attribute == attribute)
-    part = Part(first, first + 1)
+    part = NewBlock(first, first + 1)
     lesson = teaching.teacher_states(transformer, [part], arguments)[part]
     rows = np.arange(len(next(iter(lesson.target.values()))))  # guidance may have made two of one
     batch = calls.Batch(arguments, torch.zeros(len(rows)), {}, rows)
@@ -151,7 +151,7 @@ def test_a_linear_ffn_is_equation_9(calls_of, name, attribute, stream):
     transformer, arguments = calls_of(name)
     block = next(b for b in blocks.block_sequence(transformer) if b.list.attribute == attribute)
     bound, stock = seen_by(transformer, arguments, block)
-    with torch.no_grad(), blocks.taps(block) as tapped:
+    with torch.no_grad(), inside_block.taps(block) as tapped:
         block.module(**bound)
     made = narrow.narrow(copy.deepcopy(block.module), block.list.layout(), {"linear_ffn": [stream]})
     random_maps(made)
@@ -230,7 +230,7 @@ def test_z_a_is_what_the_attention_of_the_source_gets(calls_of, name):
     transformer, arguments = calls_of(name)
     first = next(b for b in blocks.block_sequence(transformer) if b.width.text)
     bound, _ = seen_by(transformer, arguments, first)
-    with torch.no_grad(), blocks.taps(first) as tapped:
+    with torch.no_grad(), inside_block.taps(first) as tapped:
         first.module(**bound)
     source = narrow.narrow(copy.deepcopy(first.module), first.list.layout(), {"text": "source"})
     with torch.no_grad():

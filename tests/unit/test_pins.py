@@ -6,9 +6,9 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Named
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.settings import Settings
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 def given(**keys):
@@ -123,7 +123,7 @@ def test_pins_of_a_teacher():
 
 
 def test_a_unit_holds_what_is_named():
-    run = Unit((Part(3, 3, (), "source"), Part(4, 6, (IMAGE,), "close", (3, 3))))
+    run = Unit((NewBlock(3, 3, (), "source"), NewBlock(4, 6, (IMAGE,), "close", (3, 3))))
     for named, expected in (
         (Named(intervals=frozenset({(4, 6)})), True),
         (Named(intervals=frozenset({(4, 5), (3, 6)})), False),

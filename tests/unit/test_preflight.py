@@ -10,7 +10,7 @@ from ppcl.configuration import config, preflight
 from ppcl.errors import UserError
 from ppcl.settings import Settings
 from ppcl.teacher import prompts
-from ppcl.transformer import families
+from ppcl.transformer import families, registry
 
 
 @pytest.fixture
@@ -233,7 +233,7 @@ def test_states_that_cannot_be_renoised_are_known(inputs):
         assert message.startswith("mine.yaml: ") and message.endswith("set it to 0")
     assert f"a {pipeline} can't be noised again" in refused(inputs)
     for pipeline in ("FluxControlNetPipeline", "QwenImageImg2ImgPipeline"):
-        assert not families.fixed_states("FluxTransformer2DModel", pipeline)
+        assert not registry.fixed_states("FluxTransformer2DModel", pipeline)
 
 
 def test_protecting_every_block_is_refused(inputs):

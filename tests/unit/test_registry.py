@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.transformer import blocks, discovery, families
+from ppcl.transformer import blocks, claims, discovery, families, registry
 from support import zoo_images, zoo_videos
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
@@ -79,7 +79,7 @@ def test_every_class_of_diffusers_has_a_verdict():
 @pytest.mark.parametrize("name", sorted(families.REFUSED))
 def test_a_refusal_says_why(name):
     with pytest.raises(UserError, match=name) as refused:
-        families.family_of(name)
+        registry.family_of(name)
     assert families.REFUSED[name] in str(refused.value)
 
 
@@ -218,14 +218,14 @@ def test_a_class_of_tomorrow_is_read_from_its_source():
         "num_layers",
         ("text", "image"),
     )
-    blocks.verify(stranger, CALL)
+    claims.verify(stranger, CALL)
     small, block_map = blocks.assembled(stranger, {(0, 1): stranger.blocks[0]})
     assert block_map == [[0, 1], [2]] and small.config.num_layers == 2
 
 
 def test_what_is_read_is_checked_numerically():
     with pytest.raises(UserError, match=r"block 0 does not return its (image|text) stream where"):
-        blocks.verify(Swapped().requires_grad_(False), CALL)
+        claims.verify(Swapped().requires_grad_(False), CALL)
 
 
 @pytest.mark.parametrize(
@@ -246,4 +246,4 @@ def test_blocks_that_know_their_number_are_refused(made, why):
 
 def test_blocks_that_get_something_of_their_own_are_refused():
     with pytest.raises(UserError, match="block 1 gets another 'temb' than the first of its list"):
-        blocks.verify(Table().requires_grad_(False), CALL)
+        claims.verify(Table().requires_grad_(False), CALL)

@@ -14,13 +14,13 @@ from ppcl.ablation import rivals
 from ppcl.errors import UserError
 from ppcl.extraction import activations, token_table
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.search import cka_draws, intervals, probes, similarity
 from ppcl.search.cka import resamples
 from ppcl.settings import TrainingSettings
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 from support import tiny
 
 DEPTH = 8
@@ -131,8 +131,8 @@ def test_started_students_are_the_deleted_model(teacher):
     """Plugged in, untrained, they give what the teacher gives without the blocks."""
     gone = [0, 2, 4]
     made = rivals.start(teacher, rivals.merged(gone, [range(6)]))
-    assert list(made) == [Part(0, 2), Part(3, 4)]
-    model, _ = blocks.assembled(teacher, {part.key: m for part, m in made.items()})
+    assert list(made) == [NewBlock(0, 2), NewBlock(3, 4)]
+    model, _ = blocks.assembled(teacher, {part.ends: m for part, m in made.items()})
     shorter = copy.deepcopy(teacher)
     for block in reversed(gone):
         del shorter.transformer_blocks[block]
@@ -140,7 +140,7 @@ def test_started_students_are_the_deleted_model(teacher):
     assert torch.equal(model(**given_)[0], shorter(**given_)[0])
     # What is said in words is done by students.
     (ours,) = rivals.start(teacher, {(1, 3): "average"}).values()
-    (theirs,) = students.start(teacher, [Part(1, 3)], "average").values()
+    (theirs,) = students.start(teacher, [NewBlock(1, 3)], "average").values()
     for key, value in theirs.state_dict().items():
         assert torch.equal(ours.state_dict()[key], value)
 

@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.pruning import pins, plans
+from ppcl.pruning import pins
 from ppcl.pruning.pins import Named
-from ppcl.pruning.plans import Modulation, Part, Unit
+from ppcl.pruning.units import Modulation, NewBlock, Unit, units_of
 from ppcl.search import measured, selection
 from ppcl.search.budgets import needed, parameters_needed, targets
 from ppcl.search.savings import Weights, by_blocks, saved
 from ppcl.search.selection import Choices
 from ppcl.settings import Settings, Variant
 from ppcl.storage import schemas, tables
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 from support import ROOT
 
 seeds = st.integers(0, 2**32 - 1)
@@ -74,9 +74,9 @@ class Sizes:
 
     def model(self, units, ranks):
         """Of the whole model; None if a rank is of a matrix that is not there."""
-        parts = [part for unit in units for part in unit.parts]
+        parts = [part for unit in units for part in unit.new_blocks]
         held = {block for part in parts for block in range(part.first, part.last + 1)}
-        parts += [Part(block, block) for block in range(self.depth) if block not in held]
+        parts += [NewBlock(block, block) for block in range(self.depth) if block not in held]
         there = {(part.first, IMAGE) for part in parts} | {(self.depth, "")}
         there |= {(part.first, TEXT) for part in parts if not part.borrows}
         if ranks.keys() - there:
@@ -88,12 +88,12 @@ class Sizes:
         """As selection wants them: differences of the parts."""
 
         def saves(block, **role):
-            return self.part(Part(block, block)) - self.part(Part(block, block, **role))
+            return self.part(NewBlock(block, block)) - self.part(NewBlock(block, block, **role))
 
         blocks = range(self.depth)
         borrowed = [saves(block, text="borrow", source=(0, 0)) for block in blocks]
         return Weights(
-            [self.part(Part(block, block)) for block in blocks],
+            [self.part(NewBlock(block, block)) for block in blocks],
             borrowed,
             [0 if b == self.unread else self.output for b in blocks],
             {(b, stream): saves(b, linear_ffn=(stream,)) for b, stream in ffns},
@@ -164,7 +164,7 @@ def trained(random, depth, count, cost, unread):
         run = [(first, last)] if cut > first and random.random() < 0.7 else []
         linear = [(b, s) for b in inside for s in (IMAGE, TEXT) if random.random() < 0.3]
         linear = [ffn for ffn in linear if not cut < ffn[0] <= last]
-        if made := plans.units(intervals, run, linear, unread):
+        if made := units_of(intervals, run, linear, unread):
             unit = made[0]
             if not any(u.first <= unit.last and unit.first <= u.last for u, _ in found.values()):
                 found[unit.name] = (unit, cost())
@@ -228,7 +228,7 @@ def parts_of(intervals, runs, ffns, sizes):
         part = owner.get(block, (block, block))
         if part[0] != block or (stream == TEXT and lent.get(part)):
             return None
-    return plans.units(intervals, runs, ffns, sizes.unread)
+    return units_of(intervals, runs, ffns, sizes.unread)
 
 
 def apart(units):
@@ -237,16 +237,16 @@ def apart(units):
 
 def holds(units, chosen, pinned):
     """Whether what is pinned is there, in a unit or not."""
-    parts = [part for unit in units for part in unit.parts]
+    parts = [part for unit in units for part in unit.new_blocks]
     linear = {(part.first, stream) for part in parts for stream in part.linear_ffn}
-    ends = {part.key for part in parts if part.last > part.first}
-    runs = {(unit.first, unit.last) for unit in units if len(unit.parts) > 1}
+    ends = {part.ends for part in parts if part.last > part.first}
+    runs = {(unit.first, unit.last) for unit in units if len(unit.new_blocks) > 1}
     return pinned.intervals <= ends and pinned.runs <= runs and pinned.ffns <= linear
 
 
 def ranks_pinned(units, ranks, choices, blocks):
     """Whether the matrices of some blocks have low ranks, or went with their text streams."""
-    parts = [part for unit in units for part in unit.parts]
+    parts = [part for unit in units for part in unit.new_blocks]
     for block in blocks:
         if any(part.first < block <= part.last for part in parts):
             return False
@@ -427,8 +427,8 @@ def test_times_are_read_by_part(tmp_path):
 
 def test_units_save_the_seconds_of_their_parts(tmp_path):
     path = latency_table(tmp_path / "blocks.parquet")
-    run = Unit((Part(0, 0, (TEXT,)), Part(1, 2, (IMAGE,))))
-    alone = Unit((Part(1, 3),))
+    run = Unit((NewBlock(0, 0, (TEXT,)), NewBlock(1, 2, (IMAGE,))))
+    alone = Unit((NewBlock(1, 3),))
     found = measured.saved_seconds([run, alone], path)
     assert found == pytest.approx([0.05 + 0.402 + 0.101 + 0.061, 0.402 + 0.403])
     assert np.isnan(measured.saved_seconds([run, alone], None)).all()

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Modulation, Part, Unit
+from ppcl.pruning.units import Modulation, NewBlock, Unit
 from ppcl.search import choosing, savings, set_tables, sets, sets_file
 from ppcl.search.choosing import Choice
 from ppcl.search.offers import Offer
@@ -19,8 +19,8 @@ from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
 
 DEPTH, TOTAL = 6, 1500
-INTERVAL = Unit((Part(1, 2),))
-NARROW = Unit((Part(4, 4, ("image", "text")),))
+INTERVAL = Unit((NewBlock(1, 2),))
+NARROW = Unit((NewBlock(4, 4, ("image", "text")),))
 MATRICES = {
     (block, "mod"): Modulation(block, "mod", 5, 60, ffn="image" if block < DEPTH else "")
     for block in (0, 1, DEPTH)
@@ -231,6 +231,6 @@ def test_files_hold_what_was_decided(tmp_path):
 def test_a_closed_text_run_is_a_unit_of_several_parts():
     offer = offered(units={}, errors={})
     choice = choosing.search(offer, variant(0.4))
-    runs = [unit for unit in choice.found.units if len(unit.parts) > 1]
+    runs = [unit for unit in choice.found.units if len(unit.new_blocks) > 1]
     assert runs and set(choice.found.sources.values()) == {"closed"}
     assert savings.saved([], [(runs[0].first, runs[0].last)], [], offer.weights["parameters"]) > 0

@@ -7,13 +7,13 @@ import torch
 from ppcl.closed_forms import solved
 from ppcl.errors import UserError
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.settings import WidthSettings
 from ppcl.training import teaching
 from ppcl.transformer import families
 
 CPU = torch.device("cpu")
-PART = Part(1, 3)
+PART = NewBlock(1, 3)
 OPTIONS = WidthSettings.of({"fit_rows": 8, "batch_size": 3})
 FFN = {"image": "img_mlp.net.2", "text": "txt_mlp.net.2"}
 
@@ -83,7 +83,7 @@ def test_each_stage_brings_the_block_nearer(teacher, reader, monkeypatch):
 
 
 def test_parts_do_not_know_each_other(teacher, reader, monkeypatch):
-    parts = (PART, Part(4, 4), Part(4, 5))
+    parts = (PART, NewBlock(4, 4), NewBlock(4, 5))
     together = start(teacher, reader, parts)
     monkeypatch.setattr(solved, "SUMS_BYTES", 1)  # one after the other
     apart = start(teacher, reader, parts)
@@ -99,7 +99,7 @@ def test_parts_do_not_know_each_other(teacher, reader, monkeypatch):
         }
         for part in parts
     }
-    assert len(same[Part(4, 4)]) == len(list(stock[PART].parameters()))  # nothing to refit
+    assert len(same[NewBlock(4, 4)]) == len(list(stock[PART].parameters()))  # nothing to refit
     changed = {name for name, _ in stock[PART].named_parameters()} - same[PART]
     assert changed == {
         f"{path}.{kind}"
@@ -107,7 +107,7 @@ def test_parts_do_not_know_each_other(teacher, reader, monkeypatch):
         for kind in ("weight", "bias")
     }
     # After the last block nothing reads the text stream.
-    unread = {name for name, _ in stock[PART].named_parameters()} - same[Part(4, 5)]
+    unread = {name for name, _ in stock[PART].named_parameters()} - same[NewBlock(4, 5)]
     assert unread == {name for name in changed if "txt" not in name and "add_out" not in name}
 
 

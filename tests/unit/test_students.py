@@ -7,10 +7,10 @@ import torch
 
 from ppcl.errors import UserError
 from ppcl.pruning import selection_file, students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.storage import tensors, texts
 
-FIRST, SECOND = Part(0, 1), Part(3, 4)
+FIRST, SECOND = NewBlock(0, 1), NewBlock(3, 4)
 
 
 # ---- start weights
@@ -38,7 +38,7 @@ def test_start_weights_in_closed_form(teacher, count, average):
 
 def test_students_are_copies_in_float32(teacher):
     low = copy.deepcopy(teacher).to(torch.bfloat16)
-    made = students.start(low, [FIRST, Part(2, 5)], "first")
+    made = students.start(low, [FIRST, NewBlock(2, 5)], "first")
     assert [interval.name for interval in made] == ["00-01", "02-05"]
     for interval, student in made.items():
         block = low.transformer_blocks[interval.first]
@@ -70,12 +70,12 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
     path = tmp_path / "students.safetensors"
     made = students.start(teacher, [FIRST], "first")
     students.save(path, made, {})
-    with pytest.raises(UserError, match="students.safetensors does not fit part 03-04"):
+    with pytest.raises(UserError, match="students.safetensors does not fit block 03-04"):
         students.load(path, teacher, [SECOND])
     state, _ = tensors.read(path)
     name = "00-01/img_mod.1.bias"
     tensors.write(path, state | {name: state[name][:-1]}, {})
-    with pytest.raises(UserError, match="does not fit part 00-01"):
+    with pytest.raises(UserError, match="does not fit block 00-01"):
         students.load(path, teacher, [FIRST])
     tensors.write(path, state | {name: state[name] * torch.nan}, {})
     with pytest.raises(UserError, match=f"'{name}' holds NaN"):

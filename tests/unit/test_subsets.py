@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part, Unit, parts_of
+from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
 from ppcl.settings import SubsetsSettings
 from ppcl.training import distillation
 from ppcl.transformer import calls
 from support import tiny
 
-FIRST, SECOND = Part(0, 1), Part(3, 4)
+FIRST, SECOND = NewBlock(0, 1), NewBlock(3, 4)
 UNITS = [Unit((FIRST,)), Unit((SECOND,))]
 SEED = 4
 
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_model_of_the_drawn_subset(teacher, reader, a
     one, other = UNITS
     assert drawn.keys() == {(one,), (other,), (one, other)}
     for units, step in drawn.items():
-        subset = parts_of(units)
+        subset = new_blocks_of(units)
         loss = loss_at(step, teacher, taught, reader, accelerator)
         model = copy.deepcopy(teacher).double()
         every = list(model.transformer_blocks)
@@ -169,4 +169,4 @@ def test_students_equal_to_their_intervals_have_nothing_to_learn(reader, acceler
     for step in range(4):
         assert loss_at(step, teacher, taught, Own, accelerator) == 0
         plugged = distillation.random_subset(UNITS, (SEED, step))
-        assert all(not flat(taught[part]).any() for part in parts_of(plugged))
+        assert all(not flat(taught[part]).any() for part in new_blocks_of(plugged))

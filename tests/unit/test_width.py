@@ -10,8 +10,8 @@ from torch import nn
 
 from ppcl.closed_forms import width
 from ppcl.closed_forms.width import Map
-from ppcl.pruning import plans, students
-from ppcl.pruning.plans import Part, Unit, parts_of
+from ppcl.pruning import students
+from ppcl.pruning.units import NewBlock, Unit, new_blocks_of, units_of
 from ppcl.settings import WidthSettings
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
@@ -92,12 +92,12 @@ def literal_tokens(transformer, wholes, one, batch):
             handle.remove()
         return seen
 
-    inside = {ends: run(ends) for ends in {one.source, one.part}}
+    inside = {ends: run(ends) for ends in {one.source, one.target}}
     x, y = {
-        "ffn/image": lambda: (inside[one.part]["image"], returned[one.part[1]][1]),
-        "ffn/text": lambda: (inside[one.part]["text"], returned[one.part[1]][0]),
-        "text/input": lambda: (inside[one.source]["z"], inside[one.part]["z"]),
-        "text/output": lambda: (returned[one.source[1]][0], returned[one.part[1]][0]),
+        "ffn/image": lambda: (inside[one.target]["image"], returned[one.target[1]][1]),
+        "ffn/text": lambda: (inside[one.target]["text"], returned[one.target[1]][0]),
+        "text/input": lambda: (inside[one.source]["z"], inside[one.target]["z"]),
+        "text/output": lambda: (returned[one.source[1]][0], returned[one.target[1]][0]),
     }[one.kind]()
     if one.kind != "ffn/image":
         real = batch.arguments["encoder_hidden_states_mask"].bool()
@@ -182,10 +182,10 @@ def planted():
 
 
 def narrow_unit(transformer, unit, reader):
-    wholes = {part.key: m for part, m in width.whole_blocks(transformer, unit.parts).items()}
-    maps = [one for part in unit.parts for one in width.maps_of(part)]
+    wholes = {part.ends: m for part, m in width.whole_blocks(transformer, unit.new_blocks).items()}
+    maps = [one for part in unit.new_blocks for one in width.maps_of(part)]
     fits = width.fit(transformer, wholes, maps, reader, rows_of(reader), OPTIONS, CPU)
-    made = width.closed(transformer, unit.parts, {one: fit.probe for one, fit in fits.items()})
+    made = width.closed(transformer, unit.new_blocks, {one: fit.probe for one, fit in fits.items()})
     return made, max(fit.error_heldout for fit in fits.values())
 
 
@@ -199,7 +199,7 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
     for unit in found:
         made, fit_error = narrow_unit(transformer, unit, reader)
         rows = reader.rows(heldout=True)
-        key = (unit.name, *unit.parts[0].linear_ffn)
+        key = (unit.name, *unit.new_blocks[0].linear_ffn)
         costs[key] = prices.error(transformer, made, reader, rows, 8, CPU)
         if fit_error < 1e-6:
             free.add(key)
@@ -215,10 +215,10 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
 def test_planted_units_cost_nothing_together(tmp_path, accelerator):
     transformer = planted()
     reader = recorded(transformer, tmp_path / "calls.parquet")
-    units = plans.units([], [(3, 5)], [(1, "image"), (1, "text")], width.unread_after(transformer))
+    units = units_of([], [(3, 5)], [(1, "image"), (1, "text")], width.unread_after(transformer))
     made = width.start(
         transformer,
-        students.start(transformer, parts_of(units), "first"),
+        students.start(transformer, new_blocks_of(units), "first"),
         reader,
         OPTIONS.replace(fit_rows=24),
         0,
@@ -260,7 +260,7 @@ def test_text_candidates_are_all_runs_of_alike_blocks(teacher, longest, seed):
     }
     assert {(unit.first, unit.last) for unit in found} == expected
     for unit in found:
-        roles = [part.text for part in unit.parts]
+        roles = [part.text for part in unit.new_blocks]
         middle = ["borrow"] * (len(roles) - 2)
         closed = ["source", *middle, "close"]
         assert roles == (["lend", *middle, "borrow"] if unit.last == 5 else closed)
@@ -269,7 +269,7 @@ def test_text_candidates_are_all_runs_of_alike_blocks(teacher, longest, seed):
 def test_what_may_not_be_touched_is_no_candidate(teacher, monkeypatch):
     monkeypatch.setattr(blocks, "untouchable", lambda _model: {2: "the test says so"})
     monkeypatch.setattr(blocks, "seams", lambda _model: [0, 4])
-    ffns = [(u.first, *u.parts[0].linear_ffn) for u in width.ffn_candidates(teacher)]
+    ffns = [(u.first, *u.new_blocks[0].linear_ffn) for u in width.ffn_candidates(teacher)]
     assert ffns == [(b, s) for b in (0, 1, 3, 4, 5) for s in ("image", "text")]
     found = width.text_candidates(teacher, np.ones((6, 6)), 6, 0.5)
     assert [(unit.first, unit.last) for unit in found] == [(0, 1), (4, 5)]
@@ -289,16 +289,16 @@ def test_saved_parameters_in_closed_form(teacher):
     source = (1, 2)
     run = Unit(
         (
-            Part(1, 2, ("image",), "source"),
-            Part(3, 3, ("image",), "borrow", source),
-            Part(4, 4, (), "close", source),
+            NewBlock(1, 2, ("image",), "source"),
+            NewBlock(3, 3, ("image",), "borrow", source),
+            NewBlock(4, 4, (), "close", source),
         )
     )
-    unread = Unit((Part(4, 4, (), "lend"), Part(5, 5, (), "borrow", (4, 4))))
+    unread = Unit((NewBlock(4, 4, (), "lend"), NewBlock(5, 5, (), "borrow", (4, 4))))
     for unit, saved in (
-        (Unit((Part(1, 3),)), 2 * block),
-        (Unit((Part(1, 1, ("image",)),)), FFN_SAVED),
-        (Unit((Part(0, 1, ("image", "text")),)), block + 2 * FFN_SAVED),
+        (Unit((NewBlock(1, 3),)), 2 * block),
+        (Unit((NewBlock(1, 1, ("image",)),)), FFN_SAVED),
+        (Unit((NewBlock(0, 1, ("image", "text")),)), block + 2 * FFN_SAVED),
         (run, block + 2 * FFN_SAVED + 2 * TEXT_SAVED - LINEAR),
         (unread, TEXT_LENT + TEXT_SAVED),
     ):
@@ -307,7 +307,7 @@ def test_saved_parameters_in_closed_form(teacher):
             teacher,
             {
                 part: students.shaped(teacher, part, student)
-                for part, student in width.whole_blocks(teacher, unit.parts).items()
+                for part, student in width.whole_blocks(teacher, unit.new_blocks).items()
             },
         )
         assert blocks.parameter_count(teacher) - blocks.parameter_count(model) == saved

@@ -1,6 +1,6 @@
 # Candidate intervals (Eq. 5), and the selection of depth and width under the config's budgets.
 #
-# in:  similarity/cka.parquet, and as the config asks sensitivity/intervals.parquet (intervals.cost:
+# in:  record/blocks.parquet, similarity/cka.parquet, and as the config asks sensitivity/intervals.parquet (intervals.cost:
 #      velocity), probes/probes.parquet (influence), width/measured.parquet (width.enabled, modulation.enabled), latency/blocks.parquet
 #      (latency budgets)
 # out: intervals/intervals.parquet and, with closed forms, width/candidates.parquet: each candidate
@@ -10,6 +10,7 @@
 rule intervals:
     input:
         script=program("intervals.py"),
+        block_facts=result("record/blocks.parquet"),
         cka=result("similarity/cka.parquet"),
         sensitivity=sensitivity(),
         probes=influences(),
@@ -45,5 +46,6 @@ rule intervals:
     message:
         "Choosing what to prune"
     shell:
-        "{params.taken}python {input.script} --config {params.config:q} --cka {input.cka} {params.inputs} "
+        "{params.taken}python {input.script} --config {params.config:q} --cka {input.cka} "
+        "--block-facts {input.block_facts} {params.inputs} "
         "--intervals {output.intervals} {params.candidates} 2>&1 | tee {log}"

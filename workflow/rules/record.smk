@@ -1,7 +1,8 @@
 # Calibration: the transformer's own calls in the stock pipeline.
 #
 # in:  the teacher and the calibration prompts
-# out: record/calls.parquet, every call's arguments, timestep and sigma, for replay
+# out: record/calls.parquet, every call's arguments, timestep and sigma, for replay;
+#      record/blocks.parquet, what stages that don't load the teacher need to know of its blocks
 #
 # Finished batches wait in state/record, which Snakemake does not know of, so that a killed run
 # goes on where it was.
@@ -16,6 +17,7 @@ rule record:
         pictures=pictures("record"),
     output:
         calls=result("record/calls.parquet"),
+        block_facts=result("record/blocks.parquet"),
     log:
         result("logs/record.log"),
     benchmark:
@@ -40,4 +42,5 @@ rule record:
     shell:
         "python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {output.calls} --state {params.state} 2>&1 | tee {log}"
+        "--calls {output.calls} --block-facts {output.block_facts} "
+        "--state {params.state} 2>&1 | tee {log}"

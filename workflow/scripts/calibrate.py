@@ -24,7 +24,7 @@ from ppcl.ablation import calibration, choices, trial
 from ppcl.closed_forms import width
 from ppcl.configuration import config
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.runtime import processes, stopping
 from ppcl.search import measured
 from ppcl.storage import schemas, tables, tensors
@@ -74,7 +74,7 @@ def main() -> None:
     taught = [
         width.start(
             transformer,
-            students.start(transformer, unit.parts, "first"),
+            students.start(transformer, unit.new_blocks, "first"),
             reader,
             wide,
             seed,
@@ -96,7 +96,11 @@ def main() -> None:
     found["cost_cka"] = [calibration.cka_price(*one, cka, widths) for one in drawn]
     found["cost_probe"] = [
         cost(
-            {Part(u.first, u.last): calibration.probe_block(transformer, weights, u.parts[0].key)},
+            {
+                NewBlock(u.first, u.last): calibration.probe_block(
+                    transformer, weights, u.new_blocks[0].ends
+                )
+            },
             material.judged,
         )
         if kind == "depth"
@@ -112,7 +116,7 @@ def main() -> None:
     trial.phase(
         material,
         "calibration",
-        {names[part]: student for part, student in every.items()},
+        {names[new_block]: student for new_block, student in every.items()},
         distillation.independent(transformer, every, reader, options, seed, accelerator, names),
         options,
         {f"{names[p]}/": wide.lr_scale for p in every if p.first == p.last},

@@ -76,9 +76,9 @@ def refit(
         model, block_map = workshop.model(found)
         rows, _ = width.fit_rows(reader, settings.width, settings.seed)
         source = f"{sets.REFIT}{name}"
-        parts = [p for m in found.members if m.source == source for p in m.unit.parts]
+        new_blocks = [p for m in found.members if m.source == source for p in m.unit.new_blocks]
         options, device = settings.width, accelerator.device
-        maps = width.refit(transformer, model, block_map, parts, reader, rows, options, device)
+        maps = width.refit(transformer, model, block_map, new_blocks, reader, rows, options, device)
         with stopping.part():
             variants.write_refits(files[name], {source: maps}, of)
     accelerator.wait_for_everyone()

@@ -18,7 +18,7 @@ from pathlib import Path
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.pruning import selection_file, students
-from ppcl.pruning.plans import parts_of
+from ppcl.pruning.units import new_blocks_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas
 from ppcl.teacher import pipelines, teacher_identity
@@ -43,13 +43,13 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
-    taught = students.load(args.students, transformer, parts_of(units))
+    taught = students.load(args.students, transformer, new_blocks_of(units))
     for student in taught.values():
         student.train().to(accelerator.device)
     start = plan.facts["start"]
     # Of a block of its own, the teacher shows it.
     same = start in ("first", "solved")  # up to the attention
-    borrowing = [] if same else [part for part in taught if part.borrows]
+    borrowing = [] if same else [new_block for new_block in taught if new_block.borrows]
     uncut = students.uncut(students.start(transformer, borrowing, start))
     for block in uncut.values():
         block.to(accelerator.device)
@@ -74,7 +74,7 @@ def main() -> None:
     if accelerator.is_main_process and units:
         print(shards.explain(units, caching), flush=True)
     rows = loop.train(
-        {part.name: student for part, student in taught.items()},
+        {new_block.name: student for new_block, student in taught.items()},
         distillation.independent(
             transformer, taught, reader, options, seed, accelerator, inputs=inputs, uncut=uncut
         ),

@@ -8,7 +8,6 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from ppcl.runtime import devices, stopping
 from ppcl.storage import tensors
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import loop
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import calls
 
 
 def choose_rows(reader: calls.Reader, count: int, seed: int) -> np.ndarray:
@@ -86,13 +85,7 @@ def main() -> None:
         asked, found = len(rows) * options.sample_tokens, len(sample["token"])
         what = f"tokens of the {stream} stream in these {len(rows)} calls"
         errors.warn_of_fewer("extract.sample_tokens", asked, found, what)
-    facts = {
-        "block_parameters": json.dumps(blocks.parameters_of_blocks(transformer)),
-        "transformer_parameters": str(blocks.parameter_count(transformer)),
-        "seams": json.dumps(blocks.seams(transformer)),
-        "untouchable": json.dumps(sorted(blocks.untouchable(transformer))),
-    }
-    stamp = provenance.stamp(settings.given, rows=len(rows)) | facts
+    stamp = provenance.stamp(settings.given, rows=len(rows))
     stopping.ignore()
     tensors.write(args.moments, moments.sums, stamp)
     conditioning.write(args.conditioning, conditioned, stamp)

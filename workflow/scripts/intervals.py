@@ -1,6 +1,7 @@
 """Stages 1.2 and 2: candidate intervals by Eq. 5, then what the smallest budgets take, exactly.
 
     intervals.py --config config/config.yaml --cka results/digits/similarity/cka.parquet \
+        --block-facts results/digits/record/blocks.parquet \
         --sensitivity results/digits/sensitivity/intervals.parquet \
         --width results/digits/width/measured.parquet \
         --intervals results/digits/intervals/intervals.parquet \
@@ -30,6 +31,7 @@ from ppcl.search.measured import ClosedForm, ClosedForms
 from ppcl.search.selection import Choices
 from ppcl.search.verdicts import Decision
 from ppcl.storage import schemas, tables
+from ppcl.transformer import block_facts
 
 
 def with_pinned_runs(closed: ClosedForms, pinned: Named) -> list[ClosedForm]:
@@ -55,6 +57,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="config file, or a JSON object")
+    parser.add_argument(
+        "--block-facts", type=Path, required=True, help="input: the teacher's blocks, parquet"
+    )
     parser.add_argument("--cka", type=Path, required=True, help="input: CKA of runs, parquet")
     parser.add_argument(
         "--sensitivity", type=Path, help="input: measured costs, for intervals.cost: velocity"
@@ -77,17 +82,9 @@ def main() -> None:
             "width.enabled or modulation.enabled is true: name the tables --width and --candidates"
         )
 
-    names = (
-        "block_parameters",
-        "transformer_parameters",
-        "seams",
-        "untouchable",
-        "delta_noise",
-        "bootstrap",
-    )
-    facts = measured.facts(options.cka, *names, "delta_noise", "bootstrap")
-    depth = len(facts["block_parameters"])
-    facts["blocks"] = depth
+    teacher = block_facts.read(options.block_facts)
+    depth = len(teacher)
+    facts = measured.facts(options.cka, "delta_noise", "bootstrap")
     cka = measured.cka(options.cka, stream, depth)
     costs = 1 - cka
     if chosen.cost == "velocity":
@@ -103,23 +100,24 @@ def main() -> None:
             "was made without; set a number, or similarity.bootstrap to 2 or more"
         )
     tolerance = noise if chosen.tolerance == "bootstrap" else chosen.tolerance
-    sizes = facts["block_parameters"]
-    closed = measured.closed(options.width if kinds else None, sizes, kinds)
+    closed = measured.closed(options.width if kinds else None, teacher.parameters, kinds)
+    teachers = {"blocks": depth, "transformer_parameters": teacher.transformer_parameters}
     weights = {"blocks": savings.by_blocks(depth), "parameters": closed.weights}
     if settings.limited_latency:
         if options.latency is None:
             raise UserError("variants: a budget is a latency: name the block times, --latency")
-        weights["latency"], facts["transformer_seconds"] = measured.timing(options.latency, depth)
+        weights["latency"], whole = measured.timing(options.latency, depth)
+        teachers["transformer_seconds"] = whole
 
     pinned, forbidden = pins.wishes(settings, depth)
     # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
     unknown = {block for block in range(depth) if np.isnan(cka[block, block])}
-    untouchable = set(facts["untouchable"])
+    untouchable = set(teacher.untouchable)
     modulated = {row.first for row in closed.rows if row.kind == "modulation"}
     text = closed.weights.text
     ffns = set(closed.weights.ffn)
-    pins.check(pinned, facts["seams"], untouchable, unknown, ffns, text, modulated, closed.unread)
-    runs = intervals.spans(depth, facts["seams"], unknown | untouchable)
+    pins.check(pinned, teacher.seams, untouchable, unknown, ffns, text, modulated, closed.unread)
+    runs = intervals.spans(depth, teacher.seams, unknown | untouchable)
     chain = intervals.trend_chain(cka, runs, tolerance)
     found = {*intervals.candidates(runs, chosen.segmentation, chain), *pinned.intervals}
     priced = {(it.first, it.last): it for it in intervals.priced(sorted(found), cka, costs)}
@@ -136,7 +134,7 @@ def main() -> None:
         modulations=closed.modulations,
         unread=closed.unread,
     )
-    needs = budgets.targets(settings.variants, facts)
+    needs = budgets.targets(settings.variants, teachers)
     plan = selection.select(choices, weights, needs, pinned)
     print(
         f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs, "

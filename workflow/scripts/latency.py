@@ -26,23 +26,23 @@ from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.evaluation import latencies, measuring
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.runtime import devices, stopping
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 log = logging.getLogger(__name__)
 
 
-def narrow_parts(block: blocks.Block) -> dict[str, Part]:
+def narrow_parts(block: blocks.Block) -> dict[str, NewBlock]:
     """What of a block can go -> the part without it."""
     here, width = (block.index, block.index), block.width
-    found = {f"ffn_{stream}": Part(*here, (stream,)) for stream in width.ffn}
+    found = {f"ffn_{stream}": NewBlock(*here, (stream,)) for stream in width.ffn}
     if width.text:
-        found[TEXT] = Part(*here, text="borrow", source=here)
+        found[TEXT] = NewBlock(*here, text="borrow", source=here)
     return found
 
 
@@ -74,7 +74,7 @@ def main() -> None:
         lists.setdefault(block.list.attribute, []).append(block.index)
     alike = list(lists.values())
     parts = {
-        block.index: {latencies.WHOLE: Part(block.index, block.index), **narrow_parts(block)}
+        block.index: {latencies.WHOLE: NewBlock(block.index, block.index), **narrow_parts(block)}
         for block in sequence
     }
     timed = latencies.timed(parts, alike)

@@ -19,7 +19,7 @@ from ppcl import program
 from ppcl.closed_forms import width
 from ppcl.configuration import config
 from ppcl.pruning import selection_file, students
-from ppcl.pruning.plans import parts_of
+from ppcl.pruning.units import new_blocks_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas
 from ppcl.teacher import pipelines, teacher_identity
@@ -37,8 +37,8 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
-    done = students.load(args.students, transformer, parts_of(plan.distilled))
-    whole = students.whole(transformer, parts_of(plan.units), done)
+    done = students.load(args.students, transformer, new_blocks_of(plan.distilled))
+    whole = students.whole(transformer, new_blocks_of(plan.units), done)
     uncut = students.uncut(whole)
     taught = width.start(transformer, whole, reader, settings.width, seed, accelerator.device)
     for student in taught.values():
@@ -47,7 +47,7 @@ def main() -> None:
         block.to(accelerator.device)
     identity = loop.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
     rows = loop.train(
-        {part.name: student for part, student in taught.items()},
+        {new_block.name: student for new_block, student in taught.items()},
         distillation.independent(
             transformer, taught, reader, options, seed, accelerator, uncut=uncut
         ),

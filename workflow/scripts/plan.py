@@ -19,7 +19,7 @@ import pandas as pd
 from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.planning import durations, plan_table, planner, weightless
-from ppcl.pruning.plans import Matrix
+from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, tables, texts, untrusted
@@ -69,7 +69,7 @@ def made_for(args: argparse.Namespace, settings: Settings) -> planner.Planner:
     transformer = weightless.on_meta(found, devices.dtype(teacher.dtype), where)
     selected, ranks = detected(args)
     depth, every = weightless.selection(settings, transformer, **selected)
-    pipeline = example_calls.PIPELINES.get(type(transformer).__name__)
+    pipeline = blocks.family(transformer).pipeline
     example = None
     if args.calls:
         example = example_calls.recorded(args.calls)
@@ -77,7 +77,7 @@ def made_for(args: argparse.Namespace, settings: Settings) -> planner.Planner:
         size = example_calls.size_of(pipeline.size, settings.pipeline, latent_scale(teacher))
 
         def example(batch, dtype):
-            return pipeline.make(transformer.config, batch, size, dtype)
+            return example_calls.made(pipeline, transformer.config, size, batch, dtype)
 
     else:
         log.warning(

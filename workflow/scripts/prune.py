@@ -23,8 +23,8 @@ from ppcl import program, provenance
 from ppcl.closed_forms import solved, width
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.pruning import pins, plans, selection_file, students
-from ppcl.pruning.plans import Unit, parts_of
+from ppcl.pruning import pins, selection_file, students
+from ppcl.pruning.units import Unit, new_blocks_of, units_of
 from ppcl.runtime import devices, stopping
 from ppcl.search import measured
 from ppcl.storage import schemas, tables, texts
@@ -76,13 +76,17 @@ def selection_of(args: argparse.Namespace, unread_after: int | None) -> Selectio
             key = (row.first, row.last if row.kind == "text" else row.stream)
             prices[key] = row.velocity_error
     runs = [key for key in prices if not isinstance(key[1], str)]
-    every = plans.units(intervals, runs, [key for key in prices if key not in runs], unread_after)
+    every = units_of(intervals, runs, [key for key in prices if key not in runs], unread_after)
     costs = {
         unit.name: prices.get((unit.first, unit.last), 0.0)
-        + sum(prices[part.first, stream] for part in unit.parts for stream in part.linear_ffn)
+        + sum(
+            prices[new_block.first, stream]
+            for new_block in unit.new_blocks
+            for stream in new_block.linear_ffn
+        )
         for unit in every
     }
-    return Selection(every, plans.units(intervals), costs, total)
+    return Selection(every, units_of(intervals), costs, total)
 
 
 def main() -> None:
@@ -113,7 +117,7 @@ def main() -> None:
     closed = [unit for unit in found.every if unit not in units]
     distilled = found.depth if options.schedule == "staged" else units
     shared = reader, options, settings.seed, device
-    made = solved.start(transformer, parts_of(distilled), how, *shared)
+    made = solved.start(transformer, new_blocks_of(distilled), how, *shared)
     made = width.start(transformer, made, *shared)
     stamp = provenance.stamp(settings.given, units=len(units), closed=len(closed))
     depth = len(blocks.block_sequence(transformer))

@@ -5,7 +5,8 @@ A killed run goes on with the batches that are not recorded yet. Several process
 launch.py) share the batches.
 
     python workflow/scripts/record.py --config config/digits.yaml \
-        --calls results/digits/record/calls.parquet --state results/digits/state/record
+        --calls results/digits/record/calls.parquet \
+        --block-facts results/digits/record/blocks.parquet --state results/digits/state/record
 """
 
 import argparse
@@ -22,7 +23,7 @@ from ppcl.export import rehearsal
 from ppcl.runtime import devices, processes, stopping
 from ppcl.settings import RecordSettings
 from ppcl.teacher import arguments, pipelines, prompt_tokens, prompts, recording, teacher_identity
-from ppcl.transformer import blocks, call_tables, calls
+from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
 
 
 def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> list[dict]:
@@ -50,6 +51,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet to write")
+    parser.add_argument("--block-facts", type=Path, required=True, help="blocks.parquet to write")
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     args = parser.parse_args()
     settings = config.load(args.config)
@@ -101,7 +103,7 @@ def main() -> None:
         if part == parts[0]:
             reader = calls.Reader(part)
             first = reader.batch(reader.buckets[0][:1])
-            blocks.verify(transformer, first.to(accelerator.device).arguments)
+            claims.verify(transformer, first.to(accelerator.device).arguments)
             rehearsal.rehearse(pipe, transformer, teacher, first.arguments, folder / "exportable")
     bar.update(len(order) - bar.n)
     bar.close()
@@ -111,6 +113,7 @@ def main() -> None:
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows)) | noted
         call_tables.merge(parts, args.calls, stamp)
+        block_facts.write(args.block_facts, blocks.facts(transformer), stamp)
     processes.finish(accelerator)
 
 

@@ -24,7 +24,7 @@ from ppcl import program, provenance
 from ppcl.closed_forms import solved
 from ppcl.configuration import config
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.runtime import processes, stopping
 from ppcl.search import intervals
 from ppcl.settings import WidthSettings
@@ -52,17 +52,20 @@ def main() -> None:
     transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
-    measured = [Part(*ends) for ends in intervals.all_within(runs, options.longest)]
+    measured = [NewBlock(*ends) for ends in intervals.all_within(runs, options.longest)]
     key, seed = "sensitivity.rows", settings.seed
     rows = reader.sample_heldout("select", options.rows, seed, key)
     # Its rule hands over what fits depend on where there are fits alone.
     fits = settings.width if start == "solved" else WidthSettings.of({})
 
-    def untrained(part: Part) -> students.Students:
+    def untrained(new_block: NewBlock) -> students.Students:
         # One at a time: at full size, a student of every run would not fit in memory.
-        return solved.start(transformer, [part], start, reader, fits, seed, accelerator.device)
+        return solved.start(transformer, [new_block], start, reader, fits, seed, accelerator.device)
 
-    plugged_in = {part.name: (part.first, part.last, partial(untrained, part)) for part in measured}
+    plugged_in = {
+        new_block.name: (new_block.first, new_block.last, partial(untrained, new_block))
+        for new_block in measured
+    }
     found = prices.measure(
         prices.Judged(transformer, reader, rows, options.batch_size, accelerator.device),
         prices.of_students(transformer, plugged_in),
@@ -74,8 +77,8 @@ def main() -> None:
     if accelerator.is_main_process:
         table = pd.DataFrame(
             {
-                "first": [part.first for part in measured],
-                "last": [part.last for part in measured],
+                "first": [new_block.first for new_block in measured],
+                "last": [new_block.last for new_block in measured],
                 "velocity_error": found,
                 "rows": len(rows),
             }

@@ -112,10 +112,9 @@ def main() -> None:
         rows, noise[stream] = cka_rows(stream, values)
         frames.append(rows)
     stamp = provenance.stamp(settings.given, blocks=depth, bootstrap=chosen.bootstrap)
-    handed_on = {key: json.dumps(fact) for key, fact in tokens.facts.items()}
     levels = {"delta_noise": json.dumps(noise)}
     stopping.ignore()
-    tables.write(options.cka, pd.concat(frames), schemas.CKA, {**stamp, **handed_on, **levels})
+    tables.write(options.cka, pd.concat(frames), schemas.CKA, stamp | levels)
     tables.write(options.blocks, pd.concat(blocks), schemas.BLOCKS, stamp)
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.pruning import selection_file, students
-from ppcl.pruning.plans import parts_of
+from ppcl.pruning.units import new_blocks_of
 from ppcl.runtime import processes
 from ppcl.storage import schemas
 from ppcl.teacher import pipelines, teacher_identity
@@ -41,8 +41,8 @@ def main() -> None:
     transformer = pipelines.load_transformer(
         teacher, accelerator.device, gradients=True, compiled=True
     )
-    taught = students.load(args.students, transformer, parts_of(plan.units))
-    together = nn.ModuleDict({part.name: student for part, student in taught.items()})
+    taught = students.load(args.students, transformer, new_blocks_of(plan.units))
+    together = nn.ModuleDict({new_block.name: student for new_block, student in taught.items()})
     together.train().to(accelerator.device)
     identity = loop.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
     rows = loop.train(

@@ -35,7 +35,7 @@ from ppcl.closed_forms.modulation_prices import Offers
 from ppcl.configuration import config
 from ppcl.extraction import conditioning
 from ppcl.pruning import students
-from ppcl.pruning.plans import Unit
+from ppcl.pruning.units import Unit
 from ppcl.runtime import processes, stopping
 from ppcl.search import measured
 from ppcl.settings import WidthSettings
@@ -43,7 +43,7 @@ from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity, trust
 from ppcl.training import loop, prices
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 
 def text_cka(path: Path, depth: int) -> np.ndarray:
@@ -61,7 +61,8 @@ def narrow_units(
 ) -> dict[str, Unit]:
     """Linear FFNs and text runs by name."""
     units = {
-        f"ffn {u.parts[0].linear_ffn[0]} {u.name}": u for u in width.ffn_candidates(transformer)
+        f"ffn {u.new_blocks[0].linear_ffn[0]} {u.name}": u
+        for u in width.ffn_candidates(transformer)
     }
     runs = width.text_candidates(transformer, cka, options.longest, options.cka_floor)
     return units | {f"text {unit.name}": unit for unit in runs}
@@ -71,8 +72,8 @@ def made_narrow(
     transformer: nn.Module, unit: Unit, maps: width.Stored, device: torch.device
 ) -> students.Students:
     """Blocks for a unit, on the device, even if the teacher's come there only to run."""
-    made = width.closed(transformer, unit.parts, maps)
-    return {part: block.to(device) for part, block in made.items()}
+    made = width.closed(transformer, unit.new_blocks, maps)
+    return {new_block: block.to(device) for new_block, block in made.items()}
 
 
 def narrow_rows(
@@ -92,7 +93,7 @@ def narrow_rows(
             "path": "",
             "rank": 0,
             "fit_error_heldout": max(
-                fit_errors[one] for part in unit.parts for one in width.maps_of(part)
+                fit_errors[one] for new_block in unit.new_blocks for one in width.maps_of(new_block)
             ),
             "cka": cka[unit.first, unit.first : unit.last + 1].min()
             if name.startswith("text")
@@ -154,7 +155,12 @@ def main() -> None:
     units = narrow_units(transformer, cka, options) if options.enabled else {}
     files, fit_errors = width.fit_to_files(
         transformer,
-        [one for unit in units.values() for part in unit.parts for one in width.maps_of(part)],
+        [
+            one
+            for unit in units.values()
+            for new_block in unit.new_blocks
+            for one in width.maps_of(new_block)
+        ],
         reader,
         options,
         seed,

@@ -12,13 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ppcl.pruning import plans
 from ppcl.pruning.pins import Ends
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit, units_of
 from ppcl.search import probes
 from ppcl.search.measured import ClosedForm
 from ppcl.transformer import blocks
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 LENGTHS, PER_LENGTH = range(2, 7), 4
 FFNS, TEXT_RUNS = 4, 3  # of each stream; of each length
@@ -40,20 +39,20 @@ def sample(
     for length in LENGTHS:
         every = [(first, first + length - 1) for run in runs for first in run]
         inside = [ends for ends in every if any(ends[0] in r and ends[1] in r for r in runs)]
-        chosen += [("depth", plans.units([ends])[0]) for ends in drawn(inside, PER_LENGTH)]
+        chosen += [("depth", units_of([ends])[0]) for ends in drawn(inside, PER_LENGTH)]
     touched = {block for run in runs for block in run}
     ffns = [width for width in widths if width.kind == "ffn" and width.first in touched]
     for stream in sorted({width.stream for width in ffns}):
         for width in drawn([width for width in ffns if width.stream == stream], FFNS):
-            chosen.append((f"ffn_{stream}", plans.units([], [], [width.ffn])[0]))
-    taken: set[Part] = set()
+            chosen.append((f"ffn_{stream}", units_of([], [], [width.ffn])[0]))
+    taken: set[NewBlock] = set()
     texts = [width.ends for width in widths if width.kind == "text" and width.first in touched]
     for length in sorted({last - first + 1 for first, last in texts}):
         alike = [ends for ends in texts if ends[1] - ends[0] + 1 == length]
         for ends in drawn(alike, TEXT_RUNS):
-            (unit,) = plans.units([], [ends], [], unread_after)
-            if not taken & set(unit.parts):
-                taken |= set(unit.parts)
+            (unit,) = units_of([], [ends], [], unread_after)
+            if not taken & set(unit.new_blocks):
+                taken |= set(unit.new_blocks)
                 chosen.append(("text", unit))
     return chosen
 

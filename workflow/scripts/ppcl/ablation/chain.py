@@ -6,8 +6,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import NewBlock
 from ppcl.settings import DistillSettings
 from ppcl.training import distillation, teaching
 from ppcl.transformer import blocks, calls
@@ -30,13 +30,13 @@ def through_chain(
     family, parts = blocks.family(transformer), list(students)
     batch_of = distillation.batches_of_steps(reader, options, seed, accelerator)
     inside = {part: distillation.InFloat32(student) for part, student in students.items()}
-    model, _ = blocks.assembled(transformer, {part.key: m for part, m in inside.items()})
+    model, _ = blocks.assembled(transformer, {part.ends: m for part, m in inside.items()})
     owner = {id(module): part for part, module in inside.items()}
     watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
 
     last = blocks.block_sequence(transformer)[-1].index
 
-    def read(part: Part, lesson: teaching.Lesson) -> dict[str, Tensor]:
+    def read(part: NewBlock, lesson: teaching.Lesson) -> dict[str, Tensor]:
         gone = family.unread if part.last == last else ()
         return {stream: x for stream, x in lesson.target.items() if stream not in gone}
 

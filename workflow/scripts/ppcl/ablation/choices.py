@@ -22,7 +22,7 @@ from ppcl.errors import UserError
 from ppcl.extraction import token_table
 from ppcl.pruning import pins
 from ppcl.pruning.pins import Ends, Ffn
-from ppcl.pruning.plans import Matrix, Modulation
+from ppcl.pruning.units import Matrix, Modulation
 from ppcl.search import (
     candidates,
     cka_draws,
@@ -39,7 +39,7 @@ from ppcl.settings import Settings
 from ppcl.storage import tensors, texts
 from ppcl.training import prices
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import JOINT
+from ppcl.transformer.family import JOINT
 
 # Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
 # the rank of the update that is learned beside the masks, and their learning rate.
@@ -252,8 +252,7 @@ def depth_and_width(
             many blocks (`rivals' time`).
     """
     settings, paths, depth = material.settings, material.paths, material.depth
-    facts = material.tokens.facts
-    sizes = facts["block_parameters"]
+    sizes = blocks.parameters_of_blocks(material.transformer)
     closed = measured.closed(paths["width"], sizes, kinds)
     low = _modulations(material) if like == "low-rank rivals" else _Modulations()
     weights = {

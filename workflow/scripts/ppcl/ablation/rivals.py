@@ -26,7 +26,7 @@ from ppcl.errors import UserError
 from ppcl.extraction.token_table import TokenReader
 from ppcl.pruning import students
 from ppcl.pruning.pins import Ends
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.search import probes
 from ppcl.search.cka import linear_cka
 from ppcl.settings import TrainingSettings
@@ -82,7 +82,7 @@ def start(transformer: nn.Module, starts: Starts) -> students.Students:
     found = {}
     for ends, how in sorted(starts.items()):
         source, way = (ends, how) if isinstance(how, str) else ((how, how), "first")
-        (found[Part(*ends)],) = students.start(transformer, [Part(*source)], way).values()
+        (found[NewBlock(*ends)],) = students.start(transformer, [NewBlock(*source)], way).values()
     return found
 
 
@@ -218,7 +218,7 @@ def skip_errors(
     for run in runs:
         for block in run if len(run) > 1 else ():
             ((ends, kept),) = merged({block}, [run]).items()
-            skipped[block] = {Part(*ends): sequence[kept].module}
+            skipped[block] = {NewBlock(*ends): sequence[kept].module}
     sets = {
         f"without {b:02d}": (
             min(part.first for part in made),

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from ppcl.pruning.plans import Unit
+from ppcl.pruning.units import Unit
 from ppcl.search import integer_programs
 from ppcl.training import distillation
 

@@ -17,9 +17,9 @@ from ppcl.digits import world
 from ppcl.evaluation import measuring, metrics
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.extraction import conditioning
-from ppcl.pruning import plans, students
-from ppcl.pruning.plans import Unit, parts_of
+from ppcl.pruning import students
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import Unit, new_blocks_of, units_of
 from ppcl.settings import AblationSettings, Settings, TrainingSettings
 from ppcl.storage import tensors
 from ppcl.teacher import pipelines, prompts
@@ -124,8 +124,8 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         for ends, how in chosen.starts.items()
     }
     unread_after = width.unread_after(transformer)
-    units = plans.units(starts, chosen.runs, chosen.ffns, unread_after)
-    parts = parts_of(units)
+    units = units_of(starts, chosen.runs, chosen.ffns, unread_after)
+    parts = new_blocks_of(units)
     taught, uncut = rivals.start(transformer, starts), {}
     if train.get("start") == "solved":
         for student in taught.values():
@@ -211,7 +211,11 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
     for student in taught.values():
         student.eval()
     sets = {
-        unit.name: (unit.first, unit.last, lambda u=unit: {part: taught[part] for part in u.parts})
+        unit.name: (
+            unit.first,
+            unit.last,
+            lambda u=unit: {part: taught[part] for part in u.new_blocks},
+        )
         for unit in units
     }
     changes = prices.of_students(material.transformer, sets)
@@ -232,7 +236,7 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
     whole, found = blocks.parameter_count(material.transformer), []
     for share in range(1, BUDGETS):
         picked = schedules.cheapest(costs, savings, share / BUDGETS * sum(savings))
-        plugged = {part: taught[part] for i in picked for part in units[i].parts}
+        plugged = {part: taught[part] for i in picked for part in units[i].new_blocks}
         model, _, _ = students.plugged(material.transformer, plugged)
         removed = sum(savings[i] for i in picked)
         found.append(
@@ -265,7 +269,7 @@ def plugged(material: Material, taught: Students, low_rank: bool) -> nn.Module:
 def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module:
     """The assembled model with all its parameters trained on the recorded velocities."""
     exported = students.types(plugged(material, taught, low_rank))
-    modules = {part.key: student for part, student in taught.items()}
+    modules = {part.ends: student for part, student in taught.items()}
     model, block_map = blocks.assembled(material.transformer, modules)
     if low_rank:
         model = with_low_rank(material, model, block_map)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.pruning import narrow
-from ppcl.pruning.plans import Matrix, Modulation
+from ppcl.pruning.units import Matrix, Modulation
 from ppcl.runtime import devices
 from ppcl.transformer import blocks
 

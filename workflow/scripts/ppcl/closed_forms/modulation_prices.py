@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ppcl.closed_forms import modulation
 from ppcl.closed_forms.modulation import Factors, Spread
 from ppcl.extraction.conditioning import Conditioning
-from ppcl.pruning.plans import Matrix, Modulation
+from ppcl.pruning.units import Matrix, Modulation
 from ppcl.runtime import devices
 from ppcl.settings import ModulationSettings
 from ppcl.training.prices import Change

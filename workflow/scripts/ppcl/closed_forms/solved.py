@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ppcl.closed_forms import width
 from ppcl.errors import UserError
 from ppcl.pruning import students
-from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import NewBlock
 from ppcl.runtime import devices
 from ppcl.settings import WidthSettings
 from ppcl.training import teaching
@@ -32,7 +32,7 @@ from ppcl.transformer import blocks, calls
 # Samples of neighbouring timesteps have their mean squared gate, so many groups of them: a matrix
 # of moments each. On the embedded teacher, errors with 64 groups are within 4 % of these.
 GROUPS = 16
-# Of the sums of all parts that are fitted in one pass over the calls.
+# Of the sums of all new blocks that are fitted in one pass over the calls.
 SUMS_BYTES = 4 << 30
 # Share of the largest gate by which others may differ from it by rounding.
 ALIKE = 1e-3
@@ -41,13 +41,13 @@ ALIKE = 1e-3
 RIDGE = 1e-2
 
 
-def stages(transformer: nn.Module, part: Part) -> tuple[tuple[str, ...], ...]:
-    """Paths in a part's block of what is refitted together, in order.
+def stages(transformer: nn.Module, new_block: NewBlock) -> tuple[tuple[str, ...], ...]:
+    """Paths in a new block of what is refitted together, in order.
 
     Raises:
         UserError: the registry does not say.
     """
-    attribute = blocks.block_sequence(transformer)[part.first].list.attribute
+    attribute = blocks.block_sequence(transformer)[new_block.first].list.attribute
     found = blocks.family(transformer).gated.get(attribute)
     if found is None:
         raise UserError(
@@ -60,7 +60,7 @@ def stages(transformer: nn.Module, part: Part) -> tuple[tuple[str, ...], ...]:
 
 def start(
     transformer: nn.Module,
-    parts: Iterable[Part],
+    new_blocks: Iterable[NewBlock],
     how: str,
     reader: calls.Reader,
     options: WidthSettings,
@@ -73,7 +73,7 @@ def start(
     Args:
         options: the config's `width`: fit_rows, batch_size.
     """
-    made = students.start(transformer, parts, how)
+    made = students.start(transformer, new_blocks, how)
     for student in made.values():
         student.to(device)
     if how == "solved":
@@ -101,30 +101,36 @@ def refit(
     Raises:
         UserError: the registry does not say where these linears are, or is wrong about a block.
     """
-    longer = {part: module for part, module in wholes.items() if part.last > part.first}
-    for number in range(max((len(stages(transformer, part)) for part in longer), default=0)):
+    longer = {
+        new_block: module
+        for new_block, module in wholes.items()
+        if new_block.last > new_block.first
+    }
+    for number in range(
+        max((len(stages(transformer, new_block)) for new_block in longer), default=0)
+    ):
         wanted = {
-            part: every[number:]
-            for part in longer
-            if len(every := stages(transformer, part)) > number
+            new_block: every[number:]
+            for new_block in longer
+            if len(every := stages(transformer, new_block)) > number
         }
         for group in _groups(longer, wanted):
-            now = {part: wanted[part] for part in group}
+            now = {new_block: wanted[new_block] for new_block in group}
             _refit(transformer, longer, now, reader, rows, batch_size, device)
     return wholes
 
 
-def _groups(wholes: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[Part]]:
+def _groups(wholes: Students, wanted: Mapping[NewBlock, tuple]) -> Iterator[list[NewBlock]]:
     """Parts whose sums fit in memory."""
-    group: list[Part] = []
+    group: list[NewBlock] = []
     held = 0
-    for part, paths in wanted.items():
-        linears = [wholes[part].get_submodule(path) for path in paths[0]]
+    for new_block, paths in wanted.items():
+        linears = [wholes[new_block].get_submodule(path) for path in paths[0]]
         size = sum(8 * GROUPS * (linear.in_features + 1) ** 2 for linear in linears)
         if group and held + size > SUMS_BYTES:
             yield group
             group, held = [], 0
-        group, held = [*group, part], held + size
+        group, held = [*group, new_block], held + size
     if group:
         yield group
 
@@ -132,44 +138,46 @@ def _groups(wholes: Students, wanted: Mapping[Part, tuple]) -> Iterator[list[Par
 def _refit(
     transformer: nn.Module,
     wholes: Students,
-    wanted: Mapping[Part, tuple[tuple[str, ...], ...]],
+    wanted: Mapping[NewBlock, tuple[tuple[str, ...], ...]],
     reader: calls.Reader,
     rows: np.ndarray,
     batch_size: int,
     device: torch.device,
 ) -> None:
-    """One stage: the first paths of each part; those that follow return nothing."""
+    """One stage: the first paths of each new block; those that follow return nothing."""
     order = np.argsort(reader.index["timestep"][rows], kind="stable")
     group_of = dict(
         zip(rows[order].tolist(), np.arange(len(rows)) * GROUPS // len(rows), strict=True)
     )
     sums = {
-        (part, path): _Sums(wholes[part].get_submodule(path), device)
-        for part, paths in wanted.items()
+        (new_block, path): _Sums(wholes[new_block].get_submodule(path), device)
+        for new_block, paths in wanted.items()
         for path in paths[0]
     }
     for batch in reader.batches(rows, batch_size, device):
         batch = batch.to(device)
         groups = torch.tensor([group_of[number] for number in batch.numbers.tolist()])
         lessons = teaching.teacher_states(transformer, list(wanted), batch.arguments)
-        for part, (paths, *later) in wanted.items():
-            block = blocks.block_sequence(transformer)[part.first]
-            block = blocks.Block(part.first, wholes[part], block.list)
-            masks = _real(transformer, part, batch, lessons[part].target)
-            seen = _answers(block, paths, sum(later, ()), lessons[part], masks)
+        for new_block, (paths, *later) in wanted.items():
+            block = blocks.block_sequence(transformer)[new_block.first]
+            block = blocks.Block(new_block.first, wholes[new_block], block.list)
+            masks = _real(transformer, new_block, batch, lessons[new_block].target)
+            seen = _answers(block, paths, sum(later, ()), lessons[new_block], masks)
             for path, (features, gate, target) in seen.items():
-                sums[part, path].add(features, gate, target, groups, f"block {part.first}, {path}")
+                sums[new_block, path].add(
+                    features, gate, target, groups, f"block {new_block.first}, {path}"
+                )
     for one in sums.values():
         one.solve()
 
 
 def _real(
-    transformer: nn.Module, part: Part, batch: calls.Batch, target: blocks.Streams
+    transformer: nn.Module, new_block: NewBlock, batch: calls.Batch, target: blocks.Streams
 ) -> blocks.Streams:
     """Stream -> 1 for what counts of it and 0 for padding, in its shape; streams that nothing reads
     are left out."""
     family = blocks.family(transformer)
-    last = part.last == blocks.block_sequence(transformer)[-1].index
+    last = new_block.last == blocks.block_sequence(transformer)[-1].index
     read = {s: v for s, v in target.items() if not (last and s in family.unread)}
     masks = blocks.token_masks(family, batch.arguments, read)
     found = {stream: torch.ones_like(value, dtype=torch.float32) for stream, value in read.items()}

@@ -25,16 +25,16 @@ from torch import nn
 from ppcl import provenance
 from ppcl.errors import UserError, warn_of_fewer
 from ppcl.extraction import activations
-from ppcl.pruning import narrow, plans, students
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning import narrow, students
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import NewBlock, Unit, units_of
 from ppcl.runtime import stopping
 from ppcl.search import intervals, probes
 from ppcl.settings import WidthSettings
 from ppcl.storage import tensors
 from ppcl.training import entrance, teaching
-from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer import blocks, calls, inside_block
+from ppcl.transformer.family import TEXT
 
 log = logging.getLogger(__name__)
 
@@ -47,20 +47,20 @@ SUMS_BYTES = 8 << 30
 
 @dataclass(frozen=True)
 class Map:
-    """One residual linear map: from an activation at `source` to one at `part` (ends of parts).
+    """A residual linear map of an activation at `source` to one at `target`, ends of new blocks.
 
-    kind: `ffn/<stream>` (stream after attention -> stream after the part), `text/input`
+    kind: `ffn/<stream>` (stream after attention -> stream after the block), `text/input`
     (z_a -> z_p) or `text/output` (h_a -> text stream after the run).
     """
 
     kind: str
     source: Ends
-    part: Ends
+    target: Ends
 
     @property
     def ends(self) -> str:
         """Names it in sums and errors."""
-        return "{:02d}-{:02d}>{:02d}-{:02d}".format(*self.source, *self.part)
+        return "{:02d}-{:02d}>{:02d}-{:02d}".format(*self.source, *self.target)
 
     @property
     def name(self) -> str:
@@ -83,13 +83,15 @@ class Fit:
     error_heldout: float
 
 
-def maps_of(part: Part) -> list[Map]:
-    """The new linear maps of a part."""
-    found = [Map(f"ffn/{stream}", part.key, part.key) for stream in part.linear_ffn]
-    if part.source:
-        found.append(Map(INPUT, part.source, part.key))
-        if part.text == "close":
-            found.append(Map(OUTPUT, part.source, part.key))
+def maps_of(new_block: NewBlock) -> list[Map]:
+    """The new linear maps of a new block."""
+    found = [
+        Map(f"ffn/{stream}", new_block.ends, new_block.ends) for stream in new_block.linear_ffn
+    ]
+    if new_block.source:
+        found.append(Map(INPUT, new_block.source, new_block.ends))
+        if new_block.text == "close":
+            found.append(Map(OUTPUT, new_block.source, new_block.ends))
     return found
 
 
@@ -115,8 +117,8 @@ def fit(
     """Least squares for every map (Eq. 1, with other ends), and its error on held-out calls.
 
     Args:
-        wholes: the un-narrowed block of every part that `maps` names, on the device; it runs on
-            the teacher's activation before the part.
+        wholes: ends that `maps` names -> the block there before it becomes narrow, on the device;
+            it runs on the teacher's activation before it.
         rows: numbers of the calls to fit on, and of those to judge on.
         options: batch_size, ridge.
 
@@ -176,29 +178,29 @@ def _add(
     """Adds one batch's tokens to the sums of all maps."""
     sequence = blocks.block_sequence(transformer)
     family = blocks.family(transformer)
-    parts = {ends: Part(*ends) for one in maps for ends in (one.source, one.part)}
-    wanted = {e for one in maps if one.kind != OUTPUT for e in (one.source, one.part)}
+    new_blocks = {ends: NewBlock(*ends) for one in maps for ends in (one.source, one.target)}
+    wanted = {e for one in maps if one.kind != OUTPUT for e in (one.source, one.target)}
     inside: dict[Ends, blocks.Streams] = {}
     with ExitStack() as stack:
         for ends in wanted:  # the teacher's own blocks run once
             if wholes[ends] is sequence[ends[0]].module:
-                inside[ends] = stack.enter_context(blocks.taps(sequence[ends[0]]))
-        lessons = teaching.teacher_states(transformer, list(parts.values()), batch.arguments)
+                inside[ends] = stack.enter_context(inside_block.taps(sequence[ends[0]]))
+        lessons = teaching.teacher_states(transformer, list(new_blocks.values()), batch.arguments)
     for ends in wanted - inside.keys():
         block = blocks.Block(ends[0], wholes[ends], sequence[ends[0]].list)
-        bound = teaching.fitting(lessons[parts[ends]].bound, block.module)
-        with blocks.taps(block) as seen:
+        bound = teaching.fitting(lessons[new_blocks[ends]].bound, block.module)
+        with inside_block.taps(block) as seen:
             block.module(**bound)
         inside[ends] = seen
     for one in maps:
         stream = one.kind.removeprefix("ffn/") if one.kind.startswith("ffn/") else TEXT
-        after = lessons[parts[one.part]].target[stream]
+        after = lessons[new_blocks[one.target]].target[stream]
         if one.kind == OUTPUT:
-            before = lessons[parts[one.source]].target[stream]
+            before = lessons[new_blocks[one.source]].target[stream]
         else:
             before = inside[one.source][one.kind]
         if one.kind == INPUT:
-            after = inside[one.part][one.kind]
+            after = inside[one.target][one.kind]
         masks = blocks.token_masks(family, batch.arguments, {stream: before})
         if stream in masks:
             before, after = before[masks[stream]], after[masks[stream]]
@@ -229,7 +231,7 @@ def fit_to_files(
     """
     wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(transformer)}
     # In order of depth, so that the teacher need not run to its end for all of them.
-    every = sorted(dict.fromkeys(maps), key=lambda one: (one.part, one.source, one.kind))
+    every = sorted(dict.fromkeys(maps), key=lambda one: (one.target, one.source, one.kind))
     rank, count = accelerator.process_index, accelerator.num_processes
     rows = fit_rows(reader, options, seed) if every else ()
     groups = list(_groups(every, transformer, least=count))
@@ -309,31 +311,31 @@ def stored(*paths: Path) -> Stored:
 
 
 def closed(
-    transformer: nn.Module, parts: Sequence[Part], maps: Mapping[Map, probes.Probe]
+    transformer: nn.Module, new_blocks: Sequence[NewBlock], maps: Mapping[Map, probes.Probe]
 ) -> Students:
-    """Kept blocks as narrow as these parts, made from least-squares maps alone.
+    """Kept blocks as narrow as these new blocks, made from least-squares maps alone.
 
     Args:
-        parts: with first == last, of text runs whose source is a kept block, too.
+        new_blocks: with first == last, of text runs whose source is a kept block, too.
         maps: such as `stored`.
 
     Returns:
         Copies of the teacher's blocks, in its types, where it rests; untrained.
     """
-    if grown := [part for part in parts if part.first != part.last]:
-        raise ValueError(f"part {grown[0].name} is no kept block")
-    return narrowed(transformer, whole_blocks(transformer, parts), maps)
+    if grown := [new_block for new_block in new_blocks if new_block.first != new_block.last]:
+        raise ValueError(f"new block {grown[0].name} is no kept block")
+    return narrowed(transformer, whole_blocks(transformer, new_blocks), maps)
 
 
 def narrowed(
     transformer: nn.Module, wholes: Students, maps: Mapping[Map, probes.Probe]
 ) -> Students:
-    """The whole blocks of some parts, made as narrow as these, with fitted maps. In place."""
-    for part, student in wholes.items():
-        students.shaped(transformer, part, student)
+    """The whole blocks of some new blocks, made as narrow as these, with fitted maps. In place."""
+    for new_block, student in wholes.items():
+        students.shaped(transformer, new_block, student)
         layers = narrow.maps(student)
         with torch.no_grad():
-            for one in maps_of(part):
+            for one in maps_of(new_block):
                 probe = maps[one]
                 layers[one.kind].weight.copy_(torch.from_numpy(probe.weight))
                 layers[one.kind].bias.copy_(torch.from_numpy(probe.bias))
@@ -348,21 +350,21 @@ def start(
     seed: int,
     device: torch.device,
 ) -> Students:
-    """Students as narrow as their parts, their maps fitted on recorded calls; in place, on the CPU.
+    """The students made narrow, their maps fitted on recorded calls; in place, on the CPU.
 
     Args:
         transformer: the teacher, on the device.
         options: the config's `width`.
     """
-    maps = [one for part in wholes for one in maps_of(part)]
+    maps = [one for new_block in wholes for one in maps_of(new_block)]
     if maps:
         for student in wholes.values():
             student.to(device)
-        by_ends = {part.key: student for part, student in wholes.items()}
+        by_ends = {new_block.ends: student for new_block, student in wholes.items()}
         rows = fit_rows(reader, options, seed)
         fits = fit(transformer, by_ends, maps, reader, rows, options, device)
         narrowed(transformer, wholes, {one: found.probe for one, found in fits.items()})
-    return {part: student.cpu() for part, student in wholes.items()}
+    return {new_block: student.cpu() for new_block, student in wholes.items()}
 
 
 def fit_rows(
@@ -380,7 +382,7 @@ def refit(
     transformer: nn.Module,
     model: nn.Module,
     block_map: list[list[int]],
-    parts: Iterable[Part],
+    new_blocks: Iterable[NewBlock],
     reader: calls.Reader,
     rows: np.ndarray,
     options: WidthSettings,
@@ -391,12 +393,12 @@ def refit(
     that it makes up for what those before it leave.
 
     Args:
-        model: of such parts and others, on the device; its linear FFNs change.
+        model: of such new blocks and others, on the device; its linear FFNs change.
         block_map: of `blocks.assembled`.
         rows: numbers of the calls to fit on.
         options: batch_size, ridge.
     """
-    wanted = {part.first: part for part in parts if part.linear_ffn}
+    wanted = {new_block.first: new_block for new_block in new_blocks if new_block.linear_ffn}
     starts = [members[0] for members in block_map]
     batches = [b.to(device) for b in reader.batches(rows, options.batch_size, device)]
     whole, lean = (_Walk(one, batches) for one in (transformer, model))
@@ -485,7 +487,7 @@ def ffn_candidates(transformer: nn.Module) -> list[Unit]:
     """One linear FFN each, of every block and stream that has one."""
     untouchable = blocks.untouchable(transformer)
     return [
-        Unit((Part(block.index, block.index, (stream,)),))
+        Unit((NewBlock(block.index, block.index, (stream,)),))
         for block in blocks.block_sequence(transformer)
         if block.index not in untouchable
         for stream in block.width.ffn
@@ -509,14 +511,14 @@ def text_candidates(
         unit
         for first, last in intervals.all_within(runs, longest)
         if np.nan_to_num(cka[first, first : last + 1]).min() >= floor
-        for unit in plans.units([], [(first, last)], (), unread_after(transformer))
+        for unit in units_of([], [(first, last)], (), unread_after(transformer))
     ]
 
 
-def whole_blocks(transformer: nn.Module, parts: Iterable[Part]) -> Students:
-    """Copies of the teacher's blocks at which some parts start."""
+def whole_blocks(transformer: nn.Module, new_blocks: Iterable[NewBlock]) -> Students:
+    """Copies of the teacher's blocks at which some new blocks start."""
     sequence = blocks.block_sequence(transformer)
-    return {part: copy.deepcopy(sequence[part.first].module) for part in parts}
+    return {new_block: copy.deepcopy(sequence[new_block.first].module) for new_block in new_blocks}
 
 
 def saved_parameters(transformer: nn.Module, unit: Unit, sizes: Sequence[int] | None = None) -> int:
@@ -527,10 +529,10 @@ def saved_parameters(transformer: nn.Module, unit: Unit, sizes: Sequence[int] | 
     sequence = blocks.block_sequence(transformer)
     sizes = sizes or blocks.parameters_of_blocks(transformer)
     before = sum(sizes[unit.first : unit.last + 1])
-    for part in unit.parts:
-        module = sequence[part.first].module
-        before -= sizes[part.first] - blocks.parameter_count(module)  # its companions stay
-        before -= blocks.parameter_count(students.shaped(transformer, part, _empty(module)))
+    for new_block in unit.new_blocks:
+        module = sequence[new_block.first].module
+        before -= sizes[new_block.first] - blocks.parameter_count(module)  # its companions stay
+        before -= blocks.parameter_count(students.shaped(transformer, new_block, _empty(module)))
     return before
 
 
@@ -553,13 +555,13 @@ def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
         saved = output = lent = 0
         if block.width.text:
             lender = (-1, -1)
-            borrower = Unit((Part(*here, text="borrow", source=lender),))
-            closing = Unit((Part(*here, text="close", source=lender),))
+            borrower = Unit((NewBlock(*here, text="borrow", source=lender),))
+            closing = Unit((NewBlock(*here, text="close", source=lender),))
             saved = saving(borrower)
             if block.index != unread:
                 output = saved - saving(closing)
             if reached and block.index != unread:
-                lent = saving(Unit((Part(*here, text="lend"),)))
+                lent = saving(Unit((NewBlock(*here, text="lend"),)))
         found["text_saved"].append(saved)
         found["text_output"].append(output)
         found["text_lent"].append(lent)

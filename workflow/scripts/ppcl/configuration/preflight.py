@@ -16,7 +16,7 @@ from ppcl.pruning import pins
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, untrusted
 from ppcl.teacher import arguments, hub, needed, weights
-from ppcl.transformer.families import family_of, fixed_states
+from ppcl.transformer.registry import family_of, fixed_states
 
 
 def check(settings: Settings, source: str = "config") -> None:

@@ -14,7 +14,8 @@ from ppcl.errors import UserError
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import arguments, hub, signatures
-from ppcl.transformer.families import TEXT, Family, family_of, fixed_states
+from ppcl.transformer.family import TEXT, Family
+from ppcl.transformer.registry import family_of, fixed_states
 
 PROMPTS = config.SCHEMA_PATH.parents[2] / "resources" / "prompts"
 # Channels of a token from which on a model is trained as the presets are; those below SMALL as the

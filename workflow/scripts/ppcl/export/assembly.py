@@ -22,7 +22,7 @@ from ppcl.settings import Settings, Variant
 from ppcl.storage import seals, tensors, texts, untrusted, whole
 from ppcl.teacher import hub, trust
 from ppcl.transformer import blocks, call_arguments
-from ppcl.transformer.families import family_of
+from ppcl.transformer.registry import family_of
 
 CARD = "pruning.json"
 

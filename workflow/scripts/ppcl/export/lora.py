@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
 from ppcl.pruning import narrow
-from ppcl.pruning.plans import Matrix
+from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.transformer import blocks
 

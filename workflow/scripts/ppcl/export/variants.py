@@ -23,9 +23,9 @@ from ppcl.closed_forms import modulation, width
 from ppcl.errors import UserError
 from ppcl.extraction import conditioning
 from ppcl.pruning import pins, students
-from ppcl.pruning.plans import Matrix, Part, Unit
 from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import Matrix, NewBlock, Unit
 from ppcl.search import candidates, measured, probes
 from ppcl.search.candidates import Limits
 from ppcl.search.choosing import Measure
@@ -133,7 +133,7 @@ def untrained(plan: SelectionFile | None, files: Files) -> dict[str, Member]:
     maps = width.stored(files.maps) if files.maps else {}
     found = {}
     for unit in plan.units:
-        wanted = [one for part in unit.parts for one in width.maps_of(part)]
+        wanted = [one for part in unit.new_blocks for one in width.maps_of(part)]
         if not unit.removed_blocks and all(one in maps for one in wanted):
             found[unit.name] = Member(unit, CLOSED)
         elif START in files.students and unit in plan.distilled:
@@ -161,8 +161,8 @@ def offer(
     _refuse_unpriced(pinned, closed, units.values())
     if not settings.choose.closed_forms:
         left = plan.closed if plan else ()
-        linear = {(p.first, stream) for u in left for p in u.parts for stream in p.linear_ffn}
-        runs = {(unit.first, unit.last) for unit in left if len(unit.parts) > 1}
+        linear = {(p.first, stream) for u in left for p in u.new_blocks for stream in p.linear_ffn}
+        runs = {(unit.first, unit.last) for unit in left if len(unit.new_blocks) > 1}
         closed = replace(
             closed,
             runs={ends: cost for ends, cost in closed.runs.items() if ends in runs},
@@ -304,7 +304,7 @@ class Workshop:
             ranks.setdefault(matrix[0], []).append((matrix, rank))
         pieces: list[Piece] = []
         for member in found.members:
-            own = [one for part in member.unit.parts for one in ranks.pop(part.first, ())]
+            own = [one for part in member.unit.new_blocks for one in ranks.pop(part.first, ())]
             pieces.append((member, tuple(own)))
         return pieces + [(block, tuple(own)) for block, own in sorted(ranks.items())]
 
@@ -316,7 +316,7 @@ class Workshop:
             model, _, block_map = students.plugged(self._teacher, taught)
         else:
             model, block_map = blocks.assembled(
-                self._teacher, {part.key: student for part, student in taught.items()}
+                self._teacher, {part.ends: student for part, student in taught.items()}
             )
         ranks = {matrix: rank for piece in pieces for matrix, rank in piece[1]}
         if ranks:
@@ -334,15 +334,17 @@ class Workshop:
             if of == self._depth:
                 made[piece] = {(of, of): model._modules[_last(model)]}
                 continue
-            ends = [part.key for part in of.unit.parts] if isinstance(of, Member) else [(of, of)]
+            ends = (
+                [part.ends for part in of.unit.new_blocks] if isinstance(of, Member) else [(of, of)]
+            )
             made[piece] = {key: sequence[starts[key[0]]].module for key in ends}
         return made
 
     def _students(self, members: Sequence[Member]) -> Students:
         """The blocks of units, without ranks."""
-        parts: dict[str, list[Part]] = {}
+        parts: dict[str, list[NewBlock]] = {}
         for member in members:
-            parts.setdefault(member.source, []).extend(member.unit.parts)
+            parts.setdefault(member.source, []).extend(member.unit.new_blocks)
         found: Students = {}
         for source, wanted in parts.items():
             if source == CLOSED or source.startswith(REFIT):

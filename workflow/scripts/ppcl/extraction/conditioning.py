@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Matrix
+from ppcl.pruning.units import Matrix
 from ppcl.storage import seals, tensors
 
 

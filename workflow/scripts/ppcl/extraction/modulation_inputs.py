@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ppcl.errors import UserError, warn_once
 from ppcl.extraction.conditioning import Conditioning, Moments
 from ppcl.pruning import narrow
-from ppcl.pruning.plans import Matrix
+from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.settings import ModulationSettings
 from ppcl.transformer import blocks, calls

@@ -42,7 +42,7 @@ class TokenReader:
     Attributes:
         streams: names, in file order.
         boundaries: their number, M + 1.
-        provenance: the file's, with what extraction knows of the blocks (see `facts`).
+        provenance: the file's.
     """
 
     def __init__(self, path: str | Path):
@@ -72,12 +72,6 @@ class TokenReader:
             self.boundaries = 1 + max(boundary for _, boundary in self._groups)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: holds no tokens ({error!r}); {seals.REMAKE}") from error
-
-    @property
-    def facts(self) -> dict:
-        """block_parameters, transformer_parameters, seams, untouchable, as extraction saw them."""
-        names = ("block_parameters", "transformer_parameters", "seams", "untouchable")
-        return {name: json.loads(self.provenance[name]) for name in names}
 
     def values(self, boundary: int, stream: str) -> np.ndarray:
         """Tokens [n, d], float32."""

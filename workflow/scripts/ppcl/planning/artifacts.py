@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 from ppcl.planning import weightless
 from ppcl.planning.planner import Planner, bytes_of
-from ppcl.pruning.plans import Unit, parts_of
+from ppcl.pruning.units import Unit, new_blocks_of
 from ppcl.training import shards
 from ppcl.transformer import blocks
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 
 def sizes(planner: Planner) -> dict[str, float | None]:
@@ -105,7 +105,7 @@ def _streams(planner: Planner, units: list[Unit]) -> dict[str, float]:
     rows = caching.fill * options.steps * options.batch_size
     found = {}
     for number, job in enumerate(jobs):
-        kept = planner.streams(shards.first_needed(parts_of(job)))
+        kept = planner.streams(shards.first_needed(new_blocks_of(job)))
         if shards.cached(job, caching) and kept is not None:
             name = "distill" if len(jobs) == 1 else f"distill-{number}"
             found[f"state/{name}/inputs/"] = rows * kept

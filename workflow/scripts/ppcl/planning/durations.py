@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from ppcl.closed_forms import width
 from ppcl.evaluation import latencies
 from ppcl.planning.planner import Planner, Stage
-from ppcl.pruning.plans import Part, Unit, parts_of
+from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
 from ppcl.search import intervals, similarity
 from ppcl.settings import (
     ChooseSettings,
@@ -86,7 +86,7 @@ def works(planner: Planner) -> dict[str, Work]:
     per_block, whole = found
     settings = planner.settings
     sequence = blocks.block_sequence(planner.transformer)
-    everything = [Unit((Part(i, i),)) for i in range(len(sequence))]
+    everything = [Unit((NewBlock(i, i),)) for i in range(len(sequence))]
     depth, every = (planner.depth, planner.every) if planner.every else (everything, everything)
 
     def forwards(rows: float, batch: int, **more) -> Work:
@@ -114,7 +114,7 @@ def works(planner: Planner) -> dict[str, Work]:
     def distilled(units: list[Unit], options: DistillSettings = settings.distill) -> Work:
         """The teacher to the last block that is needed, and a step of every student."""
         teacher = sum(per_block[: max((u.last for u in units), default=-1) + 1])
-        taught = sum(per_block[part.first] for part in parts_of(units))
+        taught = sum(per_block[part.first] for part in new_blocks_of(units))
         return trained("distill", teacher + times("distill") * taught, units, options)
 
     record, evaluate = settings.record, settings.evaluate

@@ -20,11 +20,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from ppcl.closed_forms import modulation, width
 from ppcl.planning import footprint, weightless
 from ppcl.pruning import students
-from ppcl.pruning.plans import Matrix, Part, Unit, parts_of, units
+from ppcl.pruning.units import Matrix, NewBlock, Unit, new_blocks_of, units_of
 from ppcl.runtime import devices
 from ppcl.settings import DistillSettings, FinetuneSettings, Settings, TrainingSettings
 from ppcl.training import distillation, shards, teaching
 from ppcl.transformer import blocks, example_calls
+from ppcl.transformer.family import Pipeline
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +93,7 @@ class Planner:
     depth: list[Unit]
     every: list[Unit]
     example: Callable[[int, torch.dtype], dict[str, Any]] | None
-    pipeline: example_calls.Pipeline | None
+    pipeline: Pipeline | None
     ranks: Mapping[Matrix, int] | None = None
     _kept: dict = field(default_factory=dict)
 
@@ -105,7 +106,7 @@ class Planner:
         chosen = {"teacher": []}
         if self.depth:
             chosen["depth"] = self.depth
-        if any(part.narrow for part in parts_of(self.every)):
+        if any(part.narrow for part in new_blocks_of(self.every)):
             chosen["depth+width" if self.depth else "width"] = self.every
         ranks = {m: max(offered) for m, offered in self.matrices.items()}
         ranks = ranks if self.ranks is None else self.ranks
@@ -132,8 +133,8 @@ class Planner:
         smallest = [blocks.parameter_count(model) for model, _ in self.variants.values()]
         if self.settings.choose.closed_forms:
             wanted = width.ffn_candidates(self.transformer) if self.widens else []
-            linear = [(unit.first, s) for unit in wanted for s in unit.parts[0].linear_ffn]
-            made = weightless.new_blocks(self.transformer, units([], linear=linear))
+            linear = [(unit.first, s) for unit in wanted for s in unit.new_blocks[0].linear_ffn]
+            made = weightless.new_blocks(self.transformer, units_of([], linear=linear))
             model, block_map = weightless.plugged(self.transformer, made)
             ranks = {matrix: min(offered) for matrix, offered in self.matrices.items()}
             smallest.append(blocks.parameter_count(weightless.low_rank(model, block_map, ranks)))
@@ -366,7 +367,7 @@ class Planner:
         if not self.widens:
             return self._priced("width", batch, factored, factored)
         candidates = width.ffn_candidates(self.transformer)
-        maps = [one for unit in candidates for p in unit.parts for one in width.maps_of(p)]
+        maps = [one for unit in candidates for p in unit.new_blocks for one in width.maps_of(p)]
         sequence = blocks.block_sequence(self.transformer)
         texts = sum(block.width.text is not None for block in sequence)
         channels = max(max(self.channels(block).values()) for block in sequence)
@@ -378,7 +379,7 @@ class Planner:
         statistics = at_once * one
         activations = None
         if self.example is not None:
-            parts = [Part(*ends) for ends in dict.fromkeys(m.part for m in maps[:at_once])]
+            parts = [NewBlock(*ends) for ends in dict.fromkeys(m.target for m in maps[:at_once])]
             arguments = self.example(batch, self.dtype)
 
             def run():
@@ -395,7 +396,7 @@ class Planner:
         jobs, caching = self.jobs(units), self.caching()
         for number, job in enumerate(jobs):
             stage = self._distill("distill" if len(jobs) == 1 else f"distill/{number}", job)
-            parts = parts_of(job)
+            parts = new_blocks_of(job)
             start = shards.first_needed(parts) if shards.cached(job, caching) else 0
             if len(jobs) > 1 or start:
                 stage.note += f"; {len(parts)} students, teacher from block {start} to"

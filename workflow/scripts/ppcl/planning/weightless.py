@@ -17,12 +17,12 @@ from torch import nn
 from ppcl.closed_forms import modulation, width
 from ppcl.errors import UserError
 from ppcl.planning import footprint
-from ppcl.pruning import narrow, pins, plans, students
-from ppcl.pruning.plans import Matrix, Unit, parts_of
+from ppcl.pruning import narrow, pins, students
+from ppcl.pruning.units import Matrix, Unit, new_blocks_of, units_of
 from ppcl.settings import ModulationSettings, Settings, TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import hub
-from ppcl.transformer import blocks, families
+from ppcl.transformer import blocks, registry
 
 # What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
 # for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
@@ -92,7 +92,7 @@ def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
     """
     import diffusers
 
-    name = families.today(config["_class_name"], config)
+    name = registry.today(config["_class_name"], config)
     made_by = getattr(diffusers, name, None)
     if not (isinstance(made_by, type) and issubclass(made_by, ModelMixin)):
         raise UserError(
@@ -135,7 +135,7 @@ def selection(
     ffns = {
         (part.first, stream)
         for unit in width.ffn_candidates(transformer)
-        for part in unit.parts
+        for part in unit.new_blocks
         for stream in part.linear_ffn
     }
     pins.check(
@@ -158,8 +158,8 @@ def selection(
             f"the selection names block {max(ends)}, but this teacher has {len(sequence)}: it is "
             "of another teacher; delete intervals.parquet and width/candidates.parquet"
         )
-    every = plans.units(chosen, runs, linear, width.unread_after(transformer))
-    return plans.units(chosen), every
+    every = units_of(chosen, runs, linear, width.unread_after(transformer))
+    return units_of(chosen), every
 
 
 def new_blocks(
@@ -171,7 +171,7 @@ def new_blocks(
     """
     sequence = blocks.block_sequence(transformer)
     found = {}
-    for part in parts_of(units):
+    for part in new_blocks_of(units):
         whole = copy.deepcopy(sequence[part.first].module)
         found[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
     return found
@@ -179,7 +179,7 @@ def new_blocks(
 
 def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module, list[list[int]]]:
     """The teacher with new blocks in place of its own, and its block map."""
-    return blocks.assembled(transformer, {part.key: module for part, module in made.items()})
+    return blocks.assembled(transformer, {part.ends: module for part, module in made.items()})
 
 
 def ranks_on_offer(options: ModulationSettings) -> list[int]:

@@ -100,7 +100,7 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
     rank start at zero.
 
     Args:
-        layout: where the block's parts are (`families.BlockList.layout`).
+        layout: where the block's parts are (`family.BlockList.layout`).
         spec: `linear_ffn`, the streams whose FFN becomes linear; `text`, the block's role in a
             text run: own (none), source, lend, borrow or close; and `ranks` (see `lower`). Each may
             be missing. It stays with the block as `narrowed`.

@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Unit
+from ppcl.pruning.units import Unit
 from ppcl.settings import Settings
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 Ends = tuple[int, int]
 Ffn = tuple[int, str]
@@ -19,7 +19,7 @@ Ffn = tuple[int, str]
 
 @dataclass(frozen=True)
 class Named:
-    """What a config's pin or forbid lists name; ranks: blocks, as `plans.Modulation.block`."""
+    """What a config's pin or forbid lists name; ranks: blocks, as `units.Modulation.block`."""
 
     intervals: frozenset[Ends] = frozenset()
     runs: frozenset[Ends] = frozenset()
@@ -97,7 +97,7 @@ def check(
         ffns: the FFNs that were measured.
         text_saved: per block, parameters of the text stream that a borrower drops.
         modulated: blocks with modulations of which a rank was measured, as
-            `plans.Modulation.block`.
+            `units.Modulation.block`.
         unread: the block after which nothing reads the text stream, if there is one.
     """
     seams = list(seams)
@@ -131,9 +131,13 @@ def check(
 
 def holds(unit: Unit, named: Named) -> bool:
     """Whether a unit holds anything of what is named, ranks of modulations aside."""
-    ffns = {(part.first, stream) for part in unit.parts for stream in part.linear_ffn}
+    ffns = {
+        (new_block.first, stream)
+        for new_block in unit.new_blocks
+        for stream in new_block.linear_ffn
+    }
     inside = [run for run in named.runs if within(run, (unit.first, unit.last))]
-    ends = {(part.first, part.last) for part in unit.parts}
+    ends = {(new_block.first, new_block.last) for new_block in unit.new_blocks}
     return bool(ffns & named.ffns or ends & named.intervals or inside)
 
 

@@ -5,8 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ppcl.errors import UserError
-from ppcl.pruning import plans
-from ppcl.pruning.plans import Unit, parts_of
+from ppcl.pruning.units import Unit, new_block_of, new_blocks_of
 from ppcl.storage import texts
 
 
@@ -20,7 +19,7 @@ def unit_entry(
         "saved_parameters": saved_parameters,
         "pinned": pinned,
         "saved_seconds": None if math.isnan(saved_seconds) else saved_seconds,
-        "parts": [asdict(part) for part in unit.parts],
+        "new_blocks": [asdict(new_block) for new_block in unit.new_blocks],
     }
 
 
@@ -59,19 +58,19 @@ def read(path: Path) -> SelectionFile:
         plan = SelectionFile(
             *(_units(facts[key]) for key in ("units", "distilled", "closed")), facts
         )
-        for part in parts_of([*plan.units, *plan.distilled, *plan.closed]):
-            if not 0 <= part.first <= part.last < facts["blocks"]:
-                raise ValueError(f"part {part.name} is not of {facts['blocks']} blocks")
+        for new_block in new_blocks_of([*plan.units, *plan.distilled, *plan.closed]):
+            if not 0 <= new_block.first <= new_block.last < facts["blocks"]:
+                raise ValueError(f"new block {new_block.name} is not of {facts['blocks']} blocks")
         return plan
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(f"{path} is not a whole plan ({error}); delete it and rerun") from error
 
 
 def _units(entries: list[dict]) -> list[Unit]:
-    found = [Unit(tuple(map(plans.part, entry["parts"]))) for entry in entries]
+    found = [Unit(tuple(map(new_block_of, entry["new_blocks"]))) for entry in entries]
     for entry, unit in zip(entries, found, strict=True):
         if entry["name"] != unit.name:
-            raise ValueError(f"unit {entry['name']} has the parts of {unit.name}")
+            raise ValueError(f"unit {entry['name']} has the new blocks of {unit.name}")
         int(entry["saved_parameters"])
         bool(entry["pinned"])
         float(entry["saved_seconds"] or 0)

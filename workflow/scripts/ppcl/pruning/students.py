@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ppcl.errors import UserError
 from ppcl.pruning import narrow
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.storage import tensors
 from ppcl.transformer import blocks
 
-Students = dict[Part, nn.Module]
+Students = dict[NewBlock, nn.Module]
 
 
 def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
@@ -40,53 +40,60 @@ def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
     }
 
 
-def start(transformer: nn.Module, parts: Iterable[Part], how: str) -> Students:
-    """A block of the teacher's kind for every part, with its start weights, float32, on the CPU.
+def start(transformer: nn.Module, new_blocks: Iterable[NewBlock], how: str) -> Students:
+    """A whole block of the teacher's kind for each, with its start weights, float32, on the CPU.
 
-    They are whole blocks still: `width.narrowed` makes the narrow ones, whose linear maps need
+    They are not narrow yet: `width.narrowed` makes the narrow ones, whose linear maps need
     activations to start from.
     """
     sequence = blocks.block_sequence(transformer)
     found = {}
-    for part in parts:
-        modules = [sequence[i].module for i in range(part.first, part.last + 1)]
+    for new_block in new_blocks:
+        modules = [sequence[i].module for i in range(new_block.first, new_block.last + 1)]
         student = copy.deepcopy(modules[0]).float().cpu().requires_grad_(True)
         student.load_state_dict(start_weights(modules, how))
-        found[part] = student
+        found[new_block] = student
     return found
 
 
-def whole(transformer: nn.Module, parts: Iterable[Part], distilled: Students) -> Students:
-    """Whole blocks for the parts: distilled students, and copies of the teacher's kept blocks."""
-    trained = {part.key: student for part, student in distilled.items()}
-    kept = start(transformer, [part for part in parts if part.key not in trained], "first")
-    return {part: trained[part.key] if part.key in trained else kept[part] for part in parts}
+def whole(transformer: nn.Module, new_blocks: Iterable[NewBlock], distilled: Students) -> Students:
+    """A whole block for each: distilled students, and copies of the teacher's kept blocks."""
+    trained = {new_block.ends: student for new_block, student in distilled.items()}
+    kept = start(
+        transformer,
+        [new_block for new_block in new_blocks if new_block.ends not in trained],
+        "first",
+    )
+    return {
+        new_block: trained[new_block.ends] if new_block.ends in trained else kept[new_block]
+        for new_block in new_blocks
+    }
 
 
 def uncut(wholes: Students) -> Students:
     """Frozen copies of the whole blocks of intervals that will borrow their text: their maps stand
     for what the attention of these blocks gets as text."""
     return {
-        part: copy.deepcopy(student).requires_grad_(False)
-        for part, student in wholes.items()
-        if part.borrows and part.last > part.first
+        new_block: copy.deepcopy(student).requires_grad_(False)
+        for new_block, student in wholes.items()
+        if new_block.borrows and new_block.last > new_block.first
     }
 
 
-def shaped(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
-    """The whole block, made as narrow as its part; new linear maps are zero. In place."""
-    if part.narrow:
-        layout = blocks.block_sequence(transformer)[part.first].list.layout()
-        role = {} if part.text == "own" else {"text": part.text}
-        narrow.narrow(student, layout, {"linear_ffn": list(part.linear_ffn)} | role)
+def shaped(transformer: nn.Module, new_block: NewBlock, student: nn.Module) -> nn.Module:
+    """The whole block, made as narrow as the new block is; new linear maps are zero. In place."""
+    if new_block.narrow:
+        layout = blocks.block_sequence(transformer)[new_block.first].list.layout()
+        role = {} if new_block.text == "own" else {"text": new_block.text}
+        narrow.narrow(student, layout, {"linear_ffn": list(new_block.linear_ffn)} | role)
     return student
 
 
-def as_teacher(transformer: nn.Module, part: Part, student: nn.Module) -> nn.Module:
+def as_teacher(transformer: nn.Module, new_block: NewBlock, student: nn.Module) -> nn.Module:
     """A student as a model holds it, in place: every weight in the type that the teacher's weight
     of its name has, new ones in the type that they are loaded in. Some classes keep norms or tables
     in float32."""
-    cast(student, _types_in_model(transformer, part, student))
+    cast(student, _types_in_model(transformer, new_block, student))
     return student
 
 
@@ -101,11 +108,13 @@ def plugged(
         The model, the students as they run there, and the block map of `blocks.assembled`.
     """
     held = {}
-    for part, student in students.items():
-        wanted = _types_in_model(transformer, part, student)
+    for new_block, student in students.items():
+        wanted = _types_in_model(transformer, new_block, student)
         fits = types(student) == wanted
-        held[part] = student if fits else cast(copy.deepcopy(student), wanted)
-    model, block_map = blocks.assembled(transformer, {part.key: m for part, m in held.items()})
+        held[new_block] = student if fits else cast(copy.deepcopy(student), wanted)
+    model, block_map = blocks.assembled(
+        transformer, {new_block.ends: m for new_block, m in held.items()}
+    )
     return model, held, block_map
 
 
@@ -122,9 +131,9 @@ def cast(module: nn.Module, wanted: Mapping[str, torch.dtype]) -> nn.Module:
 
 
 def _types_in_model(
-    transformer: nn.Module, part: Part, student: nn.Module
+    transformer: nn.Module, new_block: NewBlock, student: nn.Module
 ) -> dict[str, torch.dtype]:
-    like = types(blocks.block_sequence(transformer)[part.first].module)
+    like = types(blocks.block_sequence(transformer)[new_block.first].module)
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
     wanted, own = {}, None
     for name in types(student):
@@ -144,32 +153,36 @@ def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def save(path: Path, students: Students, metadata: dict[str, str]) -> None:
-    """Writes all students to one file, parameters named `<part>/<parameter>`."""
+    """Writes all students to one file, parameters named `<new block>/<parameter>`."""
     state = {f"{p.name}/{k}": v for p, m in students.items() for k, v in m.state_dict().items()}
     tensors.write(path, state, metadata)
 
 
-def load(path: Path, transformer: nn.Module, parts: Iterable[Part]) -> Students:
-    """Reads students; each has the shape of its part, cut from the teacher's block at its start.
+def load(path: Path, transformer: nn.Module, new_blocks: Iterable[NewBlock]) -> Students:
+    """Reads students, each in its new block's shape, made from the teacher's block at its start.
 
     Raises:
-        UserError: the file lacks a part, or holds other shapes, or NaN.
+        UserError: the file lacks a new block, or holds other shapes, or NaN.
     """
     state, _ = tensors.read(path)
     sequence, found = blocks.block_sequence(transformer), {}
-    for part in parts:
-        whole = copy.deepcopy(sequence[part.first].module).float().cpu()
-        student = shaped(transformer, part, whole).requires_grad_(True)
-        own = {k.split("/", 1)[1]: v for k, v in state.items() if k.startswith(part.name + "/")}
+    for new_block in new_blocks:
+        whole = copy.deepcopy(sequence[new_block.first].module).float().cpu()
+        student = shaped(transformer, new_block, whole).requires_grad_(True)
+        own = {
+            k.split("/", 1)[1]: v for k, v in state.items() if k.startswith(new_block.name + "/")
+        }
         try:
             student.load_state_dict(own)
         except RuntimeError as error:
             raise UserError(
-                f"{path} does not fit part {part.name} of this plan and teacher; delete it and "
-                f"rerun. {error}"
+                f"{path} does not fit block {new_block.name} of this selection and teacher; "
+                f"delete it and rerun. {error}"
             ) from error
         for key, value in own.items():
             if not torch.isfinite(value).all():
-                raise UserError(f"{path}: '{part.name}/{key}' holds NaN or infinity; delete it")
-        found[part] = student
+                raise UserError(
+                    f"{path}: '{new_block.name}/{key}' holds NaN or infinity; delete it"
+                )
+        found[new_block] = student
     return found

@@ -284,7 +284,8 @@ def compile_blocks(block_modules: Iterable[nn.Module], backend: str = "inductor"
 
     Blocks of one class share their code, so that is made once for all of them, and again for sizes
     that change. Hooks of a block itself run as ever, outside of it. A block with hooks on what is
-    inside (`blocks.taps`) runs uncompiled: compiled code would pass over hooks that came after it.
+    inside (`inside_block.taps`) runs uncompiled: compiled code would pass over hooks that came
+    after it.
 
     Args:
         backend: of torch.compile.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ppcl.pruning.pins import Ends, Ffn, Named
-from ppcl.pruning.plans import Matrix
+from ppcl.pruning.units import Matrix
 from ppcl.search.intervals import Interval
 from ppcl.search.measured import ClosedForm
 from ppcl.storage.schemas import Verdict

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ppcl.pruning import plans
+from ppcl.pruning.units import units_of
 from ppcl.search import budgets, integer_programs, selection
 from ppcl.search.offers import Offer
 from ppcl.search.sets import CLOSED, START, TRAINED, Member, Set
@@ -64,7 +64,7 @@ def search(offer: Offer, wanted: Variant) -> Choice:
     whose = f"variants: the budget of '{wanted.name}' needs"
     plan = selection.select(choices, offer.weights, needs, offer.pinned, whose)
     members = [Member(units[name][0], offer.best(name, train)) for name in plan.units]
-    closed = plans.units((), plan.runs, plan.ffns, offer.closed.unread)
+    closed = units_of((), plan.runs, plan.ffns, offer.closed.unread)
     members += [Member(unit, CLOSED) for unit in closed]
     members.sort(key=lambda member: member.unit.first)
     found = Set(tuple(members), tuple(sorted(plan.ranks.items())))

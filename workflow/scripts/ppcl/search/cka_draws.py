@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ppcl.transformer.families import IMAGE, JOINT, TEXT
+from ppcl.transformer.family import IMAGE, JOINT, TEXT
 
 
 def differences(cka: np.ndarray) -> np.ndarray:

@@ -13,11 +13,11 @@ import numpy as np
 
 from ppcl.errors import UserError
 from ppcl.pruning.pins import Ends, Ffn
-from ppcl.pruning.plans import Matrix, Modulation, Unit
+from ppcl.pruning.units import Matrix, Modulation, Unit
 from ppcl.search import savings
 from ppcl.search.savings import Weights
-from ppcl.storage import schemas, tables
-from ppcl.transformer.families import IMAGE, JOINT, TEXT
+from ppcl.storage import schemas, seals, tables
+from ppcl.transformer.family import IMAGE, JOINT, TEXT
 
 
 def cka(path: Path, stream: str, depth: int) -> np.ndarray:
@@ -29,6 +29,7 @@ def cka(path: Path, stream: str, depth: int) -> np.ndarray:
             f"{path}: no rows for similarity.streams '{stream}'; "
             f"set it to one of {', '.join(sorted(set(table['stream'])))}"
         )
+    check_depth(path, rows["end"], depth)
     values = np.full((depth, depth), np.nan)
     values[rows["start"] + 1, rows["end"]] = rows["cka"]
     return values
@@ -62,9 +63,7 @@ def facts(path: Path, *names: str) -> dict:
     try:
         return {name: json.loads(stamp[name]) for name in names}
     except KeyError as error:
-        raise UserError(
-            f"{path}: its provenance lacks {error}; delete it and activations/, and rerun"
-        ) from error
+        raise UserError(f"{path}: its provenance lacks {error}; {seals.REMAKE}") from error
 
 
 @dataclass(frozen=True)
@@ -202,9 +201,9 @@ def saved_seconds(units: Iterable[Unit], path: Path | None) -> list[float]:
     weights, _ = timing(path, depth)
     return [
         savings.saved(
-            [part.key for part in unit.parts if part.last > part.first],
-            [(unit.first, unit.last)] if len(unit.parts) > 1 else [],
-            [(part.first, stream) for part in unit.parts for stream in part.linear_ffn],
+            [part.ends for part in unit.new_blocks if part.last > part.first],
+            [(unit.first, unit.last)] if len(unit.new_blocks) > 1 else [],
+            [(part.first, stream) for part in unit.new_blocks for stream in part.linear_ffn],
             weights,
         )
         for unit in units

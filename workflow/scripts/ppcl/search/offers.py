@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ppcl.pruning import pins
-from ppcl.pruning.plans import Unit
+from ppcl.pruning.units import Unit
 from ppcl.search.savings import Weights
 from ppcl.search.selection import Choices
 from ppcl.search.sets import TRAINED, Set

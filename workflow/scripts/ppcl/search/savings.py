@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ppcl.pruning.pins import Ends, Ffn
-from ppcl.pruning.plans import Matrix, Modulation, Unit
+from ppcl.pruning.units import Matrix, Modulation, Unit
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,12 @@ def saved(
 
 def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
     """Sixths of a modulation matrix's outputs that a trained unit keeps."""
-    part = next((part for part in unit.parts if part.first == modulation.block), None)
-    if part is None or (modulation.text and part.borrows):
+    new_block = next(
+        (new_block for new_block in unit.new_blocks if new_block.first == modulation.block), None
+    )
+    if new_block is None or (modulation.text and new_block.borrows):
         return 0
-    lends = part is unit.parts[0] and len(unit.parts) > 1
+    lends = new_block is unit.new_blocks[0] and len(unit.new_blocks) > 1
     if modulation.text and modulation.ffn and lends and unit.last == unread:
         return 2
-    return modulation.left if modulation.ffn and modulation.ffn in part.linear_ffn else 6
+    return modulation.left if modulation.ffn and modulation.ffn in new_block.linear_ffn else 6

@@ -1,16 +1,16 @@
 """What a model gives up: the cheapest set for its budgets, exactly.
 
-Depth intervals and text runs are [first, last], inclusive. A text run (Eq. 8) holds whole parts,
-that is kept blocks and whole intervals, and at least two of them: the first keeps its text stream,
-the later ones borrow it. An FFN (Eq. 9) becomes linear in the block that starts a part; a borrowed
-text stream has none. A modulation
-matrix becomes a product of low rank; a linear FFN leaves half of it, a borrower no text matrix, and
-the source of a run after which nothing reads text a third of its own. What was trained goes in as
-whole units, of which ranks alone may still be chosen. The cost of a set is the sum of its members'
-costs, and whatever counts (parameters, blocks, seconds) adds up as well: an integer program
-(ppcl.search.integer_programs), in which every member is a column and every exclusion a row. All
-budgets of a config are met at once, in several measures if need be. PPCL, arXiv 2511.16156, stages
-1.2 and 2. Needs no torch."""
+Depth intervals and text runs are [first, last], inclusive. A text run (Eq. 8) holds kept blocks and
+whole intervals, and at least two of them: the first keeps its text stream, the later ones borrow
+it. An FFN (Eq. 9) becomes linear in a block that is kept or that starts an interval; a borrowed
+text stream has none. A modulation matrix becomes a product of low rank; a linear FFN leaves half of
+it, a borrower no text matrix, and the source of a run after which nothing reads text a third of its
+own. What was trained goes in as whole units, of which ranks alone may still be chosen. The cost of
+a set is the sum of its members' costs, and whatever counts (parameters, blocks, seconds) adds up as
+well: an integer program (ppcl.search.integer_programs), in which every member is a column and every
+exclusion a row. All budgets of a config are met at once, in several measures if need be. PPCL,
+arXiv 2511.16156, stages 1.2 and 2. Needs no torch.
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +18,11 @@ from typing import Any
 
 from ppcl.errors import UserError
 from ppcl.pruning.pins import NOTHING, Ends, Ffn, Named
-from ppcl.pruning.plans import Matrix, Modulation, Unit
+from ppcl.pruning.units import Matrix, Modulation, Unit
 from ppcl.search import integer_programs, savings
 from ppcl.search.budgets import amounts
 from ppcl.search.savings import Weights
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class _Columns:
                     without = self._textless(block) if stream == TEXT else []
                     self._at_most_one([ffn, *going, *held, *without])
         for ends in self.choices.runs:
-            if ends in self.choices.intervals:  # one part, which would lend its text to nobody
+            if ends in self.choices.intervals:  # one new block, which would lend its text to nobody
                 self._at_most_one([self.number["run", ends], self.number["interval", ends]])
 
     def _textless(self, block: int) -> list[int]:
@@ -232,7 +232,7 @@ class _Columns:
         block, modulation = matrix[0], self.choices.modulations[matrix]
         by_sixths: dict[int, list[int]] = {sixths: [] for sixths in (0, *modulation.shares)}
         if block < depth:
-            lent = modulation.text and modulation.ffn  # else it is not of six parts
+            lent = modulation.text and modulation.ffn  # else it does not make six outputs
             ffn = self.number.get(("ffn", (block, modulation.ffn)))
             borrows = self.number.get(("borrows", block)) if modulation.text else None
             by_sixths[0] += self.going[block]
@@ -261,8 +261,10 @@ class _Columns:
             self._at_least_one([*kept, *(n for columns in ranks.values() for n in columns)])
 
     def _keeps(self, number: int, block: int) -> bool:
-        """Whether a block starts a part of a unit."""
-        return any(block == p.first for p in self.choices.units[self.every[number][1]][0].parts)
+        """Whether a block starts a new block of a unit."""
+        return any(
+            block == p.first for p in self.choices.units[self.every[number][1]][0].new_blocks
+        )
 
     def _at_least_one(self, columns: Iterable[int]) -> None:
         self.rows.append((dict.fromkeys(columns, -1.0), -1.0))
@@ -276,9 +278,9 @@ class _Columns:
             **{("ffn", ffn): [] for ffn in pinned.ffns},
         }
         for number, unit in units:
-            has = {("interval", part.key) for part in unit.parts}
-            has |= {("ffn", (p.first, stream)) for p in unit.parts for stream in p.linear_ffn}
-            has |= {("run", (unit.first, unit.last))} if len(unit.parts) > 1 else set()
+            has = {("interval", new_block.ends) for new_block in unit.new_blocks}
+            has |= {("ffn", (p.first, stream)) for p in unit.new_blocks for stream in p.linear_ffn}
+            has |= {("run", (unit.first, unit.last))} if len(unit.new_blocks) > 1 else set()
             for column in has & holding.keys():
                 holding[column].append(number)
         for column, numbers in sorted(holding.items()):

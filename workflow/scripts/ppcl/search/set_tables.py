@@ -5,12 +5,12 @@ import math
 from collections.abc import Iterable, Mapping
 
 from ppcl.pruning import pins
-from ppcl.pruning.plans import Unit
+from ppcl.pruning.units import Unit
 from ppcl.search import savings
 from ppcl.search.choosing import Choice, Decided
 from ppcl.search.offers import Offer
 from ppcl.search.sets import CLOSED
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
@@ -19,8 +19,10 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
     for member in choice.found.members:
         unit = member.unit
         if offer.units.get(unit.name) == unit:
-            streams = {stream for part in unit.parts for stream in part.linear_ffn}
-            kind = "interval" if unit.removed_blocks else "text" if len(unit.parts) > 1 else "ffn"
+            streams = {stream for new_block in unit.new_blocks for stream in new_block.linear_ffn}
+            kind = (
+                "interval" if unit.removed_blocks else "text" if len(unit.new_blocks) > 1 else "ffn"
+            )
             row = {
                 "kind": kind,
                 "stream": " ".join(s for s in (IMAGE, TEXT) if s in streams or kind != "ffn"),
@@ -73,11 +75,11 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
 
 def _closed(unit: Unit) -> Iterable[tuple[str, tuple]]:
     """The text run and the linear FFNs of a unit of kept blocks."""
-    if len(unit.parts) > 1:
+    if len(unit.new_blocks) > 1:
         yield "text", (unit.first, unit.last)
-    for part in unit.parts:
-        for stream in part.linear_ffn:
-            yield "ffn", (part.first, stream)
+    for new_block in unit.new_blocks:
+        for stream in new_block.linear_ffn:
+            yield "ffn", (new_block.first, stream)
 
 
 def _row(

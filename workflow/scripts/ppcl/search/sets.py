@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 from ppcl import provenance
-from ppcl.pruning import plans
-from ppcl.pruning.plans import Matrix, Unit
+from ppcl.pruning.units import Matrix, Unit, new_block_of
 
 # Least squares; start weights; and the stages that train, in their order.
 CLOSED, START = "closed", "start"
@@ -75,7 +74,8 @@ def refitted(found: Set, variant: str) -> Set:
         {
             member.unit.name: f"{REFIT}{variant}"
             for member in found.members
-            if member.source == CLOSED and any(part.linear_ffn for part in member.unit.parts)
+            if member.source == CLOSED
+            and any(new_block.linear_ffn for new_block in member.unit.new_blocks)
         }
     )
 
@@ -87,7 +87,7 @@ def entry(found: Set) -> dict:
             {
                 "name": member.unit.name,
                 "source": member.source,
-                "parts": [asdict(part) for part in member.unit.parts],
+                "new_blocks": [asdict(new_block) for new_block in member.unit.new_blocks],
             }
             for member in found.members
         ],
@@ -103,7 +103,7 @@ def of_entry(found: Mapping) -> Set:
     """
     members = []
     for one in found["units"]:
-        unit = Unit(tuple(map(plans.part, one["parts"])))
+        unit = Unit(tuple(map(new_block_of, one["new_blocks"])))
         source = one["source"]
         if source not in (CLOSED, START, *TRAINED) and not source.startswith(REFIT):
             raise ValueError(f"unit {unit.name} is from nowhere")

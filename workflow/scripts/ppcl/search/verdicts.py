@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppcl.pruning.pins import Ends, Named, overlap, shown, within
-from ppcl.pruning.plans import Modulation
+from ppcl.pruning.units import Modulation
 from ppcl.search.budgets import amounts
 from ppcl.search.candidates import Limits, closed_form_obstacle, interval_obstacle
 from ppcl.search.intervals import Interval
 from ppcl.search.measured import ClosedForm, ClosedForms
 from ppcl.search.selection import Selection
 from ppcl.storage.schemas import Verdict
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 Judged = tuple[Verdict, str]  # and the sentence that explains the verdict
 

@@ -88,6 +88,16 @@ CALLS = pa.schema(
     ]
 )
 
+BLOCK_FACTS = pa.schema(
+    [
+        column("block", pa.int32(), "block in the order in which data flows, from 0"),
+        column("list", pa.string(), "the transformer's attribute whose list the block is in"),
+        column("seam", pa.bool_(), "another kind of blocks begins; no interval reaches over it"),
+        column("untouchable", pa.string(), "why it can't be pruned; empty if it can"),
+        column("parameters", pa.int64(), "parameters that go with it"),
+    ]
+)
+
 PROBES = pa.schema(
     [
         column("block", pa.int32(), "block in the order in which data flows, from 0"),
@@ -428,6 +438,7 @@ PLAN = pa.schema(
 TABLES = {
     "plan/plan.parquet": PLAN,
     "record/calls.parquet": CALLS,
+    "record/blocks.parquet": BLOCK_FACTS,
     "activations/tokens.parquet": tokens(1),
     "probes/probes.parquet": PROBES,
     "similarity/cka.parquet": CKA,
@@ -455,10 +466,29 @@ TABLES = {
 """Schema of every table below results/<run>/. Calls have tensor columns besides, and tokens are
 shown with one channel: both follow the teacher's transformer."""
 
+PROVENANCE = {
+    "record/blocks.parquet": {"transformer_parameters": "of the whole transformer"},
+    "similarity/cka.parquet": {
+        "bootstrap": "number of resamples",
+        "delta_noise": "JSON: stream to the noise of Delta's rise, by the bootstrap",
+    },
+    "width/measured.parquet": {
+        "text_saved": "JSON: parameters that each block saves if it borrows its text stream",
+        "text_output": "JSON: those of a map at each block that makes a text stream again",
+        "text_lent": "JSON: parameters that each block saves if a run after which nothing reads "
+        "text borrows from it",
+        "unread": "JSON: the block after which nothing reads the text stream, or null",
+        "modulations": "JSON: every matrix that conditioning passes (`units.Modulation`)",
+    },
+    "latency/blocks.parquet": {"transformer_seconds": "time per call of the whole transformer"},
+}
+"""What is not per row: facts in a table's provenance, besides where the table comes from."""
+
 ARTIFACTS = {
     "plan/plan.parquet": "sizes, memory and disk that a run needs, before it runs (target `plan`)",
     "plan/resources.json": "time limits (min) and memory (MB) of jobs, from that plan",
     "record/calls.parquet": "the transformer's own calls on the calibration prompts",
+    "record/blocks.parquet": "what later stages need to know of the teacher's blocks",
     "activations/tokens.parquet": "a sample of tokens at every block boundary",
     "activations/moments.safetensors": "sums for the probes' least squares, float64, fit prompts",
     "activations/conditioning.safetensors": "sums of what modulation matrices get, float64",
@@ -523,4 +553,7 @@ def table() -> str:
             meaning = field.metadata[b"description"].decode()
             meaning += " (may be NaN)" if b"nan" in field.metadata else ""
             lines.append(f"| `{field.name}` | {kind} | {meaning} |")
+        if path in PROVENANCE:
+            lines += ["", "| in its provenance | meaning |", "|---|---|"]
+            lines += [f"| `{name}` | {meaning} |" for name, meaning in PROVENANCE[path].items()]
     return "\n".join(lines) + "\n"

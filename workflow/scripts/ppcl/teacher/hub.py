@@ -13,7 +13,7 @@ from ppcl.errors import UserError
 from ppcl.settings import TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import weights
-from ppcl.transformer import families
+from ppcl.transformer import registry
 
 PATIENCE = 10  # seconds to wait for the Hub
 INDEX = "model_index.json"
@@ -180,8 +180,8 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
                 "the class of a component; restore the file"
             )
         config = path / name / weights.CONFIG
-        if _is_named(value) and families.was_split(value[1]) and config.is_file():
-            value[1] = families.today(value[1], untrusted.json_object(config))
+        if _is_named(value) and registry.was_split(value[1]) and config.is_file():
+            value[1] = registry.today(value[1], untrusted.json_object(config))
     return found
 
 

@@ -29,7 +29,7 @@ from ppcl.teacher import (
 )
 from ppcl.teacher.needed import refuse_incomplete, refuse_missing
 from ppcl.transformer import blocks
-from ppcl.transformer.families import family_of
+from ppcl.transformer.registry import family_of
 
 # Modules of diffusers that check what a call of a pipeline is given.
 _CHECKING = (

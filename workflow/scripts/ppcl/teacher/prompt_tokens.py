@@ -11,7 +11,8 @@ from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerFast
 
 from ppcl.teacher import signatures
-from ppcl.transformer.families import FAMILIES, Family
+from ppcl.transformer.families import FAMILIES
+from ppcl.transformer.family import Family
 
 log = logging.getLogger(__name__)
 

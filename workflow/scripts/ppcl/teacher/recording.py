@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from ppcl.errors import UserError
 from ppcl.teacher import pipelines, replays, steps
 from ppcl.transformer import blocks, call_tables
-from ppcl.transformer.families import Family
+from ppcl.transformer.family import Family
 
 
 class _Recorder:
@@ -138,7 +138,7 @@ def record_batch(
         more = recorder.callback(pipe)
         pipelines.run(pipe, prompts, seeds, settings, images, output_type="latent", **more)
     family = blocks.family(transformer)
-    found = []
+    tables = []
     most = len(getattr(getattr(pipe, "scheduler", None), "timesteps", recorder.calls))
     for call in recorder.calls:
         if call["step"] >= most or call["level"] is None:
@@ -153,10 +153,10 @@ def record_batch(
                 "config's pipeline"
             )
         place = {key: call[key] for key in ("step", "branch")} | call["level"]._asdict()
-        found += _tables(
+        tables += _tables(
             call["arguments"], call["output"], samples, place | {"kind": "pipeline"}, family
         )
-    if not found:
+    if not tables:
         raise UserError(
             f"{type(pipe).__name__} never called its transformer teacher.component; with these "
             "pipeline settings there is nothing to record"
@@ -164,8 +164,8 @@ def record_batch(
     if replayed:
         replays.compare(pipe, transformer, recorder.calls)
     if renoised:
-        found += _renoise(pipe, recorder, samples, renoised, seed, family)
-    return found
+        tables += _renoise(pipe, recorder, samples, renoised, seed, family)
+    return tables
 
 
 def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]:
@@ -225,7 +225,7 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
         )
     low, high = min(called), max(called)
     scale = _timestep_scale(recorder.calls, family, schedule)
-    found = []
+    tables = []
     for round_ in range(renoised):
         generator = torch.Generator().manual_seed(
             seed * 1_000_003 + samples[0]["sample"] * 1009 + round_
@@ -266,8 +266,8 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
                 "timestep": timestep.tolist() * repeats,
                 "sigma": sigma.tolist() * repeats,
             }
-            found += _tables(arguments, output, samples, place, family)
-    return found
+            tables += _tables(arguments, output, samples, place, family)
+    return tables
 
 
 def _timestep_scale(recorded: list[dict[str, Any]], family: Family, schedule) -> float:
@@ -277,9 +277,9 @@ def _timestep_scale(recorded: list[dict[str, Any]], family: Family, schedule) ->
     """
     call = max(recorded, key=lambda call: abs(call["level"].timestep))
     given, timestep = call["arguments"][family.time].flatten()[0].item(), call["level"].timestep
-    found = given / timestep if timestep else float("nan")  # all calls are at timestep 0
+    quotient = given / timestep if timestep else float("nan")  # all calls are at timestep 0
     for scale in (1.0, 1 / schedule.config.num_train_timesteps):
-        if abs(found / scale - 1) < 0.01:
+        if abs(quotient / scale - 1) < 0.01:
             return scale
     raise UserError(
         f"record.renoised_per_sample: this pipeline gives the transformer {given:g} at the "

@@ -111,8 +111,8 @@ def compare(
     _, call = next(iter(worst.values()))
     if distance(_again(bare, call), _again(bare, call)) > allowed:
         reason = "alone, too, it answers with other numbers each time, so it draws random ones"
-    elif found := hanging(pipe, transformer, bare):
-        reason = f"the pipeline has {', '.join(found)}"
+    elif culprits := hanging(pipe, transformer, bare):
+        reason = f"the pipeline has {', '.join(culprits)}"
     else:
         reason = "nothing is found that hangs on it, so its own code keeps a state between calls"
     raise UserError(
@@ -141,13 +141,13 @@ def hanging(pipe: DiffusionPipeline, transformer: nn.Module, bare: nn.Module) ->
     Args:
         bare: the transformer alone.
     """
-    found = [
+    changes = [
         f"a guider ({name}: {type(part).__name__})"
         for name, part in pipe.components.items()
         if isinstance(part, BaseGuidance)
     ]
     if getattr(transformer, "is_cache_enabled", False):
-        found.append(f"a cache ({type(transformer._cache_config).__name__})")
+        changes.append(f"a cache ({type(transformer._cache_config).__name__})")
     hooks, processors, classes = {}, {}, {}
     stock = dict(bare.named_modules())
     for path, module in transformer.named_modules():
@@ -165,7 +165,7 @@ def hanging(pipe: DiffusionPipeline, transformer: nn.Module, bare: nn.Module) ->
         usual = getattr(stock.get(path), "processor", None)
         if type(processor) is not type(usual):
             processors[type(processor).__name__] = path
-    found += [f"a hook ({name} of {path or 'the transformer'})" for name, path in hooks.items()]
-    found += [f"an attention processor ({name} of {p})" for name, p in processors.items()]
-    found += [f"a class of its own ({name} of {path})" for name, path in classes.items()]
-    return found
+    changes += [f"a hook ({name} of {path or 'the transformer'})" for name, path in hooks.items()]
+    changes += [f"an attention processor ({name} of {p})" for name, p in processors.items()]
+    changes += [f"a class of its own ({name} of {path})" for name, path in classes.items()]
+    return changes

@@ -54,17 +54,17 @@ def of(name: str, file: Path | None = None) -> Signature | None:
 
     None if diffusers has no such class (a pipeline with code of its own), or is not installed.
     """
-    found = (_method(made, "__call__", place) for made, place in _lineage(name, file))
-    return next((signature for signature in found if signature), None)
+    signatures = (_method(made, "__call__", place) for made, place in _lineage(name, file))
+    return next((signature for signature in signatures if signature), None)
 
 
 def of_class(made: type) -> Signature:
     """The signature of a pipeline class, which may have code of its own."""
-    if made.__module__.startswith("diffusers.") and (found := of(made.__name__)):
-        return found
+    if made.__module__.startswith("diffusers.") and (known := of(made.__name__)):
+        return known
     every = [*inspect.signature(made.__call__).parameters.values()][1:]
     variable = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = {
+    parameters = {
         given.name: Parameter(
             given.name,
             given.default is given.empty,
@@ -74,7 +74,7 @@ def of_class(made: type) -> Signature:
         for given in every
         if given.kind not in variable
     }
-    return Signature(found, any(given.kind is given.VAR_KEYWORD for given in every))
+    return Signature(parameters, any(given.kind is given.VAR_KEYWORD for given in every))
 
 
 def source(name: str) -> ast.ClassDef | None:
@@ -92,8 +92,8 @@ def components(name: str) -> tuple[str, ...]:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == _OPTIONAL:
                 optional += ast.literal_eval(node.value)
     inits = (_method(made, "__init__", place) for made, place in lineage)
-    found = next((signature for signature in inits if signature), Signature({}))
-    return tuple(k for k, p in found.parameters.items() if p.required and k not in optional)
+    init = next((signature for signature in inits if signature), Signature({}))
+    return tuple(k for k, p in init.parameters.items() if p.required and k not in optional)
 
 
 def _lineage(name: str, file: Path | None = None) -> Iterator[tuple[ast.ClassDef, Path]]:
@@ -107,12 +107,12 @@ def _lineage(name: str, file: Path | None = None) -> Iterator[tuple[ast.ClassDef
         if spec is None or not spec.submodule_search_locations:
             return
         file = Path(spec.submodule_search_locations[0]) / "__init__.py"
-    found = _definition(name, file)
-    if found is not None:
-        yield found
-        for base in found[0].bases:
+    definition = _definition(name, file)
+    if definition is not None:
+        yield definition
+        for base in definition[0].bases:
             if isinstance(base, ast.Name):
-                yield from _lineage(base.id, found[1])
+                yield from _lineage(base.id, definition[1])
 
 
 def _method(made: ast.ClassDef, name: str, file: Path) -> Signature | None:
@@ -136,26 +136,26 @@ def _definition(name: str, file: Path) -> tuple[ast.ClassDef, Path] | None:
                 folder = file.parents[node.level - 1].joinpath(*(node.module or "").split("."))
                 inner = (folder.with_suffix(".py"), folder / "__init__.py")
                 places = (_definition(alias.name, path) for path in inner if path.is_file())
-                if found := next((place for place in places if place), None):
-                    return found
+                if definition := next((place for place in places if place), None):
+                    return definition
     return None
 
 
 @cache
 def _nodes(file: Path) -> list[ast.AST]:
     """The classes and imports of a module, those under a condition too, and its constants."""
-    found: list[ast.AST] = []
+    wanted: list[ast.AST] = []
     waiting: list[ast.AST] = list(ast.parse(file.read_text(encoding="utf-8")).body)
     while waiting:
         node = waiting.pop(0)
         if isinstance(node, (ast.ClassDef, ast.ImportFrom, ast.Assign)):
-            found.append(node)
+            wanted.append(node)
         elif isinstance(node, (ast.If, ast.Try)):
             waiting += [*node.body, *node.orelse]
             waiting += [
                 inner for handler in getattr(node, "handlers", ()) for inner in handler.body
             ]
-    return found
+    return wanted
 
 
 def _signature(function: ast.FunctionDef, file: Path) -> Signature:
@@ -165,7 +165,7 @@ def _signature(function: ast.FunctionDef, file: Path) -> Signature:
     defaults = [None] * first + list(given.defaults)
     every = [*zip(placed, defaults, strict=True)]
     every += zip(given.kwonlyargs, given.kw_defaults, strict=True)
-    found = {
+    parameters = {
         argument.arg: Parameter(
             argument.arg,
             default is None,
@@ -174,7 +174,7 @@ def _signature(function: ast.FunctionDef, file: Path) -> Signature:
         )
         for argument, default in every
     }
-    return Signature(found, given.kwarg is not None)
+    return Signature(parameters, given.kwarg is not None)
 
 
 def _value(default: ast.expr | None, file: Path) -> Any:

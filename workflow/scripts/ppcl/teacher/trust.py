@@ -20,7 +20,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import narrow
 from ppcl.storage import texts
 from ppcl.teacher import hub
-from ppcl.transformer.families import family_of
+from ppcl.transformer.registry import family_of
 
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it would ask at the terminal
 _COPIES = "diffusers_modules."  # how the names of modules begin that diffusers made of such code

@@ -19,14 +19,14 @@ from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Part, Unit
 from ppcl.pruning.students import Students, plugged
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.settings import DistillSettings, SubsetsSettings, TrainingSettings
 from ppcl.storage import schemas
 from ppcl.training import entrance, losses, prices, teaching
 from ppcl.training.losses import Real
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT
+from ppcl.transformer.family import TEXT
 
 
 def log_table(rows: list[dict]) -> pd.DataFrame:
@@ -49,7 +49,7 @@ def log_table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(found, columns=schemas.DISTILL_LOG.names)
 
 
-def lr_scales(parts: Iterable[Part], kept: float, name: str = "{}/") -> dict[str, float]:
+def lr_scales(parts: Iterable[NewBlock], kept: float, name: str = "{}/") -> dict[str, float]:
     """What the learning rate of parts that stand for one block is multiplied by (loop.train).
 
     Such a part starts from its own block and least squares, near its best; a rate that brings a
@@ -101,7 +101,7 @@ def independent(
     options: DistillSettings,
     seed: int,
     accelerator: Accelerator,
-    names: Mapping[Part, str] | None = None,
+    names: Mapping[NewBlock, str] | None = None,
     inputs: entrance.Inputs | None = None,
     uncut: Students | None = None,
 ):
@@ -121,7 +121,7 @@ def independent(
     family = blocks.family(transformer)
     parts, batch_of = list(students), batches_of_steps(reader, options, seed, accelerator)
     names = names or {part: part.name for part in parts}
-    sources = {part.key for part in parts if part.lends}
+    sources = {part.ends for part in parts if part.lends}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         batch = batch_of(step)
@@ -151,7 +151,7 @@ def independent(
                 output = sequence[part.first].outputs(returned)
                 # A source returns its carry: its own text stream, and what it lends.
                 if part.lends:
-                    lent[part.key] = output[TEXT].detach().chunk(2, dim=-1)[1]
+                    lent[part.ends] = output[TEXT].detach().chunk(2, dim=-1)[1]
                 output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
                 loss, metrics = teaching.interval_losses(output, lesson.target, real, options)
                 linear = teaching.linear_loss(part, student, output, lesson, real)
@@ -222,7 +222,7 @@ def any_subset(
 
     def model_at(step: int) -> nn.Module:
         chosen = draw((seed, step)) if draw else random_subset(units, (seed, step))
-        modules = {part.key: fitting[part] for unit in chosen for part in unit.parts}
+        modules = {part.ends: fitting[part] for unit in chosen for part in unit.new_blocks}
         return blocks.assembled(transformer, modules)[0]
 
     return output_distillation(
@@ -255,7 +255,7 @@ class InFloat32(nn.Module):
 @torch.no_grad()
 def sequential_inputs(
     transformer: nn.Module, students: Students, arguments: dict[str, Any], accelerator: Accelerator
-) -> dict[Part, dict[str, Any]]:
+) -> dict[NewBlock, dict[str, Any]]:
     """Per part the bound arguments that its student gets inside the assembled model."""
     model, fitting, _ = plugged(transformer, students)
     owner = {id(m): part for part, m in fitting.items()}
@@ -297,7 +297,7 @@ def cost_table(
         unit.name: (
             unit.first,
             unit.last,
-            lambda u=unit: {part: students[part] for part in u.parts},
+            lambda u=unit: {part: students[part] for part in u.new_blocks},
         )
         for unit in units
     }

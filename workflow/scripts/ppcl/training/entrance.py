@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ppcl import provenance
 from ppcl.errors import UserError, disk_is_full
-from ppcl.pruning.plans import Part
+from ppcl.pruning.units import NewBlock
 from ppcl.runtime import processes, stopping
 from ppcl.settings import DistillSettings
 from ppcl.storage import tensors, texts
@@ -169,7 +169,7 @@ class Inputs:
     def __init__(
         self,
         transformer: nn.Module,
-        parts: Sequence[Part],
+        parts: Sequence[NewBlock],
         reader: calls.Reader,
         options: DistillSettings,
         seed: int,

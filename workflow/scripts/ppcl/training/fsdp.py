@@ -18,7 +18,7 @@ from torch.distributed.fsdp import (
     OffloadPolicy,
     fully_shard,
 )
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ppcl.errors import UserError
 
@@ -33,6 +33,10 @@ def shard(
 
     With bf16 mixed precision blocks are gathered in bfloat16: autocast alone would keep a cast of
     every weight until the backward pass, on every device.
+
+    Tried in its place: accelerate's FSDP2 plugin. On CPUs it wraps the model in DDP instead, shares
+    out nothing (0 of 77 parameters), and with one process does not offload; where it shares out,
+    it finds blocks by the names of classes, not by a list of modules.
 
     Args:
         model: the same in every process, on any device.
@@ -77,77 +81,51 @@ def is_shared(tensor: Tensor) -> bool:
 def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     """Whole tensors, as files have them. All processes must ask for the same ones at once.
 
+    Tried in its place: torch's get_model_state_dict and get_optimizer_state_dict. They gather the
+    same bits with the same memory, but know a model and its optimizer only, not averaged weights.
+
     Args:
         keep: whether this process wants them; the others' dict is empty.
     """
-    found, held = {}, []
+    whole = {}
     for name in sorted(tensors):  # in one order everywhere, or processes would mix them up
         tensor = tensors[name]
         if is_shared(tensor):
-            group, place = tensor.device_mesh.get_group(), tensor.device_mesh.device_type
-            buffers = _gather(tensor, group, torch.device(place))
-            held.append(buffers)
-            # A copy: what others may still send to or read from is not handed on.
-            tensor = buffers[1][: len(tensor)].to("cpu", copy=True) if keep else None
-            if sum(buffer.nbytes for pair in held for buffer in pair) >= HELD:
-                _release(held, group, place)
+            # On the mesh's device: NCCL cannot gather shares that are kept in CPU memory.
+            tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+            # A copy: if the rows do not divide evenly, it is a view of more rows than it has.
+            tensor = tensor.to("cpu", copy=True) if keep else None
         if keep:
-            found[name] = tensor
-    if held:
-        _release(held, group, place)
-    return found
-
-
-HELD = 64 << 20  # bytes of buffers that are kept until all processes are done with them
-
-
-def _gather(
-    tensor: DTensor, group: torch.distributed.ProcessGroup, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """This process's rows and all processes' [rows of each, in order], filled up to one length.
-
-    With the plain collective: DTensor's own leaves what it works with to the garbage collector,
-    and a process once died of "double free or corruption" there.
-    """
-    if tensor.placements != (Shard(0),):
-        raise ValueError(f"rows are shared out, not {tensor.placements}")
-    count = torch.distributed.get_world_size(group)
-    share, rows = tensor.detach().to_local(), -(-tensor.shape[0] // count)
-    mine = torch.zeros(rows, *tensor.shape[1:], dtype=share.dtype, device=device)
-    mine[: len(share)] = share
-    every = torch.empty(count * rows, *tensor.shape[1:], dtype=share.dtype, device=device)
-    torch.distributed.all_gather(list(every.split(rows)), mine, group=group)
-    return mine, every
-
-
-def _release(held: list, group: torch.distributed.ProcessGroup, place: str) -> None:
-    """Lets go of buffers when no process needs them any more."""
-    devices = [torch.cuda.current_device()] if place == "cuda" else None
-    torch.distributed.barrier(group, device_ids=devices)
-    held.clear()
+            whole[name] = tensor
+    return whole
 
 
 def like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, on `other`'s device and shared out as it is, without communication."""
+    """A whole tensor, on `other`'s device and shared out as it is, without communication.
+
+    Tried in its place: torch's set_optimizer_state_dict. It also makes moments, with a step of 1,
+    for parameters that never had a gradient, and sends every tensor whole to every process.
+    """
     if not is_shared(other):
         return value.to(other.device)
-    mesh = other.device_mesh
-    placed = value.to(mesh.device_type)
-    return distribute_tensor(placed, mesh, other.placements, src_data_rank=None).to(other.device)
+    placed = distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
+    return placed.to(other.device)
 
 
 @torch.no_grad()
 def clip(parameters: Iterable[nn.Parameter], largest: float, accelerator: Accelerator) -> Tensor:
-    """Scales gradients down to a norm of `largest`, in place; returns the norm that they had."""
+    """Scales gradients down to a norm of `largest`, in place; returns the norm that they had.
+
+    Tried in place of the sum over shares: torch's clip_grad_norm_ (accelerate's calls it). It adds
+    up in another order, a difference of 1e-7 of the norm, and where the shares are: with shares in
+    CPU memory and NCCL it fails (pytorch issue 148532).
+    """
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
     if not any(map(is_shared, grads)):
         return nn.utils.clip_grad_norm_(parameters, largest)
     # On the device, wherever the shares are: processes need no way to talk between CPUs.
-    shares = [grad.to_local() for grad in grads]
-    squares = sum(share.square().sum() for share in shares).to(accelerator.device)
+    squares = sum(grad.to_local().square().sum() for grad in grads).to(accelerator.device)
     norm = accelerator.reduce(squares, reduction="sum").sqrt()
-    scale = (largest / (norm + 1e-6)).clamp(max=1.0)
-    for share in shares:
-        share.mul_(scale.to(share.device))
+    nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ppcl.errors import UserError
-from ppcl.pruning.plans import Part, Unit
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.storage import texts
 
 # A step of one student, in forward passes of a teacher's block: one forward, and a backward pass,
@@ -42,14 +42,14 @@ class Caching:
 NEVER = Caching("never", 1.0)
 
 
-def first_needed(parts: Sequence[Part]) -> int:
+def first_needed(parts: Sequence[NewBlock]) -> int:
     """The first block that the teacher has to run for these parts, if it has the streams there."""
-    return min(first for part in parts for first, _ in (part.key, part.source or part.key))
+    return min(first for part in parts for first, _ in (part.ends, part.source or part.ends))
 
 
 def _costs(units: Sequence[Unit], fill: float) -> tuple[float, float]:
     """A step's cost from the first block on, and from the first needed one, filling shared out."""
-    parts = [part for unit in units for part in unit.parts]
+    parts = [part for unit in units for part in unit.new_blocks]
     whole = max(unit.last for unit in units) + 1 + STUDENT * len(parts)
     return whole, whole - first_needed(parts) * (1 - fill)
 
@@ -60,7 +60,7 @@ def cached(units: Sequence[Unit], caching: Caching) -> bool:
         return False
     whole, less = _costs(units, caching.fill)
     if caching.mode == "always":
-        return first_needed([part for unit in units for part in unit.parts]) > 0
+        return first_needed([part for unit in units for part in unit.new_blocks]) > 0
     return whole >= GAIN * less
 
 
@@ -72,7 +72,7 @@ def cost(units: Sequence[Unit], caching: Caching = NEVER) -> float:
 
 def explain(units: Sequence[Unit], caching: Caching) -> str:
     """One line on where the teacher starts in the job of these units, and why."""
-    first = first_needed([part for unit in units for part in unit.parts])
+    first = first_needed([part for unit in units for part in unit.new_blocks])
     whole, less = _costs(units, caching.fill)
     if cached(units, caching):
         return (

@@ -11,8 +11,8 @@ from torch import nn
 
 from ppcl import provenance
 from ppcl.pruning import students
-from ppcl.pruning.plans import Unit
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import Unit
 from ppcl.runtime import processes, stopping
 from ppcl.settings import DistillSettings, Settings, SubsetsSettings
 from ppcl.storage import schemas, tables, whole

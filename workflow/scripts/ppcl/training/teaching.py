@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ppcl.pruning import narrow
-from ppcl.pruning.plans import Part
 from ppcl.pruning.students import Students
+from ppcl.pruning.units import NewBlock
 from ppcl.settings import DistillSettings
 from ppcl.training import losses
 from ppcl.training.losses import Real
-from ppcl.transformer import blocks, calls
-from ppcl.transformer.families import TEXT, Family
+from ppcl.transformer import blocks, calls, inside_block
+from ppcl.transformer.family import TEXT, Family
 
 
 @dataclass
@@ -52,11 +52,11 @@ class Lesson:
 @torch.no_grad()
 def teacher_states(
     transformer: nn.Module,
-    parts: Sequence[Part],
+    parts: Sequence[NewBlock],
     arguments: dict[str, Any],
     running: nn.Module | None = None,
     uncut: Students | None = None,
-) -> dict[Part, Lesson]:
+) -> dict[NewBlock, Lesson]:
     """Runs the teacher once, no further than the last part's end.
 
     Args:
@@ -67,14 +67,14 @@ def teacher_states(
     uncut = uncut or {}
     sequence = blocks.block_sequence(transformer)
     lenders = {part.source for part in parts if part.source}
-    ends = {end for part in parts for end in part.key} | {end for key in lenders for end in key}
+    ends = {end for part in parts for end in part.ends} | {end for key in lenders for end in key}
     inputs: dict[int, dict[str, Any]] = {}
     outputs: dict[int, blocks.Streams] = {}
     tapped = {part.first for part in parts if part.source and part not in uncut}
     tapped |= {first for first, _ in lenders}
     watched = [b for b in sequence if b.index in ends]
     with ExitStack() as stack:
-        seen = {index: stack.enter_context(blocks.taps(sequence[index])) for index in tapped}
+        seen = {index: stack.enter_context(inside_block.taps(sequence[index])) for index in tapped}
         run = stack.enter_context(
             blocks.watch(
                 watched,
@@ -93,7 +93,7 @@ def teacher_states(
             block = sequence[part.first]
             if part in uncut:
                 whole = replace(block, module=uncut[part])
-                text_input = blocks.text_input(whole, fitting(lesson.bound, whole.module))
+                text_input = inside_block.text_input(whole, fitting(lesson.bound, whole.module))
             else:
                 text_input = text_inputs[part.first]
             lesson = Lesson(lesson.bound, lesson.target, block.list.inputs[TEXT], text_input)
@@ -170,7 +170,7 @@ def interval_losses(
 
 
 def linear_loss(
-    part: Part,
+    part: NewBlock,
     student: nn.Module,
     output: blocks.Streams,
     lesson: Lesson,

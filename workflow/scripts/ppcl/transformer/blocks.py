@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from ppcl.errors import UserError
 from ppcl.transformer import discovery
-from ppcl.transformer.families import BlockList, Family, Width, family_of
+from ppcl.transformer.block_facts import BlockFacts
+from ppcl.transformer.family import BlockList, Family, Width
+from ppcl.transformer.registry import family_of
 
 Streams = dict[str, Tensor]
 
@@ -96,8 +97,8 @@ def family(transformer: nn.Module) -> Family:
         UserError: its class can't be pruned; says why.
     """
     for base in type(transformer).__mro__:
-        if found := family_of(base.__name__):
-            return found
+        if entry := family_of(base.__name__):
+            return entry
     return discovery.inspected(transformer)
 
 
@@ -134,11 +135,11 @@ def stacked(output: Tensor | list[Tensor]) -> Tensor:
 
 def untouchable(transformer: nn.Module) -> dict[int, str]:
     """Blocks that the family forbids to prune, with the reason."""
-    found, every = {}, block_sequence(transformer)
+    reasons, every = {}, block_sequence(transformer)
     for (attribute, position), reason in family(transformer).untouchable.items():
         members = [b.index for b in every if b.list.attribute == attribute]
-        found[members[position]] = reason
-    return found
+        reasons[members[position]] = reason
+    return reasons
 
 
 @contextmanager
@@ -191,115 +192,6 @@ def watch(
             handle.remove()
 
 
-@contextmanager
-def taps(block: Block):
-    """Shows what passes inside a stock block while it runs; yields a mapping that fills then.
-
-    Keys: `text/input`, what its attention gets as text (z_p of Eq. 8), and `ffn/<stream>`, the
-    stream after attention (what l_q of Eq. 9 maps).
-    """
-    seen: Streams = {}
-    handles, width = [], block.width
-    if width.text:
-
-        def attend(module, args, kwargs):
-            seen["text/input"] = signature_arguments(module, args, kwargs)[width.text.argument]
-
-        attention = block.module.get_submodule(width.text.attention)
-        handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
-    for stream, ffn in width.ffn.items():
-
-        def normalise(_module, args, key=f"ffn/{stream}"):
-            seen[key] = args[0]
-
-        norm = block.module.get_submodule(ffn.norm)
-        handles.append(norm.register_forward_pre_hook(normalise))
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@torch.no_grad()
-def text_input(block: Block, bound: dict[str, Any]) -> Tensor:
-    """What a stock block's attention gets as text, z_p of Eq. 8; the block runs no further."""
-
-    def stop(*_call) -> None:
-        raise _Enough
-
-    with taps(block) as seen:
-        attention = block.module.get_submodule(block.width.text.attention)
-        handle = attention.register_forward_pre_hook(stop)
-        try:
-            block.module(**bound)
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
-    return seen["text/input"]
-
-
-@torch.no_grad()
-def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
-    """Checks the registry's claims on one real call: what a block returns as a stream is what the
-    next block of its list gets as that stream, to the bit, at its real tokens; and whatever else a
-    block gets, all blocks of its list get.
-
-    Raises:
-        UserError: a stream is missing, changes its shape, or comes back in another place; or
-            blocks get something each of its own, which would be another's after pruning.
-    """
-    returned: Streams = {}
-    others: dict[str, dict[str, Any]] = {}
-    name, of = type(transformer).__name__, family(transformer)
-    firsts = {block_list.attribute for block_list in of.lists}
-
-    def before(block: Block, bound: dict[str, Any]) -> None:
-        streams = block.inputs(bound)
-        if missing := set(block.list.inputs) - set(streams):
-            raise UserError(f"{name}: block {block.index} got no {missing.pop()} stream")
-        rest = {k: v for k, v in bound.items() if k not in block.list.inputs.values()}
-        before_it = others.setdefault(block.list.attribute, rest)
-        for argument, (one, other) in _pairs(before_it, rest).items():
-            if not _same(one, other):
-                raise UserError(
-                    f"{name}: block {block.index} gets another '{argument}' than the first of its "
-                    "list; blocks that get something of their own can't be removed"
-                )
-        if block.list.attribute in firsts:
-            firsts.discard(block.list.attribute)
-            return
-        masks = token_masks(of, arguments, streams)
-        for stream, value in streams.items():
-            before = returned.get(stream)
-            same = before is not None and before.shape == value.shape
-            if same and stream in masks:
-                value, before = value[masks[stream]], before[masks[stream]]
-            if not same or not torch.equal(value, before):
-                raise UserError(
-                    f"{name}: block {block.index - 1} does not return its {stream} stream "
-                    "where the family registry says (workflow/scripts/ppcl/transformer/families.py)"
-                )
-
-    with watch(
-        block_sequence(transformer), before, lambda _block, streams: returned.update(streams)
-    ) as run:
-        run(transformer, arguments)
-
-
-def _pairs(one: dict[str, Any], other: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    return {name: (one.get(name), other.get(name)) for name in {*one, *other}}
-
-
-def _same(one: Any, other: Any) -> bool:
-    """Whether two arguments hold equal tensors; what is no tensor counts as equal."""
-    ones, others = (
-        [leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor)] for value in (one, other)
-    )
-    return len(ones) == len(others) and all(map(torch.equal, ones, others))
-
-
 def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> Streams:
     """Stream -> boolean mask [batch, tokens] of real tokens, for streams that have padding.
 
@@ -307,12 +199,12 @@ def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> 
         arguments: of the transformer's call.
         streams: those wanted, [batch, tokens, channels] each.
     """
-    found = {
+    masks = {
         stream: family.masks[stream](arguments, value.shape[1])
         for stream, value in streams.items()
         if stream in family.masks
     }
-    return {s: mask.bool() for s, mask in found.items() if mask is not None}
+    return {s: mask.bool() for s, mask in masks.items() if mask is not None}
 
 
 def assembled(
@@ -368,7 +260,7 @@ def assembled(
     return copied, block_map
 
 
-class _Passing(nn.Module):
+class PassThroughBlock(nn.Module):
     """Stands for a block, and gives its streams back as they are."""
 
     def __init__(self, block: Block):
@@ -377,15 +269,15 @@ class _Passing(nn.Module):
 
     def forward(self, *args, **kwargs):
         streams = self._block.inputs(self._block.bind(args, kwargs))
-        found = tuple(streams.get(stream) for stream in self._block.list.outputs)
-        return found if len(found) > 1 else found[0]
+        returned = tuple(streams.get(stream) for stream in self._block.list.outputs)
+        return returned if len(returned) > 1 else returned[0]
 
 
 def emptied(transformer: nn.Module, kept: Collection[int] = ()) -> nn.Module:
     """A transformer of as many blocks, of which only those of these numbers do anything: what is
     around the blocks computes as ever. It shares all else with the original."""
     every = block_sequence(transformer)
-    passing = {(b.index, b.index): _Passing(b) for b in every if b.index not in kept}
+    passing = {(b.index, b.index): PassThroughBlock(b) for b in every if b.index not in kept}
     return assembled(transformer, passing)[0]
 
 
@@ -402,3 +294,14 @@ def parameters_of_blocks(transformer: nn.Module) -> list[int]:
         parameter_count(block.module) + sum(parameter_count(each[block.index]) for each in beside)
         for block in sequence
     ]
+
+
+def facts(transformer: nn.Module) -> BlockFacts:
+    """What the stages without a transformer need to know of its blocks."""
+    return BlockFacts(
+        lists=[block.list.attribute for block in block_sequence(transformer)],
+        seams=seams(transformer),
+        untouchable=untouchable(transformer),
+        parameters=parameters_of_blocks(transformer),
+        transformer_parameters=parameter_count(transformer),
+    )

@@ -3,7 +3,7 @@
 A class that diffusers brings tomorrow is read like those of today: its block lists by their place
 in the forward, its streams by the blocks' signatures and return statements (where these do not
 tell, by diffusers' own registry of blocks), the depth by the config. What a block does must not
-depend on its number. `blocks.verify` then checks all of it numerically, before anything long runs.
+depend on its number. `claims.verify` then checks all of it numerically, before anything long runs.
 """
 
 import ast
@@ -16,7 +16,7 @@ from dataclasses import replace
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.transformer.families import IMAGE, JOINT, TEXT, BlockList, Family
+from ppcl.transformer.family import IMAGE, JOINT, TEXT, BlockList, Family
 
 log = logging.getLogger(__name__)
 _STATES = ("hidden_states", "x")
@@ -45,8 +45,8 @@ def _inspected(shape: "_Shape") -> Family:
     if why := _numbered(shape.made_by, [attribute for attribute, _, _ in shape.lists]):
         raise _refusal(name, why)
     source = _source(shape.made_by.forward)
-    ordered = sorted(shape.lists, key=lambda found: source.find(f"self.{found[0]}"))
-    lists = [_block_list(name, *found) for found in ordered]
+    ordered = sorted(shape.lists, key=lambda listed: source.find(f"self.{listed[0]}"))
+    lists = [_block_list(name, *listed) for listed in ordered]
     if (
         TEXT in lists[0].inputs
     ):  # where texts came beside, they are in the one sequence that follows
@@ -75,7 +75,7 @@ class _Shape:
 
     @classmethod
     def of(cls, transformer: nn.Module) -> "_Shape":
-        found = []
+        lists = []
         for attribute, members in transformer.named_children():
             if not isinstance(members, nn.ModuleList) or len(members) < 1:
                 continue
@@ -85,8 +85,8 @@ class _Shape:
             if beside or len(kinds) > 1 or not set(_STATES) & set(takes):
                 continue
             if key := _depth_key(transformer, attribute, len(members)):
-                found.append((attribute, key, kinds.pop()))
-        return cls(type(transformer), tuple(found))
+                lists.append((attribute, key, kinds.pop()))
+        return cls(type(transformer), tuple(lists))
 
 
 def _depth_key(transformer: nn.Module, attribute: str, length: int) -> str | None:
@@ -135,17 +135,17 @@ def _known_order(block: type) -> tuple[str, ...] | None:
 
 def _returned(block: type) -> tuple[str, ...] | None:
     """The streams in a block's return statements, which must agree."""
-    found = set()
+    orders = set()
     for node in ast.walk(ast.parse(_source(block.forward))):
         if isinstance(node, ast.Return) and node.value is not None:
             values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
             names = [value.id if isinstance(value, ast.Name) else "" for value in values]
             if len(names) == 1:
-                found.add((IMAGE,))
+                orders.add((IMAGE,))
             else:
                 streams = {"hidden_states": IMAGE, "encoder_hidden_states": TEXT}
-                found.add(tuple(streams.get(name, "") for name in names))
-    return found.pop() if len(found) == 1 and "" not in next(iter(found)) else None
+                orders.add(tuple(streams.get(name, "") for name in names))
+    return orders.pop() if len(orders) == 1 and "" not in next(iter(orders)) else None
 
 
 def _numbered(made_by: type, attributes: list[str]) -> str | None:
@@ -161,8 +161,8 @@ def _numbered(made_by: type, attributes: list[str]) -> str | None:
         for node in ast.walk(forward)
         if isinstance(node, ast.For) and any(name in ast.unparse(node.iter) for name in named)
     ]
-    found = {name for name in named for loop in loops if name in ast.unparse(loop.iter)}
-    if found != set(named):
+    looped = {name for name in named for loop in loops if name in ast.unparse(loop.iter)}
+    if looped != set(named):
         return "its forward does not go through all of its lists of blocks itself"
     for loop in loops:
         if "zip(" in ast.unparse(loop.iter):

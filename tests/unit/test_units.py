@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppcl.pruning.plans import Part, Unit, units
+from ppcl.pruning.units import NewBlock, Unit, units_of
 
 DEPTH = 14
 
@@ -34,8 +34,8 @@ def selections(draw):
 def test_units_of_any_selection(selection):
     pieces, runs, linear, unread = selection
     intervals = [piece for piece in reversed(pieces) if piece[1] > piece[0]]
-    found = units(intervals, runs, linear, unread)
-    every = [part for unit in found for part in unit.parts]
+    found = units_of(intervals, runs, linear, unread)
+    every = [part for unit in found for part in unit.new_blocks]
 
     # In order, apart, and named after their ends.
     blocks = [block for part in every for block in range(part.first, part.last + 1)]
@@ -43,46 +43,48 @@ def test_units_of_any_selection(selection):
     assert [unit.name for unit in found] == [f"{u.first:02d}-{u.last:02d}" for u in found]
 
     # Every interval, every run and every linear FFN is there, and nothing else.
-    assert {part.key for part in every if part.last > part.first} == set(intervals)
-    assert {(unit.first, unit.last) for unit in found if len(unit.parts) > 1} == set(runs)
+    assert {part.ends for part in every if part.last > part.first} == set(intervals)
+    assert {(unit.first, unit.last) for unit in found if len(unit.new_blocks) > 1} == set(runs)
     for unit in found:
-        assert len(unit.parts) > 1 or unit.parts[0].narrow or unit.first < unit.last
-        assert unit.removed_blocks == sum(part.last - part.first for part in unit.parts)
+        assert len(unit.new_blocks) > 1 or unit.new_blocks[0].narrow or unit.first < unit.last
+        assert unit.removed_blocks == sum(part.last - part.first for part in unit.new_blocks)
     without = {part.first for part in every if part.borrows or part.text == "lend"}
     wanted = {(b, s) for b, s in linear if not (s == "text" and b in without)}
     assert {(part.first, s) for part in every for s in part.linear_ffn} == wanted
 
     for unit in found:
-        head, *others = unit.parts
+        head, *others = unit.new_blocks
         lends = "lend" if unit.last == unread else "source"
         assert head.source is None and head.text == (lends if others else "own")
         end = unit.first - 1
-        for part in unit.parts:  # the parts of a run cover it
+        for part in unit.new_blocks:  # the parts of a run cover it
             assert part.first == end + 1
             end = part.last
-        assert all(part.source == head.key and part.borrows for part in others)
+        assert all(part.source == head.ends and part.borrows for part in others)
         closing = [part for part in others if part.text == "close"]
         assert closing == ([] if unit.last == unread else others[-1:])
 
 
 def test_a_selection_with_everything():
-    found = units([(8, 9), (1, 3)], [(5, 9)], [(0, "text"), (1, "image"), (8, "text")])
+    found = units_of([(8, 9), (1, 3)], [(5, 9)], [(0, "text"), (1, "image"), (8, "text")])
     source = (5, 5)
     run = (
-        Part(5, 5, text="source"),
-        *(Part(block, block, text="borrow", source=source) for block in (6, 7)),
-        Part(8, 9, text="close", source=source),
+        NewBlock(5, 5, text="source"),
+        *(NewBlock(block, block, text="borrow", source=source) for block in (6, 7)),
+        NewBlock(8, 9, text="close", source=source),
     )
-    kept, student = Part(0, 0, ("text",)), Part(1, 3, ("image",))
+    kept, student = NewBlock(0, 0, ("text",)), NewBlock(1, 3, ("image",))
     assert found == [Unit((kept,)), Unit((student,)), Unit(run)]
     assert [unit.name for unit in found] == ["00-00", "01-03", "05-09"]
     assert [unit.removed_blocks for unit in found] == [0, 2, 1]
-    (unread,) = units([(8, 9)], [(5, 9)], [(5, "text"), (5, "image")], unread_after=9)
-    assert unread.parts[0] == Part(5, 5, ("image",), "lend")
-    assert {part.text for part in unread.parts[1:]} == {"borrow"}
-    assert units([]) == []
+    (unread,) = units_of([(8, 9)], [(5, 9)], [(5, "text"), (5, "image")], unread_after=9)
+    assert unread.new_blocks[0] == NewBlock(5, 5, ("image",), "lend")
+    assert {part.text for part in unread.new_blocks[1:]} == {"borrow"}
+    assert units_of([]) == []
 
 
 @pytest.mark.parametrize("streams", [["image", "text"], ["text", "image"]])
 def test_a_part_is_the_same_in_whatever_order_its_streams_are_named(streams):
-    assert units([], [], [(2, s) for s in streams]) == [Unit((Part(2, 2, ("image", "text")),))]
+    assert units_of([], [], [(2, s) for s in streams]) == [
+        Unit((NewBlock(2, 2, ("image", "text")),))
+    ]

@@ -1,17 +1,17 @@
-"""What pruning does to a model, in words that need no torch: parts, and the units they form.
+"""What pruning does to a model, in words that need no torch: new blocks, and the units they form.
 
-A part is one new block. A unit is what is plugged into the teacher together or not at all; units
-never overlap, so every set of them is a model.
+A unit is what is plugged into the teacher together or not at all; units never overlap, so every set
+of them is a model.
 """
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from ppcl.transformer.families import IMAGE, TEXT
+from ppcl.transformer.family import IMAGE, TEXT
 
 
 @dataclass(frozen=True)
-class Part:
+class NewBlock:
     """One new block in place of teacher blocks first..last (inclusive).
 
     With first == last it is a kept block that is narrower; otherwise a student, narrow or not.
@@ -22,7 +22,7 @@ class Part:
             lends it; `lend`: it keeps of it what it lends, as nothing reads text after the run;
             `borrow`: it has none of its own; `close`: nor has it, and it ends the run, which makes
             a text stream for the blocks that follow.
-        source: ends of the part that it borrows from.
+        source: ends of the new block that it borrows from.
     """
 
     first: int
@@ -37,7 +37,7 @@ class Part:
         return f"{self.first:02d}-{self.last:02d}"
 
     @property
-    def key(self) -> tuple[int, int]:
+    def ends(self) -> tuple[int, int]:
         return self.first, self.last
 
     @property
@@ -56,14 +56,14 @@ class Part:
         return bool(self.linear_ffn) or self.text != "own"
 
 
-def part(entry: Mapping) -> Part:
-    """The part of which `dataclasses.asdict` made this, perhaps by way of JSON.
+def new_block_of(entry: Mapping) -> NewBlock:
+    """The new block of which `dataclasses.asdict` made this, perhaps by way of JSON.
 
     Raises:
         ValueError, LookupError, TypeError: it is of something else.
     """
     source = entry["source"] and tuple(entry["source"])
-    return Part(**{**entry, "linear_ffn": tuple(entry["linear_ffn"]), "source": source})
+    return NewBlock(**{**entry, "linear_ffn": tuple(entry["linear_ffn"]), "source": source})
 
 
 # A modulation matrix: its block, or the number of blocks for the last AdaLN, and its path in there.
@@ -117,17 +117,17 @@ class Modulation:
 
 @dataclass(frozen=True)
 class Unit:
-    """Parts in a row that go in together: one part, or those of a text run."""
+    """New blocks in a row that go in together: one alone, or those of a text run."""
 
-    parts: tuple[Part, ...]
+    new_blocks: tuple[NewBlock, ...]
 
     @property
     def first(self) -> int:
-        return self.parts[0].first
+        return self.new_blocks[0].first
 
     @property
     def last(self) -> int:
-        return self.parts[-1].last
+        return self.new_blocks[-1].last
 
     @property
     def name(self) -> str:
@@ -136,10 +136,10 @@ class Unit:
 
     @property
     def removed_blocks(self) -> int:
-        return self.last - self.first + 1 - len(self.parts)
+        return self.last - self.first + 1 - len(self.new_blocks)
 
 
-def units(
+def units_of(
     intervals: Iterable[tuple[int, int]],
     runs: Iterable[tuple[int, int]] = (),
     linear: Iterable[tuple[int, str]] = (),
@@ -157,7 +157,7 @@ def units(
             that ends there makes no text stream, and its source none but what it lends.
 
     Raises:
-        ValueError: a run of one part, which would lend its text to nobody.
+        ValueError: a run of one new block, which would lend its text to nobody.
     """
     intervals = sorted(intervals)
     ffns: dict[int, set[str]] = {}
@@ -171,21 +171,21 @@ def units(
         linear_here = ffns.get(ends[0], set())
         if text not in ("own", "source"):
             linear_here = linear_here - {TEXT}
-        return Part(*ends, tuple(s for s in (IMAGE, TEXT) if s in linear_here), text, source)
+        return NewBlock(*ends, tuple(s for s in (IMAGE, TEXT) if s in linear_here), text, source)
 
     found = [Unit((made(ends),)) for ends in pieces if ends[0] not in inside]
     for first, last in runs:
         source, *others = (ends for ends in pieces if first <= ends[0] and ends[1] <= last)
         if not others:
-            raise ValueError(f"the text run [{first},{last}] has a single part")
-        parts = [made(source, "lend" if last == unread_after else "source")]
+            raise ValueError(f"the text run [{first},{last}] has a single new block")
+        run = [made(source, "lend" if last == unread_after else "source")]
         for ends in others:
             closes = ends[1] == last and last != unread_after
-            parts.append(made(ends, "close" if closes else "borrow", source))
-        found.append(Unit(tuple(parts)))
+            run.append(made(ends, "close" if closes else "borrow", source))
+        found.append(Unit(tuple(run)))
     return sorted(found, key=lambda unit: unit.first)
 
 
-def parts_of(units: Iterable[Unit]) -> list[Part]:
-    """The parts of all units, in order."""
-    return [part for unit in units for part in unit.parts]
+def new_blocks_of(units: Iterable[Unit]) -> list[NewBlock]:
+    """The new blocks of all units, in order."""
+    return [new_block for unit in units for new_block in unit.new_blocks]
