@@ -12,14 +12,14 @@ from ppcl.digits import teacher
 from ppcl.errors import UserError
 from ppcl.extraction import activations, conditioning, modulation_inputs
 from ppcl.extraction.conditioning import Conditioning, Moments
-from ppcl.settings import ExtractSettings
+from ppcl.settings import ExtractSettings, ModulationSettings
 from ppcl.storage import tensors
 from ppcl.teacher import recording
 from ppcl.transformer import blocks, call_tables, calls, families
 from support import tiny, zoo_images, zoo_videos
 
 CPU = torch.device("cpu")
-GRID = {"timesteps": 16, "guidance": [1.0, 10.0]}
+GRID = ModulationSettings.of({"timesteps": 16, "guidance": [1.0, 10.0]})
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_the_grid_is_the_schedulers_whole_range(world, tmp_path):
     transformer, reader = world
     recorded, rows = summed(transformer, reader, tmp_path), reader.rows(heldout=False)
     found = modulation_inputs.with_grid(transformer, recorded, reader, rows, GRID, 5, 0, CPU)
-    times = torch.linspace(0, 1, GRID["timesteps"])
+    times = torch.linspace(0, 1, GRID.timesteps)
     temb = transformer.time_text_embed(times, torch.zeros(1))
     grid = direct([nn.functional.silu(temb)])
     once = recorded.entries[0]
@@ -143,7 +143,7 @@ def test_the_grid_is_the_schedulers_whole_range(world, tmp_path):
     torch.testing.assert_close(found.entries[0].outer, expected.outer, rtol=1e-4, atol=1e-6)
     assert found.places == recorded.places
     off = modulation_inputs.with_grid(
-        transformer, recorded, reader, rows, GRID | {"timesteps": 0}, 5, 0, CPU
+        transformer, recorded, reader, rows, GRID.replace(timesteps=0), 5, 0, CPU
     )
     assert off is recorded
 
@@ -283,7 +283,7 @@ def test_other_schedules_are_at_most_twice_as_wrong(name, tmp_path):
     assert highest == 1000
     recorded = summed(transformer, reader, tmp_path)
     both = modulation_inputs.with_grid(
-        transformer, recorded, reader, fit, GRID | {"timesteps": 96}, 32, 0, CPU
+        transformer, recorded, reader, fit, GRID.replace(timesteps=96), 32, 0, CPU
     )
     assert both.places == recorded.places and set(both.places) == set(keys(transformer))
     # Z-Image's blocks get it without SiLU, its last AdaLN with.

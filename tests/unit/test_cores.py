@@ -17,6 +17,7 @@ import torch
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.runtime import cores, devices
+from ppcl.settings import Settings
 from ppcl.teacher import hub, weights
 from support import ROOT, tiny
 
@@ -133,7 +134,8 @@ def rules(config: dict, total: int | None, local: bool, gpu: bool) -> SimpleName
         non_local_exec=not local,
         resource_settings=SimpleNamespace(cores=total),
     )
-    names = {"config": config, "workflow": workflow, "functools": functools, "THREADS": 8}
+    names = {"workflow": workflow, "functools": functools, "THREADS": 8}
+    names["settings"] = lambda: Settings.of(config)
     names |= {"cores": cores, "hub": hub, "weights": weights, "UserError": UserError}
     names["gpus"] = SimpleNamespace(possible=lambda: gpu)
     exec(part, names)

@@ -16,7 +16,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import selection_file, students
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.runtime import devices, processes
-from ppcl.settings import DistillSettings
+from ppcl.settings import DistillSettings, WidthSettings
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines
 from ppcl.training import distillation, entrance, prices
@@ -279,7 +279,8 @@ def harmless(tmp_path_factory):
     wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(teacher)}
     maps = [one for part in parts for one in width.maps_of(part)]
     rows = reader.rows(heldout=False), reader.rows(heldout=True)
-    fits = width.fit(teacher, wholes, maps, reader, rows, {"batch_size": 64, "ridge": 1e-6}, CPU)
+    options = WidthSettings.of({"batch_size": 64, "ridge": 1e-6})
+    fits = width.fit(teacher, wholes, maps, reader, rows, options, CPU)
     return teacher, reader, parts, {one: fit.probe for one, fit in fits.items()}
 
 

@@ -356,14 +356,14 @@ FACTS = {"transformer_parameters": 1000, "blocks": 20, "transformer_seconds": 0.
 
 
 def test_a_budget_is_what_has_to_go():
-    assert needed(0.7, FACTS) == {"parameters": 300}
+    assert needed({"fraction": 0.7}, FACTS) == {"parameters": 300}
     assert needed({"parameters": 640}, FACTS) == {"parameters": 360}
     assert needed({"blocks": 12}, FACTS) == {"blocks": 8}
     assert needed({"latency": 0.8}, FACTS) == {"latency": pytest.approx(0.1)}
     several = {"fraction": 0.7, "parameters": 600, "latency": 0.8}
     expected = {"parameters": 400, "latency": pytest.approx(0.1)}
     assert needed(several, FACTS) == expected
-    for small in ({"parameters": 2000}, {"blocks": 30}, {"latency": 1.0}, 1.0):
+    for small in ({"parameters": 2000}, {"blocks": 30}, {"latency": 1.0}, {"fraction": 1.0}):
         assert list(needed(small, FACTS).values()) == [0]
 
 
@@ -374,7 +374,7 @@ def test_targets_are_those_of_the_smallest_budgets():
     ]
     expected = {"parameters": 500, "blocks": 8, "latency": pytest.approx(0.05)}
     assert targets(variants, FACTS) == expected
-    least = config.tightest(variants)
+    least = [Variant.of(each) for each in config.tightest(variants)]
     assert len(least) == 4 and targets(least, FACTS) == expected
 
 

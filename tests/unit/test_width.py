@@ -148,12 +148,12 @@ def test_passes_and_batches_change_nothing(teacher, many, wholes, fits, monkeypa
 
 
 def test_calls_to_fit_and_to_judge_on_are_apart(many):
-    fitted, judged = width.fit_rows(many, {"fit_rows": 8}, 3)
+    fitted, judged = width.fit_rows(many, WidthSettings.of({"fit_rows": 8}), 3)
     assert len(fitted) == len(set(fitted)) == 8 and len(judged) == 2
     assert set(fitted) <= set(many.rows(heldout=False))
     assert set(judged) <= set(many.rows(heldout=True))
-    assert set(width.fit_rows(many, {"fit_rows": 8}, 4)[0]) != set(fitted)
-    assert len(width.fit_rows(many, {"fit_rows": 10**6}, 3)[0]) == 24
+    assert set(width.fit_rows(many, WidthSettings.of({"fit_rows": 8}), 4)[0]) != set(fitted)
+    assert len(width.fit_rows(many, WidthSettings.of({"fit_rows": 10**6}), 3)[0]) == 24
 
 
 # ---- planted

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,9 +190,9 @@ def subset(config: dict, *keys: str) -> str:
     return json.dumps(part, sort_keys=True)
 
 
-def budgets(variants: Iterable[Variant]) -> list[dict]:
+def budgets(variants: Iterable[Mapping]) -> list[dict]:
     """The variants without what is done with them later: what the choice of sets depends on."""
-    return [{key: getattr(v, key) for key in ("name", "budget", "train")} for v in variants]
+    return [{key: v[key] for key in ("name", "budget", "train")} for v in variants]
 
 
 def tightest(variants: Sequence[Variant]) -> list[dict]:

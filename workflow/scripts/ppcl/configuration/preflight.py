@@ -149,7 +149,7 @@ def _check_budgets(settings: Settings, blocks: list[int], total: int, source: st
     if not blocks:
         return
     fewest, least = _least(settings, blocks, total, source)
-    for variant in settings.variants:
+    for variant, given in zip(settings.variants, settings.given["variants"], strict=True):
         for kind, value in variant.budget.items():
             left = {"fraction": least / total, "parameters": least, "blocks": fewest}.get(kind, 0)
             if value >= left:
@@ -164,7 +164,7 @@ def _check_budgets(settings: Settings, blocks: list[int], total: int, source: st
                 why = "without depth pruning, the least that closed forms leave is"
                 fix = "set intervals.enabled: true"
             raise UserError(
-                f"{source}: variants: budget {dict(variant.budget)} of '{variant.name}' is "
+                f"{source}: variants: budget {given['budget']} of '{variant.name}' is "
                 f"impossible: {why} {shown}; choose a larger budget, or {fix}"
             )
 

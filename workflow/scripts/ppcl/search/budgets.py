@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping
 from ppcl.settings import Variant
 
 
-def needed(budget: float | Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
+def needed(budget: Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
     """What has to go for a budget: measure (parameters, blocks or latency) -> how much of it.
 
     Args:
-        budget: of the config's variants.
+        budget: of a variant.
         facts: transformer_parameters, blocks, and transformer_seconds for latency.
     """
     found: dict[str, float] = {}
