@@ -219,7 +219,7 @@ def test_a_stage_whose_outputs_are_lost_ends_at_once_with_the_same(
         "training.loop._one_step",
         "training.prices.Judged.error",
         "training.prices.Judged.errors",
-        "closed_forms.width._fit",
+        "closed_forms.linear_map_fits._fit",
         "teacher.recording.record_batch",
         "extraction.activations.pick_tokens",
         "teacher.pipelines.run",

@@ -9,11 +9,13 @@ import pandas as pd
 import pytest
 import torch
 
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_fits, linear_map_refits, linear_maps
+from ppcl.closed_forms.linear_maps import Map
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import variants
+from ppcl.export.variant_files import Files
 from ppcl.pruning import narrow, pins, selection_file
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.search import sets, sets_file
@@ -102,7 +104,7 @@ def workshop(tiny_teacher, world, refits=None, **options):
     files = world[1] | world[2]
     transformer = pipelines.load_transformer(tiny.source(tiny_teacher), torch.device("cpu"))
     sources = (sets.START, *sets.TRAINED)
-    given = variants.Files(
+    given = Files(
         files["width"],
         files["maps"],
         files["conditioning"],
@@ -193,7 +195,7 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
 
 
 def test_refitted_maps_are_those_that_the_set_was_made_with(chosen, tmp_path):
-    written, files = sets_file.read(chosen["sets"]), variants.Files(refits=chosen["refitted"])
+    written, files = sets_file.read(chosen["sets"]), Files(refits=chosen["refitted"])
     found = next(
         one for one in written.sets.values() if any("refit-" in s for s in one.sources.values())
     )
@@ -202,17 +204,17 @@ def test_refitted_maps_are_those_that_the_set_was_made_with(chosen, tmp_path):
     with pytest.raises(UserError, match="other maps than the set was made with; delete"):
         files.refits_digest(found, "another")
     with pytest.raises(UserError, match="name variants/maps.safetensors, --refits"):
-        variants.Files().refits_digest(found)
-    maps = variants.read_refits(chosen["refitted"])
-    variants.write_refits(tmp_path / "same.safetensors", maps, {"created": "later"})
-    assert variants.Files(refits=tmp_path / "same.safetensors").refits_digest(found) == digest
+        Files().refits_digest(found)
+    maps = linear_map_refits.read(chosen["refitted"])
+    linear_map_refits.write(tmp_path / "same.safetensors", maps, {"created": "later"})
+    assert Files(refits=tmp_path / "same.safetensors").refits_digest(found) == digest
     for probes_ in maps.values():
         for probe in probes_.values():
             probe.bias[0] += 1
-    variants.write_refits(tmp_path / "other.safetensors", maps, {})
-    assert variants.Files(refits=tmp_path / "other.safetensors").refits_digest(found) != digest
+    linear_map_refits.write(tmp_path / "other.safetensors", maps, {})
+    assert Files(refits=tmp_path / "other.safetensors").refits_digest(found) != digest
     nothing = Set()
-    assert variants.Files().refits_digest(nothing) == files.refits_digest(nothing)
+    assert Files().refits_digest(nothing) == files.refits_digest(nothing)
 
 
 def test_a_pinned_run_that_nobody_measured_is_trained(tiny_teacher, tiny_calls, tmp_path):
@@ -259,13 +261,13 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     before = narrow.maps(shop.model(found)[0].transformer_blocks[3])["ffn/image"].weight.clone()
     model, block_map = shop.model(again)
     reader, options = calls.Reader(tiny_calls), config.load(json.dumps(world[0]))["width"]
-    rows, _ = width.fit_rows(reader, options, 0)
+    rows, _ = linear_map_fits.fit_rows(reader, options, 0)
     parts = [part for unit in units for part in unit.new_blocks]
     cpu = torch.device("cpu")
-    maps = width.refit(transformer, model, block_map, parts, reader, rows, options, cpu)
+    maps = linear_map_refits.refit(transformer, model, block_map, parts, reader, rows, options, cpu)
     assert len(maps) == 3
-    old = width.stored(world[1]["maps"])
-    first = width.Map("ffn/image", (0, 0), (0, 0))
+    old = linear_maps.stored(world[1]["maps"])
+    first = Map("ffn/image", (0, 0), (0, 0))
     assert np.allclose(maps[first].weight, old[first].weight, atol=1e-5)
 
     inputs, targets = [], []

@@ -19,7 +19,7 @@ from diffusers import FluxTransformer2DModel, QwenImageTransformer2DModel
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_candidates, linear_maps
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.planning import footprint, planner, weightless
@@ -147,7 +147,7 @@ def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
         [tuple(ends) for ends in intervals],
         [tuple(ends) for ends in groups],
         [(block, stream) for block in ffns for stream in ("image", "text")],
-        width.unread_after(made),
+        linear_maps.unread_after(made),
     )
     model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
     settings = config.complete({"modulation": {"rank": 16}}, "test")
@@ -176,7 +176,7 @@ def test_counts_are_those_of_the_code_that_prunes():
     settings["width"] |= {"text": {"pin": [[13, 14]], "forbid": []}}
     _, every = weightless.selection(settings, made)
     model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
-    saved = sum(width.saved_parameters(made, unit) for unit in every)
+    saved = sum(linear_map_candidates.saved_parameters(made, unit) for unit in every)
     assert blocks.parameter_count(model) == QWEN - saved
     assert len(block_map) == 59 and blocks.parameter_count(made) == QWEN
 

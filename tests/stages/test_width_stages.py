@@ -10,7 +10,8 @@ import torch
 from diffusers import QwenImageTransformer2DModel
 
 from ppcl.ablation import choices, trial
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_fits, linear_maps
+from ppcl.closed_forms.linear_maps import Map
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
@@ -87,7 +88,7 @@ def test_either_kind_of_closed_form_may_be_off(tiny_teacher, tiny_calls, tmp_pat
         found = measure(tiny_teacher, tiny_calls, tmp_path, name, (without,), rank=3)
         wanted = whole[is_modulation if name == "lower" else ~is_modulation]
         pd.testing.assert_frame_equal(found, wanted.reset_index(drop=True))
-        maps = width.stored(tmp_path / f"{name}.safetensors")
+        maps = linear_maps.stored(tmp_path / f"{name}.safetensors")
         assert bool(len(maps)) == (name == "narrow")
     assert set(whole["rank"]) == {0, 3}
 
@@ -95,8 +96,8 @@ def test_either_kind_of_closed_form_may_be_off(tiny_teacher, tiny_calls, tmp_pat
 def test_maps_in_the_file_are_those_that_were_priced(tiny_teacher, tiny_calls, tmp_path):
     found = measure(tiny_teacher, tiny_calls, tmp_path, without=("conditioning",))
     transformer = tiny.load(tiny_teacher).transformer
-    maps = width.stored(tmp_path / "w.safetensors")
-    last = width.unread_after(transformer)
+    maps = linear_maps.stored(tmp_path / "w.safetensors")
+    last = linear_maps.unread_after(transformer)
     reader = calls.Reader(tiny_calls)
     rows = reader.sample_heldout("select", 3, 0)
     for row in (found[found["kind"] == "ffn"].iloc[2], found[found["kind"] == "text"].iloc[1]):
@@ -104,19 +105,22 @@ def test_maps_in_the_file_are_those_that_were_priced(tiny_teacher, tiny_calls, t
             units = units_of([], [], [(row["first"], row["stream"])], last)
         else:
             units = units_of([], [(row["first"], row["last"])], (), last)
-        made = width.closed(transformer, units[0].new_blocks, maps)
+        made = linear_maps.closed(transformer, units[0].new_blocks, maps)
         cost = prices.error(transformer, made, reader, rows, 4, torch.device("cpu"))
         assert cost == pytest.approx(row["velocity_error"], rel=1e-5)
         with pytest.raises(ValueError, match="no kept block"):
-            width.closed(transformer, [NewBlock(1, 2)], maps)
+            linear_maps.closed(transformer, [NewBlock(1, 2)], maps)
     with pytest.raises(UserError, match=r"w\.safetensors has no map ffn/image\.07"):
-        maps[width.Map("ffn/image", (7, 7), (7, 7))]
+        maps[Map("ffn/image", (7, 7), (7, 7))]
 
 
 def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path, monkeypatch):
     pieces, fitted = [], []  # of work: changes alone, and those that are measured together
     stops = [None, 5, None]
-    fit, own = width._fit, {name: getattr(prices.Judged, name) for name in ("error", "errors")}
+    fit, own = (
+        linear_map_fits._fit,
+        {name: getattr(prices.Judged, name) for name in ("error", "errors")},
+    )
 
     def stopping(name, *given):
         pieces.append(name)
@@ -132,7 +136,7 @@ def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path
     once = len(pieces)
     pieces.clear()
     stops.pop(0)
-    monkeypatch.setattr(width, "_fit", lambda *a: fitted.append(1) or fit(*a))
+    monkeypatch.setattr(linear_map_fits, "_fit", lambda *a: fitted.append(1) or fit(*a))
     with pytest.raises(KeyboardInterrupt):
         measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
     assert not (tmp_path / "stopped.parquet").exists()

@@ -11,7 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_fits, linear_maps
 from ppcl.errors import UserError
 from ppcl.pruning import selection_file, students
 from ppcl.pruning.units import NewBlock, Unit
@@ -277,10 +277,17 @@ def harmless(tmp_path_factory):
     teacher = pipelines.load_transformer(tiny.source(folder), CPU)
     parts = [NewBlock(block, block, ("text",)) for block in (4, 11, 12, 17, 21)]
     wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(teacher)}
-    maps = [one for part in parts for one in width.maps_of(part)]
+    maps = [one for part in parts for one in linear_maps.maps_of(part)]
     rows = reader.rows(heldout=False), reader.rows(heldout=True)
-    options = WidthSettings.of({"batch_size": 64, "ridge": 1e-6})
-    fits = width.fit(teacher, wholes, maps, reader, rows, options, CPU)
+    fits = linear_map_fits.fit(
+        teacher,
+        wholes,
+        maps,
+        reader,
+        rows,
+        WidthSettings.of({"batch_size": 64, "ridge": 1e-6}),
+        CPU,
+    )
     return teacher, reader, parts, {one: fit.probe for one, fit in fits.items()}
 
 
@@ -289,7 +296,7 @@ def test_prices_of_harmless_units_add_up(harmless, dtype):
     """In bfloat16, each would cost about 2e-5 by rounding alone."""
     teacher, reader, parts, maps = harmless
     low = copy.deepcopy(teacher).to(dtype)
-    made = width.closed(low, parts, maps)
+    made = linear_maps.closed(low, parts, maps)
     judged = prices.Judged(low, reader, reader.rows(heldout=True), 64, CPU)
     costs = [
         judged.error(students.plugged(low, {part: made[part]})[0], part.first) for part in parts

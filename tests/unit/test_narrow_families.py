@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from ppcl.closed_forms import modulation, solved, width
+from ppcl.closed_forms import linear_map_candidates, modulation, solved
 from ppcl.pruning import narrow, students
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.training import teaching
@@ -114,7 +114,7 @@ def test_what_goes_with_a_block_counts(calls_of):
     student = blocks.block_sequence(transformer)[1].module
     model, _ = blocks.assembled(transformer, {(1, 3): student})
     saved = blocks.parameter_count(transformer) - blocks.parameter_count(model)
-    assert width.saved_parameters(transformer, unit) == saved
+    assert linear_map_candidates.saved_parameters(transformer, unit) == saved
     assert sum(blocks.parameters_of_blocks(transformer)[2:4]) == saved
 
 

@@ -8,8 +8,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ppcl.closed_forms import width
-from ppcl.closed_forms.width import Map
+from ppcl.closed_forms import linear_map_candidates, linear_map_fits, linear_maps
+from ppcl.closed_forms.linear_maps import Map
 from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock, Unit, new_blocks_of, units_of
 from ppcl.settings import WidthSettings
@@ -107,7 +107,7 @@ def literal_tokens(transformer, wholes, one, batch):
 
 @pytest.fixture(scope="module")
 def fits(teacher, many, wholes):
-    return width.fit(teacher, wholes, MAPS, many, rows_of(many), OPTIONS, CPU)
+    return linear_map_fits.fit(teacher, wholes, MAPS, many, rows_of(many), OPTIONS, CPU)
 
 
 def test_maps_are_literal_least_squares_with_all_tokens_in_memory(teacher, many, wholes, fits):
@@ -130,16 +130,16 @@ def test_maps_are_literal_least_squares_with_all_tokens_in_memory(teacher, many,
 
 
 def test_passes_and_batches_change_nothing(teacher, many, wholes, fits, monkeypatch):
-    monkeypatch.setattr(width, "SUMS_BYTES", 1)
+    monkeypatch.setattr(linear_map_fits, "SUMS_BYTES", 1)
     runs = []
     handle = teacher.register_forward_pre_hook(lambda *_: runs.append(1))
-    one_by_one = width.fit(teacher, wholes, MAPS, many, rows_of(many), OPTIONS, CPU)
+    one_by_one = linear_map_fits.fit(teacher, wholes, MAPS, many, rows_of(many), OPTIONS, CPU)
     handle.remove()
     assert len(runs) == len(MAPS) * (4 + 2)  # 24 and 8 calls, 7 at a time
-    monkeypatch.setattr(width, "SUMS_BYTES", 2 * 4 * 8 * D**2)
-    twos = width.fit(teacher, wholes, MAPS[::-1], many, rows_of(many), OPTIONS, CPU)
+    monkeypatch.setattr(linear_map_fits, "SUMS_BYTES", 2 * 4 * 8 * D**2)
+    twos = linear_map_fits.fit(teacher, wholes, MAPS[::-1], many, rows_of(many), OPTIONS, CPU)
     larger = OPTIONS.replace(batch_size=24)
-    at_once = width.fit(teacher, wholes, [*MAPS, *MAPS], many, rows_of(many), larger, CPU)
+    at_once = linear_map_fits.fit(teacher, wholes, [*MAPS, *MAPS], many, rows_of(many), larger, CPU)
     for one, fit in fits.items():
         for same in (one_by_one, twos):
             np.testing.assert_array_equal(same[one].probe.weight, fit.probe.weight)
@@ -148,12 +148,14 @@ def test_passes_and_batches_change_nothing(teacher, many, wholes, fits, monkeypa
 
 
 def test_calls_to_fit_and_to_judge_on_are_apart(many):
-    fitted, judged = width.fit_rows(many, WidthSettings.of({"fit_rows": 8}), 3)
+    fitted, judged = linear_map_fits.fit_rows(many, WidthSettings.of({"fit_rows": 8}), 3)
     assert len(fitted) == len(set(fitted)) == 8 and len(judged) == 2
     assert set(fitted) <= set(many.rows(heldout=False))
     assert set(judged) <= set(many.rows(heldout=True))
-    assert set(width.fit_rows(many, WidthSettings.of({"fit_rows": 8}), 4)[0]) != set(fitted)
-    assert len(width.fit_rows(many, WidthSettings.of({"fit_rows": 10**6}), 3)[0]) == 24
+    assert set(linear_map_fits.fit_rows(many, WidthSettings.of({"fit_rows": 8}), 4)[0]) != set(
+        fitted
+    )
+    assert len(linear_map_fits.fit_rows(many, WidthSettings.of({"fit_rows": 10**6}), 3)[0]) == 24
 
 
 # ---- planted
@@ -182,10 +184,14 @@ def planted():
 
 
 def narrow_unit(transformer, unit, reader):
-    wholes = {part.ends: m for part, m in width.whole_blocks(transformer, unit.new_blocks).items()}
-    maps = [one for part in unit.new_blocks for one in width.maps_of(part)]
-    fits = width.fit(transformer, wholes, maps, reader, rows_of(reader), OPTIONS, CPU)
-    made = width.closed(transformer, unit.new_blocks, {one: fit.probe for one, fit in fits.items()})
+    wholes = {
+        part.ends: m for part, m in linear_maps.whole_blocks(transformer, unit.new_blocks).items()
+    }
+    maps = [one for part in unit.new_blocks for one in linear_maps.maps_of(part)]
+    fits = linear_map_fits.fit(transformer, wholes, maps, reader, rows_of(reader), OPTIONS, CPU)
+    made = linear_maps.closed(
+        transformer, unit.new_blocks, {one: fit.probe for one, fit in fits.items()}
+    )
     return made, max(fit.error_heldout for fit in fits.values())
 
 
@@ -193,8 +199,8 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
     transformer = planted()
     reader = recorded(transformer, tmp_path / "calls.parquet")
     everything_alike = np.ones((6, 6))
-    found = width.ffn_candidates(transformer)
-    found += width.text_candidates(transformer, everything_alike, 3, 0.5)
+    found = linear_map_candidates.ffn_candidates(transformer)
+    found += linear_map_candidates.text_candidates(transformer, everything_alike, 3, 0.5)
     free, costs = set(), {}
     for unit in found:
         made, fit_error = narrow_unit(transformer, unit, reader)
@@ -215,8 +221,10 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
 def test_planted_units_cost_nothing_together(tmp_path, accelerator):
     transformer = planted()
     reader = recorded(transformer, tmp_path / "calls.parquet")
-    units = units_of([], [(3, 5)], [(1, "image"), (1, "text")], width.unread_after(transformer))
-    made = width.start(
+    units = units_of(
+        [], [(3, 5)], [(1, "image"), (1, "text")], linear_maps.unread_after(transformer)
+    )
+    made = linear_map_fits.start(
         transformer,
         students.start(transformer, new_blocks_of(units), "first"),
         reader,
@@ -251,7 +259,7 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
 def test_text_candidates_are_all_runs_of_alike_blocks(teacher, longest, seed):
     rng = np.random.default_rng(seed)
     cka = rng.choice([0.2, 0.6, 0.9, np.nan], size=(6, 6), p=[0.1, 0.2, 0.6, 0.1])
-    found = width.text_candidates(teacher, cka, longest, 0.5)
+    found = linear_map_candidates.text_candidates(teacher, cka, longest, 0.5)
     expected = {
         (first, last)
         for first in range(6)
@@ -269,9 +277,12 @@ def test_text_candidates_are_all_runs_of_alike_blocks(teacher, longest, seed):
 def test_what_may_not_be_touched_is_no_candidate(teacher, monkeypatch):
     monkeypatch.setattr(blocks, "untouchable", lambda _model: {2: "the test says so"})
     monkeypatch.setattr(blocks, "seams", lambda _model: [0, 4])
-    ffns = [(u.first, *u.new_blocks[0].linear_ffn) for u in width.ffn_candidates(teacher)]
+    ffns = [
+        (u.first, *u.new_blocks[0].linear_ffn)
+        for u in linear_map_candidates.ffn_candidates(teacher)
+    ]
     assert ffns == [(b, s) for b in (0, 1, 3, 4, 5) for s in ("image", "text")]
-    found = width.text_candidates(teacher, np.ones((6, 6)), 6, 0.5)
+    found = linear_map_candidates.text_candidates(teacher, np.ones((6, 6)), 6, 0.5)
     assert [(unit.first, unit.last) for unit in found] == [(0, 1), (4, 5)]
 
 
@@ -302,19 +313,19 @@ def test_saved_parameters_in_closed_form(teacher):
         (run, block + 2 * FFN_SAVED + 2 * TEXT_SAVED - LINEAR),
         (unread, TEXT_LENT + TEXT_SAVED),
     ):
-        assert width.saved_parameters(teacher, unit) == saved
+        assert linear_map_candidates.saved_parameters(teacher, unit) == saved
         model, _, _ = students.plugged(
             teacher,
             {
                 part: students.shaped(teacher, part, student)
-                for part, student in width.whole_blocks(teacher, unit.new_blocks).items()
+                for part, student in linear_maps.whole_blocks(teacher, unit.new_blocks).items()
             },
         )
         assert blocks.parameter_count(teacher) - blocks.parameter_count(model) == saved
 
 
 def test_text_sizes_in_closed_form(teacher):
-    found = width.text_sizes(teacher)
+    found = linear_map_candidates.text_sizes(teacher)
     assert found == {
         "text_saved": [TEXT_SAVED] * 6,
         "text_output": [LINEAR] * 5 + [0],

@@ -19,7 +19,8 @@ import torch
 from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.export import assembly, variants
+from ppcl.export import assembly, variant_files, variants
+from ppcl.export.variant_files import Files
 from ppcl.search import sets, sets_file
 from ppcl.storage import tensors
 from ppcl.teacher import complete, hub, pipelines, teacher_identity
@@ -34,14 +35,14 @@ def main() -> None:
     parser.add_argument("--variant", required=True, help="name of the variant in the config")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet, for the check")
     parser.add_argument("--sets", type=Path, required=True, help="sets.json, or of this variant")
-    variants.add_arguments(parser, models_only=True)
+    variant_files.add_arguments(parser, models_only=True)
     parser.add_argument("--finetuned", type=Path, help="fine-tuned weights of this variant")
     parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
     args = parser.parse_args()
     settings = config.load(args.config)
     assembly.variant(settings, args.variant)  # which must be there
 
-    written, files = sets_file.read(args.sets), variants.Files.of(args)
+    written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     reader = calls.Reader(args.calls)

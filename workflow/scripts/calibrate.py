@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ppcl import program, provenance
 from ppcl.ablation import calibration, choices, trial
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_fits, linear_maps
 from ppcl.configuration import config
 from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock
@@ -67,12 +67,12 @@ def main() -> None:
     reader, depth = material.reader, material.depth
     cka = measured.cka(args.cka, settings.similarity.streams, depth)
     widths = measured.closed_forms(args.width, depth)
-    drawn = calibration.sample(material.runs, widths, width.unread_after(transformer), seed)
+    drawn = calibration.sample(material.runs, widths, linear_maps.unread_after(transformer), seed)
     weights, _ = tensors.read(args.probes)
 
     # One unit at a time: two may stand for the same blocks, which least squares could not tell.
     taught = [
-        width.start(
+        linear_map_fits.start(
             transformer,
             students.start(transformer, unit.new_blocks, "first"),
             reader,

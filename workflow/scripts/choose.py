@@ -36,10 +36,11 @@ from accelerate import Accelerator
 from torch import nn
 
 from ppcl import program, provenance
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_fits, linear_map_refits
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.export import variants
+from ppcl.export import variant_files, variants
+from ppcl.export.variant_files import Files
 from ppcl.pruning import selection_file
 from ppcl.runtime import processes, stopping
 from ppcl.search import choosing, set_tables, sets, sets_file
@@ -74,15 +75,17 @@ def refit(
         if files[name].exists() and of.items() <= tensors.metadata(files[name]).items():
             continue
         model, block_map = workshop.model(found)
-        rows, _ = width.fit_rows(reader, settings.width, settings.seed)
+        rows, _ = linear_map_fits.fit_rows(reader, settings.width, settings.seed)
         source = f"{sets.REFIT}{name}"
         new_blocks = [p for m in found.members if m.source == source for p in m.unit.new_blocks]
         options, device = settings.width, accelerator.device
-        maps = width.refit(transformer, model, block_map, new_blocks, reader, rows, options, device)
+        maps = linear_map_refits.refit(
+            transformer, model, block_map, new_blocks, reader, rows, options, device
+        )
         with stopping.part():
-            variants.write_refits(files[name], {source: maps}, of)
+            linear_map_refits.write(files[name], {source: maps}, of)
     accelerator.wait_for_everyone()
-    return {s: maps for path in files.values() for s, maps in variants.read_refits(path).items()}
+    return {s: maps for path in files.values() for s, maps in linear_map_refits.read(path).items()}
 
 
 def main() -> None:
@@ -91,7 +94,7 @@ def main() -> None:
     )
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    variants.add_arguments(parser)
+    variant_files.add_arguments(parser)
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--sets", type=Path, required=True, help="sets.json to write")
     parser.add_argument(
@@ -112,7 +115,7 @@ def main() -> None:
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device)
     plan = selection_file.read(args.plan) if args.plan else None
-    files = variants.Files.of(args)
+    files = Files.of(args)
     workshop = variants.Workshop(transformer, files, device=accelerator.device)
     rows = reader.sample_heldout("select", options.rows, seed, "choose.rows")
     identity = loop.identity(Path(__file__), settings, [args.calls, *files.every])
@@ -167,11 +170,11 @@ def main() -> None:
             tables.write(path, pd.DataFrame(found_rows, columns=schema.names), schema, stamp)
         used = {source for one in choices.values() for source in one.found.sources.values()}
         refits = {source: maps for source, maps in refits.items() if source in used}
-        variants.write_refits(args.refitted, refits, stamp)
+        linear_map_refits.write(args.refitted, refits, stamp)
         sets_file.write(args.sets, offer, choices, stamp)
         for path in args.each:
             choice = choices[path.stem]
-            maps = variants.refits_digest(refits, choice.found)
+            maps = linear_map_refits.digest(refits, choice.found)
             sets_file.write_one(path, offer, choice, maps)
     processes.finish(accelerator)
 

@@ -25,7 +25,8 @@ import torch
 
 from ppcl import program, provenance
 from ppcl.configuration import config
-from ppcl.export import assembly, variants
+from ppcl.export import assembly, variant_files, variants
+from ppcl.export.variant_files import Files
 from ppcl.runtime import processes, stopping
 from ppcl.search import sets_file
 from ppcl.storage import schemas, tables, tensors
@@ -42,7 +43,7 @@ def main() -> None:
     parser.add_argument("--variant", required=True, help="name of the variant in the config")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
     parser.add_argument("--sets", type=Path, required=True, help="sets.json, or of this variant")
-    variants.add_arguments(parser, models_only=True)
+    variant_files.add_arguments(parser, models_only=True)
     parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     parser.add_argument("--output", type=Path, required=True, help="weights to write")
     parser.add_argument("--log-table", type=Path, required=True, help="log table to write")
@@ -54,7 +55,7 @@ def main() -> None:
     accelerator = processes.accelerator(settings.device, options.mixed_precision)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    written, files = sets_file.read(args.sets), variants.Files.of(args)
+    written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     # The record has the teacher's answers, so it never runs, nor is on the device.

@@ -16,7 +16,7 @@ same command resumes from the last checkpoint in --state and ends with the same 
 from pathlib import Path
 
 from ppcl import program
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_fits
 from ppcl.configuration import config
 from ppcl.pruning import selection_file, students
 from ppcl.pruning.units import new_blocks_of
@@ -40,7 +40,9 @@ def main() -> None:
     done = students.load(args.students, transformer, new_blocks_of(plan.distilled))
     whole = students.whole(transformer, new_blocks_of(plan.units), done)
     uncut = students.uncut(whole)
-    taught = width.start(transformer, whole, reader, settings.width, seed, accelerator.device)
+    taught = linear_map_fits.start(
+        transformer, whole, reader, settings.width, seed, accelerator.device
+    )
     for student in taught.values():
         student.train().to(accelerator.device)
     for block in uncut.values():

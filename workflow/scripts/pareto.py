@@ -34,7 +34,8 @@ from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.evaluation import measuring, metrics
 from ppcl.evaluation.metrics import TEACHER
-from ppcl.export import variants
+from ppcl.export import variant_files, variants
+from ppcl.export.variant_files import Files
 from ppcl.pruning import pins, selection_file
 from ppcl.runtime import processes, stopping
 from ppcl.search import choosing, sets, sets_file
@@ -52,7 +53,7 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
     parser.add_argument("--sets", type=Path, required=True, help="sets.json")
-    variants.add_arguments(parser)
+    variant_files.add_arguments(parser)
     parser.add_argument("--points", type=Path, required=True, help="points.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
@@ -64,7 +65,7 @@ def main() -> None:
     source = teacher_identity.recorded(settings.teacher, reader.provenance)
     teacher = pipelines.load_transformer(source, device)
     plan = selection_file.read(args.plan) if args.plan else None
-    files, written = variants.Files.of(args), sets_file.read(args.sets)
+    files, written = Files.of(args), sets_file.read(args.sets)
     workshop = variants.Workshop(teacher, files, device=device)
     offer = variants.offer(settings, teacher, files, plan, written.alone)
     offer = replace(offer, pinned=pins.NOTHING)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from ppcl import program, provenance
-from ppcl.closed_forms import solved, width
+from ppcl.closed_forms import linear_map_candidates, linear_map_fits, linear_maps, solved
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.pruning import pins, selection_file, students
@@ -108,7 +108,7 @@ def main() -> None:
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     transformer = pipelines.load_transformer(teacher, device)
-    found = selection_of(args, width.unread_after(transformer))
+    found = selection_of(args, linear_maps.unread_after(transformer))
     if found.every and found.every[-1].last >= len(blocks.block_sequence(transformer)):
         raise UserError(
             f"{args.intervals} names blocks that this teacher lacks; delete it and rerun"
@@ -118,7 +118,7 @@ def main() -> None:
     distilled = found.depth if options.schedule == "staged" else units
     shared = reader, options, settings.seed, device
     made = solved.start(transformer, new_blocks_of(distilled), how, *shared)
-    made = width.start(transformer, made, *shared)
+    made = linear_map_fits.start(transformer, made, *shared)
     stamp = provenance.stamp(settings.given, units=len(units), closed=len(closed))
     depth = len(blocks.block_sequence(transformer))
     pinned, _ = pins.wishes(settings, depth)
@@ -134,7 +134,10 @@ def main() -> None:
         seconds = measured.saved_seconds(some, args.latency)
         return [
             selection_file.unit_entry(
-                unit, width.saved_parameters(transformer, unit), saved, pins.holds(unit, pinned)
+                unit,
+                linear_map_candidates.saved_parameters(transformer, unit),
+                saved,
+                pins.holds(unit, pinned),
             )
             for unit, saved in zip(some, seconds, strict=True)
         ]

@@ -30,7 +30,14 @@ import torch
 from torch import nn
 
 from ppcl import program, provenance
-from ppcl.closed_forms import modulation, modulation_prices, width
+from ppcl.closed_forms import (
+    linear_map_candidates,
+    linear_map_fits,
+    linear_maps,
+    modulation,
+    modulation_prices,
+)
+from ppcl.closed_forms.linear_maps import Map, Stored
 from ppcl.closed_forms.modulation_prices import Offers
 from ppcl.configuration import config
 from ppcl.extraction import conditioning
@@ -62,24 +69,26 @@ def narrow_units(
     """Linear FFNs and text runs by name."""
     units = {
         f"ffn {u.new_blocks[0].linear_ffn[0]} {u.name}": u
-        for u in width.ffn_candidates(transformer)
+        for u in linear_map_candidates.ffn_candidates(transformer)
     }
-    runs = width.text_candidates(transformer, cka, options.longest, options.cka_floor)
+    runs = linear_map_candidates.text_candidates(
+        transformer, cka, options.longest, options.cka_floor
+    )
     return units | {f"text {unit.name}": unit for unit in runs}
 
 
 def made_narrow(
-    transformer: nn.Module, unit: Unit, maps: width.Stored, device: torch.device
+    transformer: nn.Module, unit: Unit, maps: Stored, device: torch.device
 ) -> students.Students:
     """Blocks for a unit, on the device, even if the teacher's come there only to run."""
-    made = width.closed(transformer, unit.new_blocks, maps)
+    made = linear_maps.closed(transformer, unit.new_blocks, maps)
     return {new_block: block.to(device) for new_block, block in made.items()}
 
 
 def narrow_rows(
     transformer: nn.Module,
     units: Mapping[str, Unit],
-    fit_errors: Mapping[width.Map, float],
+    fit_errors: Mapping[Map, float],
     cka: np.ndarray,
 ) -> dict[str, dict]:
     """Columns of the table, but for the velocity error."""
@@ -93,12 +102,14 @@ def narrow_rows(
             "path": "",
             "rank": 0,
             "fit_error_heldout": max(
-                fit_errors[one] for new_block in unit.new_blocks for one in width.maps_of(new_block)
+                fit_errors[one]
+                for new_block in unit.new_blocks
+                for one in linear_maps.maps_of(new_block)
             ),
             "cka": cka[unit.first, unit.first : unit.last + 1].min()
             if name.startswith("text")
             else np.nan,
-            "parameters_saved": width.saved_parameters(transformer, unit, sizes),
+            "parameters_saved": linear_map_candidates.saved_parameters(transformer, unit, sizes),
         }
         for name, unit in units.items()
     }
@@ -153,13 +164,13 @@ def main() -> None:
     judged = reader.sample_heldout("select", options.rows, seed, "width.rows")
 
     units = narrow_units(transformer, cka, options) if options.enabled else {}
-    files, fit_errors = width.fit_to_files(
+    files, fit_errors = linear_map_fits.fit_to_files(
         transformer,
         [
             one
             for unit in units.values()
             for new_block in unit.new_blocks
-            for one in width.maps_of(new_block)
+            for one in linear_maps.maps_of(new_block)
         ],
         reader,
         options,
@@ -168,7 +179,7 @@ def main() -> None:
         args.state,
         identity,
     )
-    maps = width.stored(*files)
+    maps = linear_maps.stored(*files)
     changes = prices.of_students(
         transformer,
         {
@@ -199,7 +210,9 @@ def main() -> None:
         for name, cost in zip(changes, costs, strict=True):
             found[name] |= {"velocity_error": cost, "rows": len(judged)}
         table = pd.DataFrame(list(found.values()), columns=schemas.WIDTH_MEASURED.names)
-        facts = width.text_sizes(transformer) | {"unread": width.unread_after(transformer)}
+        facts = linear_map_candidates.text_sizes(transformer) | {
+            "unread": linear_maps.unread_after(transformer)
+        }
         facts["modulations"] = [asdict(one) for one in modulation.matrices(transformer)]
         stamp = provenance.stamp(settings.given, judged=len(judged))
         stopping.ignore()

@@ -12,7 +12,13 @@ from torch import nn
 
 from ppcl.ablation import chain, rivals, schedules
 from ppcl.ablation.choices import Chosen, Material, judged
-from ppcl.closed_forms import modulation, solved, width
+from ppcl.closed_forms import (
+    linear_map_candidates,
+    linear_map_fits,
+    linear_maps,
+    modulation,
+    solved,
+)
 from ppcl.digits import world
 from ppcl.evaluation import measuring, metrics
 from ppcl.evaluation.metrics import TEACHER
@@ -123,20 +129,22 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         ends: train.get("start", how) if how == "first" else how
         for ends, how in chosen.starts.items()
     }
-    unread_after = width.unread_after(transformer)
+    unread_after = linear_maps.unread_after(transformer)
     units = units_of(starts, chosen.runs, chosen.ffns, unread_after)
     parts = new_blocks_of(units)
     taught, uncut = rivals.start(transformer, starts), {}
     if train.get("start") == "solved":
         for student in taught.values():
             student.to(device)
-        rows, _ = width.fit_rows(material.reader, wide, material.seed)
+        rows, _ = linear_map_fits.fit_rows(material.reader, wide, material.seed)
         solved.refit(transformer, taught, material.reader, rows, wide.batch_size, device)
 
     def narrowed(whole: Students) -> tuple[Students, Students]:
         every = students.whole(transformer, parts, whole)
         before = {part: block.to(device) for part, block in students.uncut(every).items()}
-        made = width.start(transformer, every, material.reader, wide, material.seed, device)
+        made = linear_map_fits.start(
+            transformer, every, material.reader, wide, material.seed, device
+        )
         return made, before
 
     def distil(name: str, count: int, taught: Students) -> None:
@@ -220,7 +228,9 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
     }
     changes = prices.of_students(material.transformer, sets)
     errors = prices.measure(judged(material), changes, material.accelerator)
-    return errors, [width.saved_parameters(material.transformer, unit) for unit in units]
+    return errors, [
+        linear_map_candidates.saved_parameters(material.transformer, unit) for unit in units
+    ]
 
 
 def _reported(material: Material) -> np.ndarray:

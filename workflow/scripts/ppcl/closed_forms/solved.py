@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_fits
 from ppcl.errors import UserError
 from ppcl.pruning import students
 from ppcl.pruning.students import Students
@@ -77,7 +77,7 @@ def start(
     for student in made.values():
         student.to(device)
     if how == "solved":
-        rows, _ = width.fit_rows(reader, options, seed)
+        rows, _ = linear_map_fits.fit_rows(reader, options, seed)
         refit(transformer, made, reader, rows, options.batch_size, device)
     return made
 

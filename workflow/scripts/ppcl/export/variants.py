@@ -5,230 +5,39 @@ One way for all who need one: `choose` measures sets, `finetune` trains one, `as
 stage that each is from.
 """
 
-import argparse
-import functools
-import hashlib
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from ppcl import provenance
-from ppcl.closed_forms import modulation, width
+from ppcl.closed_forms import linear_maps, modulation
+from ppcl.closed_forms.linear_map_refits import Refits
 from ppcl.errors import UserError
+from ppcl.export.variant_files import Files
 from ppcl.extraction import conditioning
 from ppcl.pruning import pins, students
 from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import Matrix, NewBlock, Unit
-from ppcl.search import candidates, measured, probes
+from ppcl.search import candidates, measured
 from ppcl.search.candidates import Limits
 from ppcl.search.choosing import Measure
 from ppcl.search.offers import Offer
 from ppcl.search.savings import Weights
 from ppcl.search.selection import Choices
-from ppcl.search.sets import CLOSED, REFIT, START, TRAINED, Member, Set
+from ppcl.search.sets import CLOSED, REFIT, START, Member, Set
 from ppcl.settings import Settings
-from ppcl.storage import schemas, tables, tensors
+from ppcl.storage import schemas, tables
 from ppcl.training import prices
 from ppcl.transformer import blocks
 
 # Makes up one piece of a model: a unit from a source, or a kept block, or the last AdaLN, each with
 # the ranks of its matrices.
 Piece = tuple[Member | int, tuple[tuple[Matrix, int], ...]]
-
-# Maps that were fitted once more, by their source.
-Refits = Mapping[str, Mapping[width.Map, probes.Probe]]
-
-
-@dataclass(frozen=True)
-class Files:
-    """What sets are made from, as far as the config asks for it.
-
-    Attributes:
-        width, maps: prices of closed forms, and their least-squares maps.
-        conditioning: what modulations get.
-        latency: measured times.
-        refits: maps that were fitted once more in variants' sets.
-        students: of `start` and each stage that trains. errors: of these stages.
-    """
-
-    width: Path | None = None
-    maps: Path | None = None
-    conditioning: Path | None = None
-    latency: Path | None = None
-    refits: Path | None = None
-    students: Mapping[str, Path] = field(default_factory=dict)
-    errors: Mapping[str, Path] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> "Files":
-        """Those of a command line with `add_arguments`."""
-        given = {name: path for name, path in vars(args).items() if path is not None}
-        return cls(
-            *(given.get(name) for name in ("width", "maps", "conditioning", "latency", "refits")),
-            {source: given[source] for source in (START, *TRAINED) if source in given},
-            {stage: given[f"{stage}_errors"] for stage in TRAINED if f"{stage}_errors" in given},
-        )
-
-    @property
-    def every(self) -> list[Path]:
-        """All that there are; but the refitted maps, of which each set has its own."""
-        single = (self.width, self.maps, self.conditioning, self.latency)
-        return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
-
-    @functools.cached_property
-    def refitted(self) -> Refits:
-        """The refitted maps, read once for the digest and the models; none without a file."""
-        return read_refits(self.refits) if self.refits else {}
-
-    def refits_digest(self, found: Set, expected: str | None = None) -> str:
-        """`refits_digest` of a set.
-
-        Raises:
-            UserError: it is another than expected, or there are no refitted maps.
-        """
-        if self.refits is None and any(s.startswith(REFIT) for s in found.sources.values()):
-            raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")
-        digest = refits_digest(self.refitted, found)
-        if expected not in (None, digest):
-            raise UserError(
-                f"{self.refits} has other maps than the set was made with; delete the run's folder "
-                "variants and rerun"
-            )
-        return digest
-
-
-def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) -> None:
-    """Adds `Files` to a command line; models_only: those alone that models are made from."""
-
-    def add(name: str, text: str) -> None:
-        parser.add_argument(f"--{name}", type=Path, help=text)
-
-    add("maps", "maps.safetensors, with closed forms")
-    add("conditioning", "conditioning.safetensors, with modulation.enabled")
-    add(START, "start weights, with intervals.enabled")
-    for stage in TRAINED:
-        add(stage, f"students of {stage}, if it trains")
-    if models_only:
-        add("refits", "variants/maps.safetensors")
-        return
-    add("plan", "plan.json, with intervals.enabled")
-    add("width", "prices of closed forms")
-    add("latency", "measured times, with a latency budget")
-    for stage in TRAINED:
-        add(f"{stage}-errors", "errors of these students")
-
-
-def untrained(plan: SelectionFile | None, files: Files) -> dict[str, Member]:
-    """Every unit of the plan, by name, as it is without training; but for those that nothing but
-    training makes: with width.schedule: staged, narrow students of intervals."""
-    if plan is None:
-        return {}
-    maps = width.stored(files.maps) if files.maps else {}
-    found = {}
-    for unit in plan.units:
-        wanted = [one for part in unit.new_blocks for one in width.maps_of(part)]
-        if not unit.removed_blocks and all(one in maps for one in wanted):
-            found[unit.name] = Member(unit, CLOSED)
-        elif START in files.students and unit in plan.distilled:
-            found[unit.name] = Member(unit, START)
-    return found
-
-
-def offer(
-    settings: Settings,
-    transformer: nn.Module,
-    files: Files,
-    plan: SelectionFile | None,
-    alone: Mapping[str, Mapping[str, float]],
-) -> Offer:
-    """All that variants may take.
-
-    Args:
-        settings: intervals, width and modulation, for pins; choose.closed_forms.
-        alone: errors of untrained units, by name and source.
-    """
-    depth = len(blocks.block_sequence(transformer))
-    pinned, forbidden = pins.wishes(settings, depth)
-    closed, counted = _closed(files, depth, pinned, forbidden, settings)
-    units = {unit.name: unit for unit in plan.units} if plan else {}
-    _refuse_unpriced(pinned, closed, units.values())
-    if not settings.choose.closed_forms:
-        left = plan.closed if plan else ()
-        linear = {(p.first, stream) for u in left for p in u.new_blocks for stream in p.linear_ffn}
-        runs = {(unit.first, unit.last) for unit in left if len(unit.new_blocks) > 1}
-        closed = replace(
-            closed,
-            runs={ends: cost for ends, cost in closed.runs.items() if ends in runs},
-            ffns={ffn: cost for ffn, cost in closed.ffns.items() if ffn in linear},
-        )
-    entries = plan.facts["units"] if plan else []
-    none = [0.0] * depth
-    saving = {
-        key: {entry["name"]: entry[key] for entry in entries}
-        for key in ("removed_blocks", "saved_parameters")
-    }
-    weights = {
-        "blocks": Weights(none, none, none, units=saving["removed_blocks"]),
-        "parameters": replace(counted, units=saving["saved_parameters"]),
-    }
-    facts = {"transformer_parameters": blocks.parameter_count(transformer), "blocks": depth}
-    if files.latency:
-        timed, facts["transformer_seconds"] = measured.timing(files.latency, depth)
-        seconds = measured.saved_seconds(units.values(), files.latency)
-        weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
-    errors = {name: dict(alone.get(name, {})) for name in units}
-    for stage, path in files.errors.items():
-        found = tables.read(path, schemas.UNIT_ERRORS).to_pandas()
-        for row in found.itertuples():
-            # With width.schedule: staged, distill has whole blocks where units may be narrow.
-            if row.unit in units and (stage != "distill" or units[row.unit] in plan.distilled):
-                errors[row.unit][stage] = row.velocity_error
-    return Offer(closed, units, errors, weights, facts, pinned)
-
-
-def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit]) -> None:
-    """Raises UserError for what is pinned, but nothing on offer has it."""
-    units = list(units)
-    lists = (
-        ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),
-        ("width.ffn_image or width.ffn_text", "ffns", closed.ffns, "there is no such FFN"),
-        ("modulation", "ranks", {block for block, _ in closed.ranks}, "it has no rank on offer"),
-    )
-    for key, kind, priced, why in lists:
-        for item in sorted(getattr(pinned, kind) - set(priced)):
-            if not any(pins.holds(unit, pins.Named(**{kind: frozenset([item])})) for unit in units):
-                raise UserError(
-                    f"{key}: {pins.shown(item)} is pinned, but was not measured: {why}; change "
-                    "that or drop the pin"
-                )
-
-
-def _closed(
-    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Settings
-) -> tuple[Choices, Weights]:
-    """Closed forms at their prices, and the parameters that each saves."""
-    kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
-    wanted = [
-        kind for key, some in kinds.items() if getattr(settings, key).enabled for kind in some
-    ]
-    found = measured.closed(files.width, [0] * depth, wanted)
-    protected = pins.protected(settings, depth)
-    limits = Limits(forbidden, protected, settings.width.cka_floor)
-    choices = Choices(
-        {},
-        *candidates.usable_linear_maps(found.rows, pinned, limits),
-        candidates.usable_ranks(found.rows, forbidden),
-        modulations=found.modulations,
-        unread=found.unread,
-    )
-    return choices, found.weights
 
 
 class Workshop:
@@ -250,7 +59,7 @@ class Workshop:
         device: torch.device | None = None,
     ):
         self._teacher, self._sources = transformer, files.students
-        self._maps = width.stored(files.maps) if files.maps else {}
+        self._maps = linear_maps.stored(files.maps) if files.maps else {}
         self._refits = dict(files.refitted)
         self._conditioning = conditioning.read(files.conditioning) if files.conditioning else None
         self._as_teacher, self._device = as_teacher, device
@@ -349,7 +158,7 @@ class Workshop:
         for source, wanted in parts.items():
             if source == CLOSED or source.startswith(REFIT):
                 maps = ChainMap(self._refits.get(source, {}), self._maps)
-                found |= width.closed(self._teacher, wanted, maps)
+                found |= linear_maps.closed(self._teacher, wanted, maps)
             elif source in self._sources:
                 found |= students.load(self._sources[source], self._teacher, wanted)
             else:
@@ -364,50 +173,6 @@ class Workshop:
             if self._device is not None:
                 student.to(self._device)
         return found
-
-
-def write_refits(path: Path, refits: Refits, stamp) -> None:
-    """Writes variants/maps.safetensors. refits: source -> maps."""
-    state = {
-        f"{source.removeprefix(REFIT)}/{one.name}.{leaf}": torch.from_numpy(getattr(probe, leaf))
-        for source, maps in refits.items()
-        for one, probe in maps.items()
-        for leaf in width.LEAVES
-    }
-    tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
-
-
-def refits_digest(refits: Refits, found: Set) -> str:
-    """Digest of the refitted maps that a set uses, as `read_refits` gives them."""
-    used = set(found.sources.values())
-    return provenance.digest(
-        [
-            [source, one.name, *(_digest(getattr(probe, leaf)) for leaf in width.LEAVES)]
-            for source, maps in sorted(refits.items())
-            if source in used
-            for one, probe in sorted(maps.items(), key=lambda item: item[0].name)
-        ]
-    )
-
-
-def _digest(values: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
-
-
-def read_refits(path: Path) -> dict[str, dict[width.Map, probes.Probe]]:
-    """What `write_refits` wrote.
-
-    Raises:
-        UserError: it is missing, or something else.
-    """
-    state, _ = tensors.read(path)
-    found: dict[str, dict[width.Map, probes.Probe]] = {}
-    for name in [name for name in state if name.endswith(".weight")]:
-        variant, _, of = name.removesuffix(".weight").partition("/")
-        leaves = (state[f"{variant}/{of}.{leaf}"].double().numpy() for leaf in width.LEAVES)
-        maps = found.setdefault(f"{REFIT}{variant}", {})
-        maps[width.Map.named(of)] = probes.Probe(*leaves)
-    return found
 
 
 def measuring(
@@ -431,6 +196,112 @@ def measuring(
         return [known[one.key] for one in asked]
 
     return measure
+
+
+def untrained(plan: SelectionFile | None, files: Files) -> dict[str, Member]:
+    """Every unit of the plan, by name, as it is without training; but for those that nothing but
+    training makes: with width.schedule: staged, narrow students of intervals."""
+    if plan is None:
+        return {}
+    maps = linear_maps.stored(files.maps) if files.maps else {}
+    found = {}
+    for unit in plan.units:
+        wanted = [one for part in unit.new_blocks for one in linear_maps.maps_of(part)]
+        if not unit.removed_blocks and all(one in maps for one in wanted):
+            found[unit.name] = Member(unit, CLOSED)
+        elif START in files.students and unit in plan.distilled:
+            found[unit.name] = Member(unit, START)
+    return found
+
+
+def offer(
+    settings: Settings,
+    transformer: nn.Module,
+    files: Files,
+    plan: SelectionFile | None,
+    alone: Mapping[str, Mapping[str, float]],
+) -> Offer:
+    """All that variants may take.
+
+    Args:
+        settings: intervals, width and modulation, for pins; choose.closed_forms.
+        alone: errors of untrained units, by name and source.
+    """
+    depth = len(blocks.block_sequence(transformer))
+    pinned, forbidden = pins.wishes(settings, depth)
+    closed, counted = _closed(files, depth, pinned, forbidden, settings)
+    units = {unit.name: unit for unit in plan.units} if plan else {}
+    _refuse_unpriced(pinned, closed, units.values())
+    if not settings.choose.closed_forms:
+        left = plan.closed if plan else ()
+        linear = {(p.first, stream) for u in left for p in u.new_blocks for stream in p.linear_ffn}
+        runs = {(unit.first, unit.last) for unit in left if len(unit.new_blocks) > 1}
+        closed = replace(
+            closed,
+            runs={ends: cost for ends, cost in closed.runs.items() if ends in runs},
+            ffns={ffn: cost for ffn, cost in closed.ffns.items() if ffn in linear},
+        )
+    entries = plan.facts["units"] if plan else []
+    none = [0.0] * depth
+    saving = {
+        key: {entry["name"]: entry[key] for entry in entries}
+        for key in ("removed_blocks", "saved_parameters")
+    }
+    weights = {
+        "blocks": Weights(none, none, none, units=saving["removed_blocks"]),
+        "parameters": replace(counted, units=saving["saved_parameters"]),
+    }
+    facts = {"transformer_parameters": blocks.parameter_count(transformer), "blocks": depth}
+    if files.latency:
+        timed, facts["transformer_seconds"] = measured.timing(files.latency, depth)
+        seconds = measured.saved_seconds(units.values(), files.latency)
+        weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
+    errors = {name: dict(alone.get(name, {})) for name in units}
+    for stage, path in files.errors.items():
+        found = tables.read(path, schemas.UNIT_ERRORS).to_pandas()
+        for row in found.itertuples():
+            # With width.schedule: staged, distill has whole blocks where units may be narrow.
+            if row.unit in units and (stage != "distill" or units[row.unit] in plan.distilled):
+                errors[row.unit][stage] = row.velocity_error
+    return Offer(closed, units, errors, weights, facts, pinned)
+
+
+def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit]) -> None:
+    """Raises UserError for what is pinned, but nothing on offer has it."""
+    units = list(units)
+    lists = (
+        ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),
+        ("width.ffn_image or width.ffn_text", "ffns", closed.ffns, "there is no such FFN"),
+        ("modulation", "ranks", {block for block, _ in closed.ranks}, "it has no rank on offer"),
+    )
+    for key, kind, priced, why in lists:
+        for item in sorted(getattr(pinned, kind) - set(priced)):
+            if not any(pins.holds(unit, pins.Named(**{kind: frozenset([item])})) for unit in units):
+                raise UserError(
+                    f"{key}: {pins.shown(item)} is pinned, but was not measured: {why}; change "
+                    "that or drop the pin"
+                )
+
+
+def _closed(
+    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Settings
+) -> tuple[Choices, Weights]:
+    """Closed forms at their prices, and the parameters that each saves."""
+    kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
+    wanted = [
+        kind for key, some in kinds.items() if getattr(settings, key).enabled for kind in some
+    ]
+    found = measured.closed(files.width, [0] * depth, wanted)
+    protected = pins.protected(settings, depth)
+    limits = Limits(forbidden, protected, settings.width.cka_floor)
+    choices = Choices(
+        {},
+        *candidates.usable_linear_maps(found.rows, pinned, limits),
+        candidates.usable_ranks(found.rows, forbidden),
+        modulations=found.modulations,
+        unread=found.unread,
+    )
+    return choices, found.weights
 
 
 def _last(transformer: nn.Module) -> str:

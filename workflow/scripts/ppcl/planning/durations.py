@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from ppcl.closed_forms import width
+from ppcl.closed_forms import linear_map_candidates
+from ppcl.closed_forms.linear_map_fits import SUMS_BYTES
 from ppcl.evaluation import latencies
 from ppcl.planning.planner import Planner, Stage
 from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
@@ -217,12 +218,12 @@ def _width(planner: Planner, found: tuple[list[int], int]) -> Work:
     options, sequence = planner.settings.width, blocks.block_sequence(planner.transformer)
     starts, rows = [], 0
     if planner.widens:
-        starts += [unit.first for unit in width.ffn_candidates(planner.transformer)]
+        starts += [unit.first for unit in linear_map_candidates.ffn_candidates(planner.transformer)]
         texts = [block.index for block in sequence if block.width.text]
         texts *= options.longest - 1
         channels = max(max(planner.channels(block).values()) for block in sequence)
         sums = 4 * 8 * channels**2 * (len(starts) + 2 * len(texts))
-        passes = math.ceil(sums / width.SUMS_BYTES)
+        passes = math.ceil(sums / SUMS_BYTES)
         # A quarter more to judge the maps on; and a pass also runs the blocks that the maps stand
         # for once more.
         rows = 2 * passes * math.ceil(1.25 * options.fit_rows)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ppcl.closed_forms import modulation, width
+from ppcl.closed_forms import linear_map_candidates, linear_maps, modulation
+from ppcl.closed_forms.linear_map_fits import SUMS_BYTES
 from ppcl.planning import footprint, weightless
 from ppcl.pruning import students
 from ppcl.pruning.units import Matrix, NewBlock, Unit, new_blocks_of, units_of
@@ -132,7 +133,7 @@ class Planner:
             return 0
         smallest = [blocks.parameter_count(model) for model, _ in self.variants.values()]
         if self.settings.choose.closed_forms:
-            wanted = width.ffn_candidates(self.transformer) if self.widens else []
+            wanted = linear_map_candidates.ffn_candidates(self.transformer) if self.widens else []
             linear = [(unit.first, s) for unit in wanted for s in unit.new_blocks[0].linear_ffn]
             made = weightless.new_blocks(self.transformer, units_of([], linear=linear))
             model, block_map = weightless.plugged(self.transformer, made)
@@ -366,8 +367,10 @@ class Planner:
         factored = factored if self.matrices else 0
         if not self.widens:
             return self._priced("width", batch, factored, factored)
-        candidates = width.ffn_candidates(self.transformer)
-        maps = [one for unit in candidates for p in unit.new_blocks for one in width.maps_of(p)]
+        candidates = linear_map_candidates.ffn_candidates(self.transformer)
+        maps = [
+            one for unit in candidates for p in unit.new_blocks for one in linear_maps.maps_of(p)
+        ]
         sequence = blocks.block_sequence(self.transformer)
         texts = sum(block.width.text is not None for block in sequence)
         channels = max(max(self.channels(block).values()) for block in sequence)
@@ -375,7 +378,7 @@ class Planner:
         # Every block may borrow the text of one before it and end a run, in as many ways as runs
         # are long.
         wanted = len(maps) + 2 * texts * (self.settings.width.longest - 1)
-        at_once = min(wanted, max(1, width.SUMS_BYTES // one))
+        at_once = min(wanted, max(1, SUMS_BYTES // one))
         statistics = at_once * one
         activations = None
         if self.example is not None:

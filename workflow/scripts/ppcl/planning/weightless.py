@@ -14,7 +14,7 @@ from diffusers import ConfigMixin, ModelMixin
 from huggingface_hub import constants, get_session, try_to_load_from_cache
 from torch import nn
 
-from ppcl.closed_forms import modulation, width
+from ppcl.closed_forms import linear_map_candidates, linear_maps, modulation
 from ppcl.errors import UserError
 from ppcl.planning import footprint
 from ppcl.pruning import narrow, pins, students
@@ -134,7 +134,7 @@ def selection(
     pinned, _ = pins.wishes(settings, len(sequence))
     ffns = {
         (part.first, stream)
-        for unit in width.ffn_candidates(transformer)
+        for unit in linear_map_candidates.ffn_candidates(transformer)
         for part in unit.new_blocks
         for stream in part.linear_ffn
     }
@@ -144,9 +144,11 @@ def selection(
         blocks.untouchable(transformer),
         (),
         ffns,
-        width.text_sizes(transformer)["text_saved"] if pinned.runs else [0] * len(sequence),
+        linear_map_candidates.text_sizes(transformer)["text_saved"]
+        if pinned.runs
+        else [0] * len(sequence),
         {block for block, _ in matrices(settings, transformer)},
-        width.unread_after(transformer),
+        linear_maps.unread_after(transformer),
     )
     if not settings.intervals.enabled:
         intervals = ()
@@ -158,7 +160,7 @@ def selection(
             f"the selection names block {max(ends)}, but this teacher has {len(sequence)}: it is "
             "of another teacher; delete intervals.parquet and width/candidates.parquet"
         )
-    every = units_of(chosen, runs, linear, width.unread_after(transformer))
+    every = units_of(chosen, runs, linear, linear_maps.unread_after(transformer))
     return units_of(chosen), every
 
 

@@ -1,0 +1,175 @@
+"""Linear FFNs fitted once more, in the set in which they are used, and the file of these maps."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ppcl import provenance
+from ppcl.closed_forms import linear_maps
+from ppcl.closed_forms.linear_maps import LEAVES, Map
+from ppcl.extraction import activations
+from ppcl.pruning import narrow
+from ppcl.pruning.units import NewBlock
+from ppcl.search import probes
+from ppcl.search.sets import REFIT, Set
+from ppcl.settings import WidthSettings
+from ppcl.storage import tensors
+from ppcl.training import entrance
+from ppcl.transformer import blocks, calls
+
+
+@torch.no_grad()
+def refit(
+    transformer: nn.Module,
+    model: nn.Module,
+    block_map: list[list[int]],
+    new_blocks: Iterable[NewBlock],
+    reader: calls.Reader,
+    rows: np.ndarray,
+    options: WidthSettings,
+    device: torch.device,
+) -> dict[Map, probes.Probe]:
+    """Linear FFNs of kept blocks once more by least squares, on what they get in a model, towards
+    what the teacher has behind their blocks. In order of depth, each put into the model at once, so
+    that it makes up for what those before it leave.
+
+    Args:
+        model: of such new blocks and others, on the device; its linear FFNs change.
+        block_map: of `blocks.assembled`.
+        rows: numbers of the calls to fit on.
+        options: batch_size, ridge.
+    """
+    wanted = {new_block.first: new_block for new_block in new_blocks if new_block.linear_ffn}
+    starts = [members[0] for members in block_map]
+    batches = [b.to(device) for b in reader.batches(rows, options.batch_size, device)]
+    whole, lean = (_Walk(one, batches) for one in (transformer, model))
+    found = {}
+    for old in sorted(wanted):
+        layers = narrow.maps(blocks.block_sequence(model)[starts.index(old)].module)
+        maps = {
+            one.kind: one for one in linear_maps.maps_of(wanted[old]) if one.kind.startswith("ffn/")
+        }
+        sums = activations.Moments(device)
+        given = lean.at(starts.index(old), {kind: layers[kind] for kind in maps})
+        for batch, before, after in zip(batches, given, whole.behind(old), strict=True):
+            for kind, one in maps.items():
+                stream = kind.removeprefix("ffn/")
+                x, y = before[kind], after[stream].to(before[kind].dtype)
+                masks = blocks.token_masks(blocks.family(transformer), batch.arguments, {stream: x})
+                if stream in masks:
+                    x, y = x[masks[stream]], y[masks[stream]]
+                sums.add(kind, one.ends, x.flatten(0, -2), y.flatten(0, -2))
+        for kind, one in maps.items():
+            moments = probes.stored_moments(sums.sums, kind, one.ends)
+            probe = found[one] = probes.solve(moments, options.ridge, one.ends, kind)
+            layers[kind].weight.copy_(torch.from_numpy(probe.weight))
+            layers[kind].bias.copy_(torch.from_numpy(probe.bias))
+    return found
+
+
+class _Walk:
+    """A transformer that goes through its blocks once, for some calls side by side."""
+
+    def __init__(self, transformer: nn.Module, batches: list[calls.Batch]):
+        self._transformer, self._batches = transformer, batches
+        self._first, self._streams = 0, [{} for _ in batches]
+
+    def at(self, number: int, layers: Mapping[str, nn.Module]) -> list[blocks.Streams]:
+        """What layers of a block get, of each call; the walk stays before the block."""
+        late = self._go_to(number)
+        found = []
+        for batch, streams in zip(self._batches, self._streams, strict=True):
+            seen: blocks.Streams = {}
+            handles = [
+                layer.register_forward_pre_hook(
+                    lambda _m, args, k=k, s=seen: s.update({k: args[0]})
+                )
+                for k, layer in layers.items()
+            ]
+            running = late.model(streams) if late else self._transformer
+            with blocks.watch([self._block(number)], stop_after=number) as run:
+                run(running, batch.arguments)
+            for handle in handles:
+                handle.remove()
+            found.append(seen)
+        return found
+
+    def behind(self, number: int) -> list[blocks.Streams]:
+        """What a block returns, of each call; the walk stays before the block."""
+        late = self._go_to(number)
+        found = []
+        for batch, streams in zip(self._batches, self._streams, strict=True):
+            seen: blocks.Streams = {}
+            running = late.model(streams) if late else self._transformer
+            block = self._block(number)
+            with blocks.watch([block], None, lambda _b, s, k=seen: k.update(s), number) as run:
+                run(running, batch.arguments)
+            found.append(seen)
+        return found
+
+    def _block(self, number: int) -> blocks.Block:
+        return blocks.block_sequence(self._transformer)[number]
+
+    def _go_to(self, number: int) -> entrance.Entrance | None:
+        late = entrance.Entrance(self._transformer, self._first) if self._first else None
+        if number == self._first:
+            return late
+        for at, batch in enumerate(self._batches):
+            running = late.model(self._streams[at]) if late else None
+            self._streams[at] = entrance.streams_before(
+                self._transformer, number, batch.arguments, running
+            )
+        self._first = number
+        return entrance.Entrance(self._transformer, number)
+
+
+# Maps that were fitted once more, by their source.
+Refits = Mapping[str, Mapping[Map, probes.Probe]]
+
+
+def write(path: Path, refits: Refits, stamp) -> None:
+    """Writes variants/maps.safetensors. refits: source -> maps."""
+    state = {
+        f"{source.removeprefix(REFIT)}/{one.name}.{leaf}": torch.from_numpy(getattr(probe, leaf))
+        for source, maps in refits.items()
+        for one, probe in maps.items()
+        for leaf in LEAVES
+    }
+    tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
+
+
+def digest(refits: Refits, found: Set) -> str:
+    """Digest of the refitted maps that a set uses, as `read` gives them."""
+    used = set(found.sources.values())
+    return provenance.digest(
+        [
+            [source, one.name, *(_digest(getattr(probe, leaf)) for leaf in LEAVES)]
+            for source, maps in sorted(refits.items())
+            if source in used
+            for one, probe in sorted(maps.items(), key=lambda item: item[0].name)
+        ]
+    )
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values, dtype="<f4").tobytes()).hexdigest()
+
+
+def read(path: Path) -> dict[str, dict[Map, probes.Probe]]:
+    """What `write` wrote.
+
+    Raises:
+        UserError: it is missing, or something else.
+    """
+    state, _ = tensors.read(path)
+    found: dict[str, dict[Map, probes.Probe]] = {}
+    for name in [name for name in state if name.endswith(".weight")]:
+        variant, _, of = name.removesuffix(".weight").partition("/")
+        leaves = (state[f"{variant}/{of}.{leaf}"].double().numpy() for leaf in LEAVES)
+        maps = found.setdefault(f"{REFIT}{variant}", {})
+        maps[Map.named(of)] = probes.Probe(*leaves)
+    return found

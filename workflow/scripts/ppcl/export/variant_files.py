@@ -1,0 +1,91 @@
+"""The files of earlier stages that variants are made from, and how programs are given them."""
+
+import argparse
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ppcl.closed_forms import linear_map_refits
+from ppcl.closed_forms.linear_map_refits import Refits
+from ppcl.errors import UserError
+from ppcl.search.sets import REFIT, START, TRAINED, Set
+
+
+@dataclass(frozen=True)
+class Files:
+    """What sets are made from, as far as the config asks for it.
+
+    Attributes:
+        width, maps: prices of closed forms, and their least-squares maps.
+        conditioning: what modulations get.
+        latency: measured times.
+        refits: maps that were fitted once more in variants' sets.
+        students: of `start` and each stage that trains. errors: of these stages.
+    """
+
+    width: Path | None = None
+    maps: Path | None = None
+    conditioning: Path | None = None
+    latency: Path | None = None
+    refits: Path | None = None
+    students: Mapping[str, Path] = field(default_factory=dict)
+    errors: Mapping[str, Path] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> "Files":
+        """Those of a command line with `add_arguments`."""
+        given = {name: path for name, path in vars(args).items() if path is not None}
+        return cls(
+            *(given.get(name) for name in ("width", "maps", "conditioning", "latency", "refits")),
+            {source: given[source] for source in (START, *TRAINED) if source in given},
+            {stage: given[f"{stage}_errors"] for stage in TRAINED if f"{stage}_errors" in given},
+        )
+
+    @property
+    def every(self) -> list[Path]:
+        """All that there are; but the refitted maps, of which each set has its own."""
+        single = (self.width, self.maps, self.conditioning, self.latency)
+        return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
+
+    @functools.cached_property
+    def refitted(self) -> Refits:
+        """The refitted maps, read once for the digest and the models; none without a file."""
+        return linear_map_refits.read(self.refits) if self.refits else {}
+
+    def refits_digest(self, found: Set, expected: str | None = None) -> str:
+        """`refits_digest` of a set.
+
+        Raises:
+            UserError: it is another than expected, or there are no refitted maps.
+        """
+        if self.refits is None and any(s.startswith(REFIT) for s in found.sources.values()):
+            raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")
+        digest = linear_map_refits.digest(self.refitted, found)
+        if expected not in (None, digest):
+            raise UserError(
+                f"{self.refits} has other maps than the set was made with; delete the run's folder "
+                "variants and rerun"
+            )
+        return digest
+
+
+def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) -> None:
+    """Adds `Files` to a command line; models_only: those alone that models are made from."""
+
+    def add(name: str, text: str) -> None:
+        parser.add_argument(f"--{name}", type=Path, help=text)
+
+    add("maps", "maps.safetensors, with closed forms")
+    add("conditioning", "conditioning.safetensors, with modulation.enabled")
+    add(START, "start weights, with intervals.enabled")
+    for stage in TRAINED:
+        add(stage, f"students of {stage}, if it trains")
+    if models_only:
+        add("refits", "variants/maps.safetensors")
+        return
+    add("plan", "plan.json, with intervals.enabled")
+    add("width", "prices of closed forms")
+    add("latency", "measured times, with a latency budget")
+    for stage in TRAINED:
+        add(f"{stage}-errors", "errors of these students")
