@@ -134,7 +134,7 @@ def rules(config: dict, total: int | None, local: bool, gpu: bool) -> SimpleName
         non_local_exec=not local,
         resource_settings=SimpleNamespace(cores=total),
     )
-    names = {"workflow": workflow, "functools": functools, "THREADS": 8}
+    names = {"config": config, "workflow": workflow, "functools": functools, "THREADS": 8}
     names["settings"] = lambda: Settings.of(config)
     names |= {"cores": cores, "hub": hub, "weights": weights, "UserError": UserError}
     names["gpus"] = SimpleNamespace(possible=lambda: gpu)

@@ -17,7 +17,7 @@ from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock
 from ppcl.search import cka_draws, intervals, probes, similarity
 from ppcl.search.cka import resamples
-from ppcl.settings import TrainingSettings
+from ppcl.settings import ExtractSettings, TrainingSettings
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
 from ppcl.transformer.family import IMAGE, TEXT
@@ -73,7 +73,9 @@ def planted(folder, silent):
         transformer,
         reader,
         np.arange(len(reader)),
-        {"batch_size": 12, "moment_tokens": 16, "sample_tokens": 5, "checkpoint_every": 99},
+        ExtractSettings.of(
+            {"batch_size": 12, "moment_tokens": 16, "sample_tokens": 5, "checkpoint_every": 99}
+        ),
         0,
         torch.device("cpu"),
         folder,
