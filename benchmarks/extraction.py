@@ -11,6 +11,7 @@ from benchmarks import material, measuring
 from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 from ppcl.extraction import activations
+from ppcl.settings import ExtractSettings
 from ppcl.transformer import blocks, calls
 
 NAME = "extract"
@@ -23,7 +24,7 @@ class _NoBar:
         pass
 
 
-def settings(size: Size, kept: int | None = None, every: bool = False) -> dict:
+def settings(size: Size, kept: int | None = None, every: bool = False) -> ExtractSettings:
     """As the presets have it: 1 of 40 image tokens goes into the moments, or `every` one.
 
     kept: tokens of a call that are kept for CKA.
@@ -31,10 +32,10 @@ def settings(size: Size, kept: int | None = None, every: bool = False) -> dict:
     moment = size.side**2 if every else max(4, size.side**2 // 40)
     kept = kept or min(4, moment)
     tokens = {"moment_tokens": max(moment, kept), "sample_tokens": kept}
-    return {"batch_size": size.batch, "checkpoint_every": 512, **tokens}
+    return ExtractSettings.of({"batch_size": size.batch, "checkpoint_every": 512, **tokens})
 
 
-def extract(teacher, path: Path, options: dict):
+def extract(teacher, path: Path, options: ExtractSettings):
     """As the stage does it, from opening the file, with nothing to resume from."""
     reader = calls.Reader(path, memory=0)
     rows = reader.rows()
@@ -88,7 +89,7 @@ def run(size: Size, folder: Path) -> list[Ratio]:
     )
     seconds = {name: measuring.least(values) for name, values in times.items()}
     floor = seconds["plain"]
-    note = f"{few['moment_tokens']} of {size.side**2} image tokens a call; reading included"
+    note = f"{few.moment_tokens} of {size.side**2} image tokens a call; reading included"
     found = [
         Ratio(NAME, "seconds / plain forwards", seconds["extract"], floor, "s", 1.10, note=note),
         Ratio(

@@ -18,7 +18,7 @@ def run(size: Size, folder: Path) -> list[Ratio]:
     """Seconds of a step of the slower of two jobs, as they are shared out with and without."""
     path = material.record(folder / "calls.parquet", size, size.rows)
     teacher, reader = material.transformer(size), calls.Reader(path)
-    options = teaching.OPTIONS | {"batch_size": size.batch, "steps": STEPS, "cache_inputs": "auto"}
+    options = teaching.OPTIONS.replace(batch_size=size.batch, steps=STEPS, cache_inputs="auto")
     units = [Unit((part,)) for part in second_half(size.blocks)]
     caching = entrance.caching(reader, options, 0)
     slow, first = {}, {}

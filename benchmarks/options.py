@@ -20,6 +20,7 @@ from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 from ppcl.pruning import students
 from ppcl.runtime import devices
+from ppcl.settings import FinetuneSettings
 from ppcl.training import distillation, loop, optimizers
 from ppcl.transformer import blocks, calls
 
@@ -100,8 +101,9 @@ def distilling(size: Size, path: Path, option: Option) -> Stepping:
     taught = students.start(teacher, teaching.intervals(size.blocks, teaching.most(size)), "first")
     if option.compile:
         devices.compile_blocks([block.module for block in blocks.block_sequence(teacher)])
-    how = teaching.OPTIONS | {"batch_size": size.batch}
-    how |= {"gradient_checkpointing": option.gradient_checkpointing}
+    how = teaching.OPTIONS.replace(
+        batch_size=size.batch, gradient_checkpointing=option.gradient_checkpointing
+    )
     reader = calls.Reader(path)
     return Stepping(
         teaching.tensors_of(teacher),
@@ -121,7 +123,7 @@ def tuning(size: Size, path: Path, option: Option) -> Stepping:
     model = blocks.assembled(teacher, taught)[0].requires_grad_(True)
     if option.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    reader, how = calls.Reader(path), {"batch_size": size.batch}
+    reader, how = calls.Reader(path), FinetuneSettings.of({"batch_size": size.batch})
     return Stepping(
         0,
         {"transformer": model},

@@ -13,17 +13,21 @@ from ppcl.digits import teacher as parts_of_pipelines
 from ppcl.pruning import students
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock
+from ppcl.settings import DistillSettings
 from ppcl.training import distillation, loop, losses, optimizers, teaching
 from ppcl.transformer import blocks, calls
 
 NAME = "distill"
-OPTIONS = {
-    "loss": "normalised",
-    "relative_weight": 0.5,
-    "mode": "independent",
-    "gradient_checkpointing": False,
-    "linear_weight": 1.0,
-}
+OPTIONS = DistillSettings.of(
+    {
+        "loss": "normalised",
+        "relative_weight": 0.5,
+        "outliers": 0.0,
+        "mode": "independent",
+        "gradient_checkpointing": False,
+        "linear_weight": 1.0,
+    }
+)
 HOW = loop.Optimisation(steps=1000, lr=1e-4, clip_norm=1.0)
 
 
@@ -43,7 +47,7 @@ class Steps:
         self.accelerator = Accelerator(cpu=True)
         self.modules = {part.name: student for part, student in taught.items()}
         self.losses = distillation.independent(
-            teacher, taught, reader, OPTIONS | {"batch_size": batch}, 0, self.accelerator
+            teacher, taught, reader, OPTIONS.replace(batch_size=batch), 0, self.accelerator
         )
         every = [p for m in taught.values() for p in m.parameters()]
         groups = [{"params": every, "scale": 1.0}]

@@ -33,8 +33,7 @@ def start_up(size: Size, folder: Path) -> list[Ratio]:
     """
     where = folder / "teacher" / "transformer"
     material.transformer(size).save_pretrained(where)
-    source = {"path": str(folder / "teacher"), "dtype": "float32", "revision": None}
-    source |= {"variant": None, "trust_remote_code": False, "compile": False}
+    source = {"path": str(folder / "teacher")}
     index = {"_class_name": "QwenImagePipeline"}
     index["transformer"] = ["diffusers", "QwenImageTransformer2DModel"]
     (folder / "teacher" / "model_index.json").write_text(json.dumps(index))
@@ -46,7 +45,9 @@ def start_up(size: Size, folder: Path) -> list[Ratio]:
     # What extract.py does before its first forward.
     ours = (
         f"import os, sys\nsys.path.insert(0, {str(SCRIPTS)!r})\nimport torch, extract\n"
-        f"extract.pipelines.load_transformer({source!r}, torch.device('cpu'), compiled=True)\n"
+        "from ppcl.settings import TeacherSettings\n"
+        f"teacher = TeacherSettings.of({source!r})\n"
+        "extract.pipelines.load_transformer(teacher, torch.device('cpu'), compiled=True)\n"
         "os._exit(0)"
     )
     runs = {"theirs": [sys.executable, "-c", theirs], "ours": [sys.executable, "-c", ours]}

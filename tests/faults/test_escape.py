@@ -6,6 +6,7 @@ import yaml
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import prompts
 from support import ROOT, tiny
@@ -154,4 +155,4 @@ def test_a_hub_name_is_no_path():
     for text in (text for text in EVIL if "{{" not in text):
         with pytest.raises(UserError, match="teacher.path"):
             given = config.complete({"teacher": {"path": text.format("x") or "x"}}, "mine.yaml")
-            preflight.check(given, "mine.yaml")
+            preflight.check(Settings.of(given), "mine.yaml")

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
+from ppcl.settings import TeacherSettings
 from ppcl.teacher import pipelines, recording, teacher_identity
 from ppcl.transformer import calls
 from support import SCRIPTS, tiny
@@ -20,8 +21,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def teacher(tiny_teacher, tmp_path) -> dict:
-    """The `teacher` mapping of a folder whose transformer lies elsewhere, behind a link."""
+def teacher(tiny_teacher, tmp_path) -> TeacherSettings:
+    """The `teacher` section for a folder whose transformer lies elsewhere, behind a link."""
     shutil.copytree(tiny_teacher, tmp_path / "teacher")
     shutil.move(tmp_path / "teacher/transformer", tmp_path / "elsewhere")
     (tmp_path / "teacher/transformer").symlink_to("../elsewhere")
@@ -42,8 +43,8 @@ def train(path: Path) -> None:
     assert path.stat().st_size == seen.st_size
 
 
-def folder(teacher: dict) -> Path:
-    return Path(teacher["path"])
+def folder(teacher: TeacherSettings) -> Path:
+    return Path(teacher.path)
 
 
 CHANGES = {
@@ -68,7 +69,7 @@ def test_another_teacher_has_another_fingerprint(teacher, change):
 def test_a_link_that_moves_is_another_teacher(teacher, tmp_path):
     link = tmp_path / "link"
     link.symlink_to("teacher")
-    by_link = teacher | {"path": str(link)}
+    by_link = teacher.replace(path=str(link))
     before = teacher_identity.fingerprint(by_link)
     assert before == teacher_identity.fingerprint(teacher)  # wherever it lies
     shutil.copytree(tmp_path / "teacher", tmp_path / "other")
@@ -104,7 +105,7 @@ def test_later_stages_load_the_recorded_teacher_or_none(teacher, tmp_path):
 
 
 def test_a_variant_is_not_taken_for_the_teacher(teacher, tmp_path):
-    """Evaluation loads both with one mapping's keys."""
+    """Evaluation loads both with one section's keys."""
     shutil.copytree(folder(teacher), tmp_path / "p50")
     source = teacher_identity.resolved(teacher)
     age(tmp_path / "p50/vae" / WEIGHTS)
@@ -118,7 +119,7 @@ def test_record_refuses_a_teacher_that_changes_meanwhile(teacher, tmp_path, monk
     settings = {
         "seed": 0,
         "device": "cpu",
-        "teacher": {"path": teacher["path"]},
+        "teacher": {"path": teacher.path},
         "pipeline": {"height": 32, "width": 32, "num_inference_steps": 1},
         "record": {"prompts": str(tmp_path / "p.txt"), "samples": 2, "renoised_per_sample": 0},
     }
@@ -148,7 +149,7 @@ def test_every_stage_after_record_loads_the_recorded_teacher(name):
     others = ("record", "lora_to_low_rank")  # the latter loads what its user names
     if re.search(r"pipelines\.load|evaluation\.models\(", program) and name.stem not in others:
         assert "teacher_identity.recorded(" in program
-        assert not re.search(r'(load|load_transformer|models)\(\s*settings\["teacher"\]', program)
+        assert not re.search(r"(load|load_transformer|models)\(\s*settings\.teacher\b", program)
 
 
 # ---- names on the Hub
@@ -159,11 +160,11 @@ def test_a_branch_that_moves_leads_to_the_recorded_commit(tiny_teacher, tmp_path
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
     put(tiny_teacher, tmp_path / "hub")
     first = teacher_identity.resolved(tiny.source(NAME))
-    assert re.fullmatch("[0-9]{40}", first["revision"])
+    assert re.fullmatch("[0-9]{40}", first.revision)
     repository = tmp_path / f"hub/models--{NAME.replace('/', '--')}"
     other = tiny.pipeline(repository / "snapshots" / ("f" * 40), blocks=2)
     (repository / "refs/main").write_text(other.name)
-    assert teacher_identity.resolved(tiny.source(NAME))["revision"] == other.name
+    assert teacher_identity.resolved(tiny.source(NAME)).revision == other.name
     later = teacher_identity.recorded(tiny.source(NAME), teacher_identity.note(first))
     assert len(pipelines.load_transformer(later, CPU).transformer_blocks) == 5
     with pytest.raises(UserError, match="was changed"):  # a folder now, of the same name

@@ -57,7 +57,7 @@ def write(path, text):
 
 def export(teacher, folder, trusting=False):
     """As `assemble` does it, with two blocks less."""
-    source = tiny.source(teacher) | {"trust_remote_code": trusting}
+    source = tiny.source(teacher).replace(trust_remote_code=trusting)
     pipe = pipelines.load(source, CPU, without=assembly.copied(teacher))
     model, block_map = blocks.assembled(
         pipe.transformer, {(1, 3): pipe.transformer.transformer_blocks[1]}
@@ -164,11 +164,11 @@ def test_code_that_is_trusted_goes_along(teacher, tmp_path, gate):
 
 
 def test_code_is_named_before_a_run(teacher):
-    given = tiny.source(teacher) | {"subfolder": None}
+    given = tiny.source(teacher)
     write(teacher / brings_a_pipeline(teacher), "")
     with pytest.raises(UserError, match=r"code of its own \(evil\.py\).*trust_remote_code: true"):
         preflight._check_teacher(given, "c.yaml")
-    preflight._check_teacher(given | {"trust_remote_code": True}, "c.yaml")
+    preflight._check_teacher(given.replace(trust_remote_code=True), "c.yaml")
 
 
 def test_a_module_has_a_name_for_every_content(monkeypatch):
@@ -243,7 +243,7 @@ def is_too_large(teacher, outside):
 def test_what_no_component_should_hold_is_named(strange, teacher, outside):
     path = strange(teacher, outside)
     for attempt in (
-        lambda: preflight._check_teacher(tiny.source(teacher) | {"subfolder": None}, "c.yaml"),
+        lambda: preflight._check_teacher(tiny.source(teacher), "c.yaml"),
         lambda: pipelines.load(tiny.source(teacher), CPU),
     ):
         with pytest.raises(UserError, match=rf"teacher\.path: {path} is .*replace it"):
@@ -253,7 +253,7 @@ def test_what_no_component_should_hold_is_named(strange, teacher, outside):
 def test_a_component_that_is_a_loop_or_a_pipeline_is_refused(teacher):
     """Of a pipeline in the pipeline diffusers would load whatever there is, pickles too."""
     for attempt in (
-        lambda: preflight._check_teacher(tiny.source(teacher) | {"subfolder": None}, "c.yaml"),
+        lambda: preflight._check_teacher(tiny.source(teacher), "c.yaml"),
         lambda: pipelines.load(tiny.source(teacher), CPU),
     ):
         write(teacher / "vae/model_index.json", '{"_class_name": "DDPMPipeline"}')

@@ -24,6 +24,7 @@ from ppcl.figures import ablations, comparison
 from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock
 from ppcl.search import probes
+from ppcl.settings import AblationSettings, DistillSettings, Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.training import loop, prices
 from ppcl.transformer import blocks, calls
@@ -54,7 +55,7 @@ def run(tmp_path_factory):
     given_ = {
         "seed": 0,
         "device": "cpu",
-        "teacher": tiny.source(teacher),
+        "teacher": {"path": str(teacher)},
         "pipeline": tiny.SETTINGS,
         "extract": {"rows": 24, "batch_size": 4},
         "similarity": {"bootstrap": 4},
@@ -122,7 +123,7 @@ def material(run, pipe, job, tmp_path, accelerator) -> choices.Material:
     shared = {name: at[name] for name in SHARED}
     more = {"reader": calls.Reader(at["calls"]), "paths": shared, "seed": 0}
     more |= {"accelerator": accelerator, "state": tmp_path, "identity": "x"}
-    return trial.material_of(whole, pipe, job, **more)
+    return trial.material_of(Settings.of(whole), pipe, job, **more)
 
 
 def ablate(run, job: str, folder) -> pd.DataFrame:
@@ -153,15 +154,18 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
 
 
 def test_a_part_of_the_comparison_has_the_methods_that_it_names():
-    assert methods.wanted({"methods": []}) == list(methods.METHODS)
-    assert methods.wanted({"methods": ["joint", "chain"]}) == ["chain", "joint"]
+    assert methods.wanted(AblationSettings.of({"methods": []})) == list(methods.METHODS)
+    assert methods.wanted(AblationSettings.of({"methods": ["joint", "chain"]})) == [
+        "chain",
+        "joint",
+    ]
     with pytest.raises(UserError, match="no method 'joined'; choose among teacher, sensitivity"):
-        methods.wanted({"methods": ["joint", "joined"]})
+        methods.wanted(AblationSettings.of({"methods": ["joint", "joined"]}))
 
 
 @given(st.integers(4, 500), st.integers(2, 500))
 def test_every_method_trains_for_the_same_number_of_steps(distill, subsets):
-    options = {"distill_steps": distill, "subsets_steps": subsets}
+    options = AblationSettings.of({"distill_steps": distill, "subsets_steps": subsets})
     for method in methods.METHODS.values():
         found = trial.phases(method.select, method.train, options)
         assert sum(found.values()) - found["masks"] == distill + subsets
@@ -178,7 +182,7 @@ def test_a_staged_selection_without_intervals_gives_its_maps_all_steps(
     held = material(run, pipe, json.loads(methods.job("ffn")), tmp_path, accelerator)
     given = []
     monkeypatch.setattr(
-        trial, "phase", lambda _m, name, _x, _l, how, *_: given.append((name, how["steps"]))
+        trial, "phase", lambda _m, name, _x, _l, how, *_: given.append((name, how.steps))
     )
     trial.teach(held, choices.Chosen({}, ffns=((1, "image"),)), {"schedule": "staged"})
     assert given == [("narrow", 4), ("subsets", 2)]
@@ -362,7 +366,14 @@ def test_chain_losses_and_gradients_are_those_of_the_literal_chain(teacher, read
             parameter.data += 0.02 * torch.randn(
                 parameter.shape, generator=torch.Generator().manual_seed(0)
             )
-    options = {"batch_size": 3, "loss": "normalised", "gradient_checkpointing": False}
+    options = DistillSettings.of(
+        {
+            "batch_size": 3,
+            "loss": "normalised",
+            "outliers": 0.0,
+            "gradient_checkpointing": False,
+        }
+    )
     step = chain.through_chain(teacher, made, reader, options, 5, accelerator)
     ((name, loss, _),) = step(7)
     assert name == "students"

@@ -21,6 +21,7 @@ from ppcl.pruning.units import NewBlock, Unit
 from ppcl.search import sets, sets_file
 from ppcl.search.selection import Choices
 from ppcl.search.sets import Member, Set
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines
 from ppcl.training import prices
@@ -260,7 +261,7 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     assert set(again.sources.values()) == {"refit-v"}
     before = narrow.maps(shop.model(found)[0].transformer_blocks[3])["ffn/image"].weight.clone()
     model, block_map = shop.model(again)
-    reader, options = calls.Reader(tiny_calls), config.load(json.dumps(world[0]))["width"]
+    reader, options = calls.Reader(tiny_calls), config.load(json.dumps(world[0])).width
     rows, _ = linear_map_fits.fit_rows(reader, options, 0)
     parts = [part for unit in units for part in unit.new_blocks]
     cpu = torch.device("cpu")
@@ -281,7 +282,7 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     x, y = (torch.cat([t.flatten(0, -2) for t in part]).double() for part in (inputs, targets))
     # The ridge, of channels of unit variance, as further rows.
     scale, rest = x.std(0, correction=0), (y - x) - (y - x).mean(0)
-    ridge = (len(x) * options["ridge"]) ** 0.5 * torch.eye(x.shape[1], dtype=torch.float64)
+    ridge = (len(x) * options.ridge) ** 0.5 * torch.eye(x.shape[1], dtype=torch.float64)
     unit = torch.cat([(x - x.mean(0)) / scale, ridge])
     best = torch.linalg.lstsq(unit, torch.cat([rest, torch.zeros_like(ridge)])).solution
     assert torch.allclose(layer.weight.double(), (best / scale[:, None]).T, atol=1e-3)
@@ -328,7 +329,8 @@ def test_velocities_of_several_processes_are_those_of_one(tiny_teacher, tiny_cal
     teacher = tiny.load(tiny_teacher).transformer
     models = {"teacher": teacher, "a": teacher, "b": teacher}
     options = {"batch_size": 2, "velocity_rows": 5, "bootstrap": 10, "latency_repeats": 1}
-    how = (models, reader, reader.heldout_rows("report")[:1], {"evaluate": options, "seed": 0})
+    settings = Settings.of({"evaluate": options, "seed": 0})
+    how = (models, reader, reader.heldout_rows("report")[:1], settings)
     of_one, plain = measuring.measure_transformers(*how, device), measuring.velocity_errors
     measured, summands = [], []
 

@@ -23,6 +23,7 @@ from ppcl.configuration import config
 from ppcl.evaluation import measuring
 from ppcl.export import assembly, reload_gate
 from ppcl.pruning import narrow
+from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines
 from ppcl.training import entrance
@@ -219,6 +220,10 @@ def ran(made):
     return name, folder, settings, at
 
 
+def source(settings: dict) -> TeacherSettings:
+    return TeacherSettings.of(settings["teacher"])
+
+
 def close(settings: dict) -> dict[str, float]:
     """How close answers in batches of other sizes are."""
     low = settings["teacher"]["dtype"] == "bfloat16"
@@ -233,7 +238,7 @@ def recorded(at: dict[str, Path]) -> calls.Batch:
 @torch.no_grad()
 def test_recorded_calls_replay_to_the_bit(ran):
     _, _, settings, at = ran
-    transformer = pipelines.load_transformer(settings["teacher"], torch.device("cpu"))
+    transformer = pipelines.load_transformer(source(settings), torch.device("cpu"))
     reader = calls.Reader(at["calls"])
     for batch in reader.batches(reader.rows(), 2):
         claims.verify(transformer, batch.arguments)
@@ -244,7 +249,7 @@ def test_recorded_calls_replay_to_the_bit(ran):
 
 def test_planted_redundant_blocks_are_found_and_cost_nothing(ran):
     name, _, settings, at = ran
-    transformer = pipelines.load_transformer(settings["teacher"], torch.device("cpu"))
+    transformer = pipelines.load_transformer(source(settings), torch.device("cpu"))
     found = tables.read(at["intervals"], schemas.INTERVALS).to_pandas()
     chosen = found[found["selected"]]
     spare = len(blocks.block_sequence(transformer)) - settings["variants"][0]["budget"]["blocks"]
@@ -271,7 +276,7 @@ def starts(transformer) -> list[int]:
 @torch.no_grad()
 def test_all_teachers_plugged_back_equal_the_teacher_to_the_bit(ran):
     _, folder, settings, at = ran
-    pipe = pipelines.load(settings["teacher"], torch.device("cpu"))
+    pipe = pipelines.load(source(settings), torch.device("cpu"))
     component = settings["teacher"]["component"]
     transformer = getattr(pipe, component)
     batch = recorded(at)
@@ -293,7 +298,7 @@ def test_a_teacher_that_starts_at_a_block_equals_it_to_the_bit(ran):
     """Behind the first block, where a list of blocks of another kind begins, at the last, and
     behind it."""
     _, _, settings, at = ran
-    transformer = pipelines.load_transformer(settings["teacher"], torch.device("cpu"))
+    transformer = pipelines.load_transformer(source(settings), torch.device("cpu"))
     batch = recorded(at)
     whole = blocks.answer(transformer, batch.arguments)
     last = len(blocks.block_sequence(transformer)) - 1
@@ -319,11 +324,13 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     torch.testing.assert_close(
         blocks.answer(transformer, batch.arguments), batch.output, **close(settings)
     )
-    models = measuring.models(settings["teacher"], [at["model"]])
+    models = measuring.models(source(settings), [at["model"]])
     loaded = {m.name: m.transformer(torch.device("cpu")) for m in models}
     reader = calls.Reader(at["calls"])
     timed = reader.draw(reader.heldout_rows("report"), 2, (0,))
-    found = measuring.measure_transformers(loaded, reader, timed, settings, torch.device("cpu"))
+    found = measuring.measure_transformers(
+        loaded, reader, timed, Settings.of(settings), torch.device("cpu")
+    )
     assert found["spare"]["velocity_error"].value < (1e-4 if name in LOW else 1e-6)
     assert found["spare"]["parameter_fraction"].value < 1
     item = {"sample": 0, "prompt_index": 0, "prompt": "a red 1 on blue", "seed": 5}
@@ -365,8 +372,8 @@ def test_a_narrow_pipeline_brings_its_code(name, tmp_path, modules, monkeypatch)
     one = ZOO[name]
     folder = tmp_path / "teacher"
     one.make(DEPTH).save_pretrained(folder)
-    source = tiny.source(folder) | {"component": one.component}
-    pipe = pipelines.load(source, torch.device("cpu"))
+    at = tiny.source(folder).replace(component=one.component)
+    pipe = pipelines.load(at, torch.device("cpu"))
     recorder, seen = getattr(pipe, one.component), []
 
     def look(module, args, kwargs):

@@ -25,6 +25,7 @@ from ppcl.errors import UserError
 from ppcl.planning import footprint, planner, weightless
 from ppcl.pruning.units import units_of
 from ppcl.runtime import processes
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 from ppcl.training import distillation
 from ppcl.transformer import blocks, calls, example_calls
@@ -150,7 +151,7 @@ def test_counts_with_modulations_of_rank_16(intervals, groups, ffns, with_dead):
         linear_maps.unread_after(made),
     )
     model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
-    settings = config.complete({"modulation": {"rank": 16}}, "test")
+    settings = Settings.of(config.complete({"modulation": {"rank": 16}}, "test"))
     ranks = {matrix: rank for matrix, (rank,) in weightless.matrices(settings, made).items()}
     assert len(ranks) == 121
     low = weightless.low_rank(model, block_map, ranks)
@@ -174,7 +175,7 @@ def test_counts_are_those_of_the_code_that_prunes():
     )
     settings = config.complete({"intervals": {"pin": [[3, 4]]}, "width": {}}, "test")
     settings["width"] |= {"text": {"pin": [[13, 14]], "forbid": []}}
-    _, every = weightless.selection(settings, made)
+    _, every = weightless.selection(Settings.of(settings), made)
     model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
     saved = sum(linear_map_candidates.saved_parameters(made, unit) for unit in every)
     assert blocks.parameter_count(model) == QWEN - saved
@@ -281,14 +282,12 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
     reader = calls.Reader(recorded[1])
     transformer = tiny.load(recorded[0]).transformer.requires_grad_(False)
     options = {"batch_size": 32, "mixed_precision": "no", "gradient_checkpointing": recompute}
-    settings = config.complete(
-        {
-            "intervals": {"pin": [[1, 2]]},
-            "width": {"text": {"pin": [[3, 4]]}, "ffn_image": {"pin": [0]}},
-            **{name: options for name in ("distill", "subsets", "finetune")},
-        },
-        "test",
-    )
+    given = {
+        "intervals": {"pin": [[1, 2]]},
+        "width": {"text": {"pin": [[3, 4]]}, "ffn_image": {"pin": [0]}, "linear_weight": 1.0},
+        **{name: options for name in ("distill", "subsets", "finetune")},
+    }
+    settings = Settings.of(config.complete(given, "test"))
     empty = weightless.on_meta(dict(transformer.config), torch.float32, "here")
     depth, every = weightless.selection(settings, empty)
     # Steps draw calls of any length; so that this does not matter, they draw the same one.
@@ -305,21 +304,22 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
     whole.requires_grad_(True).train()
     if recompute:
         whole.enable_gradient_checkpointing()
-    both = settings["distill"] | {"linear_weight": 1.0}
     losses = {
-        "distill": distillation.independent(transformer, students, reader, both, 0, accelerator),
+        "distill": distillation.independent(
+            transformer, students, reader, settings.distill, 0, accelerator
+        ),
         "subsets": distillation.any_subset(
             transformer,
             every,
             students,
             reader,
-            settings["subsets"],
+            settings.subsets,
             0,
             accelerator,
             lambda _: every,
         ),
         "finetune": distillation.output_distillation(
-            lambda _: whole, "", reader, settings["finetune"], 0, accelerator, True
+            lambda _: whole, "", reader, settings.finetune, 0, accelerator, True
         ),
     }
     stages = {stage.name: stage for stage in made.stages()}
@@ -684,11 +684,9 @@ def test_errors(settings, message, tmp_path, monkeypatch):
     name = "QwenImageTransformer2DModel"
     architecture(Path("bad.json"), name, num_layers="many")
     architecture(Path("ok.json"), name, **SMALL)
-    complete = config.complete(settings, "test")
+    complete = Settings.of(config.complete(settings, "test"))
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        found, where = weightless.architecture(
-            complete["teacher"], complete["plan"]["transformer_config"]
-        )
+        found, where = weightless.architecture(complete.teacher, complete.plan.transformer_config)
         made = weightless.on_meta(found, torch.float32, where)
         weightless.selection(complete, made)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from ppcl.extraction import activations, token_table
 from ppcl.search import cka_draws, intervals
+from ppcl.settings import ExtractSettings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, recording
 from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
@@ -89,7 +90,7 @@ def folder(tiny_teacher, tmp_path_factory):
         pipe.transformer,
         reader,
         np.arange(len(reader)),
-        options,
+        ExtractSettings.of(options),
         0,
         torch.device("cpu"),
         folder,

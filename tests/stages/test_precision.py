@@ -45,10 +45,11 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
         "variants": [{"name": "p70", "budget": {"blocks": 3}, "finetune_steps": 2}],
     }
     calls, plan, state = tmp_path / "calls.parquet", tmp_path / "plan.json", tmp_path / "state"
+    facts = tmp_path / "block-facts.parquet"
     with pytest.MonkeyPatch.context() as patch:
         proven = []  # test_assembly has the reload gate
         patch.setattr("ppcl.export.assembly.prove", lambda *given: proven.append(given))
-        tiny.stage("record", settings, calls=calls, state=state)
+        tiny.stage("record", settings, calls=calls, block_facts=facts, state=state)
         assert len(proven) == 1
     start, alone = tmp_path / "start.safetensors", tmp_path / "distilled.safetensors"
     trained = tmp_path / "students.safetensors"
@@ -74,7 +75,8 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
             "ppcl.export.assembly.prove", lambda *_: None
         )  # test_assembly has the reload gate
         tiny.stage("assemble", settings, **common, finetuned=tuned, output=tmp_path / "p70")
-    source = tiny.source(tmp_path / "p70") | {"dtype": dtype, "trust_remote_code": bool(schedule)}
+    source = tiny.source(tmp_path / "p70")
+    source = source.replace(dtype=dtype, trust_remote_code=bool(schedule))
     made = pipelines.load_transformer(source, torch.device("cpu"))
     weights = tensors.read(tuned)[0]
     assert made.state_dict().keys() == weights.keys()

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from ppcl.configuration import config, preflight
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import prompts
 from support import ROOT, fresh
@@ -39,7 +40,7 @@ WAN_STEPS = 12
 
 
 @functools.cache
-def loaded(name: str) -> dict:
+def loaded(name: str) -> Settings:
     """A preset completed with all defaults."""
     return config.load(str(PRESETS / f"{name}.yaml"))
 
@@ -69,17 +70,17 @@ def test_there_is_a_preset_and_an_architecture_for_each_model():
 @pytest.mark.parametrize("name", EVERY)
 def test_preset_passes_every_check_made_before_a_run(name):
     settings, (model, _) = loaded(name), FREE.get(name, (name, 0))
-    assert settings["run"] == name
+    assert settings.run == name
     preflight.check(settings, f"{name}.yaml")
-    assert settings["teacher"]["dtype"] == "bfloat16"
-    assert settings["plan"]["transformer_config"] == f"resources/architectures/{model}.json"
+    assert settings.teacher.dtype == "bfloat16"
+    assert settings.plan.transformer_config == f"resources/architectures/{model}.json"
     if name in FREE:
-        assert not config.trains(settings) and not settings["intervals"]["enabled"]
-        assert not any(v["train"] or v["finetune_steps"] for v in settings["variants"])
+        assert not settings.trains and not settings.intervals.enabled
+        assert not any(v.train or v.finetune_steps for v in settings.variants)
         return
-    steps = settings["distill"]["steps"], settings["width"]["steps"]
-    assert steps == (6000, 2000) and settings["width"]["schedule"] == "staged"
-    assert max(variant["finetune_steps"] for variant in settings["variants"]) == 1000
+    steps = settings.distill.steps, settings.width.steps
+    assert steps == (6000, 2000) and settings.width.schedule == "staged"
+    assert max(variant.finetune_steps for variant in settings.variants) == 1000
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -95,8 +96,8 @@ def test_calls_of_the_pipeline_fit_its_signature(name):
         "Wan-A": diffusers.WanPipeline,
     }
     settings = loaded(name)
-    made_by = next(v for k, v in known.items() if settings["teacher"]["path"].startswith(k))
-    assert set(settings["pipeline"]) <= set(inspect.signature(made_by.__call__).parameters)
+    made_by = next(v for k, v in known.items() if settings.teacher.path.startswith(k))
+    assert set(settings.pipeline) <= set(inspect.signature(made_by.__call__).parameters)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -116,21 +117,21 @@ def test_architecture_has_the_published_size(name):
 @pytest.mark.parametrize("name", SIZES)
 def test_tokens_suffice_for_every_channel(name):
     settings, (_, channels) = loaded(name), SIZES[name]
-    extract, record = settings["extract"], settings["record"]
-    half = extract["rows"] // 2  # one half fits the probes, the other is held out
-    assert 15 <= half * extract["moment_tokens"] / channels <= 50
-    assert extract["rows"] * extract["sample_tokens"] / channels >= 10
+    extract, record = settings.extract, settings.record
+    half = extract.rows // 2  # one half fits the probes, the other is held out
+    assert 15 <= half * extract.moment_tokens / channels <= 50
+    assert extract.rows * extract.sample_tokens / channels >= 10
     # Of these, half are held out, for which only the debiased estimator is safe.
-    assert settings["similarity"]["estimator"] == "debiased"
+    assert settings.similarity.estimator == "debiased"
 
-    rows = prompts.read(record["prompts"])
-    used = len({row["prompt"] for row in rows[: record["samples"]]})
-    calls = WAN_STEPS if name == "wan22" else settings["pipeline"]["num_inference_steps"]
+    rows = prompts.read(record.prompts)
+    used = len({row["prompt"] for row in rows[: record.samples]})
+    calls = WAN_STEPS if name == "wan22" else settings.pipeline["num_inference_steps"]
     guided = not name.startswith("flux")
-    calls = (calls + record["renoised_per_sample"]) * (2 if guided else 1)
-    heldout = round(used * record["heldout_fraction"])
+    calls = (calls + record.renoised_per_sample) * (2 if guided else 1)
+    heldout = round(used * record.heldout_fraction)
     selecting = -(-heldout // 2)  # the others are only reported on
-    repeats = record["samples"] // used
+    repeats = record.samples // used
     assert selecting * repeats * calls >= half
     assert (used - heldout) * repeats * calls >= half
 
@@ -142,10 +143,10 @@ def test_published_selection_of_the_qwen_preset_is_valid():
     merged = yaml.safe_load(text)
     for key, value in yaml.safe_load("\n".join(lines)).items():
         merged[key] = merged[key] | value if isinstance(value, dict) else value
-    settings = config.complete(merged, "qwen-image.yaml")
+    settings = Settings.of(config.complete(merged, "qwen-image.yaml"))
     preflight.check(settings, "qwen-image.yaml")
-    removed = sum(last - first for first, last in settings["intervals"]["pin"])
-    assert 60 - removed == settings["variants"][0]["budget"]["blocks"]
+    removed = sum(last - first for first, last in settings.intervals.pin)
+    assert 60 - removed == settings.variants[0].budget["blocks"]
 
 
 def test_prompts_are_unique_and_cover_what_they_promise():
@@ -182,10 +183,10 @@ def test_preset_can_be_planned(name, tmp_path, monkeypatch, capsys):
     assert f"{SIZES[model][0]:,}" in capsys.readouterr().out
     found = tables.read(table, schemas.PLAN).to_pandas()
     sizes = found[found["item"] == "artifact"].set_index("name")["value"]
-    variants = loaded(name)["variants"]
+    variants = loaded(name).variants
     for variant in variants:  # no budget is out of reach
-        allowed = 2 * SIZES[model][0] * config.limits(variant["budget"])["fraction"]
-        assert sizes[f"models/{variant['name']}/"] <= allowed
+        allowed = 2 * SIZES[model][0] * variant.budget["fraction"]
+        assert sizes[f"models/{variant.name}/"] <= allowed
     if name in FREE:
         hours = found.loc[found["item"] == "job", "value"].sum() / 3600
         assert hours < 1.6  # of two: assemble copies, and loads again what it wrote

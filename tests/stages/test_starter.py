@@ -64,10 +64,10 @@ def test_what_a_pipeline_takes_by_default(tmp_path, pipeline, transformer, shape
     assert made["record"]["renoised_per_sample"] == renoised
     rates = [made[stage]["lr"] for stage in ("distill", "subsets", "finetune")]
     preset = config.load(str(ROOT / "config/presets/flux1-dev.yaml"))
-    assert rates == [preset[stage]["lr"] for stage in ("distill", "subsets", "finetune")]
+    assert rates == [preset.distill.lr, preset.subsets.lr, preset.finetune.lr]
     assert made["teacher"]["dtype"] == "bfloat16" and made["evaluate"]["judge"] == "none"
     if shape is WIDE:  # as the preset of that width has it
-        assert made["extract"]["sample_tokens"] == preset["extract"]["sample_tokens"]
+        assert made["extract"]["sample_tokens"] == preset.extract.sample_tokens
 
 
 def test_without_training_no_block_goes_and_every_variant_is_of_closed_forms(tmp_path):
@@ -153,8 +153,8 @@ def test_configs_are_fetched_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     given = teacher("owner/flux") | {"revision": "main"}
     starter.write(given, tmp_path / "mine.yaml")
-    found = config.load(str(tmp_path / "mine.yaml"))
-    assert found["teacher"]["path"] == "owner/flux" and found["teacher"]["revision"] == "main"
+    source = config.load(str(tmp_path / "mine.yaml")).teacher
+    assert source.path == "owner/flux" and source.revision == "main"
     assert asked["owner/flux"]["revision"] == "main"
     assert not any("safetensors" in name for name in asked["owner/flux"]["allow_patterns"])
     with pytest.raises(UserError, match="owner/gone is no folder here, .* \\(no network\\)"):

@@ -19,6 +19,7 @@ from ppcl.export import assembly
 from ppcl.pruning import selection_file, students
 from ppcl.pruning.units import Modulation, NewBlock, new_blocks_of, units_of
 from ppcl.runtime import processes
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines
 from ppcl.training import prices
@@ -295,11 +296,11 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     of_variant = {"calls": common["calls"], "sets": made["sets"], "narrow": made["narrow"]}
     tiny.stage("assemble", settings, **of_variant, variant="all", output=tmp_path / "all")
 
-    source = tiny.source(teacher["path"]) | {"dtype": "bfloat16"}
+    source = tiny.source(teacher["path"]).replace(dtype="bfloat16")
     transformer = pipelines.load_transformer(source, torch.device("cpu"))
     trained = students.load(made["narrow"], transformer, new_blocks_of(plan.units))
-    options = config.complete(settings, "test")
-    options["ablation"] |= {"finetune_steps": 0}
+    options = Settings.of(config.complete(settings, "test"))
+    options = options.replace(ablation=options.ablation.replace(finetune_steps=0))
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
     material = choices.Material(transformer, reader, alone, options, {}, 0, tmp_path, "i")
     seen["ablation"] = trial.finetuned(material, trained, False)
@@ -336,7 +337,7 @@ def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
     tiny.stage("assemble", settings, **paths)
     card = json.loads((tmp_path / "fast" / "pruning.json").read_text())
     assert "00-01" in {unit["name"] for unit in card["units"]}
-    source = tiny.source(tmp_path / "fast") | {"trust_remote_code": True}
+    source = tiny.source(tmp_path / "fast").replace(trust_remote_code=True)
     transformer = pipelines.load_transformer(source, torch.device("cpu"))
     assert blocks.parameter_count(transformer) == card["parameters"]
     assert len(transformer.transformer_blocks) == 4

@@ -137,6 +137,7 @@ def rules(config: dict, total: int | None, local: bool, gpu: bool) -> SimpleName
     names = {"config": config, "workflow": workflow, "functools": functools, "THREADS": 8}
     names["settings"] = lambda: Settings.of(config)
     names |= {"cores": cores, "hub": hub, "weights": weights, "UserError": UserError}
+    names["settings"] = lambda: Settings.of(config)
     names["gpus"] = SimpleNamespace(possible=lambda: gpu)
     exec(part, names)
     return SimpleNamespace(**names)

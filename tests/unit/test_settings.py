@@ -105,6 +105,9 @@ def test_sections_do_not_change():
         settings.distill.steps = 3
     changed = settings.distill.replace(steps=3)
     assert changed.steps == 3 != settings.distill.steps
+    whole = settings.replace(distill=changed, subsets={"steps": 5})
+    assert (whole.distill, whole.subsets.steps, whole.width) == (changed, 5, settings.width)
+    assert whole.given == settings.given and whole.variants == settings.variants
 
 
 @pytest.mark.parametrize("key", ["subsets", "seed"])

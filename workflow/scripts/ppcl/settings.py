@@ -25,23 +25,24 @@ class Section:
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """A section with these keys; lists become tuples. Raises TypeError for an unknown key."""
-        made, known = object.__new__(cls), {each.name for each in dataclasses.fields(cls)}
-        for key, value in values.items():
-            if key not in known:
-                raise TypeError(f"{cls.__name__} has no key '{key}'")
-            object.__setattr__(made, key, cls._typed(key, value))
-        return made
+        return object.__new__(cls).replace(**values)
 
     @classmethod
     def _typed(cls, key: str, value: Any) -> Any:
         kind = get_type_hints(cls)[key]
         if isinstance(kind, type) and issubclass(kind, Section):
-            return kind.of(value)
+            return value if isinstance(value, kind) else kind.of(value)
         return _tuples(value)
 
     def replace(self, **changes: Any) -> Self:
-        """The same with some keys changed or added."""
-        return type(self).of(vars(self) | changes)
+        """The same with some keys changed or added. Raises TypeError for an unknown key."""
+        made, known = object.__new__(type(self)), {each.name for each in dataclasses.fields(self)}
+        vars(made).update(vars(self))
+        for key, value in changes.items():
+            if key not in known:
+                raise TypeError(f"{type(self).__name__} has no key '{key}'")
+            object.__setattr__(made, key, self._typed(key, value))
+        return made
 
     if not TYPE_CHECKING:  # a checker shall see that an attribute is misspelled
 
@@ -363,7 +364,7 @@ class Settings(Section):
     @classmethod
     def _typed(cls, key: str, value: Any) -> Any:
         if key == "variants":
-            return tuple(map(Variant.of, value))
+            return tuple(each if isinstance(each, Variant) else Variant.of(each) for each in value)
         return value if key in ("pipeline", "given") else super()._typed(key, value)
 
     @property
