@@ -17,7 +17,6 @@ point, the same command goes on from the last checkpoint in --state. A finished 
 there, and not the weights: there are as many runs as methods and seeds. Runs in one process.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -38,17 +37,16 @@ SHARED = ("tokens", "conditioning", "probes", "cka", "sensitivity", "width", "la
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__,
+        "config",
+        "number",
+        "state",
+        reads=("calls", *SHARED),
+        writes=("output",),
+        output="the rows of the run",
     )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
     parser.add_argument("--method", required=True, help="JSON of the method: name, select, train")
-    parser.add_argument("--number", type=int, required=True, help="added to the config's seed")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    for name in SHARED:
-        parser.add_argument(f"--{name}", type=Path, required=True, help="shared artifact")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--output", type=Path, required=True, help="the run's rows to write")
     args = parser.parse_args()
     settings, job = config.load(args.config), json.loads(args.method)
 

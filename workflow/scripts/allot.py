@@ -5,9 +5,6 @@ python workflow/scripts/allot.py --config config/mine.yaml \
     --shards results/mine/distill/shards/shards.json
 """
 
-import argparse
-from pathlib import Path
-
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.pruning import selection_file
@@ -16,14 +13,9 @@ from ppcl.transformer import calls
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--shards", type=Path, required=True, help="shards.json to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__, "config", reads=("calls", "plan"), writes=("shards",)
+    ).parse_args()
     settings = config.load(args.config)
     options = settings.distill
     caching = entrance.caching(calls.Reader(args.calls), options, settings.seed)

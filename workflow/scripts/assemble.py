@@ -11,9 +11,6 @@
         --subsets results/digits/subsets/students.safetensors --output results/digits/models/p70
 """
 
-import argparse
-from pathlib import Path
-
 import torch
 
 from ppcl import program, provenance
@@ -28,17 +25,15 @@ from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--variant", required=True, help="name of the variant in the config")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet, for the check")
-    parser.add_argument("--sets", type=Path, required=True, help="sets.json, or of this variant")
-    variant_files.add_arguments(parser, models_only=True)
-    parser.add_argument("--finetuned", type=Path, help="fine-tuned weights of this variant")
-    parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        "variant",
+        reads=("calls", "sets"),
+        may_read=(*variant_files.MODEL_FILES, "refits", "finetuned"),
+        writes=("output",),
+        output="the pipeline folder",
+    ).parse_args()
     settings = config.load(args.config)
     assembly.variant(settings, args.variant)  # which must be there
 

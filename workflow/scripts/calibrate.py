@@ -12,7 +12,6 @@ All are trained at once, each alone (Eq. 6), for as many steps as the methods of
 killed run goes on from the last checkpoint in --state. Runs in one process.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +35,14 @@ SHARED = ("probes", "cka", "sensitivity", "width")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    for name in SHARED:
-        parser.add_argument(f"--{name}", type=Path, required=True, help="shared artifact")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--table", type=Path, required=True, help="calibration.parquet to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        "state",
+        reads=("calls", *SHARED),
+        writes=("table",),
+        table="ablation/calibration.parquet",
+    ).parse_args()
     settings = config.load(args.config)
     wide, seed = settings.width, settings.seed
 

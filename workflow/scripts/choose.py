@@ -26,7 +26,6 @@ choose, variants, how maps are fitted (width), and what is pinned or forbidden (
 modulation). A killed run goes on with what is not measured yet.
 """
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -89,20 +88,18 @@ def refit(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__,
+        "config",
+        "state",
+        reads=("calls",),
+        may_read=(*variant_files.MODEL_FILES, *variant_files.PRICE_FILES),
+        writes=("sets", "units", "refitted", "measured"),
+        refitted="variants/maps.safetensors",
     )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    variant_files.add_arguments(parser)
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--sets", type=Path, required=True, help="sets.json to write")
     parser.add_argument(
-        "--each", type=Path, nargs="*", default=[], help="files of one variant, named after it"
+        "--each", type=Path, nargs="*", default=[], help="output: a file per variant, named so"
     )
-    parser.add_argument("--units", type=Path, required=True, help="units.parquet to write")
-    parser.add_argument("--refitted", type=Path, required=True, help="maps.safetensors to write")
-    parser.add_argument("--measured", type=Path, required=True, help="measured.parquet to write")
     args = parser.parse_args()
     settings = config.load(args.config)
     options, seed = settings.choose, settings.seed

@@ -27,7 +27,10 @@ from ppcl.transformer import calls
 
 
 def main() -> None:
-    args = student_stage.arguments(__doc__, "start weights", sharded=True)
+    parser = student_stage.parser(__doc__, "prune/students.safetensors")
+    parser.add_argument("--shards", type=Path, help="input, optional: distill/shards/shards.json")
+    parser.add_argument("--shard", type=int, default=0, help="which of the shards it is")
+    args = parser.parse_args()
     settings = config.load(args.config)
     options, seed = settings.distill, settings.seed
 

@@ -28,7 +28,6 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
     peak_memory_bytes     what loading the transformer and one batch add to a fresh process
 """
 
-import argparse
 import json
 from collections.abc import Iterator
 from concurrent.futures import as_completed
@@ -192,17 +191,12 @@ def judge_accuracy(judge: world.Judge, resamples: int, seed: int) -> Estimate:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__, "config", "state", reads=("calls",), writes=("metrics", "images")
     )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet of record")
     parser.add_argument(
-        "--models", type=Path, nargs="+", required=True, help="pipeline folders of the variants"
+        "--models", type=Path, nargs="+", required=True, help="input: the variants' folders"
     )
-    parser.add_argument("--metrics", type=Path, required=True, help="metrics.parquet to write")
-    parser.add_argument("--images", type=Path, required=True, help="images.parquet to write")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
     args = parser.parse_args()
     settings = config.load(args.config)
     options, seed = settings.evaluate, settings.seed

@@ -7,7 +7,6 @@
         --conditioning results/digits/activations/conditioning.safetensors
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -34,19 +33,11 @@ def choose_rows(reader: calls.Reader, count: int, seed: int) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__, "config", "state", reads=("calls",), writes=("tokens", "moments", "conditioning")
     )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet to replay")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--tokens", type=Path, required=True, help="tokens.parquet to write")
-    parser.add_argument("--moments", type=Path, required=True, help="moments.safetensors to write")
     parser.add_argument(
         "--no-moments", action="store_true", help="sum up none of them: nothing is probed"
-    )
-    parser.add_argument(
-        "--conditioning", type=Path, required=True, help="conditioning.safetensors to write"
     )
     args = parser.parse_args()
     settings = config.load(args.config)

@@ -17,7 +17,6 @@ Killed at any point, the same command resumes from the last checkpoint in --stat
 with the same weights. With finetune.sharding: fsdp every process keeps a share of them.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -36,18 +35,17 @@ from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--variant", required=True, help="name of the variant in the config")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--sets", type=Path, required=True, help="sets.json, or of this variant")
-    variant_files.add_arguments(parser, models_only=True)
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--output", type=Path, required=True, help="weights to write")
-    parser.add_argument("--log-table", type=Path, required=True, help="log table to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        "variant",
+        "state",
+        reads=("calls", "sets"),
+        may_read=(*variant_files.MODEL_FILES, "refits"),
+        writes=("output", "log_table"),
+        output="finetune/<variant>.safetensors",
+        log_table="finetune/<variant>-log.parquet",
+    ).parse_args()
     settings = config.load(args.config)
     options, seed = settings.finetune, settings.seed
     variant = assembly.variant(settings, args.variant)

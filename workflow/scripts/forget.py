@@ -7,16 +7,14 @@ recorded yet, as when it is killed itself, and the stage then makes them again a
 command of a stage that reads the outputs is this: it would not have been started before.
 """
 
-import argparse
 from pathlib import Path
 
+from ppcl import program
 from ppcl.storage import whole
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("folders", type=Path, nargs="*", help="below state/; may be missing")
     for folder in parser.parse_args().folders:
         whole.forget(folder)

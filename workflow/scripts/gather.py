@@ -9,7 +9,6 @@ table: all rows, with the methods' groups, labels and order in the figure;
 words: tables for a reader. Needs no torch.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -39,13 +38,11 @@ def labelled(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__, may_read=("results",), writes=("output",), output="the file to write"
     )
     parser.add_argument("what", choices=("best", "table", "words"))
-    parser.add_argument("--runs", type=Path, nargs="+", help="tables of ablate.py")
-    parser.add_argument("--results", type=Path, help="the table of all of them, for words")
-    parser.add_argument("--output", type=Path, required=True, help="file to write")
+    parser.add_argument("--runs", type=Path, nargs="+", help="input: tables of ablate.py")
     args = parser.parse_args()
     if args.what == "words":
         results = tables.read(args.results, schemas.ABLATION).to_pandas()

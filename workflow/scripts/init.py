@@ -8,37 +8,29 @@ configs are fetched. Every line of the file says what it is for; what it leaves 
 is there already is never written over.
 """
 
-import argparse
-from pathlib import Path
-
 from ppcl import program
 from ppcl.configuration import starter
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(__doc__, writes=("output",), output="the config file (.yaml)")
     parser.add_argument("--teacher", required=True, help="folder of a pipeline, or owner/name")
-    parser.add_argument("--output", type=Path, required=True, help="config file to write (.yaml)")
-    parser.add_argument("--run", help="name of the run; without it, the name of the file")
     for name, what in (
+        ("run", "name of the run; without it, the name of the file"),
         ("revision", "branch, tag or commit on the Hub"),
         ("variant", "variant of the weight files, such as fp16"),
         ("subfolder", "folder of the pipeline inside the path"),
+        ("calibration", "your prompts to calibrate on"),
+        ("evaluation", "your prompts to evaluate on, other ones"),
     ):
         parser.add_argument(f"--{name}", help=what)
+    parser.add_argument("--component", default="transformer", help="the part that is pruned")
     parser.add_argument(
         "--trust-remote-code", action="store_true", help="run model code that comes with it"
     )
-    parser.add_argument("--component", default="transformer", help="the part that is pruned")
     parser.add_argument(
-        "--free",
-        action="store_true",
-        help="closed forms alone: nothing is trained",
+        "--free", action="store_true", help="closed forms alone: nothing is trained"
     )
-    parser.add_argument("--calibration", help="your prompts to calibrate on")
-    parser.add_argument("--evaluation", help="your prompts to evaluate on, other ones")
     args = parser.parse_args()
     names = ("component", "revision", "variant", "subfolder", "trust_remote_code")
     teacher = {"path": args.teacher} | {name: getattr(args, name) for name in names}

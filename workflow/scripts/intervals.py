@@ -12,7 +12,6 @@ modulation (enabled and the lists), and variants for the smallest budgets of tho
 students may be in: what is trained for them, larger ones use as well. Needs no torch.
 """
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,24 +52,15 @@ def with_pinned_runs(closed: ClosedForms, pinned: Named) -> list[ClosedForm]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__,
+        "config",
+        reads=("block_facts", "cka"),
+        may_read=("sensitivity", "probes", "width", "latency"),
+        writes=("intervals",),
+        probes="probes/probes.parquet; with intervals.cost: influence",
     )
-    parser.add_argument("--config", required=True, help="config file, or a JSON object")
-    parser.add_argument(
-        "--block-facts", type=Path, required=True, help="input: the teacher's blocks, parquet"
-    )
-    parser.add_argument("--cka", type=Path, required=True, help="input: CKA of runs, parquet")
-    parser.add_argument(
-        "--sensitivity", type=Path, help="input: measured costs, for intervals.cost: velocity"
-    )
-    parser.add_argument(
-        "--probes", type=Path, help="input: the probes' table, for intervals.cost: influence"
-    )
-    parser.add_argument("--width", type=Path, help="input: prices of closed forms")
-    parser.add_argument("--latency", type=Path, help="input: block times, for latency budgets")
-    parser.add_argument("--intervals", type=Path, required=True, help="output: intervals, parquet")
-    parser.add_argument("--candidates", type=Path, help="output: closed forms, parquet")
+    parser.add_argument("--candidates", type=Path, help=f"output: {program.FILES['candidates']}")
     options = parser.parse_args()
     settings = config.load(options.config)
     chosen, stream = settings.intervals, settings.similarity.streams

@@ -10,7 +10,6 @@ python workflow/scripts/join.py --config config/mine.yaml --plan results/mine/pr
 Files are given in the order of the shards, which is that of depth.
 """
 
-import argparse
 from pathlib import Path
 
 import pandas as pd
@@ -24,17 +23,19 @@ from ppcl.storage import schemas, tables, tensors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__,
+        "config",
+        reads=("plan",),
+        writes=("output", "log_table", "errors"),
+        output="distill/students.safetensors",
+        log_table="distill/log.parquet",
+        errors="distill/errors.parquet",
     )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, nargs="+", required=True, help="shards' students")
-    parser.add_argument("--logs", type=Path, nargs="+", required=True, help="shards' logs")
-    parser.add_argument("--costs", type=Path, nargs="+", required=True, help="shards' errors")
-    parser.add_argument("--output", type=Path, required=True, help="students to write")
-    parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
-    parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
+    for name in ("students", "logs", "costs"):
+        parser.add_argument(
+            f"--{name}", type=Path, nargs="+", required=True, help="input: one file of each shard"
+        )
     args = parser.parse_args()
     settings = config.load(args.config)
 

@@ -12,11 +12,9 @@ the sum, and all are rounded, so that a run on the same machine gives the same s
 evaluate.latency_repeats.
 """
 
-import argparse
 import copy
 import logging
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
@@ -52,13 +50,9 @@ def _sharing(module: nn.Module) -> nn.Module:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--table", type=Path, required=True, help="blocks.parquet to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__, "config", reads=("calls",), writes=("table",), table="latency/blocks.parquet"
+    ).parse_args()
     settings = config.load(args.config)
     options = settings.evaluate
 

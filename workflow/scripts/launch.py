@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable
 
+from ppcl import program
 from ppcl.runtime import cores, endings, gpus, stopping, surroundings
 
 GRACE = 30  # seconds between SIGTERM to the processes and their end by SIGKILL
@@ -47,9 +48,7 @@ def main() -> None:
     """Parse the command line, start the processes and wait for them."""
     stopping.heed()
     surroundings.forget_ranks()
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(__doc__)
     parser.add_argument("--processes", default="auto", help="a number, or auto (the default)")
     parser.add_argument("--threads", type=int, required=True, help="CPU cores of this job")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or mps")

@@ -11,7 +11,6 @@ wider by its rank. --projected writes a LoRA file for the pipeline as it is, and
 of each modulation's change is lost. Blocks are renumbered as block_map.json tells.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -47,17 +46,18 @@ def read_block_map(path: Path, count: int) -> list[list[int]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = program.parser(
+        __doc__,
+        reads=("model", "lora"),
+        may_read=("conditioning",),
+        model="folder of a pruned pipeline",
+        lora="file of a LoRA of the teacher",
     )
-    parser.add_argument("--model", type=Path, required=True, help="folder of a pruned pipeline")
     parser.add_argument("--component", default="transformer", help="of it, the pruned one")
     parser.add_argument("--dtype", default="float32", help="number format of its weights")
-    parser.add_argument("--lora", type=Path, required=True, help="file of a LoRA of the teacher")
     output = parser.add_mutually_exclusive_group(required=True)
-    output.add_argument("--merged", type=Path, help="pipeline folder to write")
-    output.add_argument("--projected", type=Path, help="LoRA file to write")
-    parser.add_argument("--conditioning", type=Path, help="conditioning.safetensors of the run")
+    output.add_argument("--merged", type=Path, help="output: a pipeline folder")
+    output.add_argument("--projected", type=Path, help="output: a LoRA file")
     args = parser.parse_args()
     if args.projected and not args.conditioning:
         raise UserError("--projected needs --conditioning, which `extract` has written")

@@ -28,7 +28,7 @@ from ppcl.transformer import calls
 
 
 def main() -> None:
-    args = student_stage.arguments(__doc__, "students of distill")
+    args = student_stage.parser(__doc__, "distill/students.safetensors").parse_args()
     settings = config.load(args.config)
     options, seed = settings.narrowing, settings.seed
 

@@ -22,10 +22,8 @@ what is forbidden (intervals, width, modulation), and of evaluate velocity_rows,
 bootstrap and latency_repeats.
 """
 
-import argparse
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -47,15 +45,13 @@ from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--sets", type=Path, required=True, help="sets.json")
-    variant_files.add_arguments(parser)
-    parser.add_argument("--points", type=Path, required=True, help="points.parquet to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        reads=("calls", "sets"),
+        may_read=(*variant_files.MODEL_FILES, *variant_files.PRICE_FILES),
+        writes=("points",),
+    ).parse_args()
     settings = config.load(args.config)
     seed = settings.seed
 

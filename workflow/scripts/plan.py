@@ -155,16 +155,14 @@ def _fit(fits: pd.Series) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--intervals", type=Path, help="intervals.parquet, if there is one")
-    parser.add_argument("--candidates", type=Path, help="width/candidates.parquet, if there is one")
-    parser.add_argument("--calls", type=Path, help="calls.parquet, if there is one")
-    parser.add_argument("--table", type=Path, required=True, help="plan.parquet to write")
-    parser.add_argument("--resources", type=Path, required=True, help="resources.json to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        may_read=("intervals", "candidates", "calls"),
+        writes=("table", "resources"),
+        table="plan/plan.parquet",
+        resources="plan/resources.json",
+    ).parse_args()
     settings = config.load(args.config)
 
     made = made_for(args, settings)

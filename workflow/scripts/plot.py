@@ -151,47 +151,31 @@ def save(drawn: dict, output: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line and draw one group of figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(__doc__)
     groups = parser.add_subparsers(required=True, metavar="GROUP")
-    inputs = {
-        intervals: (),
-        training: (),
-        quality: ("metrics", "images", "points", "units"),
-        ablation: ("results",),
-        calibration: ("calibration",),
+    of_group = {
+        intervals: ((), ("cka", "blocks", "probes", "intervals", "width")),
+        training: ((), ("distill_log", "subsets_log")),
+        quality: (("metrics", "images", "points", "units"), ("width",)),
+        ablation: (("results",), ()),
+        calibration: (("calibration",), ()),
     }
-    for draw, names in inputs.items():
+    for draw, (reads, may_read) in of_group.items():
         group = groups.add_parser(draw.__name__, help=draw.__doc__, description=draw.__doc__)
         group.set_defaults(draw=draw)
-        group.add_argument("--config", required=True, help="config file, or JSON")
-        for name in names:
-            group.add_argument(f"--{name}", type=Path, required=True, metavar="PARQUET")
-        if draw is intervals:
-            for name in ("cka", "blocks", "probes", "intervals", "width"):
-                group.add_argument(
-                    f"--{name}", type=Path, metavar="PARQUET", help="if there is one"
-                )
-        if draw is quality:
-            group.add_argument(
-                "--width", type=Path, metavar="PARQUET", help="prices, if no intervals are searched"
-            )
+        program.add_options(
+            group,
+            "config",
+            reads=reads,
+            may_read=may_read,
+            writes=("output",),
+            probes="probes/probes.parquet",
+            width="width/candidates.parquet; of the group quality, width/measured.parquet",
+            output="folder of the figures",
+        )
         if draw is training:
-            for name in ("distill-log", "subsets-log"):
-                group.add_argument(
-                    f"--{name}", type=Path, metavar="PARQUET", help="if there is one"
-                )
-            group.add_argument(
-                "--finetune-logs",
-                type=Path,
-                nargs="*",
-                default=[],
-                metavar="PARQUET",
-                help="one per fine-tuned variant, named after it; may be empty",
-            )
-        group.add_argument("--output", type=Path, required=True, help="folder of the figures")
+            logs = "input: one of each fine-tuned variant, named after it; may be none"
+            group.add_argument("--finetune-logs", type=Path, nargs="*", default=[], help=logs)
     options = parser.parse_args()
     options.draw(options, config.load(options.config))
 

@@ -8,9 +8,6 @@
 Reads of the config: probe.
 """
 
-import argparse
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
@@ -25,15 +22,9 @@ from ppcl.storage import schemas, tables, tensors
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or a JSON object")
-    parser.add_argument("--moments", type=Path, required=True, help="input: sums for the fit")
-    parser.add_argument("--tokens", type=Path, required=True, help="input: sampled tokens")
-    parser.add_argument("--probes-table", type=Path, required=True, help="output: quality, parquet")
-    parser.add_argument("--probes", type=Path, required=True, help="output: probes, safetensors")
-    options = parser.parse_args()
+    options = program.parser(
+        __doc__, "config", reads=("moments", "tokens"), writes=("probes_table", "probes")
+    ).parse_args()
     settings = config.load(options.config)
 
     stored, _ = tensors.read(options.moments)

@@ -90,17 +90,14 @@ def selection_of(args: argparse.Namespace, unread_after: int | None) -> Selectio
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--intervals", type=Path, required=True, help="intervals.parquet")
-    parser.add_argument("--candidates", type=Path, help="width candidates, with width.enabled")
-    parser.add_argument("--latency", type=Path, help="measured times, with a latency budget")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json to write")
-    parser.add_argument("--students", type=Path, required=True, help="start weights to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        reads=("intervals", "calls"),
+        may_read=("candidates", "latency"),
+        writes=("plan", "students"),
+        students="prune/students.safetensors",
+    ).parse_args()
     settings = config.load(args.config)
     options, how = settings.width, settings.prune.start
 

@@ -9,7 +9,6 @@ launch.py) share the batches.
         --block-facts results/digits/record/blocks.parquet --state results/digits/state/record
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
@@ -46,14 +45,7 @@ def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> lis
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet to write")
-    parser.add_argument("--block-facts", type=Path, required=True, help="blocks.parquet to write")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    args = parser.parse_args()
+    args = program.parser(__doc__, "config", "state", writes=("calls", "block_facts")).parse_args()
     settings = config.load(args.config)
     options, seed = settings.record, settings.seed
 

@@ -14,7 +14,6 @@ calls to fit on if those are solved. A killed run goes on with the runs of block
 measured yet.
 """
 
-import argparse
 from functools import partial
 from pathlib import Path
 
@@ -35,14 +34,14 @@ from ppcl.transformer import blocks, calls
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--table", type=Path, required=True, help="intervals.parquet to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        "state",
+        reads=("calls",),
+        writes=("table",),
+        table="sensitivity/intervals.parquet",
+    ).parse_args()
     settings = config.load(args.config)
     options, start = settings.sensitivity, settings.prune.start
 

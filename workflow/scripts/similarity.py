@@ -10,10 +10,8 @@ CPU. Reads of the config: seed, device, similarity (without streams: all of them
 noise level of Delta's rise, per stream, is written into cka.parquet's provenance as `delta_noise`.
 """
 
-import argparse
 import json
 import logging
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -64,15 +62,9 @@ def block_rows(stream: str, blocks: list[int], values: np.ndarray) -> pd.DataFra
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or a JSON object")
-    parser.add_argument("--probes", type=Path, required=True, help="input: probes, safetensors")
-    parser.add_argument("--tokens", type=Path, required=True, help="input: sampled tokens")
-    parser.add_argument("--cka", type=Path, required=True, help="output: CKA of runs, parquet")
-    parser.add_argument("--blocks", type=Path, required=True, help="output: CKA of pairs, parquet")
-    options = parser.parse_args()
+    options = program.parser(
+        __doc__, "config", reads=("probes", "tokens"), writes=("cka", "blocks")
+    ).parse_args()
     settings = config.load(options.config)
     chosen = settings.similarity
     how = {key: getattr(chosen, key) for key in ("estimator", "normalise_tokens")}

@@ -30,7 +30,7 @@ from ppcl.transformer import calls
 
 
 def main() -> None:
-    args = student_stage.arguments(__doc__, "students so far")
+    args = student_stage.parser(__doc__, "distill/students.safetensors, or of narrow/").parse_args()
     settings = config.load(args.config)
     options, seed = settings.subsets, settings.seed
 

@@ -8,7 +8,6 @@ Killed at any point, the same command goes on where it was. `--state` keeps the 
 and the checkpoint of the part in training.
 """
 
-import argparse
 import csv
 import json
 from pathlib import Path
@@ -231,13 +230,9 @@ def card(pipe: QwenImagePipeline, settings: dict, scores: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", type=Path, required=True, help="config/teacher-digits.yaml")
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--output", type=Path, required=True, help="pipeline folder to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__, "config", "state", writes=("output",), output="the pipeline folder"
+    ).parse_args()
     settings = strict_yaml.read(args.config)
     accelerator = processes.accelerator("cpu")
     args.state.mkdir(parents=True, exist_ok=True)

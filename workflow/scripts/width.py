@@ -17,7 +17,6 @@ the velocity error is what selection counts. Reads of the config: seed, device, 
 modulation. A killed run goes on with what is not fitted and not measured yet.
 """
 
-import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -135,19 +134,15 @@ def modulation_rows(offers: Offers, fit_errors: Mapping[str, float]) -> dict[str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--blocks", type=Path, help="CKA of pairs of blocks, for text runs")
-    parser.add_argument(
-        "--conditioning", type=Path, help="conditioning.safetensors, with modulation.enabled"
-    )
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--table", type=Path, required=True, help="measured.parquet to write")
-    parser.add_argument("--maps", type=Path, required=True, help="maps.safetensors to write")
-    args = parser.parse_args()
+    args = program.parser(
+        __doc__,
+        "config",
+        "state",
+        reads=("calls",),
+        may_read=("blocks", "conditioning"),
+        writes=("table", "maps"),
+        table="width/measured.parquet",
+    ).parse_args()
     settings = config.load(args.config)
     options, seed = settings.width, settings.seed
 

@@ -1,4 +1,4 @@
-"""The files of earlier stages that variants are made from, and how programs are given them."""
+"""The files of earlier stages that variants are made from."""
 
 import argparse
 import functools
@@ -10,6 +10,10 @@ from ppcl.closed_forms import linear_map_refits
 from ppcl.closed_forms.linear_map_refits import Refits
 from ppcl.errors import UserError
 from ppcl.search.sets import REFIT, START, TRAINED, Set
+
+# Names, in program.FILES, of what models are made from, and of what sets are chosen by.
+MODEL_FILES = ("maps", "conditioning", START, *TRAINED)
+PRICE_FILES = ("plan", "width", "latency", *(f"{stage}_errors" for stage in TRAINED))
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Files:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Files":
-        """Those of a command line with `add_arguments`."""
+        """Those of a command line that may read them."""
         given = {name: path for name, path in vars(args).items() if path is not None}
         return cls(
             *(given.get(name) for name in ("width", "maps", "conditioning", "latency", "refits")),
@@ -68,24 +72,3 @@ class Files:
                 "variants and rerun"
             )
         return digest
-
-
-def add_arguments(parser: argparse.ArgumentParser, models_only: bool = False) -> None:
-    """Adds `Files` to a command line; models_only: those alone that models are made from."""
-
-    def add(name: str, text: str) -> None:
-        parser.add_argument(f"--{name}", type=Path, help=text)
-
-    add("maps", "maps.safetensors, with closed forms")
-    add("conditioning", "conditioning.safetensors, with modulation.enabled")
-    add(START, "start weights, with intervals.enabled")
-    for stage in TRAINED:
-        add(stage, f"students of {stage}, if it trains")
-    if models_only:
-        add("refits", "variants/maps.safetensors")
-        return
-    add("plan", "plan.json, with intervals.enabled")
-    add("width", "prices of closed forms")
-    add("latency", "measured times, with a latency budget")
-    for stage in TRAINED:
-        add(f"{stage}-errors", "errors of these students")

@@ -2,14 +2,13 @@
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 from accelerate import Accelerator
 from torch import nn
 
-from ppcl import provenance
+from ppcl import program, provenance
 from ppcl.pruning import students
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import Unit
@@ -20,28 +19,19 @@ from ppcl.training import distillation
 from ppcl.transformer import calls
 
 
-def arguments(description: str, start: str, sharded: bool = False) -> argparse.Namespace:
-    """The command line.
-
-    Args:
-        start: what the students are that the stage begins with.
-        sharded: whether the stage can be one of several jobs, each with some of the units.
-    """
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+def parser(description: str | None, students: str) -> argparse.ArgumentParser:
+    """The command line; students: the file, in the run's folder, of those that it begins with."""
+    return program.parser(
+        description,
+        "config",
+        "state",
+        reads=("calls", "plan", "students"),
+        writes=("output", "log_table", "errors"),
+        students=students,
+        output="students.safetensors",
+        log_table="log.parquet",
+        errors="errors.parquet",
     )
-    parser.add_argument("--config", required=True, help="config file, or inline JSON")
-    parser.add_argument("--calls", type=Path, required=True, help="calls.parquet")
-    parser.add_argument("--plan", type=Path, required=True, help="plan.json")
-    parser.add_argument("--students", type=Path, required=True, help=start)
-    parser.add_argument("--state", type=Path, required=True, help="folder to resume from")
-    parser.add_argument("--output", type=Path, required=True, help="trained students to write")
-    parser.add_argument("--log-table", type=Path, required=True, help="log.parquet to write")
-    parser.add_argument("--errors", type=Path, required=True, help="errors.parquet to write")
-    if sharded:
-        parser.add_argument("--shards", type=Path, help="shards.json, of a job that is a shard")
-        parser.add_argument("--shard", type=int, default=0, help="and which of them it is")
-    return parser.parse_args()
 
 
 def finish(
