@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
 
-from ppcl.configuration import config  # noqa: E402  (the path has to be set first)
+from ppcl.configuration import config, schema_words  # noqa: E402  (the path has to be set first)
 from ppcl.storage import schemas  # noqa: E402  (the path has to be set first)
 from ppcl.transformer import family_table  # noqa: E402  (the path has to be set first)
 
@@ -20,7 +20,7 @@ def pins() -> str:
 
 
 TABLES = {
-    "config/README.md": config.table,
+    "config/README.md": lambda: schema_words.table(config.schema()),
     "results/README.md": schemas.table,
     "docs/families.md": family_table.table,
     "environment.yml": pins,

@@ -1,7 +1,8 @@
 """The config's sections as typed objects: what programs and the library read instead of mappings.
 
 `configuration.config.load` makes them from a complete, checked config. workflow/schemas has what is
-allowed, the defaults and what each key means; a test holds both to the same keys and types.
+allowed, the defaults and what each key means; a test holds both to the same keys and types. One
+file, and a long one, as it is a table: a new key is one line here and one in the schema.
 """
 
 import dataclasses

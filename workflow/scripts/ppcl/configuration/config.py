@@ -4,7 +4,6 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import copy
-import difflib
 import functools
 import json
 import os
@@ -17,7 +16,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from ppcl.configuration import strict_yaml
+from ppcl.configuration import schema_words, strict_yaml
 from ppcl.errors import UserError
 from ppcl.settings import Settings, Variant
 from ppcl.teacher import hub
@@ -103,7 +102,7 @@ def complete(config: dict, source: str) -> dict:
     if problems:
         # An unknown key often explains the other problems, so it comes first.
         problems.sort(key=lambda e: e.validator != "additionalProperties")
-        raise UserError(f"{source}: {_explain(problems[0], rules)}")
+        raise UserError(f"{source}: {schema_words.explained(problems[0], rules)}")
     for name, value in filled.get("pipeline", {}).items():
         texts = value if isinstance(value, list) else [value]
         if re.fullmatch(strict_yaml.PROMPT_KEY, name) and value is not None:
@@ -169,10 +168,10 @@ def _spelled(path: str, full: Callable[[str], str]) -> str:
     As it is if there is no such file (a name on the Hub looks like a relative path), or if the full
     one could not stand in a config.
     """
-    if not os.path.exists(path) or set("{}") & set(found := full(path)):
+    if not os.path.exists(path) or set("{}") & set(spelled := full(path)):
         return path
     here = os.path.realpath(os.curdir)
-    return os.path.relpath(found, here) if f"{found}/".startswith(f"{here}/") else found
+    return os.path.relpath(spelled, here) if f"{spelled}/".startswith(f"{here}/") else spelled
 
 
 def subset(config: dict, *keys: str) -> str:
@@ -209,31 +208,6 @@ def tightest(variants: Sequence[Variant]) -> list[dict]:
     ]
 
 
-def table() -> str:
-    """The table of config/README.md: one markdown row per key, from the schema."""
-    lines = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
-    for key, node in _leaves(schema()):
-        # As YAML, so that a reader can copy it: JSON's 1e-06 would be text there.
-        default = "required"
-        if "default" in node:
-            default = yaml.safe_dump(node["default"], default_flow_style=True, width=10**6)
-            default = f"`{default.splitlines()[0]}`"
-        cells = (f"`{key}`", _allowed(node), default, node["description"].strip())
-        lines.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, dict]]:
-    for name, child in node["properties"].items():
-        key = f"{prefix}{name}"
-        if "properties" in child:
-            yield from _leaves(child, f"{key}.")
-        else:
-            yield key, child
-            if "properties" in child.get("items", {}):
-                yield from _leaves(child["items"], f"{key}[].")
-
-
 def _matches(_validator, pattern: str, instance: Any, _rules: dict) -> Iterator:
     """As jsonschema's, but `$` is the end of the text; Python's also matches before a newline."""
     if isinstance(instance, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), instance):
@@ -264,91 +238,12 @@ def _fill(value: Any, node: dict) -> Any:
 
 def _decided(config: dict) -> dict:
     """The config with the search for intervals decided where it is left to us, by AUTO."""
-    found = copy.deepcopy(config)
+    decided = copy.deepcopy(config)
     try:
-        alone = not (found["width"]["enabled"] or found["modulation"]["enabled"])
+        alone = not (decided["width"]["enabled"] or decided["modulation"]["enabled"])
         for key, (mixed, depth_alone) in AUTO.items():
-            if found["intervals"][key] == "auto":
-                found["intervals"][key] = depth_alone if alone else mixed
+            if decided["intervals"][key] == "auto":
+                decided["intervals"][key] = depth_alone if alone else mixed
     except (KeyError, TypeError):  # which the validator tells
         pass
-    return found
-
-
-def _explain(problem: jsonschema.ValidationError, rules: dict) -> str:
-    key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem.path).lstrip(".")
-    if problem.validator == "additionalProperties":
-        known = list(problem.schema["properties"])
-        unknown = next(name for name in problem.instance if name not in known)
-        close = difflib.get_close_matches(unknown, known, n=1)
-        if close:
-            hint = f"did you mean '{close[0]}'?"
-        else:
-            elsewhere = [k for k, _ in _leaves(rules) if k.split(".")[-1] == unknown]
-            hint = f"did you mean '{elsewhere[0]}'? " if elsewhere else ""
-            hint += f"allowed here: {', '.join(known)}"
-        return f"unknown key '{f'{key}.{unknown}'.lstrip('.')}'; {hint}"
-    if problem.validator == "required":
-        return f"{key}: {problem.message}; add it"
-    node = rules
-    for part in problem.path:
-        node = node["items"] if isinstance(part, int) else node["properties"][part]
-    hint = ""
-    if "string" in node.get("type", ()) and not isinstance(problem.instance, (str, dict, list)):
-        hint = "; put it in quotes, or YAML does not keep it a text (--config: run='\"3\"')"
-    elif isinstance(problem.instance, str) and (
-        found := re.fullmatch(r"([+-]?\d+)(\.\d*)?[eE]([+-]?)(\d+)", problem.instance)
-    ):
-        whole, rest, sign, exponent = found.groups()
-        number = f"{whole}{rest or '.0'}e{sign or '+'}{exponent}"
-        hint = f"; YAML reads {problem.instance} as text, write {number}"
-    elif isinstance(problem.instance, str) and not _stays_text(problem.instance):
-        hint = "; this is text: drop the quotes (--config makes all nested values text, a file not)"
-    elif problem.instance is False and "no" in node.get("enum", ()):
-        hint = '; YAML reads a bare no as false, write "no" in quotes'
-    elif isinstance(problem.instance, str) and "enum" in node:
-        close = difflib.get_close_matches(problem.instance, map(str, node["enum"]), n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
-    return f"'{key}' is {json.dumps(problem.instance)}; allowed: {_allowed(node)}{hint}"
-
-
-def _stays_text(value: str) -> bool:
-    """Whether YAML reads a text, written without quotes, as a text."""
-    try:
-        return isinstance(yaml.safe_load(value), str)
-    except yaml.YAMLError:
-        return True
-
-
-def _allowed(node: dict) -> str:
-    """What the schema allows at one key, in words."""
-    if "anyOf" in node:
-        return " or ".join(_allowed(option) for option in node["anyOf"])
-    if "const" in node:
-        return f"`{node['const']}`"
-    if "enum" in node:
-        return "one of " + ", ".join(f"`{json.dumps(v).strip(chr(34))}`" for v in node["enum"])
-    kind = node.get("type", "anything")
-    words = " or ".join(kind) if isinstance(kind, list) else kind
-    if "properties" in node and node.get("minProperties") == 1:
-        options = [f"`{name}` ({_allowed(child)})" for name, child in node["properties"].items()]
-        words = f"a mapping with any of {', '.join(options)}"
-    if "items" in node:
-        exact = node.get("minItems") == node.get("maxItems")
-        length = node["minItems"] if exact else f"{node['minItems']} or more"
-        words = f"list of {length}: {_allowed(node['items'])}"
-    limits = [
-        f"{sign} {node[name]}"
-        for name, sign in (
-            ("minimum", ">="),
-            ("exclusiveMinimum", ">"),
-            ("maximum", "<="),
-            ("exclusiveMaximum", "<"),
-        )
-        if name in node
-    ]
-    if "pattern" in node:
-        limits.append(f"matching `{node['pattern']}`")
-    if "not" in node:
-        limits.append("other than " + ", ".join(f"`{v}`" for v in node["not"]["enum"]))
-    return f"{words} {', '.join(limits)}".strip()
+    return decided
