@@ -50,7 +50,7 @@ checkpoint choose:
         device=config["device"],
     params:
         config=lambda wildcards: configuration.subset(
-            {**config, "variants": configuration.budgets(settings().variants)},
+            {**config, "variants": configuration.budgets(config["variants"])},
             "seed",
             "device",
             "teacher",

@@ -40,7 +40,7 @@ rule pareto:
         device=config["device"],
     params:
         config=lambda wildcards: configuration.subset(
-            {**config, "variants": configuration.budgets(settings().variants)},
+            {**config, "variants": configuration.budgets(config["variants"])},
             "seed",
             "device",
             "teacher",
