@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ppcl.errors import UserError
+from ppcl.figures import catalogue
 from ppcl.storage import schemas, seals, tables, tensors, texts
 from ppcl.transformer import calls
 from support import ROOT, tiny, tiny_run
@@ -35,7 +36,7 @@ TABLES = {
 LATENCY = {"latency": "latency.parquet"}
 LOGS = {"distill_log": "distill-log.parquet", "subsets_log": "subsets-log.parquet"}
 QUALITY = {"metrics": "metrics.parquet", "images": "images.parquet", "points": "points.parquet"}
-QUALITY |= {"units": "units.parquet"}
+QUALITY |= {"units": "units.parquet", "measured": "width.parquet"}
 JOINED = {"logs": "distill-log.parquet", "costs": "distill-errors.parquet"}
 MORE = [
     Stage("intervals", NAMED["intervals"].reads | LATENCY, NAMED["intervals"].writes),
@@ -57,7 +58,7 @@ MORE = [
     ),
     Stage("plot", QUALITY, {"output": "f"}, group=("quality",)),
     Stage("plot", {"results": "results.parquet"}, {"output": "f"}, group=("ablation",)),
-    Stage("plot", {"calibration": "calibration.parquet"}, {"output": "f"}, group=("calibration",)),
+    Stage("plot", {"calibration": "calibration.parquet"}, {"output": "f"}, group=("ablation",)),
     Stage(
         "intervals",
         NAMED["intervals"].reads | {"probes": "probes.parquet"},
@@ -139,7 +140,9 @@ def handed_over():
         for rule in re.split(r"\n +input:\n", file.read_text())[1:]:
             program = re.search(r'script=program\("(\w+)\.py"\)', rule)[1]
             options = re.findall(r"--([a-z-]+) \{+input\.", rule)
-            for names in re.findall(r"optional\(([^)]+)\)", rule):
+            for group in re.findall(r"optional\(\*figure_tables\(\"(\w+)\"\)\)", rule):
+                options += [name for entry in catalogue.of_group(group) for name in entry.tables]
+            for names in re.findall(r"optional\(((?!\*figure_tables)[^)]+)\)", rule):
                 names = re.sub(r"\*([A-Z]+)", lambda m: lists[m[1]], names)
                 options += re.findall(r"\w+", names)
             found |= {(program, option.replace("-", "_")) for option in options}

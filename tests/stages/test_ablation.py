@@ -20,7 +20,8 @@ from ppcl import provenance
 from ppcl.ablation import calibration, chain, choices, methods, report, schedules, trial
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.figures import ablations, comparison
+from ppcl.figures import method_statistics
+from ppcl.figures.schedule_comparison import schedule_comparison
 from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock
 from ppcl.search import probes
@@ -546,7 +547,7 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     table = comparison_tables.table()
     table = table[table["state"] != "part"]
     table.loc[(table["method"] == "amber") & (table["seed"] == 1), "intervals"] = "[[1, 2]]"
-    found = comparison.summary(table, "velocity_error")
+    found = method_statistics.summary(table, "velocity_error")
     logs = np.log(table["velocity_error"].clip(1e-12)).groupby([table["method"], table["state"]])
     several = logs.var()[logs.count() > 1].drop("amber", level="method")
     several = several.xs("plugged", level="state")
@@ -562,7 +563,7 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     own = 4.302653 * logs.std()["amber", "plugged"] / 3**0.5  # t with 2 degrees of freedom
     own = (own**2 + math.log(1.1) ** 2) ** 0.5
     assert chance["high"] == pytest.approx(chance["mean"] * np.exp(own))
-    alone = comparison.summary(  # over one prompt there is no interval; over seeds there is
+    alone = method_statistics.summary(  # over one prompt there is no interval; over seeds there is
         table.assign(velocity_error_low=np.nan, velocity_error_high=np.nan), "velocity_error"
     )
     assert 1 < (alone["high"] / alone["mean"])["joint", "plugged"] < row["high"] / row["mean"]
@@ -579,7 +580,7 @@ def test_ratios_are_of_the_same_prompts():
         for row, sums in zip(every[every["method"] == name].to_dict("records"), mine, strict=True):
             text = json.dumps([sums.tolist(), [1.0] * 5])
             rows.append(row | {"velocity_error": sums.sum() / 5, "by_prompt": text})
-    value, low, high = comparison.ratio(pd.DataFrame(rows), "joint", "shortgpt", "plugged")
+    value, low, high = method_statistics.ratio(pd.DataFrame(rows), "joint", "shortgpt", "plugged")
     assert value == pytest.approx(np.exp(logs["joint"].mean() - logs["shortgpt"].mean()))
     # All draws of five prompts, each as likely as another.
     draws = np.array(list(itertools.product(range(5), repeat=5)))
@@ -590,7 +591,7 @@ def test_ratios_are_of_the_same_prompts():
     expected = np.exp(np.log(value) + np.array([-1, 1]) * np.hypot(reach, ends))
     np.testing.assert_allclose((low, high), expected, rtol=0.05)
     alike = [row | {"by_prompt": rows[0]["by_prompt"], "velocity_error": 0.5} for row in rows]
-    assert comparison.ratio(pd.DataFrame(alike), "joint", "shortgpt", "plugged") == (1, 1, 1)
+    assert method_statistics.ratio(pd.DataFrame(alike), "joint", "shortgpt", "plugged") == (1, 1, 1)
 
 
 @pytest.mark.parametrize("judged", [True, False])
@@ -615,7 +616,7 @@ def test_the_figure_names_every_method(tmp_path, judged):
 
 def test_the_figure_of_schedules_divides_by_the_first(tmp_path):
     table = comparison_tables.table()
-    ax = ablations.schedules(table).axes[0]
+    ax = schedule_comparison(table).axes[0]
     mine = table[table["group"] == "schedule"].sort_values("removed_parameters")
     of = {name: rows for name, rows in mine.groupby("method")}
     first, third = of["schedule-default"], of["schedule-whole"]

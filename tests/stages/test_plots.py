@@ -13,7 +13,13 @@ import pyarrow as pa
 import pytest
 
 from ppcl.errors import UserError
-from ppcl.figures import composition, labelling, search, style
+from ppcl.figures import labelling, style
+from ppcl.figures.block_measures import block_similarity, probe_quality
+from ppcl.figures.candidates import selected_spans
+from ppcl.figures.interval_search import interval_search
+from ppcl.figures.linear_maps import linear_map_costs
+from ppcl.figures.modulation import modulation_costs
+from ppcl.figures.variant_composition import taken_by_smallest
 from ppcl.pruning import pins
 from ppcl.search.candidates import Limits, closed_form_obstacle
 from ppcl.search.measured import ClosedForm
@@ -39,7 +45,7 @@ def interval_arguments(folder: Path, data: dict[str, pd.DataFrame], output: Path
     inputs = [x for name, table in data.items() for x in (f"--{name}", write(folder, name, table))]
     blocks = len(data["probes"]["block"].unique())
     width = write(folder, "width-candidates", width_table(data["intervals"], blocks), blocks)
-    inputs += ["--width", width]
+    inputs += ["--candidates", width]
     return ["intervals", "--config", INTERVALS_CONFIG, *inputs, "--output", output]
 
 
@@ -80,7 +86,7 @@ def test_search_names_every_search_and_the_selection(tmp_path):
 
 def test_search_marks_the_detected_end_and_the_first_rise():
     data = search_tables(24, 6)
-    figure = search.search(data["cka"], data["intervals"], "mean")
+    figure = interval_search(data["cka"], data["intervals"], "mean")
     panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
     for number, row in enumerate(found(data).itertuples(), 1):
         upper = panels[f"{number}:  blocks {style.span_name(row.first, row.last)}"]
@@ -99,7 +105,7 @@ def test_search_marks_the_detected_end_and_the_first_rise():
 def test_a_search_that_meets_no_rise_has_no_ring():
     data = search_tables(24, 6)
     data["intervals"]["tolerance"] = 10.0
-    figure = search.search(data["cka"], data["intervals"], "mean")
+    figure = interval_search(data["cka"], data["intervals"], "mean")
     assert not [n for ax in figure.axes for n in ax.lines if n.get_markersize() == 7.5]
 
 
@@ -111,7 +117,7 @@ def test_search_without_bootstrap_of_one_stream_and_of_nothing(tmp_path):
     draw(*interval_arguments(tmp_path, data, tmp_path))
     text = svg_text(tmp_path / "search.svg")
     assert "bootstrap" not in text and "image stream" in text
-    figure = search.search(data["cka"], data["intervals"].iloc[:0], "mean")
+    figure = interval_search(data["cka"], data["intervals"].iloc[:0], "mean")
     assert "found no interval" in "".join(text.get_text() for text in figure.texts)
 
 
@@ -119,7 +125,7 @@ def test_probes_of_a_stream_that_ends_early_and_of_a_useless_one():
     data = search_tables(24, 6)
     table = data["probes"].query("stream == 'image' or block < 9").reset_index(drop=True)
     table.loc[3, "r2_heldout"], table.loc[4, "condition_number"] = -40.0, np.nan
-    figure = search.probes(table, data["intervals"])
+    figure = probe_quality(table, data["intervals"])
     assert figure.axes[0].get_ylim()[0] > -1
     texts = {text.get_text(): text for text in figure.axes[0].texts}
     assert set(texts) == {"image", "text", "-40.0 ↓"}
@@ -128,7 +134,7 @@ def test_probes_of_a_stream_that_ends_early_and_of_a_useless_one():
 
 def width_panels(table: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> dict:
     """Panels of the width figure by the first words of their titles."""
-    figure = search.width(table, intervals, blocks)
+    figure = linear_map_costs(table, intervals, blocks)
     panels = {ax.get_title(loc="left").split(":")[0].split(" of ")[0]: ax for ax in figure.axes}
     return panels | {"figure": figure}
 
@@ -198,7 +204,7 @@ def test_width_strip_shows_the_pruned_model():
         corners = bar.get_paths()[0].get_extents()
         row = rows[round((corners.y0 + corners.y1) / 2)]
         found[row].append((round(corners.x0 + 0.45), round(corners.x1 - 0.45)))
-    spans = dict(search.selected_spans(intervals))
+    spans = dict(selected_spans(intervals))
     assert found["depth intervals"] == sorted(spans.items())
     for stream in ("image", "text"):
         chosen = table.query("kind == 'ffn' and stream == @stream and selected")["first"]
@@ -213,15 +219,15 @@ def test_width_of_one_stream_of_free_ffns_and_of_nothing():
     panels = width_panels(table, intervals, 24)
     assert "text FFNs" not in panels and "text runs" not in panels
     table.loc[table.index[:2], ["velocity_error", "fit_error_heldout"]] = np.nan
-    notes = "".join(text.get_text() for text in search.width(table, intervals, 24).texts)
+    notes = "".join(text.get_text() for text in linear_map_costs(table, intervals, 24).texts)
     assert "not drawn: 2" in notes
-    nothing = search.width(table.iloc[:0], intervals, 24)
+    nothing = linear_map_costs(table.iloc[:0], intervals, 24)
     assert "no FFN or text stream" in "".join(text.get_text() for text in nothing.texts)
 
 
 def test_modulation_shows_every_price_and_fills_what_was_taken():
     table = width_table(search_tables(24, 6)["intervals"], 24)
-    figure = composition.modulation(table, 24)
+    figure = modulation_costs(table, 24)
     rows = table.query("kind == 'modulation'")
     image, text, strip = figure.axes
     assert image.get_title(loc="left") == "img_mod.1 and norm_out.linear"
@@ -241,7 +247,7 @@ def test_modulation_shows_every_price_and_fills_what_was_taken():
     )
     assert [tick.get_text() for tick in strip.get_xticklabels()][-1] == "last"
     assert f"{len(picked)} of 49 modulation" in figure.texts[0].get_text()
-    none = composition.modulation(table.query("kind == 'ffn'"), 24)
+    none = modulation_costs(table.query("kind == 'ffn'"), 24)
     assert "no modulation matrices" in "".join(text.get_text() for text in none.texts)
 
 
@@ -249,7 +255,7 @@ def test_without_intervals_the_smallest_variant_tells_what_was_taken():
     table = width_table(search_tables(24, 6)["intervals"], 24)
     table = table.drop(columns=["selected", "verdict", "reason"])
     units = variant_units()
-    found = composition.taken(table, units)
+    found = taken_by_smallest(table, units)
     own = units[units["variant"] == "p70"]  # saves most, and takes neither runs nor intervals
     keys = ["kind", "first", "last", "stream", "path", "rank"]
     taken = set(own[keys].itertuples(index=False, name=None))
@@ -257,13 +263,15 @@ def test_without_intervals_the_smallest_variant_tells_what_was_taken():
     chosen = found[found["selected"]]
     assert set(chosen[keys].itertuples(index=False, name=None)) == taken & priced != set()
     assert {"ffn", "modulation"} <= set(chosen["kind"])
-    assert not composition.taken(table, units.iloc[:0])["selected"].any()
+    assert not taken_by_smallest(table, units.iloc[:0])["selected"].any()
 
 
 def test_a_run_without_depth_pruning_has_figures_of_its_closed_forms(tmp_path):
     table = width_table(search_tables(24, 6)["intervals"], 24)
     width = write(tmp_path, "width-candidates", table)
-    draw("intervals", "--config", INTERVALS_CONFIG, "--width", width, "--output", tmp_path / "a")
+    draw(
+        "intervals", "--config", INTERVALS_CONFIG, "--candidates", width, "--output", tmp_path / "a"
+    )
     assert {path.stem for path in (tmp_path / "a").iterdir()} == {"width", "modulation"}
     depth = svg_text(tmp_path / "a/width.svg").split("\n")
     assert "selected depth interval" not in depth
@@ -285,7 +293,7 @@ def test_tables_from_before_there_were_verdicts_are_refused_with_what_to_do(tmp_
     path, fields = tmp_path / "candidates.parquet", list(schemas.WIDTH_CANDIDATES)
     older = pa.schema([field for field in fields if field.name != "verdict"])
     tables.write(path, table[older.names], older, {"blocks": "24"})
-    arguments = ["--config", INTERVALS_CONFIG, "--width", path, "--output", tmp_path / "a"]
+    arguments = ["--config", INTERVALS_CONFIG, "--candidates", path, "--output", tmp_path / "a"]
     again = rf"{path}: column 'verdict' is missing; delete it and rerun: snakemake makes it again"
     with pytest.raises(UserError, match=again):
         draw("intervals", *arguments)
@@ -312,14 +320,14 @@ def test_log_average_is_a_geometric_mean():
 
 def test_drawing_leaves_matplotlib_settings_alone():
     before = dict(matplotlib.rcParams)
-    search.heatmap(search_tables(8, 2)["blocks"], search_tables(8, 2)["intervals"])
+    block_similarity(search_tables(8, 2)["blocks"], search_tables(8, 2)["intervals"])
     assert dict(matplotlib.rcParams) == before
 
 
 def test_a_curve_is_named_at_the_height_of_its_end():
     data = search_tables(24, 6)
     image = data["probes"].query("stream == 'image'")
-    figure = search.probes(image, data["intervals"])
+    figure = probe_quality(image, data["intervals"])
     for ax, column in zip(figure.axes, ("r2_heldout", "cosine_heldout"), strict=False):
         height = (ax.transData + ax.transAxes.inverted()).transform((0, image[column].iloc[-1]))[1]
         np.testing.assert_allclose(ax.texts[0].xy, (1, height))

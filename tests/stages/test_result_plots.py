@@ -10,7 +10,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.text import Text
 from PIL import Image
 
-from ppcl.figures import ablations, composition, results, search, style
+from ppcl.figures import quality, sample_images, style, variant_composition
+from ppcl.figures.candidates import selected_spans
+from ppcl.figures.price_calibration import price_calibration, rank_correlation
+from ppcl.figures.training_curves import velocity_errors
 from ppcl.storage import schemas
 from support.plotting import calibration_table, draw, search_tables, svg_text, variant_units, write
 
@@ -26,7 +29,7 @@ def distill_log(intervals: pd.DataFrame, steps: int = 400) -> pd.DataFrame:
     """Loss curves of the selected intervals, both streams, as noisy power laws."""
     rng = np.random.default_rng(1)
     rows = []
-    for first, last in search.selected_spans(intervals):
+    for first, last in selected_spans(intervals):
         for stream in ("image", "text"):
             level = rng.uniform(0.03, 0.4)
             for step in range(1, steps + 1, 2):
@@ -38,7 +41,7 @@ def distill_log(intervals: pd.DataFrame, steps: int = 400) -> pd.DataFrame:
 
 def test_an_interval_that_does_not_exist_reaches_nowhere():
     points = pd.DataFrame({"x": [3.0, 4.0], "x_low": [np.nan, 3.5], "x_high": [np.nan, 5.0]})
-    np.testing.assert_array_equal(results._reach(points, "x"), [[0, 0.5], [0, 1]])
+    np.testing.assert_array_equal(quality._reach(points, "x"), [[0, 0.5], [0, 1]])
 
 
 def velocity_log(level: float, steps: int = 600) -> pd.DataFrame:
@@ -144,7 +147,7 @@ def test_training_plots(tmp_path):
 
 def test_velocity_shows_every_logged_step_of_error_and_learning_rate():
     log = velocity_log(0.1).sample(frac=1, random_state=0)  # in any order
-    error, rate = results.velocity({"p70": log}, ["p70"], "title").axes
+    error, rate = velocity_errors({"p70": log}, ["p70"], "title").axes
     log = log.sort_values("step")
     for ax, column in ((error, "velocity_error"), (rate, "lr")):
         np.testing.assert_array_equal(ax.lines[0].get_xdata(), log["step"])
@@ -181,8 +184,8 @@ def test_prompts_are_drawn_as_written(tmp_path):
     table = images_table()
     table["prompt"] = "costs $5 & <b>$\\frac{</b> 猫\0\x1b[31m\v\ufffe"
     metrics = metrics_table(variants={"a_$b$": VARIANTS["p70"], "teacher": VARIANTS["teacher"]})
-    style.save(results.images(table, metrics), tmp_path / "images")
-    style.save(results.tradeoff(metrics), tmp_path / "tradeoff")
+    style.save(sample_images.sample_images(table, metrics), tmp_path / "images")
+    style.save(quality.quality_against_cost(metrics), tmp_path / "tradeoff")
     assert "costs $5 & <b>$\\frac{</b>" in svg_text(tmp_path / "images.svg")
     assert "a_$b$" in svg_text(tmp_path / "tradeoff.svg")
 
@@ -191,13 +194,13 @@ def test_small_pictures_are_enlarged_by_repeating_pixels():
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "png")
-    enlarged = results._pixels(buffer.getvalue())
+    enlarged = sample_images._pixels(buffer.getvalue())
     np.testing.assert_array_equal(enlarged, pixels.repeat(8, 0).repeat(8, 1))
 
 
 def test_names_of_crowded_points_do_not_overlap():
     close = {f"variant-{n}": (0.85 + n / 99, 0.86 + n / 99, n / 999) for n in range(1, 6)}
-    figure = results.tradeoff(metrics_table(variants=VARIANTS | close))
+    figure = quality.quality_against_cost(metrics_table(variants=VARIANTS | close))
     for ax in figure.axes:
         for name in ax.texts:
             name.update_positions(figure.canvas.get_renderer())
@@ -209,15 +212,15 @@ def test_names_of_crowded_points_do_not_overlap():
 
 def test_a_variant_has_one_colour_in_all_figures():
     names = [name for name in VARIANTS if name != "teacher"]
-    curves = results.velocity({"p55": velocity_log(0.1)}, names, "title").axes[0].texts
-    points = results.tradeoff(metrics_table()).axes[0].texts
+    curves = velocity_errors({"p55": velocity_log(0.1)}, names, "title").axes[0].texts
+    points = quality.quality_against_cost(metrics_table()).axes[0].texts
     (colour,) = {text.get_color() for text in points if text.get_text() == "p55"}
     assert [text.get_color() for text in curves] == [colour]
 
 
 def test_pareto_shows_every_budget_measured_and_predicted():
     table = points_table().sample(frac=1, random_state=0)  # in any order
-    figure = results.pareto(table, metrics_table(), [])
+    figure = quality.budget_errors(table, metrics_table(), [])
     table = table.sort_values("budget")
     costs = ("parameter_fraction", "parameter_fraction_without_modulation", "latency_ratio")
     for ax, cost in zip(figure.axes, costs, strict=True):
@@ -236,20 +239,20 @@ def test_pareto_shows_every_budget_measured_and_predicted():
         assert 0 < ax.get_ylim()[0] < table["velocity_error_low"].min() / 2
     assert "Fine-tuned" not in "".join(text.get_text() for text in figure.texts)
     whole = table.assign(parameter_fraction_without_modulation=np.nan)
-    assert len(results.pareto(whole, metrics_table(), []).axes) == 2
+    assert len(quality.budget_errors(whole, metrics_table(), []).axes) == 2
 
 
 def test_variants_have_the_colours_of_other_figures():
-    points = results.tradeoff(metrics_table()).axes[0].texts
-    ends = results.pareto(points_table(), metrics_table(), ["p55"]).axes[0].texts
+    points = quality.quality_against_cost(metrics_table()).axes[0].texts
+    ends = quality.budget_errors(points_table(), metrics_table(), ["p55"]).axes[0].texts
     colours = [{text.get_text(): text.get_color() for text in of} for of in (points, ends)]
     assert colours[0] == colours[1] and len(colours[0]) == 4
 
 
 def test_sets_show_what_every_variant_is_made_of_and_from_where():
     units = variant_units()
-    figure = composition.sets(units, ["p55", "p70", "p85", "whole"], 24)
-    fills = {to_rgba(colour): source for source, (colour, _) in composition.SOURCES.items()}
+    figure = variant_composition.variant_composition(units, ["p55", "p70", "p85", "whole"], 24)
+    fills = {to_rgba(colour): source for source, (colour, _) in variant_composition.SOURCES.items()}
     words = {"interval": "depth intervals", "text": "text runs"}
     for ax, variant in zip(figure.axes, ["p55", "p70", "p85", "whole"], strict=True):
         rows = [label.get_text() for label in ax.get_yticklabels()]
@@ -276,7 +279,7 @@ def test_sets_show_what_every_variant_is_made_of_and_from_where():
 
 
 def test_names_keep_off_curves():
-    figure = results.pareto(points_table(), metrics_table(), ["p55", "p70"])
+    figure = quality.budget_errors(points_table(), metrics_table(), ["p55", "p70"])
     for ax in figure.axes:
         curve = next(n for n in ax.lines if n.get_linestyle() == "-" and len(n.get_xdata()) == 10)
         corners = curve.get_transform().transform_path(curve.get_path())
@@ -288,7 +291,7 @@ def test_names_keep_off_curves():
 def test_calibration_plot(tmp_path):
     table = calibration_table()
     path = write(tmp_path, "calibration", table)
-    draw("calibration", "--config", "{}", "--calibration", path, "--output", tmp_path)
+    draw("ablation", "--config", "{}", "--calibration", path, "--output", tmp_path)
     text = svg_text(tmp_path / "calibration.svg")
     assert "ranked best by velocity error before training" in text
     for column in ("cost_cka", "cost_probe", "cost_untrained"):
@@ -307,17 +310,17 @@ def test_rank_correlation_with_ties_and_gaps():
     b = pd.Series([3.0, 4.0, 4.0, 9.0, 7.0])
     ranks = [1.5, 1.5, 3, 4], [1, 2.5, 2.5, 4]
     expected = np.corrcoef(*ranks)[0, 1]
-    np.testing.assert_allclose(ablations.rank_correlation(a, b), expected)
-    assert np.isnan(ablations.rank_correlation(a, b * 0))
+    np.testing.assert_allclose(rank_correlation(a, b), expected)
+    assert np.isnan(rank_correlation(a, b * 0))
 
 
 def test_calibration_of_free_candidates_of_one_price_and_of_none():
     table = calibration_table().query("kind == 'ffn_text'").reset_index(drop=True)
     table["cost_probe"] = np.nan
     table.loc[0, ["cost_untrained", "trained"]] = 0.0
-    (ax,) = ablations.calibration(table).axes
+    (ax,) = price_calibration(table).axes
     x = ax.lines[["s" == line.get_marker() for line in ax.lines].index(True)].get_xdata()
     assert x[0] == table["cost_untrained"][1:].min() / 2
     table["cost_untrained"] = np.nan
-    empty = ablations.calibration(table)
+    empty = price_calibration(table)
     assert "holds no prices" in "".join(text.get_text() for text in empty.texts)

@@ -226,7 +226,7 @@ CHANGES = [
     ),
     (
         {"similarity": {"bootstrap": 7}, "processes": 1, "subsets": {"lr": 0.5}},
-        {"similarity", "plot_intervals", "evaluate", "subsets"},
+        {"similarity", "evaluate", "subsets"},
     ),
     (
         {"pipeline": {"num_inference_steps": 3}, "sensitivity": {"longest": 3}},

@@ -9,7 +9,7 @@ import pandas as pd
 import plot
 import pytest
 
-from ppcl.figures import search
+from ppcl.figures.candidates import selected_spans
 from ppcl.storage import schemas, tables
 from ppcl.storage.schemas import Verdict
 
@@ -93,7 +93,7 @@ def search_tables(blocks: int, searches: int, seed: int = 0) -> dict[str, pd.Dat
 def width_table(intervals: pd.DataFrame, blocks: int, seed: int = 0) -> pd.DataFrame:
     """Candidates with protected blocks, a CKA floor and a selection of what costs least."""
     rng = np.random.default_rng(seed)
-    spans = search.selected_spans(intervals)
+    spans = selected_spans(intervals)
     gone = {block for first, last in spans for block in range(first + 1, last + 1)}
     run = (blocks // 2, blocks // 2 + 3)
     rows = []

@@ -124,7 +124,7 @@ STAGES = [
             "blocks": "blocks.parquet",
             "probes": "probes.parquet",
             "intervals": "intervals.parquet",
-            "width": "candidates.parquet",
+            "candidates": "candidates.parquet",
         },
         {"output": "figures"},
         group=("intervals",),

@@ -212,38 +212,10 @@ rule calibrate:
 
 rule plot_ablation:
     input:
+        **figure_tables("ablation"),
         script=program("plot.py"),
-        results=result("ablation/results.parquet"),
-        calibration=result("ablation/calibration.parquet"),
     output:
-        ablation=report(
-            result("plots/ablation/ablation.svg"),
-            caption="../report/ablation.rst",
-            category="Ablation",
-            labels={"figure": "The method against its alternatives"},
-        ),
-        low_rank=report(
-            result("plots/ablation/low_rank.svg"),
-            caption="../report/low_rank.rst",
-            category="Ablation",
-            labels={"figure": "The same with low-rank modulations"},
-        ),
-        schedules=report(
-            result("plots/ablation/schedules.svg"),
-            caption="../report/schedules.rst",
-            category="Ablation",
-            labels={"figure": "Schedules of training, at every budget"},
-        ),
-        calibration=report(
-            result("plots/ablation/calibration.svg"),
-            caption="../report/calibration.rst",
-            category="Ablation",
-            labels={"figure": "Prices against errors after training"},
-        ),
-        ablation_png=result("plots/ablation/ablation.png"),
-        low_rank_png=result("plots/ablation/low_rank.png"),
-        schedules_png=result("plots/ablation/schedules.png"),
-        calibration_png=result("plots/ablation/calibration.png"),
+        **figure_files("ablation"),
     log:
         result("logs/plot-ablation.log"),
     benchmark:
@@ -255,13 +227,13 @@ rule plot_ablation:
         mem_mb=2000,
         runtime=30,
     params:
-        config=subset(),
-        output=lambda wildcards, output: os.path.dirname(output.ablation),
+        config=subset(*figure_keys("ablation")),
+        figures=figure_names("ablation"),
+        tables=optional(*figure_tables("ablation")),
+        output=result("plots/ablation"),
         code=code("plot.py"),
     message:
         "Drawing the ablation"
     shell:
-        "python {input.script} ablation --config {params.config:q} --results {input.results} "
-        "--output {params.output} 2>&1 | tee {log}; "
-        "python {input.script} calibration --config {params.config:q} "
-        "--calibration {input.calibration} --output {params.output} 2>&1 | tee -a {log}"
+        "python {input.script} ablation --config {params.config:q} --figures {params.figures} "
+        "{params.tables} --output {params.output} 2>&1 | tee {log}"

@@ -25,6 +25,8 @@ from ppcl.ablation import methods
 from ppcl.configuration import config as configuration
 from ppcl.configuration import preflight
 from ppcl.errors import UserError, trouble
+from ppcl.figures import catalogue
+from ppcl.figures.run_tables import TABLES
 from ppcl.provenance import code_digest, digest, stamps
 from ppcl.runtime import collector, cores, gpus
 from ppcl.settings import Settings
@@ -490,67 +492,61 @@ def models():
 
 
 def figures(group):
-    """Names of a group's figures, as far as this run has what they show."""
-    shown = {
-        "intervals": {
-            "search": depth(),
-            "heatmap": compared(),
-            "probes": compared(),
-            "width": candidates() and config["width"]["enabled"],
-            "modulation": candidates() and config["modulation"]["enabled"],
-        },
-        "training": {
-            "distill": "distill" in training(),
-            "subsets": "subsets" in training(),
-            "finetune": finetuned(),
-        },
-        "quality": dict.fromkeys(("sets", "pareto", "tradeoff", "images"), True)
-        | {
-            # Without selection's own verdicts, which the figures of intervals show.
-            "width": not depth() and config["width"]["enabled"],
-            "modulation": not depth() and config["modulation"]["enabled"],
-        },
-        "ablation": dict.fromkeys(("ablation", "low_rank", "schedules", "calibration"), True),
-    }
-    return [name for name, there in shown[group].items() if there]
+    """The catalogue's entries of a group, as far as this run has what they show."""
+    return [entry for entry in catalogue.of_group(group) if entry.shown(config)]
 
 
 def plots(*groups):
     """The figures of some groups, as SVG and PNG."""
     return [
-        result(f"plots/{group}/{name}.{extension}")
+        result(f"plots/{group}/{entry.name}.{extension}")
         for group in groups
-        for name in figures(group)
+        for entry in figures(group)
         for extension in ("svg", "png")
     ]
 
 
-def figure(group, name, title):
-    """For a rule's output: a figure as SVG, in the report, if the run has it."""
-    if name not in figures(group):
-        return []
-    return report(
-        result(f"plots/{group}/{name}.svg"),
-        caption=f"../report/{name}.rst",
-        category=group.capitalize(),
-        labels={"figure": title},
-    )
+def figure_names(group):
+    """For params: which figures are to be drawn."""
+    return [entry.name for entry in figures(group)]
 
 
-def png(group, name):
-    """For a rule's output: the same figure as PNG."""
-    return result(f"plots/{group}/{name}.png") if name in figures(group) else []
+def figure_keys(group):
+    """The config's keys that drawing them depends on."""
+    return sorted({key for entry in figures(group) for key in entry.keys})
+
+
+def figure_tables(group):
+    """For a rule's input: their tables, by name; of some, each fine-tuned variant has one."""
+    names = {name for entry in figures(group) for name in entry.tables}
+    paths = {name: result(path) for name, path in TABLES.items() if name in names}
+    return {
+        name: (
+            [path.replace("<variant>", variant) for variant in finetuned()]
+            if "<variant>" in path
+            else path
+        )
+        for name, path in paths.items()
+    }
+
+
+def figure_files(group):
+    """For a rule's output: they as SVG, which the report shows, and as PNG."""
+    files = {}
+    for entry in figures(group):
+        files[entry.name] = report(
+            result(f"plots/{group}/{entry.name}.svg"),
+            caption=f"../report/{entry.name}.rst",
+            category=group.capitalize(),
+            labels={"figure": entry.title},
+        )
+        files[f"{entry.name}_png"] = result(f"plots/{group}/{entry.name}.png")
+    return files
 
 
 def interval_plots_only():
     """Whether nothing but the interval plots is asked for, and their tables exist."""
-    tables = [
-        *similarity("cka.parquet"),
-        *similarity("blocks.parquet"),
-        *([result("probes/probes.parquet")] if compared() else []),
-        *([result("intervals/intervals.parquet")] if depth() else []),
-        *candidates(),
-    ]
+    tables = figure_tables("intervals").values()
     return targets() == {"interval_plots"} and all(Path(table).is_file() for table in tables)
 
 

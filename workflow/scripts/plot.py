@@ -1,39 +1,24 @@
 """Draw the figures of a run from its parquet files (no model, no torch).
 
-    plot.py intervals    search, heatmap, probes, width, modulation: what went, and why
-    plot.py training     distill, subsets, finetune: loss curves
-    plot.py quality      sets, pareto, tradeoff, images: what variants are, reach and cost; width
-                         and modulation, in runs that search no intervals
-    plot.py ablation     ablation: the method against its alternatives
-    plot.py calibration  calibration: which price foretells the error after training
+    plot.py quality --config config/digits.yaml --figures tradeoff \
+        --metrics results/digits/evaluation/metrics.parquet --output plots
+
+What there is to draw, and from which tables, is in ppcl/figures/catalogue.py.
 
 Each figure is written as SVG and PNG to --output; the same tables give the same files.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-
-import pandas as pd
 
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.figures import ablations, comparison, composition, results, search, style
-from ppcl.settings import Settings
-from ppcl.storage import schemas, tables
-
-
-def read(path: Path, schema) -> pd.DataFrame:
-    """A table of the contract as a DataFrame."""
-    return tables.read(path, schema).to_pandas()
-
-
-def first_pictures(path: Path) -> pd.DataFrame:
-    """Those that are drawn: all of them may be more than memory holds."""
-    prompts = set(tables.read(path, columns=["prompt_index"])["prompt_index"].to_pylist())
-    first = sorted(prompts)[: results.PROMPTS]
-    return tables.read(path, schemas.IMAGES, where=("prompt_index", first)).to_pandas()
+from ppcl.figures import catalogue, style
+from ppcl.figures.run_tables import TABLES, RunTables
+from ppcl.storage import tables
 
 
 def origin(path: Path) -> str:
@@ -42,142 +27,58 @@ def origin(path: Path) -> str:
     return json.dumps({k: v for k, v in sorted(stamps.items()) if k != "created"})
 
 
-def depth(path: Path) -> int:
-    """Number of the teacher's blocks, which a table's provenance tells."""
-    stamps = tables.provenance(path)
-    if "blocks" not in stamps:
-        raise UserError(f"{path}: does not tell the number of blocks; delete it and rerun")
-    return int(stamps["blocks"])
+def draw(group: str, run: RunTables, wanted: Sequence[str] | None, output: Path) -> None:
+    """Write figures of a group to the folder `output`.
 
+    wanted: their names; None: all whose tables are there.
 
-def intervals(options: argparse.Namespace, settings: Settings) -> None:
-    """Figures of the search, as far as the run has what they show."""
-    drawn = {}
-    chosen = pd.DataFrame(columns=schemas.INTERVALS.names)
-    if options.intervals:
-        chosen, cka = read(options.intervals, schemas.INTERVALS), read(options.cka, schemas.CKA)
-        stream = settings.similarity.streams
-        drawn["search"] = search.search(cka, chosen, stream), options.cka
-    chosen = chosen.astype({"selected": bool})
-    if options.blocks:
-        table = read(options.blocks, schemas.BLOCKS)
-        drawn["heatmap"] = search.heatmap(table, chosen), options.blocks
-    if options.probes:
-        table = read(options.probes, schemas.PROBES)
-        drawn["probes"] = search.probes(table, chosen), options.probes
-    if options.width:
-        table = read(options.width, schemas.WIDTH_CANDIDATES)
-        drawn |= closed_forms(table, chosen, options.width, settings)
-    save(drawn, options.output)
-
-
-def closed_forms(table: pd.DataFrame, chosen: pd.DataFrame, path: Path, settings: Settings) -> dict:
-    """Figures of what closed forms cost, and of which were taken.
-
-    table: as schemas.WIDTH_CANDIDATES. chosen: intervals. path: whose provenance counts.
+    Raises:
+        UserError: a wanted figure lacks a table, or another error of reading one.
     """
-    drawn, blocks = {}, depth(path)
-    if settings.width.enabled:
-        drawn["width"] = search.width(table, chosen, blocks), path
-    if settings.modulation.enabled:
-        drawn["modulation"] = composition.modulation(table, blocks), path
-    return drawn
+    for entry in catalogue.of_group(group):
+        missing = [name for name in entry.tables if name not in run]
+        if wanted is None and missing or wanted is not None and entry.name not in wanted:
+            continue
+        if missing:
+            options = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
+            raise UserError(f"figure {entry.name}: name the tables {options}")
+        style.save(entry.draw(run), output / entry.name, origin(run.file(entry.tables[0])))
 
 
-def training(options: argparse.Namespace, settings: Settings) -> None:
-    """Loss curves, of what was trained."""
-    drawn = {}
-    if options.distill_log:
-        log = read(options.distill_log, schemas.DISTILL_LOG)
-        figure = results.distill(log, settings.distill.loss)
-        drawn["distill"] = figure, options.distill_log
-    if options.subsets_log:
-        joint = {"subsets": read(options.subsets_log, schemas.VELOCITY_LOG)}
-        title = "Random subsets of students against the teacher's output"
-        drawn["subsets"] = results.velocity(joint, ["subsets"], title), options.subsets_log
-    if options.finetune_logs:
-        # Colours follow the config's order of variants, whatever the order of the files.
-        names = [variant.name for variant in settings.variants]
-        paths = {path.stem: path for path in options.finetune_logs}
-        order = sorted(paths, key=lambda n: (names.index(n) if n in names else len(names), n))
-        tuned = {name: read(paths[name], schemas.VELOCITY_LOG) for name in order}
-        title = "Fine-tuning of the assembled variants against the teacher's output"
-        drawn["finetune"] = results.velocity(tuned, names, title), paths[order[0]]
-    save(drawn, options.output)
-
-
-def quality(options: argparse.Namespace, settings: Settings) -> None:
-    """Quality against cost, and pictures."""
-    metrics, pictures = read(options.metrics, schemas.METRICS), first_pictures(options.images)
-    points = read(options.points, schemas.POINTS)
-    names = [variant.name for variant in settings.variants]
-    tuned = [variant.name for variant in settings.variants if variant.finetune_steps]
-    units = read(options.units, schemas.VARIANT_UNITS)
-    drawn = {
-        "sets": (composition.sets(units, names, depth(options.units)), options.units),
-        "pareto": (results.pareto(points, metrics, tuned), options.points),
-        "tradeoff": (results.tradeoff(metrics), options.metrics),
-        "images": (results.images(pictures, metrics), options.images),
-    }
-    if options.width:
-        taken = composition.taken(read(options.width, schemas.WIDTH_MEASURED), units)
-        none = pd.DataFrame(columns=schemas.INTERVALS.names).astype({"selected": bool})
-        drawn |= closed_forms(taken, none, options.units, settings)
-    save(drawn, options.output)
-
-
-def ablation(options: argparse.Namespace, settings: Settings) -> None:
-    """Every method at the same size."""
-    table = read(options.results, schemas.ABLATION)
-    drawn = {
-        "ablation": (comparison.comparison(table), options.results),
-        "low_rank": (comparison.low_rank(table), options.results),
-        "schedules": (ablations.schedules(table), options.results),
-    }
-    save(drawn, options.output)
-
-
-def calibration(options: argparse.Namespace, settings: Settings) -> None:
-    """Prices before training against errors after it."""
-    table = read(options.calibration, schemas.CALIBRATION)
-    drawn = {"calibration": (ablations.calibration(table), options.calibration)}
-    save(drawn, options.output)
-
-
-def save(drawn: dict, output: Path) -> None:
-    """Write name -> (figure, the table that it shows) to the folder `output`."""
-    for name, (figure, source) in drawn.items():
-        style.save(figure, output / name, origin(source) if source else "")
+def arguments() -> argparse.Namespace:
+    """The command line, of one group of figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    groups = parser.add_subparsers(required=True, dest="group", metavar="GROUP")
+    for name, about in catalogue.GROUPS.items():
+        group = groups.add_parser(name, help=about, description=about)
+        group.add_argument("--config", required=True, help="config file, or JSON")
+        entries = catalogue.of_group(name)
+        names = [entry.name for entry in entries]
+        group.add_argument(
+            "--figures", nargs="*", choices=names, help="default: all whose tables are given"
+        )
+        for table in dict.fromkeys(table for entry in entries for table in entry.tables):
+            several = "<variant>" in TABLES[table]
+            group.add_argument(
+                f"--{table.replace('_', '-')}",
+                type=Path,
+                nargs="*" if several else 1,
+                default=[],
+                metavar="PARQUET",
+                help=TABLES[table] + (", of each variant" if several else ""),
+            )
+        group.add_argument("--output", type=Path, required=True, help="folder of the figures")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = program.parser(__doc__)
-    groups = parser.add_subparsers(required=True, metavar="GROUP")
-    of_group = {
-        intervals: ((), ("cka", "blocks", "probes", "intervals", "width")),
-        training: ((), ("distill_log", "subsets_log")),
-        quality: (("metrics", "images", "points", "units"), ("width",)),
-        ablation: (("results",), ()),
-        calibration: (("calibration",), ()),
-    }
-    for draw, (reads, may_read) in of_group.items():
-        group = groups.add_parser(draw.__name__, help=draw.__doc__, description=draw.__doc__)
-        group.set_defaults(draw=draw)
-        program.add_options(
-            group,
-            "config",
-            reads=reads,
-            may_read=may_read,
-            writes=("output",),
-            probes="probes/probes.parquet",
-            width="width/candidates.parquet; of the group quality, width/measured.parquet",
-            output="folder of the figures",
-        )
-        if draw is training:
-            logs = "input: one of each fine-tuned variant, named after it; may be none"
-            group.add_argument("--finetune-logs", type=Path, nargs="*", default=[], help=logs)
-    options = parser.parse_args()
-    options.draw(options, config.load(options.config))
+    """Parse the command line and draw one group of figures."""
+    options = arguments()
+    paths = {name: getattr(options, name, []) for name in TABLES}
+    run = RunTables(paths, config.load(options.config))
+    draw(options.group, run, options.figures, options.output)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ import json
 
 import pandas as pd
 
-from ppcl.figures.comparison import LOW_RANK, STATES, ratio, summary
+from ppcl.figures.method_comparison import LOW_RANK, STATES
+from ppcl.figures.method_statistics import ratio, summary
 
 _MATCHED = "schedule-whole"  # "+ optimal segmentation", trained as rivals are
 

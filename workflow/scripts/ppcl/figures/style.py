@@ -1,12 +1,13 @@
 """How every figure of this workflow looks and is written: colours, labels, SVG and PNG files.
 
-Nothing here knows what a figure shows; `ppcl.figures.search` does. No torch.
+Nothing here knows what a figure shows; the other modules do. No torch.
 """
 
 import functools
 import io
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -40,6 +41,9 @@ SERIES = [  # colour, marker and line style of the first, second, ... variant; t
     (SKY, "P", (0, (8, 2))),
 ]
 SELECTED, CANDIDATE = "#F7DFB0", "#DCDCDC"  # fills of intervals: orange and grey, made pale
+CLOSED_FORM = "#CFE6F5"  # fill of what was computed, not trained
+
+TEACHER = "teacher"  # its name in tables, beside those of variants
 
 WIDTH = 9.0  # inches; a README shows about 900 pixels, so a point of type stays over one pixel
 TITLE_HEIGHT = 0.38  # inches above everything else
@@ -187,6 +191,18 @@ def streams(table: pd.DataFrame) -> list[str]:
 def stream_look(stream: str) -> tuple[str, str]:
     """Colour and marker of a stream; black dots for a name that no family here uses."""
     return STREAMS.get(stream, (BLACK, "o"))
+
+
+def series(count: int) -> list[tuple[str, str, Any]]:
+    """Colour, marker and line style for `count` variants; the styles repeat after six."""
+    return [SERIES[number % len(SERIES)] for number in range(count)]
+
+
+def by_size(metrics: pd.DataFrame) -> list[str]:
+    """Variants from the largest to the smallest transformer, the teacher first."""
+    sizes = metrics[metrics["metric"] == "parameter_fraction"].set_index("variant")["value"]
+    variants = list(dict.fromkeys(metrics["variant"]))
+    return sorted(variants, key=lambda name: (name != TEACHER, -sizes.get(name, 0.0)))
 
 
 def block_ticks(ax: Axes, blocks: int) -> None:

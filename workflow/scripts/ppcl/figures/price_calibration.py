@@ -1,8 +1,4 @@
-"""Figures of ablations, from tables to matplotlib Figures.
-
-Tables are pandas DataFrames with the columns of `ppcl.storage.schemas`. No torch: plots take
-seconds.
-"""
+"""Which price of a candidate, known before any training, foretells its error after it."""
 
 import numpy as np
 import pandas as pd
@@ -10,8 +6,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from ppcl.figures import style
-from ppcl.figures.comparison import TINY
-from ppcl.figures.search import KINDS
+from ppcl.figures.candidates import KINDS
 from ppcl.figures.style import MINUS
 
 PRICES = {  # column -> what it is, before any training
@@ -22,10 +17,13 @@ PRICES = {  # column -> what it is, before any training
 
 
 @style.styled
-def calibration(table: pd.DataFrame) -> Figure:
+def price_calibration(table: pd.DataFrame) -> Figure:
     """Each price that selection may go by against the error after training, with rank correlations.
 
-    table: as `schemas.CALIBRATION`. A price or error that is not positive (an FFN that nothing
+    One panel per price, both axes logarithmic; one point per interval, text run or FFN.
+
+    table: as schemas.CALIBRATION. Prices are the columns of PRICES: cost_cka (1 - CKA), cost_probe
+    and cost_untrained (velocity errors: relative, squared), against trained (the same). A price or error that is not positive (an FFN that nothing
     reads, CKA of 1) is drawn below the smallest positive one, and ranked as it is.
     """
     prices = {column: words for column, words in PRICES.items() if table[column].notna().any()}
@@ -77,56 +75,6 @@ def calibration(table: pd.DataFrame) -> Figure:
         line = {"color": style.GREY, "lw": 0.9, "ls": ":"}
         handles.append(Line2D([], [], label="training changes nothing", **line))
     style.legend_at(figure, 0.68, handles)
-    return figure
-
-
-@style.styled
-def schedules(table: pd.DataFrame) -> Figure:
-    """Each schedule's error over that of the first, at every budget and after the fine-tune.
-
-    table: as `schemas.ABLATION`; geometric means over seeds.
-    """
-    table = table[table["group"] == "schedule"].copy()
-    if table.empty:
-        return style.message("Schedules", "The table holds no schedules.")
-    # Budgets save k / n of what all students save, in this order in every run.
-    table = table.sort_values(["order", "seed", "state", "removed_parameters"])
-    part = table.groupby(["method", "seed", "state"]).cumcount() + 1
-    last = part[table["state"] == "part"].max()
-    last = 1 if np.isnan(last) else int(last) + 1
-    after = last + 1
-    table["column"] = part.mask(table["state"] == "plugged", last)
-    table["column"] = table["column"].mask(table["state"] == "finetuned", after)
-    table["log"] = np.log(np.maximum(table["velocity_error"], TINY))
-    grid = table.groupby(["order", "column"])["log"].mean().unstack()
-    ratio = np.exp(grid - grid.iloc[0])
-    left_over = table.groupby("column")["parameter_fraction"].mean()
-    names = [f"{100 * left_over[column]:.0f} %" for column in grid.columns]
-    names[-1] += "\nfine-tuned" if grid.columns[-1] == after else ""
-    labels = table.drop_duplicates("order").set_index("order")["label"]
-    seeds = table["seed"].nunique()
-
-    left, top, pitch = 2.9, 0.95, 0.3  # inches
-    figure = style.new_figure(
-        "One training for every budget: velocity error over that of the first schedule",
-        top + pitch * len(grid) + 0.75,
-        note="Columns: parameters left, the best set of the same trained students for each. First "
-        f"row: its error.\nSeeds: {seeds}. The same number of steps for all.",
-    )
-    figure.set_layout_engine(None)
-    ax = style.axes_at(figure, left, top, style.WIDTH - left - 0.15, pitch * len(grid))
-    reach = max(float(np.nanmax(np.abs(np.log(ratio)))), 0.1)
-    ax.imshow(np.log(ratio), cmap="PuOr_r", vmin=-1.6 * reach, vmax=1.6 * reach, aspect="auto")
-    for y, order in enumerate(grid.index):
-        for x, column in enumerate(grid.columns):
-            value = np.exp(grid.loc[order, column]) if y == 0 else ratio.loc[order, column]
-            words = f"{value:.2g}" if y == 0 else f"{value:.2f}"
-            ax.text(x, y, words, ha="center", va="center", size=8)
-    ax.set_xticks(range(len(names)), names)
-    ax.set_yticks(range(len(grid)), labels[grid.index])
-    ax.set_xlabel("parameters left")
-    ax.tick_params(length=0)
-    ax.spines[:].set_visible(False)
     return figure
 
 

@@ -1,0 +1,125 @@
+"""What every variant is made of along the depth."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from ppcl.figures import style
+from ppcl.figures.modulation import name_last_column, short_path
+
+# Where a unit is from, as in schemas.VARIANT_UNITS -> colour and words.
+SOURCES = {
+    "closed": (style.CLOSED_FORM, "closed form"),
+    "refit": ("#8FBBDD", "closed form, refitted in its set"),
+    "start": ("#D9D9D9", "untrained"),
+    "distill": ("#F3C98B", "distilled"),
+    "narrow": ("#E3BAD0", "distilled, then narrowed"),
+    "subsets": ("#93D3BC", "random subsets"),
+}
+
+
+@style.styled
+def variant_composition(units: pd.DataFrame, names: Sequence[str], blocks: int) -> Figure:
+    """What every variant is made of along the depth, and the stage that each part is from.
+
+    One strip of the depth per variant, with a row per kind of unit, coloured by its stage.
+
+    Args:
+        units: as schemas.VARIANT_UNITS: first and last (blocks), kind, stream, path and rank of
+            what a variant has in place of the teacher's own, and source.
+        names: all variants in the order of the config, also those that keep everything.
+        blocks: the teacher's number of blocks.
+    """
+    beyond = [path for path in units.loc[units["first"] == blocks, "path"].unique() if path]
+    width = blocks + bool(beyond)
+    rows = {name: _rows(units[units["variant"] == name], blocks) for name in names}
+    # Sizes in inches.
+    left, top, row, gap = 1.35, 1.05, 0.225, 0.42
+    height = top + sum(row * max(1, len(bars)) + gap for bars in rows.values()) + 0.12
+    figure = style.new_figure(
+        "What each variant is made of",
+        height,
+        note="Numbers in cells of modulation: the rank. The rest is the teacher's own.",
+    )
+    figure.set_layout_engine(None)
+    for name, bars in rows.items():
+        ax = style.axes_at(figure, left, top, style.WIDTH - left - 0.12, row * max(1, len(bars)))
+        own = units[units["variant"] == name]
+        style.strip(ax, bars or {"": []}, width)
+        name_last_column(ax, blocks, beyond)
+        ax.tick_params(labelsize=7)
+        ax.set_title(f"{name}: {_told(own)}", pad=3, parse_math=False)
+        top += row * max(1, len(bars)) + gap
+    there = [source for source in SOURCES if (units["source"].map(_kind) == source).any()]
+    handles = [Patch(fc=SOURCES[s][0], ec="#444444", lw=0.8, label=SOURCES[s][1]) for s in there]
+    if handles:
+        style.legend_at(figure, 0.62, handles)
+    return figure
+
+
+def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
+    """Rows of one variant's strip; kinds that it has none of are left out."""
+
+    def bars(found: pd.DataFrame, text) -> list[tuple]:
+        return [
+            (int(one.first), int(one.last), SOURCES[_kind(one.source)][0], text(one))
+            for one in found.sort_values("first").itertuples()
+        ]
+
+    def ends(one) -> str:
+        return style.span_name(one.first, one.last)
+
+    rows = {
+        "depth intervals": bars(units[units["kind"] == "interval"], ends),
+        "text runs": bars(units[units["kind"] == "text"], ends),
+    }
+    for stream in ("text", "image"):
+        found = units[(units["kind"] == "ffn") & (units["stream"] == stream)]
+        rows[f"linear {stream} FFNs"] = bars(found, lambda one: "")
+    ranks = units[units["kind"] == "modulation"]
+    paths = ranks.loc[ranks["first"] < blocks, "path"].unique()
+    last = ranks[ranks["first"] == blocks]
+    for number, path in enumerate(paths if len(paths) else last["path"].unique()):
+        own = ranks[ranks["path"] == path]
+        # The last AdaLN has a column of its own, in the first of these rows.
+        own = pd.concat([own, last]) if number == 0 and len(paths) else own
+        rows[f"{short_path(path)} rank"] = bars(own, lambda one: str(one.rank))
+    return {name: found for name, found in rows.items() if found}
+
+
+def _kind(source: str) -> str:
+    """A key of SOURCES: `refit` of `refit-p50`, in whichever variant's set that was."""
+    return source.partition("-")[0]
+
+
+def _told(units: pd.DataFrame) -> str:
+    """How many of what, in words."""
+    counts = units["kind"].value_counts().to_dict()
+    words = {"interval": "interval", "text": "text run", "ffn": "linear FFN"}
+    words["modulation"] = "low-rank modulation"
+    told = [
+        f"{counts[kind]} {noun}" + "s" * (counts[kind] != 1)
+        for kind, noun in words.items()
+        if kind in counts
+    ]
+    return ", ".join(told) or "nothing: the teacher itself"
+
+
+def taken_by_smallest(measured: pd.DataFrame, units: pd.DataFrame) -> pd.DataFrame:
+    """Prices of closed forms with what the smallest variant takes of them, for runs without
+    selection's own verdicts (width/candidates.parquet): those that search no intervals.
+
+    Args:
+        measured: as schemas.WIDTH_MEASURED.
+        units: as schemas.VARIANT_UNITS.
+
+    Returns columns `selected` and `verdict` besides; the latter empty, as nobody judged.
+    """
+    saved = units.groupby("variant")["saved_parameters"].sum()
+    own = units[units["variant"] == saved.idxmax()] if len(saved) else units
+    keys = ["kind", "first", "last", "stream", "path", "rank"]
+    chosen = set(own[keys].itertuples(index=False, name=None))
+    selected = [row in chosen for row in measured[keys].itertuples(index=False, name=None)]
+    return measured.assign(selected=selected, verdict="")
