@@ -19,7 +19,8 @@ def block_similarity(blocks: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
     """Linear CKA between the outputs of every two blocks, one map per stream, selection boxed.
 
     Args:
-        blocks: as schemas.BLOCKS: cka (0 to 1, by colour) of block_a (x) and block_b (y), by stream.
+        blocks: as schemas.BLOCKS: cka (0 to 1, as colour) of block_a (x) and block_b (y), by
+            stream.
         intervals: as schemas.INTERVALS: the selected ones are the boxes.
     """
     streams = style.streams(blocks)

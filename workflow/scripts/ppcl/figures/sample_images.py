@@ -19,8 +19,9 @@ PROMPTS = 8  # whose images are drawn
 def sample_images(table: pd.DataFrame, metrics: pd.DataFrame, rows: int = PROMPTS) -> Figure:
     """The first prompts' images: teacher and variants of one prompt share a seed.
 
-    One row per prompt, one column per variant, with its parameters above it. A picture whose reading by the classifier is not what the prompt asks for is framed, with the
-    reading below it. Small images are enlarged without smoothing.
+    One row per prompt, one column per variant, with its parameters above it. A picture is framed if
+    the judge reads something else than the prompt asks for; what it reads then stands below. Small
+    images are enlarged without smoothing.
 
     Args:
         table: as schemas.IMAGES. Drawn of it: png (file contents), prompt, and read (JSON of what
