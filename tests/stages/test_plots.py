@@ -12,20 +12,22 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.figures import labelling, style
+from ppcl.figures import catalogue, labelling, style
 from ppcl.figures.block_measures import block_similarity, probe_quality
 from ppcl.figures.candidates import selected_spans
 from ppcl.figures.interval_search import interval_search
 from ppcl.figures.linear_maps import linear_map_costs
 from ppcl.figures.modulation import modulation_costs
+from ppcl.figures.run_tables import TABLES
 from ppcl.figures.variant_composition import taken_by_smallest
 from ppcl.pruning import pins
 from ppcl.search.candidates import Limits, closed_form_obstacle
 from ppcl.search.measured import ClosedForm
 from ppcl.storage import schemas, tables
 from ppcl.storage.schemas import Verdict
-from support import SCRIPTS
+from support import ROOT, SCRIPTS
 from support.plotting import draw, search_tables, svg_text, variant_units, width_table, write
 
 INTERVALS_CONFIG = json.dumps(
@@ -286,6 +288,27 @@ def test_a_stream_that_the_table_lacks_and_a_missing_file_are_named(tmp_path):
     (tmp_path / "cka.parquet").unlink()
     error = run(*arguments, code=2).stderr
     assert "cka.parquet" in error and "Traceback" not in error
+
+
+def test_every_figure_has_what_the_catalogue_says():
+    names = [(entry.group, entry.name) for entry in catalogue.FIGURES]
+    assert len(set(names)) == len(names)
+    defaults = config.load("{}")
+    for entry in catalogue.FIGURES:
+        assert (ROOT / f"workflow/report/{entry.name}.rst").read_text(encoding="utf-8").strip()
+        assert f"`{entry.name}`" in schemas.ARTIFACTS[f"plots/{entry.group}/"]
+        assert entry.tables and all(TABLES[name] in schemas.TABLES for name in entry.tables)
+        config.subset(defaults, *entry.keys)  # which knows them
+        assert entry.shown(defaults) in (True, False)
+    assert set(catalogue.GROUPS) == {group for group, _ in names}
+
+
+def test_a_wanted_figure_without_its_tables_is_refused(tmp_path):
+    path = write(tmp_path, "metrics", pd.DataFrame(columns=schemas.METRICS.names))
+    arguments = ["--config", "{}", "--metrics", path, "--output", tmp_path / "a"]
+    with pytest.raises(UserError, match="figure images: name the tables --images"):
+        draw("quality", *arguments, "--figures", "tradeoff", "images")
+    assert not (tmp_path / "a").exists(), "all are drawn before one is written"
 
 
 def test_tables_from_before_there_were_verdicts_are_refused_with_what_to_do(tmp_path):

@@ -13,6 +13,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.errors import UserError
@@ -28,13 +30,14 @@ def origin(path: Path) -> str:
 
 
 def draw(group: str, run: RunTables, wanted: Sequence[str] | None, output: Path) -> None:
-    """Write figures of a group to the folder `output`.
+    """Write figures of a group to the folder `output`, once all are drawn.
 
     wanted: their names; None: all whose tables are there.
 
     Raises:
         UserError: a wanted figure lacks a table, or another error of reading one.
     """
+    drawn: dict[str, tuple[Figure, str]] = {}
     for entry in catalogue.of_group(group):
         missing = [name for name in entry.tables if name not in run]
         if wanted is None and missing or wanted is not None and entry.name not in wanted:
@@ -42,7 +45,9 @@ def draw(group: str, run: RunTables, wanted: Sequence[str] | None, output: Path)
         if missing:
             options = " and ".join(f"--{name.replace('_', '-')}" for name in missing)
             raise UserError(f"figure {entry.name}: name the tables {options}")
-        style.save(entry.draw(run), output / entry.name, origin(run.file(entry.tables[0])))
+        drawn[entry.name] = entry.draw(run), origin(run.file(entry.tables[0]))
+    for name, (figure, source) in drawn.items():
+        style.save(figure, output / name, source)
 
 
 def arguments() -> argparse.Namespace:

@@ -528,11 +528,13 @@ ARTIFACTS = {
     "ablation/calibration.parquet": "which price foretells an error (target `ablation` only)",
     "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
     "evaluation/images.parquet": "every image behind the metrics",
-    "plots/intervals/": "`search`, `heatmap`, `probes`, `width` (if enabled), each .svg and .png",
+    "plots/intervals/": "`search`, `heatmap`, `probes`, `width` and `modulation` (if enabled), "
+    "each .svg and .png",
     "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",
     "plots/quality/": "`sets`, `pareto`, `tradeoff`, `images`, each .svg and .png; `width` and "
     "`modulation` of runs that search no intervals",
-    "plots/ablation/": "`ablation`, `schedules`, `calibration`, .svg and .png (target `ablation`)",
+    "plots/ablation/": "`ablation`, `low_rank`, `schedules`, `calibration`, .svg and .png (target "
+    "`ablation`)",
     "logs/": "what every stage printed",
     "benchmarks/": "time and memory of every stage, as Snakemake measured them",
     "state/": "what stages resume from; goes when its outputs are read, or the run ends well",
