@@ -493,7 +493,7 @@ def models():
 
 def figures(group):
     """The catalogue's entries of a group, as far as this run has what they show."""
-    return [entry for entry in catalogue.of_group(group) if entry.shown(config)]
+    return [entry for entry in catalogue.of_group(group) if entry.shown(settings())]
 
 
 def plots(*groups):

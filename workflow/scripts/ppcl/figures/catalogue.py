@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ppcl.configuration.config import compares, trains
 from ppcl.figures.run_tables import RunTables
+from ppcl.settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-Config = dict[str, Any]
 
 GROUPS = {  # name, folder below plots/, and argument of plot.py -> what it shows
     "intervals": "the search for intervals: what went, and why",
@@ -36,7 +34,7 @@ class Entry:
         title: what the report calls it.
         tables: names, of run_tables.TABLES, without which there is no figure. The provenance of
             the first one goes into the files.
-        draw: makes it; the config that it sees has no more than `keys`.
+        draw: makes it; the settings that it sees hold no more than `keys`.
         shown: whether a run with this config has it.
         keys: of the config, that drawing depends on.
     """
@@ -46,14 +44,14 @@ class Entry:
     title: str
     tables: tuple[str, ...]
     draw: Callable[[RunTables], Figure]
-    shown: Callable[[Config], bool] = lambda config: True
+    shown: Callable[[Settings], bool] = lambda settings: True
     keys: tuple[str, ...] = ()
 
 
 def _search(run: RunTables) -> Figure:
     from ppcl.figures.interval_search import interval_search
 
-    stream = run.settings["similarity"]["streams"]
+    stream = run.settings.similarity.streams
     return interval_search(run.table("cka"), run.intervals, stream)
 
 
@@ -100,7 +98,7 @@ def _modulation_of_variants(run: RunTables) -> Figure:
 def _distill(run: RunTables) -> Figure:
     from ppcl.figures.training_curves import student_losses
 
-    return student_losses(run.table("distill_log"), run.settings["distill"]["loss"])
+    return student_losses(run.table("distill_log"), run.settings.distill.loss)
 
 
 def _subsets(run: RunTables) -> Figure:
@@ -126,7 +124,7 @@ def _sets(run: RunTables) -> Figure:
 def _pareto(run: RunTables) -> Figure:
     from ppcl.figures.quality import budget_errors
 
-    tuned = [v["name"] for v in run.settings["variants"] if v["finetune_steps"]]
+    tuned = [variant.name for variant in run.settings.variants if variant.finetune_steps]
     return budget_errors(run.table("points"), run.table("metrics"), tuned)
 
 
@@ -166,20 +164,19 @@ def _calibration(run: RunTables) -> Figure:
     return price_calibration(run.table("calibration"))
 
 
-def _searched(config: Config) -> bool:
-    return config["intervals"]["enabled"]
+def _searched(settings: Settings) -> bool:
+    return settings.intervals.enabled
 
 
-def _judged(kind: str) -> Callable[[Config], bool]:
-    """Whether closed forms of a kind (width or modulation) are in the table of candidates."""
-    return lambda config: config[kind]["enabled"] and _searched(config)
+def _compared(settings: Settings) -> bool:
+    return settings.compares
 
 
-def _unjudged(kind: str) -> Callable[[Config], bool]:
-    """Whether there are such, but no table of candidates: that comes of a search for intervals."""
-    return lambda config: config[kind]["enabled"] and not _searched(config)
+def _trained(settings: Settings) -> bool:
+    return settings.trains
 
 
+# Verdicts on closed forms come of a search for intervals; without one, variants show what went.
 FIGURES = (
     Entry(
         "intervals",
@@ -190,15 +187,15 @@ FIGURES = (
         _searched,
         keys=("similarity.streams",),
     ),
-    Entry("intervals", "heatmap", "CKA between blocks", ("blocks",), _heatmap, compares),
-    Entry("intervals", "probes", "Probe error along depth", ("probes",), _probes, compares),
+    Entry("intervals", "heatmap", "CKA between blocks", ("blocks",), _heatmap, _compared),
+    Entry("intervals", "probes", "Probe error along depth", ("probes",), _probes, _compared),
     Entry(
         "intervals",
         "width",
         "Linear FFNs and text runs",
         ("candidates",),
         _width,
-        _judged("width"),
+        lambda settings: settings.width.enabled and settings.intervals.enabled,
     ),
     Entry(
         "intervals",
@@ -206,7 +203,7 @@ FIGURES = (
         "Low-rank modulation",
         ("candidates",),
         _modulation,
-        _judged("modulation"),
+        lambda settings: settings.modulation.enabled and settings.intervals.enabled,
     ),
     Entry(
         "training",
@@ -214,7 +211,7 @@ FIGURES = (
         "Distillation",
         ("distill_log",),
         _distill,
-        trains,
+        _trained,
         keys=("distill.loss",),
     ),
     Entry(
@@ -223,7 +220,7 @@ FIGURES = (
         "Any-subset distillation",
         ("subsets_log",),
         _subsets,
-        lambda config: trains(config) and config["subsets"]["steps"] > 0,
+        lambda settings: settings.trains and settings.subsets.steps > 0,
     ),
     Entry(
         "training",
@@ -231,7 +228,7 @@ FIGURES = (
         "Fine-tuning",
         ("finetune_logs",),
         _finetune,
-        lambda config: any(variant["finetune_steps"] for variant in config["variants"]),
+        lambda settings: any(variant.finetune_steps for variant in settings.variants),
         keys=("variants",),
     ),
     Entry(
@@ -248,7 +245,7 @@ FIGURES = (
         "Linear FFNs and text runs",
         ("units", "measured"),
         _width_of_variants,
-        _unjudged("width"),
+        lambda settings: settings.width.enabled and not settings.intervals.enabled,
     ),
     Entry(
         "quality",
@@ -256,7 +253,7 @@ FIGURES = (
         "Low-rank modulation",
         ("units", "measured"),
         _modulation_of_variants,
-        _unjudged("modulation"),
+        lambda settings: settings.modulation.enabled and not settings.intervals.enabled,
     ),
     Entry(
         "quality",

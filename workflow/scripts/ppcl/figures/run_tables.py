@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 
 from ppcl.errors import UserError
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 
 TABLES = {  # name, and option of plot.py -> file below results/<run>/, as in schemas.TABLES
@@ -34,13 +34,13 @@ class RunTables:
 
     Args:
         paths: name, of TABLES -> its files: one, or one for each variant, named after it.
-        settings: the config, so far as figures read it (`Entry.keys`).
+        settings: so far as figures read them (`Entry.keys`).
 
     Raises:
         UserError: from all methods: a table is missing, damaged, or lacks a column.
     """
 
-    def __init__(self, paths: Mapping[str, Sequence[Path]], settings: Mapping[str, Any]):
+    def __init__(self, paths: Mapping[str, Sequence[Path]], settings: Settings):
         self._paths = {name: files for name, files in paths.items() if files}
         self.settings = settings
 
@@ -88,7 +88,7 @@ class RunTables:
     @property
     def variants(self) -> list[str]:
         """Names of the config's variants, in its order."""
-        return [variant["name"] for variant in self.settings["variants"]]
+        return [variant.name for variant in self.settings.variants]
 
     def _read(self, name: str, path: Path) -> pd.DataFrame:
         return tables.read(path, schemas.TABLES[TABLES[name]]).to_pandas()
