@@ -52,38 +52,37 @@ def draw(group: str, run: RunTables, wanted: Sequence[str] | None, output: Path)
 
 def arguments() -> argparse.Namespace:
     """The command line, of one group of figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = program.parser(__doc__)
     groups = parser.add_subparsers(required=True, dest="group", metavar="GROUP")
     for name, about in catalogue.GROUPS.items():
         group = groups.add_parser(name, help=about, description=about)
-        group.add_argument("--config", required=True, help="config file, or JSON")
         entries = catalogue.of_group(name)
-        names = [entry.name for entry in entries]
-        group.add_argument(
-            "--figures", nargs="*", choices=names, help="default: all whose tables are given"
+        given = {table: TABLES[table] for entry in entries for table in entry.tables}
+        several = [table for table in given if "<variant>" in given[table]]
+        program.add_options(
+            group,
+            "config",
+            may_read=[table for table in given if table not in several],
+            writes=("output",),
+            **given | {"output": "folder of the figures"},
         )
-        for table in dict.fromkeys(table for entry in entries for table in entry.tables):
-            several = "<variant>" in TABLES[table]
-            group.add_argument(
-                f"--{table.replace('_', '-')}",
-                type=Path,
-                nargs="*" if several else 1,
-                default=[],
-                metavar="PARQUET",
-                help=TABLES[table] + (", of each variant" if several else ""),
-            )
-        group.add_argument("--output", type=Path, required=True, help="folder of the figures")
+        for table in several:
+            about = f"input, optional: {given[table]}, of each variant"
+            option = f"--{table.replace('_', '-')}"
+            group.add_argument(option, type=Path, nargs="*", metavar="FILE", help=about)
+        names = [entry.name for entry in entries]
+        about = "which; default: all whose tables are given"
+        group.add_argument("--figures", nargs="*", choices=names, help=about)
     return parser.parse_args()
 
 
 def main() -> None:
     """Parse the command line and draw one group of figures."""
-    options = arguments()
-    paths = {name: getattr(options, name, []) for name in TABLES}
-    run = RunTables(paths, config.load(options.config))
-    draw(options.group, run, options.figures, options.output)
+    options = vars(arguments())
+    given = {name: options.get(name) or [] for name in TABLES}
+    paths = {name: files if isinstance(files, list) else [files] for name, files in given.items()}
+    run = RunTables(paths, config.load(options["config"]))
+    draw(options["group"], run, options["figures"], options["output"])
 
 
 if __name__ == "__main__":
