@@ -1,9 +1,11 @@
 """The search for intervals, by Eq. 3 to 5: CKA and its fall along every search."""
 
 import math
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -110,13 +112,13 @@ def _overlaps(spans: list[tuple[int, int]], span: tuple[int, int]) -> list[tuple
     return [(first, last) for first, last in parts if first <= last]
 
 
-def _search_legend(table: pd.DataFrame, stream: str) -> list:
+def _search_legend(table: pd.DataFrame, stream: str) -> list[Artist]:
     """Legend handles of what the search figure really shows."""
     colour, marker = style.stream_look(stream)
-    handles = [Line2D([], [], color=colour, marker=marker, label="measured")]
+    handles: list[Artist] = [Line2D([], [], color=colour, marker=marker, label="measured")]
     if table["cka_low"].notna().any():
         handles.append(Patch(fc=colour, alpha=0.25, label="bootstrap"))
-    ring = {"marker": "o", "mfc": "none", "ms": 7.5, "lw": 0}
+    ring: dict[str, Any] = {"marker": "o", "mfc": "none", "ms": 7.5, "lw": 0}
     return [
         *handles,
         Patch(fc=style.CANDIDATE, label="found by Eq. 5"),

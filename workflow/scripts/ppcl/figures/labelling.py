@@ -4,6 +4,7 @@ Belongs to `ppcl.figures.style`; it knows as little of what a figure shows. No t
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,7 +41,7 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
         _write(ax, text, place, offset, color=colour, xycoords="axes fraction")
 
 
-def _write(ax: Axes, text: str, place: tuple, offset: tuple, **options) -> Annotation:
+def _write(ax: Axes, text: str, place: tuple, offset: tuple, **options: Any) -> Annotation:
     """`text` as it is, without formulas, `offset` points from `place`."""
     options |= {"xytext": offset, "textcoords": "offset points"}
     return ax.annotate(text, place, va="center", parse_math=False, **options)

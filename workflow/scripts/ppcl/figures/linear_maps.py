@@ -1,6 +1,9 @@
 """What linear FFNs (Eq. 9) and text runs (Eq. 8) cost, and which were taken."""
 
+from typing import Any
+
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -109,7 +112,7 @@ def _candidates(ax: Axes, kind: str, rows: pd.DataFrame, column: str, floor: flo
     for row in rows.itertuples():
         value = max(getattr(row, column), floor)
         out = row.verdict in RULED_OUT
-        look = {"color": colour if row.selected else "#9A9A9A" if out else colour}
+        look: dict[str, Any] = {"color": colour if row.selected else "#9A9A9A" if out else colour}
         look |= {"zorder": 3 if row.selected else 2}
         if kind == "text":
             ends = [row.first - 0.3, row.last + 0.3]
@@ -142,10 +145,10 @@ def _narrow_model(picked: pd.DataFrame, spans: list, kinds: list[str]) -> dict[s
     return bars
 
 
-def _width_legend(table: pd.DataFrame, floor: float, spans: list, runs: list) -> list:
+def _width_legend(table: pd.DataFrame, floor: float, spans: list, runs: list) -> list[Artist]:
     """Legend handles of what the width figure really shows."""
-    point = {"color": "#444444", "marker": "o", "ms": 4.6, "lw": 0}
-    handles = [Line2D([], [], label="selected", **point)]
+    point: dict[str, Any] = {"color": "#444444", "marker": "o", "ms": 4.6, "lw": 0}
+    handles: list[Artist] = [Line2D([], [], label="selected", **point)]
     handles.append(Line2D([], [], label="not selected", mfc="white", **point))
     if table["verdict"].isin(RULED_OUT).any():
         crossed = point | {"color": "#9A9A9A", "marker": "x"}

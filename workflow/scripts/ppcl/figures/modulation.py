@@ -1,6 +1,7 @@
 """What modulation matrices of low rank cost, and which ranks were taken."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -64,10 +65,13 @@ def modulation_costs(candidates: pd.DataFrame, blocks: int) -> Figure:
             rows = table[table["path"].isin(members) & (table["rank"] == rank)].sort_values("first")
             values = rows["velocity_error"].clip(lower=floor)
             inner = rows["first"] < blocks
-            line = {"color": looks[rank], "lw": 0.7, "alpha": 0.8, "zorder": 2}
+            line: dict[str, Any] = {"color": looks[rank], "lw": 0.7, "alpha": 0.8, "zorder": 2}
             ax.plot(rows["first"][inner], values[inner], **line)
             for row, value in zip(rows.itertuples(), values, strict=True):
-                mark = {"mfc": looks[rank] if row.selected else "white", "mec": looks[rank]}
+                mark: dict[str, Any] = {
+                    "mfc": looks[rank] if row.selected else "white",
+                    "mec": looks[rank],
+                }
                 mark |= {"ms": 5 if row.selected else 3.6, "zorder": 4 if row.selected else 3}
                 ax.plot(row.first, value, "o", mew=0.9, **mark)
         ax.set_title(" and ".join(members), pad=4, parse_math=False)

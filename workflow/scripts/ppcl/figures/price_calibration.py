@@ -1,5 +1,7 @@
 """Which price of a candidate, known before any training, foretells its error after it."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -47,7 +49,13 @@ def price_calibration(table: pd.DataFrame) -> Figure:
         before = _positive(rows[column])
         for kind, (_, colour, marker, _) in KINDS.items():
             here = rows.index[rows["kind"] == kind]
-            look = {"color": colour, "mec": "white", "mew": 0.4, "ms": 5, "alpha": 0.8}
+            look: dict[str, Any] = {
+                "color": colour,
+                "mec": "white",
+                "mew": 0.4,
+                "ms": 5,
+                "alpha": 0.8,
+            }
             ax.plot(before[here], after[here], marker, **look)
         depth = rows[rows["kind"] == "depth"]
         title = [f"all: ρ = {_correlation(rows, column)}"]
@@ -73,7 +81,7 @@ def price_calibration(table: pd.DataFrame) -> Figure:
         for name, colour, marker, _ in looks.values()
     ]
     if {"cost_probe", "cost_untrained"} & set(prices):
-        line = {"color": style.GREY, "lw": 0.9, "ls": ":"}
+        line: dict[str, Any] = {"color": style.GREY, "lw": 0.9, "ls": ":"}
         handles.append(Line2D([], [], label="training changes nothing", **line))
     style.legend_at(figure, 0.68, handles)
     return figure

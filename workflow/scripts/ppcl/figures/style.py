@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -57,7 +58,7 @@ _CJK = {
     "PingFang SC",
 }
 
-RC = {
+RC: dict[str, Any] = {
     "font.family": ["DejaVu Sans", *sorted(_CJK & {font.name for font in fontManager.ttflist})],
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -86,7 +87,7 @@ def styled(draw: Callable[..., Figure]) -> Callable[..., Figure]:
     """Run a drawing function under this module's settings, leaving the caller's untouched."""
 
     @functools.wraps(draw)
-    def wrapper(*args, **kwargs) -> Figure:
+    def wrapper(*args: Any, **kwargs: Any) -> Figure:
         with matplotlib.rc_context(RC):
             return draw(*args, **kwargs)
 
@@ -111,7 +112,7 @@ def new_figure(title: str, height: float, width: float = WIDTH, note: str = "") 
 
 
 def axes_at(
-    figure: Figure, left: float, top: float, width: float, height: float, **options
+    figure: Figure, left: float, top: float, width: float, height: float, **options: Any
 ) -> Axes:
     """Axes of a size and place in inches from the figure's upper left corner."""
     across, down = figure.get_size_inches()
@@ -119,7 +120,7 @@ def axes_at(
     return figure.add_axes(box, **options)
 
 
-def legend_at(figure: Figure, top: float, handles: Sequence, **options) -> None:
+def legend_at(figure: Figure, top: float, handles: Sequence[Artist], **options: Any) -> None:
     """A legend in one line, `top` inches below the figure's upper edge."""
     place = (0.1 / figure.get_figwidth(), 1 - top / figure.get_figheight())
     figure.legend(

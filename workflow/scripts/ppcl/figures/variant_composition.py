@@ -1,6 +1,7 @@
 """What every variant is made of along the depth."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -62,13 +63,13 @@ def variant_composition(units: pd.DataFrame, names: Sequence[str], blocks: int) 
 def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
     """Rows of one variant's strip; kinds that it has none of are left out."""
 
-    def bars(found: pd.DataFrame, text) -> list[tuple]:
+    def bars(found: pd.DataFrame, text: Callable[[Any], str]) -> list[tuple]:
         return [
             (int(one.first), int(one.last), SOURCES[_kind(one.source)][0], text(one))
             for one in found.sort_values("first").itertuples()
         ]
 
-    def ends(one) -> str:
+    def ends(one: Any) -> str:
         return style.span_name(one.first, one.last)
 
     rows = {
