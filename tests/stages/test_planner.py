@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from ppcl.closed_forms import linear_map_candidates, linear_maps
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.planning import footprint, planner, weightless
+from ppcl.planning import device_memory, footprint, planner, stages, weightless
 from ppcl.pruning.units import units_of
 from ppcl.runtime import processes
 from ppcl.settings import Settings
@@ -322,7 +322,7 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
             lambda _: whole, "", reader, settings.finetune, 0, accelerator, True
         ),
     }
-    stages = {stage.name: stage for stage in made.stages()}
+    of_name = {stage.name: stage for stage in stages.every(made)}
     for name, of_step in losses.items():
         trained = [whole] if name == "finetune" else list(students.values())
 
@@ -333,9 +333,12 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
         peak = measured(step)
         for module in trained:
             module.zero_grad(set_to_none=True)
-        parts = stages[name].parts
+        parts = of_name[name].parts
         found = (
-            stages[name].resident - parts["teacher"] - parts["students"] - parts["optimizer 32-bit"]
+            of_name[name].resident
+            - parts["teacher"]
+            - parts["students"]
+            - parts["optimizer 32-bit"]
         )
         assert found == pytest.approx(peak, rel=0.15), name
 
@@ -379,7 +382,7 @@ def test_stages_and_gpus(qwen):
     for name in stages:
         for gpu in (24, 80):
             for kind in ("resident", "offloaded"):
-                free = gpu * 2**30 - planner.RESERVED
+                free = gpu * 2**30 - device_memory.RESERVED
                 expected = parts.loc[name, f"peak {kind}"] <= free
                 assert fits[name, gpu, f"fits {kind}"] == expected
     assert not fits["record", 24, "fits resident"] and fits["record", 24, "fits offloaded"]

@@ -19,7 +19,7 @@ from ppcl.runtime import devices, processes
 from ppcl.settings import DistillSettings, WidthSettings
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines
-from ppcl.training import distillation, entrance, prices
+from ppcl.training import distillation, entrance, prices, steps
 from ppcl.transformer import blocks, calls
 from support import ROOT, tiny
 
@@ -53,7 +53,7 @@ def test_the_price_is_the_relative_velocity_error_in_float32(teacher, reader, dt
     assert all(p.dtype == torch.float32 for p in taught[SECOND].parameters())
     batch = next(reader.batches(rows, 4))
     low_call = tree_map(lambda x: x.to(dtype) if is_float(x) else x, batch.arguments)
-    inputs = distillation.sequential_inputs(low, taught, low_call, Accelerator(cpu=True))
+    inputs = steps.sequential_inputs(low, taught, low_call, Accelerator(cpu=True))
     assert inputs[SECOND]["hidden_states"].dtype == dtype
 
 

@@ -11,7 +11,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.settings import DistillSettings
-from ppcl.training import distillation, loop, losses, teaching
+from ppcl.training import distillation, loop, losses, steps, teaching
 from support import tiny
 
 FIRST, SECOND = NewBlock(0, 1), NewBlock(3, 4)
@@ -162,7 +162,7 @@ def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
     taught = students.start(teacher, [FIRST, SECOND], "middle")
     tiny.silence(taught[FIRST])
     call = tiny.arguments((5, 3))
-    inputs = distillation.sequential_inputs(teacher, taught, call, accelerator)
+    inputs = steps.sequential_inputs(teacher, taught, call, accelerator)
     # By hand: the first student is an identity, so its input goes straight to block 2.
     first = inputs[FIRST]
     text, image = teacher.transformer_blocks[2](**first)
@@ -174,7 +174,7 @@ def test_sequential_students_get_what_came_before(teacher, reader, accelerator):
 
     _, (_, loss, _) = losses_of(teacher, taught, reader, accelerator, mode="sequential")(0)
     batch = reader.batch(reader.draw(reader.rows(heldout=False), 4, (0, 0)))
-    inputs = distillation.sequential_inputs(teacher, taught, batch.arguments, accelerator)
+    inputs = steps.sequential_inputs(teacher, taught, batch.arguments, accelerator)
     target = teaching.teacher_states(teacher, [SECOND], batch.arguments)[SECOND].target
     text, image = taught[SECOND](**inputs[SECOND])
     real = {"text": losses.Real(batch.arguments["encoder_hidden_states_mask"].bool())}

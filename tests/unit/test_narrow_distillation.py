@@ -10,7 +10,7 @@ from torch import nn
 from ppcl.pruning import narrow, students
 from ppcl.pruning.units import NewBlock, new_blocks_of, units_of
 from ppcl.settings import SubsetsSettings
-from ppcl.training import distillation, losses, teaching
+from ppcl.training import distillation, losses, steps, teaching
 from ppcl.transformer import blocks
 from support import tiny
 from support.narrow_students import OPTIONS, UNITS, made
@@ -313,7 +313,7 @@ def test_all_units_plugged_in_is_the_model_put_together_by_hand(teacher, reader,
     assert torch.equal(model(**batch.arguments)[0], by_hand(**batch.arguments)[0])
     assert len(blocks.block_sequence(teacher)) == 6
     # Sequentially, a borrower gets the carry that the source before it made.
-    inputs = distillation.sequential_inputs(teacher, taught, batch.arguments, accelerator)
+    inputs = steps.sequential_inputs(teacher, taught, batch.arguments, accelerator)
     carry = taught[SOURCE](**inputs[SOURCE])[0]
     assert torch.equal(inputs[BORROW]["encoder_hidden_states"], carry)
     assert torch.equal(inputs[CLOSE]["encoder_hidden_states"], carry)

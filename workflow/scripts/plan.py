@@ -18,7 +18,7 @@ import pandas as pd
 
 from ppcl import program, provenance
 from ppcl.configuration import config
-from ppcl.planning import durations, plan_table, planner, weightless
+from ppcl.planning import device_memory, durations, plan_table, planner, stages, weightless
 from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.settings import Settings, TeacherSettings
@@ -91,7 +91,7 @@ def made_for(args: argparse.Namespace, settings: Settings) -> planner.Planner:
 
 
 def _gib(value: float) -> str:
-    return "?" if pd.isna(value) else f"{value / planner.GIB:,.1f}"
+    return "?" if pd.isna(value) else f"{value / device_memory.GIB:,.1f}"
 
 
 def printed(table: pd.DataFrame) -> str:
@@ -166,8 +166,8 @@ def main() -> None:
     settings = config.load(args.config)
 
     made = made_for(args, settings)
-    works = durations.works(made)
-    table = pd.DataFrame(plan_table.rows(made, settings.plan.gpus))
+    every, works = list(stages.every(made)), durations.works(made)
+    table = pd.DataFrame(plan_table.rows(made, every, settings.plan.gpus))
     if works:
         table = pd.concat([table, time_rows(made, works)], ignore_index=True)
     stamp = provenance.stamp(
@@ -176,7 +176,7 @@ def main() -> None:
         units=len(made.every),
     )
     tables.write(args.table, table[schemas.PLAN.names], schemas.PLAN, stamp)
-    needs = durations.resources(made, works)
+    needs = durations.resources(made, every, works)
     # By what Snakemake hands over it can tell whether the limits are those of its config.
     of = {"config": provenance.digest(args.config)} if args.config[0] == "{" else {}
     texts.write_sealed(args.resources, needs | of)

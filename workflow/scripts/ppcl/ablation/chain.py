@@ -7,9 +7,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ppcl.pruning.students import Students
-from ppcl.pruning.units import NewBlock
 from ppcl.settings import DistillSettings
-from ppcl.training import distillation, teaching
+from ppcl.training import distillation, steps, teaching
 from ppcl.transformer import blocks, calls
 
 
@@ -29,16 +28,10 @@ def through_chain(
     """
     family, parts = blocks.family(transformer), list(students)
     batch_of = distillation.batches_of_steps(reader, options, seed, accelerator)
-    inside = {part: distillation.InFloat32(student) for part, student in students.items()}
+    inside = {part: steps.InFloat32(student) for part, student in students.items()}
     model, _ = blocks.assembled(transformer, {part.ends: m for part, m in inside.items()})
     owner = {id(module): part for part, module in inside.items()}
     watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
-
-    last = blocks.block_sequence(transformer)[-1].index
-
-    def read(part: NewBlock, lesson: teaching.Lesson) -> dict[str, Tensor]:
-        gone = family.unread if part.last == last else ()
-        return {stream: x for stream, x in lesson.target.items() if stream not in gone}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         batch = batch_of(step)
@@ -51,7 +44,10 @@ def through_chain(
             lessons = teaching.teacher_states(transformer, parts, batch.arguments)
             with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
                 run(model, batch.arguments)
-            targets = {part: read(part, lesson) for part, lesson in lessons.items()}
+            targets = {
+                part: steps.read_streams(transformer, part, lesson.target)
+                for part, lesson in lessons.items()
+            }
             streams = {s: x for target in targets.values() for s, x in target.items()}
             real = teaching.real_tokens(family, batch, streams, options.batch_size, accelerator)
             found = [

@@ -95,7 +95,7 @@ def _calls(planner: Planner) -> float | None:
     rows = planner.recorded()
     if planner.example is None or rows is None:
         return None
-    return rows * (bytes_of(planner.example(1, planner.dtype)) + planner.answer)
+    return rows * (bytes_of(planner.example(1, planner.dtype)) + planner.answer())
 
 
 def _streams(planner: Planner, units: list[Unit]) -> dict[str, float]:

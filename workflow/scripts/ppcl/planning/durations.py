@@ -8,13 +8,14 @@ nothing is selected, every block is taken to have a student. Limits are `SAFETY`
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ppcl.closed_forms import linear_map_candidates
 from ppcl.closed_forms.linear_map_fits import SUMS_BYTES
 from ppcl.evaluation import latencies
-from ppcl.planning.planner import Planner, Stage
+from ppcl.planning.device_memory import Stage
+from ppcl.planning.planner import Planner
 from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
 from ppcl.search import intervals, similarity
 from ppcl.settings import (
@@ -319,10 +320,12 @@ def main_memory(stage: Stage | None, settings: Settings, weights: int) -> int:
     return math.ceil(max(needed, on_cpu))
 
 
-def resources(planner: Planner, found: Mapping[str, Work]) -> dict[str, dict[str, int]]:
+def resources(
+    planner: Planner, every: Iterable[Stage], found: Mapping[str, Work]
+) -> dict[str, dict[str, int]]:
     """Stage -> `runtime` in minutes, `mem_mb` beside what its rule asks for in any case."""
     settings, weights = planner.settings, planner.weights
-    known = {stage.name: stage for stage in planner.stages()}
+    known = {stage.name: stage for stage in every}
 
     def memory(name: str, work: Work) -> int:
         if not work.float64:

@@ -4,12 +4,13 @@ import math
 from collections.abc import Iterator, Sequence
 
 from ppcl.planning import artifacts, weightless
+from ppcl.planning.device_memory import Stage
 from ppcl.planning.planner import Planner
 from ppcl.transformer import blocks
 
 
-def rows(planner: Planner, gpus: Sequence[float]) -> Iterator[dict]:
-    """The rows of plan.parquet."""
+def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Iterator[dict]:
+    """The rows of plan.parquet; every: the stages that run the transformer."""
 
     def row(item, name, measure, value, unit, note="", block=-1, gpu=math.nan):
         number = math.nan if value is None else float(value)
@@ -52,7 +53,7 @@ def rows(planner: Planner, gpus: Sequence[float]) -> Iterator[dict]:
             yield row("block", name, "flops", spent, "FLOPs", **at)
             at["note"] += "; by FLOPs, of this variant's call"
             yield row("block", name, "latency share", spent and spent / total, "share", **at)
-    for stage in planner.stages():
+    for stage in every:
         for part, value in stage.parts.items():
             yield row("stage", stage.name, part, value, "bytes", stage.note)
         for kind in ("resident", "offloaded", "least"):

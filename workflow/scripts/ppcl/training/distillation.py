@@ -8,25 +8,19 @@ the latter is made of, is also how a whole variant is fine-tuned.
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from ppcl.errors import UserError
-from ppcl.pruning.students import Students, plugged
+from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.settings import DistillSettings, SubsetsSettings, TrainingSettings
 from ppcl.storage import schemas
-from ppcl.training import entrance, losses, prices, teaching
-from ppcl.training.losses import Real
+from ppcl.training import entrance, prices, steps
 from ppcl.transformer import blocks, calls
-from ppcl.transformer.family import TEXT
 
 
 def log_table(rows: list[dict]) -> pd.DataFrame:
@@ -113,52 +107,24 @@ def independent(
     the students before it make of the input; gradients stay within each student.
 
     students: a source comes before those that borrow from it.
-    names: of the parts in the log, for students of overlapping units; `Part.name` otherwise.
+    names: of the new blocks in the log, for students of overlapping units; otherwise their own.
     inputs: the streams from which the teacher starts, of students taught in mode `independent`.
-    uncut: as of `teacher_states`.
+    uncut: as of `teaching.teacher_states`.
     """
-    sequence = blocks.block_sequence(transformer)
-    family = blocks.family(transformer)
-    parts, batch_of = list(students), batches_of_steps(reader, options, seed, accelerator)
-    names = names or {part: part.name for part in parts}
-    sources = {part.ends for part in parts if part.lends}
+    batch_of = batches_of_steps(reader, options, seed, accelerator)
+    names = names or {new_block: new_block.name for new_block in students}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
-        batch = batch_of(step)
-        with accelerator.autocast():
-            running = inputs.model(batch.numbers, batch.arguments) if inputs else transformer
-            lessons = teaching.teacher_states(transformer, parts, batch.arguments, running, uncut)
-        if options.mode == "sequential":
-            given = sequential_inputs(transformer, students, batch.arguments, accelerator)
-            for part, bound in given.items():
-                lessons[part].bound = bound
-        real: dict[str, Real] = {}  # a stream has the same in all blocks
-        lent: dict[tuple[int, int], Tensor] = {}
-        for part, student in students.items():
-            lesson = lessons.pop(part)
-            if part.source in sources and options.mode != "sequential":
-                lesson.lend(lent[part.source])
-            if part.last == sequence[-1].index:
-                read = {s: v for s, v in lesson.target.items() if s not in family.unread}
-                lesson.target = read
-            seen = {} if lesson.text_input is None else {TEXT: lesson.text_input}
-            fresh = {s: x for s, x in (seen | lesson.target).items() if s not in real}
-            real |= teaching.real_tokens(family, batch, fresh, options.batch_size, accelerator)
-            # Students have float32 weights, whatever the teacher's dtype; autocast may lower them.
-            lesson.bound = teaching.fitting(lesson.bound, student)
+        batch, running = batch_of(step), None
+        if inputs:
             with accelerator.autocast():
-                returned = _call(student, lesson.bound, options.gradient_checkpointing)
-                output = sequence[part.first].outputs(returned)
-                # A source returns its carry: its own text stream, and what it lends.
-                if part.lends:
-                    lent[part.ends] = output[TEXT].detach().chunk(2, dim=-1)[1]
-                output = {s: output[s][..., : t.shape[-1]] for s, t in lesson.target.items()}
-                loss, metrics = teaching.interval_losses(output, lesson.target, real, options)
-                linear = teaching.linear_loss(part, student, output, lesson, real)
-            if linear is not None:
-                metrics["linear"] = linear
-                loss = loss + options.linear_weight * linear
-            yield names[part], loss, metrics
+                running = inputs.model(batch.numbers, batch.arguments)
+        lessons = steps.lessons_of(
+            transformer, students, batch.arguments, options, accelerator, running, uncut
+        )
+        every = steps.student_losses(transformer, students, lessons, batch, options, accelerator)
+        for new_block, loss, metrics in every:
+            yield names[new_block], loss, metrics
 
     return losses_of_step
 
@@ -185,13 +151,9 @@ def output_distillation(
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         batch = batch_of(step)
-        if in_float32:
-            batch = batch.to_float32()
-        # Before the model runs: here processes have just met, behind it they would wait again.
-        power = accelerator.reduce(batch.output.float().square().sum(), reduction="mean")
         with accelerator.autocast():
-            output = blocks.answer(model_at(step), batch.arguments)
-        error = losses.velocity_error(output, batch.output, power)
+            model = model_at(step)
+        error = steps.velocity_loss(model, batch, accelerator, in_float32)
         yield name, error, {"velocity_error": error}
 
     return losses_of_step
@@ -218,7 +180,7 @@ def any_subset(
     """
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
-    fitting = {part: InFloat32(student) for part, student in students.items()}
+    fitting = {part: steps.InFloat32(student) for part, student in students.items()}
 
     def model_at(step: int) -> nn.Module:
         chosen = draw((seed, step)) if draw else random_subset(units, (seed, step))
@@ -236,39 +198,6 @@ def random_subset(members: Sequence, seed: tuple[int, ...]) -> list:
     rng = np.random.default_rng((*seed, 1))
     size = rng.integers(1, len(members), endpoint=True)
     return [members[i] for i in sorted(rng.permutation(len(members))[:size])]
-
-
-class InFloat32(nn.Module):
-    """A float32 student between blocks of another dtype; gradients reach the student."""
-
-    def __init__(self, student: nn.Module):
-        super().__init__()
-        self.student = student
-
-    def forward(self, *args, **kwargs):
-        streams = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-        dtype = next(x.dtype for x in streams if x.is_floating_point())
-        args, kwargs = tree_map(calls.as_float32, (args, kwargs))
-        return tree_map(lambda x: x.to(dtype), self.student(*args, **kwargs))
-
-
-@torch.no_grad()
-def sequential_inputs(
-    transformer: nn.Module, students: Students, arguments: dict[str, Any], accelerator: Accelerator
-) -> dict[NewBlock, dict[str, Any]]:
-    """Per part the bound arguments that its student gets inside the assembled model."""
-    model, fitting, _ = plugged(transformer, students)
-    owner = {id(m): part for part, m in fitting.items()}
-    inputs = {}
-
-    def before(block, bound):
-        if id(block.module) in owner:
-            inputs[owner[id(block.module)]] = bound
-
-    watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
-    with accelerator.autocast(), blocks.watch(watched, before, stop_after=watched[-1].index) as run:
-        run(model, arguments)
-    return inputs
 
 
 def cost_table(
@@ -322,9 +251,3 @@ def cost_table(
         for unit, entry, cost in zip(units, entries, costs, strict=True)
     ]
     return pd.DataFrame(found, columns=schemas.UNIT_ERRORS.names)
-
-
-def _call(module: nn.Module, bound: dict[str, Any], recompute: bool) -> Any:
-    if recompute:
-        return checkpoint(module, use_reentrant=False, **bound)
-    return module(**bound)

@@ -1,12 +1,11 @@
 """What the teacher has to say to every new block, and how far from that the block's answer is."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
@@ -18,6 +17,21 @@ from ppcl.training import losses
 from ppcl.training.losses import Real
 from ppcl.transformer import blocks, calls, inside_block
 from ppcl.transformer.family import TEXT, Family
+
+
+class Processes(Protocol):
+    """What a step asks of the processes that work together: an Accelerator, or what stands for one
+    where nothing is computed."""
+
+    @property
+    def num_processes(self) -> int:
+        """Their number."""
+
+    def autocast(self) -> AbstractContextManager:
+        """Within, the model's operations are in the precision of the training."""
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        """The sum or the mean over processes, which all of them have then."""
 
 
 @dataclass
@@ -117,7 +131,7 @@ def real_tokens(
     batch: calls.Batch,
     streams: blocks.Streams,
     batch_size: int,
-    accelerator: Accelerator,
+    processes: Processes,
 ) -> dict[str, Real]:
     """Which tokens of a step's batch count in these streams, all of a process's share.
 
@@ -126,13 +140,13 @@ def real_tokens(
     Args:
         batch_size: of all processes together.
     """
-    processes = accelerator.num_processes
+    shares = processes.num_processes
     # Shares differ by a row where the batch does not divide evenly.
-    found = {stream: Real(None, len(batch) * processes / batch_size) for stream in streams}
+    found = {stream: Real(None, len(batch) * shares / batch_size) for stream in streams}
     for stream, mask in blocks.token_masks(family, batch.arguments, streams).items():
         count = mask.sum().float()
-        mean = accelerator.reduce(count, reduction="mean")
-        found[stream] = Real(mask, count / mean.clamp_min(1 / processes))
+        mean = processes.reduce(count, reduction="mean")
+        found[stream] = Real(mask, count / mean.clamp_min(1 / shares))
     return found
 
 
