@@ -20,6 +20,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/snakefmt --check Snakefile workflow
 	$(BIN)/codespell $$(git ls-files)
+	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 
 # Renews the tables of config/README.md, results/README.md, docs/families.md and environment.yml.
