@@ -12,6 +12,7 @@ from PIL import Image
 
 from ppcl.errors import UserError
 from ppcl.evaluation import measuring
+from ppcl.settings import RecordSettings
 from ppcl.teacher import recording, steps
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
@@ -294,6 +295,7 @@ def test_timestep_0_tells_no_scale(pipe):
 def test_a_prompt_is_never_on_both_sides(prompts, samples, fraction, seed):
     rows = [{"prompt": prompt} for prompt in prompts]
     given = {"samples": samples, "heldout_fraction": fraction, "prompts": "p.txt"}
+    given = RecordSettings.of(given)
     if len(set(prompts[:samples])) < 2:
         with pytest.raises(UserError, match=r"record\.prompts: p\.txt has only one prompt"):
             record.choose_samples(rows, given, seed)
