@@ -4,7 +4,7 @@
 #   snakemake --cores all --configfile config/mine.yaml      your model
 #   snakemake --cores all interval_plots                     figures of the search, from parquet only
 #   snakemake --cores all ablation                           the method against its alternatives
-#   snakemake --cores all plan                               memory, sizes and disk, without weights
+#   snakemake --cores all forecast                           memory, sizes and disk, without weights
 #   snakemake --cores all train_teacher                      remake the embedded teacher
 
 from snakemake.utils import min_version
@@ -22,7 +22,7 @@ include: "workflow/rules/common.smk"
 
 
 validate()
-PLANNED = planned()
+FORECAST = forecast()
 if reporting():
     config["summary"] = reported()
 
@@ -35,12 +35,12 @@ wildcard_constraints:
 
 
 include: "workflow/rules/plot.smk"
-include: "workflow/rules/plan.smk"
+include: "workflow/rules/forecast.smk"
 
 
-# Finished searches are drawn from their parquet files alone, whatever became of the rest; a plan
+# Finished searches are drawn from their parquet files alone, whatever became of the rest; a forecast
 # takes what is there and has nothing made.
-if targets() != {"plan"} and not interval_plots_only():
+if targets() != {"forecast"} and not interval_plots_only():
 
     include: "workflow/rules/record.smk"
     include: "workflow/rules/extract.smk"

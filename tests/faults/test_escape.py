@@ -109,7 +109,7 @@ def test_a_run_with_hostile_prompts_paths_and_model_ids(tiny_teacher, tmp_path):
     [
         "teacher.path",
         "teacher.subfolder",
-        "plan.transformer_config",
+        "forecast.transformer_config",
         "record.prompts",
         "evaluate.prompts",
     ],
@@ -144,7 +144,9 @@ def test_a_workflow_in_a_folder_that_a_shell_would_misread_is_refused(tmp_path):
     odd = tmp_path / "it's $(touch no)"
     odd.symlink_to(ROOT)
     where = ["-s", odd / "Snakefile", "--directory", tmp_path, "--nolock", "-n"]
-    printed = run("snakemake", "plan", *where, "--configfile", ROOT / "config/test.yaml", code=1)
+    printed = run(
+        "snakemake", "forecast", *where, "--configfile", ROOT / "config/test.yaml", code=1
+    )
     assert "a shell would not take as they are" in printed and "rename it" in printed
 
 

@@ -24,7 +24,7 @@ READ_FIRST = {
     "tokens.parquet": ("stream", "boundary"),
 }
 # Read by people, and by Snakemake (test_dag.py).
-ENDS = {"plan.parquet", "figures", "resources.json", "measured.parquet"}
+ENDS = {"forecast.parquet", "figures", "resources.json", "measured.parquet"}
 RUN = [stage for stage in STAGES if stage.program != "evaluate"]
 # What stages read with other configs, in groups of figures, and as shards.
 TABLES = {

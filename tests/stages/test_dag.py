@@ -83,7 +83,7 @@ def weights(path: Path) -> dict[str, bytes]:
 def test_every_file_of_the_contract_is_there_with_its_columns(finished):
     for name, schema in schemas.TABLES.items():
         if name.startswith(
-            ("latency/", "narrow/", "ablation/", "plan/")
+            ("latency/", "narrow/", "ablation/", "forecast/")
         ):  # not with this config and target
             assert not (finished / RUN / name).exists()
             continue
@@ -121,14 +121,14 @@ def test_touch_leaves_what_an_unfinished_training_kept(finished):
 
 
 def test_a_plan_changes_what_jobs_ask_for_and_reruns_none(finished):
-    needs = finished / RUN / "plan/resources.json"
+    needs = finished / RUN / "forecast/resources.json"
     needs.parent.mkdir()
     try:
         texts.write_sealed(needs, {"distill": {"runtime": 77, "mem_mb": 999000}})
         printed = snakemake(finished, "-n")
         assert "Nothing to be done" in printed and "of another config" not in printed
         texts.write_sealed(needs, {"distill": {"runtime": 77}, "config": "another"})
-        assert "plan/resources.json is of another config" in snakemake(finished, "-n")
+        assert "forecast/resources.json is of another config" in snakemake(finished, "-n")
         needs.write_text(needs.read_text().replace("77", "78"))
         with pytest.raises(AssertionError, match="resources.json is not what was written; delete"):
             snakemake(finished, "-n")

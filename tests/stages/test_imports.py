@@ -37,7 +37,7 @@ WITHOUT = {
     "lora_to_low_rank": OTHER | {"skimage"},
     "narrow": OTHER | {"skimage"},
     "pareto": OTHER,
-    "plan": OTHER | {"skimage"},
+    "forecast": OTHER | {"skimage"},
     "plot": TORCH | JUDGE | {"skimage"},
     "probe": MODELS | OTHER | {"skimage", "scipy"},
     "prune": OTHER | {"skimage"},

@@ -48,16 +48,16 @@ def architecture(path: Path, class_name: str, **values) -> Path:
     return path
 
 
-def plan(table: Path, settings: dict, **paths) -> pd.DataFrame:
-    """plan.parquet of a config, made by the program."""
+def forecast(table: Path, settings: dict, **paths) -> pd.DataFrame:
+    """forecast.parquet of a config, made by the program."""
     file = table.with_suffix(".yaml")
     file.write_text(yaml.safe_dump(settings))
     given = [f"--{name}={value}" for name, value in paths.items()]
     given.append(f"--resources={table.with_name('resources.json')}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["plan", f"--config={file}", f"--table={table}", *given])
-        runpy.run_path(str(SCRIPTS / "plan.py"), run_name="__main__")
-    return tables.read(table, schemas.PLAN).to_pandas()
+        patch.setattr("sys.argv", ["forecast", f"--config={file}", f"--table={table}", *given])
+        runpy.run_path(str(SCRIPTS / "forecast.py"), run_name="__main__")
+    return tables.read(table, schemas.FORECAST).to_pandas()
 
 
 def values(table: pd.DataFrame, item: str, measure: str) -> dict[str, float]:
@@ -71,10 +71,10 @@ def values(table: pd.DataFrame, item: str, measure: str) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
     """The published selection on Qwen-Image."""
-    folder = tmp_path_factory.mktemp("plan")
+    folder = tmp_path_factory.mktemp("forecast")
     settings = {
         "teacher": {"path": "nobody/nothing", "dtype": "bfloat16"},
-        "plan": {
+        "forecast": {
             "transformer_config": str(
                 architecture(folder / "config.json", "QwenImageTransformer2DModel")
             ),
@@ -94,7 +94,7 @@ def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
         "distill": {"batch_size": 1, "mixed_precision": "bf16"},
         "finetune": {"batch_size": 1, "mixed_precision": "bf16", "gradient_checkpointing": True},
     }
-    return plan(folder / "plan.parquet", settings), folder / "plan.parquet"
+    return forecast(folder / "forecast.parquet", settings), folder / "forecast.parquet"
 
 
 def test_published_counts(qwen):
@@ -389,12 +389,12 @@ def test_stages_and_gpus(qwen):
 
 
 def test_many_devices_and_8_bit_moments(tmp_path):
-    """Against the plan of the same run in one process, one job, and with float32 moments."""
+    """Against the forecast of the same run in one process, one job, and with float32 moments."""
     file = architecture(
         tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL | {"num_layers": 9}
     )
     common = {
-        "plan": {"transformer_config": str(file)},
+        "forecast": {"transformer_config": str(file)},
         "pipeline": {"height": 64, "width": 64},
         "intervals": {"pin": [[0, 1], [2, 3], [7, 8]]},
         "width": {"enabled": False},
@@ -403,7 +403,7 @@ def test_many_devices_and_8_bit_moments(tmp_path):
     }
 
     def planned(name, **keys):
-        table = plan(tmp_path / f"{name}.parquet", common | keys)
+        table = forecast(tmp_path / f"{name}.parquet", common | keys)
         stages = table[table["item"] == "stage"]
         notes = stages.groupby("name")["note"].first()
         parts = stages.pivot(index="name", columns="measure", values="value")
@@ -498,7 +498,7 @@ def test_time_by_hand(tmp_path):
         "processes": 2,
         "teacher": {"path": "nobody/nothing", "dtype": "bfloat16"},
         "pipeline": {"height": 64, "width": 64, "num_inference_steps": 5},
-        "plan": {"transformer_config": str(file), "tflops": 1e-3},
+        "forecast": {"transformer_config": str(file), "tflops": 1e-3},
         "record": {"samples": 12, "batch_size": 4, "renoised_per_sample": 3},
         "extract": {"rows": 50, "batch_size": 8},
         "sensitivity": {"rows": 6, "batch_size": 6, "longest": 2},
@@ -519,7 +519,7 @@ def test_time_by_hand(tmp_path):
             "latency_repeats": 4,
         },
     }
-    table = plan(tmp_path / "plan.parquet", settings)
+    table = forecast(tmp_path / "forecast.parquet", settings)
     # A picture of 64 pixels has 4 x 4 tokens, after text of 512; width 512, FFN four times that.
     image, text, d, given = 16, 512, 512, 256
     tokens = image + text
@@ -601,8 +601,8 @@ def test_provenance(qwen):
 def test_detected_selection_and_recorded_calls_are_taken(recorded, tmp_path, capsys):
     settings = {"teacher": {"path": str(recorded[0])}, "intervals": {"pin": [[4, 5]]}}
     settings |= {name: {"batch_size": 2} for name in ("distill", "subsets", "finetune")}
-    found = plan(
-        tmp_path / "plan.parquet",
+    found = forecast(
+        tmp_path / "forecast.parquet",
         settings,
         intervals=tiny.intervals(tmp_path / "intervals.parquet", [(1, 3)]),
         candidates=tiny.candidates(tmp_path / "candidates.parquet", [], [(0, "image")]),
@@ -635,7 +635,7 @@ def _call(tokens: int) -> dict:
 def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_path):
     settings = {"teacher": {"path": str(recorded[0])}}
     settings |= {"pipeline": {"height": 64, "width": 32, "max_sequence_length": 7}}
-    found = plan(tmp_path / "plan.parquet", settings)
+    found = forecast(tmp_path / "forecast.parquet", settings)
     given = _call(7) | {"hidden_states": torch.empty(1, 32, 16, device="meta")}
     given["img_shapes"] = [[(1, 8, 4)]]
     _, total = footprint.flops(tiny.transformer(6).to("meta"), given)
@@ -648,8 +648,8 @@ def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
     name = "QwenImageTransformer2DModel"
     monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], pipeline=None))
     file = architecture(tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL)
-    settings = {"plan": {"transformer_config": str(file)}, "intervals": {"pin": [[0, 1]]}}
-    found = plan(tmp_path / "plan.parquet", settings)
+    settings = {"forecast": {"transformer_config": str(file)}, "intervals": {"pin": [[0, 1]]}}
+    found = forecast(tmp_path / "forecast.parquet", settings)
     assert "calls of QwenImageTransformer2DModel are not known" in caplog.text
     assert values(found, "variant", "parameters")["depth"] > 0
     assert np.isnan(values(found, "variant", "flops")["depth"])
@@ -662,17 +662,20 @@ def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
     [
         ({"teacher": {"path": "owner/name"}}, "teacher.path: owner/name: its transformer/config"),
         ({"teacher": {"path": "."}}, "teacher.path: transformer/config.json can't be read"),
-        ({"plan": {"transformer_config": "gone.json"}}, "gone.json can't be read"),
+        ({"forecast": {"transformer_config": "gone.json"}}, "gone.json can't be read"),
         (
-            {"plan": {"transformer_config": "torn.json"}},
+            {"forecast": {"transformer_config": "torn.json"}},
             "transformer_config: torn.json: not valid JSON",
         ),
-        ({"plan": {"transformer_config": "list.json"}}, "list.json: not valid JSON of this kind"),
-        ({"plan": {"transformer_config": "odd.json"}}, "has no model OddTransformer"),
-        ({"plan": {"transformer_config": "vae.json"}}, "AutoencoderKL"),
-        ({"plan": {"transformer_config": "bad.json"}}, "can't be made of this config"),
         (
-            {"plan": {"transformer_config": "ok.json"}, "intervals": {"pin": [[2, 3]]}},
+            {"forecast": {"transformer_config": "list.json"}},
+            "list.json: not valid JSON of this kind",
+        ),
+        ({"forecast": {"transformer_config": "odd.json"}}, "has no model OddTransformer"),
+        ({"forecast": {"transformer_config": "vae.json"}}, "AutoencoderKL"),
+        ({"forecast": {"transformer_config": "bad.json"}}, "can't be made of this config"),
+        (
+            {"forecast": {"transformer_config": "ok.json"}, "intervals": {"pin": [[2, 3]]}},
             "beyond this teacher's blocks 0 to 2",
         ),
     ],
@@ -689,7 +692,9 @@ def test_errors(settings, message, tmp_path, monkeypatch):
     architecture(Path("ok.json"), name, **SMALL)
     complete = Settings.of(config.complete(settings, "test"))
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        found, where = weightless.architecture(complete.teacher, complete.plan.transformer_config)
+        found, where = weightless.architecture(
+            complete.teacher, complete.forecast.transformer_config
+        )
         made = weightless.on_meta(found, torch.float32, where)
         weightless.selection(complete, made)
 
@@ -723,12 +728,12 @@ def test_the_target_runs_without_weights(tmp_path):
         "run": "planned",
         "teacher": {"path": "no/weights"},
         "record": {"prompts": "none.txt"},
-        "plan": {"transformer_config": "config.json", "gpus": [8]},
+        "forecast": {"transformer_config": "config.json", "gpus": [8]},
         "pipeline": {"height": 64, "width": 64},
         "intervals": {"pin": [[0, 1]]},
     }
     (folder / "mine.yaml").write_text(yaml.safe_dump(settings))
-    command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "1", "plan"]
+    command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "1", "forecast"]
     command += ["--configfile", "mine.yaml"]
 
     done = subprocess.run(
@@ -736,10 +741,11 @@ def test_the_target_runs_without_weights(tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 GiB" in done.stdout + done.stderr
-    found = tables.read(folder / "results/planned/plan/plan.parquet", schemas.PLAN).to_pandas()
+    table = folder / "results/planned/forecast/forecast.parquet"
+    found = tables.read(table, schemas.FORECAST).to_pandas()
     counts = values(found, "variant", "blocks")
     low = {"modulation": 3, "depth+modulation": 2}
     assert counts == {"teacher": 3, "depth": 2} | low
     assert not (folder / "results/planned/record").exists()
-    asked = json.loads((folder / "results/planned/plan/resources.json").read_text())
+    asked = json.loads((folder / "results/planned/forecast/resources.json").read_text())
     assert set(asked["distill"]) == {"runtime", "mem_mb"}

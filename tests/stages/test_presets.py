@@ -73,7 +73,7 @@ def test_preset_passes_every_check_made_before_a_run(name):
     assert settings.run == name
     preflight.check(settings, f"{name}.yaml")
     assert settings.teacher.dtype == "bfloat16"
-    assert settings.plan.transformer_config == f"resources/architectures/{model}.json"
+    assert settings.forecast.transformer_config == f"resources/architectures/{model}.json"
     if name in FREE:
         assert not settings.trains and not settings.intervals.enabled
         assert not any(v.train or v.finetune_steps for v in settings.variants)
@@ -173,15 +173,15 @@ def test_prompts_are_unique_and_cover_what_they_promise():
 
 @pytest.mark.parametrize("name", EVERY)
 def test_preset_can_be_planned(name, tmp_path, monkeypatch, capsys):
-    import plan
+    import forecast
 
     model, encoders = FREE.get(name, (name, 0))
-    table, preset = tmp_path / "plan.parquet", f"config/presets/{name}.yaml"
+    table, preset = tmp_path / "forecast.parquet", f"config/presets/{name}.yaml"
     given = ["--config", preset, "--table", str(table), "--resources", str(tmp_path / "r.json")]
-    monkeypatch.setattr(sys, "argv", ["plan.py", *given])
-    plan.main()  # in this process: imports take longer than planning
+    monkeypatch.setattr(sys, "argv", ["forecast.py", *given])
+    forecast.main()  # in this process: imports take longer than planning
     assert f"{SIZES[model][0]:,}" in capsys.readouterr().out
-    found = tables.read(table, schemas.PLAN).to_pandas()
+    found = tables.read(table, schemas.FORECAST).to_pandas()
     sizes = found[found["item"] == "artifact"].set_index("name")["value"]
     variants = loaded(name).variants
     for variant in variants:  # no budget is out of reach

@@ -29,7 +29,7 @@ RUN = Path("results/test")
 # Seconds for a run, and for one command: many times what a quiet machine needs. The executor waits
 # for ever if it loses its jobs.
 PATIENCE, COMMAND = 900, 120
-# What a plan says; the run asks for another limit of extract, and there is none of prune.
+# What a forecast says; the run asks for another limit of extract, and there is none of prune.
 PLANNED = {name: {"runtime": 77, "mem_mb": 1234} for name in ("extract", "subsets")}
 
 absent = cluster.missing()
@@ -231,7 +231,7 @@ def site(tmp_path_factory) -> Iterator[Site]:
     quiet = {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     env = os.environ | quiet | {"SBATCH_PARTITION": "gpu"} | cluster.up(place)
     made = Site(folder, env, {})
-    needs = folder / RUN / "plan/resources.json"
+    needs = folder / RUN / "forecast/resources.json"
     needs.parent.mkdir(parents=True)
     texts.write_sealed(needs, PLANNED)
     try:
@@ -304,7 +304,7 @@ def test_an_interrupted_run_leaves_no_job_and_goes_on(site):
     assert site.cancelled == 1
     assert site.jobs()[0]["JobState"] == "CANCELLED"
     for name, schema in schemas.TABLES.items():
-        if not name.startswith(("latency/", "narrow/", "ablation/", "plan/")):
+        if not name.startswith(("latency/", "narrow/", "ablation/", "forecast/")):
             path = site.folder / RUN / name.replace("<variant>", "p55")
             assert len(tables.read(path, None if "tokens" in name else schema)), name
     for variant in ("p55", "p85"):
@@ -336,7 +336,7 @@ def test_jobs_ask_for_what_their_rules_say(site):
     }
     limits = {job["Comment"]: job["TimeLimit"] for job in jobs}
     assert limits["rule_distill"] == "2-00:00:00" and limits["rule_prune"] == "00:30:00"
-    # The plan's where it has some, unless the user says otherwise.
+    # The forecast's where it has some, unless the user says otherwise.
     assert limits["rule_subsets"] == "01:17:00" and limits["rule_extract"] == "00:44:00"
     memory = {job["Comment"]: job["MinMemoryNode"] for job in jobs}
     assert (memory["rule_subsets"], memory["rule_extract"]) == ("33234M", "17234M")

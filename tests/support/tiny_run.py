@@ -113,9 +113,9 @@ STAGES = [
     ),
     Stage("latency", CALLS, {"table": "latency.parquet"}),
     Stage(
-        "plan",
+        "forecast",
         CALLS | {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
-        {"table": "plan.parquet", "resources": "resources.json"},
+        {"table": "forecast.parquet", "resources": "resources.json"},
     ),
     Stage(
         "plot",

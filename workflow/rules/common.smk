@@ -61,15 +61,17 @@ WISHES = [
     *(f"width.{key}" for key in ("enabled", "cka_floor", "text", "ffn_image", "ffn_text")),
     *(f"modulation.{key}" for key in ("enabled", "pin", "forbid")),
 ]
-# What a plan, and so the limits of jobs, depend on.
-PLAN_KEYS = [
+# Targets as they were called before.
+OLD_TARGETS = {"plan": "forecast"}
+# What a forecast, and so the limits of jobs, depend on.
+FORECAST_KEYS = [
     "seed",
     "device",
     "processes",
     "teacher",
     "similarity",
     "pipeline",
-    "plan",
+    "forecast",
     "record",
     "extract",
     "sensitivity",
@@ -92,7 +94,7 @@ def targets():
     Snakemake parses rules before it knows its targets (workflow.dag_settings is still None), so
     the arguments are all there is to look at.
     """
-    return {"all", "interval_plots", "train_teacher", "ablation", "plan"} & set(sys.argv[1:])
+    return {"all", "interval_plots", "train_teacher", "ablation", "forecast"} & set(sys.argv[1:])
 
 
 def refuse(problem):
@@ -103,16 +105,18 @@ def refuse(problem):
 def validate():
     """Complete the config with its defaults; check it against schema, teacher and prompts."""
     source = ", ".join(map(os.path.relpath, workflow.configfiles)) or "--config"
+    for old in OLD_TARGETS.keys() & set(sys.argv[1:]):
+        refuse(f"the target {old} is called {OLD_TARGETS[old]} now")
     try:
         configuration.refuse_surprises(map(os.path.relpath, workflow.configfiles))
         config.update(configuration.complete(config, source))
         if workflow.is_main_process:
             preflight.check_results(config["run"], source)
         # The teacher may be missing where it is about to be made, or where only figures are drawn
-        # or a plan is.
+        # or a forecast is made.
         if (
             workflow.is_main_process
-            and targets() not in ({"train_teacher"}, {"plan"})
+            and targets() not in ({"train_teacher"}, {"forecast"})
             and not interval_plots_only()
         ):
             preflight.check(settings(), source)
@@ -407,27 +411,29 @@ def every_core(wildcards):
     return total if workflow.local_exec and small_on_cpu() and total else THREADS
 
 
-def planned():
-    """What the plan says that stages need, if there is one: stage -> `runtime` and `mem_mb`."""
-    path = Path(result("plan/resources.json"))
-    if targets() == {"plan"} or not path.is_file():
+def forecast():
+    """What the forecast says that stages need, if there is one: stage -> `runtime` and `mem_mb`."""
+    path = Path(result("forecast/resources.json"))
+    if targets() == {"forecast"} or not path.is_file():
         return {}
     try:
         found = texts.read_sealed(path)
     except UserError as error:
-        refuse(f"{error}, with the target plan; without it limits are fixed")
-    of = digest(configuration.subset(config, *PLAN_KEYS))
+        refuse(f"{error}, with the target forecast; without it limits are fixed")
+    of = digest(configuration.subset(config, *FORECAST_KEYS))
     if workflow.is_main_process and found.get("config", of) != of:
-        logger.warning(f"{path} is of another config; for limits of this one run the target plan")
+        logger.warning(
+            f"{path} is of another config; for limits of this one run the target forecast"
+        )
     return found
 
 
-def minutes(stage, unplanned):
+def minutes(stage, otherwise):
     """For resources: the time limit of a stage. Shards have their own, once there are some."""
 
     def found(wildcards):
         shard = f"{stage}/{wildcards.get('shard')}"
-        return (PLANNED.get(shard) or PLANNED.get(stage) or {}).get("runtime", unplanned)
+        return (FORECAST.get(shard) or FORECAST.get(stage) or {}).get("runtime", otherwise)
 
     return found
 
@@ -436,13 +442,13 @@ def megabytes(stage, program, teacher=True):
     """For resources: MB of main memory of a stage's program, with what it loads.
 
     Of one that loads the teacher, it is the greater of what the teacher's files say and what the
-    plan does: the former know the whole pipeline, the latter what is trained, and a teacher that is
+    forecast does: the former know the whole pipeline, the latter what is trained, and a teacher that is
     still on the Hub.
     """
 
     def found(wildcards):
         shard = f"{stage}/{wildcards.get('shard')}"
-        needs = PLANNED.get(shard) or PLANNED.get(stage) or {}
+        needs = FORECAST.get(shard) or FORECAST.get(stage) or {}
         return max(memory(program) if teacher else 0, program + needs.get("mem_mb", 0))
 
     return found
@@ -462,7 +468,7 @@ def artifacts():
         "prune/": depth(),
         **{f"{stage}/": stage in training() for stage in ("distill", "narrow", "subsets")},
         "ablation/": False,  # a target of its own, as is the next
-        "plan/": False,
+        "forecast/": False,
     }
     left_out = tuple(path for path, needed in wanted.items() if not needed)
     named = [
@@ -550,12 +556,12 @@ def interval_plots_only():
     return targets() == {"interval_plots"} and all(Path(table).is_file() for table in tables)
 
 
-def plan_inputs():
-    """What a plan takes if it is there."""
+def forecast_inputs():
+    """What a forecast takes if it is there."""
     teacher = settings().teacher
     own = Path(teacher.path, teacher.subfolder or "", teacher.component, "config.json")
     names = {
-        "architecture": config["plan"]["transformer_config"] or str(own),
+        "architecture": config["forecast"]["transformer_config"] or str(own),
         "intervals": result("intervals/intervals.parquet"),
         "candidates": next(iter(candidates()), ""),
         "calls": result("record/calls.parquet"),

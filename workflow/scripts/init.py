@@ -37,7 +37,7 @@ def main() -> None:
     starter.write(teacher, args.output, args.run, args.calibration, args.evaluation, args.free)
     print(
         f"{args.output} is written: read it, name your own prompts, set the budgets; then\n"
-        f"  snakemake plan --cores all --configfile {args.output}\n"
+        f"  snakemake forecast --cores all --configfile {args.output}\n"
         f"  snakemake --cores all --configfile {args.output}"
     )
 

@@ -97,8 +97,8 @@ class TeacherSettings(Section):
 
 
 @dataclass(frozen=True)
-class PlanSettings(Section):
-    """What a plan of memory, sizes and time goes by."""
+class ForecastSettings(Section):
+    """What a forecast of memory, sizes and time goes by."""
 
     transformer_config: str | None
     gpus: tuple[float, ...]  # GiB
@@ -330,7 +330,7 @@ class Settings(Section):
     processes: int | Literal["auto"]
     teacher: TeacherSettings
     pipeline: Mapping[str, Any]
-    plan: PlanSettings
+    forecast: ForecastSettings
     record: RecordSettings
     extract: ExtractSettings
     probe: ProbeSettings

@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from ppcl.configuration import schema_words, strict_yaml
+from ppcl.configuration import renamed, schema_words, strict_yaml
 from ppcl.errors import UserError
 from ppcl.settings import Settings, Variant
 from ppcl.teacher import hub
@@ -96,6 +96,7 @@ def complete(config: dict, source: str) -> dict:
             f"{source}: is longer than a command line may be ({LONGEST} characters as JSON); "
             "shorten its longest text or list"
         )
+    renamed.refuse(plain, source)
     filled = _decided(_fill(plain, rules))
     validator = _Validator(rules)
     problems = sorted(validator.iter_errors(filled), key=lambda e: list(map(str, e.path)))
@@ -150,7 +151,7 @@ def _places(filled: dict) -> None:
     for section, key in (
         ("record", "prompts"),
         ("evaluate", "prompts"),
-        ("plan", "transformer_config"),
+        ("forecast", "transformer_config"),
     ):
         if path := filled[section][key]:
             filled[section][key] = _spelled(os.path.expanduser(path), _in_real_folder)

@@ -1,9 +1,9 @@
 """How long stages take and how much main memory their jobs ask for: what a scheduler wants to know.
 
-Time is FLOPs over a sustained speed (plan.tflops), and what no speed of arithmetic shortens. The
-FLOPs are those of the planner's calls, and rather too many than too few: no variant is taken for
-cheaper than the teacher, no student for cheaper than the block that it starts from, and as long as
-nothing is selected, every block is taken to have a student. Limits are `SAFETY` times that.
+Time is FLOPs over a sustained speed (forecast.tflops), and what no speed of arithmetic shortens.
+The FLOPs are those of the planner's calls, and rather too many than too few: no variant is taken
+for cheaper than the teacher, no student for cheaper than the block that it starts from, and as long
+as nothing is selected, every block is taken to have a student. Limits are `SAFETY` times that.
 """
 
 import math
@@ -28,8 +28,8 @@ from ppcl.settings import (
 )
 from ppcl.transformer import blocks, example_calls
 
-# TFLOP/s, if plan.tflops names none. An A100's peak is 312 in bf16, of which large products leave a
-# third; a CPU's is that of two cores in float32.
+# TFLOP/s, if forecast.tflops names none. An A100's peak is 312 in bf16, of which large products
+# leave a third; a CPU's is that of two cores in float32.
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.02
 # Of a GPU's speed in bf16, what TensorFloat-32 leaves, float32 (an A100's peaks are 312, 156 and
 # 19.5), and float64 on one that is not made for it, or on a server's CPU, which does it where the
@@ -55,7 +55,8 @@ class Work:
     Attributes:
         flops: of all its passes, on all devices.
         passes: how often it goes over the model, a batch at a time, on all devices.
-        trains: whether it computes in its own precision instead of the teacher's.
+        trains: the section of the config whose mixed_precision it computes in; empty if it computes
+            in the teacher's type.
         models: how many models it loads, one after the other.
         pictures: how many it makes.
         float32: further FLOPs, of passes in float32, whatever the teacher's type
@@ -269,7 +270,7 @@ def speed(settings: Settings, work: Work, float32: bool = False) -> float:
     """FLOP/s of one device, in the precision of a stage's work: the teacher's, unless it has its
     own; or of its passes in float32."""
     cpu = settings.device == "cpu"
-    given = 1e12 * (settings.plan.tflops or (CPU_TFLOPS if cpu else GPU_TFLOPS))
+    given = 1e12 * (settings.forecast.tflops or (CPU_TFLOPS if cpu else GPU_TFLOPS))
     if work.float64:
         return given * (CPU_FLOAT64 if cpu else GPU_FLOAT64)
     low = settings.teacher.dtype != "float32"

@@ -47,7 +47,7 @@ def _from_hub(teacher: TeacherSettings, place: str) -> dict:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"teacher.path: {name}: its {file} can't be had from the Hub ({reason[0]}); without a "
-            "network, give a local folder, or a config.json as plan.transformer_config"
+            "network, give a local folder, or a config.json as forecast.transformer_config"
         ) from error
 
 
@@ -56,13 +56,13 @@ def architecture(teacher: TeacherSettings, path: str | None) -> tuple[dict, str]
 
     Args:
         teacher: the config's `teacher`.
-        path: the config's `plan.transformer_config`.
+        path: the config's `forecast.transformer_config`.
 
     Raises:
         UserError: there is no such file, it is no config, or the Hub can't be reached.
     """
     place = "/".join(filter(None, (teacher.subfolder, hub.component(teacher))))
-    key, file = "plan.transformer_config", Path(path or "")
+    key, file = "forecast.transformer_config", Path(path or "")
     if path is None:
         if hub.is_name(teacher.path):
             return _from_hub(teacher, place), f"{teacher.path}/{place}"
@@ -72,7 +72,7 @@ def architecture(teacher: TeacherSettings, path: str | None) -> tuple[dict, str]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{key}: {file} can't be read ({error.strerror}); give the config.json of a "
-            "transformer as plan.transformer_config"
+            "transformer as forecast.transformer_config"
         ) from error
     except UserError as error:
         raise UserError(f"{key}: {error}") from error

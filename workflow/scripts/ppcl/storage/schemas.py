@@ -415,7 +415,7 @@ IMAGES = pa.schema(
 )
 
 # What a run needs, before it runs. One number per row; `item` says what a row is about.
-PLAN = pa.schema(
+FORECAST = pa.schema(
     [
         column("item", pa.string(), "`variant`, `block`, `stage`, `gpu`, `artifact` or `job`"),
         column(
@@ -436,7 +436,7 @@ PLAN = pa.schema(
 )
 
 TABLES = {
-    "plan/plan.parquet": PLAN,
+    "forecast/forecast.parquet": FORECAST,
     "record/calls.parquet": CALLS,
     "record/blocks.parquet": BLOCK_FACTS,
     "activations/tokens.parquet": tokens(1),
@@ -485,8 +485,8 @@ PROVENANCE = {
 """What is not per row: facts in a table's provenance, besides where the table comes from."""
 
 ARTIFACTS = {
-    "plan/plan.parquet": "sizes, memory and disk that a run needs, before it runs (target `plan`)",
-    "plan/resources.json": "time limits (min) and memory (MB) of jobs, from that plan",
+    "forecast/forecast.parquet": "sizes, memory and disk that a run needs (target `forecast`)",
+    "forecast/resources.json": "time limits (min) and memory (MB) of jobs, from that forecast",
     "record/calls.parquet": "the transformer's own calls on the calibration prompts",
     "record/blocks.parquet": "what later stages need to know of the teacher's blocks",
     "activations/tokens.parquet": "a sample of tokens at every block boundary",

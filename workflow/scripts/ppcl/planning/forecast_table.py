@@ -1,16 +1,19 @@
-"""The rows of plan.parquet: sizes, FLOPs, memory, what fits on which GPU, and files."""
+"""The rows of forecast.parquet: sizes, FLOPs, memory, what fits on which GPU, files and hours."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from ppcl.planning import artifacts, weightless
+import pandas as pd
+
+from ppcl.planning import artifacts, durations, weightless
 from ppcl.planning.device_memory import Stage
 from ppcl.planning.planner import Planner
+from ppcl.storage import schemas
 from ppcl.transformer import blocks
 
 
 def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Iterator[dict]:
-    """The rows of plan.parquet; every: the stages that run the transformer."""
+    """The rows of forecast.parquet; every: the stages that run the transformer."""
 
     def row(item, name, measure, value, unit, note="", block=-1, gpu=math.nan):
         number = math.nan if value is None else float(value)
@@ -66,3 +69,20 @@ def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Ite
                 yield row("gpu", stage.name, f"fits {kind}", fits, "fits", gpu=gpu)
     for path, value in artifacts.sizes(planner).items():
         yield row("artifact", path, "size", value, "bytes", "at most, uncompressed")
+
+
+def time_rows(planner: Planner, works: Mapping[str, durations.Work]) -> pd.DataFrame:
+    """Rows of forecast.parquet: how long each stage is expected to take."""
+    settings = planner.settings
+    rows = []
+    for name, work in works.items():
+        speed = durations.speed(settings, work) / 1e12
+        note = f"{work.flops / 1e12:.4g} TFLOPs at {speed:g} TFLOP/s"
+        if work.float32:
+            slow = durations.speed(settings, work, float32=True) / 1e12
+            note += f", {work.float32 / 1e12:.4g} at {slow:g} in float32"
+        note += f" on each of {work.devices}"
+        spent = durations.seconds(work, settings, planner.weights)
+        what = {"item": "job", "name": name, "measure": "time", "unit": "s", "note": note}
+        rows.append(what | {"block": -1, "gpu_gib": math.nan, "value": spent})
+    return pd.DataFrame(rows, columns=schemas.FORECAST.names)

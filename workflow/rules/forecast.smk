@@ -1,33 +1,33 @@
 # What a run needs: sizes, memory and disk, from the transformer's config alone, without weights.
 #
 # in:  a config.json of the transformer; the selection and the recorded calls, where they exist
-# out: plan/plan.parquet and a printed table; plan/resources.json, from which jobs have their limits
+# out: forecast/forecast.parquet and a printed table; forecast/resources.json, from which jobs have their limits
 #
-# A target of its own (plan), for which nothing else is made.
+# A target of its own (forecast), for which nothing else is made.
 
 
-rule plan:
+rule forecast:
     input:
-        **plan_inputs(),
-        script=program("plan.py"),
+        **forecast_inputs(),
+        script=program("forecast.py"),
     output:
-        table=result("plan/plan.parquet"),
-        resources=result("plan/resources.json"),
+        table=result("forecast/forecast.parquet"),
+        resources=result("forecast/resources.json"),
     log:
-        result("logs/plan.log"),
+        result("logs/forecast.log"),
     benchmark:
-        result("benchmarks/plan.tsv")
+        result("benchmarks/forecast.tsv")
     conda:
         ENVIRONMENT
     resources:
         mem_mb=8000,
         runtime=20,
     params:
-        config=subset(*PLAN_KEYS),
+        config=subset(*FORECAST_KEYS),
         given=optional("intervals", "candidates", "calls"),
-        code=code("plan.py"),
+        code=code("forecast.py"),
     message:
-        "Planning"
+        "Forecasting what a run needs"
     shell:
         "python {input.script} --config {params.config:q} {params.given} "
         "--table {output.table} --resources {output.resources} 2>&1 | tee {log}"

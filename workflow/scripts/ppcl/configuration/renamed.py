@@ -1,0 +1,25 @@
+"""Keys that configs had once, and those that say the same now: an old one is refused by name."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ppcl.errors import UserError
+
+# Dotted keys.
+OLD_KEYS = {
+    "plan": "forecast",
+}
+
+
+def refuse(config: Mapping[str, Any], source: str) -> None:
+    """Raises UserError for the first old key of a config, with its new one.
+
+    source: names the config in the message.
+    """
+    for old, new in OLD_KEYS.items():
+        *sections, key = old.split(".")
+        section: Any = config
+        for name in sections:
+            section = section.get(name) if isinstance(section, Mapping) else None
+        if isinstance(section, Mapping) and key in section:
+            raise UserError(f"{source}: the key '{old}' is called '{new}' now; rename it")
