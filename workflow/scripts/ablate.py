@@ -31,6 +31,7 @@ from ppcl.storage import schemas, tables, whole
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import loop
 from ppcl.transformer import calls
+from ppcl.transformer.context import Context, State
 
 WORK = "work"  # in --state, until the rows are there
 SHARED = ("tokens", "conditioning", "probes", "cka", "sensitivity", "width", "latency")
@@ -75,17 +76,10 @@ def train_and_measure(
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     teacher = teacher.replace(offload="none")
     pipe = pipelines.load(teacher, accelerator.device)
-    material = trial.material_of(
-        settings,
-        pipe,
-        job,
-        reader=reader,
-        accelerator=accelerator,
-        paths=shared,
-        seed=settings.seed + args.number,
-        state=args.state / WORK,
-        identity=identity,
-    )
+    transformer = pipelines.denoiser(pipe, settings.teacher).requires_grad_(False).eval()
+    context = Context(transformer, reader, settings.seed + args.number, accelerator)
+    state = State(args.state / WORK, identity)
+    material = trial.material_of(context, settings, job, shared, state)
     return trial.run(material, pipe, job, choices.choose(material, job["select"]))
 
 

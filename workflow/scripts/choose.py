@@ -26,65 +26,22 @@ choose, variants, how maps are fitted (width), and what is pinned or forbidden (
 modulation). A killed run goes on with what is not measured yet.
 """
 
-from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-from accelerate import Accelerator
-from torch import nn
-
 from ppcl import program, provenance
-from ppcl.closed_forms import linear_map_fits, linear_map_refits
+from ppcl.closed_forms import linear_map_refits
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.export import variant_files, variants
+from ppcl.export import deciding, variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.pruning import selection_file
 from ppcl.runtime import processes, stopping
-from ppcl.search import choosing, set_tables, sets, sets_file
-from ppcl.search.choosing import Decided
-from ppcl.settings import Settings
-from ppcl.storage import schemas, tables, tensors
-from ppcl.teacher import pipelines, teacher_identity
+from ppcl.search import choosing, set_tables, sets_file
+from ppcl.storage import schemas, tables
+from ppcl.teacher import opening
 from ppcl.training import loop, prices
 from ppcl.transformer import blocks, calls
-
-
-def refit(
-    settings: Settings,
-    transformer: nn.Module,
-    workshop: variants.Workshop,
-    reader: calls.Reader,
-    decided: Mapping[str, Decided],
-    accelerator: Accelerator,
-    state: Path,
-    identity: str,
-) -> dict[str, dict]:
-    """Maps of every variant's set, fitted once more in it; shared out over the processes.
-
-    state, identity: as of `prices.measure`, of files of maps.
-    """
-    rank, count = accelerator.process_index, accelerator.num_processes
-    asked = [(name, sets.refitted(one.choice.found, name)) for name, one in decided.items()]
-    asked = [(name, found) for name, found in asked if found != decided[name].choice.found]
-    files = {name: state / f"refit-{name}.safetensors" for name, _ in asked}
-    for name, found in asked[rank::count]:
-        of = {"set": found.key, "identity": identity}
-        if files[name].exists() and of.items() <= tensors.metadata(files[name]).items():
-            continue
-        model, block_map = workshop.model(found)
-        rows, _ = linear_map_fits.fit_rows(reader, settings.width, settings.seed)
-        source = f"{sets.REFIT}{name}"
-        new_blocks = [p for m in found.members if m.source == source for p in m.unit.new_blocks]
-        options, device = settings.width, accelerator.device
-        maps = linear_map_refits.refit(
-            transformer, model, block_map, new_blocks, reader, rows, options, device
-        )
-        with stopping.part():
-            linear_map_refits.write(files[name], {source: maps}, of)
-    accelerator.wait_for_everyone()
-    return {s: maps for path in files.values() for s, maps in linear_map_refits.read(path).items()}
+from ppcl.transformer.context import State
 
 
 def main() -> None:
@@ -102,78 +59,42 @@ def main() -> None:
     )
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings.choose, settings.seed
+    options = settings.choose
     names = [variant.name for variant in settings.variants]
     if unknown := [path for path in args.each if path.stem not in names]:
         raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
-
-    accelerator = processes.accelerator(settings.device)
-    reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    transformer = pipelines.load_transformer(teacher, accelerator.device)
-    plan = selection_file.read(args.plan) if args.plan else None
-    files = Files.of(args)
-    workshop = variants.Workshop(transformer, files, device=accelerator.device)
-    rows = reader.sample_heldout("select", options.rows, seed, "choose.rows")
+    context = opening.opened(settings, calls.Reader(args.calls))
+    plan, files = selection_file.read(args.plan) if args.plan else None, Files.of(args)
+    rows = context.reader.sample_heldout("select", options.rows, settings.seed, "choose.rows")
     identity = loop.identity(Path(__file__), settings, [args.calls, *files.every])
-    kept = args.state, identity
-    judged = prices.Judged(transformer, reader, rows, options.batch_size, accelerator.device)
-    measure = variants.measuring(workshop, judged, accelerator, *kept)
 
-    fresh = variants.untrained(plan, files)
-    costs = measure([sets.Set((member,)) for member in fresh.values()])
-    alone = {
-        name: {member.source: cost}
-        for (name, member), cost in zip(fresh.items(), costs, strict=True)
-    }
-    offer = variants.offer(settings, transformer, files, plan, alone)
-    found = {v.name: (v, choosing.search(offer, v)) for v in settings.variants}
-    refits: dict[str, dict] = {}
-    if options.source == "measured":
-        tried = choosing.trials(offer, found, measure)
-        decided = choosing.settle(offer, found, tried)
-        if options.refit:
-            refits = refit(settings, transformer, workshop, reader, decided, accelerator, *kept)
-            workshop.take(refits)
-            anew = {
-                name: replace(one.choice, found=sets.refitted(one.choice.found, name))
-                for name, one in decided.items()
-            }
-            anew = {n: one for n, one in anew.items() if one.found != decided[n].choice.found}
-            costs = measure([one.found for one in anew.values()])
-            for (name, one), error in zip(anew.items(), costs, strict=True):
-                tried[name]["linear FFNs fitted once more"] = replace(one, error=error)
-            decided = choosing.settle(offer, found, tried)
-    else:
-        decided = choosing.as_last_trained(offer, found, measure)
+    state = State(args.state, identity)
+    workshop = variants.Workshop(context.transformer, files, device=context.device)
+    judged = prices.Judged(context, rows, options.batch_size)
+    measure = variants.measuring(workshop, judged, state)
+    alone = deciding.untrained_errors(plan, files, measure)
+    offer = variants.offer(settings, context.transformer, files, plan, alone)
+    decided, refits = deciding.decided(context, settings, offer, workshop, measure, state)
     choices = {name: one.choice for name, one in decided.items()}
-    for name, choice in choices.items():
-        if accelerator.is_main_process:
+    if context.accelerator.is_main_process:
+        for name, choice in choices.items():
             print(choosing.told(offer, name, choice), flush=True)
     stopping.ignore()
-    if accelerator.is_main_process:
-        depth = len(blocks.block_sequence(transformer))
+    if context.accelerator.is_main_process:
+        depth = len(blocks.block_sequence(context.transformer))
         stamp = provenance.stamp(settings.given, rows=len(rows), blocks=depth)
-        members = [
-            row for name, one in choices.items() for row in set_tables.rows(offer, name, one)
-        ]
-        trials = [
-            row for name, one in decided.items() for row in set_tables.trial_rows(offer, name, one)
-        ]
-        for path, found_rows, schema in (
-            (args.units, members, schemas.VARIANT_UNITS),
-            (args.measured, trials, schemas.VARIANT_SETS),
-        ):
-            tables.write(path, pd.DataFrame(found_rows, columns=schema.names), schema, stamp)
-        used = {source for one in choices.values() for source in one.found.sources.values()}
-        refits = {source: maps for source, maps in refits.items() if source in used}
+        tables.write(
+            args.units, set_tables.units_table(offer, choices), schemas.VARIANT_UNITS, stamp
+        )
+        tables.write(
+            args.measured, set_tables.trials_table(offer, decided), schemas.VARIANT_SETS, stamp
+        )
         linear_map_refits.write(args.refitted, refits, stamp)
         sets_file.write(args.sets, offer, choices, stamp)
         for path in args.each:
-            choice = choices[path.stem]
-            maps = linear_map_refits.digest(refits, choice.found)
-            sets_file.write_one(path, offer, choice, maps)
-    processes.finish(accelerator)
+            digest = linear_map_refits.digest(refits, choices[path.stem].found)
+            sets_file.write_one(path, offer, choices[path.stem], digest)
+    processes.finish(context.accelerator)
 
 
 if __name__ == "__main__":

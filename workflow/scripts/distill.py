@@ -13,17 +13,13 @@ same weights. With --shards and --shard it teaches some of the students alone, a
 would beside the others; join.py puts the shards' files together.
 """
 
-from pathlib import Path
-
 from ppcl import program
 from ppcl.configuration import config
-from ppcl.pruning import selection_file, students
+from ppcl.pruning import students
 from ppcl.pruning.units import new_blocks_of
-from ppcl.runtime import processes
 from ppcl.storage import schemas
-from ppcl.teacher import pipelines, teacher_identity
-from ppcl.training import distillation, entrance, loop, shards, student_stage
-from ppcl.transformer import calls
+from ppcl.training import distillation, entrance, student_stage
+from ppcl.training.student_stage import StudentStage
 
 
 def main() -> None:
@@ -32,75 +28,27 @@ def main() -> None:
     parser.add_argument("--shard", type=int, default=0, help="which of the shards it is")
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings.distill, settings.seed
+    options = settings.distill
+    stage = StudentStage.opened(args, settings, options, __file__, "distilled")
+    context, device = stage.context, stage.context.device
 
-    accelerator = processes.accelerator(settings.device, options.mixed_precision)
-    plan = selection_file.read(args.plan)
-    pairs = list(zip(plan.distilled, plan.facts["distilled"], strict=True))
-    inputs = [args.calls, args.plan, args.students]
-    if args.shards:
-        mine = shards.read(args.shards)[args.shard]
-        pairs = [(unit, entry) for unit, entry in pairs if unit.name in mine]
-        inputs.append(args.shards)
-    units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
-    reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
-    taught = students.load(args.students, transformer, new_blocks_of(units))
+    taught = students.load(args.students, context.transformer, new_blocks_of(stage.units))
     for student in taught.values():
-        student.train().to(accelerator.device)
-    start = plan.facts["start"]
+        student.train().to(device)
+    start = stage.plan.facts["start"]
     # Of a block of its own, the teacher shows it.
     same = start in ("first", "solved")  # up to the attention
-    borrowing = [] if same else [new_block for new_block in taught if new_block.borrows]
-    uncut = students.uncut(students.start(transformer, borrowing, start))
+    borrowing = [] if same else [part for part in taught if part.borrows]
+    uncut = students.uncut(students.start(context.transformer, borrowing, start))
     for block in uncut.values():
-        block.to(accelerator.device)
-    identity = loop.identity(Path(__file__), settings, inputs)
-    caching, inputs = entrance.caching(reader, options, seed), None
-    if shards.cached(units, caching):
-        # Two checkpoints, each of weights, two moments and the average, are there while one is
-        # replaced.
-        tensors = 4 if options.ema else 3
-        checkpoint = tensors * sum(p.nbytes for s in taught.values() for p in s.parameters())
-        inputs = entrance.Inputs(
-            transformer,
-            list(taught),
-            reader,
-            options,
-            seed,
-            accelerator,
-            args.state / "inputs",
-            identity,
-            reserve=2 * checkpoint,
-        )
-    if accelerator.is_main_process and units:
-        print(shards.explain(units, caching), flush=True)
-    rows = loop.train(
-        {new_block.name: student for new_block, student in taught.items()},
-        distillation.independent(
-            transformer, taught, reader, options, seed, accelerator, inputs=inputs, uncut=uncut
-        ),
-        loop.Optimisation.from_settings(options),
-        accelerator,
-        args.state / "checkpoint.safetensors",
-        identity,
-        distillation.lr_scales(taught, settings.width.lr_scale),
-    )
-    student_stage.finish(
-        args,
-        settings,
-        options,
-        transformer,
-        units,
-        entries,
+        block.to(device)
+    inputs = entrance.of_job(context, stage.units, taught, options, stage.state)
+    rows = stage.train(
+        {part.name: student for part, student in taught.items()},
+        distillation.independent(context, taught, options, inputs=inputs, uncut=uncut),
         taught,
-        distillation.log_table(rows),
-        schemas.DISTILL_LOG,
-        reader,
-        accelerator,
-        identity,
     )
+    stage.finish(taught, distillation.log_table(rows), schemas.DISTILL_LOG)
 
 
 if __name__ == "__main__":

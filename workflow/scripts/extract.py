@@ -16,11 +16,12 @@ from ppcl import errors, program, provenance
 from ppcl.closed_forms import modulation
 from ppcl.configuration import config
 from ppcl.extraction import activations, conditioning, modulation_inputs, token_table
-from ppcl.runtime import devices, stopping
+from ppcl.runtime import stopping
 from ppcl.storage import tensors
-from ppcl.teacher import pipelines, teacher_identity
+from ppcl.teacher import opening
 from ppcl.training import loop
 from ppcl.transformer import calls
+from ppcl.transformer.context import State
 
 
 def choose_rows(reader: calls.Reader, count: int, seed: int) -> np.ndarray:
@@ -41,41 +42,30 @@ def main() -> None:
     )
     args = parser.parse_args()
     settings = config.load(args.config)
-    options, seed = settings.extract, settings.seed
-    lowered = settings.modulation
+    options, lowered = settings.extract, settings.modulation
 
     reader = calls.Reader(args.calls, memory=0)  # every row is read once
-    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    rows = choose_rows(reader, options.rows, seed)
-    device = devices.choose(settings.device)
-    transformer = pipelines.load_transformer(teacher, device, compiled=True)
-    given = [m.key for m in modulation.matrices(transformer)] if lowered.enabled else []
-    summed = modulation_inputs.Sums(transformer, given, device)
+    context = opening.opened(settings, reader, compiled=True)
+    rows = choose_rows(reader, options.rows, settings.seed)
+    matrices = modulation.matrices(context.transformer) if lowered.enabled else []
+    summed = modulation_inputs.Sums(
+        context.transformer, [matrix.key for matrix in matrices], context.device
+    )
     identity = loop.identity(Path(__file__), settings, [args.calls], moments=not args.no_moments)
     # A folder of its own, so that a run of other settings can't write over its tokens.
-    folder = args.state / identity[:16]
+    state = State(args.state / identity[:16], identity)
     with tqdm(total=len(rows), desc="extracting", unit="row") as bar:
         moments, samples = activations.collect(
-            transformer,
-            reader,
-            rows,
-            options,
-            seed,
-            device,
-            folder,
-            bar,
-            identity,
-            summed,
-            sums=not args.no_moments,
+            context, rows, options, state, bar, summed, sums=not args.no_moments
         )
     fitted = rows[~reader.index["heldout"][rows]]
     conditioned = modulation_inputs.with_grid(
-        transformer, summed.result(), reader, fitted, lowered, options.batch_size, seed, device
+        context, summed.result(), fitted, lowered, options.batch_size
     )
     for stream, sample in samples.items():
-        asked, found = len(rows) * options.sample_tokens, len(sample["token"])
+        asked, kept = len(rows) * options.sample_tokens, len(sample["token"])
         what = f"tokens of the {stream} stream in these {len(rows)} calls"
-        errors.warn_of_fewer("extract.sample_tokens", asked, found, what)
+        errors.warn_of_fewer("extract.sample_tokens", asked, kept, what)
     stamp = provenance.stamp(settings.given, rows=len(rows))
     stopping.ignore()
     tensors.write(args.moments, moments.sums, stamp)

@@ -30,8 +30,9 @@ from ppcl.runtime import processes, stopping
 from ppcl.search import sets_file
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity
-from ppcl.training import distillation, fsdp, loop
-from ppcl.transformer import blocks, calls
+from ppcl.training import distillation, finetuning, fsdp, loop
+from ppcl.transformer import calls
+from ppcl.transformer.context import Context
 
 
 def main() -> None:
@@ -47,54 +48,41 @@ def main() -> None:
         log_table="finetune/<variant>-log.parquet",
     ).parse_args()
     settings = config.load(args.config)
-    options, seed = settings.finetune, settings.seed
+    options = settings.finetune
     variant = assembly.variant(settings, args.variant)
-
     accelerator = processes.accelerator(settings.device, options.mixed_precision)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
-    refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
+    made_of = {
+        "set": chosen.key,
+        "refits": files.refits_digest(chosen, written.facts[args.variant].get("refits")),
+    }
+
     # The record has the teacher's answers, so it never runs, nor is on the device.
     transformer = pipelines.load_transformer(
         teacher.replace(offload="none"), torch.device("cpu"), gradients=True
     )
     model, _ = variants.Workshop(transformer, files, as_teacher=False).model(chosen)
     del transformer  # what the model has of it is its own now
-    shared_out = options.sharding == "fsdp" and (
-        accelerator.num_processes > 1 or options.cpu_offload
-    )
-    if not shared_out:  # first, so that main memory need not hold it in float32
-        model.to(accelerator.device)
-    # In evaluation mode, as the teacher was: some classes answer in another shape in training.
-    model = model.float().eval().requires_grad_(True)
-    if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if shared_out:
-        every = [block.module for block in blocks.block_sequence(model)]
-        fsdp.shard(model, every, accelerator, options.cpu_offload)
+    model = finetuning.trainable(model, options, accelerator)
+    context = Context(model, reader, settings.seed, accelerator)
     rows = loop.train(
         {"transformer": model},
         distillation.output_distillation(
-            lambda _step: model, "transformer", reader, options, seed, accelerator, in_float32=True
+            context, lambda _step: model, "transformer", options, in_float32=True
         ),
         loop.Optimisation.from_settings(options.for_variant(variant)),
         accelerator,
         args.state / "checkpoint.safetensors",
-        loop.identity(
-            Path(__file__),
-            settings,
-            [args.calls, *files.every],
-            set=chosen.key,
-            refits=refits,
-        ),
+        loop.identity(Path(__file__), settings, [args.calls, *files.every], **made_of),
     )
-    state = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
+    weights = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
     stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings.given, rows=len(reader))
-        tensors.write(args.output, state, stamp | {"set": chosen.key, "refits": refits})
+        tensors.write(args.output, weights, stamp | made_of)
         log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     processes.finish(accelerator)

@@ -13,66 +13,37 @@ students and in kept blocks; then all of them learn L_width and L_linear. Killed
 same command resumes from the last checkpoint in --state and ends with the same weights.
 """
 
-from pathlib import Path
-
 from ppcl import program
 from ppcl.closed_forms import linear_map_fits
 from ppcl.configuration import config
-from ppcl.pruning import selection_file, students
+from ppcl.pruning import students
 from ppcl.pruning.units import new_blocks_of
-from ppcl.runtime import processes
 from ppcl.storage import schemas
-from ppcl.teacher import pipelines, teacher_identity
-from ppcl.training import distillation, loop, student_stage
-from ppcl.transformer import calls
+from ppcl.training import distillation, student_stage
+from ppcl.training.student_stage import StudentStage
 
 
 def main() -> None:
     args = student_stage.parser(__doc__, "distill/students.safetensors").parse_args()
     settings = config.load(args.config)
-    options, seed = settings.narrowing, settings.seed
+    options = settings.narrowing
+    stage = StudentStage.opened(args, settings, options, __file__)
+    context, device = stage.context, stage.context.device
 
-    accelerator = processes.accelerator(settings.device, options.mixed_precision)
-    plan = selection_file.read(args.plan)
-    reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    transformer = pipelines.load_transformer(teacher, accelerator.device, compiled=True)
-    done = students.load(args.students, transformer, new_blocks_of(plan.distilled))
-    whole = students.whole(transformer, new_blocks_of(plan.units), done)
+    done = students.load(args.students, context.transformer, new_blocks_of(stage.plan.distilled))
+    whole = students.whole(context.transformer, new_blocks_of(stage.units), done)
     uncut = students.uncut(whole)
-    taught = linear_map_fits.start(
-        transformer, whole, reader, settings.width, seed, accelerator.device
-    )
+    taught = linear_map_fits.start(context, whole, settings.width)
     for student in taught.values():
-        student.train().to(accelerator.device)
+        student.train().to(device)
     for block in uncut.values():
-        block.to(accelerator.device)
-    identity = loop.identity(Path(__file__), settings, [args.calls, args.plan, args.students])
-    rows = loop.train(
-        {new_block.name: student for new_block, student in taught.items()},
-        distillation.independent(
-            transformer, taught, reader, options, seed, accelerator, uncut=uncut
-        ),
-        loop.Optimisation.from_settings(options),
-        accelerator,
-        args.state / "checkpoint.safetensors",
-        identity,
-        distillation.lr_scales(taught, settings.width.lr_scale),
-    )
-    student_stage.finish(
-        args,
-        settings,
-        options,
-        transformer,
-        plan.units,
-        plan.facts["units"],
+        block.to(device)
+    rows = stage.train(
+        {part.name: student for part, student in taught.items()},
+        distillation.independent(context, taught, options, uncut=uncut),
         taught,
-        distillation.log_table(rows),
-        schemas.DISTILL_LOG,
-        reader,
-        accelerator,
-        identity,
     )
+    stage.finish(taught, distillation.log_table(rows), schemas.DISTILL_LOG)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from ppcl.runtime import processes, stopping
 from ppcl.search import choosing, sets, sets_file
 from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
-from ppcl.teacher import pipelines, teacher_identity
+from ppcl.teacher import opening
 from ppcl.training import prices
 from ppcl.transformer import blocks, calls
 
@@ -55,11 +55,8 @@ def main() -> None:
     settings = config.load(args.config)
     seed = settings.seed
 
-    accelerator = processes.accelerator(settings.device)
-    device = accelerator.device
-    reader = calls.Reader(args.calls)
-    source = teacher_identity.recorded(settings.teacher, reader.provenance)
-    teacher = pipelines.load_transformer(source, device)
+    context = opening.opened(settings, calls.Reader(args.calls))
+    teacher, reader, device = context.transformer, context.reader, context.device
     plan = selection_file.read(args.plan) if args.plan else None
     files, written = Files.of(args), sets_file.read(args.sets)
     workshop = variants.Workshop(teacher, files, device=device)
@@ -77,8 +74,8 @@ def main() -> None:
         asked[wanted.name] = wanted, choosing.search(offer, wanted)
     options = settings.choose
     by = reader.sample_heldout("select", options.rows, seed)
-    judged = prices.Judged(teacher, reader, by, options.batch_size, device)
-    measure = variants.measuring(workshop, judged, accelerator)
+    judged = prices.Judged(context, by, options.batch_size)
+    measure = variants.measuring(workshop, judged)
     if options.source == "measured":
         decided = choosing.decide(offer, asked, measure, flips=False)
     else:
@@ -92,10 +89,10 @@ def main() -> None:
 
     timed = reader.draw(reader.heldout_rows("report"), settings.evaluate.batch_size, (seed,))
     found = measuring.measure_transformers(
-        transformers, reader, timed, settings, device, accelerator
+        transformers, reader, timed, settings, device, context.accelerator
     )
     stopping.ignore()
-    if accelerator.is_main_process:
+    if context.accelerator.is_main_process:
         rows = []
         for budget, (name, choice) in zip(budgets, chosen.items(), strict=True):
             row = {"budget": float(budget), "units": json.dumps(sets.entry(choice.found))}
@@ -116,7 +113,7 @@ def main() -> None:
             rows.append(row)
         stamp = provenance.stamp(settings.given, budgets=len(rows))
         tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
-    processes.finish(accelerator)
+    processes.finish(context.accelerator)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,22 @@ import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import nn
+from tqdm import tqdm
 
+from ppcl.ablation import trial
+from ppcl.ablation.choices import Material
+from ppcl.closed_forms import linear_map_fits, linear_maps
+from ppcl.pruning import students
 from ppcl.pruning.pins import Ends
+from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock, Unit, units_of
 from ppcl.search import probes
 from ppcl.search.measured import ClosedForm
+from ppcl.settings import Settings
+from ppcl.training import distillation, prices
 from ppcl.transformer import blocks
 from ppcl.transformer.family import TEXT
 
@@ -113,3 +122,70 @@ def cka_price(kind: str, unit: Unit, cka: np.ndarray, widths: Sequence[ClosedFor
     ends = unit.first, unit.last
     found = [w.cka for w in widths if kind == "text" and w.kind == TEXT and w.ends == ends]
     return 1 - found[0] if found else float("nan")
+
+
+def steps(settings: Settings) -> int:
+    """For how many steps the sample is trained: as many as a method of the ablation."""
+    return sum(trial.phases({"by": "ppcl"}, {}, settings.ablation).values())
+
+
+def reported(material: Material) -> np.ndarray:
+    """Rows on which trained students are judged."""
+    settings = material.settings
+    count, key = settings.distill.heldout_rows, "distill.heldout_rows"
+    return material.context.reader.sample_heldout("report", count, settings.seed, key)
+
+
+def table(
+    material: Material, cka: np.ndarray, weights: Mapping, closed_forms: Sequence[ClosedForm]
+) -> pd.DataFrame:
+    """Rows of ablation/calibration.parquet.
+
+    Args:
+        cka: [first, last] of intervals.
+        weights: of probes.safetensors.
+        closed_forms: candidates for linear maps, as they were measured.
+    """
+    context, wide = material.context, material.settings.width
+    transformer = material.transformer
+    unread_after = linear_maps.unread_after(transformer)
+    drawn = sample(material.runs, closed_forms, unread_after, material.settings.seed)
+    # One unit at a time: two may stand for the same blocks, which least squares could not tell.
+    taught = [
+        linear_map_fits.start(context, students.start(transformer, unit.new_blocks, "first"), wide)
+        for _, unit in tqdm(drawn, desc="starting", unit="unit")
+    ]
+    judged, size = reported(material), material.settings.ablation.batch_size
+
+    def cost(plugged: Students, rows: np.ndarray) -> float:
+        for student in plugged.values():
+            student.to(context.device).eval()
+        return prices.error(context, plugged, rows, size)
+
+    def probe_cost(unit: Unit) -> float:
+        block = probe_block(transformer, weights, unit.new_blocks[0].ends)
+        return cost({NewBlock(unit.first, unit.last): block}, material.judged)
+
+    columns: dict[str, list] = {"kind": [kind for kind, _ in drawn]}
+    columns |= {"first": [u.first for _, u in drawn], "last": [u.last for _, u in drawn]}
+    columns["cost_cka"] = [cka_price(*one, cka, closed_forms) for one in drawn]
+    columns["cost_probe"] = [probe_cost(u) if kind == "depth" else np.nan for kind, u in drawn]
+    columns["cost_untrained"] = [cost(each, material.judged) for each in taught]
+    _train(material, taught)
+    columns["trained"] = [cost(each, judged) for each in taught]
+    return pd.DataFrame(columns)
+
+
+def _train(material: Material, taught: Sequence[Students]) -> None:
+    """Trains the sample's students side by side, each alone; in place."""
+    every = {new_block: student for each in taught for new_block, student in each.items()}
+    names = {new_block: f"{n} {new_block.name}" for n, new_block in enumerate(every)}
+    options = trial.stage_options(material, "distill", steps(material.settings), mode="independent")
+    trial.phase(
+        material,
+        "calibration",
+        {names[new_block]: student for new_block, student in every.items()},
+        distillation.independent(material.context, every, options, names),
+        options,
+        {f"{names[b]}/": material.settings.width.lr_scale for b in every if b.first == b.last},
+    )

@@ -3,31 +3,25 @@
 from collections.abc import Iterator
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from ppcl.pruning.students import Students
 from ppcl.settings import DistillSettings
 from ppcl.training import distillation, steps, teaching
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks
+from ppcl.transformer.context import Context
 
 
-def through_chain(
-    transformer: nn.Module,
-    students: Students,
-    reader: calls.Reader,
-    options: DistillSettings,
-    seed: int,
-    accelerator: Accelerator,
-):
+def through_chain(context: Context, students: Students, options: DistillSettings):
     """Step losses (see training.Losses) of all stock students at once, as one module `students`.
 
     One forward of the teacher with all of them plugged in; Eq. 6 at every student's output against
     the teacher's activation there; one backward, so that a student also learns from what those
     after it make of its output. options: as `distillation.independent`.
     """
+    transformer, accelerator = context.transformer, context.accelerator
     family, parts = blocks.family(transformer), list(students)
-    batch_of = distillation.batches_of_steps(reader, options, seed, accelerator)
+    batch_of = distillation.batches_of_steps(context, options)
     inside = {part: steps.InFloat32(student) for part, student in students.items()}
     model, _ = blocks.assembled(transformer, {part.ends: m for part, m in inside.items()})
     owner = {id(module): part for part, module in inside.items()}

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from accelerate import Accelerator
 from torch import nn
 
 from ppcl.ablation import rivals
@@ -38,7 +37,8 @@ from ppcl.search.selection import Choices
 from ppcl.settings import Settings
 from ppcl.storage import tensors, texts
 from ppcl.training import prices
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks
+from ppcl.transformer.context import Context, State
 from ppcl.transformer.family import JOINT
 
 # Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
@@ -60,26 +60,27 @@ class Material:
     """What a run of the ablation works with.
 
     Attributes:
-        transformer: the teacher's, frozen. paths: of the shared artifacts: tokens, conditioning,
-            probes, cka, sensitivity, width, latency. seed: of this run. state, identity: as in
-            `loop.train`.
+        context: with the seed of this run.
+        paths: of the shared artifacts: tokens, conditioning, probes, cka, sensitivity, width,
+            latency.
         steps: `trial.phases` of the method. ema: its own, if it has one.
     """
 
-    transformer: nn.Module
-    reader: calls.Reader
-    accelerator: Accelerator
+    context: Context
     settings: Settings
     paths: Mapping[str, Path]
-    seed: int
-    state: Path
-    identity: str
+    state: State
     steps: Mapping[str, int] = field(default_factory=dict)
     ema: float | None = None
 
     @functools.cached_property
     def tokens(self) -> token_table.TokenReader:
         return token_table.TokenReader(self.paths["tokens"])
+
+    @property
+    def transformer(self) -> nn.Module:
+        """The teacher's."""
+        return self.context.transformer
 
     @property
     def depth(self) -> int:
@@ -100,20 +101,20 @@ class Material:
 
     def once(self, name: str, make: Callable[[], Any]) -> Any:
         """What `make` returns, kept as JSON, or what it returned in an earlier, killed run."""
-        path = self.state / f"{name}.json"
+        path, identity = self.state.folder / f"{name}.json", self.state.identity
         if path.exists():
             kept = texts.read_sealed(path)
-            if kept["identity"] == self.identity:
+            if kept["identity"] == identity:
                 return kept["found"]
         found = make()
-        texts.write_sealed(path, {"identity": self.identity, "found": found})
+        texts.write_sealed(path, {"identity": identity, "found": found})
         return found
 
     @functools.cached_property
     def judged(self) -> np.ndarray:
         """Rows that selections measure on."""
         rows = self.settings.sensitivity.rows
-        return self.reader.sample_heldout("select", rows, self.settings.seed)
+        return self.context.reader.sample_heldout("select", rows, self.settings.seed)
 
 
 def blocks_to_remove(transformer: nn.Module, fraction: float) -> int:
@@ -168,8 +169,8 @@ def ppcl(
 
 def judged(material: Material) -> prices.Judged:
     """The rows of selection."""
-    size, device = material.settings.sensitivity.batch_size, material.accelerator.device
-    return prices.Judged(material.transformer, material.reader, material.judged, size, device)
+    size = material.settings.sensitivity.batch_size
+    return prices.Judged(material.context, material.judged, size)
 
 
 def exactly(costs: Mapping[Ends, float], removed: int, depth: int) -> list[Ends]:
@@ -330,15 +331,15 @@ def _by_score(score: Callable[[Material], np.ndarray]) -> Callable:
 
 def _skipped(m: Material, groups: list[np.ndarray]) -> np.ndarray:
     """rivals.skip_errors on groups of rows."""
-    size, where = m.settings.sensitivity.batch_size, m.state / "skipped"
-    shared = m.transformer, m.runs, m.reader, groups, size, m.accelerator
-    return rivals.skip_errors(*shared, where, m.identity)
+    size, state = m.settings.sensitivity.batch_size, m.state.within("skipped")
+    return rivals.skip_errors(m.context, m.runs, groups, size, state)
 
 
 def _over_timesteps(m: Material, removed: int) -> Starts:
     """The score, and Amber-Image's local averaging of an interval's weights."""
-    levels = len(np.unique(m.reader.index["timestep"][m.judged]))
-    groups = rivals.timestep_groups(m.reader, m.judged, min(TIMESTEP_GROUPS, levels))
+    reader = m.context.reader
+    levels = len(np.unique(reader.index["timestep"][m.judged]))
+    groups = rivals.timestep_groups(reader, m.judged, min(TIMESTEP_GROUPS, levels))
     scores = rivals.over_timesteps(_skipped(m, groups))
     gone = rivals.lowest(scores, removed, m.runs)
     return dict.fromkeys(rivals.merged(gone, m.runs), "average")
@@ -352,9 +353,7 @@ def _learned_masks(m: Material, removed: int) -> list[int]:
         lr=MASKS_LR,
     )
     groups = rivals.local_groups(removed, m.runs, LOCAL_GROUP)
-    shared = m.transformer, groups, RANK, m.reader, options, m.seed, m.accelerator
-    path = m.state / "masks-checkpoint.safetensors"
-    return m.once("masks", lambda: rivals.learned_masks(*shared, path, m.identity))
+    return m.once("masks", lambda: rivals.learned_masks(m.context, groups, RANK, options, m.state))
 
 
 SELECTIONS: dict[str, Callable[..., Chosen | Starts]] = {
@@ -362,8 +361,10 @@ SELECTIONS: dict[str, Callable[..., Chosen | Starts]] = {
     "ppcl": ppcl,
     "depth_and_width": depth_and_width,
     "every_nth": _deleting(lambda m, removed: rivals.every_nth(removed, m.runs)),
-    "random_blocks": _deleting(lambda m, removed: rivals.random_blocks(removed, m.runs, m.seed)),
-    "random_run": lambda m, removed: rivals.random_run(removed, m.runs, m.seed),
+    "random_blocks": _deleting(
+        lambda m, removed: rivals.random_blocks(removed, m.runs, m.context.seed)
+    ),
+    "random_run": lambda m, removed: rivals.random_run(removed, m.runs, m.context.seed),
     "block_influence": _by_score(lambda m: rivals.block_influence(m.tokens, m.streams)),
     "cka_change": _by_score(
         lambda m: rivals.cka_change(m.tokens, m.streams, m.settings.similarity.estimator)

@@ -15,11 +15,9 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ppcl.errors import UserError
@@ -32,6 +30,7 @@ from ppcl.search.cka import linear_cka
 from ppcl.settings import TrainingSettings
 from ppcl.training import distillation, loop, prices
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context, State
 
 # Interval -> the block whose weights its student starts with, or a way of `students.start_weights`.
 Starts = dict[Ends, int | str]
@@ -199,21 +198,18 @@ def cka_threshold(cka: np.ndarray, removed: int, runs: Sequence[range]) -> Start
 
 
 def skip_errors(
-    transformer: nn.Module,
+    context: Context,
     runs: Sequence[range],
-    reader: calls.Reader,
     groups: Sequence[np.ndarray],
     batch_size: int,
-    accelerator: Accelerator,
-    state: Path | None = None,
-    identity: str = "",
+    state: State | None = None,
 ) -> np.ndarray:
     """Relative velocity error with each block skipped, on each group of rows: [groups, depth].
 
     With one group: one-block-out scores, in the style of FLUX.1 Lite (Freepik, 2024); the measure
-    is ours. NaN for blocks that may not go. state, identity: see `prices.measure`.
+    is ours. NaN for blocks that may not go. state: see `prices.measure`.
     """
-    sequence = blocks.block_sequence(transformer)
+    sequence = blocks.block_sequence(context.transformer)
     errors, skipped = np.full((len(groups), len(sequence)), np.nan), {}
     for run in runs:
         for block in run if len(run) > 1 else ():
@@ -227,12 +223,11 @@ def skip_errors(
         )
         for b, made in skipped.items()
     }
-    changes = prices.of_students(transformer, sets)
+    changes = prices.of_students(context.transformer, sets)
     for number, rows in enumerate(groups):
-        judged = prices.Judged(transformer, reader, rows, batch_size, accelerator.device)
-        folder = state and state / str(number)
-        found = prices.measure(judged, changes, accelerator, folder, identity)
-        errors[number, list(skipped)] = found
+        judged = prices.Judged(context, rows, batch_size)
+        kept = state and state.within(str(number))
+        errors[number, list(skipped)] = prices.measure(judged, changes, kept)
     return errors
 
 
@@ -329,15 +324,11 @@ class DepthMasks(nn.Module):
 
 
 def learned_masks(
-    transformer: nn.Module,
+    context: Context,
     groups: Sequence[tuple[range, int]],
     rank: int,
-    reader: calls.Reader,
     options: TrainingSettings,
-    seed: int,
-    accelerator: Accelerator,
-    checkpoint: Path,
-    identity: str,
+    state: State,
 ) -> list[int]:
     """TinyFusion (arXiv 2412.01199): depth masks learned together with a light weight update.
 
@@ -347,20 +338,22 @@ def learned_masks(
     mask wins. Ours: the loss is the recorded velocities', and one AdamW learns both.
 
     Args:
-        transformer: needs no gradients of its own, but may checkpoint them.
+        context: whose transformer needs no gradients of its own, but may checkpoint them.
         rank: of the update.
     """
-    masks = DepthMasks(transformer, groups, rank, seed).to(accelerator.device)
+    transformer, seed = context.transformer, context.seed
+    masks = DepthMasks(transformer, groups, rank, seed).to(context.device)
 
     def model_at(step: int) -> nn.Module:
         # Batches are drawn from (seed, step): the third number keeps the draws apart.
         masks.sample((seed, step, 2), np.interp(step / options.steps, (0, 1), TEMPERATURES))
         return transformer
 
-    losses = distillation.output_distillation(
-        model_at, "masks", reader, options, seed, accelerator, in_float32=False
-    )
+    losses = distillation.output_distillation(context, model_at, "masks", options, in_float32=False)
     optimisation = loop.Optimisation.from_settings(options)
+    path = state.folder / "masks-checkpoint.safetensors"
     with masks.attached():  # throughout: checkpointing runs the blocks again during backward
-        loop.train({"masks": masks}, losses, optimisation, accelerator, checkpoint, identity)
+        loop.train(
+            {"masks": masks}, losses, optimisation, context.accelerator, path, state.identity
+        )
     return masks.gone()

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ from ppcl.storage import tensors
 from ppcl.teacher import pipelines, prompts
 from ppcl.training import distillation, loop, prices
 from ppcl.transformer import blocks
+from ppcl.transformer.context import Context, State
 
 BUDGETS = 8  # sizes at which students are measured that are to serve every budget
 ACCURACIES = tuple(f"{name}_accuracy" for name in prompts.JUDGE_COLUMNS) + ("all_correct",)
@@ -77,8 +79,8 @@ def phase(
     options: the stage's, with the ablation's steps and batch_size. Phases are short here: a
     warm-up takes at most a quarter of one.
     """
-    path = material.state / f"{name}.safetensors"
-    identity = f"{material.identity} {name}"
+    path = material.state.folder / f"{name}.safetensors"
+    identity = f"{material.state.identity} {name}"
     if path.exists():
         state, metadata = tensors.read(path)
         if metadata["identity"] == identity:
@@ -93,7 +95,7 @@ def phase(
         modules,
         losses,
         loop.Optimisation.from_settings(options),
-        material.accelerator,
+        material.context.accelerator,
         path.with_name(f"{name}-checkpoint.safetensors"),
         identity,
         scales,
@@ -105,9 +107,9 @@ def phase(
 
 def seconds_of(material: Material, *phases: str) -> float:
     """Time of these trainings, as far as this run has finished them, even before it was killed."""
-    paths = [material.state / f"{name}.safetensors" for name in phases]
+    paths = [material.state.folder / f"{name}.safetensors" for name in phases]
     kept = [tensors.metadata(path) for path in paths if path.exists()]
-    mine = [each for each in kept if each["identity"].startswith(f"{material.identity} ")]
+    mine = [each for each in kept if each["identity"].startswith(f"{material.state.identity} ")]
     return sum(float(each["seconds"]) for each in mine)
 
 
@@ -123,8 +125,8 @@ def stage_options(material: Material, stage: str, steps: int, **changed) -> Any:
 
 def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit], Students]:
     """The units of a selection and their trained students; `train` as in `methods.Method`."""
-    transformer, steps = material.transformer, material.steps
-    device, wide = material.accelerator.device, material.settings.width
+    context, transformer, steps = material.context, material.transformer, material.steps
+    device, wide = context.device, material.settings.width
     starts = {
         ends: train.get("start", how) if how == "first" else how
         for ends, how in chosen.starts.items()
@@ -136,16 +138,13 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
     if train.get("start") == "solved":
         for student in taught.values():
             student.to(device)
-        rows, _ = linear_map_fits.fit_rows(material.reader, wide, material.seed)
-        solved.refit(transformer, taught, material.reader, rows, wide.batch_size, device)
+        rows, _ = linear_map_fits.fit_rows(context.reader, wide, context.seed)
+        solved.refit(context, taught, rows, wide.batch_size)
 
     def narrowed(whole: Students) -> tuple[Students, Students]:
         every = students.whole(transformer, parts, whole)
         before = {part: block.to(device) for part, block in students.uncut(every).items()}
-        made = linear_map_fits.start(
-            transformer, every, material.reader, wide, material.seed, device
-        )
-        return made, before
+        return linear_map_fits.start(context, every, wide), before
 
     def distil(name: str, count: int, taught: Students) -> None:
         options = stage_options(
@@ -158,14 +157,14 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         )
         for student in taught.values():
             student.to(device)
-        shared = transformer, taught, material.reader, options, material.seed, material.accelerator
         if options.mode == "chain":
             together = nn.ModuleDict({part.name: student for part, student in taught.items()})
-            phase(material, name, {"students": together}, chain.through_chain(*shared), options)
+            losses = chain.through_chain(context, taught, options)
+            phase(material, name, {"students": together}, losses, options)
         else:
             modules = {part.name: student for part, student in taught.items()}
             scales = distillation.lr_scales(taught, wide.lr_scale)
-            losses = distillation.independent(*shared, uncut=uncut)
+            losses = distillation.independent(context, taught, options, uncut=uncut)
             phase(material, name, modules, losses, options, scales)
 
     if steps["narrow"]:
@@ -180,12 +179,9 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             distil("distill", steps["distill"], taught)
     if steps["subsets"]:
         options = stage_options(material, "subsets", steps["subsets"])
-        shared = material.reader, options, material.seed, material.accelerator
         draw = schedules.DRAWS[train.get("draw", "uniform")]
         prices = _prices(material, units, taught) if draw is schedules.budgets else ((), ())
-        losses = distillation.any_subset(
-            transformer, units, taught, *shared, draw=draw(units, prices)
-        )
+        losses = distillation.any_subset(context, units, taught, options, draw(units, prices))
         if "mixed" in train:
             # The losses of distill, drawn as subsets draws.
             also = stage_options(
@@ -196,15 +192,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
                 loss="normalised",
                 outliers=0.0,
             )
-            others = distillation.independent(
-                transformer,
-                taught,
-                material.reader,
-                also,
-                material.seed,
-                material.accelerator,
-                uncut=uncut,
-            )
+            others = distillation.independent(context, taught, also, uncut=uncut)
             losses = schedules.mixed(losses, others, "students", train["mixed"])
         together = nn.ModuleDict({part.name: student for part, student in taught.items()})
         scales = distillation.lr_scales(taught, wide.lr_scale, "students/{}.")
@@ -227,7 +215,7 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
         for unit in units
     }
     changes = prices.of_students(material.transformer, sets)
-    errors = prices.measure(judged(material), changes, material.accelerator)
+    errors = prices.measure(judged(material), changes)
     return errors, [
         linear_map_candidates.saved_parameters(material.transformer, unit) for unit in units
     ]
@@ -236,7 +224,7 @@ def _prices(material: Material, units: list[Unit], taught: Students) -> schedule
 def _reported(material: Material) -> np.ndarray:
     """Rows behind the velocity errors of the table."""
     count, seed = material.settings.ablation.velocity_rows, material.settings.seed
-    found = material.reader.sample_heldout("report", count, seed, "ablation.velocity_rows")
+    found = material.context.reader.sample_heldout("report", count, seed, "ablation.velocity_rows")
     return np.sort(found)
 
 
@@ -289,9 +277,8 @@ def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module
     options = stage_options(material, "finetune", steps, lr=lr)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    shared = material.reader, options, material.seed, material.accelerator
     losses = distillation.output_distillation(
-        lambda _step: model, "transformer", *shared, in_float32=True
+        material.context, lambda _step: model, "transformer", options, in_float32=True
     )
     phase(material, FINETUNE[low_rank], {"transformer": model}, losses, options)
     return students.cast(model.requires_grad_(False).eval(), exported)
@@ -299,8 +286,8 @@ def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module
 
 def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> dict:
     """Size, velocity error, latency and, with the judge, accuracies of a model, by column."""
-    settings, reader, teacher = material.settings, material.reader, material.transformer
-    options, device = settings.evaluate, material.accelerator.device
+    settings, reader, teacher = material.settings, material.context.reader, material.transformer
+    options, device = settings.evaluate, material.context.device
     rows = _reported(material)
     timed = reader.draw(rows, options.batch_size, (settings.seed,))
     pair = {TEACHER: teacher, "ablation": model}
@@ -320,10 +307,10 @@ def _velocity(material: Material, model: nn.Module) -> dict:
     compared = measuring.velocity_errors(
         "ablation",
         model,
-        material.reader,
+        material.context.reader,
         rows,
         options.batch_size,
-        material.accelerator.device,
+        material.context.device,
     )
     columns = [compared[key] for key in ("error", "norm", "prompt_index")]
     error = metrics.ratio(*columns, options.bootstrap, material.settings.seed)
@@ -369,7 +356,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     steps = sum(material.steps.values())
     extra = material.settings.ablation.finetune_steps
     intervals = json.dumps(sorted(chosen.starts))
-    common = {"method": job["name"], "seed": material.seed, "intervals": intervals}
+    common = {"method": job["name"], "seed": material.context.seed, "intervals": intervals}
     common |= dict.fromkeys((*ACCURACIES, *ENDS), math.nan) | {"right": "[]"}
     common |= {"removed_blocks": sum(last - first for first, last in chosen.starts)}
     common |= {"text_runs": json.dumps(chosen.runs), "linear_ffns": json.dumps(chosen.ffns)}
@@ -396,9 +383,9 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     return rows
 
 
-def material_of(settings: Settings, pipe, job: Mapping, **given) -> Material:
-    """The material of one job."""
+def material_of(
+    context: Context, settings: Settings, job: Mapping, paths: Mapping[str, Path], state: State
+) -> Material:
+    """The material of one job; arguments as of `Material`."""
     steps = phases(job["select"], job["train"], settings.ablation)
-    transformer = pipelines.denoiser(pipe, settings.teacher).requires_grad_(False).eval()
-    more = {"steps": steps, "ema": job["train"].get("ema")}
-    return Material(transformer, settings=settings, **more, **given)
+    return Material(context, settings, paths, state, steps, job["train"].get("ema"))

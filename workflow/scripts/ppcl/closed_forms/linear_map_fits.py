@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ppcl import provenance
@@ -25,6 +24,7 @@ from ppcl.settings import WidthSettings
 from ppcl.storage import tensors
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls, inside_block
+from ppcl.transformer.context import Context, State
 from ppcl.transformer.family import TEXT
 
 log = logging.getLogger(__name__)
@@ -44,13 +44,11 @@ class Fit:
 
 @torch.no_grad()
 def fit(
-    transformer: nn.Module,
+    context: Context,
     wholes: Mapping[Ends, nn.Module],
     maps: Iterable[Map],
-    reader: calls.Reader,
     rows: tuple[np.ndarray, np.ndarray],
     options: WidthSettings,
-    device: torch.device,
 ) -> dict[Map, Fit]:
     """Least squares for every map (Eq. 1, with other ends), and its error on held-out calls.
 
@@ -65,25 +63,24 @@ def fit(
     """
     every = list(dict.fromkeys(maps))
     found = {}
-    for group in _groups(every, transformer):
-        found |= _fit(transformer, wholes, group, reader, rows, options, device)
+    for group in _groups(every, context.transformer):
+        found |= _fit(context, wholes, group, rows, options)
     return found
 
 
 def _fit(
-    transformer: nn.Module,
+    context: Context,
     wholes: Mapping[Ends, nn.Module],
     maps: list[Map],
-    reader: calls.Reader,
     rows: tuple[np.ndarray, np.ndarray],
     options: WidthSettings,
-    device: torch.device,
 ) -> dict[Map, Fit]:
     """As `fit`, in one pass over the calls."""
+    device = context.device
     sums = [activations.Moments(device) for _ in rows]
     for numbers, moments in zip(rows, sums, strict=True):
-        for batch in reader.batches(numbers, options.batch_size, device):
-            _add(transformer, wholes, maps, batch.to(device), moments)
+        for batch in context.reader.batches(numbers, options.batch_size, device):
+            _add(context.transformer, wholes, maps, batch.to(device), moments)
     found = {}
     for one in maps:
         fitted, judged = (
@@ -146,47 +143,40 @@ def _add(
 
 
 def fit_to_files(
-    transformer: nn.Module,
-    maps: Iterable[Map],
-    reader: calls.Reader,
-    options: WidthSettings,
-    seed: int,
-    accelerator: Accelerator,
-    folder: Path,
-    identity: str,
+    context: Context, maps: Iterable[Map], options: WidthSettings, state: State
 ) -> tuple[list[Path], dict[Map, float]]:
     """As `fit` for the teacher's own blocks, shared out over the processes; a killed run keeps what
     it has fitted.
 
     Args:
         options: the config's `width`.
-        folder: for the files, which processes share.
-        identity: digest of what decides the maps. Files of another identity are not used.
+        state: for the files.
 
     Returns:
         The files of all processes, whose tensors are in the teacher's main type, and the held-out
         error of every map.
     """
+    transformer, accelerator = context.transformer, context.accelerator
     wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(transformer)}
     # In order of depth, so that the teacher need not run to its end for all of them.
     every = sorted(dict.fromkeys(maps), key=lambda one: (one.target, one.source, one.kind))
     rank, count = accelerator.process_index, accelerator.num_processes
-    rows = fit_rows(reader, options, seed) if every else ()
+    rows = fit_rows(context.reader, options, context.seed) if every else ()
     groups = list(_groups(every, transformer, least=count))
-    files = [folder / f"maps-{number}.safetensors" for number in range(len(groups))]
+    files = [state.folder / f"maps-{number}.safetensors" for number in range(len(groups))]
     for path, group in list(zip(files, groups, strict=True))[rank::count]:
-        of = provenance.digest([identity, [one.name for one in group]])
+        of = provenance.digest([state.identity, [one.name for one in group]])
         if _is_of(path, of):
             continue
-        found = _fit(transformer, wholes, group, reader, rows, options, accelerator.device)
-        state = {}
+        found = _fit(context, wholes, group, rows, options)
+        leaves = {}
         for one, fit in found.items():
             for leaf in LEAVES:
                 value = torch.from_numpy(getattr(fit.probe, leaf))
-                state[f"{one.name}.{leaf}"] = value.to(transformer.dtype)
+                leaves[f"{one.name}.{leaf}"] = value.to(transformer.dtype)
         errors = {one.name: fit.error_heldout for one, fit in found.items()}
         with stopping.part():
-            tensors.write(path, state, {"identity": of, "errors": json.dumps(errors)})
+            tensors.write(path, leaves, {"identity": of, "errors": json.dumps(errors)})
     accelerator.wait_for_everyone()
     told = [json.loads(tensors.metadata(path)["errors"]) for path in files]
     return files, {Map.named(name): error for of in told for name, error in of.items()}
@@ -204,28 +194,21 @@ def _is_of(path: Path, identity: str) -> bool:
     return metadata.get("identity") == identity
 
 
-def start(
-    transformer: nn.Module,
-    wholes: Students,
-    reader: calls.Reader,
-    options: WidthSettings,
-    seed: int,
-    device: torch.device,
-) -> Students:
+def start(context: Context, wholes: Students, options: WidthSettings) -> Students:
     """The students made narrow, their maps fitted on recorded calls; in place, on the CPU.
 
     Args:
-        transformer: the teacher, on the device.
         options: the config's `width`.
     """
     maps = [one for new_block in wholes for one in linear_maps.maps_of(new_block)]
     if maps:
         for student in wholes.values():
-            student.to(device)
+            student.to(context.device)
         by_ends = {new_block.ends: student for new_block, student in wholes.items()}
-        rows = fit_rows(reader, options, seed)
-        fits = fit(transformer, by_ends, maps, reader, rows, options, device)
-        linear_maps.narrowed(transformer, wholes, {one: found.probe for one, found in fits.items()})
+        rows = fit_rows(context.reader, options, context.seed)
+        fits = fit(context, by_ends, maps, rows, options)
+        fitted = {one: fit_.probe for one, fit_ in fits.items()}
+        linear_maps.narrowed(context.transformer, wholes, fitted)
     return {new_block: student.cpu() for new_block, student in wholes.items()}
 
 

@@ -20,18 +20,17 @@ from ppcl.settings import WidthSettings
 from ppcl.storage import tensors
 from ppcl.training import entrance
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context
 
 
 @torch.no_grad()
 def refit(
-    transformer: nn.Module,
+    context: Context,
     model: nn.Module,
     block_map: list[list[int]],
     new_blocks: Iterable[NewBlock],
-    reader: calls.Reader,
     rows: np.ndarray,
     options: WidthSettings,
-    device: torch.device,
 ) -> dict[Map, probes.Probe]:
     """Linear FFNs of kept blocks once more by least squares, on what they get in a model, towards
     what the teacher has behind their blocks. In order of depth, each put into the model at once, so
@@ -43,9 +42,10 @@ def refit(
         rows: numbers of the calls to fit on.
         options: batch_size, ridge.
     """
+    transformer, device = context.transformer, context.device
     wanted = {new_block.first: new_block for new_block in new_blocks if new_block.linear_ffn}
     starts = [members[0] for members in block_map]
-    batches = [b.to(device) for b in reader.batches(rows, options.batch_size, device)]
+    batches = [b.to(device) for b in context.reader.batches(rows, options.batch_size, device)]
     whole, lean = (_Walk(one, batches) for one in (transformer, model))
     found = {}
     for old in sorted(wanted):

@@ -16,7 +16,8 @@ from ppcl.pruning.units import Matrix, Modulation
 from ppcl.runtime import devices
 from ppcl.settings import ModulationSettings
 from ppcl.training.prices import Change
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks
+from ppcl.transformer.context import Context
 
 log = logging.getLogger(__name__)
 
@@ -120,6 +121,27 @@ class Offers:
                 found[name(matrix, rank)] = wrong / total if total > 0 else 0.0
         return found
 
+    def rows(self, fit_errors: Mapping[str, float]) -> dict[str, dict]:
+        """Of each product, columns of width/measured.parquet but for the velocity error.
+
+        fit_errors: of `errors`.
+        """
+        return {
+            name(matrix, rank): {
+                "kind": "modulation",
+                "first": matrix.block,
+                "last": matrix.block,
+                "stream": "",
+                "path": matrix.path,
+                "rank": rank,
+                "fit_error_heldout": fit_errors[name(matrix, rank)],
+                "cka": np.nan,
+                "parameters_saved": matrix.parameters() - matrix.parameters(rank),
+            }
+            for matrix, ranks in self.ranks.items()
+            for rank in ranks
+        }
+
 
 def name(matrix: Modulation, rank: int) -> str:
     """Names a product among prices."""
@@ -128,14 +150,10 @@ def name(matrix: Modulation, rank: int) -> str:
 
 @torch.no_grad()
 def inputs_of(
-    transformer: nn.Module,
-    matrices: Iterable[Modulation],
-    reader: calls.Reader,
-    rows: np.ndarray,
-    batch_size: int,
-    device: torch.device,
+    context: Context, matrices: Iterable[Modulation], rows: np.ndarray, batch_size: int
 ) -> dict[Matrix, Tensor]:
     """What matrices get in some recorded calls, [n, d] each, on the CPU."""
+    transformer, device = context.transformer, context.device
     sequence = blocks.block_sequence(transformer)
     found: dict[Matrix, list[Tensor]] = {matrix.key: [] for matrix in matrices}
     with ExitStack() as stack:
@@ -145,6 +163,6 @@ def inputs_of(
                 lambda _module, args, seen=seen: seen.append(args[0].flatten(0, -2).cpu())
             )
             stack.callback(handle.remove)
-        for batch in reader.batches(rows, batch_size, device):
+        for batch in context.reader.batches(rows, batch_size, device):
             transformer(**batch.to(device).arguments)
     return {matrix: torch.cat(seen) for matrix, seen in found.items()}

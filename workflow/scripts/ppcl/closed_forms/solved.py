@@ -28,6 +28,7 @@ from ppcl.runtime import devices
 from ppcl.settings import WidthSettings
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context
 
 # Samples of neighbouring timesteps have their mean squared gate, so many groups of them: a matrix
 # of moments each. On the embedded teacher, errors with 64 groups are within 4 % of these.
@@ -59,13 +60,7 @@ def stages(transformer: nn.Module, new_block: NewBlock) -> tuple[tuple[str, ...]
 
 
 def start(
-    transformer: nn.Module,
-    new_blocks: Iterable[NewBlock],
-    how: str,
-    reader: calls.Reader,
-    options: WidthSettings,
-    seed: int,
-    device: torch.device,
+    context: Context, new_blocks: Iterable[NewBlock], how: str, options: WidthSettings
 ) -> Students:
     """Whole blocks with their start weights as `students.start` makes them, refitted if `how` is
     `solved`; on the device.
@@ -73,27 +68,19 @@ def start(
     Args:
         options: the config's `width`: fit_rows, batch_size.
     """
-    made = students.start(transformer, new_blocks, how)
+    made = students.start(context.transformer, new_blocks, how)
     for student in made.values():
-        student.to(device)
+        student.to(context.device)
     if how == "solved":
-        rows, _ = linear_map_fits.fit_rows(reader, options, seed)
-        refit(transformer, made, reader, rows, options.batch_size, device)
+        rows, _ = linear_map_fits.fit_rows(context.reader, options, context.seed)
+        refit(context, made, rows, options.batch_size)
     return made
 
 
-def refit(
-    transformer: nn.Module,
-    wholes: Students,
-    reader: calls.Reader,
-    rows: np.ndarray,
-    batch_size: int,
-    device: torch.device,
-) -> Students:
+def refit(context: Context, wholes: Students, rows: np.ndarray, batch_size: int) -> Students:
     """Refits whole blocks that are copies of their interval's first; in place.
 
     Args:
-        transformer: the teacher, on the device.
         wholes: on the device; those of one block are left as they are.
         rows: numbers of the calls to fit on.
         batch_size: of calls.
@@ -101,6 +88,7 @@ def refit(
     Raises:
         UserError: the registry does not say where these linears are, or is wrong about a block.
     """
+    transformer = context.transformer
     longer = {
         new_block: module
         for new_block, module in wholes.items()
@@ -116,7 +104,7 @@ def refit(
         }
         for group in _groups(longer, wanted):
             now = {new_block: wanted[new_block] for new_block in group}
-            _refit(transformer, longer, now, reader, rows, batch_size, device)
+            _refit(context, longer, now, rows, batch_size)
     return wholes
 
 
@@ -136,15 +124,14 @@ def _groups(wholes: Students, wanted: Mapping[NewBlock, tuple]) -> Iterator[list
 
 
 def _refit(
-    transformer: nn.Module,
+    context: Context,
     wholes: Students,
     wanted: Mapping[NewBlock, tuple[tuple[str, ...], ...]],
-    reader: calls.Reader,
     rows: np.ndarray,
     batch_size: int,
-    device: torch.device,
 ) -> None:
     """One stage: the first paths of each new block; those that follow return nothing."""
+    transformer, reader, device = context.transformer, context.reader, context.device
     order = np.argsort(reader.index["timestep"][rows], kind="stable")
     group_of = dict(
         zip(rows[order].tolist(), np.arange(len(rows)) * GROUPS // len(rows), strict=True)

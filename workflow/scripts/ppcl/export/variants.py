@@ -8,10 +8,8 @@ stage that each is from.
 from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from ppcl.closed_forms import linear_maps, modulation
@@ -34,6 +32,7 @@ from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 from ppcl.training import prices
 from ppcl.transformer import blocks
+from ppcl.transformer.context import State
 
 # Makes up one piece of a model: a unit from a source, or a kept block, or the last AdaLN, each with
 # the ranks of its matrices.
@@ -175,14 +174,8 @@ class Workshop:
         return found
 
 
-def measuring(
-    workshop: Workshop,
-    judged: prices.Judged,
-    accelerator: Accelerator,
-    state: Path | None = None,
-    identity: str = "",
-) -> Measure:
-    """What measures sets, each once; state, identity: as of `prices.measure`, which raises."""
+def measuring(workshop: Workshop, judged: prices.Judged, state: State | None = None) -> Measure:
+    """What measures sets, each once; state: as of `prices.measure`, which raises."""
     known: dict[str, float] = {}
 
     def measure(asked: Sequence[Set]) -> list[float]:
@@ -191,7 +184,7 @@ def measuring(
             key: prices.Change(one.first, lambda one=one: workshop.model(one)[0])
             for key, one in new.items()
         }
-        found = prices.measure(judged, changes, accelerator, state, identity)
+        found = prices.measure(judged, changes, state)
         known.update(zip(new, found, strict=True))
         return [known[one.key] for one in asked]
 

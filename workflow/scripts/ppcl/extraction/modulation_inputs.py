@@ -18,6 +18,7 @@ from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.settings import ModulationSettings
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context
 
 # What schedulers of diffusers count up to, unless their configs say otherwise.
 TIMESTEPS = 1000
@@ -194,14 +195,11 @@ def _same(one: list[Tensor], other: list[Tensor]) -> Tensor | bool:
 
 @torch.no_grad()
 def with_grid(
-    transformer: nn.Module,
+    context: Context,
     recorded: Conditioning,
-    reader: calls.Reader,
     rows: np.ndarray,
     settings: ModulationSettings,
     size: int,
-    seed: int,
-    device: torch.device,
 ) -> Conditioning:
     """Sums of recorded calls, and of a grid: timesteps evenly spaced over the scheduler's whole
     range, each with the text of a recorded call and, where the transformer gets guidance as a
@@ -215,12 +213,13 @@ def with_grid(
 
     Args:
         rows: calls whose texts are taken.
-        settings: the config's `modulation` mapping.
+        settings: the config's `modulation`.
         size: samples in a call.
 
     Raises:
         UserError: as `Sums`.
     """
+    transformer, reader, device = context.transformer, context.reader, context.device
     family, count = blocks.family(transformer), settings.timesteps
     if not recorded.entries or not count:
         return recorded
@@ -228,7 +227,7 @@ def with_grid(
     if place is None:
         return recorded
     (slope, offset), highest = place
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(context.seed)
     times = rng.permutation(np.linspace(0, highest, count)) * slope + offset
     guidances = rng.permutation(np.linspace(*settings.guidance, count)) * family.guidance
     leaders: dict[int, Matrix] = {}

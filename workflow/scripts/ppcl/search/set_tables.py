@@ -4,12 +4,15 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 
+import pandas as pd
+
 from ppcl.pruning import pins
 from ppcl.pruning.units import Unit
 from ppcl.search import savings
 from ppcl.search.choosing import Choice, Decided
 from ppcl.search.offers import Offer
 from ppcl.search.sets import CLOSED
+from ppcl.storage import schemas
 from ppcl.transformer.family import IMAGE, TEXT
 
 
@@ -118,3 +121,15 @@ def trial_rows(offer: Offer, name: str, decided: Decided) -> list[dict]:
         }
         for words, choice in decided.tried.items()
     ]
+
+
+def units_table(offer: Offer, choices: Mapping[str, Choice]) -> pd.DataFrame:
+    """All of units.parquet."""
+    every = [row for name, choice in choices.items() for row in rows(offer, name, choice)]
+    return pd.DataFrame(every, columns=schemas.VARIANT_UNITS.names)
+
+
+def trials_table(offer: Offer, decided: Mapping[str, Decided]) -> pd.DataFrame:
+    """All of measured.parquet."""
+    every = [row for name, one in decided.items() for row in trial_rows(offer, name, one)]
+    return pd.DataFrame(every, columns=schemas.VARIANT_SETS.names)

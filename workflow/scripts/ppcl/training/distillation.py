@@ -7,7 +7,6 @@ the latter is made of, is also how a whole variant is fine-tuned.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -21,6 +20,7 @@ from ppcl.settings import DistillSettings, SubsetsSettings, TrainingSettings
 from ppcl.storage import schemas
 from ppcl.training import entrance, prices, steps
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context, State
 
 
 def log_table(rows: list[dict]) -> pd.DataFrame:
@@ -69,32 +69,28 @@ def share(rows, accelerator: Accelerator):
     return rows[accelerator.process_index :: accelerator.num_processes]
 
 
-def batches_of_steps(
-    reader: calls.Reader, options: TrainingSettings, seed: int, accelerator: Accelerator
-) -> Callable[[int], calls.Batch]:
+def batches_of_steps(context: Context, options: TrainingSettings) -> Callable[[int], calls.Batch]:
     """What gives this process's part of a step's batch, on its device; the next step's is read
     meanwhile.
 
     Args:
         options: batch_size, of all processes together.
     """
+    reader, device = context.reader, context.device
     rows = reader.rows(heldout=False)
 
     def make(step: int) -> calls.Batch:
-        drawn = reader.draw(rows, options.batch_size, (seed, step))
-        return reader.batch(share(drawn, accelerator)).pinned(accelerator.device)
+        drawn = reader.draw(rows, options.batch_size, (context.seed, step))
+        return reader.batch(share(drawn, context.accelerator)).pinned(device)
 
     ahead = calls.Ahead(make)
-    return lambda step: ahead(step).to(accelerator.device)
+    return lambda step: ahead(step).to(device)
 
 
 def independent(
-    transformer: nn.Module,
+    context: Context,
     students: Students,
-    reader: calls.Reader,
     options: DistillSettings,
-    seed: int,
-    accelerator: Accelerator,
     names: Mapping[NewBlock, str] | None = None,
     inputs: entrance.Inputs | None = None,
     uncut: Students | None = None,
@@ -111,7 +107,8 @@ def independent(
     inputs: the streams from which the teacher starts, of students taught in mode `independent`.
     uncut: as of `teaching.teacher_states`.
     """
-    batch_of = batches_of_steps(reader, options, seed, accelerator)
+    transformer, accelerator = context.transformer, context.accelerator
+    batch_of = batches_of_steps(context, options)
     names = names or {new_block: new_block.name for new_block in students}
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -130,12 +127,10 @@ def independent(
 
 
 def output_distillation(
+    context: Context,
     model_at: Callable[[int], nn.Module],
     name: str,
-    reader: calls.Reader,
     options: TrainingSettings,
-    seed: int,
-    accelerator: Accelerator,
     in_float32: bool,
 ):
     """Step losses: relative velocity error against the recorded teacher (see training.Losses).
@@ -147,7 +142,7 @@ def output_distillation(
         name: of what is trained, in the log.
         in_float32: the model is float32, whatever dtype the teacher's calls were recorded in.
     """
-    batch_of = batches_of_steps(reader, options, seed, accelerator)
+    batch_of, accelerator = batches_of_steps(context, options), context.accelerator
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
         batch = batch_of(step)
@@ -160,24 +155,22 @@ def output_distillation(
 
 
 def any_subset(
-    transformer: nn.Module,
+    context: Context,
     units: Sequence[Unit],
     students: Students,
-    reader: calls.Reader,
     options: TrainingSettings,
-    seed: int,
-    accelerator: Accelerator,
     draw: Callable[[tuple[int, ...]], Sequence[Unit]] | None = None,
 ):
     """Step losses of output distillation with a random subset of the units plugged in.
 
     Students of Eq. 6 never see each other's errors. Here they do, and since every step plugs
-    another subset, they stay pluggable: one set of students serves every budget. Needs
-    `transformer` without gradients of its own.
+    another subset, they stay pluggable: one set of students serves every budget. Needs the
+    transformer without gradients of its own.
 
     Args:
         draw: what a step plugs in, by (seed, step); `random_subset` unless told.
     """
+    transformer, seed = context.transformer, context.seed
     if options.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     fitting = {part: steps.InFloat32(student) for part, student in students.items()}
@@ -187,9 +180,7 @@ def any_subset(
         modules = {part.ends: fitting[part] for unit in chosen for part in unit.new_blocks}
         return blocks.assembled(transformer, modules)[0]
 
-    return output_distillation(
-        model_at, "students", reader, options, seed, accelerator, in_float32=False
-    )
+    return output_distillation(context, model_at, "students", options, in_float32=False)
 
 
 def random_subset(members: Sequence, seed: tuple[int, ...]) -> list:
@@ -201,25 +192,22 @@ def random_subset(members: Sequence, seed: tuple[int, ...]) -> list:
 
 
 def cost_table(
-    transformer: nn.Module,
+    context: Context,
     units: Sequence[Unit],
     students: Students,
     entries: Sequence[dict],
-    reader: calls.Reader,
     options: DistillSettings | SubsetsSettings,
-    seed: int,
-    accelerator: Accelerator,
-    state: Path | None = None,
-    identity: str = "",
+    state: State | None = None,
 ) -> pd.DataFrame:
     """Rows of errors.parquet: what every unit costs, plugged in alone, on held-out rows.
 
     Args:
         entries: the plan's, one per unit.
         options: the stage's, with heldout_rows and batch_size.
-        state, identity: as of `prices.measure`.
+        state: as of `prices.measure`.
     """
-    rows = reader.sample_heldout("select", options.heldout_rows, seed, "heldout_rows")
+    count, key = options.heldout_rows, "heldout_rows"
+    rows = context.reader.sample_heldout("select", count, context.seed, key)
     for student in students.values():
         student.eval()
     plugged_in = {
@@ -231,11 +219,9 @@ def cost_table(
         for unit in units
     }
     costs = prices.measure(
-        prices.Judged(transformer, reader, rows, options.batch_size, accelerator.device),
-        prices.of_students(transformer, plugged_in),
-        accelerator,
+        prices.Judged(context, rows, options.batch_size),
+        prices.of_students(context.transformer, plugged_in),
         state,
-        identity,
     )
     found = [
         {

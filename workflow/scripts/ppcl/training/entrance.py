@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,12 +25,14 @@ from tqdm import tqdm
 
 from ppcl import provenance
 from ppcl.errors import UserError, disk_is_full
-from ppcl.pruning.units import NewBlock
+from ppcl.pruning.students import Students
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.runtime import processes, stopping
 from ppcl.settings import DistillSettings
 from ppcl.storage import tensors, texts
 from ppcl.training import shards
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context, State
 
 log = logging.getLogger(__name__)
 
@@ -161,32 +162,29 @@ class Inputs:
     Args:
         parts: that the job teaches; the teacher must run from the first of their blocks on.
         options: config's `distill`.
-        folder: for the files, which processes share; `student_stage.finish` removes it.
-        identity: digest of what decides the training. Files of another identity are not used.
+        state: for the files; their identity is that of the training. `student_stage` removes them.
         reserve: bytes that must stay free on the disk.
     """
 
     def __init__(
         self,
-        transformer: nn.Module,
+        context: Context,
         parts: Sequence[NewBlock],
-        reader: calls.Reader,
         options: DistillSettings,
-        seed: int,
-        accelerator: Accelerator,
-        folder: Path,
-        identity: str,
+        state: State,
         reserve: int = 0,
     ):
         self.first = shards.first_needed(parts)
-        self._transformer, self._reader, self._accelerator = transformer, reader, accelerator
-        self._folder, self._reserve = folder, reserve
+        self._transformer, self._reader = context.transformer, context.reader
+        self._accelerator = context.accelerator
+        self._folder, self._reserve = state.folder, reserve
         self._required = options.cache_inputs == "always"
         self._entrance: Entrance | None = None
-        size = -(-options.batch_size // accelerator.num_processes)
-        self._groups = list(_groups(reader, drawn(reader, options, seed), size))
+        size = -(-options.batch_size // context.accelerator.num_processes)
+        rows = drawn(context.reader, options, context.seed)
+        self._groups = list(_groups(context.reader, rows, size))
         self._place = {row: (n, i) for n, g in enumerate(self._groups) for i, row in enumerate(g)}
-        self._identity = provenance.digest([identity, self.first, size])
+        self._identity = provenance.digest([state.identity, self.first, size])
         self._open: dict[int, Any] = {}
         self._checked: set[int] = set()
         self._ready = False
@@ -376,6 +374,30 @@ class Inputs:
                 + ("equal to the bit" if equal else f"equal but for rounding ({worst:.1g})"),
                 flush=True,
             )
+
+
+def of_job(
+    context: Context,
+    units: Sequence[Unit],
+    taught: Students,
+    options: DistillSettings,
+    state: State,
+) -> Inputs | None:
+    """The kept streams of a job of distill that owns these units; None: it is better off without.
+
+    Says on the main process where the teacher starts.
+    """
+    how, kept = caching(context.reader, options, context.seed), None
+    if shards.cached(units, how):
+        # Two checkpoints, each of weights, two moments and the average, are there while one is
+        # replaced.
+        tensors_each = 4 if options.ema else 3
+        weights = sum(p.nbytes for student in taught.values() for p in student.parameters())
+        reserve = 2 * tensors_each * weights
+        kept = Inputs(context, list(taught), options, state.within("inputs"), reserve)
+    if context.accelerator.is_main_process and units:
+        print(shards.explain(units, how), flush=True)
+    return kept
 
 
 def _groups(reader: calls.Reader, rows: np.ndarray, size: int):

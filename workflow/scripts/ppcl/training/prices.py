@@ -14,11 +14,9 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import nn
 from tqdm import tqdm
 
@@ -28,6 +26,7 @@ from ppcl.runtime import devices, processes, stopping
 from ppcl.storage import texts
 from ppcl.training import entrance
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context, State
 
 # Of streams in main memory; batches beyond it run from the first block on.
 KEPT_BYTES = 8 << 30
@@ -69,26 +68,21 @@ class Judged:
     It runs when a first error is asked for: a stage that goes on may have all of them.
 
     Args:
-        reader, rows, batch_size: which calls.
+        rows, batch_size: which calls.
 
     Attributes:
+        context: as given.
         together: how many changes go on in one batch behind their last block, on the average: 1 if
             batches are full as they are.
     """
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        reader: calls.Reader,
-        rows: np.ndarray,
-        batch_size: int,
-        device: torch.device,
-    ):
-        self._teacher, self._device = transformer, device
-        self._lifts = devices.of_16_bits(transformer)
-        self._depth = len(blocks.block_sequence(transformer))
-        self._calls = reader, rows, batch_size
-        batches = reader.in_batches(rows, batch_size)
+    def __init__(self, context: Context, rows: np.ndarray, batch_size: int):
+        self.context = context
+        self._teacher, self._device = context.transformer, context.device
+        self._lifts = devices.of_16_bits(self._teacher)
+        self._depth = len(blocks.block_sequence(self._teacher))
+        self._rows, self._batch_size = rows, batch_size
+        batches = context.reader.in_batches(rows, batch_size)
         self.together = max(1, batch_size * len(batches) // max(1, len(rows)))
         self._batches: list[calls.Batch] = []
         self._power = 0.0
@@ -99,8 +93,8 @@ class Judged:
 
     def _answer(self) -> None:
         """Has the teacher's own answers, once."""
-        reader, rows, batch_size = self._calls
-        found = [b.to_float32() for b in reader.batches(rows, batch_size, self._device)]
+        recorded = self.context.reader.batches(self._rows, self._batch_size, self._device)
+        found = [batch.to_float32() for batch in recorded]
         calls.refuse_zeros(sum(float(b.output.square().sum()) for b in found))
         with self._in_float32(self._teacher):
             for batch in found:
@@ -147,7 +141,6 @@ class Judged:
         wrong = [self._no_error() for _ in changes]
         # By batch, what changes left behind `last`, until there are enough of them.
         waiting: list[list[tuple[int, blocks.Streams]]] = [[] for _ in self._batches]
-        _, _, batch_size = self._calls
         begun: set[int] = set()
         for place, change in enumerate(changes):
             begun.add(change.first)
@@ -168,7 +161,9 @@ class Judged:
             held += [found for some in waiting for _, found in some]
             over = place == len(changes) - 1 or sum(map(_size, held)) > KEPT_BYTES
             for number, some in enumerate(waiting):
-                if some and (over or (len(some) + 1) * len(self._batches[number]) > batch_size):
+                if some and (
+                    over or (len(some) + 1) * len(self._batches[number]) > self._batch_size
+                ):
                     for alike in _of_one_shape(some):
                         self._go_on(number, last + 1, alike, wrong)
                     some.clear()
@@ -185,7 +180,7 @@ class Judged:
 
         some: streams, each with its place in `wrong`, to which its error is added.
         """
-        batch, (reader, _, _) = self._batches[number], self._calls
+        batch, reader = self._batches[number], self.context.reader
         streams = {name: torch.cat([found[name] for _, found in some]) for name in some[0][1]}
         again = reader.batch(np.tile(batch.numbers, len(some))).to_float32().to(self._device)
         running = entrance.Entrance(self._teacher, first).model(streams)
@@ -261,22 +256,15 @@ def _size(streams: blocks.Streams) -> int:
     return sum(value.nbytes for value in streams.values())
 
 
-def error(
-    transformer: nn.Module,
-    students: Students,
-    reader: calls.Reader,
-    rows: np.ndarray,
-    batch_size: int,
-    device: torch.device,
-) -> float:
+def error(context: Context, students: Students, rows: np.ndarray, batch_size: int) -> float:
     """Relative velocity error of the teacher with these students plugged in, on recorded calls.
 
     Raises:
         UserError: all of the teacher's answers are zero.
     """
-    judged = Judged(transformer, reader, rows, batch_size, device)
+    judged = Judged(context, rows, batch_size)
     first = min((part.first for part in students), default=0)
-    return judged.error(plugged(transformer, students)[0], first)
+    return judged.error(plugged(context.transformer, students)[0], first)
 
 
 def _modules(transformer: nn.Module) -> list[nn.Module]:
@@ -284,11 +272,7 @@ def _modules(transformer: nn.Module) -> list[nn.Module]:
 
 
 def measure(
-    judged: Judged,
-    changes: Mapping[str, Change],
-    accelerator: Accelerator,
-    state: Path | None = None,
-    identity: str = "",
+    judged: Judged, changes: Mapping[str, Change], state: State | None = None
 ) -> list[float]:
     """The error of each of several changes, shared out over the processes.
 
@@ -296,14 +280,14 @@ def measure(
 
     Args:
         changes: by name.
-        state: folder in which finished errors wait for a killed run to go on, one file per process.
-        identity: digest of what decides the errors; files with another one are not used.
+        state: where finished errors wait for a killed run to go on, one file per process.
 
     Raises:
         UserError: an error is NaN or infinite.
     """
+    accelerator = judged.context.accelerator
     rank, count = accelerator.process_index, accelerator.num_processes
-    done = _finished(state, identity) if state else {}
+    done = _finished(state) if state else {}
     names = list(changes)
     known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
     known = processes.of_main(accelerator, known)  # all must share out the same rest
@@ -318,8 +302,8 @@ def measure(
     found = known if rank == 0 else torch.zeros_like(known)
     turns = range(rank, len(rest), count)
     if state and rest:
-        state.mkdir(parents=True, exist_ok=True)
-        turns = processes.in_turns(accelerator, len(rest), state)
+        state.folder.mkdir(parents=True, exist_ok=True)
+        turns = processes.in_turns(accelerator, len(rest), state.folder)
     ends = [0, *itertools.accumulate(map(len, rest))]
     with tqdm(total=ends[-1], desc="plugging", unit="set", disable=rank > 0) as bar:
         for turn in turns:
@@ -336,8 +320,8 @@ def measure(
             if state and all(map(math.isfinite, costs)):
                 done |= dict(zip(group, costs, strict=True))
                 with stopping.part():
-                    kept = {"identity": identity, "errors": done}
-                    texts.write_sealed(state / f"{rank}.json", kept)
+                    kept = {"identity": state.identity, "errors": done}
+                    texts.write_sealed(state.folder / f"{rank}.json", kept)
         bar.update(ends[-1] - bar.n)
     if count > 1:
         found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
@@ -364,11 +348,11 @@ def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
     return sorted(found, key=lambda group: (changes[group[-1]].first, changes[group[0]].first))
 
 
-def _finished(state: Path, identity: str) -> dict[str, float]:
+def _finished(state: State) -> dict[str, float]:
     """Errors by name that earlier runs of the same identity left, of whatever process."""
     found = {}
-    for path in sorted(state.glob("*.json")):
+    for path in sorted(state.folder.glob("*.json")):
         kept = texts.read_sealed(path)
-        if kept["identity"] == identity:
+        if kept["identity"] == state.identity:
             found |= kept["errors"]
     return found

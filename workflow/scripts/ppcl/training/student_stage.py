@@ -1,22 +1,27 @@
-"""What the stages that teach students share: their command line, and what they leave behind."""
+"""What the stages that teach students share: their command line, their opening and their end."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import pandas as pd
 import pyarrow as pa
-from accelerate import Accelerator
 from torch import nn
 
 from ppcl import program, provenance
-from ppcl.pruning import students
+from ppcl.pruning import selection_file, students
+from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import Unit
 from ppcl.runtime import processes, stopping
 from ppcl.settings import DistillSettings, Settings, SubsetsSettings
 from ppcl.storage import schemas, tables, whole
-from ppcl.training import distillation
+from ppcl.teacher import opening
+from ppcl.training import distillation, loop, shards
 from ppcl.transformer import calls
+from ppcl.transformer.context import Context, State
 
 
 def parser(description: str | None, students: str) -> argparse.ArgumentParser:
@@ -34,45 +39,105 @@ def parser(description: str | None, students: str) -> argparse.ArgumentParser:
     )
 
 
-def finish(
-    args: argparse.Namespace,
-    settings: Settings,
-    options: DistillSettings | SubsetsSettings,
-    transformer: nn.Module,
-    units: Sequence[Unit],
-    entries: Sequence[dict],
-    taught: Students,
-    log: pd.DataFrame,
-    schema: pa.Schema,
-    reader: calls.Reader,
-    accelerator: Accelerator,
-    identity: str,
-) -> None:
-    """Measures what the trained units cost; writes students, log and errors; ends the processes.
+@dataclass(frozen=True)
+class StudentStage:
+    """A stage that teaches students, from its command line to its files.
 
-    Args:
-        options: the stage's. units, entries: as of `distillation.cost_table`. schema: of the log.
-        identity: of the stage's training, by which finished errors outlive a killed run.
+    Attributes:
+        args: of `arguments`.
+        options: of the stage's training.
+        plan: what selection took.
+        units, entries: what the stage, or its shard, teaches of it, as of
+            `distillation.cost_table`.
+        state: where the training goes on, with the digest of what decides it.
     """
-    costs = distillation.cost_table(
-        transformer,
-        units,
-        taught,
-        entries,
-        reader,
-        options,
-        settings.seed,
-        accelerator,
-        args.state / "errors",
-        identity,
-    )
-    stopping.ignore()
-    if accelerator.is_main_process:
-        stamp = provenance.stamp(settings.given, rows=len(reader))
-        students.save(args.output, taught, stamp)
-        tables.write(args.log_table, log, schema, stamp)
-        tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
-    processes.finish(accelerator)
-    if accelerator.is_main_process:
-        # What may take most of a disk, and a finished training does not read.
-        whole.forget(args.state / "inputs")
+
+    args: argparse.Namespace
+    settings: Settings
+    options: DistillSettings | SubsetsSettings
+    context: Context
+    plan: SelectionFile
+    units: Sequence[Unit]
+    entries: Sequence[dict]
+    state: State
+
+    @classmethod
+    def opened(
+        cls,
+        args: argparse.Namespace,
+        settings: Settings,
+        options: DistillSettings | SubsetsSettings,
+        script: str,
+        teaches: Literal["units", "distilled"] = "units",
+    ) -> "StudentStage":
+        """Reads the plan and loads the teacher.
+
+        Args:
+            script: the stage's file, whose code decides the result too.
+            teaches: which units of the plan.
+        """
+        reader = calls.Reader(args.calls)
+        through_teacher = isinstance(options, SubsetsSettings)
+        context = opening.opened(
+            settings, reader, options.mixed_precision, gradients=through_teacher, compiled=True
+        )
+        plan = selection_file.read(args.plan)
+        pairs = list(zip(getattr(plan, teaches), plan.facts[teaches], strict=True))
+        inputs = [args.calls, args.plan, args.students]
+        if shared_out := getattr(args, "shards", None):
+            mine = shards.read(shared_out)[args.shard]
+            pairs = [(unit, entry) for unit, entry in pairs if unit.name in mine]
+            inputs.append(shared_out)
+        units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
+        state = State(args.state, loop.identity(Path(script), settings, inputs))
+        return cls(args, settings, options, context, plan, units, entries, state)
+
+    def train(
+        self,
+        modules: Mapping[str, nn.Module],
+        losses: loop.Losses,
+        taught: Students,
+        name: str = "{}/",
+    ) -> list[dict]:
+        """`loop.train` with the stage's settings; the log.
+
+        Args:
+            modules: that the losses are of.
+            taught: the students in them. name: as of `distillation.lr_scales`.
+        """
+        return loop.train(
+            modules,
+            losses,
+            loop.Optimisation.from_settings(self.options),
+            self.context.accelerator,
+            self.state.folder / "checkpoint.safetensors",
+            self.state.identity,
+            distillation.lr_scales(taught, self.settings.width.lr_scale, name),
+        )
+
+    def finish(self, taught: Students, log: pd.DataFrame, schema: pa.Schema) -> None:
+        """Measures what the trained units cost; writes students, log and errors; ends the
+        processes.
+
+        Args:
+            schema: of the log.
+        """
+        costs = distillation.cost_table(
+            self.context,
+            self.units,
+            taught,
+            self.entries,
+            self.options,
+            self.state.within("errors"),
+        )
+        stopping.ignore()
+        args, accelerator = self.args, self.context.accelerator
+        if accelerator.is_main_process:
+            stamp = provenance.stamp(self.settings.given, rows=len(self.context.reader))
+            students.save(args.output, taught, stamp)
+            tables.write(args.log_table, log, schema, stamp)
+            tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
+        processes.finish(accelerator)
+        if accelerator.is_main_process:
+            # What may take most of a disk, and a finished training does not read.
+            whole.forget(args.state / "inputs")

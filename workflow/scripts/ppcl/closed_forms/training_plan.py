@@ -1,0 +1,158 @@
+"""What of a selection is trained, and what plan.json says of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+from torch import nn
+
+from ppcl.closed_forms import linear_map_candidates
+from ppcl.errors import UserError
+from ppcl.pruning import pins, selection_file
+from ppcl.pruning.units import Unit, units_of
+from ppcl.search import measured
+from ppcl.settings import Settings, WidthSettings
+from ppcl.storage import schemas, tables
+from ppcl.transformer import blocks
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What selection took.
+
+    Attributes:
+        every: all units. depth: its depth students alone.
+        costs: by unit, what its closed forms cost, NaN if one is pinned and was not measured; of
+            depth students there are none.
+        total: what the selection costs, ranks of modulations included.
+    """
+
+    every: list[Unit]
+    depth: list[Unit]
+    costs: dict[str, float]
+    total: float
+
+    def trained(self, floor: float) -> list[Unit]:
+        """Units with intervals, and those that cost no less than a share of the whole, or nobody
+        knows what: of these there are no least-squares maps but what training starts from."""
+        return [
+            unit
+            for unit in self.every
+            if unit.removed_blocks or not self.costs[unit.name] < floor * self.total
+        ]
+
+    def refuse_beyond(self, transformer: nn.Module, path: Path) -> None:
+        """Raises UserError if there are units of blocks that the teacher lacks.
+
+        path: of the table of intervals.
+        """
+        if self.every and self.every[-1].last >= len(blocks.block_sequence(transformer)):
+            raise UserError(f"{path} names blocks that this teacher lacks; delete it and rerun")
+
+
+def selected(
+    intervals_table: Path, candidates_table: Path | None, unread_after: int | None
+) -> Selected:
+    """What the tables of candidates say.
+
+    Args:
+        candidates_table: of closed forms, if there are any.
+        unread_after: as of `linear_maps.unread_after`.
+    """
+    depth = _selected_rows(intervals_table, schemas.INTERVALS)
+    intervals = [tuple(pair) for pair in depth[["first", "last"]].to_numpy().tolist()]
+    total, prices = float(depth["cost"].sum()), {}  # what is not measured counts as nothing
+    if candidates_table:
+        narrower = _selected_rows(candidates_table, schemas.WIDTH_CANDIDATES)
+        total += float(narrower["velocity_error"].sum())
+        for row in narrower[narrower["kind"] != "modulation"].itertuples():
+            key = (row.first, row.last if row.kind == "text" else row.stream)
+            prices[key] = row.velocity_error
+    runs = [key for key in prices if not isinstance(key[1], str)]
+    every = units_of(intervals, runs, [key for key in prices if key not in runs], unread_after)
+    costs = {
+        unit.name: prices.get((unit.first, unit.last), 0.0)
+        + sum(
+            prices[new_block.first, stream]
+            for new_block in unit.new_blocks
+            for stream in new_block.linear_ffn
+        )
+        for unit in every
+    }
+    return Selected(every, units_of(intervals), costs, total)
+
+
+def _selected_rows(path: Path, schema: pa.Schema) -> pd.DataFrame:
+    """The selected rows of a table of candidates."""
+    table = tables.read(path, schema).to_pandas()
+    return table[table["selected"]]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Which units of a selection are trained.
+
+    Attributes:
+        units: that are. distilled: by distill.
+        closed: that are left as least squares makes them.
+    """
+
+    units: list[Unit]
+    distilled: list[Unit]
+    closed: list[Unit]
+
+    @classmethod
+    def of(cls, taken: Selected, options: WidthSettings) -> "TrainingPlan":
+        """Says how many are left to least squares.
+
+        Args:
+            options: floor, schedule.
+        """
+        trained = taken.trained(options.floor)
+        closed = [unit for unit in taken.every if unit not in trained]
+        if closed:
+            print(
+                f"{len(trained)} units are trained; {len(closed)} are left as least squares makes "
+                f"them, since each costs less than {options.floor:g} of the selection's "
+                f"{taken.total:.3g} (width.floor)",
+                flush=True,
+            )
+        return cls(trained, taken.depth if options.schedule == "staged" else trained, closed)
+
+    def facts(
+        self, transformer: nn.Module, settings: Settings, latency: Path | None
+    ) -> dict[str, Any]:
+        """The content of plan.json, but for where it comes from.
+
+        Args:
+            settings: teacher, prune, and what is pinned.
+            latency: measured times, with a latency budget.
+        """
+        depth = len(blocks.block_sequence(transformer))
+        pinned, _ = pins.wishes(settings, depth)
+
+        def entries(some: Sequence[Unit]) -> list[dict]:
+            seconds = measured.saved_seconds(some, latency)
+            return [
+                selection_file.unit_entry(
+                    unit,
+                    linear_map_candidates.saved_parameters(transformer, unit),
+                    saved,
+                    pins.holds(unit, pinned),
+                )
+                for unit, saved in zip(some, seconds, strict=True)
+            ]
+
+        timed = {"transformer_seconds": measured.timing(latency, depth)[1]} if latency else {}
+        return timed | {
+            "teacher": settings.teacher.path,
+            "blocks": depth,
+            "transformer_parameters": blocks.parameter_count(transformer),
+            "start": settings.prune.start,
+            "units": entries(self.units),
+            "distilled": entries(self.distilled),
+            "closed": entries(self.closed),
+        }
