@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from benchmarks import material, measuring
 from benchmarks.material import Size
@@ -13,6 +14,7 @@ from benchmarks.measuring import Ratio
 from ppcl.extraction import activations
 from ppcl.settings import ExtractSettings
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context, State
 
 NAME = "extract"
 CPU = torch.device("cpu")
@@ -40,7 +42,13 @@ def extract(teacher, path: Path, options: ExtractSettings):
     reader = calls.Reader(path, memory=0)
     rows = reader.rows()
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        return activations.collect(teacher, reader, rows, options, 0, CPU, Path(folder), _NoBar())
+        return activations.collect(
+            Context(teacher, reader, 0, Accelerator(cpu=True)),
+            rows,
+            options,
+            State(Path(folder), ""),
+            _NoBar(),
+        )
 
 
 @torch.no_grad()

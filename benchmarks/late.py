@@ -9,6 +9,7 @@ from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
 from ppcl.training import distillation, entrance, shards
 from ppcl.transformer import calls
+from ppcl.transformer.context import Context, State
 
 NAME = "late start"
 STEPS = 1000  # of the schedule; each row is drawn often, so filling is not what is measured
@@ -28,10 +29,13 @@ def run(size: Size, folder: Path) -> list[Ratio]:
         steps = teaching.Steps(teacher, taught, reader, size.batch)
         if shards.cached(job, how):
             inputs = entrance.Inputs(
-                teacher, list(taught), reader, options, 0, steps.accelerator, folder / "inputs", ""
+                Context(teacher, reader, 0, steps.accelerator),
+                list(taught),
+                options,
+                State(folder / "inputs", ""),
             )
             steps.losses = distillation.independent(
-                teacher, taught, reader, options, 0, steps.accelerator, inputs=inputs
+                Context(teacher, reader, 0, steps.accelerator), taught, options, inputs=inputs
             )
         steps.step()  # fills the cache, and makes the moments
         slow[name], first[name] = steps, (shards.cost(job, how), len(taught))

@@ -23,6 +23,7 @@ from ppcl.runtime import devices
 from ppcl.settings import FinetuneSettings
 from ppcl.training import distillation, loop, optimizers
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context
 
 NAME = "options"
 SEED = 0
@@ -109,7 +110,7 @@ def distilling(size: Size, path: Path, option: Option) -> Stepping:
         teaching.tensors_of(teacher),
         {part.name: student for part, student in taught.items()},
         lambda accelerator: distillation.independent(
-            teacher, taught, reader, how, SEED, accelerator
+            Context(teacher, reader, SEED, accelerator), taught, how
         ),
         option,
     )
@@ -128,7 +129,11 @@ def tuning(size: Size, path: Path, option: Option) -> Stepping:
         0,
         {"transformer": model},
         lambda accelerator: distillation.output_distillation(
-            lambda _step: model, "transformer", reader, how, SEED, accelerator, in_float32=True
+            Context(model, reader, SEED, accelerator),
+            lambda _step: model,
+            "transformer",
+            how,
+            in_float32=True,
         ),
         option,
     )

@@ -16,6 +16,7 @@ from ppcl.pruning.units import NewBlock
 from ppcl.settings import DistillSettings
 from ppcl.training import distillation, loop, losses, optimizers, teaching
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import Context
 
 NAME = "distill"
 OPTIONS = DistillSettings.of(
@@ -47,7 +48,7 @@ class Steps:
         self.accelerator = Accelerator(cpu=True)
         self.modules = {part.name: student for part, student in taught.items()}
         self.losses = distillation.independent(
-            teacher, taught, reader, OPTIONS.replace(batch_size=batch), 0, self.accelerator
+            Context(teacher, reader, 0, self.accelerator), taught, OPTIONS.replace(batch_size=batch)
         )
         every = [p for m in taught.values() for p in m.parameters()]
         groups = [{"params": every, "scale": 1.0}]

@@ -224,7 +224,7 @@ def test_a_stage_whose_outputs_are_lost_ends_at_once_with_the_same(
         "training.prices.Judged.errors",
         "closed_forms.linear_map_fits._fit",
         "teacher.recording.record_batch",
-        "extraction.activations.pick_tokens",
+        "extraction.call_tokens.pick_tokens",
         "teacher.pipelines.run",
     ):
         monkeypatch.setattr(f"ppcl.{work}", computes)

@@ -19,17 +19,19 @@ from ppcl.runtime import processes
 from ppcl.storage import texts
 from ppcl.training import entrance, loop, prices
 from ppcl.errors import UserError
+from ppcl.transformer.context import State
 
 accelerator = processes.accelerator("cpu")
 rank, here = accelerator.process_index, Path(sys.argv[1])
 
-judged = SimpleNamespace(error=lambda *_: 2.0, together=1)
+context = SimpleNamespace(accelerator=accelerator)
+judged = SimpleNamespace(error=lambda *_: 2.0, together=1, context=context)
 # Finished errors: seen by the main process alone, by the other one alone, and other ones by both.
 asked = []
 for seen in ([["a"], []], [[], ["a", "b"]], [["a", "b"], ["c"]]):
     prices._finished = lambda *_: dict.fromkeys(seen[rank], 2.0)
     changes = {{name: prices.Change(0, dict) for name in "abcde"}}
-    found = prices.measure(judged, changes, accelerator, here / "errors", "")
+    found = prices.measure(judged, changes, State(here / "errors", ""))
     assert found == 5 * [2.0], (seen, found)
 
 # A checkpoint that one of them finds.

@@ -29,6 +29,7 @@ from ppcl.settings import AblationSettings, DistillSettings, Settings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.training import loop, prices
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import State
 from support import SCRIPTS, comparison_tables, tiny
 
 BLOCKS, REMOVED, RANK = 8, 4, 3
@@ -122,9 +123,9 @@ def pipe(run):
 def material(run, pipe, job, tmp_path, accelerator) -> choices.Material:
     whole, at = run
     shared = {name: at[name] for name in SHARED}
-    more = {"reader": calls.Reader(at["calls"]), "paths": shared, "seed": 0}
-    more |= {"accelerator": accelerator, "state": tmp_path, "identity": "x"}
-    return trial.material_of(Settings.of(whole), pipe, job, **more)
+    transformer = pipe.transformer.requires_grad_(False).eval()
+    context = tiny.context(transformer, calls.Reader(at["calls"]), 0, accelerator)
+    return trial.material_of(context, Settings.of(whole), job, shared, State(tmp_path, "x"))
 
 
 def ablate(run, job: str, folder) -> pd.DataFrame:
@@ -375,7 +376,7 @@ def test_chain_losses_and_gradients_are_those_of_the_literal_chain(teacher, read
             "gradient_checkpointing": False,
         }
     )
-    step = chain.through_chain(teacher, made, reader, options, 5, accelerator)
+    step = chain.through_chain(tiny.context(teacher, reader, 5, accelerator), made, options)
     ((name, loss, _),) = step(7)
     assert name == "students"
     loss.backward()
@@ -459,8 +460,7 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     first, last = int(row["first"]), int(row["last"])
     assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])
     made = students.start(pipe.transformer, [NewBlock(first, last)], "first")
-    args = held.reader, held.judged, 2, accelerator.device
-    untrained = prices.error(pipe.transformer, made, *args)
+    untrained = prices.error(held.context, made, held.judged, 2)
     assert row["cost_untrained"] == pytest.approx(untrained, rel=1e-4)
 
     literal = copy.deepcopy(pipe.transformer)  # every block of the interval, one probe each

@@ -264,8 +264,9 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     reader, options = calls.Reader(tiny_calls), config.load(json.dumps(world[0])).width
     rows, _ = linear_map_fits.fit_rows(reader, options, 0)
     parts = [part for unit in units for part in unit.new_blocks]
-    cpu = torch.device("cpu")
-    maps = linear_map_refits.refit(transformer, model, block_map, parts, reader, rows, options, cpu)
+    maps = linear_map_refits.refit(
+        tiny.context(transformer, reader), model, block_map, parts, rows, options
+    )
     assert len(maps) == 3
     old = linear_maps.stored(world[1]["maps"])
     first = Map("ffn/image", (0, 0), (0, 0))

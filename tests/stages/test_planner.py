@@ -306,20 +306,21 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
         whole.enable_gradient_checkpointing()
     losses = {
         "distill": distillation.independent(
-            transformer, students, reader, settings.distill, 0, accelerator
+            tiny.context(transformer, reader, 0, accelerator), students, settings.distill
         ),
         "subsets": distillation.any_subset(
-            transformer,
+            tiny.context(transformer, reader, 0, accelerator),
             every,
             students,
-            reader,
             settings.subsets,
-            0,
-            accelerator,
             lambda _: every,
         ),
         "finetune": distillation.output_distillation(
-            lambda _: whole, "", reader, settings.finetune, 0, accelerator, True
+            tiny.context(whole, reader, 0, accelerator),
+            lambda _: whole,
+            "",
+            settings.finetune,
+            in_float32=True,
         ),
     }
     of_name = {stage.name: stage for stage in stages.every(made)}

@@ -7,7 +7,6 @@ replaced). Record, extract, probe, similarity and intervals then run as in the w
 
 import numpy as np
 import pytest
-import torch
 from torch import nn
 
 from ppcl.extraction import activations, token_table
@@ -17,6 +16,7 @@ from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, recording
 from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
 from ppcl.transformer.block_facts import BlockFacts
+from ppcl.transformer.context import State
 from ppcl.transformer.family import IMAGE, TEXT
 from support import tiny
 
@@ -87,13 +87,10 @@ def folder(tiny_teacher, tmp_path_factory):
     claims.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)
     options = {"batch_size": 16, "moment_tokens": 16, "sample_tokens": 4, "checkpoint_every": 99}
     moments, samples = activations.collect(
-        pipe.transformer,
-        reader,
+        tiny.context(pipe.transformer, reader),
         np.arange(len(reader)),
         ExtractSettings.of(options),
-        0,
-        torch.device("cpu"),
-        folder,
+        State(folder, ""),
         tiny.NoBar(),
     )
     size = blocks.parameter_count(pipe.transformer.transformer_blocks[0])

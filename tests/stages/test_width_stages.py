@@ -24,6 +24,7 @@ from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines
 from ppcl.training import prices
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import State
 from support import tiny
 from support.killing import assert_same_log, equal, kill_and_resume
 from support.map_prices import measure, settings_of, similar
@@ -107,7 +108,7 @@ def test_maps_in_the_file_are_those_that_were_priced(tiny_teacher, tiny_calls, t
         else:
             units = units_of([], [(row["first"], row["last"])], (), last)
         made = linear_maps.closed(transformer, units[0].new_blocks, maps)
-        cost = prices.error(transformer, made, reader, rows, 4, torch.device("cpu"))
+        cost = prices.error(tiny.context(transformer, reader), made, rows, 4)
         assert cost == pytest.approx(row["velocity_error"], rel=1e-5)
         with pytest.raises(ValueError, match="no kept block"):
             linear_maps.closed(transformer, [NewBlock(1, 2)], maps)
@@ -302,7 +303,9 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     options = Settings.of(config.complete(settings, "test"))
     options = options.replace(ablation=options.ablation.replace(finetune_steps=0))
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
-    material = choices.Material(transformer, reader, alone, options, {}, 0, tmp_path, "i")
+    material = choices.Material(
+        tiny.context(transformer, reader, 0, alone), options, {}, State(tmp_path, "i")
+    )
     seen["ablation"] = trial.finetuned(material, trained, False)
     exported = seen.pop("exported").state_dict()
     for name, model in seen.items():

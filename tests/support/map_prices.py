@@ -1,7 +1,6 @@
 """The prices of linear maps and low ranks, measured on a tiny teacher by the stage's program."""
 
 import pandas as pd
-import torch
 
 from ppcl.closed_forms import modulation, modulation_prices
 from ppcl.extraction import conditioning
@@ -56,7 +55,7 @@ def conditioned(tiny_teacher, tiny_calls, path):
     reader, transformer = calls.Reader(tiny_calls), tiny.load(tiny_teacher).transformer
     every = modulation.matrices(transformer)
     rows = reader.rows(heldout=False)
-    seen = modulation_prices.inputs_of(transformer, every, reader, rows, 4, torch.device("cpu"))
+    seen = modulation_prices.inputs_of(tiny.context(transformer, reader), every, rows, 4)
     entries = [
         conditioning.Moments(float(len(x)), x.sum(0), x.T @ x)
         for x in (seen[one.key].double() for one in every)

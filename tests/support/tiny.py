@@ -21,6 +21,7 @@ from ppcl.settings import TeacherSettings
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines, recording, teacher_identity
 from ppcl.transformer import call_tables
+from ppcl.transformer.context import Context
 from support import SCRIPTS, fresh
 
 SETTINGS = {
@@ -271,3 +272,8 @@ class Process:
     def reduce(self, value, reduction):
         assert reduction == self._reduction
         return self._held(self.process_index, value)
+
+
+def context(transformer, reader, seed: int = 0, accelerator=None) -> Context:
+    """What a stage works with; in one process on the CPU unless told."""
+    return Context(transformer, reader, seed, accelerator or Process(0, 1, None))

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from ppcl.errors import UserError
-from ppcl.extraction import activations, modulation_inputs, token_store, token_table
+from ppcl.extraction import activations, call_tokens, modulation_inputs, token_store, token_table
 from ppcl.runtime import devices
 from ppcl.settings import ExtractSettings
 from ppcl.storage import schemas, tables
 from ppcl.transformer import call_tables, calls
+from ppcl.transformer.context import State
 from support import tiny
 
 CPU = torch.device("cpu")
@@ -43,7 +44,12 @@ def collect(world, rows=None, batch_size=4, moment_tokens=99, sample_tokens=3, s
     # The files stay open, and may go.
     with tempfile.TemporaryDirectory() as folder:
         return activations.collect(
-            transformer, reader, rows, options, 0, CPU, Path(folder), tiny.NoBar(), sums=sums
+            tiny.context(transformer, reader),
+            rows,
+            options,
+            State(Path(folder), ""),
+            tiny.NoBar(),
+            sums=sums,
         )
 
 
@@ -260,18 +266,18 @@ def test_padding_may_hold_nan(teacher, captions):
 
 def test_picked_tokens_depend_on_the_row_only():
     masks = {"text": torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 0, 0]]).bool()}
-    both = activations.pick_tokens(masks, "text", (2, 5), 2, np.array([8, 3]), 0)
-    alone = activations.pick_tokens(
+    both = call_tokens.pick_tokens(masks, "text", (2, 5), 2, np.array([8, 3]), 0)
+    alone = call_tokens.pick_tokens(
         {"text": masks["text"][1:]}, "text", (1, 5), 2, np.array([3]), 0
     )
     assert np.array_equal(both[1], alone[0]) and both[1].max() < 3
     assert all(len(set(row)) == 2 for row in both)
     # The first tokens are a random part even when all are picked: no row prefers a position.
-    every = np.stack(activations.pick_tokens({}, "image", (200, 4), 4, np.arange(200), 0))
+    every = np.stack(call_tokens.pick_tokens({}, "image", (200, 4), 4, np.arange(200), 0))
     assert (np.sort(every) == np.arange(4)).all()
     assert (np.bincount(every[:, 0], minlength=4) > 30).all()
     other = [
-        activations.pick_tokens({}, "image", (1, 500), 20, np.array([row]), seed)[0].tolist()
+        call_tokens.pick_tokens({}, "image", (1, 500), 20, np.array([row]), seed)[0].tolist()
         for row, seed in ((3, 0), (4, 0), (3, 1))
     ]
     assert len({str(tokens) for tokens in other}) == 3
@@ -374,7 +380,7 @@ def collect_in(folder, world, bar, identity="i"):
     rows = np.arange(len(reader))
     given = modulation_inputs.Sums(transformer, [(1, "img_mod.1"), (5, "norm_out.linear")], CPU)
     found = activations.collect(
-        transformer, reader, rows, options, 0, CPU, folder, bar, identity, given
+        tiny.context(transformer, reader), rows, options, State(folder, identity), bar, given
     )
     return *found, given.result()
 

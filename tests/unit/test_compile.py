@@ -81,7 +81,7 @@ def test_gradients_pass_through_compiled_blocks(teacher, compiled, reader, accel
         units = [Unit((part,)) for part in PARTS]
         options = SubsetsSettings.of({"batch_size": 4, "gradient_checkpointing": recompute})
         ((_, loss, _),) = distillation.any_subset(
-            model, units, taught, reader, options, 0, accelerator
+            tiny.context(model, reader, 0, accelerator), units, taught, options
         )(0)
         loss.backward()
         grads = [p.grad for s in taught.values() for p in s.parameters() if p.grad is not None]

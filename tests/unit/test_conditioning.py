@@ -16,6 +16,7 @@ from ppcl.settings import ExtractSettings, ModulationSettings
 from ppcl.storage import tensors
 from ppcl.teacher import recording
 from ppcl.transformer import blocks, call_tables, calls, families
+from ppcl.transformer.context import State
 from support import tiny, zoo_images, zoo_videos
 
 CPU = torch.device("cpu")
@@ -36,13 +37,10 @@ def summed(transformer, reader, tmp_path, batch_size=4):
     how = {"batch_size": batch_size, "moment_tokens": 3, "sample_tokens": 1}
     rows = np.arange(len(reader))
     activations.collect(
-        transformer,
-        reader,
+        tiny.context(transformer, reader),
         rows,
         ExtractSettings.of(how | {"checkpoint_every": 10**6}),
-        0,
-        CPU,
-        tmp_path / "state",
+        State(tmp_path / "state", ""),
         tiny.NoBar(),
         modulations=found,
     )
@@ -133,7 +131,7 @@ def test_the_grid_is_the_schedulers_whole_range(world, tmp_path):
     """Against the teacher's own embedding at timesteps 0 to 1000, whatever was recorded."""
     transformer, reader = world
     recorded, rows = summed(transformer, reader, tmp_path), reader.rows(heldout=False)
-    found = modulation_inputs.with_grid(transformer, recorded, reader, rows, GRID, 5, 0, CPU)
+    found = modulation_inputs.with_grid(tiny.context(transformer, reader), recorded, rows, GRID, 5)
     times = torch.linspace(0, 1, GRID.timesteps)
     temb = transformer.time_text_embed(times, torch.zeros(1))
     grid = direct([nn.functional.silu(temb)])
@@ -143,7 +141,7 @@ def test_the_grid_is_the_schedulers_whole_range(world, tmp_path):
     torch.testing.assert_close(found.entries[0].outer, expected.outer, rtol=1e-4, atol=1e-6)
     assert found.places == recorded.places
     off = modulation_inputs.with_grid(
-        transformer, recorded, reader, rows, GRID.replace(timesteps=0), 5, 0, CPU
+        tiny.context(transformer, reader), recorded, rows, GRID.replace(timesteps=0), 5
     )
     assert off is recorded
 
@@ -283,7 +281,7 @@ def test_other_schedules_are_at_most_twice_as_wrong(name, tmp_path):
     assert highest == 1000
     recorded = summed(transformer, reader, tmp_path)
     both = modulation_inputs.with_grid(
-        transformer, recorded, reader, fit, GRID.replace(timesteps=96), 32, 0, CPU
+        tiny.context(transformer, reader), recorded, fit, GRID.replace(timesteps=96), 32
     )
     assert both.places == recorded.places and set(both.places) == set(keys(transformer))
     # Z-Image's blocks get it without SiLU, its last AdaLN with.

@@ -21,6 +21,7 @@ from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines
 from ppcl.training import distillation, entrance, prices, steps
 from ppcl.transformer import blocks, calls
+from ppcl.transformer.context import State
 from support import ROOT, tiny
 
 CPU = torch.device("cpu")
@@ -36,7 +37,7 @@ def test_the_price_is_the_relative_velocity_error_in_float32(teacher, reader, dt
     low = copy.deepcopy(teacher).to(dtype)
     taught = students.start(low, [SECOND], "first")
     rows = reader.rows(heldout=True)
-    found = prices.error(low, taught, reader, rows, 4, CPU)
+    found = prices.error(tiny.context(low, reader), taught, rows, 4)
     exact = copy.deepcopy(low).double()
     model, _ = blocks.assembled(
         exact, {SECOND.ends: copy.deepcopy(taught[SECOND]).to(dtype).double()}
@@ -63,7 +64,7 @@ def is_float(x):
 
 def test_the_price_of_a_perfect_student_is_zero(teacher, reader):
     own = {NewBlock(2, 2): teacher.transformer_blocks[2]}
-    assert prices.error(teacher, own, reader, reader.rows(heldout=True), 4, CPU) < 1e-12
+    assert prices.error(tiny.context(teacher, reader), own, reader.rows(heldout=True), 4) < 1e-12
 
 
 def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkeypatch):
@@ -77,7 +78,7 @@ def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkey
     behind._modules = dict(teacher._modules) | {"proj_out": copy.deepcopy(teacher.proj_out)}
     behind.proj_out.weight.mul_(1.1)
     models.append((6, behind))
-    judged = prices.Judged(teacher, reader, rows, 3, CPU)
+    judged = prices.Judged(tiny.context(teacher, reader), rows, 3)
     whole = [judged.error(model, 0) for _, model in models]
     assert min(whole) > 1e-5
     assert [judged.error(m, first) for first, m in models] == pytest.approx(whole, rel=1e-5)
@@ -90,7 +91,7 @@ def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkey
         judged.error(models[0][1], 1)
     assert set(ran) == {2, 3, 4, 5}  # and block 1 is the other one
     monkeypatch.setattr(prices, "KEPT_BYTES", 0)
-    judged = prices.Judged(teacher, reader, rows, 3, CPU)
+    judged = prices.Judged(tiny.context(teacher, reader), rows, 3)
     assert [judged.error(m, first) for first, m in models] == pytest.approx(whole, rel=1e-5)
     assert judged._streams[6][0] and not judged._streams[6][1]
 
@@ -104,23 +105,21 @@ def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader
     for student in taught.values():
         with torch.no_grad():
             student.attn.to_out[0].weight.mul_(1.1)
-    alone = [prices.error(teacher, {part: taught[part]}, reader, rows, 1, CPU) for part in parts]
+    alone = [
+        prices.error(tiny.context(teacher, reader), {part: taught[part]}, rows, 1) for part in parts
+    ]
     assert len(set(alone)) == 5 and min(alone) > 1e-5
     sets = {p.name: (p.first, p.last, partial(lambda p: {p: taught[p]}, p)) for p in parts}
     changes = prices.of_students(teacher, sets)
-    judged = prices.Judged(teacher, reader, rows, 2 * len(rows), CPU)
+    judged = prices.Judged(tiny.context(teacher, reader), rows, 2 * len(rows))
     assert judged.together == 2 * len(judged._calls[0].in_batches(rows, 2 * len(rows))) > 1
     sizes, go_on = [], prices.Judged._go_on
     monkeypatch.setattr(prices.Judged, "_go_on", lambda *a: sizes.append(len(a[3])) or go_on(*a))
-    assert prices.measure(judged, changes, tiny.Process(0, 1, None)) == pytest.approx(
-        alone, rel=1e-4
-    )
+    assert prices.measure(judged, changes) == pytest.approx(alone, rel=1e-4)
     assert max(sizes) > 1 and set(sizes) <= set(range(1, 1 + judged.together))
     monkeypatch.setattr(prices, "KEPT_BYTES", -1)
-    judged = prices.Judged(teacher, reader, rows, 2 * len(rows), CPU)
-    assert prices.measure(judged, changes, tiny.Process(0, 1, None)) == pytest.approx(
-        alone, rel=1e-4
-    )
+    judged = prices.Judged(tiny.context(teacher, reader), rows, 2 * len(rows))
+    assert prices.measure(judged, changes) == pytest.approx(alone, rel=1e-4)
 
 
 @torch.no_grad()
@@ -132,9 +131,9 @@ def test_what_is_left_of_a_group_is_measured_with_the_rest_of_it(teacher, reader
     changes = prices.of_students(teacher, sets)
 
     def measured():
-        judged = prices.Judged(teacher, reader, rows, 3 * len(rows), CPU)
+        judged = prices.Judged(tiny.context(teacher, reader), rows, 3 * len(rows))
         assert judged.together >= 3
-        return prices.measure(judged, changes, tiny.Process(0, 1, None), tmp_path, "same")
+        return prices.measure(judged, changes, State(tmp_path, "same"))
 
     whole = measured()
     kept = texts.read_sealed(tmp_path / "0.json")
@@ -155,16 +154,16 @@ def test_a_text_run_up_to_the_end_goes_on_with_others(teacher, reader):
             student.attn.to_out[0].weight.mul_(1.1)
     rows = reader.rows(heldout=True)
     made = [{part: taught[part] for part in parts} for parts in sets]
-    alone = [prices.error(teacher, one, reader, rows, 1, CPU) for one in made]
+    alone = [prices.error(tiny.context(teacher, reader), one, rows, 1) for one in made]
     assert min(alone) > 1e-5
     named = {
         str(number): (parts[0].first, parts[-1].last, lambda one=one: one)
         for number, (parts, one) in enumerate(zip(sets, made, strict=True))
     }
-    judged = prices.Judged(teacher, reader, rows, 3 * len(rows), CPU)
+    judged = prices.Judged(tiny.context(teacher, reader), rows, 3 * len(rows))
     assert judged.together >= 3
     changes = prices.of_students(teacher, named)
-    found = prices.measure(judged, changes, tiny.Process(0, 1, None))
+    found = prices.measure(judged, changes)
     assert found == pytest.approx(alone, rel=1e-4)
 
 
@@ -199,8 +198,8 @@ def errors_of(process, teacher, taught, reader, asked=None):
     rows = reader.rows(heldout=True)
     students_of = {p.name: (p.first, p.last, partial(student_of, p)) for p in EVERY}
     changes = prices.of_students(teacher, students_of)
-    judged = prices.Judged(teacher, reader, rows, 4, CPU)
-    return prices.measure(judged, changes, process)
+    judged = prices.Judged(tiny.context(teacher, reader, 0, process), rows, 4)
+    return prices.measure(judged, changes)
 
 
 @pytest.fixture
@@ -213,7 +212,9 @@ def nothing_done(monkeypatch):
 def test_errors_are_shared_out_over_processes(teacher, reader, accelerator):
     taught = students.start(teacher, EVERY, "first")
     rows = reader.rows(heldout=True)
-    expected = [prices.error(teacher, {part: taught[part]}, reader, rows, 4, CPU) for part in EVERY]
+    expected = [
+        prices.error(tiny.context(teacher, reader), {part: taught[part]}, rows, 4) for part in EVERY
+    ]
     assert errors_of(accelerator, teacher, taught, reader) == expected
     assert len(set(expected)) == 3 and min(expected) > 1e-4
     for count in (2, 4):  # one of the four has nothing to do
@@ -250,14 +251,14 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
     ]
     options = DistillSettings.of({"heldout_rows": 3, "batch_size": 2})
     found = distillation.cost_table(
-        teacher, units, taught, entries, reader, options, 5, accelerator
+        tiny.context(teacher, reader, 5, accelerator), units, taught, entries, options
     )
     rows = reader.sample_heldout("select", 3, 5)
     expected = pd.DataFrame({"unit": ["03-04", "00-01"], "first": [3, 0], "last": [4, 1]})
     expected = expected.assign(removed_blocks=1, saved_parameters=[9, 7])
     expected["saved_seconds"] = [0.5, np.nan]
     expected["velocity_error"] = [
-        prices.error(teacher, {part: student}, reader, rows, 2, CPU)
+        prices.error(tiny.context(teacher, reader), {part: student}, rows, 2)
         for part, student in taught.items()
     ]
     pd.testing.assert_frame_equal(found, expected.assign(rows=3), check_exact=True)
@@ -280,13 +281,11 @@ def harmless(tmp_path_factory):
     maps = [one for part in parts for one in linear_maps.maps_of(part)]
     rows = reader.rows(heldout=False), reader.rows(heldout=True)
     fits = linear_map_fits.fit(
-        teacher,
+        tiny.context(teacher, reader),
         wholes,
         maps,
-        reader,
         rows,
         WidthSettings.of({"batch_size": 64, "ridge": 1e-6}),
-        CPU,
     )
     return teacher, reader, parts, {one: fit.probe for one, fit in fits.items()}
 
@@ -297,7 +296,7 @@ def test_prices_of_harmless_units_add_up(harmless, dtype):
     teacher, reader, parts, maps = harmless
     low = copy.deepcopy(teacher).to(dtype)
     made = linear_maps.closed(low, parts, maps)
-    judged = prices.Judged(low, reader, reader.rows(heldout=True), 64, CPU)
+    judged = prices.Judged(tiny.context(low, reader), reader.rows(heldout=True), 64)
     costs = [
         judged.error(students.plugged(low, {part: made[part]})[0], part.first) for part in parts
     ]

@@ -30,7 +30,7 @@ OPTIONS = DistillSettings.of(
 
 def losses_of(teacher, taught, reader, accelerator, **options):
     return distillation.independent(
-        teacher, taught, reader, OPTIONS.replace(**options), 0, accelerator
+        tiny.context(teacher, reader, 0, accelerator), taught, OPTIONS.replace(**options)
     )
 
 
@@ -221,14 +221,20 @@ def test_gradients_of_unequal_shares_average_to_the_batch(teacher, reader, stage
     def gradient(process):
         options = OPTIONS.replace(batch_size=5)
         if stage == "distill":
-            losses = distillation.independent(teacher, taught, Unpadded, options, 0, process)
+            losses = distillation.independent(
+                tiny.context(teacher, Unpadded, 0, process), taught, options
+            )
         elif stage == "subsets":
             losses = distillation.any_subset(
-                teacher, [Unit((FIRST,))], taught, Unpadded, options, 0, process
+                tiny.context(teacher, Unpadded, 0, process), [Unit((FIRST,))], taught, options
             )
         else:
             losses = distillation.output_distillation(
-                lambda _step: model, "m", Unpadded, options, 0, process, in_float32=True
+                tiny.context(model, Unpadded, 0, process),
+                lambda _step: model,
+                "m",
+                options,
+                in_float32=True,
             )
         ((_, loss, _),) = losses(0)
         module.zero_grad()
@@ -264,7 +270,8 @@ def test_padded_shares_average_to_the_batch(teacher, reader, step_of, count):
         found = {}
         for student in taught.values():
             student.zero_grad()
-        for name, loss, metrics in step_of(teacher, taught, Padded, options, 0, process)(0):
+        context = tiny.context(teacher, Padded, 0, process)
+        for name, loss, metrics in step_of(context, taught, options)(0):
             loss.backward()
             found |= {f"{name} {key}": m.detach() for key, m in metrics.items()}
             found[name] = loss.detach()

@@ -15,6 +15,7 @@ from ppcl.runtime import stopping
 from ppcl.storage import tensors
 from ppcl.training import distillation, entrance, loop, shards, teaching
 from ppcl.transformer import blocks
+from ppcl.transformer.context import State
 from support import tiny
 from support.narrow_students import OPTIONS, UNITS
 
@@ -37,10 +38,13 @@ def job(teacher, reader, accelerator, tmp_path):
         given = None
         if not plain:
             given = entrance.Inputs(
-                teacher, [PART], reader, chosen, 0, accelerator, tmp_path / "inputs", identity
+                tiny.context(teacher, reader, 0, accelerator),
+                [PART],
+                chosen,
+                State(tmp_path / "inputs", identity),
             )
         losses = distillation.independent(
-            teacher, taught, reader, chosen, 0, accelerator, inputs=given
+            tiny.context(teacher, reader, 0, accelerator), taught, chosen, inputs=given
         )
         how = loop.Optimisation(steps=6, lr=0.01, checkpoint_every=2)
         path = tmp_path / f"plain-{plain}" / "c.safetensors"
@@ -110,7 +114,9 @@ def test_every_row_that_is_drawn_is_kept_once(reader, teacher, accelerator, tmp_
     assert entrance.drawn(reader, options, 7).tolist() == sorted(wanted)
     assert entrance.caching(reader, options, 7) == shards.Caching("auto", len(wanted) / 6)
     assert entrance.caching(reader, options.replace(mode="sequential"), 7) == shards.NEVER
-    kept = entrance.Inputs(teacher, [PART], reader, options, 7, accelerator, tmp_path, "")
+    kept = entrance.Inputs(
+        tiny.context(teacher, reader, 7, accelerator), [PART], options, State(tmp_path, "")
+    )
     first = reader.batch(sorted(wanted)[:2])
     with torch.no_grad():
         kept.model(first.numbers, first.arguments)
@@ -261,8 +267,12 @@ def test_a_teacher_whose_samples_see_each_other_is_refused(reader, accelerator, 
 
     teacher.transformer_blocks[0].register_forward_hook(mix)
     taught = students.start(teacher, [PART], "first")
-    kept = entrance.Inputs(teacher, [PART], reader, HOW, 0, accelerator, tmp_path, "")
-    losses = distillation.independent(teacher, taught, reader, HOW, 0, accelerator, inputs=kept)
+    kept = entrance.Inputs(
+        tiny.context(teacher, reader, 0, accelerator), [PART], HOW, State(tmp_path, "")
+    )
+    losses = distillation.independent(
+        tiny.context(teacher, reader, 0, accelerator), taught, HOW, inputs=kept
+    )
     with pytest.raises(UserError, match="the image stream before block 3 is another in another"):
         next(losses(0))
 
@@ -275,7 +285,9 @@ def test_blocks_that_can_not_pass_streams_on_are_refused(
     monkeypatch.setattr(
         entrance.Passing, "forward", lambda *a, **k: tuple(s[:, 1:] for s in pass_on(*a, **k))
     )
-    kept = entrance.Inputs(teacher, [PART], reader, HOW, 0, accelerator, tmp_path, "")
+    kept = entrance.Inputs(
+        tiny.context(teacher, reader, 0, accelerator), [PART], HOW, State(tmp_path, "")
+    )
     batch = reader.batch(reader.rows(heldout=False)[:3])
     with pytest.raises(UserError, match="block 3 gets .* of the shape .*never"):
         kept.model(batch.numbers, batch.arguments)
@@ -295,7 +307,9 @@ def test_two_processes_share_the_filling(teacher, reader, tmp_path):
 
     for rank, there in enumerate(("02", "0123")):
         process = Two(rank, 2, held, reduction="sum")
-        kept = entrance.Inputs(teacher, [PART], reader, HOW, 0, process, tmp_path, "")
+        kept = entrance.Inputs(
+            tiny.context(teacher, reader, 0, process), [PART], HOW, State(tmp_path, "")
+        )
         assert {len(group) for group in kept._groups} == {2}
         assert kept._fill() == ""
         assert {path.stem for path in tmp_path.iterdir()} == set(there)
@@ -308,7 +322,10 @@ def test_two_processes_share_the_filling(teacher, reader, tmp_path):
         )
     # Another number of processes has batches of another size, and makes its own files.
     alone = entrance.Inputs(
-        teacher, [PART], reader, HOW, 0, Two(0, 1, held, reduction="sum"), tmp_path, ""
+        tiny.context(teacher, reader, 0, Two(0, 1, held, reduction="sum")),
+        [PART],
+        HOW,
+        State(tmp_path, ""),
     )
     assert alone._fill() == ""
     with pytest.raises(UserError, match="belongs to other settings"):

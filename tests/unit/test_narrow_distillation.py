@@ -85,7 +85,7 @@ def test_the_loss_is_l_width_and_l_linear_on_real_tokens(teacher, reader, accele
     found = {
         name: (loss.item(), {k: v.item() for k, v in metrics.items()})
         for name, loss, metrics in distillation.independent(
-            teacher, taught, reader, OPTIONS, 0, accelerator
+            tiny.context(teacher, reader, 0, accelerator), taught, OPTIONS
         )(0)
     }
     given, outputs, handles = {}, {}, []
@@ -196,7 +196,10 @@ def test_borrowers_learn_from_what_the_model_lends(
     for _ in range(2):
         lent = in_the_model(teacher, taught, batch)
         losses = distillation.independent(
-            teacher, taught, reader, OPTIONS.replace(mode=mode), 0, accelerator, uncut=uncut
+            tiny.context(teacher, reader, 0, accelerator),
+            taught,
+            OPTIONS.replace(mode=mode),
+            uncut=uncut,
         )
         found = {name: metrics.get("linear") for name, _, metrics in losses(0)}
         for part in others:
@@ -229,7 +232,9 @@ def test_shares_of_narrow_students_average_to_the_batch(teacher, reader):
     taught = made(teacher)
 
     def linear(process):
-        losses = distillation.independent(teacher, taught, reader, OPTIONS, 0, process)(0)
+        losses = distillation.independent(
+            tiny.context(teacher, reader, 0, process), taught, OPTIONS
+        )(0)
         return {
             name: metrics["linear"].item() for name, _, metrics in losses if "linear" in metrics
         }
@@ -257,7 +262,9 @@ def test_a_narrow_student_equal_to_its_target_has_no_loss(reader, accelerator, m
     taught = students.start(teacher, [part], "first")
     students.shaped(teacher, part, taught[part])
     options = OPTIONS.replace(mode=mode, gradient_checkpointing=recompute)
-    losses = distillation.independent(teacher, taught, reader, options, 0, accelerator)
+    losses = distillation.independent(
+        tiny.context(teacher, reader, 0, accelerator), taught, options
+    )
     ((name, loss, metrics),) = losses(0)
     assert name == "02-03" and loss.requires_grad
     assert loss.item() < 1e-10 and all(value.item() < 1e-10 for value in metrics.values())
@@ -283,7 +290,9 @@ def test_units_go_in_together_and_every_part_learns(teacher, reader, accelerator
         subset = distillation.random_subset(UNITS, (0, step))
         drawn.setdefault(tuple(unit.name for unit in subset), (step, subset))
     assert drawn.keys() == {("00-04",), ("05-05",), ("00-04", "05-05")}
-    losses = distillation.any_subset(teacher, UNITS, taught, reader, options, 0, accelerator)
+    losses = distillation.any_subset(
+        tiny.context(teacher, reader, 0, accelerator), UNITS, taught, options
+    )
     for step, subset in drawn.values():
         ((_, loss, _),) = losses(step)
         for student in taught.values():

@@ -18,7 +18,7 @@ from ppcl.pruning.units import NewBlock, Unit
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls, families, inside_block
 from ppcl.transformer.family import TEXT
-from support import zoo_images, zoo_videos
+from support import tiny, zoo_images, zoo_videos
 
 ZOO = zoo_images.SPECIMENS | zoo_videos.SPECIMENS
 ONE_EACH = {one.family: name for name, one in ZOO.items() if one.family in families.FAMILIES}
@@ -140,7 +140,7 @@ def test_a_refitted_start_is_nearer_to_its_interval(calls_of, name, attribute):
 
     copied = students.start(transformer, [part], "first")
     before = missing(copied[part])
-    solved.refit(transformer, copied, reader, rows, 1, torch.device("cpu"))
+    solved.refit(tiny.context(transformer, reader), copied, rows, 1)
     assert missing(copied[part]) < 0.9 * before
 
 

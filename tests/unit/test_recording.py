@@ -192,7 +192,7 @@ def test_zero_answers_of_an_older_record_are_refused(pipe, tmp_path):
     call_tables.write(path, [table.schema for table in found], found, {})
     reader, rows = calls.Reader(path), np.arange(1)
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
-        prices.error(pipe.transformer, {}, reader, rows, 1, torch.device("cpu"))
+        prices.error(tiny.context(pipe.transformer, reader), {}, rows, 1)
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
         measuring.velocity_errors("p", pipe.transformer, reader, rows, 1, torch.device("cpu"))
 

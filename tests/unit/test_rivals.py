@@ -20,6 +20,7 @@ from ppcl.search.cka import resamples
 from ppcl.settings import ExtractSettings, TrainingSettings
 from ppcl.training import prices
 from ppcl.transformer import blocks, call_tables, calls
+from ppcl.transformer.context import State
 from ppcl.transformer.family import IMAGE, TEXT
 from support import tiny
 
@@ -70,15 +71,12 @@ def planted(folder, silent):
         tiny.silence(transformer.transformer_blocks[block])
     reader = record(transformer, folder / "calls.parquet")
     moments, samples = activations.collect(
-        transformer,
-        reader,
+        tiny.context(transformer, reader),
         np.arange(len(reader)),
         ExtractSettings.of(
             {"batch_size": 12, "moment_tokens": 16, "sample_tokens": 5, "checkpoint_every": 99}
         ),
-        0,
-        torch.device("cpu"),
-        folder,
+        State(folder, ""),
         tiny.NoBar(),
     )
     token_table.write_sample(folder / "tokens.parquet", samples, {})
@@ -319,7 +317,9 @@ def test_threshold_finds_the_silent_run(in_a_row):
 def test_one_block_out_finds_silent_blocks(scattered, accelerator, tmp_path):
     transformer, reader, _, _ = scattered
     rows = reader.rows(heldout=True)
-    errors = rivals.skip_errors(transformer, RUNS, reader, [rows], 8, accelerator, tmp_path)[0]
+    errors = rivals.skip_errors(
+        tiny.context(transformer, reader, 0, accelerator), RUNS, [rows], 8, State(tmp_path, "")
+    )[0]
     assert errors[list(SCATTERED)] == pytest.approx(0, abs=1e-9)
     assert tuple(rivals.lowest(errors, len(SCATTERED), RUNS)) == SCATTERED
     for block in (0, 3):  # deleted by hand
@@ -345,8 +345,8 @@ def test_one_block_out_goes_on_where_it_was_killed(scattered, accelerator, tmp_p
             return float(measured[-1])
 
         monkeypatch.setattr(prices.Judged, "error", error)
-        place = (8, accelerator, tmp_path, "one")
-        return rivals.skip_errors(transformer, RUNS, reader, groups, *place)
+        context = tiny.context(transformer, reader, 0, accelerator)
+        return rivals.skip_errors(context, RUNS, groups, 8, State(tmp_path, "one"))
 
     with pytest.raises(KeyboardInterrupt):
         run(stop_after=DEPTH + 3)  # in the second group
@@ -357,7 +357,9 @@ def test_one_block_out_leaves_out_what_may_not_go(scattered, accelerator):
     transformer, reader, _, _ = scattered
     rows = reader.rows(heldout=True)[:2]
     runs = [range(1), range(2, 4), range(5, 8)]
-    errors = rivals.skip_errors(transformer, runs, reader, [rows, rows], 8, accelerator)
+    errors = rivals.skip_errors(
+        tiny.context(transformer, reader, 0, accelerator), runs, [rows, rows], 8
+    )
     assert np.isfinite(errors).tolist() == [[b in (2, 3, 5, 6, 7) for b in range(DEPTH)]] * 2
     assert rivals.lowest(errors[0], 2, runs) == [2, 6]
 
@@ -403,7 +405,7 @@ def test_amber_ranks_by_the_noise_level_that_counts(tmp_path, accelerator):
             modulation.bias.mul_(0.3)
     reader, runs = record(transformer, tmp_path / "calls.parquet"), [range(5)]
     groups = rivals.timestep_groups(reader, reader.rows(heldout=True), 2)
-    errors = rivals.skip_errors(transformer, runs, reader, groups, 8, accelerator)
+    errors = rivals.skip_errors(tiny.context(transformer, reader, 0, accelerator), runs, groups, 8)
     assert errors[0, sometimes] < 1e-9 < 1e-4 < errors[0, weak]
     assert errors[1, sometimes] > 2 * errors[1, weak]
 
@@ -435,8 +437,8 @@ def test_learned_masks_find_silent_blocks(scattered, accelerator, tmp_path, size
     transformer, reader, _, _ = scattered
     before = copy.deepcopy(transformer.state_dict())
     groups = rivals.local_groups(len(SCATTERED), RUNS, size)
-    place = (seed, accelerator, tmp_path / "checkpoint.safetensors", "test")
-    gone = rivals.learned_masks(transformer, groups, 2, reader, OPTIONS, *place)
+    context = tiny.context(transformer, reader, seed, accelerator)
+    gone = rivals.learned_masks(context, groups, 2, OPTIONS, State(tmp_path, "test"))
     assert tuple(gone) == SCATTERED
     assert all(torch.equal(v, before[k]) for k, v in transformer.state_dict().items())
     assert not any(m._forward_hooks for m in transformer.modules())
@@ -461,8 +463,8 @@ def test_learned_masks_resume_to_the_bit(scattered, accelerator, tmp_path, monke
     monkeypatch.setattr(rivals, "DepthMasks", Kept)
 
     def run(name):
-        place = (0, accelerator, tmp_path / name, "test")
-        return rivals.learned_masks(transformer, groups, 2, reader, options, *place)
+        context = tiny.context(transformer, reader, 0, accelerator)
+        return rivals.learned_masks(context, groups, 2, options, State(tmp_path / name, "test"))
 
     stop = None
     run("whole")

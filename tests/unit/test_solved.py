@@ -11,6 +11,7 @@ from ppcl.pruning.units import NewBlock
 from ppcl.settings import WidthSettings
 from ppcl.training import teaching
 from ppcl.transformer import families
+from support import tiny
 
 CPU = torch.device("cpu")
 PART = NewBlock(1, 3)
@@ -19,7 +20,7 @@ FFN = {"image": "img_mlp.net.2", "text": "txt_mlp.net.2"}
 
 
 def start(teacher, reader, parts=(PART,), how="solved"):
-    return solved.start(teacher, parts, how, reader, OPTIONS, 0, CPU)
+    return solved.start(tiny.context(teacher, reader), parts, how, OPTIONS)
 
 
 def tokens(teacher, block, reader, path):

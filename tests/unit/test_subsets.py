@@ -55,7 +55,9 @@ def loss_at(step, teacher, taught, reader, accelerator, recompute=False):
     for student in taught.values():
         student.zero_grad()
     options = SubsetsSettings.of({"batch_size": 4, "gradient_checkpointing": recompute})
-    losses = distillation.any_subset(teacher, UNITS, taught, reader, options, SEED, accelerator)
+    losses = distillation.any_subset(
+        tiny.context(teacher, reader, SEED, accelerator), UNITS, taught, options
+    )
     ((name, loss, metrics),) = losses(step)
     assert name == "students" and metrics.keys() == {"velocity_error"}
     assert loss.dtype == torch.float32 and metrics["velocity_error"] is loss

@@ -3,17 +3,19 @@ while one is in use."""
 
 import copy
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
-from ppcl.extraction import activations, token_store
+from ppcl.extraction import activations, call_tokens, token_store
 from ppcl.runtime import devices
 from ppcl.settings import ExtractSettings
 from ppcl.training import distillation, loop, optimizers
 from ppcl.transformer import calls
+from ppcl.transformer.context import State
 from support import tiny
 from support.narrow_students import OPTIONS, UNITS, made
 
@@ -54,14 +56,20 @@ def steps_of(stage, teacher, reader, accelerator):
     if stage == "finetune":
         model.requires_grad_(True)
         losses = distillation.output_distillation(
-            lambda _step: model, "m", reader, OPTIONS, 0, accelerator, in_float32=True
+            tiny.context(model, reader, 0, accelerator),
+            lambda _step: model,
+            "m",
+            OPTIONS,
+            in_float32=True,
         )
         return {"m": model}, losses
     taught = {part: student.to(META) for part, student in made(teacher).items()}
     if stage == "subsets":
-        losses = distillation.any_subset(model, UNITS, taught, reader, OPTIONS, 0, accelerator)
+        losses = distillation.any_subset(
+            tiny.context(model, reader, 0, accelerator), UNITS, taught, OPTIONS
+        )
         return {"students": torch.nn.ModuleList(taught.values())}, losses
-    losses = distillation.independent(model, taught, reader, OPTIONS, 0, accelerator)
+    losses = distillation.independent(tiny.context(model, reader, 0, accelerator), taught, OPTIONS)
     return {part.name: student for part, student in taught.items()}, losses
 
 
@@ -112,7 +120,7 @@ def test_extraction_reads_from_the_device_once_a_call(
         asked.append(tuple(x.shape))
         return np.ones(x.shape, bool if x.dtype == torch.bool else np.float32)
 
-    monkeypatch.setattr(activations, "_on_host", answer)
+    monkeypatch.setattr(call_tokens, "_on_host", answer)
     options = ExtractSettings.of(
         {"batch_size": 4, "moment_tokens": 4, "sample_tokens": 2, "checkpoint_every": 99}
     )
@@ -120,7 +128,8 @@ def test_extraction_reads_from_the_device_once_a_call(
     monkeypatch.setattr(token_store.Kept, "save", lambda *_: None)
     model = copy.deepcopy(teacher).to(META)
     rows = reader.rows()
-    activations.collect(model, reader, rows, options, 0, META, tmp_path, tiny.NoBar())
+    context = tiny.context(model, reader, 0, SimpleNamespace(device=META))
+    activations.collect(context, rows, options, State(tmp_path, ""), tiny.NoBar())
     passed = [(2 * len(teacher.transformer_blocks),)]
     passed += 2 * [(1 + len(teacher.transformer_blocks), 4 * 2, 32)]
     assert asked == len(list(reader.batches(rows, 4))) * passed
@@ -199,7 +208,7 @@ def test_a_reader_reads_ahead_in_order_and_leaves_no_thread(reader):
 
 
 def test_steps_draw_what_they_would_without(reader, accelerator):
-    batch_of = distillation.batches_of_steps(reader, OPTIONS, 3, accelerator)
+    batch_of = distillation.batches_of_steps(tiny.context(None, reader, 3, accelerator), OPTIONS)
     for step in (5, 6, 7, 2):  # as after a resume
         drawn = reader.draw(reader.rows(heldout=False), 4, (3, step))
         assert batch_of(step).numbers.tolist() == drawn.tolist()

@@ -107,7 +107,7 @@ def literal_tokens(transformer, wholes, one, batch):
 
 @pytest.fixture(scope="module")
 def fits(teacher, many, wholes):
-    return linear_map_fits.fit(teacher, wholes, MAPS, many, rows_of(many), OPTIONS, CPU)
+    return linear_map_fits.fit(tiny.context(teacher, many), wholes, MAPS, rows_of(many), OPTIONS)
 
 
 def test_maps_are_literal_least_squares_with_all_tokens_in_memory(teacher, many, wholes, fits):
@@ -133,13 +133,19 @@ def test_passes_and_batches_change_nothing(teacher, many, wholes, fits, monkeypa
     monkeypatch.setattr(linear_map_fits, "SUMS_BYTES", 1)
     runs = []
     handle = teacher.register_forward_pre_hook(lambda *_: runs.append(1))
-    one_by_one = linear_map_fits.fit(teacher, wholes, MAPS, many, rows_of(many), OPTIONS, CPU)
+    one_by_one = linear_map_fits.fit(
+        tiny.context(teacher, many), wholes, MAPS, rows_of(many), OPTIONS
+    )
     handle.remove()
     assert len(runs) == len(MAPS) * (4 + 2)  # 24 and 8 calls, 7 at a time
     monkeypatch.setattr(linear_map_fits, "SUMS_BYTES", 2 * 4 * 8 * D**2)
-    twos = linear_map_fits.fit(teacher, wholes, MAPS[::-1], many, rows_of(many), OPTIONS, CPU)
+    twos = linear_map_fits.fit(
+        tiny.context(teacher, many), wholes, MAPS[::-1], rows_of(many), OPTIONS
+    )
     larger = OPTIONS.replace(batch_size=24)
-    at_once = linear_map_fits.fit(teacher, wholes, [*MAPS, *MAPS], many, rows_of(many), larger, CPU)
+    at_once = linear_map_fits.fit(
+        tiny.context(teacher, many), wholes, [*MAPS, *MAPS], rows_of(many), larger
+    )
     for one, fit in fits.items():
         for same in (one_by_one, twos):
             np.testing.assert_array_equal(same[one].probe.weight, fit.probe.weight)
@@ -188,7 +194,9 @@ def narrow_unit(transformer, unit, reader):
         part.ends: m for part, m in linear_maps.whole_blocks(transformer, unit.new_blocks).items()
     }
     maps = [one for part in unit.new_blocks for one in linear_maps.maps_of(part)]
-    fits = linear_map_fits.fit(transformer, wholes, maps, reader, rows_of(reader), OPTIONS, CPU)
+    fits = linear_map_fits.fit(
+        tiny.context(transformer, reader), wholes, maps, rows_of(reader), OPTIONS
+    )
     made = linear_maps.closed(
         transformer, unit.new_blocks, {one: fit.probe for one, fit in fits.items()}
     )
@@ -206,7 +214,7 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
         made, fit_error = narrow_unit(transformer, unit, reader)
         rows = reader.rows(heldout=True)
         key = (unit.name, *unit.new_blocks[0].linear_ffn)
-        costs[key] = prices.error(transformer, made, reader, rows, 8, CPU)
+        costs[key] = prices.error(tiny.context(transformer, reader), made, rows, 8)
         if fit_error < 1e-6:
             free.add(key)
     text = {("03-04",), ("04-05",), ("03-05",)}
@@ -225,15 +233,12 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
         [], [(3, 5)], [(1, "image"), (1, "text")], linear_maps.unread_after(transformer)
     )
     made = linear_map_fits.start(
-        transformer,
+        tiny.context(transformer, reader),
         students.start(transformer, new_blocks_of(units), "first"),
-        reader,
         OPTIONS.replace(fit_rows=24),
-        0,
-        CPU,
     )
     rows = reader.rows(heldout=True)
-    assert prices.error(transformer, made, reader, rows, 8, CPU) < 1e-8
+    assert prices.error(tiny.context(transformer, reader), made, rows, 8) < 1e-8
     # And they survive their file, to the bit.
     path = tmp_path / "students.safetensors"
     students.save(path, made, {})
