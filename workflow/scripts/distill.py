@@ -13,6 +13,8 @@ same weights. With --shards and --shard it teaches some of the students alone, a
 would beside the others; join.py puts the shards' files together.
 """
 
+from pathlib import Path
+
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.pruning import students

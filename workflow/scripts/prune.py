@@ -13,9 +13,6 @@ staged these are the depth students alone, whole blocks still. Narrow blocks sta
 squares on recorded calls.
 """
 
-import argparse
-from pathlib import Path
-
 from ppcl import program, provenance
 from ppcl.closed_forms import linear_map_fits, linear_maps, solved, training_plan
 from ppcl.configuration import config

@@ -44,7 +44,7 @@ class StudentStage:
     """A stage that teaches students, from its command line to its files.
 
     Attributes:
-        args: of `arguments`.
+        args: of `parser`.
         options: of the stage's training.
         plan: what selection took.
         units, entries: what the stage, or its shard, teaches of it, as of
