@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ppcl.configuration import config
 from ppcl.training import losses
 
 SHAPE = (2, 3, 4)
@@ -183,3 +184,9 @@ def test_outliers_have_no_gradient_and_padding_no_say():
     kept = losses.without_outliers(leaf, 2, torch.tensor([[True, True, False]]))
     kept[:, :2].sum().backward()
     assert leaf.grad[0, :2].tolist() == [[1, 1, 1, 0], [1, 1, 1, 1]]
+
+
+def test_a_config_may_name_each_loss_of_the_catalogue():
+    node = config.schema()["properties"]["distill"]["properties"]["loss"]
+    assert set(node["enum"]) == {*losses.STREAM_LOSSES, "mixed"}
+    assert set(losses.LOGGED) <= losses.STREAM_LOSSES.keys()

@@ -1,5 +1,6 @@
-"""Distances between a student's output and the teacher's, per stream."""
+"""Distances between a student's output and the teacher's, per stream: the catalogue of losses."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -46,6 +47,16 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
     output, target = without_padding(output, mask), without_padding(target, mask)
     error = (output - target).square().sum(-1)
     return _mean_over_tokens(error / target.square().sum(-1).clamp_min(1e-24), mask)
+
+
+# What the config's distill.loss may name (and `mixed`, the sum of the first two): a function of a
+# stream's output, its target and the mask of its real tokens, as `normalised_error`.
+STREAM_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
+    "normalised": normalised_error,
+    "relative": relative_error,
+}
+# In every log, whichever is trained.
+LOGGED = ("normalised", "relative")
 
 
 def squared_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

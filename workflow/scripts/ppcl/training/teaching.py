@@ -162,25 +162,29 @@ def interval_losses(
     options: with `outliers`, the loss is of the streams without them; the errors are of all.
     """
     deviations = options.outliers
+    weights = {options.loss: 1.0}
+    if options.loss == "mixed":
+        weights = {"normalised": 1.0, "relative": options.relative_weight}
     metrics: dict[str, Tensor] = {}
-    taught = {"normalised": 0.0, "relative": 0.0}
-    kinds = {"normalised": losses.normalised_error, "relative": losses.relative_error}
+    total: dict[str, Tensor | float] = dict.fromkeys(weights, 0.0)
     for stream, value in target.items():
         mask, weight = real.get(stream, Real())
-        for kind, error in kinds.items():
-            wanted = options.loss in (kind, "mixed")
+        for kind, error in losses.STREAM_LOSSES.items():
+            if kind not in weights and kind not in losses.LOGGED:
+                continue
+            trained = kind in weights
             # An error that is only reported needs no graph.
-            with torch.set_grad_enabled(torch.is_grad_enabled() and wanted and not deviations):
-                found = weight * error(output[stream], value, mask)
-            metrics[f"{stream}/{kind}"] = found
-            if wanted and deviations:
+            with torch.set_grad_enabled(torch.is_grad_enabled() and trained and not deviations):
+                distance = weight * error(output[stream], value, mask)
+            metrics[f"{stream}/{kind}"] = distance
+            if trained and deviations:
                 both = output[stream], value
-                kept = (losses.without_outliers(x, deviations, mask) for x in both)
-                found = weight * error(*kept, mask)
-            taught[kind] = taught[kind] + found
-    if options.loss == "mixed":
-        return taught["normalised"] + options.relative_weight * taught["relative"], metrics
-    return taught[options.loss], metrics
+                near, near_value = (losses.without_outliers(x, deviations, mask) for x in both)
+                distance = weight * error(near, near_value, mask)
+            if trained:
+                total[kind] = total[kind] + distance
+    first, *others = (weights[kind] * loss for kind, loss in total.items())
+    return sum(others, first), metrics
 
 
 def linear_loss(
