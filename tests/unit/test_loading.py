@@ -253,8 +253,8 @@ def test_one_set_of_weights_is_downloaded():
     other += [f"t/model{shard}.safetensors", "t/model.safetensors.index.json", "p/model.bin"]
     files = ["model_index.json", "b/config.json", "p/vocab.txt"]
     names = [*plain, *marked, *other, *files, "x.py", "b/y.py", "README.md", "b/m.onnx"]
-    given = {"variant": None, "trust_remote_code": False}
-    pick = lambda **more: hub.wanted(names, "", None, (), given | more)  # noqa: E731
+    source = tiny.source(NAME)
+    pick = lambda **more: hub.wanted(names, "", None, (), source.replace(**more))  # noqa: E731
     assert sorted(pick()) == sorted([*plain, *files])
     assert sorted(pick(variant="fp16")) == sorted([*marked, "t/model.safetensors", *files])
     assert sorted(pick(trust_remote_code=True)) == sorted([*plain, *files, "x.py", "b/y.py"])

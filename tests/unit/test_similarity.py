@@ -468,5 +468,6 @@ def test_memory_is_what_is_said(monkeypatch, reference, draws, normalise):
     peak = measuring.torch_peak(
         lambda: similarity.surrogate_cka(model.read, model.probes, model.plan(draws), **how)
     )
-    said = similarity.memory((96, 96), 10, how | {"bootstrap": draws})
+    options = SimilaritySettings.of(how | {"bootstrap": draws})
+    said = similarity.memory((96, 96), 10, options)
     assert 0.7 * said < peak <= said
