@@ -15,14 +15,15 @@ from ppcl.errors import UserError
 from ppcl.export import assembly, rehearsal
 from ppcl.pruning import selection_file, students
 from ppcl.pruning.units import NewBlock, Unit
+from ppcl.settings import Settings
 from ppcl.storage import texts
 from ppcl.transformer import blocks, calls
 from support import tiny
 
 
 def test_an_unknown_variant_is_named():
-    settings = {"variants": [{"name": "p55"}, {"name": "p70"}]}
-    assert assembly.variant(settings, "p70") == {"name": "p70"}
+    settings = Settings.of({"variants": [{"name": "p55"}, {"name": "p70"}]})
+    assert assembly.variant(settings, "p70") is settings.variants[1]
     with pytest.raises(UserError, match=r"--variant: .* no variant 'p7'; it has p55, p70"):
         assembly.variant(settings, "p7")
 

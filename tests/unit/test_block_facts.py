@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ppcl.errors import UserError
@@ -32,6 +32,7 @@ def facts(pick):
     )
 
 
+@settings(deadline=None)
 @given(facts())
 def test_facts_come_back_from_the_file(tmp_path_factory, told):
     path = tmp_path_factory.getbasetemp() / "facts.parquet"
