@@ -171,9 +171,9 @@ def works(planner: Planner) -> dict[str, Work]:
     done["choose"] = _prices(planner, found, [0] * tried, settings.choose)
     longest = max(settings.variants, key=lambda variant: variant.finetune_steps)
     if longest.finetune_steps:
-        options = settings.finetune.for_variant(longest)
+        tuning = settings.finetune.for_variant(longest)
         step = times("finetune") * whole
-        done["finetune"] = trained("finetune", step, [], options, streams=False)
+        done["finetune"] = trained("finetune", step, [], tuning, streams=False)
     sizes, judged = settings.pareto.budgets, settings.choose.rows
     done["pareto"] = forwards(
         (sizes + 1) * (evaluate.velocity_rows + timed),
