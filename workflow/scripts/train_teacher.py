@@ -22,6 +22,7 @@ from ppcl.configuration import strict_yaml
 from ppcl.digits import teacher
 from ppcl.digits.world import SIZE, TEMPLATES, Judge, captions
 from ppcl.runtime import processes, stopping
+from ppcl.settings import TrainingSettings
 from ppcl.storage import tensors, texts, whole
 from ppcl.training import loop
 
@@ -47,7 +48,9 @@ def train_part(name, module, losses, settings, state: Path, accelerator) -> list
         weights, metadata = (weights, metadata) if finished else tensors.read(done)
         module.load_state_dict(weights, strict=False)
         return json.loads(metadata["log"])
-    options = loop.Optimisation.from_settings(settings)
+    keys = loop.Optimisation.__dataclass_fields__.keys() & settings.keys()
+    how = TrainingSettings.of({key: settings[key] for key in keys})  # the others: sizes, of a part
+    options = loop.Optimisation.from_settings(how)
     log = loop.train(
         {name: module}, losses, options, accelerator, state / f"{name}.checkpoint", identity
     )
