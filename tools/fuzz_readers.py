@@ -1,7 +1,7 @@
 """Atheris on everything that reads: inputs that reach new code of the readers, and what it does.
 
 python tools/fuzz_readers.py --seconds 600                all readers, each its share of the time
-python tools/fuzz_readers.py --runs 2000 plan.json        some readers, so many inputs each
+python tools/fuzz_readers.py --runs 2000 selection.json        some readers, so many inputs each
 python tools/fuzz_readers.py --runs 2000 all              all readers in one process
 
 A reader either reads an input as what it is or raises UserError; any other exception, a crash of
@@ -27,7 +27,7 @@ NAMES = (
     "tokens.parquet",
     "intervals.parquet",
     "start.safetensors",
-    "plan.json",
+    "selection.json",
     "prompts.csv",
     "prompts.txt",
     "prompts.jsonl",

@@ -196,7 +196,9 @@ def test_the_faults_are_faults(world, tmp_path):
     at_once = {"seconds": 0, "calls": "write"}
     for fault in ({"fail": 1}, at_once | {"error": errno.ENOSPC}, at_once | {"error": errno.EIO}):
         assert world.run(stage, tmp_path, fault) == [2] and refused(world.printed(), tmp_path)
-    assert world.run(stage, tmp_path, {"vanish": str(tmp_path / "plan.json"), "opened": 1}) == [2]
+    assert world.run(
+        stage, tmp_path, {"vanish": str(tmp_path / "selection.json"), "opened": 1}
+    ) == [2]
     give(stage, world, tmp_path)
     # It took longer beside other work than it may take now.
     for share in (0.6, 0.3, 0.1):

@@ -64,7 +64,7 @@ def test_inputs_that_reach_new_code(tmp_path):
 def test_atheris_is_no_friend_of_bugs(tmp_path):
     """A fitting seal lets what is inside through, so that the fuzzer gets behind it."""
     whole = fuzzing.example(tmp_path)
-    for name in ("plan.json", "start.safetensors"):
+    for name in ("selection.json", "start.safetensors"):
         content = whole[name].replace(b"00-01", b"00-02")
         for bad, refusal in (
             (content, seals.DAMAGED),
@@ -74,7 +74,7 @@ def test_atheris_is_no_friend_of_bugs(tmp_path):
             try:
                 READERS[name](tmp_path / name)
             except UserError as error:
-                assert refusal and refusal in str(error) or name == "plan.json"
+                assert refusal and refusal in str(error) or name == "selection.json"
             else:
                 assert not refusal
 
@@ -108,13 +108,13 @@ def test_whole_tables_of_other_content(tmp_path, name):
 
 
 def test_whole_plans_of_other_content(tmp_path):
-    path = tmp_path / "plan.json"
+    path = tmp_path / "selection.json"
 
     @HOW
-    @given(fuzzing.mutated(fuzzing.PLAN))
+    @given(fuzzing.mutated(fuzzing.SELECTION))
     def check(plan):
         texts.write_sealed(path, plan)
-        if not tried("plan.json", path):
+        if not tried("selection.json", path):
             for unit in selection_file.read(path).units:
                 assert all(
                     0 <= part.first <= part.last < plan["blocks"] for part in unit.new_blocks

@@ -33,8 +33,8 @@ def test_a_killed_distillation_ends_with_the_same_students(world, distilled):
     assert equal(paths["output"], distilled["output"])
     assert not equal(paths["output"], paths["students"])
     assert_same_log(paths["log_table"], distilled["log_table"], schemas.DISTILL_LOG)
-    errors = tables.read(paths["errors"], schemas.UNIT_ERRORS).to_pandas()
-    assert errors.equals(tables.read(distilled["errors"], schemas.UNIT_ERRORS).to_pandas())
+    errors = tables.read(paths["unit_costs"], schemas.UNIT_COSTS).to_pandas()
+    assert errors.equals(tables.read(distilled["unit_costs"], schemas.UNIT_COSTS).to_pandas())
 
 
 def test_a_killed_training_of_subsets_ends_with_the_same_students(world, distilled):
@@ -53,7 +53,8 @@ def test_a_killed_training_of_subsets_ends_with_the_same_students(world, distill
     log = tables.read(whole["log_table"], schemas.VELOCITY_LOG).to_pandas()
     assert log["step"].tolist() == [2, 4, 6] and log["loss"].equals(log["velocity_error"])
     one, other, before = (
-        tables.read(p["errors"], schemas.UNIT_ERRORS).to_pandas() for p in (paths, whole, distilled)
+        tables.read(p["unit_costs"], schemas.UNIT_COSTS).to_pandas()
+        for p in (paths, whole, distilled)
     )
     assert one.equals(other) and (one["velocity_error"] != before["velocity_error"]).all()
 
@@ -73,12 +74,12 @@ def test_distill_tables(world, distilled):
     # Nothing reads the text that the last student makes, so it learns none.
     streams = {("01-02", "image"), ("01-02", "text"), ("03-04", "image")}
     assert set(zip(log["interval"], log["stream"], strict=True)) == streams
-    errors = tables.read(distilled["errors"], schemas.UNIT_ERRORS).to_pandas()
+    errors = tables.read(distilled["unit_costs"], schemas.UNIT_COSTS).to_pandas()
     assert errors["first"].tolist() == [1, 3] and (errors["velocity_error"] > 0).all()
-    plan = selection_file.read(world[0] / "plan.json")
-    saved = [entry["saved_parameters"] for entry in plan.facts["distilled"]]
-    assert errors["saved_parameters"].tolist() == saved and plan.units == plan.distilled
-    assert 5 * saved[0] < plan.facts["transformer_parameters"] < 7 * saved[0]
+    selection = selection_file.read(world[0] / "selection.json")
+    saved = [entry["saved_parameters"] for entry in selection.facts["distilled"]]
+    assert errors["saved_parameters"].tolist() == saved and selection.units == selection.distilled
+    assert 5 * saved[0] < selection.facts["transformer_parameters"] < 7 * saved[0]
 
 
 def distill(settings, paths, processes, kill=False):
@@ -118,7 +119,9 @@ def assert_alike(paths, distilled):
     for key in ("step", "interval", "stream"):
         assert logs[0][key].tolist() == logs[1][key].tolist()
     np.testing.assert_allclose(logs[0]["loss_normalised"], logs[1]["loss_normalised"], rtol=1e-4)
-    costs = [tables.read(p["errors"], schemas.UNIT_ERRORS).to_pandas() for p in (paths, distilled)]
+    costs = [
+        tables.read(p["unit_costs"], schemas.UNIT_COSTS).to_pandas() for p in (paths, distilled)
+    ]
     pd.testing.assert_frame_equal(*costs, rtol=1e-3)
 
 
@@ -144,7 +147,7 @@ def test_missing_and_truncated_inputs_end_with_one_message(world, distilled, tmp
     broken.write_bytes(distilled["students"].read_bytes()[:-1])
     for given, message in (
         ({"students": broken}, f"{broken} is not a whole safetensors file"),
-        ({"plan": tmp_path / "no.json"}, "no.json can't be read"),
+        ({"selection": tmp_path / "no.json"}, "no.json can't be read"),
         ({"calls": tmp_path / "no.parquet"}, "no.parquet: no such file"),
     ):
         paths = distill_paths(world, "refused") | given

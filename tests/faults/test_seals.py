@@ -17,7 +17,7 @@ from ppcl.storage import schemas, seals, tables, tensors, texts
 from ppcl.transformer import calls
 from support import ROOT, tiny, tiny_run
 from support.artifacts import content
-from support.tiny_run import NAMED, PLAN, STAGES, Stage
+from support.tiny_run import NAMED, SELECTION, STAGES, Stage
 
 READ_FIRST = {
     "calls.parquet": ("prompt", "heldout", "arguments"),
@@ -37,11 +37,11 @@ LATENCY = {"latency": "latency.parquet"}
 LOGS = {"distill_log": "distill-log.parquet", "subsets_log": "subsets-log.parquet"}
 QUALITY = {"metrics": "metrics.parquet", "images": "images.parquet", "points": "points.parquet"}
 QUALITY |= {"units": "units.parquet", "measured": "width.parquet"}
-JOINED = {"logs": "distill-log.parquet", "costs": "distill-errors.parquet"}
+JOINED = {"logs": "distill-log.parquet", "costs": "distill-unit_costs.parquet"}
 MORE = [
     Stage("intervals", NAMED["intervals"].reads | LATENCY, NAMED["intervals"].writes),
     Stage("prune", NAMED["prune"].reads | LATENCY, NAMED["prune"].writes),
-    Stage("allot", PLAN, {"shards": "shards.json"}),
+    Stage("allot", SELECTION, {"shards": "shards.json"}),
     Stage(
         "distill",
         NAMED["distill"].reads | {"shards": "shards.json"},
@@ -50,7 +50,7 @@ MORE = [
     ),
     Stage(
         "join",
-        JOINED | {"plan": "plan.json", "students": "distill.safetensors"},
+        JOINED | {"selection": "selection.json", "students": "distill.safetensors"},
         NAMED["distill"].writes,
     ),
     Stage(

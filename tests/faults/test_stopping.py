@@ -66,7 +66,7 @@ def test_a_warned_training_ends_with_the_same_students(world, distilled, program
     assert equal(paths["output"], whole["output"])
     schema = schemas.VELOCITY_LOG if program == "subsets" else schemas.DISTILL_LOG
     assert_same_log(paths["log_table"], whole["log_table"], schema)
-    one, other = (tables.read(each["errors"]).to_pandas() for each in (whole, paths))
+    one, other = (tables.read(each["unit_costs"]).to_pandas() for each in (whole, paths))
     assert one.equals(other)
 
 
@@ -109,7 +109,7 @@ def test_a_warning_at_any_other_moment_loses_nothing(
     assert (len(texts.read_sealed(kept)["errors"]) if kept.exists() else 0) == errors
     tiny.stage("distill", world[1], **paths)
     assert equal(paths["output"], distilled["output"])
-    one, other = (tables.read(each["errors"]).to_pandas() for each in (distilled, paths))
+    one, other = (tables.read(each["unit_costs"]).to_pandas() for each in (distilled, paths))
     assert one.equals(other)
 
 

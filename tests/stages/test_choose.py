@@ -16,7 +16,7 @@ from ppcl.errors import UserError
 from ppcl.evaluation import measuring
 from ppcl.export import variants
 from ppcl.export.variant_files import Files
-from ppcl.pruning import narrow, pins, selection_file
+from ppcl.pruning import constraints, narrow, selection_file
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.search import sets, sets_file
 from ppcl.search.selection import Choices
@@ -54,7 +54,7 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         pareto={"budgets": 3},
         evaluate={"batch_size": 2, "velocity_rows": 4, "bootstrap": 10, "latency_repeats": 1},
     )
-    plan = selection_file.read(given["plan"])
+    selection = selection_file.read(given["selection"])
     start, _ = tensors.read(given["students"])
     files = {"start": given["students"]}
     for stage, moved, error in (("distill", 1e-3, 3e-3), ("subsets", 1e-2, 2e-3)):
@@ -62,13 +62,13 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         state = {name: value + moved * torch.randn_like(value) for name, value in start.items()}
         files[stage] = folder / f"{stage}.safetensors"
         tensors.write(files[stage], state, {})
-        costs = pd.DataFrame({"unit": [u.name for u in plan.units], "velocity_error": error})
+        costs = pd.DataFrame({"unit": [u.name for u in selection.units], "velocity_error": error})
         costs = costs.assign(rows=4, removed_blocks=0, saved_seconds=float("nan"))
-        costs = costs.assign(saved_parameters=1, first=0, last=0)[schemas.UNIT_ERRORS.names]
-        files[f"{stage}_errors"] = folder / f"{stage}.parquet"
-        tables.write(files[f"{stage}_errors"], costs, schemas.UNIT_ERRORS, {})
+        costs = costs.assign(saved_parameters=1, first=0, last=0)[schemas.UNIT_COSTS.names]
+        files[f"{stage}_unit_costs"] = folder / f"{stage}.parquet"
+        tables.write(files[f"{stage}_unit_costs"], costs, schemas.UNIT_COSTS, {})
     files |= {"maps": folder / "w.safetensors", "conditioning": folder / "conditioning.safetensors"}
-    return settings, files, {"plan": given["plan"], "width": folder / "w.parquet"}, folder
+    return settings, files, {"selection": given["selection"], "width": folder / "w.parquet"}, folder
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
 ):
     settings, files, _, _ = world
     paths = files | {"calls": tiny_calls, "sets": chosen["sets"], "refits": chosen["refitted"]}
-    paths = {k: v for k, v in paths.items() if not k.endswith("_errors")}
+    paths = {k: v for k, v in paths.items() if not k.endswith("_unit_costs")}
     tuned = tmp_path / "tight.safetensors"
     made = {"output": tuned, "log_table": tmp_path / "log.parquet", "state": tmp_path / "state"}
     tiny.stage("finetune", settings, **paths, variant="tight", **made)
@@ -218,37 +218,43 @@ def test_refitted_maps_are_those_that_the_set_was_made_with(chosen, tmp_path):
     assert Files().refits_digest(nothing) == files.refits_digest(nothing)
 
 
-def test_a_pinned_run_that_nobody_measured_is_trained(tiny_teacher, tiny_calls, tmp_path):
+def test_a_required_run_that_nobody_measured_is_trained(tiny_teacher, tiny_calls, tmp_path):
     """Else nothing would have it: there are no maps of it among the closed forms."""
     settings = {"seed": 0, "device": "cpu", "teacher": {"path": str(tiny_teacher)}}
-    settings |= {"width": {"fit_rows": 4, "text": {"pin": [[2, 3]]}}, "intervals": {}, "prune": {}}
+    settings |= {
+        "width": {"fit_rows": 4, "text": {"require": [[2, 3]]}},
+        "intervals": {},
+        "prune": {},
+    }
     paths = {"candidates": tiny.candidates(tmp_path / "c.parquet", [(2, 3)], [(4, "image")])}
     table = tables.read(paths["candidates"], schemas.WIDTH_CANDIDATES).to_pandas()
     table["velocity_error"] = [float("nan"), 1e-9]
     tables.write(paths["candidates"], table, schemas.WIDTH_CANDIDATES, {})
     paths |= {"intervals": tiny.intervals(tmp_path / "i.parquet", [(0, 1)]), "calls": tiny_calls}
-    made = {"plan": tmp_path / "p.json", "students": tmp_path / "s.safetensors"}
+    made = {"selection": tmp_path / "p.json", "students": tmp_path / "s.safetensors"}
     tiny.stage("prune", settings | {"modulation": {}}, **paths, **made)
-    plan = selection_file.read(made["plan"])
-    assert [unit.name for unit in plan.units] == ["00-01", "02-03"] and plan.pinned == {"02-03"}
-    assert [unit.name for unit in plan.closed] == ["04-04"]
+    selection = selection_file.read(made["selection"])
+    assert [unit.name for unit in selection.units] == ["00-01", "02-03"] and selection.required == {
+        "02-03"
+    }
+    assert [unit.name for unit in selection.closed] == ["04-04"]
 
 
 @pytest.mark.parametrize(
     ("named", "words"),
     [
-        ({"runs": (0, 3)}, "width.text: .0,3. is pinned, but was not measured: width.longest"),
-        ({"ffns": (1, "image")}, "width.ffn_image or width.ffn_text: block 1 is pinned"),
-        ({"ranks": 2}, "modulation: block 2 is pinned, but was not measured: it has no rank"),
+        ({"runs": (0, 3)}, "width.text: .0,3. is required, but was not measured: width.longest"),
+        ({"ffns": (1, "image")}, "width.ffn_image or width.ffn_text: block 1 is required"),
+        ({"ranks": 2}, "modulation: block 2 is required, but was not measured: it has no rank"),
     ],
 )
-def test_what_is_pinned_and_not_on_offer_is_named(named, words):
-    pinned = pins.Named(**{kind: frozenset([item]) for kind, item in named.items()})
+def test_what_is_required_and_not_on_offer_is_named(named, words):
+    required = constraints.Named(**{kind: frozenset([item]) for kind, item in named.items()})
     with pytest.raises(UserError, match=words):
-        variants._refuse_unpriced(pinned, Choices(), [])
+        variants._refuse_unpriced(required, Choices(), [])
     units = [Unit((NewBlock(0, 0, text="source"), NewBlock(1, 3, ("image",), "close", (0, 0))))]
     if "ranks" not in named:
-        variants._refuse_unpriced(pinned, Choices(), units)
+        variants._refuse_unpriced(required, Choices(), units)
 
 
 def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tiny_calls):

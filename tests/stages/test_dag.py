@@ -206,7 +206,7 @@ def test_shards_make_the_same_students(finished, tmp_path):
     folder = tmp_path / "sharded"
     shutil.copytree(finished, folder)
     (folder / "sharded.yaml").write_text("distill: {shards: 2}")
-    made = [str(RUN / f"distill/{name}") for name in ("students.safetensors", "errors.parquet")]
+    made = [str(RUN / f"distill/{name}") for name in ("students.safetensors", "unit_costs.parquet")]
     before = [weights(folder / made[0]), pd.read_parquet(folder / made[1])]
     for name in made:  # as they are, they are what two jobs would make
         (folder / name).unlink()

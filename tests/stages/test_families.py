@@ -160,7 +160,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
         "intervals": "intervals.parquet",
         "candidates": "candidates.parquet",
         "block_facts": "block-facts.parquet",
-        "plan": "plan.json",
+        "selection": "selection.json",
         "students": "students.safetensors",
         "state": "state",
     }
@@ -178,7 +178,7 @@ def search(folder: Path, settings: dict) -> dict[str, Path]:
     compared = ["blocks"] if wide else []
     run("width", "calls", *compared, "conditioning", "state", "maps", table=at["width"])
     run("intervals", "block_facts", "cka", "sensitivity", "intervals", "width", "candidates")
-    run("prune", "intervals", "calls", "plan", "students", "candidates")
+    run("prune", "intervals", "calls", "selection", "students", "candidates")
     return at
 
 
@@ -189,13 +189,13 @@ def train(folder: Path, settings: dict, at: dict[str, Path]) -> dict[str, Path]:
         found = {
             "output": folder / f"{name}.safetensors",
             "log_table": folder / f"{name}-log.parquet",
-            "errors": folder / f"{name}-errors.parquet",
+            "unit_costs": folder / f"{name}-unit_costs.parquet",
         }
-        common = {key: at[key] for key in ("calls", "plan", "state")}
+        common = {key: at[key] for key in ("calls", "selection", "state")}
         stage(name, settings, students=before, **common, **found)
         before = found["output"]
-    at |= {"errors": found["errors"], "model": folder / "spare"}
-    sets = tiny.chosen(folder / "sets.json", at["plan"], "subsets", "spare")
+    at |= {"unit_costs": found["unit_costs"], "model": folder / "spare"}
+    sets = tiny.chosen(folder / "sets.json", at["selection"], "subsets", "spare")
     of_variant = {"calls": at["calls"], "sets": sets, "variant": "spare", "subsets": before}
     tuned, log = folder / "tuned.safetensors", folder / "tuned.parquet"
     stage("finetune", settings, **of_variant, state=at["state"], output=tuned, log_table=log)
@@ -262,7 +262,7 @@ def test_planted_redundant_blocks_are_found_and_cost_nothing(ran):
     for row in chosen.itertuples():
         removed = set(range(row.first, row.last + 1))
         assert len(removed - set(ends)) <= 1 and len(removed) > 1, (name, row)
-    errors = tables.read(at["errors"], schemas.UNIT_ERRORS).to_pandas()
+    errors = tables.read(at["unit_costs"], schemas.UNIT_COSTS).to_pandas()
     depth = errors[errors["removed_blocks"] > 0]
     assert len(depth) and depth["velocity_error"].max() < 1e-7
 

@@ -21,10 +21,13 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fsdp")
     options = {"distill": TRAINING | {"steps": 1, "heldout_rows": 4}, "finetune": TRAINING}
     settings, given = tiny.pruned(folder, tiny_teacher, tiny_calls, **options)
-    trained = {"output": folder / "students.safetensors", "errors": folder / "errors.parquet"}
+    trained = {
+        "output": folder / "students.safetensors",
+        "unit_costs": folder / "unit_costs.parquet",
+    }
     more = {"state": folder / "state", "log_table": folder / "log.parquet"}
     tiny.stage("distill", settings, **given, **trained, **more)
-    sets = tiny.chosen(folder / "sets.json", given["plan"], "distill")
+    sets = tiny.chosen(folder / "sets.json", given["selection"], "distill")
     return folder, settings, {"calls": tiny_calls, "sets": sets, "distill": trained["output"]}
 
 

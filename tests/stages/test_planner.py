@@ -80,12 +80,12 @@ def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
             ),
             "gpus": [24, 80],
         },
-        "intervals": {"pin": INTERVALS},
+        "intervals": {"require": INTERVALS},
         "modulation": {"rank": 16},
         "width": {
-            "text": {"pin": GROUPS},
-            "ffn_image": {"pin": [2, 58, 59]},
-            "ffn_text": {"pin": [2]},
+            "text": {"require": GROUPS},
+            "ffn_image": {"require": [2, 58, 59]},
+            "ffn_text": {"require": [2]},
             "batch_size": 1,
         },
         **{name: {"batch_size": 1} for name in ("record", "extract", "sensitivity", "evaluate")},
@@ -173,8 +173,8 @@ def test_counts_are_those_of_the_code_that_prunes():
     made = weightless.on_meta(
         {"_class_name": "QwenImageTransformer2DModel"}, torch.bfloat16, "here"
     )
-    settings = config.complete({"intervals": {"pin": [[3, 4]]}, "width": {}}, "test")
-    settings["width"] |= {"text": {"pin": [[13, 14]], "forbid": []}}
+    settings = config.complete({"intervals": {"require": [[3, 4]]}, "width": {}}, "test")
+    settings["width"] |= {"text": {"require": [[13, 14]], "forbid": []}}
     _, every = weightless.selection(Settings.of(settings), made)
     model, block_map = weightless.plugged(made, weightless.new_blocks(made, every))
     saved = sum(linear_map_candidates.saved_parameters(made, unit) for unit in every)
@@ -283,8 +283,12 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
     transformer = tiny.load(recorded[0]).transformer.requires_grad_(False)
     options = {"batch_size": 32, "mixed_precision": "no", "gradient_checkpointing": recompute}
     given = {
-        "intervals": {"pin": [[1, 2]]},
-        "width": {"text": {"pin": [[3, 4]]}, "ffn_image": {"pin": [0]}, "linear_weight": 1.0},
+        "intervals": {"require": [[1, 2]]},
+        "width": {
+            "text": {"require": [[3, 4]]},
+            "ffn_image": {"require": [0]},
+            "linear_weight": 1.0,
+        },
         **{name: options for name in ("distill", "subsets", "finetune")},
     }
     settings = Settings.of(config.complete(given, "test"))
@@ -397,7 +401,7 @@ def test_many_devices_and_8_bit_moments(tmp_path):
     common = {
         "forecast": {"transformer_config": str(file)},
         "pipeline": {"height": 64, "width": 64},
-        "intervals": {"pin": [[0, 1], [2, 3], [7, 8]]},
+        "intervals": {"require": [[0, 1], [2, 3], [7, 8]]},
         "width": {"enabled": False},
         "subsets": {"steps": 0},
         "processes": 2,
@@ -430,9 +434,9 @@ def test_many_devices_and_8_bit_moments(tmp_path):
     # starts at block 5, and keeps 8 x 8 image and 512 text tokens, of 512 channels, of each row. It
     # has two of three students for that, and so has its time limit.
     few = {"samples": 5, "renoised_per_sample": 0, "heldout_fraction": 0.2}
-    pins = {"pin": [[0, 1], [5, 6], [7, 8]]}
+    kept_intervals = {"require": [[0, 1], [5, 6], [7, 8]]}
     _, notes, kept = planned(
-        "kept", distill={"shards": 2}, record=few, pipeline=calls, intervals=pins
+        "kept", distill={"shards": 2}, record=few, pipeline=calls, intervals=kept_intervals
     )
     assert notes["distill/1"].endswith(ran.format(2, 5, 8, round(10 + 5 * 40 / 12_800, 2)))
     table = pd.read_parquet(tmp_path / "kept.parquet")
@@ -506,7 +510,7 @@ def test_time_by_hand(tmp_path):
         "width": {"enabled": False, "rows": 6, "batch_size": 6},
         "modulation": {"rank": 2},
         "choose": {"rows": 6, "batch_size": 6},
-        "intervals": {"pin": [[0, 1]]},
+        "intervals": {"require": [[0, 1]]},
         "distill": {"steps": 100, "batch_size": 10, "heldout_rows": 20, "mixed_precision": "bf16"},
         "subsets": {"steps": 30, "batch_size": 6, "heldout_rows": 20, "mixed_precision": "bf16"},
         "finetune": {"batch_size": 4, "mixed_precision": "no", "gradient_checkpointing": True},
@@ -600,7 +604,7 @@ def test_provenance(qwen):
 
 
 def test_detected_selection_and_recorded_calls_are_taken(recorded, tmp_path, capsys):
-    settings = {"teacher": {"path": str(recorded[0])}, "intervals": {"pin": [[4, 5]]}}
+    settings = {"teacher": {"path": str(recorded[0])}, "intervals": {"require": [[4, 5]]}}
     settings |= {name: {"batch_size": 2} for name in ("distill", "subsets", "finetune")}
     found = forecast(
         tmp_path / "forecast.parquet",
@@ -649,7 +653,7 @@ def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
     name = "QwenImageTransformer2DModel"
     monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], pipeline=None))
     file = architecture(tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL)
-    settings = {"forecast": {"transformer_config": str(file)}, "intervals": {"pin": [[0, 1]]}}
+    settings = {"forecast": {"transformer_config": str(file)}, "intervals": {"require": [[0, 1]]}}
     found = forecast(tmp_path / "forecast.parquet", settings)
     assert "calls of QwenImageTransformer2DModel are not known" in caplog.text
     assert values(found, "variant", "parameters")["depth"] > 0
@@ -676,7 +680,7 @@ def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
         ({"forecast": {"transformer_config": "vae.json"}}, "AutoencoderKL"),
         ({"forecast": {"transformer_config": "bad.json"}}, "can't be made of this config"),
         (
-            {"forecast": {"transformer_config": "ok.json"}, "intervals": {"pin": [[2, 3]]}},
+            {"forecast": {"transformer_config": "ok.json"}, "intervals": {"require": [[2, 3]]}},
             "beyond this teacher's blocks 0 to 2",
         ),
     ],
@@ -731,7 +735,7 @@ def test_the_target_runs_without_weights(tmp_path):
         "record": {"prompts": "none.txt"},
         "forecast": {"transformer_config": "config.json", "gpus": [8]},
         "pipeline": {"height": 64, "width": 64},
-        "intervals": {"pin": [[0, 1]]},
+        "intervals": {"require": [[0, 1]]},
     }
     (folder / "mine.yaml").write_text(yaml.safe_dump(settings))
     command = [str(Path(sys.executable).with_name("snakemake")), "--cores", "1", "forecast"]

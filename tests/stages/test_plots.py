@@ -22,7 +22,7 @@ from ppcl.figures.linear_maps import linear_map_costs
 from ppcl.figures.modulation import modulation_costs
 from ppcl.figures.run_tables import TABLES
 from ppcl.figures.variant_composition import taken_by_smallest
-from ppcl.pruning import pins
+from ppcl.pruning import constraints
 from ppcl.search.candidates import Limits, closed_form_obstacle
 from ppcl.search.measured import ClosedForm
 from ppcl.storage import schemas, tables
@@ -178,7 +178,7 @@ def test_width_crosses_what_selection_could_not_take():
     fields = {"stream": "image", "fit_error": 0.1, "saved": 1, "cost": 0.01}
     ffns = [ClosedForm("ffn", q, q, cka=np.nan, **fields) for q in range(3)]
     run = ClosedForm("text", 4, 5, cka=0.2, **fields | {"stream": "text"})
-    forbidden = pins.Named(set(), set(), {(1, "image")})
+    forbidden = constraints.Named(set(), set(), {(1, "image")})
     limits = Limits(forbidden, {0}, 0.5)
     obstacles = [closed_form_obstacle(one, limits) for one in [*ffns, run]]
     table = width_table(search_tables(24, 6)["intervals"], 24).query("not selected").iloc[:4].copy()

@@ -44,7 +44,11 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
         "finetune": how,
         "variants": [{"name": "p70", "budget": {"blocks": 3}, "finetune_steps": 2}],
     }
-    calls, plan, state = tmp_path / "calls.parquet", tmp_path / "plan.json", tmp_path / "state"
+    calls, selection, state = (
+        tmp_path / "calls.parquet",
+        tmp_path / "selection.json",
+        tmp_path / "state",
+    )
     facts = tmp_path / "block-facts.parquet"
     with pytest.MonkeyPatch.context() as patch:
         proven = []  # test_assembly has the reload gate
@@ -56,9 +60,15 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     chosen = {"intervals": tiny.intervals(tmp_path / "i.parquet", [(0, 1), (3, 4)])}
     if schedule:  # a student borrows its text from a kept block, another has a linear FFN
         chosen["candidates"] = tiny.candidates(tmp_path / "w.parquet", [(2, 4)], [(0, "image")])
-    tiny.stage("prune", settings, **chosen, calls=calls, plan=plan, students=start)
-    errors, log = tmp_path / "errors.parquet", tmp_path / "log.parquet"
-    both = {"calls": calls, "plan": plan, "state": state, "log_table": log, "errors": errors}
+    tiny.stage("prune", settings, **chosen, calls=calls, selection=selection, students=start)
+    errors, log = tmp_path / "unit_costs.parquet", tmp_path / "log.parquet"
+    both = {
+        "calls": calls,
+        "selection": selection,
+        "state": state,
+        "log_table": log,
+        "unit_costs": errors,
+    }
     tiny.stage("distill", settings, **both, students=start, output=alone)
     if schedule == "staged":
         whole, alone = alone, tmp_path / "narrow.safetensors"
@@ -66,7 +76,7 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     tiny.stage("subsets", settings, **both, students=alone, output=trained)
     assert all(t.dtype == torch.float32 for t in tensors.read(trained)[0].values())
     assert trained.read_bytes() != alone.read_bytes()
-    sets = tiny.chosen(tmp_path / "sets.json", plan, "subsets")
+    sets = tiny.chosen(tmp_path / "sets.json", selection, "subsets")
     common = {"variant": "p70", "calls": calls, "sets": sets, "subsets": trained}
     tuned = tmp_path / "p70.safetensors"
     tiny.stage("finetune", settings, **common, state=state, output=tuned, log_table=log)
@@ -85,7 +95,7 @@ def test_from_record_to_assemble(tiny_teacher, tmp_path, dtype, mixed, mode, sch
     assert len(made.transformer_blocks) == 3
     card = json.loads((tmp_path / "p70" / "pruning.json").read_text())
     assert card["finetuned"] and len(card["units"]) == 2
-    units = selection_file.read(plan).units
+    units = selection_file.read(selection).units
     narrow = [part.narrow for unit in units for part in unit.new_blocks]
     assert narrow == ([True] * 3 if schedule else [False] * 2)
     assert {key for key in weights if "text_output" in key} == set()  # nothing reads it

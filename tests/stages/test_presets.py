@@ -145,7 +145,7 @@ def test_published_selection_of_the_qwen_preset_is_valid():
         merged[key] = merged[key] | value if isinstance(value, dict) else value
     settings = Settings.of(config.complete(merged, "qwen-image.yaml"))
     preflight.check(settings, "qwen-image.yaml")
-    removed = sum(last - first for first, last in settings.intervals.pin)
+    removed = sum(last - first for first, last in settings.intervals.require)
     assert 60 - removed == settings.variants[0].budget["blocks"]
 
 

@@ -21,7 +21,7 @@ from support import SCRIPTS
 
 # How the sentence begins that goes with a verdict.
 SENTENCES = {
-    Verdict.PINNED: "pinned by ",
+    Verdict.REQUIRED: "required by ",
     Verdict.CHEAPEST: "in the cheapest set that saves ",
     Verdict.FORBIDDEN: "forbidden by ",
     Verdict.PROTECTED: "holds protected block ",
@@ -49,7 +49,7 @@ def judged(path, schema):
     table = tables.read(path, schema).to_pandas()
     for row in table.itertuples():
         assert row.reason.startswith(SENTENCES[Verdict(row.verdict)]), row
-        assert row.selected == (row.verdict in (Verdict.PINNED, Verdict.CHEAPEST)), row
+        assert row.selected == (row.verdict in (Verdict.REQUIRED, Verdict.CHEAPEST)), row
     return table
 
 
@@ -306,7 +306,7 @@ def test_stage_refuses_costs_of_a_deeper_model(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "intervals.parquet").exists()
 
 
-# ---- width, latency, pins
+# ---- width, latency, constraints
 
 
 def candidates(folder):
@@ -356,20 +356,20 @@ def test_stage_says_why_a_width_is_not_used(tmp_path, monkeypatch):
     write_widths(tmp_path / "width.parquet", 8)
     width = {
         "cka_floor": 0.9,
-        "text": {"pin": [[4, 6]], "forbid": [[0, 1]]},
-        "ffn_image": {"pin": [2], "forbid": [1]},
+        "text": {"require": [[4, 6]], "forbid": [[0, 1]]},
+        "ffn_image": {"require": [2], "forbid": [1]},
     }
-    lists = {"pin": [[2, 3], [5, 6]], "forbid": [[0, 1]]}
+    lists = {"require": [[2, 3], [5, 6]], "forbid": [[0, 1]]}
     variants = [{"name": "small", "budget": {"parameters": 850 - 200 - 24 - 20}}]
     found = run_stage(
         monkeypatch, tmp_path, width=width, variants=variants, segmentation="optimal", **lists
     )
     taken = found[found["selected"]]
     assert list(zip(taken["first"], taken["last"], strict=True)) == [(2, 3), (5, 6)]
-    assert taken["reason"].str.startswith("pinned by intervals.pin").all()
+    assert taken["reason"].str.startswith("required by intervals.require").all()
     why = {(r.kind, r.first, r.last, r.stream): r.reason for r in candidates(tmp_path).itertuples()}
-    assert why["text", 4, 6, "text"] == "pinned by width.text.pin"
-    assert why["ffn", 2, 2, "image"] == "pinned by width.ffn_image.pin"
+    assert why["text", 4, 6, "text"] == "required by width.text.require"
+    assert why["ffn", 2, 2, "image"] == "required by width.ffn_image.require"
     assert why["text", 0, 1, "text"] == "forbidden by width.text.forbid"
     assert why["ffn", 1, 1, "image"] == "forbidden by width.ffn_image.forbid"
     assert why["text", 0, 2, "text"] == "text cka 0.8900 is below width.cka_floor 0.9"
@@ -392,14 +392,14 @@ def test_stage_takes_pins_that_nobody_measured_as_free(tmp_path, monkeypatch):
     found = run_stage(
         monkeypatch,
         tmp_path,
-        width={"text": {"pin": [[0, 6]]}},
+        width={"text": {"require": [[0, 6]]}},
         variants=[{"name": "small", "budget": {"blocks": 9}}],
         cost="velocity",
-        pin=[[8, 11]],
+        require=[[8, 11]],
     )
     taken = found[found["selected"]]
     assert list(zip(taken["first"], taken["last"], strict=True)) == [(8, 11)]
-    assert taken["reason"].str.startswith("pinned by intervals.pin; not measured").all()
+    assert taken["reason"].str.startswith("required by intervals.require; not measured").all()
     run = candidates(tmp_path).query("selected").iloc[0]
     assert (run["first"], run["last"], run["parameters_saved"]) == (0, 6, 6 * 30 - 6)
     assert np.isnan(run["velocity_error"]) and "it counts as free" in run["reason"]
@@ -415,7 +415,7 @@ def test_stage_gives_modulations_low_rank(tmp_path, monkeypatch):
     run_stage(
         monkeypatch,
         tmp_path,
-        modulation={"pin": [3, 8], "forbid": [0]},
+        modulation={"require": [3, 8], "forbid": [0]},
         variants=[{"name": "small", "budget": budget}],
         segmentation="optimal",
         cka_floor=1.0,
@@ -426,7 +426,7 @@ def test_stage_gives_modulations_low_rank(tmp_path, monkeypatch):
     assert {3, 8} <= {block for block, _ in taken.index} and len(taken) > 3
     assert taken["parameters_saved"].sum() >= 850 - budget["parameters"]
     assert found.loc[0, "reason"].tolist() == ["forbidden by modulation.forbid"] * 2
-    assert taken.loc[3, "reason"].tolist() == ["pinned by modulation.pin"]
+    assert taken.loc[3, "reason"].tolist() == ["required by modulation.require"]
     block, rank = next(index for index in taken.index if index[0] not in (3, 8))
     other = found.loc[block, 3 - rank]
     assert other["reason"] == f"rank {rank} of it costs less at this budget"
@@ -441,8 +441,8 @@ def test_stage_counts_what_a_text_run_leaves_of_modulations(tmp_path, monkeypatc
     found = run_stage(
         monkeypatch,
         tmp_path,
-        width={"text": {"pin": [[3, 5]]}, "ffn_text": {"pin": [1]}},
-        modulation={"pin": [1, 3, 4, 6]},
+        width={"text": {"require": [[3, 5]]}, "ffn_text": {"require": [1]}},
+        modulation={"require": [1, 3, 4, 6]},
         variants=[{"name": "small", "budget": 1.0}],
         segmentation="optimal",
     )
@@ -453,7 +453,7 @@ def test_stage_counts_what_a_text_run_leaves_of_modulations(tmp_path, monkeypatc
         "ffn": [1],
         "modulation": [1, 3, 6],
     }
-    assert (chosen["reason"].str.startswith("pinned by ")).all()
+    assert (chosen["reason"].str.startswith("required by ")).all()
     half, third, whole = (
         one.saved(2, sixths) for one, sixths in zip(modulations(2), (3, 2, 6), strict=True)
     )
@@ -501,13 +501,25 @@ def test_stage_meets_a_latency_budget(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("chosen", "message"),
     [
-        ({"pin": [[2, 3]]}, "intervals.pin: [2,3] can't be had: the teacher's blocks are of anoth"),
-        ({"pin": [[5, 6]]}, "intervals.pin: [5,6] can't be had: block 6 of this teacher can't be"),
-        ({"pin": [[6, 8]]}, "intervals.pin: [6,8] is beyond this teacher's blocks 0 to 7"),
-        ({"width": {"text": {"pin": [[0, 4]]}}}, "width.text.pin: [0,4] can't be had"),
-        ({"width": {"text": {"pin": [[3, 5]]}}}, "not all of these blocks have a text stream"),
-        ({"width": {"ffn_text": {"pin": [4]}}}, "width.ffn_text.pin: block 4 can't be had: this"),
-        ({"modulation": {"pin": [1]}}, "modulation.pin: block 1 can't be had: there is no modul"),
+        (
+            {"require": [[2, 3]]},
+            "intervals.require: [2,3] can't be had: the teacher's blocks are of anoth",
+        ),
+        (
+            {"require": [[5, 6]]},
+            "intervals.require: [5,6] can't be had: block 6 of this teacher can't be",
+        ),
+        ({"require": [[6, 8]]}, "intervals.require: [6,8] is beyond this teacher's blocks 0 to 7"),
+        ({"width": {"text": {"require": [[0, 4]]}}}, "width.text.require: [0,4] can't be had"),
+        ({"width": {"text": {"require": [[3, 5]]}}}, "not all of these blocks have a text stream"),
+        (
+            {"width": {"ffn_text": {"require": [4]}}},
+            "width.ffn_text.require: block 4 can't be had: this",
+        ),
+        (
+            {"modulation": {"require": [1]}},
+            "modulation.require: block 1 can't be had: there is no modul",
+        ),
     ],
 )
 def test_stage_refuses_pins_that_this_teacher_cannot_have(

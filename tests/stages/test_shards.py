@@ -199,7 +199,7 @@ def outputs(folder):
         "state": folder / "state",
         "output": folder / "students.safetensors",
         "log_table": folder / "log.parquet",
-        "errors": folder / "errors.parquet",
+        "unit_costs": folder / "unit_costs.parquet",
     }
 
 
@@ -207,7 +207,7 @@ def test_shards_joined_are_one_job_to_the_bit(world, capsys):
     folder, settings, given = world
     sharded = settings | {"distill": settings["distill"] | {"shards": 3}}
     table = folder / "shards.json"
-    tiny.stage("allot", sharded, calls=given["calls"], plan=given["plan"], shards=table)
+    tiny.stage("allot", sharded, calls=given["calls"], selection=given["selection"], shards=table)
     assert shards.read(table) == [["00-01"], ["02-02"], ["03-04"]]
     parts = [outputs(folder / str(number)) for number in range(3)]
     for number, paths in enumerate(parts):
@@ -221,12 +221,12 @@ def test_shards_joined_are_one_job_to_the_bit(world, capsys):
     assert printed.count("equal to the bit") == 2
     joined = outputs(folder / "joined")
     del joined["state"]
-    files = {"students": "output", "logs": "log_table", "costs": "errors"}
+    files = {"students": "output", "logs": "log_table", "costs": "unit_costs"}
 
     def join(order):
         shown = {k: [parts[n][v] for n in order] for k, v in files.items()}
         with pytest.MonkeyPatch.context() as patch:
-            options = tiny.options(settings, {"plan": given["plan"]} | joined)
+            options = tiny.options(settings, {"selection": given["selection"]} | joined)
             for name, paths in shown.items():
                 options += [f"--{name}", *map(str, paths)]
             patch.setattr("sys.argv", ["join", *options])
@@ -240,7 +240,7 @@ def test_shards_joined_are_one_job_to_the_bit(world, capsys):
     assert not equal(joined["output"], given["students"])
     assert_same_log(joined["log_table"], one["log_table"], schemas.DISTILL_LOG)
     costs = [
-        tables.read(p["errors"], schemas.UNIT_ERRORS).to_pandas().drop(columns="saved_seconds")
+        tables.read(p["unit_costs"], schemas.UNIT_COSTS).to_pandas().drop(columns="saved_seconds")
         for p in (joined, one)
     ]
     pd.testing.assert_frame_equal(*costs, check_exact=True)

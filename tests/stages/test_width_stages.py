@@ -166,10 +166,10 @@ def world(tiny_teacher, tiny_calls, tmp_path_factory):
         candidates=tiny.candidates(folder / "c.parquet", [(2, 3)], [(0, "image"), (4, "text")]),
         latency=folder / "latency.parquet",
         calls=tiny_calls,
-        plan=folder / "plan.json",
+        selection=folder / "selection.json",
         students=folder / "start.safetensors",
     )
-    common = {"calls": tiny_calls, "plan": folder / "plan.json"}
+    common = {"calls": tiny_calls, "selection": folder / "selection.json"}
     tiny.stage("distill", settings, **common, **outputs(folder, "distill", "start"))
     tiny.stage("narrow", settings, **common, **outputs(folder, "narrow", "distill"))
     return folder, settings, common
@@ -181,7 +181,7 @@ def outputs(folder, name, students_of):
         "state": folder / name / "state",
         "output": folder / f"{name}.safetensors",
         "log_table": folder / f"{name}-log.parquet",
-        "errors": folder / f"{name}-errors.parquet",
+        "unit_costs": folder / f"{name}-unit_costs.parquet",
     }
 
 
@@ -200,13 +200,15 @@ def test_times_are_of_every_part(world):
 
 def test_a_staged_plan_trains_depth_first(world):
     folder, _, _ = world
-    plan = selection_file.read(folder / "plan.json")
-    assert [unit.name for unit in plan.units] == ["00-01", "02-03", "04-04"]
-    assert [unit.name for unit in plan.distilled] == ["00-01"]
-    assert not plan.distilled[0].new_blocks[0].narrow and plan.units[0].new_blocks[0].narrow
+    selection = selection_file.read(folder / "selection.json")
+    assert [unit.name for unit in selection.units] == ["00-01", "02-03", "04-04"]
+    assert [unit.name for unit in selection.distilled] == ["00-01"]
+    assert (
+        not selection.distilled[0].new_blocks[0].narrow and selection.units[0].new_blocks[0].narrow
+    )
     seconds = tables.read(folder / "latency.parquet", schemas.LATENCY).to_pandas()
     seconds = seconds[seconds["block"] == 0].set_index("part")["seconds"]
-    found = [entry["saved_seconds"] for entry in plan.facts["units"]]
+    found = [entry["saved_seconds"] for entry in selection.facts["units"]]
     expected = [seconds["block"] + seconds["ffn_image"], seconds["text"], seconds["ffn_text"]]
     assert found == pytest.approx(expected)
     distilled, narrow = (
@@ -232,9 +234,9 @@ def test_a_killed_narrowing_ends_with_the_same_students(world):
 def narrow_sets(folder, name="all"):
     """What models and searches are made from, of narrow students alone."""
     return {
-        "sets": tiny.chosen(folder / "sets.json", folder / "plan.json", "narrow", name),
+        "sets": tiny.chosen(folder / "sets.json", folder / "selection.json", "narrow", name),
         "narrow": folder / "narrow.safetensors",
-        "narrow_errors": folder / "narrow-errors.parquet",
+        "narrow_unit_costs": folder / "narrow-unit_costs.parquet",
     }
 
 
@@ -250,15 +252,17 @@ def test_pareto_is_of_all_budgets(world, tiny_teacher, tiny_calls):
     # Of one prompt to report on there is no interval.
     assert not (table["velocity_error_low"] > table["velocity_error"]).any()
 
-    plan, reader = selection_file.read(folder / "plan.json"), calls.Reader(tiny_calls)
-    errors = tables.read(made["narrow_errors"], schemas.UNIT_ERRORS).to_pandas().set_index("unit")
+    selection, reader = selection_file.read(folder / "selection.json"), calls.Reader(tiny_calls)
+    errors = (
+        tables.read(made["narrow_unit_costs"], schemas.UNIT_COSTS).to_pandas().set_index("unit")
+    )
     named = [[unit["name"] for unit in json.loads(text)["units"]] for text in table["units"]]
     for names, predicted in zip(named, table["predicted_error"], strict=True):
         assert predicted == pytest.approx(errors.loc[names, "velocity_error"].sum())
     smallest = table.iloc[0]
-    assert named[0] == [unit.name for unit in plan.units]
+    assert named[0] == [unit.name for unit in selection.units]
     teacher = tiny.load(tiny_teacher).transformer
-    trained = students.load(made["narrow"], teacher, new_blocks_of(plan.units))
+    trained = students.load(made["narrow"], teacher, new_blocks_of(selection.units))
     model, _ = blocks.assembled(teacher, {part.ends: s for part, s in trained.items()})
     assert smallest["parameters"] == blocks.parameter_count(model)
     error = power = 0.0
@@ -278,9 +282,9 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     monkeypatch.setattr(QwenImageTransformer2DModel, "_keep_in_fp32_modules", ["img_mod"])
     folder, settings, common = world
     teacher = settings["teacher"] | {"dtype": "bfloat16"}
-    plan = selection_file.read(folder / "plan.json")
-    saved = sum(entry["saved_parameters"] for entry in plan.facts["units"])
-    smallest = 1 - saved / plan.facts["transformer_parameters"]
+    selection = selection_file.read(folder / "selection.json")
+    saved = sum(entry["saved_parameters"] for entry in selection.facts["units"])
+    smallest = 1 - saved / selection.facts["transformer_parameters"]
     variants = [{"name": "all", "budget": smallest + 1e-9}]
     settings = settings | {"teacher": teacher, "variants": variants}
     made = narrow_sets(folder)
@@ -299,7 +303,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
 
     source = tiny.source(teacher["path"]).replace(dtype="bfloat16")
     transformer = pipelines.load_transformer(source, torch.device("cpu"))
-    trained = students.load(made["narrow"], transformer, new_blocks_of(plan.units))
+    trained = students.load(made["narrow"], transformer, new_blocks_of(selection.units))
     options = Settings.of(config.complete(settings, "test"))
     options = options.replace(ablation=options.ablation.replace(finetune_steps=0))
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
@@ -313,7 +317,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
         assert state.keys() == exported.keys(), name
         for key, value in exported.items():
             assert state[key].dtype == value.dtype and torch.equal(state[key], value), (name, key)
-    own = trained[plan.units[0].new_blocks[0]].state_dict()
+    own = trained[selection.units[0].new_blocks[0]].state_dict()
     for key in ("img_mod.1.weight", "attn.to_q.weight"):
         held = exported[f"transformer_blocks.0.{key}"]
         kept = key.startswith("img_mod")
@@ -323,11 +327,11 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
 
 def test_a_latency_budget_ends_in_a_folder(world, tmp_path, monkeypatch):
     folder, settings, common = world
-    plan = selection_file.read(folder / "plan.json").facts
-    saved = {entry["name"]: entry["saved_seconds"] for entry in plan["units"]}
+    selection = selection_file.read(folder / "selection.json").facts
+    saved = {entry["name"]: entry["saved_seconds"] for entry in selection["units"]}
     # What 00-01 saves and nothing else does.
     assert saved["00-01"] > saved["02-03"] + saved["04-04"]
-    budget = 1 - 0.99 * saved["00-01"] / plan["transformer_seconds"]
+    budget = 1 - 0.99 * saved["00-01"] / selection["transformer_seconds"]
     settings = settings | {"variants": [{"name": "fast", "budget": {"latency": budget}}]}
     made = {name: tmp_path / f"{name}.parquet" for name in ("units", "measured")}
     made |= {"sets": tmp_path / "sets.json", "state": tmp_path / "state"}
@@ -355,7 +359,7 @@ def test_prune_refuses_what_is_not_a_selection(world, tiny_calls, tmp_path, caps
         "intervals": folder / "i.parquet",
         "candidates": folder / "c.parquet",
         "calls": tiny_calls,
-        "plan": tmp_path / "plan.json",
+        "selection": tmp_path / "selection.json",
         "students": tmp_path / "start.safetensors",
     }
     beyond = tiny.candidates(tmp_path / "beyond.parquet", [], [(7, "image")])
@@ -366,7 +370,7 @@ def test_prune_refuses_what_is_not_a_selection(world, tiny_calls, tmp_path, caps
         ({"latency": tmp_path / "no.parquet"}, "no.parquet: no such file"),
     ):
         assert message in refused(capsys, "prune", settings, **paths | given)
-        assert not paths["plan"].exists()
+        assert not paths["selection"].exists()
 
 
 def test_width_and_latency_refuse_what_they_cannot_read(world, tiny_calls, tmp_path, capsys):
@@ -397,10 +401,10 @@ def test_a_staged_selection_without_depth_only_narrows(world, tiny_calls, tmp_pa
         intervals=tiny.intervals(tmp_path / "i.parquet", []),
         candidates=tiny.candidates(tmp_path / "c.parquet", [(2, 3)], []),
         calls=tiny_calls,
-        plan=tmp_path / "plan.json",
+        selection=tmp_path / "selection.json",
         students=tmp_path / "start.safetensors",
     )
-    common = {"calls": tiny_calls, "plan": tmp_path / "plan.json"}
+    common = {"calls": tiny_calls, "selection": tmp_path / "selection.json"}
     tiny.stage("distill", settings, **common, **outputs(tmp_path, "distill", "start"))
     tiny.stage("narrow", settings, **common, **outputs(tmp_path, "narrow", "distill"))
     made = tensors.read(tmp_path / "narrow.safetensors")[0]

@@ -107,7 +107,7 @@ def test_a_run_without_training_trains_nothing(snakemake, keys, less):
     found = counts(printed).keys()
     assert found == STAGES - less | {"all"} | ({"finetune"} if "train" not in str(keys) else set())
     (line,) = [line for line in printed.splitlines() if "scripts/choose.py --" in line]
-    assert ("--start " in line) == ("--plan " in line) == ("prune" in found)
+    assert ("--start " in line) == ("--selection " in line) == ("prune" in found)
     assert "--distill" not in line and "--subsets" not in line
     # Who reads what a stage made has what it kept removed, whoever that is.
     removed = " ".join(re.findall(r"forget\.py ([^;]*);", printed))
@@ -184,7 +184,7 @@ def test_without_subsets_variants_are_made_of_distilled_students(snakemake):
         assert len(lines) == jobs
         for line in lines:
             assert "--distill results/digits/distill/students.safetensors " in line
-            errors = "--distill-errors results/digits/distill/errors.parquet " in line
+            errors = "--distill-unit-costs results/digits/distill/unit_costs.parquet " in line
             assert errors == (program == "choose")
 
 
@@ -234,7 +234,7 @@ CHANGES = [
     ),
     (
         {
-            "width": {"rows": 5, "linear_weight": 0.5, "text": {"pin": [[1, 2]]}, "steps": 7},
+            "width": {"rows": 5, "linear_weight": 0.5, "text": {"require": [[1, 2]]}, "steps": 7},
             "pareto": {"budgets": 3},
         },
         # Steps are only those of a staged schedule.

@@ -46,7 +46,7 @@ READERS = {
     "tokens.parquet": read_tokens,
     "intervals.parquet": lambda path: tables.read(path, schemas.INTERVALS),
     "start.safetensors": tensors.read,
-    "plan.json": selection_file.read,
+    "selection.json": selection_file.read,
     "prompts.csv": prompts.read,
     "prompts.txt": prompts.read,
     "prompts.jsonl": prompts.read,
@@ -285,7 +285,7 @@ def example(folder: Path) -> dict[str, bytes]:
     token_table.write_sample(folder / "tokens.parquet", {"image": sample}, {})
     tables.write(folder / "intervals.parquet", interval, schemas.INTERVALS, {})
     tensors.write(folder / "start.safetensors", {"00-01/w": torch.ones(3)}, {"seed": "0"})
-    texts.write_sealed(folder / "plan.json", PLAN)
+    texts.write_sealed(folder / "selection.json", SELECTION)
     (folder / "prompts.csv").write_text('prompt,digit\n"a, b",3\nc,4\n')
     (folder / "prompts.txt").write_text("a red 1\na blue 2\n")
     (folder / "prompts.jsonl").write_text('{"prompt": "a", "digit": 3}\n{"prompt": "b"}\n')
@@ -298,10 +298,10 @@ UNIT = {
     "name": "00-01",
     "removed_blocks": 1,
     "saved_parameters": 5,
-    "pinned": False,
+    "required": False,
     "saved_seconds": None,
     "new_blocks": [PART],
 }
-PLAN = {"transformer_parameters": 100, "blocks": 5}
-PLAN |= {"units": [UNIT], "distilled": [UNIT], "closed": [UNIT]}
+SELECTION = {"transformer_parameters": 100, "blocks": 5}
+SELECTION |= {"units": [UNIT], "distilled": [UNIT], "closed": [UNIT]}
 CONFIG = config.complete({"variants": [{"name": "p", "budget": 0.5}]}, "example")

@@ -55,12 +55,12 @@ def distill_paths(world, name):
     folder, _, recorded = world
     return {
         "calls": recorded,
-        "plan": folder / "plan.json",
+        "selection": folder / "selection.json",
         "students": folder / "start.safetensors",
         "state": folder / name / "state",
         "output": folder / name / "students.safetensors",
         "log_table": folder / name / "log.parquet",
-        "errors": folder / name / "errors.parquet",
+        "unit_costs": folder / name / "unit_costs.parquet",
     }
 
 
@@ -69,7 +69,7 @@ def finetune_paths(world, distilled, name):
     return {
         "variant": "p70",
         "calls": recorded,
-        "sets": tiny.chosen(folder / "sets.json", folder / "plan.json", "distill"),
+        "sets": tiny.chosen(folder / "sets.json", folder / "selection.json", "distill"),
         "distill": distilled["output"],
         "state": folder / name / "state",
         "output": folder / name / "p70.safetensors",

@@ -209,7 +209,7 @@ def pruned(
         "variants": [{"name": "p70", "budget": 0.7, "finetune_steps": 6}],
         **more,
     }
-    given = {"calls": recorded, "plan": folder / "plan.json"}
+    given = {"calls": recorded, "selection": folder / "selection.json"}
     given |= {"students": folder / "start.safetensors"}
     chosen = {"intervals": intervals(folder / "intervals.parquet", list(runs))}
     if ffns:

@@ -57,12 +57,12 @@ CALIBRATED = {
     for name, path in SEARCHED.items()
     if name not in ("tokens", "conditioning", "latency")
 }
-PLAN = CALLS | {"plan": "plan.json"}
+SELECTION = CALLS | {"selection": "selection.json"}
 STUDENTS = ("distill", "narrow", "subsets")
 MODELS = CALLS | {"maps": "maps.safetensors", "conditioning": "conditioning.safetensors"}
 MODELS |= {"start": "start.safetensors", **{stage: f"{stage}.safetensors" for stage in STUDENTS}}
-PRICES = {"plan": "plan.json", "width": "width.parquet", "latency": "latency.parquet"}
-PRICES |= {f"{stage}_errors": f"{stage}-errors.parquet" for stage in STUDENTS}
+PRICES = {"selection": "selection.json", "width": "width.parquet", "latency": "latency.parquet"}
+PRICES |= {f"{stage}_unit_costs": f"{stage}-unit_costs.parquet" for stage in STUDENTS}
 CHOSEN = MODELS | {"sets": "sets.json"}
 TUNED = CHOSEN | {"refits": "refits.safetensors"}
 
@@ -71,9 +71,9 @@ def _taught(program: str, start: str) -> Stage:
     made = {
         "output": f"{program}.safetensors",
         "log_table": f"{program}-log.parquet",
-        "errors": f"{program}-errors.parquet",
+        "unit_costs": f"{program}-unit_costs.parquet",
     }
-    return Stage(program, PLAN | {"students": f"{start}.safetensors"}, made, state=True)
+    return Stage(program, SELECTION | {"students": f"{start}.safetensors"}, made, state=True)
 
 
 STAGES = [
@@ -132,7 +132,7 @@ STAGES = [
     Stage(
         "prune",
         CALLS | {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
-        {"plan": "plan.json", "students": "start.safetensors"},
+        {"selection": "selection.json", "students": "start.safetensors"},
     ),
     _taught("distill", "start"),
     _taught("narrow", "distill"),
@@ -172,19 +172,19 @@ STAGES = [
 NAMED = {stage.program: stage for stage in STAGES}
 # Of other configs and targets, after the others.
 MORE = [
-    Stage("allot", PLAN, {"shards": "shards.json"}),
+    Stage("allot", SELECTION, {"shards": "shards.json"}),
     Stage(
         "join",  # of a job that has all of the units
         {
-            "plan": "plan.json",
+            "selection": "selection.json",
             "students": "distill.safetensors",
             "logs": "distill-log.parquet",
-            "costs": "distill-errors.parquet",
+            "costs": "distill-unit_costs.parquet",
         },
         {
             "output": "joined.safetensors",
             "log_table": "joined-log.parquet",
-            "errors": "joined-errors.parquet",
+            "unit_costs": "joined-unit_costs.parquet",
         },
     ),
     Stage(

@@ -250,7 +250,7 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     entries = [selection_file.unit_entry(unit, size, float("nan"))]
     plan = {"transformer_parameters": total, "blocks": 5}
     plan |= {"units": entries, "distilled": entries, "closed": []}
-    texts.write_sealed(tmp_path / "plan.json", plan)
+    texts.write_sealed(tmp_path / "selection.json", plan)
     config = {
         "teacher": {"path": str(tiny_teacher)},
         "variants": [{"name": "p85", "budget": 1 - size / total}],
@@ -258,7 +258,7 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     paths = {
         "variant": "p85",
         "calls": tiny_calls,
-        "sets": tiny.chosen(tmp_path / "sets.json", tmp_path / "plan.json", "start", "p85"),
+        "sets": tiny.chosen(tmp_path / "sets.json", tmp_path / "selection.json", "start", "p85"),
         "start": tmp_path / "students.safetensors",
         "output": tmp_path / "p85",
     }

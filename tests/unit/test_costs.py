@@ -262,7 +262,7 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
         for part, student in taught.items()
     ]
     pd.testing.assert_frame_equal(found, expected.assign(rows=3), check_exact=True)
-    assert list(found) == schemas.UNIT_ERRORS.names
+    assert list(found) == schemas.UNIT_COSTS.names
 
 
 # ---- a teacher of lower precision

@@ -313,16 +313,16 @@ def test_a_long_pin_makes_more_possible(inputs):
     inputs["variants"] = [
         {"name": "tiny", "budget": {"blocks": 1}, "finetune_steps": 0, "train": True}
     ]
-    inputs["intervals"]["pin"] = [[0, 9]]
+    inputs["intervals"]["require"] = [[0, 9]]
     preflight.check(Settings.of(inputs), "mine.yaml")
 
 
 def test_pins_are_checked(inputs):
-    inputs["intervals"]["pin"] = [[8, 10]]
-    assert "mine.yaml: intervals.pin: [8,10] is beyond this teacher's blocks" in refused(inputs)
+    inputs["intervals"]["require"] = [[8, 10]]
+    assert "mine.yaml: intervals.require: [8,10] is beyond this teacher's blocks" in refused(inputs)
     inputs["teacher"]["path"] = "some-owner/some-model"  # whose depth only the download tells
     preflight.check(Settings.of(inputs), "mine.yaml")
-    inputs["intervals"]["pin"] = [[2, 3], [3, 4]]
+    inputs["intervals"]["require"] = [[2, 3], [3, 4]]
     assert "overlap" in refused(inputs)
 
 

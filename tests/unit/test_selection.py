@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.pruning import pins
-from ppcl.pruning.pins import Named
+from ppcl.pruning import constraints
+from ppcl.pruning.constraints import Named
 from ppcl.pruning.units import Modulation, NewBlock, Unit, units_of
 from ppcl.search import measured, selection
 from ppcl.search.budgets import needed, parameters_needed, targets
@@ -171,9 +171,9 @@ def trained(random, depth, count, cost, unread):
     return found
 
 
-def every_set(choices, weights, sizes, pinned=pins.NOTHING):
+def every_set(choices, weights, sizes, required=constraints.NOTHING):
     """((intervals, runs, ffns, units, ranks), cost, savings) of every set that holds what is
-    pinned; the depth is cut into parts: intervals, and blocks that are kept."""
+    required; the depth is cut into parts: intervals, and blocks that are kept."""
 
     def subsets(items):
         return itertools.chain.from_iterable(
@@ -187,7 +187,7 @@ def every_set(choices, weights, sizes, pinned=pins.NOTHING):
         if closed is None or not apart([*closed, *inside]):
             continue
         units = [*closed, *inside]
-        if not holds(units, chosen, pinned):
+        if not holds(units, chosen, required):
             continue
         cost = sum(t[i] for t, items in zip(offered[:3], chosen, strict=False) for i in items)
         cost += sum(choices.units[name][1] for name in chosen[3])
@@ -201,7 +201,7 @@ def every_set(choices, weights, sizes, pinned=pins.NOTHING):
         ):
             ranks = {matrix: rank for matrix, rank in ranks if rank}
             count = sizes.model(units, ranks)
-            if count is None or not ranks_pinned(units, ranks, choices, pinned.ranks):
+            if count is None or not ranks_required(units, ranks, choices, required.ranks):
                 continue
             more = sum(choices.ranks[matrix][rank] for matrix, rank in ranks.items())
             gone = savings | {"parameters": sizes.model([], {}) - count}
@@ -235,16 +235,16 @@ def apart(units):
     return all(a.last < b.first or b.last < a.first for a, b in itertools.combinations(units, 2))
 
 
-def holds(units, chosen, pinned):
-    """Whether what is pinned is there, in a unit or not."""
+def holds(units, chosen, required):
+    """Whether what is required is there, in a unit or not."""
     parts = [part for unit in units for part in unit.new_blocks]
     linear = {(part.first, stream) for part in parts for stream in part.linear_ffn}
     ends = {part.ends for part in parts if part.last > part.first}
     runs = {(unit.first, unit.last) for unit in units if len(unit.new_blocks) > 1}
-    return pinned.intervals <= ends and pinned.runs <= runs and pinned.ffns <= linear
+    return required.intervals <= ends and required.runs <= runs and required.ffns <= linear
 
 
-def ranks_pinned(units, ranks, choices, blocks):
+def ranks_required(units, ranks, choices, blocks):
     """Whether the matrices of some blocks have low ranks, or went with their text streams."""
     parts = [part for unit in units for part in unit.new_blocks]
     for block in blocks:
@@ -303,16 +303,16 @@ def test_pins_are_kept_and_nothing_else_is_added_without_need(seed, data):
     choices, weights, sizes = problem(seed)
     sets = list(every_set(choices, weights, sizes))
     wanted, _, _ = data.draw(st.sampled_from(sets))
-    pinned = Named(*map(frozenset, wanted[:3]), frozenset(block for block, _ in wanted[4]))
+    required = Named(*map(frozenset, wanted[:3]), frozenset(block for block, _ in wanted[4]))
     target = data.draw(st.sampled_from(sets))[2]["parameters"]
-    with_them = list(every_set(choices, weights, sizes, pinned))
+    with_them = list(every_set(choices, weights, sizes, required))
     # Pinned ranks may be so high that they cost parameters, which is enough where none has to go.
     enough = [s for s in with_them if target <= 0 or s[2]["parameters"] >= target]
     if not enough:
         with pytest.raises(UserError):
-            selection.select(choices, weights, {"parameters": target}, pinned)
+            selection.select(choices, weights, {"parameters": target}, required)
         return
-    plan = selection.select(choices, weights, {"parameters": target}, pinned)
+    plan = selection.select(choices, weights, {"parameters": target}, required)
     check(plan, enough)
     least = min(with_them, key=lambda s: s[1])
     if least in enough and not any(s[1] == least[1] for s in with_them if s[0] != least[0]):
@@ -504,18 +504,18 @@ def test_the_published_lists_are_a_config_and_come_out_as_they_are():
     published = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
     variants = [{"name": "small", "budget": {"parameters": 11_000_000_000}}]
     wanted = Settings.of(config.complete({**published, "variants": variants}, "published"))
-    pinned, _ = pins.wishes(wanted, 60)
-    assert len(pinned.intervals) == 13 and len(pinned.runs) == 6 and len(pinned.ffns) == 4
+    required, _ = constraints.of_config(wanted, 60)
+    assert len(required.intervals) == 13 and len(required.runs) == 6 and len(required.ffns) == 4
     choices, weights = deep()
     free = Choices(
-        choices.intervals | dict.fromkeys(pinned.intervals, 0.0),
-        choices.runs | dict.fromkeys(pinned.runs, 0.0),
+        choices.intervals | dict.fromkeys(required.intervals, 0.0),
+        choices.runs | dict.fromkeys(required.runs, 0.0),
         choices.ffns,
     )
     needs = targets(wanted.variants, QWEN)
-    plan = selection.select(free, weights, needs, pinned)
-    assert set(plan.intervals) == pinned.intervals
-    assert set(plan.runs) == pinned.runs and set(plan.ffns) == pinned.ffns
+    plan = selection.select(free, weights, needs, required)
+    assert set(plan.intervals) == required.intervals
+    assert set(plan.runs) == required.runs and set(plan.ffns) == required.ffns
     assert plan.saved["blocks"] == 25
     # Kept blocks 51, 58, 59 and three intervals borrow the text of 50; five pairs have one each.
     assert plan.saved["parameters"] == 25 * BLOCK + 11 * BORROWED - 6 * OUTPUT + 4 * LINEAR

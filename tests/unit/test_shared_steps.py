@@ -18,8 +18,8 @@ from support import tiny
 COPIES = 64
 # Narrow new blocks, whose L_linear counts too, and a whole one.
 SELECTION = {
-    "intervals": {"pin": [[1, 2]]},
-    "width": {"text": {"pin": [[3, 4]]}, "ffn_image": {"pin": [0]}},
+    "intervals": {"require": [[1, 2]]},
+    "width": {"text": {"require": [[3, 4]]}, "ffn_image": {"require": [0]}},
 }
 
 

@@ -87,12 +87,16 @@ def test_files_that_do_not_fit_are_refused(teacher, tmp_path):
 
 @pytest.mark.parametrize("content", [{}, {"units": [{"name": "00-01"}]}, {"blocks": 3}])
 def test_a_broken_plan_is_named(tmp_path, content):
-    path = tmp_path / "plan.json"
-    with pytest.raises(UserError, match=r"plan\.json can't be read.*run the stage that writes it"):
+    path = tmp_path / "selection.json"
+    with pytest.raises(
+        UserError, match=r"selection\.json can't be read.*run the stage that writes it"
+    ):
         selection_file.read(path)
     texts.write_sealed(path, content)
-    with pytest.raises(UserError, match=r"plan\.json is not a whole plan"):
+    with pytest.raises(UserError, match=r"selection\.json is not a whole selection"):
         selection_file.read(path)
     path.write_text("[]")
-    with pytest.raises(UserError, match=r"plan\.json is not what was written; delete it and rerun"):
+    with pytest.raises(
+        UserError, match=r"selection\.json is not what was written; delete it and rerun"
+    ):
         selection_file.read(path)

@@ -51,15 +51,15 @@ THREADS = cores.MOST
 # Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
 WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
 WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
-# And what is pinned and forbidden, that stages which search read.
-WISHES = [
+# And what is required and forbidden, that stages which search read.
+CONSTRAINTS = [
     "intervals.enabled",
-    "intervals.pin",
+    "intervals.require",
     "intervals.forbid",
     "intervals.protect_first",
     "intervals.protect_last",
     *(f"width.{key}" for key in ("enabled", "cka_floor", "text", "ffn_image", "ffn_text")),
-    *(f"modulation.{key}" for key in ("enabled", "pin", "forbid")),
+    *(f"modulation.{key}" for key in ("enabled", "require", "forbid")),
 ]
 # Targets as they were called before.
 OLD_TARGETS = {"plan": "forecast"}
@@ -180,7 +180,14 @@ def subset(*keys):
 
 # Inputs of stages that make models from sets, and of those that search for sets (optional).
 MODELS = ["maps", "conditioning", "start", "distill", "narrow", "subsets"]
-PRICES = ["plan", "width", "latency", "distill_errors", "narrow_errors", "subsets_errors"]
+PRICES = [
+    "selection",
+    "width",
+    "latency",
+    "distill_unit_costs",
+    "narrow_unit_costs",
+    "subsets_unit_costs",
+]
 
 
 def optional(*names):
@@ -305,9 +312,9 @@ def start():
     return [result("prune/students.safetensors")] if depth() else []
 
 
-def plan_of_students():
+def selection():
     """What each student stands for, if depth is pruned."""
-    return [result("prune/plan.json")] if depth() else []
+    return [result("prune/selection.json")] if depth() else []
 
 
 def subset_for_variant(name, *keys):

@@ -1,8 +1,8 @@
 # Stage 1.3: every student learns its interval from the teacher's activations (Eq. 6).
 #
-# in:  the teacher, record/calls.parquet, prune/plan.json and prune/students.safetensors
+# in:  the teacher, record/calls.parquet, prune/selection.json and prune/students.safetensors
 # out: distill/students.safetensors; the loss curves, distill/log.parquet; and what each student
-#      alone costs, distill/errors.parquet, by which variants choose
+#      alone costs, distill/unit_costs.parquet, by which variants choose
 #
 # Checkpoints, and the teacher's streams at the first block that it has to run
 # (ppcl/training/entrance.py), live in state/distill, which Snakemake does not know of: it deletes
@@ -17,12 +17,12 @@ rule distill:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
+        selection=result("prune/selection.json"),
         students=result("prune/students.safetensors"),
     output:
         students=result("distill/students.safetensors"),
         log=result("distill/log.parquet"),
-        errors=result("distill/errors.parquet"),
+        unit_costs=result("distill/unit_costs.parquet"),
     log:
         result("logs/distill.log"),
     benchmark:
@@ -48,6 +48,6 @@ rule distill:
     shell:
         "python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--calls {input.calls} --selection {input.selection} --students {input.students} "
         "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--errors {output.errors} 2>&1 | tee {log}"
+        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"

@@ -1,6 +1,6 @@
 # Stage 1.3 in several jobs: each teaches some of the students (distill.smk has one job for all).
 #
-# in:  the teacher, record/calls.parquet, prune/plan.json and prune/students.safetensors
+# in:  the teacher, record/calls.parquet, prune/selection.json and prune/students.safetensors
 # out: as of distill.smk; distill/shards/shards.json, which job owns which units
 #
 # Only with distill.shards other than 1. How many jobs there are is known once there is a plan. A job
@@ -19,7 +19,7 @@ checkpoint allot:
     input:
         script=program("allot.py"),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
+        selection=result("prune/selection.json"),
     output:
         shards=result("distill/shards/shards.json"),
     log:
@@ -44,7 +44,7 @@ checkpoint allot:
         "Sharing students out over jobs"
     shell:
         "python {input.script} --config {params.config:q} --calls {input.calls} "
-        "--plan {input.plan} --shards {output.shards} 2>&1 | tee {log}"
+        "--selection {input.selection} --shards {output.shards} 2>&1 | tee {log}"
 
 
 rule distill_shard:
@@ -53,13 +53,13 @@ rule distill_shard:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
+        selection=result("prune/selection.json"),
         students=result("prune/students.safetensors"),
         shards=result("distill/shards/shards.json"),
     output:
         students=temp(result("distill/shards/{shard}.safetensors")),
         log=temp(result("distill/shards/{shard}-log.parquet")),
-        errors=temp(result("distill/shards/{shard}-errors.parquet")),
+        unit_costs=temp(result("distill/shards/{shard}-unit_costs.parquet")),
     log:
         result("logs/distill-{shard}.log"),
     benchmark:
@@ -93,23 +93,23 @@ rule distill_shard:
     shell:
         "python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--calls {input.calls} --selection {input.selection} --students {input.students} "
         "--shards {input.shards} --shard {wildcards.shard} "
         "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--errors {output.errors} 2>&1 | tee {log}"
+        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"
 
 
 rule join_shards:
     input:
         script=program("join.py"),
-        plan=result("prune/plan.json"),
+        selection=result("prune/selection.json"),
         students=distill_shards(".safetensors"),
         logs=distill_shards("-log.parquet"),
-        costs=distill_shards("-errors.parquet"),
+        costs=distill_shards("-unit_costs.parquet"),
     output:
         students=result("distill/students.safetensors"),
         log=result("distill/log.parquet"),
-        errors=result("distill/errors.parquet"),
+        unit_costs=result("distill/unit_costs.parquet"),
     log:
         result("logs/join_shards.log"),
     benchmark:
@@ -136,7 +136,7 @@ rule join_shards:
     message:
         "Joining the shards of the students"
     shell:
-        "{params.taken}python {input.script} --config {params.config:q} --plan {input.plan} "
+        "{params.taken}python {input.script} --config {params.config:q} --selection {input.selection} "
         "--students {input.students} --logs {input.logs} --costs {input.costs} "
-        "--output {output.students} --log-table {output.log} --errors {output.errors} "
+        "--output {output.students} --log-table {output.log} --unit-costs {output.unit_costs} "
         "2>&1 | tee {log}"

@@ -33,7 +33,7 @@ rule intervals:
         config=subset_for_smallest_budgets(
             "similarity.streams",
             "intervals",
-            *WISHES,
+            *CONSTRAINTS,
         ),
         inputs=optional("sensitivity", "probes", "width", "latency"),
         candidates=lambda wildcards, output: (

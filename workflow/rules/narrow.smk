@@ -1,8 +1,8 @@
 # Stage 2 after stage 1: distilled students and kept blocks become narrow, and learn once more.
 #
-# in:  the teacher, record/calls.parquet, prune/plan.json and distill/students.safetensors
+# in:  the teacher, record/calls.parquet, prune/selection.json and distill/students.safetensors
 # out: narrow/students.safetensors; the loss curves, narrow/log.parquet; and what each unit costs
-#      now, narrow/errors.parquet
+#      now, narrow/unit_costs.parquet
 #
 # Only with width.enabled and width.schedule: staged; with joint, distill trains narrow blocks from
 # the start. Checkpoints live in state/narrow, as in distill.smk.
@@ -14,12 +14,12 @@ rule narrow:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
+        selection=result("prune/selection.json"),
         students=result("distill/students.safetensors"),
     output:
         students=result("narrow/students.safetensors"),
         log=result("narrow/log.parquet"),
-        errors=result("narrow/errors.parquet"),
+        unit_costs=result("narrow/unit_costs.parquet"),
     log:
         result("logs/narrow.log"),
     benchmark:
@@ -53,6 +53,6 @@ rule narrow:
     shell:
         "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--calls {input.calls} --selection {input.selection} --students {input.students} "
         "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--errors {output.errors} 2>&1 | tee {log}"
+        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"

@@ -1,4 +1,4 @@
-# What the budgets between would get, pins aside, without further training.
+# What the budgets between would get, required choices aside, without further training.
 #
 # in:  what choose.smk takes, and variants/sets.json
 # out: pareto/points.parquet, quality, size and speed at evenly spaced budgets
@@ -17,12 +17,12 @@ rule pareto:
         distill=taught("distill", "students.safetensors"),
         narrow=taught("narrow", "students.safetensors"),
         subsets=taught("subsets", "students.safetensors"),
-        plan=plan_of_students(),
+        selection=selection(),
         width=widths("measured.parquet"),
         latency=latency(),
-        distill_errors=taught("distill", "errors.parquet"),
-        narrow_errors=taught("narrow", "errors.parquet"),
-        subsets_errors=taught("subsets", "errors.parquet"),
+        distill_unit_costs=taught("distill", "unit_costs.parquet"),
+        narrow_unit_costs=taught("narrow", "unit_costs.parquet"),
+        subsets_unit_costs=taught("subsets", "unit_costs.parquet"),
     output:
         points=result("pareto/points.parquet"),
     log:
@@ -46,7 +46,7 @@ rule pareto:
             "teacher",
             "choose",
             "variants",
-            *WISHES,
+            *CONSTRAINTS,
             "pareto",
             "evaluate.velocity_rows",
             "evaluate.batch_size",

@@ -2,7 +2,7 @@
 #
 # in:  the teacher, intervals/intervals.parquet, width/candidates.parquet and latency/blocks.parquet
 #      (if there are any), and record/calls.parquet, on which linear maps are fitted
-# out: prune/plan.json, what each unit replaces; prune/students.safetensors, start weights
+# out: prune/selection.json, what each unit replaces; prune/students.safetensors, start weights
 
 
 rule prune:
@@ -14,7 +14,7 @@ rule prune:
         latency=latency(),
         calls=result("record/calls.parquet"),
     output:
-        plan=result("prune/plan.json"),
+        selection=result("prune/selection.json"),
         students=result("prune/students.safetensors"),
     log:
         result("logs/prune.log"),
@@ -33,7 +33,7 @@ rule prune:
             "device",
             "teacher",
             "prune",
-            *WISHES,
+            *CONSTRAINTS,
             "width.schedule",
             "width.floor",
             *WIDTH_FITS,
@@ -46,4 +46,4 @@ rule prune:
     shell:
         "python {input.script} --config {params.config:q} "
         "--intervals {input.intervals} {params.optional} --calls {input.calls} "
-        "--plan {output.plan} --students {output.students} 2>&1 | tee {log}"
+        "--selection {output.selection} --students {output.students} 2>&1 | tee {log}"

@@ -1,8 +1,8 @@
 # Any-subset distillation: students learn to stand each other's errors, whichever are plugged in.
 #
-# in:  the teacher, record/calls.parquet, prune/plan.json and the distilled students
+# in:  the teacher, record/calls.parquet, prune/selection.json and the distilled students
 # out: subsets/students.safetensors; the loss curve, subsets/log.parquet; and what each student
-#      alone costs now, subsets/errors.parquet, by which variants choose
+#      alone costs now, subsets/unit_costs.parquet, by which variants choose
 #
 # Only with subsets.steps > 0. Checkpoints live in state/subsets, as in distill.smk.
 
@@ -13,12 +13,12 @@ rule subsets:
         launcher=program("launch.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        plan=result("prune/plan.json"),
+        selection=result("prune/selection.json"),
         students=taught(training()[-2], "students.safetensors"),
     output:
         students=result("subsets/students.safetensors"),
         log=result("subsets/log.parquet"),
-        errors=result("subsets/errors.parquet"),
+        unit_costs=result("subsets/unit_costs.parquet"),
     log:
         result("logs/subsets.log"),
     benchmark:
@@ -43,6 +43,6 @@ rule subsets:
     shell:
         "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
         "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --plan {input.plan} --students {input.students} "
+        "--calls {input.calls} --selection {input.selection} --students {input.students} "
         "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--errors {output.errors} 2>&1 | tee {log}"
+        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"

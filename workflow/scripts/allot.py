@@ -1,7 +1,7 @@
 """Shares the students of distill out over jobs, as balanced as their depth allows.
 
 python workflow/scripts/allot.py --config config/mine.yaml \
-    --calls results/mine/record/calls.parquet --plan results/mine/prune/plan.json \
+    --calls results/mine/record/calls.parquet --selection results/mine/prune/selection.json \
     --shards results/mine/distill/shards/shards.json
 """
 
@@ -14,12 +14,12 @@ from ppcl.transformer import calls
 
 def main() -> None:
     args = program.parser(
-        __doc__, "config", reads=("calls", "plan"), writes=("shards",)
+        __doc__, "config", reads=("calls", "selection"), writes=("shards",)
     ).parse_args()
     settings = config.load(args.config)
     options = settings.distill
     caching = entrance.caching(calls.Reader(args.calls), options, settings.seed)
-    jobs = shards.allot(selection_file.read(args.plan).distilled, options.shards, caching)
+    jobs = shards.allot(selection_file.read(args.selection).distilled, options.shards, caching)
     shards.write(args.shards, jobs)
     for number, units in enumerate(jobs):
         names = ", ".join(unit.name for unit in units)

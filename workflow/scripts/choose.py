@@ -6,12 +6,13 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --calls results/digits/record/calls.parquet --width results/digits/width/measured.parquet \
     --maps results/digits/width/maps.safetensors \
     --conditioning results/digits/activations/conditioning.safetensors \
-    --latency results/digits/latency/blocks.parquet --plan results/digits/prune/plan.json \
+    --latency results/digits/latency/blocks.parquet \
+    --selection results/digits/prune/selection.json \
     --start results/digits/prune/students.safetensors \
     --distill results/digits/distill/students.safetensors \
-    --distill-errors results/digits/distill/errors.parquet \
+    --distill-unit-costs results/digits/distill/unit_costs.parquet \
     --subsets results/digits/subsets/students.safetensors \
-    --subsets-errors results/digits/subsets/errors.parquet \
+    --subsets-unit-costs results/digits/subsets/unit_costs.parquet \
     --state results/digits/state/choose --sets results/digits/variants/sets.json \
     --each results/digits/variants/sets/p27.json results/digits/variants/sets/p50.json \
     --units results/digits/variants/units.parquet \
@@ -22,7 +23,7 @@ One exact search per variant, over all that is priced and allowed for it; then t
 trained units, by the errors of whole sets on held-out calls; then its linear FFNs once more by
 least squares, in the set. Everything that the config leaves out (no depth pruning, no training,
 nothing narrow, no latency) is left out of the command. Reads of the config: seed, device, teacher,
-choose, variants, how maps are fitted (width), and what is pinned or forbidden (intervals, width,
+choose, variants, how maps are fitted (width), and what is required or forbidden (intervals, width,
 modulation). A killed run goes on with what is not measured yet.
 """
 
@@ -64,7 +65,10 @@ def main() -> None:
     if unknown := [path for path in args.each if path.stem not in names]:
         raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
     context = opening.opened(settings, calls.Reader(args.calls))
-    plan, files = selection_file.read(args.plan) if args.plan else None, Files.of(args)
+    selection, files = (
+        selection_file.read(args.selection) if args.selection else None,
+        Files.of(args),
+    )
     rows = context.reader.sample_heldout("select", options.rows, settings.seed, "choose.rows")
     identity = loop.identity(Path(__file__), settings, [args.calls, *files.every])
 
@@ -72,8 +76,8 @@ def main() -> None:
     workshop = variants.Workshop(context.transformer, files, device=context.device)
     judged = prices.Judged(context, rows, options.batch_size)
     measure = variants.measuring(workshop, judged, state)
-    alone = deciding.untrained_errors(plan, files, measure)
-    offer = variants.offer(settings, context.transformer, files, plan, alone)
+    alone = deciding.untrained_errors(selection, files, measure)
+    offer = variants.offer(settings, context.transformer, files, selection, alone)
     decided, refits = deciding.decided(context, settings, offer, workshop, measure, state)
     choices = {name: one.choice for name, one in decided.items()}
     if context.accelerator.is_main_process:

@@ -3,10 +3,11 @@
 One process:       python workflow/scripts/distill.py --config config/digits.yaml ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/distill.py --config config/digits.yaml \
-    --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
+    --calls results/digits/record/calls.parquet --selection results/digits/prune/selection.json \
     --students results/digits/prune/students.safetensors --state results/digits/state/distill \
     --output results/digits/distill/students.safetensors \
-    --log-table results/digits/distill/log.parquet --errors results/digits/distill/errors.parquet
+    --log-table results/digits/distill/log.parquet \
+    --unit-costs results/digits/distill/unit_costs.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends with the
 same weights. With --shards and --shard it teaches some of the students alone, and they end as they

@@ -6,7 +6,7 @@
 
 The transformer's stock class is built without weights, from forecast.transformer_config, else from
 the teacher's folder, else from the Hub. What is plugged in is the detected selection (--intervals,
---candidates) or, without one, what the config pins. Shapes of a call come from recorded ones
+--candidates) or, without one, what the config requires. Shapes of a call come from recorded ones
 (--calls), or from the config's `pipeline`.
 """
 

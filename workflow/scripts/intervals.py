@@ -21,8 +21,8 @@ import pandas as pd
 from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.pruning import pins
-from ppcl.pruning.pins import Named
+from ppcl.pruning import constraints
+from ppcl.pruning.constraints import Named
 from ppcl.runtime import stopping
 from ppcl.search import budgets, candidates, intervals, measured, savings, selection, verdicts
 from ppcl.search.candidates import Limits
@@ -33,10 +33,10 @@ from ppcl.storage import schemas, tables
 from ppcl.transformer import block_facts
 
 
-def with_pinned_runs(closed: ClosedForms, pinned: Named) -> list[ClosedForm]:
-    """The measured closed forms, and pinned text runs that nobody measured (width.longest)."""
+def with_required_runs(closed: ClosedForms, required: Named) -> list[ClosedForm]:
+    """The measured closed forms, and required text runs that nobody measured (width.longest)."""
     measured_runs = {row.ends for row in closed.rows if row.kind == "text"}
-    missing = sorted(pinned.runs - measured_runs)
+    missing = sorted(required.runs - measured_runs)
     return closed.rows + [
         ClosedForm(
             "text",
@@ -99,48 +99,50 @@ def main() -> None:
         weights["latency"], whole = measured.timing(options.latency, depth)
         teachers["transformer_seconds"] = whole
 
-    pinned, forbidden = pins.wishes(settings, depth)
+    required, forbidden = constraints.of_config(settings, depth)
     # A block that the deciding stream does not pass has no CKA, so no interval may hold it.
     unknown = {block for block in range(depth) if np.isnan(cka[block, block])}
     untouchable = set(teacher.untouchable)
     modulated = {row.first for row in closed.rows if row.kind == "modulation"}
     text = closed.weights.text
     ffns = set(closed.weights.ffn)
-    pins.check(pinned, teacher.seams, untouchable, unknown, ffns, text, modulated, closed.unread)
+    constraints.check(
+        required, teacher.seams, untouchable, unknown, ffns, text, modulated, closed.unread
+    )
     runs = intervals.spans(depth, teacher.seams, unknown | untouchable)
     chain = intervals.trend_chain(cka, runs, tolerance)
-    found = {*intervals.candidates(runs, chosen.segmentation, chain), *pinned.intervals}
+    found = {*intervals.candidates(runs, chosen.segmentation, chain), *required.intervals}
     priced = {(it.first, it.last): it for it in intervals.priced(sorted(found), cka, costs)}
     chain = intervals.priced(chain, cka, costs)
-    closed = replace(closed, rows=with_pinned_runs(closed, pinned))
+    closed = replace(closed, rows=with_required_runs(closed, required))
 
-    protected = pins.protected(settings, depth)
+    protected = constraints.protected(settings, depth)
     interval_limits = Limits(forbidden, protected, chosen.cka_floor)
     closed_form_limits = Limits(forbidden, protected, settings.width.cka_floor)
     choices = Choices(
-        candidates.usable_intervals(priced, pinned, interval_limits),
-        *candidates.usable_linear_maps(closed.rows, pinned, closed_form_limits),
+        candidates.usable_intervals(priced, required, interval_limits),
+        *candidates.usable_linear_maps(closed.rows, required, closed_form_limits),
         candidates.usable_ranks(closed.rows, forbidden),
         modulations=closed.modulations,
         unread=closed.unread,
     )
     needs = budgets.targets(settings.variants, teachers)
-    plan = selection.select(choices, weights, needs, pinned)
+    cheapest = selection.select(choices, weights, needs, required)
     print(
-        f"selected {len(plan.intervals)} intervals, {len(plan.runs)} text runs, "
-        f"{len(plan.ffns)} linear FFNs and {len(plan.ranks)} modulations of low rank: they save "
-        f"{budgets.amounts(plan.saved)} at cost {plan.cost:.6g}; no set that is enough "
-        f"costs less than {plan.bound:.6g}",
+        f"selected {len(cheapest.intervals)} intervals, {len(cheapest.runs)} text runs, "
+        f"{len(cheapest.ffns)} linear FFNs and {len(cheapest.ranks)} modulations of low rank: they "
+        f"save {budgets.amounts(cheapest.saved)} at cost {cheapest.cost:.6g}; no set that is "
+        f"enough costs less than {cheapest.bound:.6g}",
         flush=True,
     )
     stamp = provenance.stamp(
         settings.given,
         blocks=depth,
-        removed_blocks=round(plan.saved["blocks"]),
-        removed_parameters=round(plan.saved["parameters"]),
+        removed_blocks=round(cheapest.saved["blocks"]),
+        removed_parameters=round(cheapest.saved["parameters"]),
     )
     stopping.ignore()
-    decision = Decision(plan, needs, pinned)
+    decision = Decision(cheapest, needs, required)
     rows = verdicts.interval_rows(chain, priced, decision, interval_limits, tolerance)
     table = pd.DataFrame(rows, columns=schemas.INTERVALS.names)
     if kinds:

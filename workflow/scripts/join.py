@@ -1,11 +1,13 @@
 """Joins what the shards of distill left: the same files as distill leaves when it is one job.
 
-python workflow/scripts/join.py --config config/mine.yaml --plan results/mine/prune/plan.json \
+python workflow/scripts/join.py --config config/mine.yaml \
+    --selection results/mine/prune/selection.json \
     --students results/mine/distill/shards/*.safetensors \
     --logs results/mine/distill/shards/*-log.parquet \
-    --costs results/mine/distill/shards/*-errors.parquet \
+    --costs results/mine/distill/shards/*-unit_costs.parquet \
     --output results/mine/distill/students.safetensors \
-    --log-table results/mine/distill/log.parquet --errors results/mine/distill/errors.parquet
+    --log-table results/mine/distill/log.parquet \
+    --unit-costs results/mine/distill/unit_costs.parquet
 
 Files are given in the order of the shards, which is that of depth.
 """
@@ -26,11 +28,11 @@ def main() -> None:
     parser = program.parser(
         __doc__,
         "config",
-        reads=("plan",),
-        writes=("output", "log_table", "errors"),
+        reads=("selection",),
+        writes=("output", "log_table", "unit_costs"),
         output="distill/students.safetensors",
         log_table="distill/log.parquet",
-        errors="distill/errors.parquet",
+        unit_costs="distill/unit_costs.parquet",
     )
     for name in ("students", "logs", "costs"):
         parser.add_argument(
@@ -39,12 +41,12 @@ def main() -> None:
     args = parser.parse_args()
     settings = config.load(args.config)
 
-    costs = _joined(args.costs, schemas.UNIT_ERRORS)
-    wanted = [unit.name for unit in selection_file.read(args.plan).distilled]
+    costs = _joined(args.costs, schemas.UNIT_COSTS)
+    wanted = [unit.name for unit in selection_file.read(args.selection).distilled]
     if costs["unit"].tolist() != wanted:
         raise UserError(
             f"{args.costs[0].parent}: the shards hold units {', '.join(costs['unit'])}, but "
-            f"{args.plan} has {', '.join(wanted)}; delete that folder and rerun"
+            f"{args.selection} has {', '.join(wanted)}; delete that folder and rerun"
         )
     # One job logs a step's students in order of depth, then the next step's.
     log = _joined(args.logs, schemas.DISTILL_LOG).sort_values("step", kind="stable")
@@ -53,7 +55,7 @@ def main() -> None:
     stopping.ignore()
     tensors.write(args.output, state, stamp)
     tables.write(args.log_table, log, schemas.DISTILL_LOG, stamp)
-    tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
+    tables.write(args.unit_costs, costs, schemas.UNIT_COSTS, stamp)
 
 
 def _joined(paths: list[Path], schema) -> pd.DataFrame:

@@ -3,10 +3,11 @@
 One process:       python workflow/scripts/narrow.py --config config/digits.yaml ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/narrow.py --config config/digits.yaml \
-    --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
+    --calls results/digits/record/calls.parquet --selection results/digits/prune/selection.json \
     --students results/digits/distill/students.safetensors --state results/digits/state/narrow \
     --output results/digits/narrow/students.safetensors \
-    --log-table results/digits/narrow/log.parquet --errors results/digits/narrow/errors.parquet
+    --log-table results/digits/narrow/log.parquet \
+    --unit-costs results/digits/narrow/unit_costs.parquet
 
 Text streams and FFNs of the selection become linear maps, fitted by least squares, in the distilled
 students and in kept blocks; then all of them learn L_width and L_linear. Killed at any point, the

@@ -6,20 +6,21 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --calls results/digits/record/calls.parquet --sets results/digits/variants/sets.json \
     --width results/digits/width/measured.parquet --maps results/digits/width/maps.safetensors \
     --conditioning results/digits/activations/conditioning.safetensors \
-    --plan results/digits/prune/plan.json --start results/digits/prune/students.safetensors \
+    --selection results/digits/prune/selection.json \
+    --start results/digits/prune/students.safetensors \
     --distill results/digits/distill/students.safetensors \
-    --distill-errors results/digits/distill/errors.parquet \
+    --distill-unit-costs results/digits/distill/unit_costs.parquet \
     --subsets results/digits/subsets/students.safetensors \
-    --subsets-errors results/digits/subsets/errors.parquet \
+    --subsets-unit-costs results/digits/subsets/unit_costs.parquet \
     --points results/digits/pareto/points.parquet
 
 For `pareto.budgets` sizes, evenly spaced from the smallest variant's to the teacher's, the cheapest
-set of all closed forms and trained units, pins aside, goes into the teacher, its units from the
-stage that serves it best on calls to choose by. Velocity errors are of held-out calls that chose
-nothing, and shared out over the processes; times are measured in rounds, all models in turn, in one
-process while the others wait. Reads of the config: seed, device, teacher, pareto, choose, variants,
-what is forbidden (intervals, width, modulation), and of evaluate velocity_rows, batch_size,
-bootstrap and latency_repeats.
+set of all closed forms and trained units, whatever the config requires, goes into the teacher, its
+units from the stage that serves it best on calls to choose by. Velocity errors are of held-out
+calls that chose nothing, and shared out over the processes; times are measured in rounds, all
+models in turn, in one process while the others wait. Reads of the config: seed, device, teacher,
+pareto, choose, variants, what is forbidden (intervals, width, modulation), and of evaluate
+velocity_rows, batch_size, bootstrap and latency_repeats.
 """
 
 import json
@@ -34,7 +35,7 @@ from ppcl.evaluation import measuring, metrics
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.export import variant_files, variants
 from ppcl.export.variant_files import Files
-from ppcl.pruning import pins, selection_file
+from ppcl.pruning import constraints, selection_file
 from ppcl.runtime import processes, stopping
 from ppcl.search import choosing, sets, sets_file
 from ppcl.settings import Variant
@@ -57,11 +58,11 @@ def main() -> None:
 
     context = opening.opened(settings, calls.Reader(args.calls))
     teacher, reader, device = context.transformer, context.reader, context.device
-    plan = selection_file.read(args.plan) if args.plan else None
+    selection = selection_file.read(args.selection) if args.selection else None
     files, written = Files.of(args), sets_file.read(args.sets)
     workshop = variants.Workshop(teacher, files, device=device)
-    offer = variants.offer(settings, teacher, files, plan, written.alone)
-    offer = replace(offer, pinned=pins.NOTHING)
+    offer = variants.offer(settings, teacher, files, selection, written.alone)
+    offer = replace(offer, required=constraints.NOTHING)
     asked = {}
     # Without 1 itself, which is the teacher.
     smallest = min(written.parameters.values()) / blocks.parameter_count(teacher)

@@ -1,13 +1,14 @@
-"""Makes the pruned model before training: the plan, and every new block's start weights.
+"""Makes the pruned model before training: units of the selection, and start weights of all.
 
     python workflow/scripts/prune.py --config config/digits.yaml \
         --intervals results/digits/intervals/intervals.parquet \
         --candidates results/digits/width/candidates.parquet \
         --calls results/digits/record/calls.parquet \
-        --plan results/digits/prune/plan.json --students results/digits/prune/students.safetensors
+        --selection results/digits/prune/selection.json \
+        --students results/digits/prune/students.safetensors
 
-The plan holds the units of the selection that are trained: all with intervals, and kept blocks
-whose least-squares maps cost more than width.floor of the whole plan; training could only harm the
+The file holds the units of the selection that are trained: all with intervals, and kept blocks
+whose least-squares maps cost more than width.floor of all of it; training could only harm the
 others, which it lists as closed. Of them it names those that distill trains: with width.schedule:
 staged these are the depth students alone, whole blocks still. Narrow blocks start from least
 squares on recorded calls.
@@ -30,7 +31,7 @@ def main() -> None:
         "config",
         reads=("intervals", "calls"),
         may_read=("candidates", "latency"),
-        writes=("plan", "students"),
+        writes=("selection", "students"),
         students="prune/students.safetensors",
     ).parse_args()
     settings = config.load(args.config)
@@ -48,7 +49,7 @@ def main() -> None:
     facts = plan.facts(transformer, settings, args.latency) | {"provenance": stamp}
     stopping.ignore()
     students.save(args.students, made, stamp)
-    texts.write_sealed(args.plan, facts)
+    texts.write_sealed(args.selection, facts)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 One process:        python workflow/scripts/subsets.py --config config/digits.yaml ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
     workflow/scripts/subsets.py --config config/digits.yaml \
-    --calls results/digits/record/calls.parquet --plan results/digits/prune/plan.json \
+    --calls results/digits/record/calls.parquet --selection results/digits/prune/selection.json \
     --students results/digits/distill/students.safetensors --state results/digits/state/subsets \
     --output results/digits/subsets/students.safetensors \
-    --log-table results/digits/subsets/log.parquet --errors results/digits/subsets/errors.parquet
+    --log-table results/digits/subsets/log.parquet \
+    --unit-costs results/digits/subsets/unit_costs.parquet
 
 Every step plugs a random subset of the students into the frozen teacher and trains them through the
 whole model. Killed at any point, the same command resumes from the last checkpoint in --state and

@@ -154,7 +154,7 @@ class IntervalsSettings(Section):
     cka_floor: float
     protect_first: int
     protect_last: int
-    pin: tuple[Ends, ...]
+    require: tuple[Ends, ...]
     forbid: tuple[Ends, ...]
 
 
@@ -162,7 +162,7 @@ class IntervalsSettings(Section):
 class Choices(Section):
     """What has to be pruned of a kind of candidates, and what may not be."""
 
-    pin: tuple[Any, ...]
+    require: tuple[Any, ...]
     forbid: tuple[Any, ...]
 
 
@@ -194,7 +194,7 @@ class ModulationSettings(Section):
     ladder: tuple[int, ...]
     timesteps: int
     guidance: tuple[float, float]
-    pin: tuple[Any, ...]
+    require: tuple[Any, ...]
     forbid: tuple[Any, ...]
 
 

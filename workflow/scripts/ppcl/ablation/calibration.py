@@ -18,7 +18,7 @@ from ppcl.ablation import trial
 from ppcl.ablation.choices import Material
 from ppcl.closed_forms import linear_map_fits, linear_maps
 from ppcl.pruning import students
-from ppcl.pruning.pins import Ends
+from ppcl.pruning.constraints import Ends
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock, Unit, units_of
 from ppcl.search import probes

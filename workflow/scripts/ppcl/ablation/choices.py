@@ -1,7 +1,8 @@
 """How each method of the ablation chooses what goes: `SELECTIONS`, which `methods` names.
 
-Pins and budgets of the config do not count here; protected blocks do. Depth-only methods remove
-exactly `removed` blocks; those with width save at least as many parameters, as few more as may be.
+What the config requires and its budgets do not count here; protected blocks do. Depth-only methods
+remove exactly `removed` blocks; those with width save at least as many parameters, as few more as
+may be.
 """
 
 import functools
@@ -19,8 +20,8 @@ from ppcl.ablation.rivals import Starts
 from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
 from ppcl.extraction import token_table
-from ppcl.pruning import pins
-from ppcl.pruning.pins import Ends, Ffn
+from ppcl.pruning import constraints
+from ppcl.pruning.constraints import Ends, Ffn
 from ppcl.pruning.units import Matrix, Modulation
 from ppcl.search import (
     candidates,
@@ -90,7 +91,7 @@ class Material:
     def runs(self) -> list[range]:
         """Where intervals may lie."""
         kept = set(blocks.untouchable(self.transformer))
-        kept |= pins.protected(self.settings, self.depth)
+        kept |= constraints.protected(self.settings, self.depth)
         return intervals.spans(self.depth, blocks.seams(self.transformer), kept)
 
     @property
@@ -264,8 +265,8 @@ def depth_and_width(
     leaves = settings.intervals.training_leaves
     costs = leaves * measured.costs(paths["sensitivity"], depth)
     every = intervals.all_within(_seen(material.runs, cka))
-    protected = pins.protected(settings, depth)
-    limits = Limits(pins.NOTHING, protected, settings.width.cka_floor)
+    protected = constraints.protected(settings, depth)
+    limits = Limits(constraints.NOTHING, protected, settings.width.cka_floor)
     needs: dict[str, float] = {"blocks": math.ceil(depth_share * removed)}
     if like == "rivals' time":
         weights["latency"], _ = measured.timing(paths["latency"], depth)
@@ -276,7 +277,7 @@ def depth_and_width(
     plan = selection.select(
         Choices(
             {ends: float(costs[ends]) for ends in every if np.isfinite(costs[ends])},
-            *candidates.usable_linear_maps(closed.rows, pins.NOTHING, limits),
+            *candidates.usable_linear_maps(closed.rows, constraints.NOTHING, limits),
             ranks={matrix: {low.rank: 0.0} for matrix in low.matrices},  # they cost all alike
             modulations=low.matrices,
             unread=closed.unread,

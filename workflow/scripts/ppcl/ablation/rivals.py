@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ppcl.errors import UserError
 from ppcl.extraction.token_table import TokenReader
 from ppcl.pruning import students
-from ppcl.pruning.pins import Ends
+from ppcl.pruning.constraints import Ends
 from ppcl.pruning.units import NewBlock
 from ppcl.search import probes
 from ppcl.search.cka import linear_cka

@@ -1,4 +1,4 @@
-"""What of a selection is trained, and what plan.json says of it."""
+"""What of a selection is trained, and what selection.json says of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from torch import nn
 
 from ppcl.closed_forms import linear_map_candidates
 from ppcl.errors import UserError
-from ppcl.pruning import pins, selection_file
+from ppcl.pruning import constraints, selection_file
 from ppcl.pruning.units import Unit, units_of
 from ppcl.search import measured
 from ppcl.settings import Settings, WidthSettings
@@ -25,7 +25,7 @@ class Selected:
 
     Attributes:
         every: all units. depth: its depth students alone.
-        costs: by unit, what its closed forms cost, NaN if one is pinned and was not measured; of
+        costs: by unit, what its closed forms cost, NaN if one is required and was not measured; of
             depth students there are none.
         total: what the selection costs, ranks of modulations included.
     """
@@ -125,14 +125,14 @@ class TrainingPlan:
     def facts(
         self, transformer: nn.Module, settings: Settings, latency: Path | None
     ) -> dict[str, Any]:
-        """The content of plan.json, but for where it comes from.
+        """The content of selection.json, but for where it comes from.
 
         Args:
-            settings: teacher, prune, and what is pinned.
+            settings: teacher, prune, and what is required.
             latency: measured times, with a latency budget.
         """
         depth = len(blocks.block_sequence(transformer))
-        pinned, _ = pins.wishes(settings, depth)
+        required, _ = constraints.of_config(settings, depth)
 
         def entries(some: Sequence[Unit]) -> list[dict]:
             seconds = measured.saved_seconds(some, latency)
@@ -141,7 +141,7 @@ class TrainingPlan:
                     unit,
                     linear_map_candidates.saved_parameters(transformer, unit),
                     saved,
-                    pins.holds(unit, pinned),
+                    constraints.holds(unit, required),
                 )
                 for unit, saved in zip(some, seconds, strict=True)
             ]

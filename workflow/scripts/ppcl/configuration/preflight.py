@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ppcl.configuration import prompt_checks
 from ppcl.errors import UserError
-from ppcl.pruning import pins
+from ppcl.pruning import constraints
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, untrusted
 from ppcl.teacher import arguments, hub, needed, weights
@@ -81,7 +81,7 @@ def check(settings: Settings, source: str = "config") -> None:
         )
     blocks, total = _parameters(settings.teacher)
     try:
-        pins.wishes(settings, len(blocks) or None)
+        constraints.of_config(settings, len(blocks) or None)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     _check_budgets(settings, blocks, total, source)
@@ -299,9 +299,9 @@ def _least(settings: Settings, blocks: list[int], total: int, source: str) -> tu
     """The fewest blocks and parameters that pruning can leave.
 
     As few students as may be in place of all unprotected blocks: one, or with measured costs one
-    for every sensitivity.longest blocks (or as many as a pinned interval has). Narrow blocks count
-    as nothing with width.enabled or modulation.enabled, since how much of them stays is not known
-    here; all stay without intervals.enabled.
+    for every sensitivity.longest blocks (or as many as a required interval has). Narrow blocks
+    count as nothing with width.enabled or modulation.enabled, since how much of them stays is not
+    known here; all stay without intervals.enabled.
     """
     intervals = settings.intervals
     protected = intervals.protect_first + intervals.protect_last
@@ -312,7 +312,7 @@ def _least(settings: Settings, blocks: list[int], total: int, source: str) -> tu
         )
     measured = intervals.cost == "velocity"
     longest = settings.sensitivity.longest if measured else len(blocks)
-    longest = max([longest, *(last - first + 1 for first, last in intervals.pin)])
+    longest = max([longest, *(last - first + 1 for first, last in intervals.require)])
     students = math.ceil((len(blocks) - protected) / longest)
     if not intervals.enabled:
         students = len(blocks) - protected

@@ -8,6 +8,11 @@ from ppcl.errors import UserError
 # Dotted keys.
 OLD_KEYS = {
     "plan": "forecast",
+    "intervals.pin": "intervals.require",
+    "width.text.pin": "width.text.require",
+    "width.ffn_image.pin": "width.ffn_image.require",
+    "width.ffn_text.pin": "width.ffn_text.require",
+    "modulation.pin": "modulation.require",
 }
 
 

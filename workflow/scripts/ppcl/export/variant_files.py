@@ -13,7 +13,7 @@ from ppcl.search.sets import REFIT, START, TRAINED, Set
 
 # Names, in program.FILES, of what models are made from, and of what sets are chosen by.
 MODEL_FILES = ("maps", "conditioning", START, *TRAINED)
-PRICE_FILES = ("plan", "width", "latency", *(f"{stage}_errors" for stage in TRAINED))
+PRICE_FILES = ("selection", "width", "latency", *(f"{stage}_unit_costs" for stage in TRAINED))
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,11 @@ class Files:
         return cls(
             *(given.get(name) for name in ("width", "maps", "conditioning", "latency", "refits")),
             {source: given[source] for source in (START, *TRAINED) if source in given},
-            {stage: given[f"{stage}_errors"] for stage in TRAINED if f"{stage}_errors" in given},
+            {
+                stage: given[f"{stage}_unit_costs"]
+                for stage in TRAINED
+                if f"{stage}_unit_costs" in given
+            },
         )
 
     @property

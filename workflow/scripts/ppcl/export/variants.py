@@ -17,7 +17,7 @@ from ppcl.closed_forms.linear_map_refits import Refits
 from ppcl.errors import UserError
 from ppcl.export.variant_files import Files
 from ppcl.extraction import conditioning
-from ppcl.pruning import pins, students
+from ppcl.pruning import constraints, students
 from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import Matrix, NewBlock, Unit
@@ -191,18 +191,18 @@ def measuring(workshop: Workshop, judged: prices.Judged, state: State | None = N
     return measure
 
 
-def untrained(plan: SelectionFile | None, files: Files) -> dict[str, Member]:
-    """Every unit of the plan, by name, as it is without training; but for those that nothing but
+def untrained(selection: SelectionFile | None, files: Files) -> dict[str, Member]:
+    """Every unit of the selection, by name, as it is without training; but for those that only
     training makes: with width.schedule: staged, narrow students of intervals."""
-    if plan is None:
+    if selection is None:
         return {}
     maps = linear_maps.stored(files.maps) if files.maps else {}
     found = {}
-    for unit in plan.units:
+    for unit in selection.units:
         wanted = [one for part in unit.new_blocks for one in linear_maps.maps_of(part)]
         if not unit.removed_blocks and all(one in maps for one in wanted):
             found[unit.name] = Member(unit, CLOSED)
-        elif START in files.students and unit in plan.distilled:
+        elif START in files.students and unit in selection.distilled:
             found[unit.name] = Member(unit, START)
     return found
 
@@ -211,22 +211,22 @@ def offer(
     settings: Settings,
     transformer: nn.Module,
     files: Files,
-    plan: SelectionFile | None,
+    selection: SelectionFile | None,
     alone: Mapping[str, Mapping[str, float]],
 ) -> Offer:
     """All that variants may take.
 
     Args:
-        settings: intervals, width and modulation, for pins; choose.closed_forms.
+        settings: intervals, width and modulation, for constraints; choose.closed_forms.
         alone: errors of untrained units, by name and source.
     """
     depth = len(blocks.block_sequence(transformer))
-    pinned, forbidden = pins.wishes(settings, depth)
-    closed, counted = _closed(files, depth, pinned, forbidden, settings)
-    units = {unit.name: unit for unit in plan.units} if plan else {}
-    _refuse_unpriced(pinned, closed, units.values())
+    required, forbidden = constraints.of_config(settings, depth)
+    closed, counted = _closed(files, depth, required, forbidden, settings)
+    units = {unit.name: unit for unit in selection.units} if selection else {}
+    _refuse_unpriced(required, closed, units.values())
     if not settings.choose.closed_forms:
-        left = plan.closed if plan else ()
+        left = selection.closed if selection else ()
         linear = {(p.first, stream) for u in left for p in u.new_blocks for stream in p.linear_ffn}
         runs = {(unit.first, unit.last) for unit in left if len(unit.new_blocks) > 1}
         closed = replace(
@@ -234,7 +234,7 @@ def offer(
             runs={ends: cost for ends, cost in closed.runs.items() if ends in runs},
             ffns={ffn: cost for ffn, cost in closed.ffns.items() if ffn in linear},
         )
-    entries = plan.facts["units"] if plan else []
+    entries = selection.facts["units"] if selection else []
     none = [0.0] * depth
     saving = {
         key: {entry["name"]: entry[key] for entry in entries}
@@ -251,16 +251,16 @@ def offer(
         weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
     errors = {name: dict(alone.get(name, {})) for name in units}
     for stage, path in files.errors.items():
-        found = tables.read(path, schemas.UNIT_ERRORS).to_pandas()
+        found = tables.read(path, schemas.UNIT_COSTS).to_pandas()
         for row in found.itertuples():
             # With width.schedule: staged, distill has whole blocks where units may be narrow.
-            if row.unit in units and (stage != "distill" or units[row.unit] in plan.distilled):
+            if row.unit in units and (stage != "distill" or units[row.unit] in selection.distilled):
                 errors[row.unit][stage] = row.velocity_error
-    return Offer(closed, units, errors, weights, facts, pinned)
+    return Offer(closed, units, errors, weights, facts, required)
 
 
-def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit]) -> None:
-    """Raises UserError for what is pinned, but nothing on offer has it."""
+def _refuse_unpriced(required: constraints.Named, closed: Choices, units: Iterable[Unit]) -> None:
+    """Raises UserError for what is required, but nothing on offer has it."""
     units = list(units)
     lists = (
         ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),
@@ -268,16 +268,23 @@ def _refuse_unpriced(pinned: pins.Named, closed: Choices, units: Iterable[Unit])
         ("modulation", "ranks", {block for block, _ in closed.ranks}, "it has no rank on offer"),
     )
     for key, kind, priced, why in lists:
-        for item in sorted(getattr(pinned, kind) - set(priced)):
-            if not any(pins.holds(unit, pins.Named(**{kind: frozenset([item])})) for unit in units):
+        for item in sorted(getattr(required, kind) - set(priced)):
+            if not any(
+                constraints.holds(unit, constraints.Named(**{kind: frozenset([item])}))
+                for unit in units
+            ):
                 raise UserError(
-                    f"{key}: {pins.shown(item)} is pinned, but was not measured: {why}; change "
-                    "that or drop the pin"
+                    f"{key}: {constraints.shown(item)} is required, but was not measured: {why}; "
+                    "change that or drop it"
                 )
 
 
 def _closed(
-    files: Files, depth: int, pinned: pins.Named, forbidden: pins.Named, settings: Settings
+    files: Files,
+    depth: int,
+    required: constraints.Named,
+    forbidden: constraints.Named,
+    settings: Settings,
 ) -> tuple[Choices, Weights]:
     """Closed forms at their prices, and the parameters that each saves."""
     kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
@@ -285,11 +292,11 @@ def _closed(
         kind for key, some in kinds.items() if getattr(settings, key).enabled for kind in some
     ]
     found = measured.closed(files.width, [0] * depth, wanted)
-    protected = pins.protected(settings, depth)
+    protected = constraints.protected(settings, depth)
     limits = Limits(forbidden, protected, settings.width.cka_floor)
     choices = Choices(
         {},
-        *candidates.usable_linear_maps(found.rows, pinned, limits),
+        *candidates.usable_linear_maps(found.rows, required, limits),
         candidates.usable_ranks(found.rows, forbidden),
         modulations=found.modulations,
         unread=found.unread,

@@ -17,7 +17,7 @@ from torch import nn
 from ppcl.closed_forms import linear_map_candidates, linear_maps, modulation
 from ppcl.errors import UserError
 from ppcl.planning import footprint
-from ppcl.pruning import narrow, pins, students
+from ppcl.pruning import constraints, narrow, students
 from ppcl.pruning.units import Matrix, Unit, new_blocks_of, units_of
 from ppcl.settings import ModulationSettings, Settings, TeacherSettings
 from ppcl.storage import untrusted
@@ -121,39 +121,39 @@ def selection(
     intervals: Iterable[tuple[int, int]] | None = None,
     narrower: tuple[list[tuple[int, int]], list[tuple[int, str]]] | None = None,
 ) -> tuple[list[Unit], list[Unit]]:
-    """Units of depth alone, and of depth and width: detected ones, or else those that are pinned.
+    """Units of depth alone, and of depth and width: detected ones, or else those that are required.
 
     Args:
         intervals: detected ones, if there are.
         narrower: detected text runs and linear FFNs, if there are.
 
     Raises:
-        UserError: pins that this teacher can't have, or blocks that it lacks.
+        UserError: requirements that this teacher can't meet, or blocks that it lacks.
     """
     sequence = blocks.block_sequence(transformer)
-    pinned, _ = pins.wishes(settings, len(sequence))
+    required, _ = constraints.of_config(settings, len(sequence))
     ffns = {
         (part.first, stream)
         for unit in linear_map_candidates.ffn_candidates(transformer)
         for part in unit.new_blocks
         for stream in part.linear_ffn
     }
-    pins.check(
-        pinned,
+    constraints.check(
+        required,
         blocks.seams(transformer),
         blocks.untouchable(transformer),
         (),
         ffns,
         linear_map_candidates.text_sizes(transformer)["text_saved"]
-        if pinned.runs
+        if required.runs
         else [0] * len(sequence),
         {block for block, _ in matrices(settings, transformer)},
         linear_maps.unread_after(transformer),
     )
     if not settings.intervals.enabled:
         intervals = ()
-    chosen = sorted(pinned.intervals if intervals is None else intervals)
-    runs, linear = narrower or (sorted(pinned.runs), sorted(pinned.ffns))
+    chosen = sorted(required.intervals if intervals is None else intervals)
+    runs, linear = narrower or (sorted(required.runs), sorted(required.ffns))
     ends = [*(last for _, last in (*chosen, *runs)), *(block for block, _ in linear)]
     if max(ends, default=0) >= len(sequence):
         raise UserError(

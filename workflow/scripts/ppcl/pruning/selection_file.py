@@ -10,14 +10,14 @@ from ppcl.storage import texts
 
 
 def unit_entry(
-    unit: Unit, saved_parameters: int, saved_seconds: float, pinned: bool = False
+    unit: Unit, saved_parameters: int, saved_seconds: float, required: bool = False
 ) -> dict:
-    """A unit as plan.json holds it."""
+    """A unit as selection.json holds it."""
     return {
         "name": unit.name,
         "removed_blocks": unit.removed_blocks,
         "saved_parameters": saved_parameters,
-        "pinned": pinned,
+        "required": required,
         "saved_seconds": None if math.isnan(saved_seconds) else saved_seconds,
         "new_blocks": [asdict(new_block) for new_block in unit.new_blocks],
     }
@@ -25,7 +25,7 @@ def unit_entry(
 
 @dataclass(frozen=True)
 class SelectionFile:
-    """plan.json.
+    """selection.json.
 
     Attributes:
         units: what is trained of the selection.
@@ -40,13 +40,13 @@ class SelectionFile:
     facts: dict
 
     @property
-    def pinned(self) -> set[str]:
+    def required(self) -> set[str]:
         """Names of the units that every variant has, as far as they are trained."""
-        return {entry["name"] for entry in self.facts["units"] if entry["pinned"]}
+        return {entry["name"] for entry in self.facts["units"] if entry["required"]}
 
 
 def read(path: Path) -> SelectionFile:
-    """The plan that `prune` wrote.
+    """The selection that `prune` wrote.
 
     Raises:
         UserError: it is missing, or not a whole one.
@@ -55,15 +55,17 @@ def read(path: Path) -> SelectionFile:
     try:
         for key in ("transformer_parameters", "blocks"):
             int(facts[key])
-        plan = SelectionFile(
+        selection = SelectionFile(
             *(_units(facts[key]) for key in ("units", "distilled", "closed")), facts
         )
-        for new_block in new_blocks_of([*plan.units, *plan.distilled, *plan.closed]):
+        for new_block in new_blocks_of([*selection.units, *selection.distilled, *selection.closed]):
             if not 0 <= new_block.first <= new_block.last < facts["blocks"]:
                 raise ValueError(f"new block {new_block.name} is not of {facts['blocks']} blocks")
-        return plan
+        return selection
     except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as error:
-        raise UserError(f"{path} is not a whole plan ({error}); delete it and rerun") from error
+        raise UserError(
+            f"{path} is not a whole selection ({error}); delete it and rerun"
+        ) from error
 
 
 def _units(entries: list[dict]) -> list[Unit]:
@@ -72,6 +74,6 @@ def _units(entries: list[dict]) -> list[Unit]:
         if entry["name"] != unit.name:
             raise ValueError(f"unit {entry['name']} has the new blocks of {unit.name}")
         int(entry["saved_parameters"])
-        bool(entry["pinned"])
+        bool(entry["required"])
         float(entry["saved_seconds"] or 0)
     return found

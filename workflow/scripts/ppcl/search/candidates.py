@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from ppcl.pruning.pins import Ends, Ffn, Named
+from ppcl.pruning.constraints import Ends, Ffn, Named
 from ppcl.pruning.units import Matrix
 from ppcl.search.intervals import Interval
 from ppcl.search.measured import ClosedForm
@@ -35,31 +35,33 @@ class Obstacle(NamedTuple):
 
 
 def usable_intervals(
-    priced: Mapping[Ends, Interval], pinned: Named, limits: Limits
+    priced: Mapping[Ends, Interval], required: Named, limits: Limits
 ) -> dict[Ends, float]:
-    """The cost of every interval that selection may use; 0 for a pinned one without any.
+    """The cost of every interval that selection may use; 0 for a required one without any.
 
-    The limits do not hold for what is pinned.
+    The limits do not hold for what is required.
     """
     return {
         ends: _counted(interval.cost)
         for ends, interval in priced.items()
-        if ends in pinned.intervals or not interval_obstacle(interval, limits)
+        if ends in required.intervals or not interval_obstacle(interval, limits)
     }
 
 
 def usable_linear_maps(
-    rows: Iterable[ClosedForm], pinned: Named, limits: Limits
+    rows: Iterable[ClosedForm], required: Named, limits: Limits
 ) -> tuple[dict[Ends, float], dict[Ffn, float]]:
     """The same of text runs and of linear FFNs."""
     runs: dict[Ends, float] = {}
     ffns: dict[Ffn, float] = {}
     for row in rows:
         if row.kind == "text" and (
-            row.ends in pinned.runs or not closed_form_obstacle(row, limits)
+            row.ends in required.runs or not closed_form_obstacle(row, limits)
         ):
             runs[row.ends] = _counted(row.cost)
-        if row.kind == "ffn" and (row.ffn in pinned.ffns or not closed_form_obstacle(row, limits)):
+        if row.kind == "ffn" and (
+            row.ffn in required.ffns or not closed_form_obstacle(row, limits)
+        ):
             ffns[row.ffn] = _counted(row.cost)
     return runs, ffns
 

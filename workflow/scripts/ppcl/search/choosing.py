@@ -62,13 +62,13 @@ def search(offer: Offer, wanted: Variant) -> Choice:
     needs = budgets.targets([wanted], offer.facts)
     choices = replace(offer.closed, units=units)
     whose = f"variants: the budget of '{wanted.name}' needs"
-    plan = selection.select(choices, offer.weights, needs, offer.pinned, whose)
-    members = [Member(units[name][0], offer.best(name, train)) for name in plan.units]
-    closed = units_of((), plan.runs, plan.ffns, offer.closed.unread)
+    selected = selection.select(choices, offer.weights, needs, offer.required, whose)
+    members = [Member(units[name][0], offer.best(name, train)) for name in selected.units]
+    closed = units_of((), selected.runs, selected.ffns, offer.closed.unread)
     members += [Member(unit, CLOSED) for unit in closed]
     members.sort(key=lambda member: member.unit.first)
-    found = Set(tuple(members), tuple(sorted(plan.ranks.items())))
-    return Choice(found, plan.cost, plan.saved)
+    found = Set(tuple(members), tuple(sorted(selected.ranks.items())))
+    return Choice(found, selected.cost, selected.saved)
 
 
 def meets(choice: Choice, offer: Offer, wanted: Variant) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from ppcl.errors import UserError
-from ppcl.pruning.pins import Ends, Ffn
+from ppcl.pruning.constraints import Ends, Ffn
 from ppcl.pruning.units import Matrix, Modulation, Unit
 from ppcl.search import savings
 from ppcl.search.savings import Weights

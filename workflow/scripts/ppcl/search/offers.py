@@ -6,7 +6,7 @@ Needs no torch.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ppcl.pruning import pins
+from ppcl.pruning import constraints
 from ppcl.pruning.units import Unit
 from ppcl.search.savings import Weights
 from ppcl.search.selection import Choices
@@ -24,7 +24,7 @@ class Offer:
             there is.
         weights: what everything saves; `units` among it.
         facts: transformer_parameters, blocks, and transformer_seconds for latency.
-        pinned: what the config asks for.
+        required: what the config asks for.
     """
 
     closed: Choices
@@ -32,7 +32,7 @@ class Offer:
     errors: Mapping[str, Mapping[str, float]]
     weights: Mapping[str, Weights]
     facts: Mapping[str, float]
-    pinned: pins.Named = pins.NOTHING
+    required: constraints.Named = constraints.NOTHING
 
     def sources(self, name: str, train: bool = True) -> dict[str, float]:
         """Where a unit can be from, with its error; without training, it is untrained."""

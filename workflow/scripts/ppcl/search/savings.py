@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ppcl.pruning.pins import Ends, Ffn
+from ppcl.pruning.constraints import Ends, Ffn
 from ppcl.pruning.units import Matrix, Modulation, Unit
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ppcl.errors import UserError
-from ppcl.pruning.pins import NOTHING, Ends, Ffn, Named
+from ppcl.pruning.constraints import NOTHING, Ends, Ffn, Named
 from ppcl.pruning.units import Matrix, Modulation, Unit
 from ppcl.search import integer_programs, savings
 from ppcl.search.budgets import amounts
@@ -64,15 +64,15 @@ def select(
     choices: Choices,
     weights: Mapping[str, Weights],
     needs: Mapping[str, float],
-    pinned: Named = NOTHING,
+    required: Named = NOTHING,
     whose: str = "variants: the smallest budgets need",
 ) -> Selection:
-    """The cheapest set that holds all that is pinned and saves what is needed in every measure.
+    """The cheapest set that holds all that is required and saves what is needed in every measure.
 
-    What is pinned may be held by a trained unit. Where the pinned set is enough, it is the plan.
+    What is required may be held by a trained unit. Where the required set is enough, it is taken.
 
     Args:
-        choices: hold what is pinned.
+        choices: hold what is required.
         weights: of the measures blocks, parameters and all that `needs` names.
         needs: measure -> how much has to go, as `targets` gives it.
         whose: how the message begins if nothing saves enough.
@@ -80,7 +80,7 @@ def select(
     Raises UserError, with what can be reached and the keys to relax, if nothing saves enough.
     """
     needs = {measure: need for measure, need in needs.items() if need > 0}
-    columns = _Columns(choices, pinned, len(weights["blocks"].block))
+    columns = _Columns(choices, required, len(weights["blocks"].block))
     gains = {measure: columns.gains(weights[measure]) for measure in needs}
     wanted = list(needs.values())
     costs = [cost for *_, cost in columns.every]
@@ -88,7 +88,7 @@ def select(
     implied = [number for (kind, _), number in columns.number.items() if kind == "borrows"]
     found = integer_programs.cheapest(costs, every, wanted, columns.rows, implied)
     if found:
-        return columns.plan(found, weights)
+        return columns.selection(found, weights)
     reached = {
         m: max(0.0, integer_programs.most(gained, columns.rows)) for m, gained in gains.items()
     }
@@ -109,7 +109,7 @@ Column = tuple[str, Any]
 class _Columns:
     """The integer program of a selection: a column for each member, a row for each exclusion."""
 
-    def __init__(self, choices: Choices, pinned: Named, depth: int):
+    def __init__(self, choices: Choices, required: Named, depth: int):
         self.choices = choices
         borrowers = {b for first, last in choices.runs for b in range(first + 1, last + 1)}
         self.every: list[tuple[str, Any, float]] = [
@@ -126,14 +126,14 @@ class _Columns:
         for block in borrowers:
             self._borrow(block)
         for matrix in sorted(choices.ranks):
-            self._low_rank(matrix, depth, matrix[0] in pinned.ranks)
-        self._pin(pinned)
+            self._low_rank(matrix, depth, matrix[0] in required.ranks)
+        self._require(required)
 
     def gains(self, weights: Weights) -> list[float]:
         """What each column saves in one measure."""
         return [self._gain(kind, item, weights) for kind, item, _ in self.every]
 
-    def plan(self, found: integer_programs.Taken, weights: Mapping[str, Weights]) -> Selection:
+    def selection(self, found: integer_programs.Taken, weights: Mapping[str, Weights]) -> Selection:
         taken = [self.every[column] for column in found.columns]
         members: dict[str, list] = {
             kind: sorted(item for k, item, _ in taken if k == kind)
@@ -227,7 +227,7 @@ class _Columns:
         self._at_most_one([borrows, *going])
         self._only_with(lent, [borrows, *going])
 
-    def _low_rank(self, matrix: Matrix, depth: int, pinned: bool) -> None:
+    def _low_rank(self, matrix: Matrix, depth: int, required: bool) -> None:
         """Columns of a matrix: each rank with each share of its outputs that may be left."""
         block, modulation = matrix[0], self.choices.modulations[matrix]
         by_sixths: dict[int, list[int]] = {sixths: [] for sixths in (0, *modulation.shares)}
@@ -255,7 +255,7 @@ class _Columns:
                 self._only_with(ranks[sixths], by_sixths[sixths])
         less = [n for sixths, numbers in by_sixths.items() if sixths < 6 for n in numbers]
         self._at_most_one([*less, *ranks[6]])
-        if pinned:  # one of them, unless its text stream is borrowed
+        if required:  # one of them, unless its text stream is borrowed
             kept = [n for n in by_sixths[0] if n not in self.going[block]]
             kept = [n for n in kept if self.every[n][0] != "unit" or self._keeps(n, block)]
             self._at_least_one([*kept, *(n for columns in ranks.values() for n in columns)])
@@ -269,13 +269,13 @@ class _Columns:
     def _at_least_one(self, columns: Iterable[int]) -> None:
         self.rows.append((dict.fromkeys(columns, -1.0), -1.0))
 
-    def _pin(self, pinned: Named) -> None:
-        """What is pinned is in, by itself or in a unit."""
+    def _require(self, required: Named) -> None:
+        """What is required is in, by itself or in a unit."""
         units = [(self.number["unit", name], u) for name, (u, _) in self.choices.units.items()]
         holding: dict[Column, list[int]] = {
-            **{("interval", ends): [] for ends in pinned.intervals},
-            **{("run", ends): [] for ends in pinned.runs},
-            **{("ffn", ffn): [] for ffn in pinned.ffns},
+            **{("interval", ends): [] for ends in required.intervals},
+            **{("run", ends): [] for ends in required.runs},
+            **{("ffn", ffn): [] for ffn in required.ffns},
         }
         for number, unit in units:
             has = {("interval", new_block.ends) for new_block in unit.new_blocks}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import pandas as pd
 
-from ppcl.pruning import pins
+from ppcl.pruning import constraints
 from ppcl.pruning.units import Unit
 from ppcl.search import savings
 from ppcl.search.choosing import Choice, Decided
@@ -30,7 +30,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
                 "kind": kind,
                 "stream": " ".join(s for s in (IMAGE, TEXT) if s in streams or kind != "ffn"),
                 "velocity_error": offer.errors[unit.name][member.source],
-                "pinned": pins.holds(unit, offer.pinned),
+                "required": constraints.holds(unit, offer.required),
             }
             saved = {measure: w.units[unit.name] for measure, w in offer.weights.items()}
             found.append(_row(name, unit.name, unit.first, unit.last, member.source, saved, row))
@@ -42,7 +42,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
                 "kind": kind,
                 "stream": TEXT if kind == "text" else item[1],
                 "velocity_error": cost,
-                "pinned": item in offer.pinned.runs | offer.pinned.ffns,
+                "required": item in offer.required.runs | offer.required.ffns,
             }
             saved = {
                 measure: savings.saved(
@@ -68,7 +68,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
             "path": path,
             "rank": rank,
             "velocity_error": offer.closed.ranks[matrix][rank],
-            "pinned": block in offer.pinned.ranks,
+            "required": block in offer.required.ranks,
         }
         saved = {m: w.ranks.get((matrix, rank, sixths), 0.0) for m, w in offer.weights.items()}
         unit = member.unit.name if member else f"{block:02d}-{block:02d}"

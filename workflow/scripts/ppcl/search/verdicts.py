@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppcl.pruning.pins import Ends, Named, overlap, shown, within
+from ppcl.pruning.constraints import Ends, Named, overlap, shown, within
 from ppcl.pruning.units import Modulation
 from ppcl.search.budgets import amounts
 from ppcl.search.candidates import Limits, closed_form_obstacle, interval_obstacle
@@ -23,11 +23,11 @@ _NOT_NEEDED = Verdict.NOT_NEEDED, "not needed for the budget: other choices cost
 
 @dataclass(frozen=True)
 class Decision:
-    """What was selected, for which needs (measure -> how much has to go), and what was pinned."""
+    """What was selected, for which needs (measure -> how much has to go), and what was required."""
 
-    plan: Selection
+    selection: Selection
     needs: Mapping[str, float]
-    pinned: Named
+    required: Named
 
 
 def interval_rows(
@@ -41,28 +41,28 @@ def interval_rows(
     every selected one that is not in it (source "optimal"), each with its verdict.
 
     Args:
-        priced: all candidates and all pinned intervals.
+        priced: all candidates and all required intervals.
         tolerance: rise of Delta that ended the search.
     """
     searched = {(it.first, it.last): it for it in chain}
-    plan, pinned = decision.plan, decision.pinned
+    selection, required = decision.selection, decision.required
     rows = []
-    for ends in sorted({*searched, *plan.intervals}):
+    for ends in sorted({*searched, *selection.intervals}):
         interval = priced.get(ends) or searched[ends]
-        if ends in plan.intervals:
-            wanted = ends in pinned.intervals
+        if ends in selection.intervals:
+            wanted = ends in required.intervals
             verdict, reason = _selected(wanted, "intervals", interval.cost, decision)
             whole = next((it for it in chain if set(interval.blocks) < set(it.blocks)), None)
             reason += f"; part of the Eq. 5 run {whole}" if whole else ""
         else:
-            verdict, reason = interval_obstacle(interval, limits) or _interval_left(ends, plan)
+            verdict, reason = interval_obstacle(interval, limits) or _interval_left(ends, selection)
         rows.append(
             {
                 "first": interval.first,
                 "last": interval.last,
                 "removed_blocks": interval.removed,
                 "cka": interval.cka,
-                "selected": ends in plan.intervals,
+                "selected": ends in selection.intervals,
                 "verdict": verdict,
                 "reason": reason,
                 "source": "trend" if ends in searched else "optimal",
@@ -76,26 +76,26 @@ def interval_rows(
 def closed_form_rows(
     closed: ClosedForms, decision: Decision, limits: Limits
 ) -> list[dict[str, Any]]:
-    """Rows of width/candidates.parquet: every measured or pinned text run and linear FFN, and every
-    measured rank of a modulation matrix, each with its verdict."""
-    plan, pinned = decision.plan, decision.pinned
+    """Rows of width/candidates.parquet: every measured or required text run and linear FFN, and
+    every measured rank of a modulation matrix, each with its verdict."""
+    selection, required = decision.selection, decision.required
     rows = []
     for row in sorted(
         closed.rows, key=lambda r: (r.kind, r.first, r.last, r.stream, r.path, r.rank)
     ):
         selected, wanted, key = {
-            "text": (row.ends in plan.runs, row.ends in pinned.runs, "width.text"),
-            "ffn": (row.ffn in plan.ffns, row.ffn in pinned.ffns, f"width.ffn_{row.stream}"),
+            "text": (row.ends in selection.runs, row.ends in required.runs, "width.text"),
+            "ffn": (row.ffn in selection.ffns, row.ffn in required.ffns, f"width.ffn_{row.stream}"),
             "modulation": (
-                plan.ranks.get(row.matrix) == row.rank,
-                row.first in pinned.ranks,
+                selection.ranks.get(row.matrix) == row.rank,
+                row.first in required.ranks,
                 "modulation",
             ),
         }[row.kind]
         if selected:
             verdict, reason = _selected(wanted, key, row.cost, decision)
         else:
-            verdict, reason = closed_form_obstacle(row, limits) or _left(row, plan, closed)
+            verdict, reason = closed_form_obstacle(row, limits) or _left(row, selection, closed)
         rows.append(
             {
                 "kind": row.kind,
@@ -117,39 +117,41 @@ def closed_form_rows(
 
 
 def _selected(wanted: bool, key: str, cost: float, decision: Decision) -> Judged:
-    """Of something that is selected; wanted: it is pinned, by the list of this key."""
+    """Of something that is selected; wanted: it is required, by the list of this key."""
     if wanted:
         free = "; not measured, so it counts as free" * math.isnan(cost)
-        return Verdict.PINNED, f"pinned by {key}.pin" + free
-    plan = decision.plan
+        return Verdict.REQUIRED, f"required by {key}.require" + free
+    selection = decision.selection
     return Verdict.CHEAPEST, (
         f"in the cheapest set that saves {amounts(decision.needs)} (it saves "
-        f"{amounts(plan.saved)}, cost {plan.cost:.4g})"
+        f"{amounts(selection.saved)}, cost {selection.cost:.4g})"
     )
 
 
-def _interval_left(ends: Ends, plan: Selection) -> Judged:
+def _interval_left(ends: Ends, selection: Selection) -> Judged:
     """Of an interval that may be used, but was not selected."""
-    if rivals := [shown(it) for it in plan.intervals if overlap(it, ends)]:
+    if rivals := [shown(it) for it in selection.intervals if overlap(it, ends)]:
         return _costlier(rivals)
-    if cut := [shown(run) for run in plan.runs if overlap(run, ends) and not within(ends, run)]:
+    if cut := [
+        shown(run) for run in selection.runs if overlap(run, ends) and not within(ends, run)
+    ]:
         return Verdict.CONFLICT, f"would be cut by the selected text run {cut[0]}"
     return _NOT_NEEDED
 
 
-def _left(row: ClosedForm, plan: Selection, closed: ClosedForms) -> Judged:
+def _left(row: ClosedForm, selection: Selection, closed: ClosedForms) -> Judged:
     """Of a closed form that may be used, but was not selected."""
     if row.kind == "text":
-        return _run_left(row, plan)
+        return _run_left(row, selection)
     if row.kind == "ffn":
-        return _ffn_left(row, plan, closed.unread)
-    return _rank_left(row, plan, closed.modulations[row.matrix])
+        return _ffn_left(row, selection, closed.unread)
+    return _rank_left(row, selection, closed.modulations[row.matrix])
 
 
-def _run_left(row: ClosedForm, plan: Selection) -> Judged:
-    if rivals := [shown(run) for run in plan.runs if overlap(run, row.ends)]:
+def _run_left(row: ClosedForm, selection: Selection) -> Judged:
+    if rivals := [shown(run) for run in selection.runs if overlap(run, row.ends)]:
         return _costlier(rivals)
-    for interval in plan.intervals:
+    for interval in selection.intervals:
         if overlap(interval, row.ends):
             if within(row.ends, interval):
                 reason = f"inside the selected interval {shown(interval)}, it is one block"
@@ -159,20 +161,20 @@ def _run_left(row: ClosedForm, plan: Selection) -> Judged:
     return _NOT_NEEDED
 
 
-def _ffn_left(row: ClosedForm, plan: Selection, unread: int | None) -> Judged:
+def _ffn_left(row: ClosedForm, selection: Selection, unread: int | None) -> Judged:
     text = row.stream == TEXT
-    for first, last in plan.runs:
+    for first, last in selection.runs:
         if text and first == row.first and last == unread:
             reason = f"gone: nothing reads its text after the selected run [{first},{last}]"
             return Verdict.GONE, reason
-    return _gone(row.first, text, plan) or _NOT_NEEDED
+    return _gone(row.first, text, selection) or _NOT_NEEDED
 
 
-def _rank_left(row: ClosedForm, plan: Selection, modulation: Modulation) -> Judged:
-    if row.matrix in plan.ranks:
-        reason = f"rank {plan.ranks[row.matrix]} of it costs less at this budget"
+def _rank_left(row: ClosedForm, selection: Selection, modulation: Modulation) -> Judged:
+    if row.matrix in selection.ranks:
+        reason = f"rank {selection.ranks[row.matrix]} of it costs less at this budget"
         return Verdict.COSTLIER, reason
-    return _gone(row.first, modulation.text, plan) or _NOT_NEEDED
+    return _gone(row.first, modulation.text, selection) or _NOT_NEEDED
 
 
 def _costlier(rivals: Sequence[str]) -> Judged:
@@ -180,14 +182,14 @@ def _costlier(rivals: Sequence[str]) -> Judged:
     return Verdict.COSTLIER, reason
 
 
-def _gone(block: int, text: bool, plan: Selection) -> Judged | None:
+def _gone(block: int, text: bool, selection: Selection) -> Judged | None:
     """Of something that a block does not have any more; None if it still does. text: of its text
     stream."""
-    for first, last in plan.intervals:
+    for first, last in selection.intervals:
         if first < block <= last:
             reason = f"goes with its block in the selected interval [{first},{last}]"
             return Verdict.GONE, reason
-    for first, last in plan.runs:
+    for first, last in selection.runs:
         if text and first < block <= last:
             reason = f"gone: its text stream is borrowed in the selected run [{first},{last}]"
             return Verdict.GONE, reason

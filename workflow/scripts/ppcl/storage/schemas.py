@@ -17,7 +17,7 @@ def column(name: str, kind: pa.DataType, description: str, nan: bool = False) ->
 class Verdict(StrEnum):
     """Why a candidate was selected or not: what the columns `verdict` hold."""
 
-    PINNED = "pinned"
+    REQUIRED = "required"
     CHEAPEST = "cheapest"
     FORBIDDEN = "forbidden"
     PROTECTED = "protected"
@@ -35,7 +35,7 @@ RULED_OUT = frozenset({Verdict.FORBIDDEN, Verdict.PROTECTED, Verdict.LOW_CKA, Ve
 _VERDICT = column(
     "verdict",
     pa.string(),
-    "selected: `pinned` by the config, or of the `cheapest` set that is enough; ruled out: "
+    "selected: `required` by the config, or of the `cheapest` set that is enough; ruled out: "
     "`forbidden` by the config, holds a `protected` block, `low_cka` (below cka_floor) or "
     "`unmeasured`; left: `costlier` than another choice for its blocks or its matrix, in "
     "`conflict` with one, as either would cut the other, `gone` with one, or `not_needed`",
@@ -230,7 +230,7 @@ DISTILL_LOG = pa.schema(
     ]
 )
 
-UNIT_ERRORS = pa.schema(
+UNIT_COSTS = pa.schema(
     [
         column("unit", pa.string(), "first-last block, such as `03-04`"),
         column("first", pa.int32(), "first block of the unit"),
@@ -276,7 +276,7 @@ VARIANT_UNITS = pa.schema(
         column("velocity_error", pa.float64(), "of the teacher with only this, held out"),
         column("saved_parameters", pa.int64(), "parameters that it saves in this variant"),
         column("saved_seconds", pa.float64(), "time; NaN without a latency budget", nan=True),
-        column("pinned", pa.bool_(), "the config asks for it whatever it costs"),
+        column("required", pa.bool_(), "the config asks for it whatever it costs"),
     ]
 )
 
@@ -449,11 +449,11 @@ TABLES = {
     "intervals/intervals.parquet": INTERVALS,
     "width/candidates.parquet": WIDTH_CANDIDATES,
     "distill/log.parquet": DISTILL_LOG,
-    "distill/errors.parquet": UNIT_ERRORS,
+    "distill/unit_costs.parquet": UNIT_COSTS,
     "narrow/log.parquet": DISTILL_LOG,
-    "narrow/errors.parquet": UNIT_ERRORS,
+    "narrow/unit_costs.parquet": UNIT_COSTS,
     "subsets/log.parquet": VELOCITY_LOG,
-    "subsets/errors.parquet": UNIT_ERRORS,
+    "subsets/unit_costs.parquet": UNIT_COSTS,
     "variants/units.parquet": VARIANT_UNITS,
     "variants/measured.parquet": VARIANT_SETS,
     "finetune/<variant>.parquet": VELOCITY_LOG,
@@ -502,17 +502,17 @@ ARTIFACTS = {
     "latency/blocks.parquet": "what parts of blocks take (if a budget is a latency)",
     "intervals/intervals.parquet": "candidate intervals and the selection",
     "width/candidates.parquet": "the selection of text runs and FFNs (if width.enabled)",
-    "prune/plan.json": "what each student replaces and starts from",
+    "prune/selection.json": "what each student replaces and starts from",
     "prune/students.safetensors": "start weights of the students",
     "distill/students.safetensors": "students trained one by one",
-    "distill/errors.parquet": "what each trained student costs, plugged into the teacher alone",
+    "distill/unit_costs.parquet": "what each trained student costs, plugged into the teacher alone",
     "distill/log.parquet": "losses of the students during distillation",
     "distill/shards/": "which job owns which students; what each left, until it is joined",
     "narrow/students.safetensors": "made narrow and trained again (width.schedule: staged)",
-    "narrow/errors.parquet": "what each unit costs now, plugged into the teacher alone",
+    "narrow/unit_costs.parquet": "what each unit costs now, plugged into the teacher alone",
     "narrow/log.parquet": "losses of the narrow blocks",
     "subsets/students.safetensors": "trained in random subsets (unless subsets.steps is 0)",
-    "subsets/errors.parquet": "what each of them costs, plugged into the teacher alone",
+    "subsets/unit_costs.parquet": "what each of them costs, plugged into the teacher alone",
     "subsets/log.parquet": "velocity error while random subsets are trained",
     "variants/sets.json": "what each variant is made of, and from which stage",
     "variants/sets/<variant>.json": "what one is built from: it changes with that one alone",

@@ -199,7 +199,7 @@ def cost_table(
     options: DistillSettings | SubsetsSettings,
     state: State | None = None,
 ) -> pd.DataFrame:
-    """Rows of errors.parquet: what every unit costs, plugged in alone, on held-out rows.
+    """Rows of unit_costs.parquet: what every unit costs, plugged in alone, on held-out rows.
 
     Args:
         entries: the plan's, one per unit.
@@ -236,4 +236,4 @@ def cost_table(
         }
         for unit, entry, cost in zip(units, entries, costs, strict=True)
     ]
-    return pd.DataFrame(found, columns=schemas.UNIT_ERRORS.names)
+    return pd.DataFrame(found, columns=schemas.UNIT_COSTS.names)

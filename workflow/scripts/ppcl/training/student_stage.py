@@ -30,12 +30,12 @@ def parser(description: str | None, students: str) -> argparse.ArgumentParser:
         description,
         "config",
         "state",
-        reads=("calls", "plan", "students"),
-        writes=("output", "log_table", "errors"),
+        reads=("calls", "selection", "students"),
+        writes=("output", "log_table", "unit_costs"),
         students=students,
         output="students.safetensors",
         log_table="log.parquet",
-        errors="errors.parquet",
+        unit_costs="unit_costs.parquet",
     )
 
 
@@ -46,7 +46,7 @@ class StudentStage:
     Attributes:
         args: of `parser`.
         options: of the stage's training.
-        plan: what selection took.
+        selection: what selection took.
         units, entries: what the stage, or its shard, teaches of it, as of
             `distillation.cost_table`.
         state: where the training goes on, with the digest of what decides it.
@@ -56,7 +56,7 @@ class StudentStage:
     settings: Settings
     options: DistillSettings | SubsetsSettings
     context: Context
-    plan: SelectionFile
+    selection: SelectionFile
     units: Sequence[Unit]
     entries: Sequence[dict]
     state: State
@@ -70,27 +70,27 @@ class StudentStage:
         script: str,
         teaches: Literal["units", "distilled"] = "units",
     ) -> "StudentStage":
-        """Reads the plan and loads the teacher.
+        """Reads the selection and loads the teacher.
 
         Args:
             script: the stage's file, whose code decides the result too.
-            teaches: which units of the plan.
+            teaches: which units of the selection.
         """
         reader = calls.Reader(args.calls)
         through_teacher = isinstance(options, SubsetsSettings)
         context = opening.opened(
             settings, reader, options.mixed_precision, gradients=through_teacher, compiled=True
         )
-        plan = selection_file.read(args.plan)
-        pairs = list(zip(getattr(plan, teaches), plan.facts[teaches], strict=True))
-        inputs = [args.calls, args.plan, args.students]
+        selection = selection_file.read(args.selection)
+        pairs = list(zip(getattr(selection, teaches), selection.facts[teaches], strict=True))
+        inputs = [args.calls, args.selection, args.students]
         if shared_out := getattr(args, "shards", None):
             mine = shards.read(shared_out)[args.shard]
             pairs = [(unit, entry) for unit, entry in pairs if unit.name in mine]
             inputs.append(shared_out)
         units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
         state = State(args.state, loop.identity(Path(script), settings, inputs))
-        return cls(args, settings, options, context, plan, units, entries, state)
+        return cls(args, settings, options, context, selection, units, entries, state)
 
     def train(
         self,
@@ -136,7 +136,7 @@ class StudentStage:
             stamp = provenance.stamp(self.settings.given, rows=len(self.context.reader))
             students.save(args.output, taught, stamp)
             tables.write(args.log_table, log, schema, stamp)
-            tables.write(args.errors, costs, schemas.UNIT_ERRORS, stamp)
+            tables.write(args.unit_costs, costs, schemas.UNIT_COSTS, stamp)
         processes.finish(accelerator)
         if accelerator.is_main_process:
             # What may take most of a disk, and a finished training does not read.

@@ -1,5 +1,5 @@
-"""What a config pins and forbids: intervals, text runs (Eq. 8), linear FFNs (Eq. 9), and low-rank
-modulations.
+"""What a config requires and forbids: intervals, text runs (Eq. 8), linear FFNs (Eq. 9), and
+modulations of low rank.
 
 Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
@@ -19,7 +19,7 @@ Ffn = tuple[int, str]
 
 @dataclass(frozen=True)
 class Named:
-    """What a config's pin or forbid lists name; ranks: blocks, as `units.Modulation.block`."""
+    """What a config's require or forbid lists name; ranks: blocks, as `units.Modulation.block`."""
 
     intervals: frozenset[Ends] = frozenset()
     runs: frozenset[Ends] = frozenset()
@@ -30,46 +30,48 @@ class Named:
 NOTHING = Named()
 
 
-def wishes(settings: Settings, depth: int | None = None) -> tuple[Named, Named]:
-    """What the config pins, and what it forbids; only of what is enabled.
+def of_config(settings: Settings, depth: int | None = None) -> tuple[Named, Named]:
+    """What the config requires, and what it forbids; only of what is enabled.
 
     depth: blocks of the teacher, if known.
 
-    Raises UserError, naming the key, for pins that contradict each other, a forbid or the protected
-    blocks, and for blocks that the teacher lacks.
+    Raises UserError, naming the key, for what is required and contradicts another such choice, what
+    is forbidden or the protected blocks, and for blocks that the teacher lacks.
     """
-    pinned, forbidden = (_named(settings, verb, depth) for verb in ("pin", "forbid"))
-    for key, one, other in _listed(pinned, forbidden):
+    required, forbidden = (_named(settings, verb, depth) for verb in ("require", "forbid"))
+    for key, one, other in _listed(required, forbidden):
         if both := sorted(one & other):
             raise UserError(
-                f"{key}.pin: {shown(both[0])} is also in {key}.forbid; remove it from one of them"
+                f"{key}.require: {shown(both[0])} is also in {key}.forbid; remove it from one of "
+                "them"
             )
-    for key, ends in (("intervals", pinned.intervals), ("width.text", pinned.runs)):
+    for key, ends in (("intervals", required.intervals), ("width.text", required.runs)):
         for one, other in itertools.pairwise(sorted(ends)):
             if overlap(one, other):
-                raise UserError(f"{key}.pin: {shown(one)} and {shown(other)} overlap; drop one")
-    for run, interval in itertools.product(pinned.runs, pinned.intervals):
+                raise UserError(f"{key}.require: {shown(one)} and {shown(other)} overlap; drop one")
+    for run, interval in itertools.product(required.runs, required.intervals):
         if overlap(run, interval) and (run == interval or not within(interval, run)):
             raise UserError(
-                f"width.text.pin: {shown(run)} and {shown(interval)} of intervals.pin contradict "
-                "each other: a text run holds whole intervals and more; change one of them"
+                f"width.text.require: {shown(run)} and {shown(interval)} of intervals.require "
+                "contradict each other: a text run holds whole intervals and more; change one of "
+                "them"
             )
-    _check_pinned_ffns(pinned)
-    for block, (first, last) in itertools.product(sorted(pinned.ranks), pinned.intervals):
+    _check_required_ffns(required)
+    for block, (first, last) in itertools.product(sorted(required.ranks), required.intervals):
         if first < block <= last:
             raise UserError(
-                f"modulation.pin: {block} goes with [{first},{last}] of intervals.pin, whose "
-                f"student starts from block {first}; pin {first} or drop one of them"
+                f"modulation.require: {block} goes with [{first},{last}] of intervals.require, "
+                f"whose student starts from block {first}; require {first} or drop one of them"
             )
     kept = protected(settings, depth)
-    for key, one, _ in _listed(pinned, forbidden):
+    for key, one, _ in _listed(required, forbidden):
         for item in sorted(one) if key != "modulation" else ():
             if inside := sorted(kept & set(_blocks(item))):
                 raise UserError(
-                    f"{key}.pin: {shown(item)} holds block {inside[0]}, which intervals."
-                    "protect_first or protect_last keeps; lower that or drop the pin"
+                    f"{key}.require: {shown(item)} holds block {inside[0]}, which intervals."
+                    "protect_first or protect_last keeps; lower that or drop it"
                 )
-    return pinned, forbidden
+    return required, forbidden
 
 
 def protected(settings: Settings, depth: int | None) -> set[int]:
@@ -79,7 +81,7 @@ def protected(settings: Settings, depth: int | None) -> set[int]:
 
 
 def check(
-    pinned: Named,
+    required: Named,
     seams: Iterable[int],
     untouchable: Collection[int],
     unseen: Collection[int],
@@ -88,7 +90,7 @@ def check(
     modulated: Collection[int],
     unread: int | None,
 ) -> None:
-    """Raises UserError for pins that this teacher can't have.
+    """Raises UserError for requirements that this teacher can't meet.
 
     Args:
         seams: first block of each block list.
@@ -101,7 +103,7 @@ def check(
         unread: the block after which nothing reads the text stream, if there is one.
     """
     seams = list(seams)
-    for key, one, _ in _listed(pinned, pinned):
+    for key, one, _ in _listed(required, required):
         for item in sorted(one):
             blocks = _blocks(item)
             if key == "modulation":
@@ -120,12 +122,12 @@ def check(
                 why = "this block has no such FFN"
             else:
                 continue
-            raise UserError(f"{key}.pin: {shown(item)} can't be had: {why}; drop it")
-    for first, last in pinned.runs:
-        if last == unread and (first, TEXT) in pinned.ffns:
+            raise UserError(f"{key}.require: {shown(item)} can't be had: {why}; drop it")
+    for first, last in required.runs:
+        if last == unread and (first, TEXT) in required.ffns:
             raise UserError(
-                f"width.ffn_text.pin: {first} has no text FFN in the text run [{first},{last}] of "
-                "width.text.pin, after which nothing reads the text; drop one of them"
+                f"width.ffn_text.require: {first} has no text FFN in the text run [{first},{last}] "
+                "of width.text.require, after which nothing reads the text; drop one of them"
             )
 
 
@@ -190,20 +192,20 @@ def _listed(one: Named, other: Named) -> Iterator[tuple[str, frozenset, frozense
     yield "modulation", one.ranks, other.ranks
 
 
-def _check_pinned_ffns(pinned: Named) -> None:
-    for block, stream in sorted(pinned.ffns):
-        key = f"width.ffn_{stream}.pin: {block}"
-        for first, last in pinned.intervals:
+def _check_required_ffns(required: Named) -> None:
+    for block, stream in sorted(required.ffns):
+        key = f"width.ffn_{stream}.require: {block}"
+        for first, last in required.intervals:
             if first < block <= last:
                 raise UserError(
-                    f"{key} goes with [{first},{last}] of intervals.pin, whose student starts from "
-                    f"block {first}; pin {first} or drop one of them"
+                    f"{key} goes with [{first},{last}] of intervals.require, whose student starts "
+                    f"from block {first}; require {first} or drop one of them"
                 )
-        for first, last in pinned.runs:
+        for first, last in required.runs:
             if stream == TEXT and first < block <= last:
                 raise UserError(
                     f"{key} has no text FFN of its own in the text run [{first},{last}] of "
-                    "width.text.pin; drop one of them"
+                    "width.text.require; drop one of them"
                 )
 
 
