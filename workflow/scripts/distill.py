@@ -38,7 +38,7 @@ def main() -> None:
     taught = students.load(args.students, context.transformer, new_blocks_of(stage.units))
     for student in taught.values():
         student.train().to(device)
-    start = stage.plan.facts["start"]
+    start = stage.selection.facts["start"]
     # Of a block of its own, the teacher shows it.
     same = start in ("first", "solved")  # up to the attention
     borrowing = [] if same else [part for part in taught if part.borrows]

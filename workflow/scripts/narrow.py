@@ -31,7 +31,9 @@ def main() -> None:
     stage = StudentStage.opened(args, settings, options, __file__)
     context, device = stage.context, stage.context.device
 
-    done = students.load(args.students, context.transformer, new_blocks_of(stage.plan.distilled))
+    done = students.load(
+        args.students, context.transformer, new_blocks_of(stage.selection.distilled)
+    )
     whole = students.whole(context.transformer, new_blocks_of(stage.units), done)
     uncut = students.uncut(whole)
     taught = linear_map_fits.start(context, whole, settings.width)

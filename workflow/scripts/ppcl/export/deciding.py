@@ -18,10 +18,10 @@ from ppcl.transformer.context import Context, State
 
 
 def untrained_errors(
-    plan: SelectionFile | None, files: Files, measure: Measure
+    selection: SelectionFile | None, files: Files, measure: Measure
 ) -> dict[str, dict[str, float]]:
-    """Errors of the plan's units as they are without training, by name and source."""
-    fresh = variants.untrained(plan, files)
+    """Errors of the selection's units as they are without training, by name and source."""
+    fresh = variants.untrained(selection, files)
     costs = measure([sets.Set((member,)) for member in fresh.values()])
     return {
         name: {member.source: cost}
