@@ -18,7 +18,7 @@ from ppcl.export import variants
 from ppcl.export.variant_files import Files
 from ppcl.pruning import constraints, narrow, selection_file
 from ppcl.pruning.units import NewBlock, Unit
-from ppcl.search import sets, sets_file
+from ppcl.search import offers, sets, sets_file
 from ppcl.search.selection import Choices
 from ppcl.search.sets import Member, Set
 from ppcl.settings import Settings
@@ -251,10 +251,10 @@ def test_a_required_run_that_nobody_measured_is_trained(tiny_teacher, tiny_calls
 def test_what_is_required_and_not_on_offer_is_named(named, words):
     required = constraints.Named(**{kind: frozenset([item]) for kind, item in named.items()})
     with pytest.raises(UserError, match=words):
-        variants._refuse_unpriced(required, Choices(), [])
+        offers._refuse_unpriced(required, Choices(), [])
     units = [Unit((NewBlock(0, 0, text="source"), NewBlock(1, 3, ("image",), "close", (0, 0))))]
     if "ranks" not in named:
-        variants._refuse_unpriced(required, Choices(), units)
+        offers._refuse_unpriced(required, Choices(), units)
 
 
 def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tiny_calls):

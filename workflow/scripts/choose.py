@@ -37,7 +37,7 @@ from ppcl.export import deciding, variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.pruning import selection_file
 from ppcl.runtime import processes, stopping
-from ppcl.search import choosing, set_tables, sets_file
+from ppcl.search import choosing, offers, set_tables, sets_file
 from ppcl.storage import schemas, tables
 from ppcl.teacher import opening
 from ppcl.training import loop, prices
@@ -77,7 +77,9 @@ def main() -> None:
     judged = prices.Judged(context, rows, options.batch_size)
     measure = variants.measuring(workshop, judged, state)
     alone = deciding.untrained_errors(selection, files, measure)
-    offer = variants.offer(settings, context.transformer, files, selection, alone)
+    offer = offers.offered(
+        settings, blocks.sizes(context.transformer), files.prices, selection, alone
+    )
     decided, refits = deciding.decided(context, settings, offer, workshop, measure, state)
     choices = {name: one.choice for name, one in decided.items()}
     if context.accelerator.is_main_process:

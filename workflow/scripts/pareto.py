@@ -37,7 +37,7 @@ from ppcl.export import variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.pruning import constraints, selection_file
 from ppcl.runtime import processes, stopping
-from ppcl.search import choosing, sets, sets_file
+from ppcl.search import choosing, offers, sets, sets_file
 from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
 from ppcl.teacher import opening
@@ -61,7 +61,7 @@ def main() -> None:
     selection = selection_file.read(args.selection) if args.selection else None
     files, written = Files.of(args), sets_file.read(args.sets)
     workshop = variants.Workshop(teacher, files, device=device)
-    offer = variants.offer(settings, teacher, files, selection, written.alone)
+    offer = offers.offered(settings, blocks.sizes(teacher), files.prices, selection, written.alone)
     offer = replace(offer, required=constraints.NOTHING)
     asked = {}
     # Without 1 itself, which is the teacher.

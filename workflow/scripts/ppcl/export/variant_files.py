@@ -9,6 +9,7 @@ from pathlib import Path
 from ppcl.closed_forms import linear_map_refits
 from ppcl.closed_forms.linear_map_refits import Refits
 from ppcl.errors import UserError
+from ppcl.search.offers import PriceFiles
 from ppcl.search.sets import REFIT, START, TRAINED, Set
 
 # Names, in program.FILES, of what models are made from, and of what sets are chosen by.
@@ -49,6 +50,11 @@ class Files:
                 if f"{stage}_unit_costs" in given
             },
         )
+
+    @property
+    def prices(self) -> PriceFiles:
+        """The tables that sets are chosen by."""
+        return PriceFiles(self.width, self.latency, self.errors)
 
     @property
     def every(self) -> list[Path]:

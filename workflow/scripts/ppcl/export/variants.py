@@ -6,8 +6,7 @@ stage that each is from.
 """
 
 from collections import ChainMap
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
@@ -17,19 +16,12 @@ from ppcl.closed_forms.linear_map_refits import Refits
 from ppcl.errors import UserError
 from ppcl.export.variant_files import Files
 from ppcl.extraction import conditioning
-from ppcl.pruning import constraints, students
+from ppcl.pruning import students
 from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.students import Students
-from ppcl.pruning.units import Matrix, NewBlock, Unit
-from ppcl.search import candidates, measured
-from ppcl.search.candidates import Limits
+from ppcl.pruning.units import Matrix, NewBlock
 from ppcl.search.choosing import Measure
-from ppcl.search.offers import Offer
-from ppcl.search.savings import Weights
-from ppcl.search.selection import Choices
 from ppcl.search.sets import CLOSED, REFIT, START, Member, Set
-from ppcl.settings import Settings
-from ppcl.storage import schemas, tables
 from ppcl.training import prices
 from ppcl.transformer import blocks
 from ppcl.transformer.context import State
@@ -205,103 +197,6 @@ def untrained(selection: SelectionFile | None, files: Files) -> dict[str, Member
         elif START in files.students and unit in selection.distilled:
             found[unit.name] = Member(unit, START)
     return found
-
-
-def offer(
-    settings: Settings,
-    transformer: nn.Module,
-    files: Files,
-    selection: SelectionFile | None,
-    alone: Mapping[str, Mapping[str, float]],
-) -> Offer:
-    """All that variants may take.
-
-    Args:
-        settings: intervals, width and modulation, for constraints; choose.closed_forms.
-        alone: errors of untrained units, by name and source.
-    """
-    depth = len(blocks.block_sequence(transformer))
-    required, forbidden = constraints.of_config(settings, depth)
-    closed, counted = _closed(files, depth, required, forbidden, settings)
-    units = {unit.name: unit for unit in selection.units} if selection else {}
-    _refuse_unpriced(required, closed, units.values())
-    if not settings.choose.closed_forms:
-        left = selection.closed if selection else ()
-        linear = {(p.first, stream) for u in left for p in u.new_blocks for stream in p.linear_ffn}
-        runs = {(unit.first, unit.last) for unit in left if len(unit.new_blocks) > 1}
-        closed = replace(
-            closed,
-            runs={ends: cost for ends, cost in closed.runs.items() if ends in runs},
-            ffns={ffn: cost for ffn, cost in closed.ffns.items() if ffn in linear},
-        )
-    entries = selection.facts["units"] if selection else []
-    none = [0.0] * depth
-    saving = {
-        key: {entry["name"]: entry[key] for entry in entries}
-        for key in ("removed_blocks", "saved_parameters")
-    }
-    weights = {
-        "blocks": Weights(none, none, none, units=saving["removed_blocks"]),
-        "parameters": replace(counted, units=saving["saved_parameters"]),
-    }
-    facts = {"transformer_parameters": blocks.parameter_count(transformer), "blocks": depth}
-    if files.latency:
-        timed, facts["transformer_seconds"] = measured.timing(files.latency, depth)
-        seconds = measured.saved_seconds(units.values(), files.latency)
-        weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
-    errors = {name: dict(alone.get(name, {})) for name in units}
-    for stage, path in files.errors.items():
-        found = tables.read(path, schemas.UNIT_COSTS).to_pandas()
-        for row in found.itertuples():
-            # With width.schedule: staged, distill has whole blocks where units may be narrow.
-            if row.unit in units and (stage != "distill" or units[row.unit] in selection.distilled):
-                errors[row.unit][stage] = row.velocity_error
-    return Offer(closed, units, errors, weights, facts, required)
-
-
-def _refuse_unpriced(required: constraints.Named, closed: Choices, units: Iterable[Unit]) -> None:
-    """Raises UserError for what is required, but nothing on offer has it."""
-    units = list(units)
-    lists = (
-        ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),
-        ("width.ffn_image or width.ffn_text", "ffns", closed.ffns, "there is no such FFN"),
-        ("modulation", "ranks", {block for block, _ in closed.ranks}, "it has no rank on offer"),
-    )
-    for key, kind, priced, why in lists:
-        for item in sorted(getattr(required, kind) - set(priced)):
-            if not any(
-                constraints.holds(unit, constraints.Named(**{kind: frozenset([item])}))
-                for unit in units
-            ):
-                raise UserError(
-                    f"{key}: {constraints.shown(item)} is required, but was not measured: {why}; "
-                    "change that or drop it"
-                )
-
-
-def _closed(
-    files: Files,
-    depth: int,
-    required: constraints.Named,
-    forbidden: constraints.Named,
-    settings: Settings,
-) -> tuple[Choices, Weights]:
-    """Closed forms at their prices, and the parameters that each saves."""
-    kinds = {"width": ("text", "ffn"), "modulation": ("modulation",)}
-    wanted = [
-        kind for key, some in kinds.items() if getattr(settings, key).enabled for kind in some
-    ]
-    found = measured.closed(files.width, [0] * depth, wanted)
-    protected = constraints.protected(settings, depth)
-    limits = Limits(forbidden, protected, settings.width.cka_floor)
-    choices = Choices(
-        {},
-        *candidates.usable_linear_maps(found.rows, required, limits),
-        candidates.usable_ranks(found.rows, forbidden),
-        modulations=found.modulations,
-        unread=found.unread,
-    )
-    return choices, found.weights
 
 
 def _last(transformer: nn.Module) -> str:

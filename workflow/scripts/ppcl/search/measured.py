@@ -214,3 +214,9 @@ def check_depth(path: Path, blocks: Iterable[int], depth: int) -> None:
     """Raises UserError if a table names blocks that a teacher of this depth lacks."""
     if max(blocks, default=0) >= depth:
         raise UserError(f"{path} names blocks that this teacher lacks; delete it and rerun")
+
+
+def unit_errors(path: Path) -> dict[str, float]:
+    """Velocity error of the teacher with each unit alone, by its name, from unit_costs.parquet."""
+    table = tables.read(path, schemas.UNIT_COSTS)
+    return dict(zip(table["unit"].to_pylist(), table["velocity_error"].to_pylist(), strict=True))

@@ -281,6 +281,12 @@ def emptied(transformer: nn.Module, kept: Collection[int] = ()) -> nn.Module:
     return assembled(transformer, passing)[0]
 
 
+def sizes(transformer: nn.Module) -> dict[str, int]:
+    """What budgets count: transformer_parameters, and blocks."""
+    depth = len(block_sequence(transformer))
+    return {"transformer_parameters": parameter_count(transformer), "blocks": depth}
+
+
 def parameter_count(module: nn.Module) -> int:
     """Number of parameters."""
     return sum(p.numel() for p in module.parameters())
