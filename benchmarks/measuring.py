@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from ppcl.evaluation import measuring
+from ppcl.evaluation import timing
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Ratio:
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, np.ndarray]:
     """Seconds [repeats] of every run on the CPU, round after round: as the stages measure."""
-    return measuring.interleaved_times(runs, repeats, torch.device("cpu"))
+    return timing.interleaved_times(runs, repeats, torch.device("cpu"))
 
 
 def least(seconds: np.ndarray) -> float:

@@ -10,7 +10,7 @@ import time
 import launch
 import pytest
 
-from ppcl.evaluation import measuring
+from ppcl.evaluation import generation
 from ppcl.runtime import stopping
 from ppcl.storage import schemas, tables, tensors, texts
 from ppcl.teacher import steps
@@ -216,11 +216,11 @@ def test_a_warned_worker_ends_while_it_makes_pictures(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         pytest.fail("went on")
 
-    monkeypatch.setattr(measuring, "_pipeline", lambda *_: None)
-    monkeypatch.setattr(measuring.pipelines, "run", warned)
+    monkeypatch.setattr(generation, "_pipeline", lambda *_: None)
+    monkeypatch.setattr(generation.pipelines, "run", warned)
     item = {"prompt": "a", "seed": 0, "prompt_index": 0}
     with stopping.heeded(), pytest.raises(SystemExit):
-        measuring.generate(None, None, {}, [item], tmp_path / "part.parquet")
+        generation.generate(None, None, {}, [item], tmp_path / "part.parquet")
     assert not any(tmp_path.iterdir())
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ppcl.errors import UserError
-from ppcl.evaluation import measuring
+from ppcl.evaluation import model_folders
 from ppcl.settings import TeacherSettings
 from ppcl.teacher import pipelines, recording, teacher_identity
 from ppcl.transformer import calls
@@ -109,7 +109,7 @@ def test_a_variant_is_not_taken_for_the_teacher(teacher, tmp_path):
     shutil.copytree(folder(teacher), tmp_path / "p50")
     source = teacher_identity.resolved(teacher)
     age(tmp_path / "p50/vae" / WEIGHTS)
-    of_teacher, variant = measuring.models(source, [tmp_path / "p50"])
+    of_teacher, variant = model_folders.models(source, [tmp_path / "p50"])
     assert of_teacher.digest() != variant.digest()
     of_teacher.transformer(CPU), variant.transformer(CPU)
 

@@ -13,7 +13,7 @@ from ppcl.closed_forms import linear_map_fits, linear_map_refits, linear_maps
 from ppcl.closed_forms.linear_maps import Map
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.evaluation import measuring
+from ppcl.evaluation import measuring, velocities
 from ppcl.export import variants
 from ppcl.export.variant_files import Files
 from ppcl.pruning import constraints, narrow, selection_file
@@ -338,14 +338,14 @@ def test_velocities_of_several_processes_are_those_of_one(tiny_teacher, tiny_cal
     options = {"batch_size": 2, "velocity_rows": 5, "bootstrap": 10, "latency_repeats": 1}
     settings = Settings.of({"evaluate": options, "seed": 0})
     how = (models, reader, reader.heldout_rows("report")[:1], settings)
-    of_one, plain = measuring.measure_transformers(*how, device), measuring.velocity_errors
+    of_one, plain = measuring.measure_transformers(*how, device), velocities.velocity_errors
     measured, summands = [], []
 
     def seen(name, transformer, reader_, rows, *more):
         measured.append((name, tuple(rows)))
         return plain(name, transformer, reader_, rows, *more)
 
-    monkeypatch.setattr(measuring, "velocity_errors", seen)
+    monkeypatch.setattr(velocities, "velocity_errors", seen)
     for index in (0, 1):
         several = SimpleNamespace(
             process_index=index, num_processes=2, is_main_process=index == 0, device=device

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from ppcl.configuration import config
-from ppcl.evaluation import measuring
+from ppcl.evaluation import generation, measuring, model_folders
 from ppcl.export import assembly, reload_gate
 from ppcl.pruning import narrow
 from ppcl.settings import Settings, TeacherSettings
@@ -324,7 +324,7 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     torch.testing.assert_close(
         blocks.answer(transformer, batch.arguments), batch.output, **close(settings)
     )
-    models = measuring.models(source(settings), [at["model"]])
+    models = model_folders.models(source(settings), [at["model"]])
     loaded = {m.name: m.transformer(torch.device("cpu")) for m in models}
     reader = calls.Reader(at["calls"])
     timed = reader.draw(reader.heldout_rows("report"), 2, (0,))
@@ -339,9 +339,9 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     pictures = []
     for model in models:
         part = at["model"].parent / f"{model.name}.parquet"
-        measuring.generate(model, torch.device("cpu"), settings["pipeline"], [item], part)
+        generation.generate(model, torch.device("cpu"), settings["pipeline"], [item], part)
         png = tables.read(part, schemas.IMAGES).column("png")[0].as_py()
-        pictures.append(measuring.from_png(png).astype(int))
+        pictures.append(generation.from_png(png).astype(int))
     assert pictures[0].shape == pictures[1].shape
     assert np.abs(pictures[0] - pictures[1]).max() <= 2
 

@@ -135,7 +135,7 @@ def main() -> None:
     import pandas  # noqa: F401
     import torch  # noqa: F401
 
-    from ppcl.evaluation import measuring  # noqa: F401
+    from ppcl.evaluation import generation, measuring, workers  # noqa: F401
     from ppcl.export import assembly  # noqa: F401
     from ppcl.teacher import pipelines, recording  # noqa: F401
     from ppcl.training import student_stage  # noqa: F401

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from ppcl.errors import UserError
-from ppcl.evaluation import measuring
+from ppcl.evaluation import workers
 from ppcl.runtime import cores, devices
 from ppcl.settings import Settings
 from ppcl.teacher import hub, weights
@@ -81,7 +81,7 @@ def test_no_more_cores_than_the_job_has(groups, monkeypatch, said, found):
     groups("", {})
     monkeypatch.setenv("OMP_NUM_THREADS", said)
     assert cores.available() == found
-    assert measuring.process_count("auto", torch.device("cpu")) == found
+    assert workers.process_count("auto", torch.device("cpu")) == found
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="of Linux")

@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline, WanPipeline, WanTransformer3DModel
 from PIL import Image
 
 from ppcl.errors import UserError
-from ppcl.evaluation import measuring
+from ppcl.evaluation import generation, model_folders
 from ppcl.export import assembly, reload_gate
 from ppcl.pruning import narrow, students
 from ppcl.pruning.units import NewBlock
@@ -351,10 +351,10 @@ def test_auto_goes_by_the_room_there_is(monkeypatch, free, how):
 def test_models_side_by_side_are_offloaded_alike(tiny_teacher, monkeypatch):
     teacher = tiny.source(tiny_teacher).replace(offload="auto")
     size = pipelines.transformer_size(teacher)
-    found = [measuring.Model("teacher", teacher), measuring.Model("p70", teacher)]
+    found = [model_folders.Model("teacher", teacher), model_folders.Model("p70", teacher)]
     for room, how in ((3 * size, "none"), (2 * size, "stream")):
         monkeypatch.setattr(devices, "free_memory", lambda _device, room=room: room)
-        hows = [model.source.offload for model in measuring.side_by_side(found, CPU)]
+        hows = [model.source.offload for model in model_folders.side_by_side(found, CPU)]
         assert hows == [how, how]
 
 
@@ -490,19 +490,19 @@ def test_a_component_that_is_not_there(tiny_teacher):
 
 
 def test_films_become_strips(wan, tmp_path):
-    model = measuring.Model("p70", tiny.source(wan))
+    model = model_folders.Model("p70", tiny.source(wan))
     batch = [
         {"sample": n, "prompt_index": n, "prompt": p, "seed": n}
         for n, p in enumerate(("red 1", "blue 2"))
     ]
-    measuring._loaded.clear()
-    measuring.generate(model, CPU, FILM, batch, tmp_path / "part.parquet")
-    table = measuring.tables.read(tmp_path / "part.parquet", measuring.schemas.IMAGES)
+    generation._loaded.clear()
+    generation.generate(model, CPU, FILM, batch, tmp_path / "part.parquet")
+    table = generation.tables.read(tmp_path / "part.parquet", generation.schemas.IMAGES)
     assert table.column("frames").to_pylist() == [5, 5]
     for data in table.column("png").to_pylist():
-        assert measuring.from_png(data).shape == (5 * 16, 16, 3)
+        assert generation.from_png(data).shape == (5 * 16, 16, 3)
     made = SimpleNamespace(frames=np.arange(2 * 3 * 4).reshape(1, 2, 3, 4, 1))
-    strips, frames = measuring.pictures(made)
+    strips, frames = generation.stacked(made)
     assert frames == 2 and (strips[0, :, :, 0] == np.arange(24).reshape(6, 4)).all()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ppcl import errors
-from ppcl.evaluation import measuring, metrics
+from ppcl.evaluation import generation, metrics, model_folders, timing, velocities, workers
 from ppcl.storage import schemas, tables
 from ppcl.transformer import calls
 from support import SCRIPTS, fresh, tiny
@@ -208,7 +208,7 @@ def test_rows_compare_with_the_teacher():
 def test_times_are_measured_in_rounds_after_an_unmeasured_one():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in ("teacher", "a", "b")}
-    times = measuring.interleaved_times(runs, 2, CPU)
+    times = timing.interleaved_times(runs, 2, CPU)
     assert order == ["teacher", "a", "b"] * 3
     assert {name: len(seconds) for name, seconds in times.items()} == dict.fromkeys(runs, 2)
 
@@ -314,10 +314,10 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
 
 def test_velocity_error_is_the_ratio_of_recorded_and_replayed(world):
     folder, _ = world
-    short = measuring.Model("short", tiny.source(folder / "models" / "short"))
+    short = model_folders.Model("short", tiny.source(folder / "models" / "short"))
     transformer, reader = short.transformer(CPU), calls.Reader(folder / "calls.parquet")
     rows = reader.rows(heldout=True)
-    found = measuring.velocity_errors(short.name, transformer, reader, rows, 3, CPU)
+    found = velocities.velocity_errors(short.name, transformer, reader, rows, 3, CPU)
     above = below = 0.0
     for row in rows:
         one = reader.batch(np.array([row]))
@@ -342,7 +342,7 @@ def test_calibration_prompts_and_noise_are_refused(world):
 
 def test_broken_variant_is_named(world, tmp_path, monkeypatch):
     folder, settings = world
-    model = measuring.Model("burst", tiny.source(folder / "models" / "short"))
+    model = model_folders.Model("burst", tiny.source(folder / "models" / "short"))
     transformer = model.transformer(CPU)
     reader = calls.Reader(folder / "calls.parquet")
 
@@ -356,34 +356,34 @@ def test_broken_variant_is_named(world, tmp_path, monkeypatch):
             yield second
 
     with pytest.raises(errors.UserError, match="'burst': the transformer's output holds NaN"):
-        measuring.velocity_errors(model.name, transformer, Late, np.array([0, 0]), 1, CPU)
+        velocities.velocity_errors(model.name, transformer, Late, np.array([0, 0]), 1, CPU)
     pipe = model.pipeline(CPU)
     pipe.transformer = transformer
-    monkeypatch.setitem(measuring._loaded, "last", (model, pipe))
+    monkeypatch.setitem(generation._loaded, "last", (model, pipe))
     batch = [{"prompt": "new", "seed": 1, "prompt_index": 0}]
     with pytest.raises(errors.UserError, match="'burst': a picture holds NaN"):
-        measuring.generate(model, CPU, settings["pipeline"], batch, tmp_path / "part.parquet")
+        generation.generate(model, CPU, settings["pipeline"], batch, tmp_path / "part.parquet")
     assert not list(tmp_path.iterdir())
 
 
 def test_folders_that_are_no_pipelines_are_refused(world, tmp_path):
     folder, _ = world
     with pytest.raises(errors.UserError, match="is not a pipeline folder"):
-        measuring.models(tiny.source(folder / "teacher"), [tmp_path])
+        model_folders.models(tiny.source(folder / "teacher"), [tmp_path])
     twice = [folder / "models" / "same"] * 2
     with pytest.raises(errors.UserError, match="two models are named 'same'"):
-        measuring.models(tiny.source(folder / "teacher"), twice)
+        model_folders.models(tiny.source(folder / "teacher"), twice)
 
 
 def test_a_killed_process_is_explained(world):
     folder, _ = world
-    missing = measuring.Model("gone", tiny.source(folder / "nothing"))
-    with measuring.workers(1) as pool:
-        task = pool.submit(measuring.plan_batches, missing, CPU, {}, [], 1)
+    missing = model_folders.Model("gone", tiny.source(folder / "nothing"))
+    with workers.pool(1) as pool:
+        task = pool.submit(generation.plan_batches, missing, CPU, {}, [], 1)
         with pytest.raises(errors.UserError, match="variant gone: .*nothing can't be loaded"):
             task.result()
     lost = pytest.raises(errors.UserError, match="was killed, most likely for lack of memory")
-    with lost, measuring.workers(1) as pool:
+    with lost, workers.pool(1) as pool:
         pool.submit(os._exit, 1).result()
 
 
@@ -398,8 +398,8 @@ before = set(sys.modules)
 import evaluate
 print(*(name for name in set(sys.modules) - before if not name.startswith("ppcl")))
 """
-    command = [sys.executable, "-c", program, str(SCRIPT.parent), *measuring.PRELOADED]
+    command = [sys.executable, "-c", program, str(SCRIPT.parent), *workers.PRELOADED]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert not any(name.startswith("ppcl") for name in measuring.PRELOADED)
+    assert not any(name.startswith("ppcl") for name in workers.PRELOADED)
     assert len(done.stdout.split()) < 60, done.stdout

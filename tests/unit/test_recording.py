@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ppcl.errors import UserError
-from ppcl.evaluation import measuring
+from ppcl.evaluation import velocities
 from ppcl.settings import RecordSettings
 from ppcl.teacher import recording, steps
 from ppcl.training import prices
@@ -194,7 +194,7 @@ def test_zero_answers_of_an_older_record_are_refused(pipe, tmp_path):
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
         prices.error(tiny.context(pipe.transformer, reader), {}, rows, 1)
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
-        measuring.velocity_errors("p", pipe.transformer, reader, rows, 1, torch.device("cpu"))
+        velocities.velocity_errors("p", pipe.transformer, reader, rows, 1, torch.device("cpu"))
 
 
 def test_a_picture_starts_in_the_middle_of_the_schedule(pipe, tmp_path):

@@ -42,9 +42,9 @@ from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.digits import world
 from ppcl.errors import UserError
-from ppcl.evaluation import measuring, metrics
-from ppcl.evaluation.measuring import Found, Model
-from ppcl.evaluation.metrics import TEACHER, Estimate
+from ppcl.evaluation import generation, measuring, metrics, model_folders, workers
+from ppcl.evaluation.metrics import TEACHER, Estimate, Estimates
+from ppcl.evaluation.model_folders import Model
 from ppcl.runtime import devices, stopping
 from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
@@ -58,7 +58,7 @@ def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[d
     Raises:
         UserError: an evaluation prompt was recorded for calibration.
     """
-    first = max(measuring.FIRST_SEED, int(reader.index["seed"].max()) + 1)
+    first = max(generation.FIRST_SEED, int(reader.index["seed"].max()) + 1)
     recorded = set(reader.index["prompt"])
     samples = pipelines.samples(rows, count, first)
     for sample in samples:
@@ -89,7 +89,7 @@ def read_pictures(judge: world.Judge | None, part: Path) -> list[str]:
     column = tables.read(part, schemas.IMAGES, columns=schemas.IMAGES.names).column("png")
     if judge is None:
         return [""] * len(column)
-    pictures = [measuring.from_png(data) for data in column.to_pylist()]
+    pictures = [generation.from_png(data) for data in column.to_pylist()]
     if pictures[0].shape != (world.SIZE, world.SIZE, 3):
         height, width = pictures[0].shape[:2]
         raise UserError(
@@ -111,9 +111,9 @@ def make_pictures(
     options = settings.evaluate
     parts: dict[str, list[Path]] = {}
     readings: dict[Path, list[str]] = {}
-    with measuring.workers(measuring.process_count(settings.processes, device)) as pool:
+    with workers.pool(workers.process_count(settings.processes, device)) as pool:
         batches = pool.submit(
-            measuring.plan_batches,
+            generation.plan_batches,
             models[0],
             device,
             settings.pipeline,
@@ -126,7 +126,7 @@ def make_pictures(
             parts[model.name] = [folder / f"{n:05d}.parquet" for n in range(len(batches))]
             for part, batch in zip(parts[model.name], batches, strict=True):
                 task = pool.submit(
-                    measuring.generate, model, device, settings.pipeline, batch, part
+                    generation.generate, model, device, settings.pipeline, batch, part
                 )
                 tasks[task] = part
         bar = tqdm(as_completed(tasks), total=len(tasks), desc="generating", unit="batch")
@@ -159,7 +159,7 @@ def compare_pictures(
             if model != TEACHER:
                 reference = tables.read(of_teacher, schemas.IMAGES).column("png").to_pylist()
                 pairs = [
-                    (measuring.from_png(a), measuring.from_png(b))
+                    (generation.from_png(a), generation.from_png(b))
                     for a, b in zip(table["png"], reference, strict=True)
                 ]
                 score["psnr"] = [metrics.psnr(*pair) for pair in pairs]
@@ -173,9 +173,9 @@ def compare_pictures(
 
 def measure_memory(
     models: list[Model], device: torch.device, path: Path, rows: np.ndarray, processes: int
-) -> Found:
+) -> Estimates:
     """Peak memory of every model, each in a fresh process."""
-    with measuring.workers(min(processes, len(models)), fresh=True) as pool:
+    with workers.pool(min(processes, len(models)), fresh=True) as pool:
         tasks = [pool.submit(measuring.peak_memory, m, device, path, rows) for m in models]
         return {
             model.name: {"peak_memory_bytes": Estimate(float(task.result()))}
@@ -208,15 +208,15 @@ def main() -> None:
         refuse_unjudged(rows, options.prompts)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    models = measuring.models(teacher, args.models)
+    models = model_folders.models(teacher, args.models)
     digests = [model.digest() for model in models]
     device = devices.choose(settings.device)
-    measuring.prepare_workers()
+    workers.prepare_workers()
     samples = choose_samples(rows, options.samples, reader)
     timed = reader.draw(reader.heldout_rows("report"), options.batch_size, (seed,))
 
     judge = world.Judge() if options.judge == "digits" else None
-    processes = measuring.process_count(settings.processes, device)
+    processes = workers.process_count(settings.processes, device)
     memory = measure_memory(models, device, args.calls, timed, processes)
     identity = provenance.digest(
         [
@@ -229,12 +229,12 @@ def main() -> None:
     )
     state = args.state / identity[:16]
     parts, readings = make_pictures(models, samples, settings, device, state, judge)
-    together = measuring.side_by_side(models, device)
+    together = model_folders.side_by_side(models, device)
     transformers = {model.name: model.transformer(device) for model in together}
     measured = measuring.measure_transformers(transformers, reader, timed, settings, device)
 
     stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows))
-    found: Found = {}
+    found: Estimates = {}
     of_teacher: dict[str, np.ndarray] = {}
     with tables.writer(args.images, schemas.IMAGES, stamp) as sink:
         for name, scores in compare_pictures(parts, readings, rows, sink):
@@ -248,7 +248,7 @@ def main() -> None:
             else:
                 found[name] |= metrics.differences(scores, of_teacher, by_prompt, resamples, seed)
             found[name] |= measured[name] | memory[name]
-        measuring.refuse_changed(models, digests)
+        model_folders.refuse_changed(models, digests)
     if judge is not None:
         found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
     stopping.ignore()

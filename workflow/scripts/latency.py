@@ -22,7 +22,7 @@ from torch import nn
 
 from ppcl import program, provenance
 from ppcl.configuration import config
-from ppcl.evaluation import latencies, measuring
+from ppcl.evaluation import latencies, timing
 from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock
 from ppcl.runtime import devices, stopping
@@ -82,7 +82,7 @@ def main() -> None:
         runs[f"{block} {kind}"] = partial(module, **lessons[part].bound)
     with torch.no_grad():
         most = latencies.ROUNDS * options.latency_repeats
-        rounds = measuring.timed_rounds(runs, most, device)
+        rounds = timing.timed_rounds(runs, most, device)
         seconds, settled = latencies.least_times(rounds)
     if not settled:
         log.warning(

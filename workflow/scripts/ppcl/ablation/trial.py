@@ -21,7 +21,7 @@ from ppcl.closed_forms import (
     solved,
 )
 from ppcl.digits import world
-from ppcl.evaluation import measuring, metrics
+from ppcl.evaluation import generation, metrics, timing, velocities
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.extraction import conditioning
 from ppcl.pruning import students
@@ -291,7 +291,7 @@ def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> di
     rows = _reported(material)
     timed = reader.draw(rows, options.batch_size, (settings.seed,))
     pair = {TEACHER: teacher, "ablation": model}
-    latency = measuring.latencies(pair, reader, timed, settings, device)["ablation"]
+    latency = timing.latencies(pair, reader, timed, settings, device)["ablation"]
     whole, left = (blocks.parameter_count(each) for each in (teacher, model))
     found = _velocity(material, model) | {
         "removed_parameters": whole - left,
@@ -304,7 +304,7 @@ def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> di
 def _velocity(material: Material, model: nn.Module) -> dict:
     """The velocity error of a model on the reported rows, by column."""
     options, rows = material.settings.evaluate, _reported(material)
-    compared = measuring.velocity_errors(
+    compared = velocities.velocity_errors(
         "ablation",
         model,
         material.context.reader,
@@ -330,7 +330,7 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) ->
     if options.judge != "digits":
         return {}
     rows = prompts.read(options.prompts, "evaluate.prompts")
-    items = pipelines.samples(rows, settings.ablation.samples, measuring.FIRST_SEED)
+    items = pipelines.samples(rows, settings.ablation.samples, generation.FIRST_SEED)
     judge, teacher = world.Judge(), pipelines.denoiser(pipe, settings.teacher)
     right: list[list[float]] = []
     pipe.register_modules(transformer=model)

@@ -36,6 +36,10 @@ class Estimate(NamedTuple):
     samples: int = 1
 
 
+# Model -> metric -> estimate.
+Estimates = dict[str, dict[str, Estimate]]
+
+
 def squared_errors(output: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(||output - target||^2, ||target||^2) of every sample, float64 [n].
 

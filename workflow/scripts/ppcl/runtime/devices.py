@@ -45,12 +45,14 @@ def dtype(name: str) -> torch.dtype:
     return getattr(torch, name)
 
 
-def use_threads(weights: Iterable[torch.Tensor], device: torch.device) -> None:
+def use_threads(weights: Iterable[torch.Tensor], device: torch.device) -> bool:
     """Has torch compute with as many threads as models of such weights on the CPU are worth
-    (cores.py), and no more than this process has cores."""
-    if device.type == "cpu":
-        several = cores.worth_threads(weight.shape for weight in weights)
-        torch.set_num_threads(cores.available() if several else 1)
+    (cores.py), and no more than this process has cores. Whether they are worth several."""
+    if device.type != "cpu":
+        return False
+    several = cores.worth_threads(weight.shape for weight in weights)
+    torch.set_num_threads(cores.available() if several else 1)
+    return several
 
 
 def synchronise(device: torch.device) -> None:

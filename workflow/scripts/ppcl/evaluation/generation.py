@@ -1,0 +1,94 @@
+"""Pictures of teacher and variants: made by tasks for `workers`, a batch at a time."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from ppcl.evaluation.model_folders import Model, broken
+from ppcl.runtime import stopping
+from ppcl.storage import schemas, tables
+from ppcl.teacher import pipelines, prompt_tokens
+
+FIRST_SEED = 1_000_000_000  # of pictures; far from record's, which count up from the config's
+
+_loaded: dict[str, tuple[Model, DiffusionPipeline]] = {}
+
+
+def _pipeline(model: Model, device: torch.device) -> DiffusionPipeline:
+    """The model's pipeline; this process keeps the one that it used last."""
+    if _loaded.get("last", (None, None))[0] != model:
+        _loaded.clear()
+        _loaded["last"] = (model, model.pipeline(device))
+    return _loaded["last"][1]
+
+
+def plan_batches(
+    model: Model, device: torch.device, settings: dict, items: list[dict], size: int
+) -> list[list[dict]]:
+    """See pipelines.in_batches; a task, so that only a worker loads the pipeline. Warns of prompts
+    that are cut."""
+    pipe = _pipeline(model, device)
+    texts = [item["prompt"] for item in items]
+    prompt_tokens.warn_of_cut(pipe, texts, settings, "evaluate.prompts")
+    return pipelines.in_batches(pipe, items, size)
+
+
+def generate(
+    model: Model, device: torch.device, settings: dict, batch: list[dict], part: Path
+) -> None:
+    """Makes one batch of pictures into a table (schemas.IMAGES), unless it is there already.
+
+    Args:
+        settings: the config's `pipeline` mapping.
+        batch: per picture: prompt_index, prompt, seed.
+
+    Raises:
+        UserError: a picture holds NaN or infinity.
+    """
+    if part.exists():
+        return
+    pipe = _pipeline(model, device)
+    prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
+    images = [item.get("image") for item in batch]
+    made = pipelines.run(pipe, prompts, seeds, settings, images, output_type="np")
+    images, frames = stacked(made)
+    if not np.isfinite(images).all():
+        raise broken(model.name, "a picture")
+    rounded = (images * 255).round().astype(np.uint8)
+    columns = {
+        "variant": [model.name] * len(batch),
+        "prompt": prompts,
+        "seed": seeds,
+        "png": [to_png(picture) for picture in rounded],
+        "read": [""] * len(batch),
+        "prompt_index": [item["prompt_index"] for item in batch],
+        "frames": [frames] * len(batch),
+    }
+    with stopping.part():
+        tables.write(part, pa.table(columns), schemas.IMAGES, {})
+
+
+def stacked(made) -> tuple[np.ndarray, int]:
+    """What a pipeline made with output_type "np", float [batch, height, width, 3], and the number
+    of frames of each: those of a video are one below the other."""
+    if hasattr(made, "images"):
+        return np.asarray(made.images), 1
+    frames = np.asarray(made.frames)  # [batch, frames, height, width, 3]
+    return frames.reshape(len(frames), -1, *frames.shape[3:]), frames.shape[1]
+
+
+def to_png(picture: np.ndarray) -> bytes:
+    """PNG bytes of a picture [height, width, 3], uint8."""
+    sink = io.BytesIO()
+    Image.fromarray(picture).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def from_png(data: bytes) -> np.ndarray:
+    """The picture [height, width, 3], uint8, of PNG bytes."""
+    return np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
