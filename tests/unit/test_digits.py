@@ -6,18 +6,19 @@ from diffusers import QwenImagePipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl.digits import teacher, world
+from ppcl.digits import captions, handwriting, teacher
+from ppcl.digits.judge import Judge
 
 
 @pytest.fixture(scope="module")
 def judge():
-    return world.Judge(copies=2)  # fewer than `evaluate` fits: a harder test, in less time
+    return Judge(copies=2)  # fewer than `evaluate` fits: a harder test, in less time
 
 
 def test_caption_splits_are_disjoint_and_cover_everything():
-    train, held_out = world.captions("train"), world.captions("evaluation")
+    train, held_out = captions.captions("train"), captions.captions("evaluation")
     prompts = [c.prompt for c in train + held_out]
-    assert len(set(prompts)) == len(prompts) == len(world.TEMPLATES) * 20 * 30
+    assert len(set(prompts)) == len(prompts) == len(captions.TEMPLATES) * 20 * 30
     assert 0.15 < len(held_out) / len(prompts) < 0.25
     facts = [
         {(c.digit, c.digit_color, c.background_color) for c in every} for every in (train, held_out)
@@ -25,12 +26,14 @@ def test_caption_splits_are_disjoint_and_cover_everything():
     assert len(facts[0]) == 300 and len(facts[1]) >= 290
     for caption in held_out[::97]:
         assert caption.digit_color in caption.prompt and caption.background_color in caption.prompt
-        assert str(caption.digit) in caption.prompt or world.WORDS[caption.digit] in caption.prompt
+        assert (
+            str(caption.digit) in caption.prompt or captions.WORDS[caption.digit] in caption.prompt
+        )
         assert caption.digit_color != caption.background_color
 
 
 def test_handwriting_splits_are_disjoint():
-    (train, _), (test, labels) = world.handwriting("train"), world.handwriting("test")
+    (train, _), (test, labels) = handwriting.digits("train"), handwriting.digits("test")
     assert len(train) + len(test) == 1797 and train.max() == 1
     assert sorted(set(labels)) == list(range(10))
     # Two of the 1,797 pictures could be equal by chance; none are.
@@ -38,9 +41,9 @@ def test_handwriting_splits_are_disjoint():
 
 
 def test_paint_mixes_two_palette_colours():
-    opacity = np.zeros((world.SIZE, world.SIZE))
+    opacity = np.zeros((handwriting.SIZE, handwriting.SIZE))
     opacity[4, 7], opacity[5, 7] = 1, 0.5
-    picture = world.paint(opacity, "red", "white")
+    picture = handwriting.paint(opacity, "red", "white")
     assert picture.shape == (32, 32, 3) and picture.dtype == np.float32
     np.testing.assert_allclose(picture[0, 0] * 255, [250, 250, 250], rtol=1e-6)
     np.testing.assert_allclose(picture[4, 7] * 255, [220, 30, 40], rtol=1e-5)
@@ -50,10 +53,10 @@ def test_paint_mixes_two_palette_colours():
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 449), st.integers(0, 2**32 - 1))
 def test_a_stroke_is_an_opacity_and_a_function_of_its_seed(index, seed):
-    image = world.handwriting("test")[0][index]
-    drawn = world.stroke(image, np.random.default_rng(seed))
+    image = handwriting.digits("test")[0][index]
+    drawn = handwriting.stroke(image, np.random.default_rng(seed))
     assert drawn.shape == (32, 32) and 0 <= drawn.min() and drawn.max() == 1
-    assert np.array_equal(drawn, world.stroke(image, np.random.default_rng(seed)))
+    assert np.array_equal(drawn, handwriting.stroke(image, np.random.default_rng(seed)))
 
 
 def test_judge_reads_real_digits_and_colours(judge):
@@ -63,12 +66,12 @@ def test_judge_reads_real_digits_and_colours(judge):
 
 
 def test_judge_sees_what_is_wrong(judge):
-    images, labels = world.handwriting("test")
+    images, labels = handwriting.digits("test")
     zero = images[int(np.flatnonzero(labels == 0)[0])]
     one = images[int(np.flatnonzero(labels == 1)[0])]
     rng = np.random.default_rng(0)
     pictures = [
-        world.paint(world.stroke(image, rng, 0), ink, paper)
+        handwriting.paint(handwriting.stroke(image, rng, 0), ink, paper)
         for image, ink, paper in ((zero, "red", "blue"), (one, "black", "yellow"))
     ]
     assert judge.read(np.stack(pictures)) == [
@@ -84,7 +87,7 @@ def test_prompt_template_takes_as_many_tokens_as_the_pipeline_drops():
     prefix, rest = teacher.TEMPLATE.split("{}")
     ids = tokenizer(prefix).input_ids
     assert len(ids) == teacher.PREFIX_TOKENS == 34
-    for caption in world.captions("evaluation")[::301]:
+    for caption in captions.captions("evaluation")[::301]:
         whole = tokenizer(teacher.TEMPLATE.format(caption.prompt)).input_ids
         assert whole[:34] == ids  # no token reaches over the border
         assert tokenizer.decode(whole[34:]) == caption.prompt + rest

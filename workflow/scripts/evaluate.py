@@ -40,7 +40,8 @@ from tqdm import tqdm
 
 from ppcl import program, provenance
 from ppcl.configuration import config
-from ppcl.digits import world
+from ppcl.digits.handwriting import COLORS, SIZE, digits
+from ppcl.digits.judge import Judge
 from ppcl.errors import UserError
 from ppcl.evaluation import generation, measuring, metrics, model_folders, workers
 from ppcl.evaluation.metrics import TEACHER, Estimate, Estimates
@@ -75,7 +76,7 @@ def refuse_unjudged(rows: list[dict], path: str) -> None:
     """Stops early where the judge would have nothing to compare with."""
     for number, row in enumerate(rows):
         for name in prompts.JUDGE_COLUMNS:
-            known = range(10) if name == "digit" else world.COLORS
+            known = range(10) if name == "digit" else COLORS
             if row.get(name) not in map(str, known):
                 raise UserError(
                     f"evaluate.judge is digits, but prompt {number} of {path} has {name} "
@@ -84,16 +85,16 @@ def refuse_unjudged(rows: list[dict], path: str) -> None:
                 )
 
 
-def read_pictures(judge: world.Judge | None, part: Path) -> list[str]:
+def read_pictures(judge: Judge | None, part: Path) -> list[str]:
     """JSON of what the judge reads in each picture of a part; empty without a judge."""
     column = tables.read(part, schemas.IMAGES, columns=schemas.IMAGES.names).column("png")
     if judge is None:
         return [""] * len(column)
     pictures = [generation.from_png(data) for data in column.to_pylist()]
-    if pictures[0].shape != (world.SIZE, world.SIZE, 3):
+    if pictures[0].shape != (SIZE, SIZE, 3):
         height, width = pictures[0].shape[:2]
         raise UserError(
-            f"evaluate.judge: digits reads pictures of {world.SIZE} x {world.SIZE} pixels, these "
+            f"evaluate.judge: digits reads pictures of {SIZE} x {SIZE} pixels, these "
             f"have {width} x {height}; set evaluate.judge: none, or pipeline.height and width"
         )
     return [json.dumps(read) for read in judge.read(np.stack(pictures) / metrics.LARGEST)]
@@ -105,7 +106,7 @@ def make_pictures(
     settings: Settings,
     device: torch.device,
     state: Path,
-    judge: world.Judge | None,
+    judge: Judge | None,
 ) -> tuple[dict[str, list[Path]], dict[Path, list[str]]]:
     """Every model's pictures: (model -> parts, in one order; part -> readings)."""
     options = settings.evaluate
@@ -183,9 +184,9 @@ def measure_memory(
         }
 
 
-def judge_accuracy(judge: world.Judge, resamples: int, seed: int) -> Estimate:
+def judge_accuracy(judge: Judge, resamples: int, seed: int) -> Estimate:
     """The judge's own accuracy on real digits that it was not fitted on."""
-    count = len(world.handwriting("test")[1])
+    count = len(digits("test")[1])
     right = round(judge.accuracy_on_real_digits()["digit"] * count)
     return metrics.mean(np.arange(count) < right, np.arange(count), resamples, seed)
 
@@ -215,7 +216,7 @@ def main() -> None:
     samples = choose_samples(rows, options.samples, reader)
     timed = reader.draw(reader.heldout_rows("report"), options.batch_size, (seed,))
 
-    judge = world.Judge() if options.judge == "digits" else None
+    judge = Judge() if options.judge == "digits" else None
     processes = workers.process_count(settings.processes, device)
     memory = measure_memory(models, device, args.calls, timed, processes)
     identity = provenance.digest(

@@ -23,7 +23,6 @@ pareto, choose, variants, what is forbidden (intervals, width, modulation), and 
 velocity_rows, batch_size, bootstrap and latency_repeats.
 """
 
-import json
 from dataclasses import replace
 
 import numpy as np
@@ -31,13 +30,13 @@ import pandas as pd
 
 from ppcl import program, provenance
 from ppcl.configuration import config
-from ppcl.evaluation import measuring, metrics
+from ppcl.evaluation import budget_points, measuring
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.export import variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.pruning import constraints, selection_file
 from ppcl.runtime import processes, stopping
-from ppcl.search import choosing, offers, sets, sets_file
+from ppcl.search import choosing, offers, sets_file
 from ppcl.settings import Variant
 from ppcl.storage import schemas, tables
 from ppcl.teacher import opening
@@ -94,24 +93,7 @@ def main() -> None:
     )
     stopping.ignore()
     if context.accelerator.is_main_process:
-        rows = []
-        for budget, (name, choice) in zip(budgets, chosen.items(), strict=True):
-            row = {"budget": float(budget), "units": json.dumps(sets.entry(choice.found))}
-            row["predicted_error"] = choice.cost
-            for metric in ("parameters", "parameter_fraction", "latency_seconds"):
-                row[metric] = found[name][metric].value
-            rest = found[name].get(
-                "parameter_fraction_without_modulation", metrics.Estimate(np.nan)
-            )
-            row["parameter_fraction_without_modulation"] = rest.value
-            for metric in ("velocity_error", "latency_ratio"):
-                value = found[name][metric]
-                row |= {
-                    metric: value.value,
-                    f"{metric}_low": value.low,
-                    f"{metric}_high": value.high,
-                }
-            rows.append(row)
+        rows = budget_points.rows(budgets, list(chosen.items()), found)
         stamp = provenance.stamp(settings.given, budgets=len(rows))
         tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
     processes.finish(context.accelerator)

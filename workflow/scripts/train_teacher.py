@@ -20,7 +20,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 from ppcl import program, provenance
 from ppcl.configuration import strict_yaml
 from ppcl.digits import teacher
-from ppcl.digits.world import SIZE, TEMPLATES, Judge, captions
+from ppcl.digits.captions import TEMPLATES, captions
+from ppcl.digits.handwriting import SIZE
+from ppcl.digits.judge import Judge
 from ppcl.runtime import processes, stopping
 from ppcl.settings import TrainingSettings
 from ppcl.storage import tensors, texts, whole

@@ -20,7 +20,7 @@ from ppcl.closed_forms import (
     modulation,
     solved,
 )
-from ppcl.digits import world
+from ppcl.digits.judge import Judge
 from ppcl.evaluation import generation, metrics, timing, velocities
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.extraction import conditioning
@@ -331,7 +331,7 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) ->
         return {}
     rows = prompts.read(options.prompts, "evaluate.prompts")
     items = pipelines.samples(rows, settings.ablation.samples, generation.FIRST_SEED)
-    judge, teacher = world.Judge(), pipelines.denoiser(pipe, settings.teacher)
+    judge, teacher = Judge(), pipelines.denoiser(pipe, settings.teacher)
     right: list[list[float]] = []
     pipe.register_modules(transformer=model)
     try:

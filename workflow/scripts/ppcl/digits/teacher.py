@@ -16,7 +16,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
-from ppcl.digits.world import COLORS, Caption, captions, handwriting, paint, stroke
+from ppcl.digits.captions import Caption, captions
+from ppcl.digits.handwriting import COLORS, digits, paint, stroke
 
 MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -182,7 +183,7 @@ def caption_buckets(
 
 def random_pictures(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """Freshly drawn train digits: pictures [count, 3, 1, 32, 32] in -1..1 and facts [count, 3]."""
-    images, labels = handwriting("train")
+    images, labels = digits("train")
     pictures, facts = [], []
     for index in rng.integers(len(images), size=count):
         color, background = rng.choice(len(COLORS), 2, replace=False)
