@@ -18,7 +18,12 @@ if not workflow.overwrite_configfiles:
     configfile: "config/digits.yaml"
 
 
-include: "workflow/rules/common.smk"
+include: "workflow/rules/common/setup.smk"
+include: "workflow/rules/common/keys.smk"
+include: "workflow/rules/common/stages.smk"
+include: "workflow/rules/common/limits.smk"
+include: "workflow/rules/common/commands.smk"
+include: "workflow/rules/common/figures.smk"
 
 
 validate()

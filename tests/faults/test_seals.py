@@ -133,13 +133,18 @@ def readers():
 def handed_over():
     """(program, option) of all that rules hand to their programs."""
     found = set()
-    common = (ROOT / "workflow/rules/common.smk").read_text()
+    common = (ROOT / "workflow/rules/common/commands.smk").read_text()
+    trains_students = re.search(r"^TRAINS_STUDENTS = \[\n.*?^\]", common, re.M | re.S)[0]
     lists = dict(re.findall(r"^([A-Z]+) = \[(\".*)\]$", common, re.M))
     for file in (ROOT / "workflow/rules").glob("*.smk"):
         # Some rules are of a condition, and so further in.
         for rule in re.split(r"\n +input:\n", file.read_text())[1:]:
-            program = re.search(r'script=program\("(\w+)\.py"\)', rule)[1]
+            program = re.search(r'(?:script=program|launched)\("(\w+)\.py"\)', rule)[1]
             options = re.findall(r"--([a-z-]+) \{+input\.", rule)
+            if "*TRAINS_STUDENTS" in rule:
+                rule += trains_students
+            given = re.findall(r'"(?:(\w+)=)?input\.(\w+)"', rule)
+            options += [option or name for option, name in given]
             for group in re.findall(r"optional\(\*figure_tables\(\"(\w+)\"\)\)", rule):
                 options += [name for entry in catalogue.of_group(group) for name in entry.tables]
             for names in re.findall(r"optional\(((?!\*figure_tables)[^)]+)\)", rule):

@@ -95,7 +95,7 @@ esac
 """
 SNAKEFILE = """
 configfile: "config/test.yaml"
-include: "workflow/rules/common.smk"
+include: "workflow/rules/common/setup.smk"
 rule ask:
     output: "out"
     conda: "environment.yml"

@@ -59,7 +59,7 @@ def test_the_profile_names_rules_that_exist_and_groups_reach_around_no_gpu():
         # Which partition and account is a matter of the site.
         assert "slurm_" not in body, name
         if name in profile["groups"]:
-            assert "gpu=" not in body, name
+            assert "gpu=" not in body and "limits(" not in body, name
 
 
 @with_executor
@@ -108,7 +108,7 @@ time.sleep(600)
 """
 SNAKEFILE = """
 configfile: "config/test.yaml"
-include: "workflow/rules/common.smk"
+include: "workflow/rules/common/setup.smk"
 rule train:
     output: "out"
     log: "log"

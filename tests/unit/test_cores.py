@@ -126,8 +126,8 @@ def test_a_small_model_gets_one_thread_and_a_large_one_those_of_the_job(monkeypa
 
 
 def rules(config: dict, total: int | None, local: bool, gpu: bool) -> SimpleNamespace:
-    """Functions of workflow/rules/common.smk as Snakemake has them on some machine."""
-    text = (ROOT / "workflow/rules/common.smk").read_text()
+    """Functions of workflow/rules/common/limits.smk as Snakemake has them on some machine."""
+    text = (ROOT / "workflow/rules/common/limits.smk").read_text()
     part = text[text.index("def on_cpu()") : text.index("def forecast()")]
     workflow = SimpleNamespace(
         local_exec=local,

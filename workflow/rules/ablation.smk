@@ -109,9 +109,13 @@ rule ablate:
     message:
         "Ablation: {wildcards.method}, run {wildcards.number}"
     shell:
-        "python {input.script} --config {params.config:q} --method {params.method:q} "
-        "--number {wildcards.number} {params.shared} --state {params.state} "
-        "--output {output.run} 2>&1 | tee {log}"
+        command(
+            "--method {params.method:q}",
+            "wildcards.number",
+            "{params.shared}",
+            "params.state",
+            "output=output.run",
+        )
 
 
 checkpoint rank_rivals:
@@ -206,8 +210,7 @@ rule calibrate:
     message:
         "Training students of every length for the prices' calibration"
     shell:
-        "python {input.script} --config {params.config:q} {params.shared} "
-        "--state {params.state} --table {output.table} 2>&1 | tee {log}"
+        command("{params.shared}", "params.state", "output.table")
 
 
 rule plot_ablation:
@@ -230,10 +233,9 @@ rule plot_ablation:
         config=subset(*figure_keys("ablation")),
         figures=figure_names("ablation"),
         tables=optional(*figure_tables("ablation")),
-        output=result("plots/ablation"),
+        output=folder_of_figures,
         code=code("plot.py"),
     message:
         "Drawing the ablation"
     shell:
-        "python {input.script} ablation --config {params.config:q} --figures {params.figures} "
-        "{params.tables} --output {params.output} 2>&1 | tee {log}"
+        command("params.figures", "{params.tables}", "params.output", group="ablation")

@@ -7,17 +7,12 @@
 
 rule assemble:
     input:
+        **model_files(),
         script=program("assemble.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         sets=set_of,  # which tells what of the next it needs, too
         refits=ancient(result("variants/maps.safetensors")),
-        maps=widths("maps.safetensors"),
-        conditioning=conditioning(),
-        start=start(),
-        distill=taught("distill", "students.safetensors"),
-        narrow=taught("narrow", "students.safetensors"),
-        subsets=taught("subsets", "students.safetensors"),
         finetuned=lambda wildcards: [
             result(f"finetune/{name}.safetensors")
             for name in finetuned()
@@ -46,6 +41,11 @@ rule assemble:
     message:
         "Assembling {wildcards.variant}"
     shell:
-        "{params.taken}python {input.script} --config {params.config:q} "
-        "--variant {wildcards.variant} --calls {input.calls} --sets {input.sets} {params.files} "
-        "--output {output.model} 2>&1 | tee {log}"
+        command(
+            "wildcards.variant",
+            "input.calls",
+            "input.sets",
+            "{params.files}",
+            "output=output.model",
+            taken=True,
+        )

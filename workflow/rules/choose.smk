@@ -13,22 +13,11 @@
 
 checkpoint choose:
     input:
-        script=program("choose.py"),
-        launcher=program("launch.py"),
+        **launched("choose.py"),
+        **model_files(),
+        **price_files(),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        maps=widths("maps.safetensors"),
-        conditioning=conditioning(),
-        start=start(),
-        distill=taught("distill", "students.safetensors"),
-        narrow=taught("narrow", "students.safetensors"),
-        subsets=taught("subsets", "students.safetensors"),
-        selection=selection(),
-        width=widths("measured.parquet"),
-        latency=latency(),
-        distill_unit_costs=taught("distill", "unit_costs.parquet"),
-        narrow_unit_costs=taught("narrow", "unit_costs.parquet"),
-        subsets_unit_costs=taught("subsets", "unit_costs.parquet"),
     output:
         sets=result("variants/sets.json"),
         each=[result(f"variants/sets/{name}.json") for name in variants()],
@@ -43,19 +32,13 @@ checkpoint choose:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("choose", 32000),
-        runtime=minutes("choose", 720),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("choose", mem_mb=32000, runtime=720, launched=True),
     params:
-        config=lambda wildcards: configuration.subset(
-            {**config, "variants": configuration.budgets(config["variants"])},
+        config=subset_for_budgets(
             "seed",
             "device",
             "teacher",
             "choose",
-            "variants",
             *CONSTRAINTS,
             *WIDTH_FITS,
         ),
@@ -67,8 +50,15 @@ checkpoint choose:
     message:
         "Choosing what each variant is made of"
     shell:
-        "{params.taken}python {input.launcher} --processes {resources.processes} "
-        "--threads {threads} --device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} {params.files} --state {params.state} --sets {output.sets} "
-        "--each {output.each} "
-        "--units {output.units} --measured {output.measured} --refitted {output.refits} 2>&1 | tee {log}"
+        command(
+            "input.calls",
+            "{params.files}",
+            "params.state",
+            "output.sets",
+            "output.each",
+            "output.units",
+            "output.measured",
+            "refitted=output.refits",
+            launched=True,
+            taken=True,
+        )

@@ -13,8 +13,7 @@
 
 rule distill:
     input:
-        script=program("distill.py"),
-        launcher=program("launch.py"),
+        **launched("distill.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         selection=result("prune/selection.json"),
@@ -31,11 +30,7 @@ rule distill:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("distill", 32000),
-        runtime=minutes("distill", 2880),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("distill", mem_mb=32000, runtime=2880, launched=True),
     params:
         config=subset(
             "seed", "device", "teacher", "distill", "width.linear_weight", "width.lr_scale"
@@ -46,8 +41,13 @@ rule distill:
     message:
         "Distilling students"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --selection {input.selection} --students {input.students} "
-        "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"
+        command(
+            "input.calls",
+            "input.selection",
+            "input.students",
+            "params.state",
+            "output=output.students",
+            "log_table=output.log",
+            "output.unit_costs",
+            launched=True,
+        )

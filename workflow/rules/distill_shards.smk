@@ -11,6 +11,18 @@
 # (ppcl/runtime/gpus.py), and wait where there are no more.
 
 
+# What a shard, and so all of them together, depend on.
+SHARD_KEYS = [
+    "seed",
+    "device",
+    "teacher",
+    *distill_keys(),
+    "distill.cache_inputs",
+    "width.linear_weight",
+    "width.lr_scale",
+]
+
+
 localrules:
     allot,
 
@@ -43,14 +55,12 @@ checkpoint allot:
     message:
         "Sharing students out over jobs"
     shell:
-        "python {input.script} --config {params.config:q} --calls {input.calls} "
-        "--selection {input.selection} --shards {output.shards} 2>&1 | tee {log}"
+        command("input.calls", "input.selection", "output.shards")
 
 
 rule distill_shard:
     input:
-        script=program("distill.py"),
-        launcher=program("launch.py"),
+        **launched("distill.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         selection=result("prune/selection.json"),
@@ -70,33 +80,27 @@ rule distill_shard:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("distill", 32000),
-        runtime=minutes("distill", 2880),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("distill", mem_mb=32000, runtime=2880, launched=True),
     params:
-        config=subset(
-            "seed",
-            "device",
-            "teacher",
-            *distill_keys(),
-            "distill.cache_inputs",
-            "width.linear_weight",
-            "width.lr_scale",
-        ),
+        config=subset(*SHARD_KEYS),
         state=lambda wildcards: result(f"state/distill-{wildcards.shard}"),
         teacher=teacher_stamp(),
         code=code("distill.py"),
     message:
         "Distilling shard {wildcards.shard} of the students"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --selection {input.selection} --students {input.students} "
-        "--shards {input.shards} --shard {wildcards.shard} "
-        "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"
+        command(
+            "input.calls",
+            "input.selection",
+            "input.students",
+            "input.shards",
+            "wildcards.shard",
+            "params.state",
+            "output=output.students",
+            "log_table=output.log",
+            "output.unit_costs",
+            launched=True,
+        )
 
 
 rule join_shards:
@@ -120,15 +124,7 @@ rule join_shards:
         mem_mb=megabytes("distill", 32000),
         runtime=60,
     params:
-        config=subset(
-            "seed",
-            "device",
-            "teacher",
-            *distill_keys(),
-            "distill.cache_inputs",
-            "width.linear_weight",
-            "width.lr_scale",
-        ),
+        config=subset(*SHARD_KEYS),
         taken=lambda wildcards, input: taken(
             *(f"distill-{shard}" for shard in range(len(input.students)))
         ),
@@ -136,7 +132,13 @@ rule join_shards:
     message:
         "Joining the shards of the students"
     shell:
-        "{params.taken}python {input.script} --config {params.config:q} --selection {input.selection} "
-        "--students {input.students} --logs {input.logs} --costs {input.costs} "
-        "--output {output.students} --log-table {output.log} --unit-costs {output.unit_costs} "
-        "2>&1 | tee {log}"
+        command(
+            "input.selection",
+            "input.students",
+            "input.logs",
+            "input.costs",
+            "output=output.students",
+            "log_table=output.log",
+            "output.unit_costs",
+            taken=True,
+        )

@@ -25,9 +25,7 @@ rule evaluate:
         ENVIRONMENT
     threads: every_core
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("evaluate", 32000),
-        runtime=minutes("evaluate", 720),
+        **limits("evaluate", mem_mb=32000, runtime=720),
     params:
         config=subset("seed", "device", "processes", "teacher", "pipeline", "evaluate"),
         state=result("state/evaluate"),
@@ -37,6 +35,4 @@ rule evaluate:
     message:
         "Evaluating the teacher and its variants"
     shell:
-        "python {input.script} --config {params.config:q} "
-        "--calls {input.calls} --models {input.models} "
-        "--metrics {output.metrics} --images {output.images} --state {params.state} 2>&1 | tee {log}"
+        command("input.calls", "input.models", "output.metrics", "output.images", "params.state")

@@ -25,9 +25,7 @@ rule extract:
         ENVIRONMENT
     threads: cores_of_one_process
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("extract", 16000),
-        runtime=minutes("extract", 120),
+        **limits("extract", mem_mb=16000, runtime=120),
     params:
         config=subset(
             "seed",
@@ -46,8 +44,12 @@ rule extract:
     message:
         "Extracting activations of every block"
     shell:
-        "{params.taken}python {input.script} --config {params.config:q} "
-        "--calls {input.calls} --state {params.state} "
-        "--tokens {output.tokens} "
-        "--moments {output.moments} {params.moments} "
-        "--conditioning {output.conditioning} 2>&1 | tee {log}"
+        command(
+            "input.calls",
+            "params.state",
+            "output.tokens",
+            "output.moments",
+            "{params.moments}",
+            "output.conditioning",
+            taken=True,
+        )

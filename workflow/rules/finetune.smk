@@ -10,18 +10,12 @@
 
 rule finetune:
     input:
-        script=program("finetune.py"),
-        launcher=program("launch.py"),
+        **launched("finetune.py"),
+        **model_files(),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         sets=set_of,  # which tells what of the next it needs, too
         refits=ancient(result("variants/maps.safetensors")),
-        maps=widths("maps.safetensors"),
-        conditioning=conditioning(),
-        start=start(),
-        distill=taught("distill", "students.safetensors"),
-        narrow=taught("narrow", "students.safetensors"),
-        subsets=taught("subsets", "students.safetensors"),
     output:
         weights=result("finetune/{variant}.safetensors"),
         log=result("finetune/{variant}.parquet"),
@@ -33,11 +27,7 @@ rule finetune:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("finetune", 32000),
-        runtime=minutes("finetune", 2880),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("finetune", mem_mb=32000, runtime=2880, launched=True),
     params:
         config=lambda wildcards: subset_for_variant(
             wildcards.variant,
@@ -54,7 +44,14 @@ rule finetune:
     message:
         "Fine-tuning {wildcards.variant}"
     shell:
-        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--variant {wildcards.variant} --calls {input.calls} --sets {input.sets} {params.files} "
-        "--state {params.state} --output {output.weights} --log-table {output.log} 2>&1 | tee {log}"
+        command(
+            "wildcards.variant",
+            "input.calls",
+            "input.sets",
+            "{params.files}",
+            "params.state",
+            "output=output.weights",
+            "log_table=output.log",
+            launched=True,
+            taken=True,
+        )

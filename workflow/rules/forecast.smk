@@ -29,5 +29,4 @@ rule forecast:
     message:
         "Forecasting what a run needs"
     shell:
-        "python {input.script} --config {params.config:q} {params.given} "
-        "--table {output.table} --resources {output.resources} 2>&1 | tee {log}"
+        command("{params.given}", "output.table", "output.resources")

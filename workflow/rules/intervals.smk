@@ -46,6 +46,11 @@ rule intervals:
     message:
         "Choosing what to prune"
     shell:
-        "{params.taken}python {input.script} --config {params.config:q} --cka {input.cka} "
-        "--block-facts {input.block_facts} {params.inputs} "
-        "--intervals {output.intervals} {params.candidates} 2>&1 | tee {log}"
+        command(
+            "input.cka",
+            "input.block_facts",
+            "{params.inputs}",
+            "output.intervals",
+            "{params.candidates}",
+            taken=True,
+        )

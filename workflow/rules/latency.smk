@@ -21,9 +21,7 @@ rule latency:
         ENVIRONMENT
     threads: every_core
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("latency", 16000),
-        runtime=minutes("latency", 60),
+        **limits("latency", mem_mb=16000, runtime=60),
     params:
         config=subset(
             "seed", "device", "teacher", "evaluate.batch_size", "evaluate.latency_repeats"
@@ -33,5 +31,4 @@ rule latency:
     message:
         "Timing blocks"
     shell:
-        "python {input.script} --config {params.config:q} "
-        "--calls {input.calls} --table {output.table} 2>&1 | tee {log}"
+        command("input.calls", "output.table")

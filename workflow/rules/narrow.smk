@@ -10,8 +10,7 @@
 
 rule narrow:
     input:
-        script=program("narrow.py"),
-        launcher=program("launch.py"),
+        **launched("narrow.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         selection=result("prune/selection.json"),
@@ -28,11 +27,7 @@ rule narrow:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("narrow", 32000),
-        runtime=minutes("narrow", 2880),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("narrow", mem_mb=32000, runtime=2880, launched=True),
     params:
         config=subset(
             "seed",
@@ -51,8 +46,14 @@ rule narrow:
     message:
         "Distilling narrow blocks"
     shell:
-        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --selection {input.selection} --students {input.students} "
-        "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"
+        command(
+            "input.calls",
+            "input.selection",
+            "input.students",
+            "params.state",
+            "output=output.students",
+            "log_table=output.log",
+            "output.unit_costs",
+            launched=True,
+            taken=True,
+        )

@@ -6,23 +6,12 @@
 
 rule pareto:
     input:
-        script=program("pareto.py"),
-        launcher=program("launch.py"),
+        **launched("pareto.py"),
+        **model_files(),
+        **price_files(),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         sets=result("variants/sets.json"),
-        maps=widths("maps.safetensors"),
-        conditioning=conditioning(),
-        start=start(),
-        distill=taught("distill", "students.safetensors"),
-        narrow=taught("narrow", "students.safetensors"),
-        subsets=taught("subsets", "students.safetensors"),
-        selection=selection(),
-        width=widths("measured.parquet"),
-        latency=latency(),
-        distill_unit_costs=taught("distill", "unit_costs.parquet"),
-        narrow_unit_costs=taught("narrow", "unit_costs.parquet"),
-        subsets_unit_costs=taught("subsets", "unit_costs.parquet"),
     output:
         points=result("pareto/points.parquet"),
     log:
@@ -33,19 +22,13 @@ rule pareto:
         ENVIRONMENT
     threads: every_core
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("pareto", 32000),
-        runtime=minutes("pareto", 240),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("pareto", mem_mb=32000, runtime=240, launched=True),
     params:
-        config=lambda wildcards: configuration.subset(
-            {**config, "variants": configuration.budgets(config["variants"])},
+        config=subset_for_budgets(
             "seed",
             "device",
             "teacher",
             "choose",
-            "variants",
             *CONSTRAINTS,
             "pareto",
             "evaluate.velocity_rows",
@@ -59,6 +42,4 @@ rule pareto:
     message:
         "Measuring the budgets between"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --sets {input.sets} {params.files} --points {output.points} 2>&1 | tee {log}"
+        command("input.calls", "input.sets", "{params.files}", "output.points", launched=True)

@@ -27,13 +27,12 @@ if figures("intervals"):
             config=subset(*figure_keys("intervals")),
             figures=figure_names("intervals"),
             tables=optional(*figure_tables("intervals")),
-            output=result("plots/intervals"),
+            output=folder_of_figures,
             code=code("plot.py"),
         message:
             "Drawing the search for intervals"
         shell:
-            "python {input.script} intervals --config {params.config:q} --figures {params.figures} "
-            "{params.tables} --output {params.output} 2>&1 | tee {log}"
+            command("params.figures", "{params.tables}", "params.output", group="intervals")
 
 
 if figures("training"):
@@ -58,13 +57,12 @@ if figures("training"):
             config=subset(*figure_keys("training")),
             figures=figure_names("training"),
             tables=optional(*figure_tables("training")),
-            output=result("plots/training"),
+            output=folder_of_figures,
             code=code("plot.py"),
         message:
             "Drawing loss curves"
         shell:
-            "python {input.script} training --config {params.config:q} --figures {params.figures} "
-            "{params.tables} --output {params.output} 2>&1 | tee {log}"
+            command("params.figures", "{params.tables}", "params.output", group="training")
 
 
 rule plot_quality:
@@ -87,10 +85,9 @@ rule plot_quality:
         config=subset(*figure_keys("quality")),
         figures=figure_names("quality"),
         tables=optional(*figure_tables("quality")),
-        output=result("plots/quality"),
+        output=folder_of_figures,
         code=code("plot.py"),
     message:
         "Drawing quality against cost"
     shell:
-        "python {input.script} quality --config {params.config:q} --figures {params.figures} "
-        "{params.tables} --output {params.output} 2>&1 | tee {log}"
+        command("params.figures", "{params.tables}", "params.output", group="quality")

@@ -29,6 +29,10 @@ rule probe:
     message:
         "Fitting linear probes"
     shell:
-        "{params.taken}python {input.script} --config {params.config:q} "
-        "--moments {input.moments} --tokens {input.tokens} "
-        "--probes-table {output.table} --probes {output.probes} 2>&1 | tee {log}"
+        command(
+            "input.moments",
+            "input.tokens",
+            "probes_table=output.table",
+            "output.probes",
+            taken=True,
+        )

@@ -44,6 +44,10 @@ rule prune:
     message:
         "Preparing students"
     shell:
-        "python {input.script} --config {params.config:q} "
-        "--intervals {input.intervals} {params.optional} --calls {input.calls} "
-        "--selection {output.selection} --students {output.students} 2>&1 | tee {log}"
+        command(
+            "input.intervals",
+            "{params.optional}",
+            "input.calls",
+            "output.selection",
+            "output.students",
+        )

@@ -10,8 +10,7 @@
 
 rule record:
     input:
-        script=program("record.py"),
-        launcher=program("launch.py"),
+        **launched("record.py"),
         teacher=teacher_files(),
         prompts=config["record"]["prompts"],
         pictures=pictures("record"),
@@ -26,11 +25,7 @@ rule record:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("record", 16000),
-        runtime=minutes("record", 120),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("record", mem_mb=16000, runtime=120, launched=True),
     params:
         config=subset("seed", "device", "teacher", "pipeline", "record"),
         state=result("state/record"),
@@ -40,7 +35,4 @@ rule record:
     message:
         "Recording the teacher's calls on {input.prompts}"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {output.calls} --block-facts {output.block_facts} "
-        "--state {params.state} 2>&1 | tee {log}"
+        command("output.calls", "output.block_facts", "params.state", launched=True)

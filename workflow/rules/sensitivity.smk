@@ -6,8 +6,7 @@
 
 rule sensitivity:
     input:
-        script=program("sensitivity.py"),
-        launcher=program("launch.py"),
+        **launched("sensitivity.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
     output:
@@ -20,11 +19,7 @@ rule sensitivity:
         ENVIRONMENT
     threads: cores_beside_one_process
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("sensitivity", 16000),
-        runtime=minutes("sensitivity", 2880),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("sensitivity", mem_mb=16000, runtime=2880, launched=True),
     params:
         config=subset(
             "seed",
@@ -40,6 +35,4 @@ rule sensitivity:
     message:
         "Measuring what each run of blocks costs"
     shell:
-        "python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --state {params.state} --table {output.table} 2>&1 | tee {log}"
+        command("input.calls", "params.state", "output.table", launched=True)

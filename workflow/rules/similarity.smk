@@ -30,6 +30,4 @@ rule similarity:
     message:
         "Comparing runs of probes with the teacher"
     shell:
-        "python {input.script} --config {params.config:q} "
-        "--tokens {input.tokens} --probes {input.probes} "
-        "--cka {output.cka} --blocks {output.blocks} 2>&1 | tee {log}"
+        command("input.tokens", "input.probes", "output.cka", "output.blocks")

@@ -9,8 +9,7 @@
 
 rule subsets:
     input:
-        script=program("subsets.py"),
-        launcher=program("launch.py"),
+        **launched("subsets.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         selection=result("prune/selection.json"),
@@ -27,11 +26,7 @@ rule subsets:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("subsets", 32000),
-        runtime=minutes("subsets", 2880),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("subsets", mem_mb=32000, runtime=2880, launched=True),
     params:
         config=subset("seed", "device", "teacher", "subsets", "width.lr_scale"),
         state=result("state/subsets"),
@@ -41,8 +36,14 @@ rule subsets:
     message:
         "Distilling random subsets of the students"
     shell:
-        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} --selection {input.selection} --students {input.students} "
-        "--state {params.state} --output {output.students} --log-table {output.log} "
-        "--unit-costs {output.unit_costs} 2>&1 | tee {log}"
+        command(
+            "input.calls",
+            "input.selection",
+            "input.students",
+            "params.state",
+            "output=output.students",
+            "log_table=output.log",
+            "output.unit_costs",
+            launched=True,
+            taken=True,
+        )

@@ -9,8 +9,7 @@
 
 rule train_teacher:
     input:
-        script=program("train_teacher.py"),
-        launcher=program("launch.py"),
+        **launched("train_teacher.py"),
         config="config/teacher-digits.yaml",
     output:
         model=directory("results/teacher/digits"),

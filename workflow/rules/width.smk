@@ -11,8 +11,7 @@
 
 rule width:
     input:
-        script=program("width.py"),
-        launcher=program("launch.py"),
+        **launched("width.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
         blocks=similarity("blocks.parquet") if config["width"]["enabled"] else [],
@@ -28,11 +27,7 @@ rule width:
         ENVIRONMENT
     threads: THREADS
     resources:
-        gpu=gpu,
-        mem_mb=megabytes("width", 32000),
-        runtime=minutes("width", 2880),
-        processes=config["processes"],
-        device=config["device"],
+        **limits("width", mem_mb=32000, runtime=2880, launched=True),
     params:
         config=subset(
             "seed",
@@ -52,7 +47,12 @@ rule width:
     message:
         "Fitting and measuring closed forms"
     shell:
-        "{params.taken}python {input.launcher} --processes {resources.processes} --threads {threads} "
-        "--device {resources.device} {input.script} --config {params.config:q} "
-        "--calls {input.calls} {params.inputs} --state {params.state} "
-        "--table {output.table} --maps {output.maps} 2>&1 | tee {log}"
+        command(
+            "input.calls",
+            "{params.inputs}",
+            "params.state",
+            "output.table",
+            "output.maps",
+            launched=True,
+            taken=True,
+        )

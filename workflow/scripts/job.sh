@@ -1,4 +1,4 @@
-# What the shell of every job begins with (workflow/rules/common.smk): its own `tee` and `python`.
+# What the shell of every job begins with (workflow/rules/common/setup.smk): its own `tee` and `python`.
 
 # Threads that wait for each other sleep instead of spinning: beside another program, each of their
 # many small waits would cost a time slice.

@@ -1,0 +1,88 @@
+# What a stage depends on, for its params, so that a change of it reruns the stage: keys of the config,
+# the teacher, the prompts.
+
+from ppcl.provenance import digest, stamps
+from ppcl.teacher import teacher_identity
+
+# Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
+WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
+WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
+# And what is required and forbidden, that stages which search read.
+CONSTRAINTS = [
+    "intervals.enabled",
+    "intervals.require",
+    "intervals.forbid",
+    "intervals.protect_first",
+    "intervals.protect_last",
+    *(f"width.{key}" for key in ("enabled", "cka_floor", "text", "ffn_image", "ffn_text")),
+    *(f"modulation.{key}" for key in ("enabled", "require", "forbid")),
+]
+# What a forecast, and so the limits of jobs, depend on.
+FORECAST_KEYS = [
+    "seed",
+    "device",
+    "processes",
+    "teacher",
+    "similarity",
+    "pipeline",
+    "forecast",
+    "record",
+    "extract",
+    "sensitivity",
+    "intervals",
+    "width",
+    "modulation",
+    "distill",
+    "subsets",
+    "choose",
+    "finetune",
+    "evaluate",
+    "pareto",
+    "variants",
+]
+
+
+def as_it_is(value):
+    """For params: Snakemake does not look for wildcards, in braces, in what a function returns."""
+    return lambda wildcards: value
+
+
+def subset(*keys):
+    """JSON of the config keys that a stage depends on, for params."""
+    return as_it_is(configuration.subset(config, *keys))
+
+
+def subset_for_variant(name, *keys):
+    """As subset, with the named variant as the only one: the others' settings do not matter."""
+    chosen = [variant for variant in config["variants"] if variant["name"] == name]
+    return configuration.subset({**config, "variants": chosen}, "variants", *keys)
+
+
+def subset_for_smallest_budgets(*keys):
+    """As subset, with nothing of the variants but the smallest budgets: they decide selection."""
+    smallest = configuration.tightest(settings().variants)
+    return as_it_is(configuration.subset({**config, "variants": smallest}, "variants", *keys))
+
+
+def subset_for_budgets(*keys):
+    """As subset, with the variants without what is done with them after sets were chosen."""
+    budgets = configuration.budgets(config["variants"])
+    return as_it_is(configuration.subset({**config, "variants": budgets}, "variants", *keys))
+
+
+def distill_keys():
+    """The keys of `distill`, for stages that train as it does; how it shares and keeps is its own."""
+    own = ("shards", "cache_inputs")
+    return [f"distill.{key}" for key in config["distill"] if key not in own]
+
+
+def teacher_stamp():
+    """For params: what tells this teacher from any other. One that mv or rsync has put in its place
+    may be older than what was made with the other, which Snakemake does not take for a change."""
+    return teacher_identity.fingerprint(settings().teacher)
+
+
+def prompts_stamp(stage):
+    """For params, as teacher_stamp: of a stage's prompts, and the pictures that they name."""
+    path = config[stage]["prompts"]
+    return digest(stamps([path, *pictures(stage)])) if Path(path).is_file() else ""

@@ -1,0 +1,236 @@
+# Which stages a run has, by its config, and the files that they hand on: for inputs, empty where the
+# run does without.
+
+from ppcl.ablation import methods
+from ppcl.storage import schemas, texts
+from ppcl.teacher import prompts, teacher_identity
+
+# Stages that train students, in their order.
+TRAINING = ("distill", "narrow", "subsets")
+
+
+def variants():
+    """Names of all variants."""
+    return [variant["name"] for variant in config["variants"]]
+
+
+def finetuned():
+    """Names of the variants that are fine-tuned."""
+    return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
+
+
+def depth():
+    """Whether depth is pruned, so that there are intervals to search for, and students."""
+    return config["intervals"]["enabled"]
+
+
+def trains():
+    """Whether students are trained."""
+    return settings().trains
+
+
+def closed():
+    """Whether there are closed forms: linear FFNs, text runs or modulations of low rank."""
+    return settings().closed
+
+
+def compared():
+    """Whether blocks are compared with each other: for intervals, and for text runs."""
+    return settings().compares
+
+
+def staged():
+    """Whether distilled blocks become narrow in a training of their own."""
+    return settings().staged
+
+
+def training():
+    """The stages, by their folders, that train students, in their order."""
+    wanted = [trains(), staged(), trains() and config["subsets"]["steps"]]
+    return [stage for stage, on in zip(TRAINING, wanted) if on]
+
+
+def teacher_files():
+    """Weights and configs of a local teacher; a newer file reruns what loads the teacher."""
+    found = map(str, teacher_identity.files(settings().teacher))
+    return [path for path in found if not set("{}") & set(path)]  # they would be wildcards
+
+
+@functools.cache  # of a config that is complete: several rules ask, and a file may be long
+def pictures(stage):
+    """Pictures that a stage's prompts name: a changed one reruns it."""
+    if not Path(config[stage]["prompts"]).is_file():
+        return []  # which preflight reports
+    return prompts.pictures(prompts.read(config[stage]["prompts"], f"{stage}.prompts"))
+
+
+def sensitivity():
+    """The measured costs, if selection goes by them."""
+    measured = settings().searches_by_cost
+    return [result("sensitivity/intervals.parquet")] if measured else []
+
+
+def influences():
+    """The probes' table, if selection goes by the influence of blocks."""
+    wanted = depth() and config["intervals"]["cost"] == "influence"
+    return [result("probes/probes.parquet")] if wanted else []
+
+
+def similarity(name):
+    """An artifact of the comparison of blocks, if they are compared."""
+    return [result(f"similarity/{name}")] if compared() else []
+
+
+def widths(name):
+    """An artifact of closed forms, if there are any."""
+    return [result(f"width/{name}")] if closed() else []
+
+
+def candidates():
+    """Selection's verdicts on closed forms; it runs for intervals."""
+    return widths("candidates.parquet") if depth() else []
+
+
+def conditioning():
+    """What modulations get, if they may become low rank."""
+    wanted = config["modulation"]["enabled"]
+    return [result("activations/conditioning.safetensors")] if wanted else []
+
+
+def latency():
+    """Measured times, if a budget is one of time."""
+    wanted = settings().limited_latency
+    return [result("latency/blocks.parquet")] if wanted else []
+
+
+def start():
+    """The students before any training, if depth is pruned."""
+    return [result("prune/students.safetensors")] if depth() else []
+
+
+def selection():
+    """What each student stands for, if depth is pruned."""
+    return [result("prune/selection.json")] if depth() else []
+
+
+def taught(stage, name):
+    """An artifact of a stage that trains students, if it is one of this run."""
+    return [result(f"{stage}/{name}")] if stage in training() else []
+
+
+def distill_shards(ending):
+    """For what joins shards: a function that finds one file of each, in order of depth."""
+
+    def found(wildcards):
+        table = checkpoints.allot.get().output.shards
+        count = len(texts.read_sealed(table)["jobs"])
+        return [result(f"distill/shards/{shard}{ending}") for shard in range(count)]
+
+    return found
+
+
+def model_files():
+    """For inputs: what stages make models of, by the names of MODELS."""
+    return {
+        "maps": widths("maps.safetensors"),
+        "conditioning": conditioning(),
+        "start": start(),
+        **{stage: taught(stage, "students.safetensors") for stage in TRAINING},
+    }
+
+
+def price_files():
+    """For inputs: what stages search for sets by, by the names of PRICES."""
+    return {
+        "selection": selection(),
+        "width": widths("measured.parquet"),
+        "latency": latency(),
+        **{f"{stage}_unit_costs": taught(stage, "unit_costs.parquet") for stage in TRAINING},
+    }
+
+
+def set_of(wildcards):
+    """What one variant is made of. It may have stayed the same where `choose` has run for others:
+    what follows is decided once that is known, since only then is the file compared."""
+    checkpoints.choose.get()
+    return result(f"variants/sets/{wildcards.variant}.json")
+
+
+def models():
+    """Folders of all assembled pipelines."""
+    return [result(f"models/{name}") for name in variants()]
+
+
+def forecast_inputs():
+    """What a forecast takes if it is there."""
+    teacher = settings().teacher
+    own = Path(teacher.path, teacher.subfolder or "", teacher.component, "config.json")
+    names = {
+        "architecture": config["forecast"]["transformer_config"] or str(own),
+        "intervals": result("intervals/intervals.parquet"),
+        "candidates": next(iter(candidates()), ""),
+        "calls": result("record/calls.parquet"),
+    }
+    return {name: path for name, path in names.items() if Path(path).is_file()}
+
+
+def artifacts():
+    """Every file of the contract: a stage whose output was deleted is remade, and what follows."""
+    wanted = {
+        "activations/": compared() or conditioning(),
+        "probes/": compared(),
+        "similarity/": compared(),
+        "sensitivity/": sensitivity(),
+        "width/candidates.parquet": candidates(),
+        "width/": closed(),
+        "latency/": latency(),
+        "intervals/": depth(),
+        "prune/": depth(),
+        **{f"{stage}/": stage in training() for stage in TRAINING},
+        "ablation/": False,  # a target of its own, as is the next
+        "forecast/": False,
+    }
+    left_out = tuple(path for path, needed in wanted.items() if not needed)
+    named = [
+        path
+        for path in schemas.ARTIFACTS
+        if not path.endswith("/") and not path.startswith(left_out)
+    ]
+    plain = [result(path) for path in named if "<variant>" not in path]
+    per_variant = [path for path in named if "<variant>" in path]
+    return plain + [
+        result(path.replace("<variant>", name))
+        for path in per_variant
+        for name in (finetuned() if path.startswith("finetune/") else variants())
+    ]
+
+
+def ablation_runs(names, seeds=None):
+    """Tables of the first runs of some methods, as many as each has in any case."""
+    return [
+        result(f"ablation/runs/{name}-{number}.parquet")
+        for name in names
+        for number in range(seeds or methods.seeds(name, settings().ablation))
+    ]
+
+
+def compared_methods():
+    """Names of the methods that this part of the ablation is of."""
+    try:
+        return methods.wanted(settings().ablation)
+    except UserError as error:
+        refuse(error)
+
+
+def known_ablation_runs():
+    """Tables of the runs that are made in any case."""
+    return ablation_runs(compared_methods())
+
+
+def more_ablation_runs(wildcards):
+    """Tables of further runs, of the rivals that did best once each has been run; none in a part of
+    the ablation without all of them."""
+    if not set(methods.of_group("rival")) <= set(compared_methods()):
+        return []
+    best = texts.read_sealed(checkpoints.rank_rivals.get().output.best)["best"]
+    return sorted({*ablation_runs(best, config["ablation"]["seeds"])} - {*known_ablation_runs()})
