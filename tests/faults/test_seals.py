@@ -135,7 +135,7 @@ def handed_over():
     found = set()
     common = (ROOT / "workflow/rules/common/commands.smk").read_text()
     trains_students = re.search(r"^TRAINS_STUDENTS = \[\n.*?^\]", common, re.M | re.S)[0]
-    lists = dict(re.findall(r"^([A-Z]+) = \[(\".*)\]$", common, re.M))
+    lists = dict(re.findall(r"^([A-Z]+) = \[([^]]*)\]$", common, re.M))
     for file in (ROOT / "workflow/rules").glob("*.smk"):
         # Some rules are of a condition, and so further in.
         for rule in re.split(r"\n +input:\n", file.read_text())[1:]:
