@@ -86,7 +86,7 @@ def check(
     untouchable: Collection[int],
     unseen: Collection[int],
     ffns: Collection[Ffn],
-    text_saved: Sequence[int],
+    text_saved: Sequence[float],
     modulated: Collection[int],
     unread: int | None,
 ) -> None:

@@ -7,6 +7,7 @@ Matrices are float64 [first, last], as in ppcl.search.intervals.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -26,8 +27,8 @@ from ppcl.storage import schemas
 from ppcl.transformer import block_facts
 from ppcl.transformer.block_facts import BlockFacts
 
-# Paths by the names of the program's options; None for what was not given.
-Paths = Mapping[str, Path | None]
+# Paths by the names of the program's options; None for a table that was not given.
+Paths = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ def measurements(settings: Settings, paths: Paths, required: Named) -> Measureme
     cka = measured.cka(paths["cka"], settings.similarity.streams, depth)
     closed = measured.closed(paths["width"] if kinds else None, teacher.parameters, kinds)
     weights = {"blocks": savings.by_blocks(depth), "parameters": closed.weights}
-    totals = {"blocks": depth, "transformer_parameters": teacher.transformer_parameters}
+    totals: dict[str, float] = {"blocks": depth}
+    totals["transformer_parameters"] = teacher.transformer_parameters
     if settings.limited_latency:
         if paths["latency"] is None:
             raise UserError("variants: a budget is a latency: name the block times, --latency")
