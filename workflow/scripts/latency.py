@@ -14,7 +14,9 @@ evaluate.latency_repeats.
 
 import copy
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -49,6 +51,32 @@ def _sharing(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module, {id(w): w for w in [*module.parameters(), *module.buffers()]})
 
 
+def blocks_by_list(sequence: Sequence[blocks.Block]) -> list[list[int]]:
+    """Blocks that do the same work: those of each list."""
+    lists: dict[str, list[int]] = {}
+    for block in sequence:
+        lists.setdefault(block.list.attribute, []).append(block.index)
+    return list(lists.values())
+
+
+def least_seconds(
+    runs: Mapping[str, Callable[[], object]], most: int, device: torch.device, table: Path
+) -> dict[str, float]:
+    """The least time of each run, by name, in seconds; most: rounds. Warns, with the name of the
+    table to delete, if times still fell."""
+    with torch.no_grad():
+        seconds, settled = latencies.least_times(timing.timed_rounds(runs, most, device))
+    if not settled:
+        log.warning(
+            "times of blocks still fell after %d rounds. If another program used the machine "
+            "meanwhile, delete %s and run again: budgets of latency go by it. Else raise "
+            "evaluate.latency_repeats",
+            most,
+            table,
+        )
+    return seconds
+
+
 def main() -> None:
     args = program.parser(
         __doc__, "config", reads=("calls",), writes=("table",), table="latency/blocks.parquet"
@@ -63,10 +91,7 @@ def main() -> None:
     rows = reader.draw(reader.heldout_rows("select"), options.batch_size, (settings.seed,))
     arguments = reader.batch(rows).to(device).arguments
     sequence = blocks.block_sequence(transformer)
-    lists: dict[str, list[int]] = {}
-    for block in sequence:
-        lists.setdefault(block.list.attribute, []).append(block.index)
-    alike = list(lists.values())
+    alike = blocks_by_list(sequence)
     parts = {
         block.index: {latencies.WHOLE: NewBlock(block.index, block.index), **narrow_parts(block)}
         for block in sequence
@@ -80,18 +105,8 @@ def main() -> None:
     for (block, kind), part in zip(timed, needed, strict=True):
         module = students.shaped(transformer, part, _sharing(sequence[block].module))
         runs[f"{block} {kind}"] = partial(module, **lessons[part].bound)
-    with torch.no_grad():
-        most = latencies.ROUNDS * options.latency_repeats
-        rounds = timing.timed_rounds(runs, most, device)
-        seconds, settled = latencies.least_times(rounds)
-    if not settled:
-        log.warning(
-            "times of blocks still fell after %d rounds. If another program used the machine "
-            "meanwhile, delete %s and run again: budgets of latency go by it. Else raise "
-            "evaluate.latency_repeats",
-            most,
-            args.table,
-        )
+    most = latencies.ROUNDS * options.latency_repeats
+    seconds = least_seconds(runs, most, device, args.table)
     least = {(block, kind): seconds[f"{block} {kind}"] for block, kind in timed}
     saved = latencies.savings(least, seconds["around"], parts, alike)
     found = [

@@ -15,6 +15,7 @@ import logging
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm import tqdm
 
 from ppcl import program, provenance
@@ -22,6 +23,7 @@ from ppcl.configuration import config
 from ppcl.extraction.token_table import TokenReader
 from ppcl.runtime import devices, stopping
 from ppcl.search import cka_draws, probes, similarity
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, tensors
 
 log = logging.getLogger(__name__)
@@ -61,14 +63,41 @@ def block_rows(stream: str, blocks: list[int], values: np.ndarray) -> pd.DataFra
     )
 
 
+def compare(
+    tokens: TokenReader,
+    stream: str,
+    fitted: list[probes.Probe | None],
+    settings: Settings,
+    wanted: torch.device,
+) -> tuple[np.ndarray, pd.DataFrame]:
+    """CKA of the runs of one stream [1 + draws, first, last], and its rows of blocks.parquet.
+
+    fitted: its probes, by block. wanted: the device, if it has room.
+    """
+    chosen = settings.similarity
+    how = {key: getattr(chosen, key) for key in ("estimator", "normalise_tokens")}
+    read, plan = similarity.heldout(tokens, stream, chosen, settings.seed)
+    present = [i for i, probe in enumerate(fitted) if probe is not None]
+    shape = read(present[0]).shape
+    needed = similarity.memory(shape, len(present), chosen, wanted)
+    here = {"stream": stream, "device": devices.with_room(wanted, needed)}
+    if here["device"] != wanted:
+        room = needed / 2**30
+        log.warning("stream %s: on the CPU: %s has no %.3g GiB free", stream, wanted, room)
+    progress = tqdm(range(len(fitted)), desc=f"runs, {stream}, {here['device']}", unit="block")
+    draws = similarity.surrogate_cka(
+        read, fitted, plan, reference=chosen.reference, steps=progress, **here, **how
+    )
+    values = similarity.block_cka(read, present, plan, **here, **how)
+    return draws, block_rows(stream, present, values)
+
+
 def main() -> None:
     options = program.parser(
         __doc__, "config", reads=("probes", "tokens"), writes=("cka", "blocks")
     ).parse_args()
     settings = config.load(options.config)
     chosen = settings.similarity
-    how = {key: getattr(chosen, key) for key in ("estimator", "normalise_tokens")}
-
     weights, _ = tensors.read(options.probes)
     tokens = TokenReader(options.tokens)
     depth = tokens.boundaries - 1
@@ -77,20 +106,8 @@ def main() -> None:
     draws, blocks = {}, []
     for stream in tokens.streams:
         fitted = probes.of_stream(weights, stream, depth)
-        read, plan = similarity.heldout(tokens, stream, chosen, settings.seed)
-        present = [i for i, probe in enumerate(fitted) if probe is not None]
-        shape = read(present[0]).shape
-        needed = similarity.memory(shape, len(present), chosen, wanted)
-        here = {"stream": stream, "device": devices.with_room(wanted, needed)}
-        if here["device"] != wanted:
-            room = needed / 2**30
-            log.warning("stream %s: on the CPU: %s has no %.3g GiB free", stream, wanted, room)
-        progress = tqdm(range(depth), desc=f"runs, {stream}, {here['device']}", unit="block")
-        draws[stream] = similarity.surrogate_cka(
-            read, fitted, plan, reference=chosen.reference, steps=progress, **here, **how
-        )
-        values = similarity.block_cka(read, present, plan, **here, **how)
-        blocks.append(block_rows(stream, present, values))
+        draws[stream], of_stream = compare(tokens, stream, fitted, settings, wanted)
+        blocks.append(of_stream)
     if chosen.bootstrap and all(len(values) == 1 for values in draws.values()):
         log.warning(
             "the tokens are of one held-out prompt, over which there are no resamples: no "
