@@ -7,7 +7,8 @@ from benchmarks.material import Size
 from benchmarks.measuring import Ratio
 from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
-from ppcl.training import distillation, entrance, shards
+from ppcl.training import distillation, input_cache, shards
+from ppcl.training.input_cache import InputCache
 from ppcl.transformer import calls
 from ppcl.transformer.context import Context, State
 
@@ -21,14 +22,14 @@ def run(size: Size, folder: Path) -> list[Ratio]:
     teacher, reader = material.transformer(size), calls.Reader(path)
     options = teaching.OPTIONS.replace(batch_size=size.batch, steps=STEPS, cache_inputs="auto")
     units = [Unit((part,)) for part in second_half(size.blocks)]
-    caching = entrance.caching(reader, options, 0)
+    caching = input_cache.caching(reader, options, 0)
     slow, first = {}, {}
     for name, how in (("late", caching), ("whole", shards.NEVER)):
-        job = max(shards.allot(units, 2, how), key=lambda job, how=how: shards.cost(job, how))
+        job = max(shards.assign(units, 2, how), key=lambda job, how=how: shards.cost(job, how))
         taught = students.start(teacher, new_blocks_of(job), "first")
         steps = teaching.Steps(teacher, taught, reader, size.batch)
         if shards.cached(job, how):
-            inputs = entrance.Inputs(
+            inputs = InputCache(
                 Context(teacher, reader, 0, steps.accelerator),
                 list(taught),
                 options,

@@ -41,7 +41,7 @@ JOINED = {"logs": "distill-log.parquet", "costs": "distill-unit_costs.parquet"}
 MORE = [
     Stage("intervals", NAMED["intervals"].reads | LATENCY, NAMED["intervals"].writes),
     Stage("prune", NAMED["prune"].reads | LATENCY, NAMED["prune"].writes),
-    Stage("allot", SELECTION, {"shards": "shards.json"}),
+    Stage("assign_shards", SELECTION, {"shards": "shards.json"}),
     Stage(
         "distill",
         NAMED["distill"].reads | {"shards": "shards.json"},
@@ -49,7 +49,7 @@ MORE = [
         state=True,
     ),
     Stage(
-        "join",
+        "join_shards",
         JOINED | {"selection": "selection.json", "students": "distill.safetensors"},
         NAMED["distill"].writes,
     ),
@@ -82,7 +82,7 @@ def finished(tiny_teacher, tmp_path_factory):
         )  # test_assembly has the reload gate
         for stage in RUN:
             tiny.stage(stage.program, settings, *stage.group, **stage.paths(folder))
-        tiny.stage("allot", settings, **MORE[2].paths(folder))
+        tiny.stage("assign_shards", settings, **MORE[2].paths(folder))
     for name, schema in TABLES.items():
         tables.write(folder / name, one_row(schema), schema, {})
     return folder, settings
@@ -159,7 +159,7 @@ def test_whatever_a_rule_hands_over_is_damaged_here():
     found = handed_over()
     assert len(found) > 50 and damaged <= found
     # The rest are a config, and tables of the ablation, as are those of its rules' SHARED.
-    assert found - damaged == {("train_teacher", "config"), ("gather", "runs")}
+    assert found - damaged == {("train_teacher", "config"), ("gather_ablation", "runs")}
 
 
 def test_every_artifact_has_a_reader_here():
@@ -248,7 +248,7 @@ def test_a_flipped_byte_in_what_a_stage_resumes_from_is_refused(finished, tmp_pa
     paths = stage.paths(folder)
     state = shutil.copytree(paths["state"], tmp_path / "state")
     paths |= {name: tmp_path / "out" / name for name in stage.writes} | {"state": state}
-    # One of each kind; kept streams (test_entrance.py) and maps are made again instead.
+    # One of each kind; kept streams (test_input_cache.py) and maps are made again instead.
     every = [file for file in state.rglob("*.*") if not file.name.startswith("maps-")]
     files = {file.parent: file for file in every if file.parent.name != "inputs"}
     assert files

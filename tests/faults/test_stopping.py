@@ -72,7 +72,11 @@ def test_a_warned_training_ends_with_the_same_students(world, distilled, program
 
 @pytest.mark.parametrize(
     ("moment", "step", "errors"),
-    [("training.loop._save", 3, 0), ("training.prices.Judged.error", 6, 1), ("loading", 0, 0)],
+    [
+        ("training.checkpoints.Checkpoint.save", 3, 0),
+        ("training.prices.Judged.error", 6, 1),
+        ("loading", 0, 0),
+    ],
 )
 def test_a_warning_at_any_other_moment_loses_nothing(
     world,

@@ -62,7 +62,14 @@ def export(teacher, folder, trusting=False):
     model, block_map = blocks.assembled(
         pipe.transformer, {(1, 3): pipe.transformer.transformer_blocks[1]}
     )
-    assembly.export(pipe, model, block_map, folder, {}, tiny.arguments(), source=teacher)
+    assembly.export(
+        assembly.TeacherPipeline(pipe, source=teacher),
+        model,
+        block_map,
+        folder,
+        {},
+        tiny.arguments(),
+    )
     return folder
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from ppcl.runtime import processes
 from ppcl.storage import texts
-from ppcl.training import entrance, loop, prices
+from ppcl.training import input_cache, loop, prices
 from ppcl.errors import UserError
 from ppcl.transformer.context import State
 
@@ -58,12 +58,12 @@ for name in ("both" if rank else "none", "none" if rank else "both"):
 
 # That streams are not to be kept, which one of them finds.
 for giving_up in (0, 1):
-    inputs = object.__new__(entrance.Inputs)
+    inputs = object.__new__(input_cache.InputCache)
     inputs._accelerator, inputs._identity = accelerator, "i"
     inputs._folder = here / f"{{giving_up}}-{{rank}}"
     if rank == giving_up:
-        texts.write_sealed(inputs._folder / entrance.GIVEN_UP, {{"identity": "i"}})
-    assert inputs._gave_up() == (giving_up == 0)
+        texts.write_sealed(inputs._folder / input_cache.CACHE_DISABLED, {{"identity": "i"}})
+    assert inputs._disabled() == (giving_up == 0)
 
 # A part of the teacher that the other one finds finished: all train it.
 settings = {{"seed": 0, "vae": {{"steps": 2, "lr": 0.1, "warmup_steps": 0}}, "text_encoder": {{}}}}

@@ -505,27 +505,27 @@ def width_row(kind, first, last):
 
 
 def test_gathered_rows_carry_groups_and_order_and_the_best_rivals(tmp_path):
-    import gather
+    import gather_ablation
 
     table = comparison_tables.table()
     runs = table[schemas.ABLATION_RUN.names].sample(frac=1, random_state=0)
-    again = gather.labelled(runs)
+    again = gather_ablation.labelled(runs)
     assert again["order"].is_monotonic_increasing
     assert again["method"].drop_duplicates().tolist() == list(methods.METHODS)
     rivals = runs[runs["method"].isin(methods.of_group("rival")) & (runs["state"] == "finetuned")]
     means = rivals.groupby("method")["velocity_error"].mean().sort_values()
-    assert gather.best(runs[runs["method"].isin(means.index)]) == means.index[:2].tolist()
+    assert gather_ablation.best(runs[runs["method"].isin(means.index)]) == means.index[:2].tolist()
 
 
 def test_tables_for_a_reader_have_each_method_where_it_is_compared(tmp_path):
-    import gather
+    import gather_ablation
 
     table = comparison_tables.table()
     tables.write(tmp_path / "a.parquet", table, schemas.ABLATION, {})
     paths = ["--results", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "a.md")]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sys.argv", ["gather.py", "words", *paths])
-        gather.main()
+        patch.setattr("sys.argv", ["gather_ablation.py", "words", *paths])
+        gather_ablation.main()
     text = (tmp_path / "a.md").read_text()
     sections = {part.split("\n")[0]: part for part in text.split("## ")[1:]}
     assert list(sections) == [*report.SECTIONS, "What was chosen"]

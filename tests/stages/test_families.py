@@ -26,7 +26,7 @@ from ppcl.pruning import narrow
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines
-from ppcl.training import entrance
+from ppcl.training import tail
 from ppcl.transformer import blocks, calls, claims, families
 from support import ROOT, fresh, tiny, zoo_images, zoo_videos
 
@@ -303,11 +303,11 @@ def test_a_teacher_that_starts_at_a_block_equals_it_to_the_bit(ran):
     whole = blocks.answer(transformer, batch.arguments)
     last = len(blocks.block_sequence(transformer)) - 1
     for first in {1, *starts(transformer), last, last + 1} - {0}:
-        streams = entrance.streams_before(transformer, first, batch.arguments)
-        model = entrance.Entrance(transformer, first).model(streams)
+        streams = tail.streams_before(transformer, first, batch.arguments)
+        model = tail.Tail(transformer, first).model(streams)
         assert torch.equal(blocks.answer(model, batch.arguments), whole), first
         wrong = {stream: value + 1 for stream, value in streams.items()}
-        model = entrance.Entrance(transformer, first).model(wrong)
+        model = tail.Tail(transformer, first).model(wrong)
         assert not torch.equal(blocks.answer(model, batch.arguments), whole), first
 
 
@@ -390,7 +390,9 @@ def test_a_narrow_pipeline_brings_its_code(name, tmp_path, modules, monkeypatch)
     expected = blocks.answer(model, call)
     assert not torch.allclose(before, expected)
     monkeypatch.setattr(assembly.subprocess, "run", gate_here)
-    assembly.export(pipe, model, block_map, tmp_path / "p50", {}, call, one.component)
+    assembly.export(
+        assembly.TeacherPipeline(pipe, one.component), model, block_map, tmp_path / "p50", {}, call
+    )
     assert assembly.own_code(tmp_path / "p50", one.component)
     again = DiffusionPipeline.from_pretrained(tmp_path / "p50", trust_remote_code=True)
     answer = blocks.answer(getattr(again, one.component), call)

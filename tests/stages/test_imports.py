@@ -19,7 +19,7 @@ OTHER = {"matplotlib", *JUDGE, *COMPILER, *DISTRIBUTIONS}
 # By program: modules that it does without. Those of OTHER go with all that load a transformer.
 WITHOUT = {
     "ablate": COMPILER | {"matplotlib"},
-    "allot": MODELS - {"accelerate"} | OTHER,
+    "assign_shards": MODELS - {"accelerate"} | OTHER,
     "assemble": OTHER | {"skimage"},
     "calibrate": COMPILER | {"matplotlib"},
     "choose": OTHER | {"skimage"},
@@ -28,10 +28,10 @@ WITHOUT = {
     "extract": OTHER | {"skimage"},
     "finetune": OTHER | {"skimage"},
     "forget": TORCH | FIGURES | {"numpy", "pandas", "pyarrow"},
-    "gather": TORCH | JUDGE | {"skimage"},
+    "gather_ablation": TORCH | JUDGE | {"skimage"},
     "init": TORCH | FIGURES | {"pandas", "scipy"},
     "intervals": TORCH | OTHER | {"skimage"},
-    "join": MODELS | OTHER | {"skimage", "scipy"},
+    "join_shards": MODELS | OTHER | {"skimage", "scipy"},
     "latency": OTHER,
     "launch": TORCH | FIGURES | {"numpy", "pandas", "pyarrow"},
     "lora_to_low_rank": OTHER | {"skimage"},

@@ -44,7 +44,7 @@ CACHINGS = st.one_of(
 @example([], "auto", shards.NEVER)
 @example([], 3, shards.NEVER)
 def test_every_unit_is_in_exactly_one_job_and_jobs_are_contiguous_in_depth(units, wanted, caching):
-    jobs = shards.allot(units, wanted, caching)
+    jobs = shards.assign(units, wanted, caching)
     assert [unit for job in jobs for unit in job] == units
     assert all(jobs) or jobs == [[]]
     if wanted != "auto":
@@ -56,7 +56,7 @@ def test_no_other_cut_makes_the_slowest_job_faster(units, wanted, caching):
     def slowest(jobs):
         return max(shards.cost(job, caching) for job in jobs)
 
-    least = slowest(shards.allot(units, wanted, caching))
+    least = slowest(shards.assign(units, wanted, caching))
     for count in range(1, min(wanted, len(units)) + 1):
         for cuts in itertools.combinations(range(1, len(units)), count - 1):
             ends = [0, *cuts, len(units)]
@@ -77,7 +77,7 @@ def groupings(items, most):
 
 @given(selections(largest=5, parts=1), st.integers(1, 3), CACHINGS)
 def test_where_all_units_are_of_one_part_no_other_jobs_are_faster_at_all(units, wanted, caching):
-    least = max(shards.cost(job, caching) for job in shards.allot(units, wanted, caching))
+    least = max(shards.cost(job, caching) for job in shards.assign(units, wanted, caching))
     every = groupings(units, wanted)
     best = min(max(shards.cost(job, caching) for job in jobs) for jobs in every)
     assert least == pytest.approx(best)
@@ -89,11 +89,11 @@ def test_auto_is_near_the_fastest_with_no_job_too_many(units, caching):
     def slowest(jobs):
         return max(shards.cost(job, caching) for job in jobs)
 
-    jobs = shards.allot(units, "auto", caching)
+    jobs = shards.assign(units, "auto", caching)
     bar = shards.SLACK * max(shards.cost([unit], caching) for unit in units)
     assert slowest(jobs) <= bar
     if len(jobs) > 1:
-        assert slowest(shards.allot(units, len(jobs) - 1, caching)) > bar
+        assert slowest(shards.assign(units, len(jobs) - 1, caching)) > bar
 
 
 def passes(units, caching):
@@ -141,15 +141,15 @@ def test_deep_jobs_own_fewer_students():
     ends += [(48, 49), (52, 53), (54, 55), (56, 57)]
     units = [Unit((NewBlock(*pair),)) for pair in ends]
     assert shards.cost(units) == 58 + 3 * 13
-    jobs = shards.allot(units, 3)
+    jobs = shards.assign(units, 3)
     assert [len(job) for job in jobs] == [7, 4, 2]
     assert [shards.cost(job) for job in jobs] == [31 + 21, 54 + 12, 58 + 6]
     # From kept streams, the jobs split where the gaps are, and the deepest owns most.
     often = shards.Caching("auto", 0.0)
-    kept = shards.allot(units, 3, often)
+    kept = shards.assign(units, 3, often)
     assert [len(job) for job in kept] == [4, 3, 6]
     assert [shards.cost(job, often) for job in kept] == [10 + 12, 16 + 9, 16 + 18]
-    assert shards.allot(units, "auto") == jobs  # 66 is within a tenth of 61, 73 of two jobs is not
+    assert shards.assign(units, "auto") == jobs  # 66 is within a tenth of 61, 73 of two jobs is not
 
 
 def test_a_damaged_table_is_named(tmp_path):
@@ -207,7 +207,7 @@ def test_shards_joined_are_one_job_to_the_bit(world, capsys):
     folder, settings, given = world
     sharded = settings | {"distill": settings["distill"] | {"shards": 3}}
     table = folder / "shards.json"
-    tiny.stage("allot", sharded, calls=given["calls"], selection=given["selection"], shards=table)
+    tiny.stage("assign_shards", sharded, calls=given["calls"], selection=given["selection"], shards=table)
     assert shards.read(table) == [["00-01"], ["02-02"], ["03-04"]]
     parts = [outputs(folder / str(number)) for number in range(3)]
     for number, paths in enumerate(parts):
@@ -229,8 +229,8 @@ def test_shards_joined_are_one_job_to_the_bit(world, capsys):
             options = tiny.options(settings, {"selection": given["selection"]} | joined)
             for name, paths in shown.items():
                 options += [f"--{name}", *map(str, paths)]
-            patch.setattr("sys.argv", ["join", *options])
-            runpy.run_path(str(SCRIPTS / "join.py"), run_name="__main__")
+            patch.setattr("sys.argv", ["join_shards", *options])
+            runpy.run_path(str(SCRIPTS / "join_shards.py"), run_name="__main__")
 
     with pytest.raises(SystemExit):
         join([0, 2])

@@ -167,7 +167,7 @@ def test_only_what_the_config_asks_for_runs(snakemake, keys, more, less):
 def test_a_sharded_distillation_asks_the_plan_how_many_jobs_it_takes(snakemake, shards):
     sharded = {"distill": {"shards": shards}}
     found = counts(snakemake("-n", "-F", **sharded))
-    assert {"allot", "join_shards"} <= found.keys() and "distill" not in found
+    assert {"assign_shards", "join_shards"} <= found.keys() and "distill" not in found
     printed = snakemake("-n", "-p", "results/digits/distill/shards/1.safetensors", **sharded)
     assert "--shards results/digits/distill/shards/shards.json --shard 1 " in printed
     assert "--state results/digits/state/distill-1 " in printed

@@ -172,9 +172,9 @@ STAGES = [
 NAMED = {stage.program: stage for stage in STAGES}
 # Of other configs and targets, after the others.
 MORE = [
-    Stage("allot", SELECTION, {"shards": "shards.json"}),
+    Stage("assign_shards", SELECTION, {"shards": "shards.json"}),
     Stage(
-        "join",  # of a job that has all of the units
+        "join_shards",  # of a job that has all of the units
         {
             "selection": "selection.json",
             "students": "distill.safetensors",
@@ -201,7 +201,7 @@ MORE = [
         more={"method": methods.job("joint"), "number": "0"},
     ),
     Stage(
-        "gather",
+        "gather_ablation",
         {"runs": "joint-0.parquet"},
         {"output": "ablation.parquet"},
         group=("table",),

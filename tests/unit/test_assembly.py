@@ -73,7 +73,9 @@ def test_export_loads_in_stock_diffusers(pruned, call, tmp_path):
     """With the reload gate in a process of its own."""
     pipe, model, block_map = pruned
     folder = tmp_path / "models" / "p70"
-    assembly.export(pipe, model, block_map, folder, {"variant": "p70"}, call)
+    assembly.export(
+        assembly.TeacherPipeline(pipe), model, block_map, folder, {"variant": "p70"}, call
+    )
     assert [f.name for f in folder.parent.iterdir()] == ["p70"]
 
     again = DiffusionPipeline.from_pretrained(folder)
@@ -133,7 +135,7 @@ def test_the_gate_refuses_and_nothing_is_left(pruned, call, tmp_path, gate_insid
     with pytest.raises(
         UserError, match=rf"p70.* does not reload as it was written(.|\n)*({message})"
     ):
-        assembly.export(pipe, model, block_map, folder, {}, call)
+        assembly.export(assembly.TeacherPipeline(pipe), model, block_map, folder, {}, call)
     assert [f.name for f in folder.parent.iterdir()] == ["p70"]
     assert [f.name for f in folder.iterdir()] == ["earlier"]  # what was there stays
 
@@ -145,7 +147,7 @@ def test_the_gate_passes_a_right_model_in_bfloat16(pruned, call, tmp_path, gate_
         k: v.to(torch.bfloat16) if isinstance(v, torch.Tensor) and v.is_floating_point() else v
         for k, v in call.items()
     }
-    assembly.export(pipe, model, block_map, tmp_path / "p70", {}, low)
+    assembly.export(assembly.TeacherPipeline(pipe), model, block_map, tmp_path / "p70", {}, low)
     assert (tmp_path / "p70" / "model_index.json").exists()
 
 

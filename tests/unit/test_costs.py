@@ -19,7 +19,7 @@ from ppcl.runtime import devices, processes
 from ppcl.settings import DistillSettings, WidthSettings
 from ppcl.storage import schemas, tables, texts
 from ppcl.teacher import pipelines
-from ppcl.training import distillation, entrance, prices, steps
+from ppcl.training import distillation, prices, steps, tail, teacher_streams
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import State
 from support import ROOT, tiny
@@ -90,10 +90,10 @@ def test_a_change_costs_the_same_from_its_first_block_on(teacher, reader, monkey
     ):
         judged.error(models[0][1], 1)
     assert set(ran) == {2, 3, 4, 5}  # and block 1 is the other one
-    monkeypatch.setattr(prices, "KEPT_BYTES", 0)
+    monkeypatch.setattr(teacher_streams, "KEPT_BYTES", 0)
     judged = prices.Judged(tiny.context(teacher, reader), rows, 3)
     assert [judged.error(m, first) for first, m in models] == pytest.approx(whole, rel=1e-5)
-    assert judged._streams[6][0] and not judged._streams[6][1]
+    assert judged._streams._streams[6][0] and not judged._streams._streams[6][1]
 
 
 def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader, monkeypatch):
@@ -112,12 +112,12 @@ def test_changes_with_one_end_cost_together_what_they_cost_alone(teacher, reader
     sets = {p.name: (p.first, p.last, partial(lambda p: {p: taught[p]}, p)) for p in parts}
     changes = prices.of_students(teacher, sets)
     judged = prices.Judged(tiny.context(teacher, reader), rows, 2 * len(rows))
-    assert judged.together == 2 * len(judged._calls[0].in_batches(rows, 2 * len(rows))) > 1
+    assert judged.together == 2 * len(reader.in_batches(rows, 2 * len(rows))) > 1
     sizes, go_on = [], prices.Judged._go_on
     monkeypatch.setattr(prices.Judged, "_go_on", lambda *a: sizes.append(len(a[3])) or go_on(*a))
     assert prices.measure(judged, changes) == pytest.approx(alone, rel=1e-4)
     assert max(sizes) > 1 and set(sizes) <= set(range(1, 1 + judged.together))
-    monkeypatch.setattr(prices, "KEPT_BYTES", -1)
+    monkeypatch.setattr(teacher_streams, "KEPT_BYTES", -1)
     judged = prices.Judged(tiny.context(teacher, reader), rows, 2 * len(rows))
     assert prices.measure(judged, changes) == pytest.approx(alone, rel=1e-4)
 
@@ -176,8 +176,8 @@ def test_a_streamed_model_computes_in_float32_and_rests_as_it_was():
     devices.stream(low, modules, CPU)
     with devices.in_float32(low, modules):
         assert torch.equal(low(**call)[0], exact(**call)[0])
-        streams = entrance.streams_before(low, 2, call)
-        for stream, value in entrance.streams_before(exact, 2, call).items():
+        streams = tail.streams_before(low, 2, call)
+        for stream, value in tail.streams_before(exact, 2, call).items():
             assert torch.equal(streams[stream], value)
         with pytest.raises(RuntimeError):
             low(**call | {"timestep": torch.zeros(5)})

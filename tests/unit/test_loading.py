@@ -437,7 +437,9 @@ def test_the_second_transformer_is_pruned(wan, tmp_path):
     assert pipe.text_encoder is None
     model, block_map = blocks.assembled(second, {(0, 1): second.blocks[0]})
     folder = tmp_path / "p70"
-    assembly.export(pipe, model, block_map, folder, {}, given, "transformer_2", wan)
+    assembly.export(
+        assembly.TeacherPipeline(pipe, "transformer_2", wan), model, block_map, folder, {}, given
+    )
     again = DiffusionPipeline.from_pretrained(folder)
     assert torch.equal(answer(again.transformer_2, given), answer(model, given))
     assert len(again.transformer.blocks) == 3 and len(again.transformer_2.blocks) == 2

@@ -276,7 +276,7 @@ def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, cap
     stock = pipe.transformer
     low = modulation.low_rank(stock, identity(stock), every(stock, 4), recorded)
     pipe.register_modules(transformer=assembly.with_code(low))
-    assembly.save(pipe, pipe.transformer, identity(stock), tmp_path / "p", "transformer", None)
+    assembly.save(assembly.TeacherPipeline(pipe), pipe.transformer, identity(stock), tmp_path / "p")
     name = "transformer.transformer_blocks.0.img_mod.1"
     layer = {f"{name}.lora_A.weight": torch.ones(2, WIDTH)}
     layer[f"{name}.lora_B.weight"] = 0.1 * torch.ones(6 * WIDTH, 2)

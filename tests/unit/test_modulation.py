@@ -281,7 +281,7 @@ def test_a_pruned_pipeline_is_a_teacher(
     identity = [[i] for i in range(5)]
     every = {(b, f"{s}_mod.1"): 4 for b in range(3) for s in ("img", "txt")} | {(5, LAST[1]): 4}
     low = modulation.low_rank(pipe.transformer, identity, every, recorded)
-    assembly.export(pipe, low, identity, tmp_path / "one", {}, call)
+    assembly.export(assembly.TeacherPipeline(pipe), low, identity, tmp_path / "one", {}, call)
     assert assembly.own_code(tmp_path / "one")
     source = tiny.source(tmp_path / "one").replace(trust_remote_code=True)
     again = pipelines.load(source, torch.device("cpu"))
@@ -299,7 +299,7 @@ def test_a_pruned_pipeline_is_a_teacher(
     assert set(made[parts[2]].narrowed["ranks"]) == {"img_mod.1"}
     model, _, block_map = students.plugged(teacher, made)
     model = modulation.low_rank(model, block_map, {(4, "img_mod.1"): 2}, recorded)
-    assembly.export(again, model, block_map, tmp_path / "two", {}, call)
+    assembly.export(assembly.TeacherPipeline(again), model, block_map, tmp_path / "two", {}, call)
     third = pipelines.load(
         tiny.source(tmp_path / "two").replace(trust_remote_code=True), torch.device("cpu")
     )

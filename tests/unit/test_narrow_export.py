@@ -60,7 +60,9 @@ def exported(tiny_teacher, call, tmp_path_factory):
     model, block_map = narrowed(pipe.transformer)
     model.requires_grad_(False).eval()
     folder = tmp_path_factory.mktemp("narrow") / "p50"
-    assembly.export(pipe, model, block_map, folder, {"variant": "p50"}, call)
+    assembly.export(
+        assembly.TeacherPipeline(pipe), model, block_map, folder, {"variant": "p50"}, call
+    )
     return folder, model
 
 
@@ -211,7 +213,7 @@ def test_a_model_without_narrow_blocks_stays_stock(tiny_teacher, call, tmp_path,
     model, block_map = blocks.assembled(
         pipe.transformer, {(1, 3): pipe.transformer.transformer_blocks[1]}
     )
-    assembly.export(pipe, model, block_map, tmp_path / "p70", {}, call)
+    assembly.export(assembly.TeacherPipeline(pipe), model, block_map, tmp_path / "p70", {}, call)
     index = json.loads((tmp_path / "p70" / "model_index.json").read_text())
     assert index["transformer"] == ["diffusers", "QwenImageTransformer2DModel"]
     assert not list((tmp_path / "p70").rglob("*.py"))

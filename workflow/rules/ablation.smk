@@ -120,7 +120,7 @@ rule ablate:
 
 checkpoint rank_rivals:
     input:
-        script=program("gather.py"),
+        script=program("gather_ablation.py"),
         runs=ablation_runs(methods.of_group("rival")),
     output:
         best=result("ablation/best_rivals.json"),
@@ -135,7 +135,7 @@ checkpoint rank_rivals:
         mem_mb=1000,
         runtime=10,
     params:
-        code=code("gather.py"),
+        code=code("gather_ablation.py"),
     message:
         "Ranking the rivals"
     shell:
@@ -144,7 +144,7 @@ checkpoint rank_rivals:
 
 rule gather_ablation:
     input:
-        script=program("gather.py"),
+        script=program("gather_ablation.py"),
         runs=known_ablation_runs(),
         more=more_ablation_runs,
     output:
@@ -161,7 +161,7 @@ rule gather_ablation:
         mem_mb=1000,
         runtime=10,
     params:
-        code=code("gather.py"),
+        code=code("gather_ablation.py"),
     message:
         "Gathering the runs of the ablation"
     shell:

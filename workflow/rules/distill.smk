@@ -5,7 +5,7 @@
 #      alone costs, distill/unit_costs.parquet, by which variants choose
 #
 # Checkpoints, and the teacher's streams at the first block that it has to run
-# (ppcl/training/entrance.py), live in state/distill, which Snakemake does not know of: it deletes
+# (ppcl/training/input_cache.py), live in state/distill, which Snakemake does not know of: it deletes
 # the declared outputs of a failed job, and a killed training must be able to resume. They stay when
 # the program ends, for Snakemake may be killed before it has taken the outputs, and go when the
 # next stage reads those (forget.py).

@@ -5,7 +5,7 @@
 #
 # Only with distill.shards other than 1. How many jobs there are is known once there is a plan. A job
 # runs the teacher from the first block that its students need, where its streams there are kept
-# (ppcl/training/entrance.py), no further than to the last; jobs are balanced by that
+# (ppcl/training/input_cache.py), no further than to the last; jobs are balanced by that
 # (ppcl/training/shards.py). Checkpoints and streams live in state/distill-<shard>, as in
 # distill.smk. Jobs that run at the same time on one machine take different GPUs
 # (ppcl/runtime/gpus.py), and wait where there are no more.
@@ -24,20 +24,20 @@ SHARD_KEYS = [
 
 
 localrules:
-    allot,
+    assign_shards,
 
 
-checkpoint allot:
+checkpoint assign_shards:
     input:
-        script=program("allot.py"),
+        script=program("assign_shards.py"),
         calls=result("record/calls.parquet"),
         selection=result("prune/selection.json"),
     output:
         shards=result("distill/shards/shards.json"),
     log:
-        result("logs/allot.log"),
+        result("logs/assign_shards.log"),
     benchmark:
-        result("benchmarks/allot.tsv")
+        result("benchmarks/assign_shards.tsv")
     conda:
         ENVIRONMENT
     resources:
@@ -51,7 +51,7 @@ checkpoint allot:
                 for key in ("shards", "cache_inputs", "mode", "steps", "batch_size")
             ),
         ),
-        code=code("allot.py"),
+        code=code("assign_shards.py"),
     message:
         "Sharing students out over jobs"
     shell:
@@ -105,7 +105,7 @@ rule distill_shard:
 
 rule join_shards:
     input:
-        script=program("join.py"),
+        script=program("join_shards.py"),
         selection=result("prune/selection.json"),
         students=distill_shards(".safetensors"),
         logs=distill_shards("-log.parquet"),
@@ -128,7 +128,7 @@ rule join_shards:
         taken=lambda wildcards, input: taken(
             *(f"distill-{shard}" for shard in range(len(input.students)))
         ),
-        code=code("join.py"),
+        code=code("join_shards.py"),
     message:
         "Joining the shards of the students"
     shell:

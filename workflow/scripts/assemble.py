@@ -74,14 +74,12 @@ def main() -> None:
         "provenance": provenance.stamp(settings.given),
     }
     assembly.export(
-        pipe,
+        assembly.TeacherPipeline(pipe, hub.component(teacher), source),
         model,
         block_map,
         args.output,
         card,
         example.arguments,
-        hub.component(teacher),
-        source,
     )
 
 

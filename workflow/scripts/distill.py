@@ -11,7 +11,7 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends with the
 same weights. With --shards and --shard it teaches some of the students alone, and they end as they
-would beside the others; join.py puts the shards' files together.
+would beside the others; join_shards.py puts the shards' files together.
 """
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from ppcl.configuration import config
 from ppcl.pruning import students
 from ppcl.pruning.units import new_blocks_of
 from ppcl.storage import schemas
-from ppcl.training import distillation, entrance, student_stage
+from ppcl.training import distillation, input_cache, student_stage
 from ppcl.training.student_stage import StudentStage
 
 
@@ -45,7 +45,7 @@ def main() -> None:
     uncut = students.uncut(students.start(context.transformer, borrowing, start))
     for block in uncut.values():
         block.to(device)
-    inputs = entrance.of_job(context, stage.units, taught, options, stage.state)
+    inputs = input_cache.of_job(context, stage.units, taught, options, stage.state)
     rows = stage.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(context, taught, options, inputs=inputs, uncut=uncut),

@@ -84,7 +84,7 @@ def main() -> None:
         gone = lora.merge(model, block_map, layers)
         model = assembly.with_code(model)
         with whole.writing(args.merged, folder=True) as folder:
-            assembly.save(pipe, model, block_map, folder, args.component, None)
+            assembly.save(assembly.TeacherPipeline(pipe, args.component), model, block_map, folder)
         print(f"{args.merged}: {blocks.parameter_count(model)} parameters")
     else:
         found = conditioning.read(args.conditioning)

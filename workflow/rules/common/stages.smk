@@ -122,7 +122,7 @@ def distill_shards(ending):
     """For what joins shards: a function that finds one file of each, in order of depth."""
 
     def found(wildcards):
-        table = checkpoints.allot.get().output.shards
+        table = checkpoints.assign_shards.get().output.shards
         count = len(texts.read_sealed(table)["jobs"])
         return [result(f"distill/shards/{shard}{ending}") for shard in range(count)]
 

@@ -18,7 +18,7 @@ from ppcl.search import probes
 from ppcl.search.sets import REFIT, Set
 from ppcl.settings import WidthSettings
 from ppcl.storage import tensors
-from ppcl.training import entrance
+from ppcl.training.tail import Tail, streams_before
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context
 
@@ -114,17 +114,15 @@ class _Walk:
     def _block(self, number: int) -> blocks.Block:
         return blocks.block_sequence(self._transformer)[number]
 
-    def _go_to(self, number: int) -> entrance.Entrance | None:
-        late = entrance.Entrance(self._transformer, self._first) if self._first else None
+    def _go_to(self, number: int) -> Tail | None:
+        late = Tail(self._transformer, self._first) if self._first else None
         if number == self._first:
             return late
         for at, batch in enumerate(self._batches):
             running = late.model(self._streams[at]) if late else None
-            self._streams[at] = entrance.streams_before(
-                self._transformer, number, batch.arguments, running
-            )
+            self._streams[at] = streams_before(self._transformer, number, batch.arguments, running)
         self._first = number
-        return entrance.Entrance(self._transformer, number)
+        return Tail(self._transformer, number)
 
 
 # Maps that were fitted once more, by their source.

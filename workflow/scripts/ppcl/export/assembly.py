@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Collection
+from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
@@ -36,15 +37,29 @@ def variant(settings: Settings, name: str) -> Variant:
     raise UserError(f"--variant: the config has no variant '{name}'; it has {known}")
 
 
+@dataclass(frozen=True)
+class TeacherPipeline:
+    """What a variant's pipeline is made from.
+
+    Attributes:
+        pipe: the teacher's pipeline; everything but the transformer is saved as it is.
+        component: the pipeline's component that the transformer is.
+        source: folder of the teacher's pipeline; components that `pipe` was loaded without are
+            copied from there.
+    """
+
+    pipe: DiffusionPipeline
+    component: str = "transformer"
+    source: Path | None = None
+
+
 def export(
-    pipe: DiffusionPipeline,
+    teacher: TeacherPipeline,
     transformer: nn.Module,
     block_map: list[list[int]],
     folder: Path,
     card: dict,
     call: dict,
-    component: str = "transformer",
-    source: Path | None = None,
 ) -> None:
     """Writes a pipeline folder and proves, in a fresh process, that diffusers alone loads it.
 
@@ -52,10 +67,6 @@ def export(
     with code of its own, and loads with trust_remote_code; any other is stock.
 
     Args:
-        pipe: the teacher's pipeline; everything but the transformer is saved as it is.
-        component: the pipeline's component that the transformer is.
-        source: folder of the teacher's pipeline; components that `pipe` was loaded without are
-            copied from there.
         block_map: new block -> the old blocks that it stands for; saved beside the weights, since
             LoRA and ControlNet files carry the old numbers.
         card: provenance and choices, saved as pruning.json with the digests of all files.
@@ -66,8 +77,8 @@ def export(
     """
     transformer = with_code(transformer)
     with whole.writing(folder, folder=True) as temporary:
-        trusted = save(pipe, transformer, block_map, temporary, component, source)
-        prove(temporary, transformer, call, component, trusted)
+        trusted = save(teacher, transformer, block_map, temporary)
+        prove(temporary, transformer, call, teacher.component, trusted)
         files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
         texts.write_sealed(temporary / CARD, card | {"files": files})
 
@@ -80,19 +91,18 @@ def with_code(transformer: nn.Module) -> nn.Module:
 
 
 def save(
-    pipe: DiffusionPipeline,
+    teacher: TeacherPipeline,
     transformer: nn.Module,
     block_map: list[list[int]],
     folder: Path,
-    component: str,
-    source: Path | None,
     copy_file: Callable = shutil.copyfile,
 ) -> bool:
     """Writes all of an export but its card; whether there is code in it (`trust.bring`)."""
+    pipe, component = teacher.pipe, teacher.component
     pipe.register_modules(**{component: transformer})
     pipe.save_pretrained(folder)
-    if source is not None:
-        copy_missing(source, folder, pipe, copy_file)
+    if teacher.source is not None:
+        copy_missing(teacher.source, folder, pipe, copy_file)
     trusted = trust.bring(pipe, folder)
     _forget_paths(folder)
     texts.write_json(folder / component / "block_map.json", block_map)

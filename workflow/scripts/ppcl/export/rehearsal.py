@@ -54,7 +54,11 @@ def rehearse(
         with whole.writing(done, folder=True) as temporary:
             folder = temporary / "teacher"
             trusted = assembly.save(
-                stand_in, model, block_map, folder, component, source, os.symlink
+                assembly.TeacherPipeline(stand_in, component, source),
+                model,
+                block_map,
+                folder,
+                os.symlink,
             )
             assembly.prove(folder, model, call, component, trusted, left_out)
             shutil.rmtree(folder)

@@ -236,7 +236,7 @@ class Planner:
 
     def jobs(self, units: list[Unit]) -> list[list[Unit]]:
         """The units of every job of distill."""
-        return shards.allot(units, self.settings.distill.shards, self.caching())
+        return shards.assign(units, self.settings.distill.shards, self.caching())
 
 
 def bytes_of(arguments: Mapping[str, Any]) -> int:

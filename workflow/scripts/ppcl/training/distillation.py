@@ -18,7 +18,8 @@ from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.settings import DistillSettings, SubsetsSettings, TrainingSettings
 from ppcl.storage import schemas
-from ppcl.training import entrance, prices, steps
+from ppcl.training import prices, steps
+from ppcl.training.input_cache import InputCache
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context, State
 
@@ -92,7 +93,7 @@ def independent(
     students: Students,
     options: DistillSettings,
     names: Mapping[NewBlock, str] | None = None,
-    inputs: entrance.Inputs | None = None,
+    inputs: InputCache | None = None,
     uncut: Students | None = None,
 ):
     """Step losses of all students (see training.Losses): Eq. 6, and L_linear of narrow ones.

@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,9 @@ from ppcl import provenance
 from ppcl.errors import UserError
 from ppcl.runtime import stopping
 from ppcl.settings import Settings, TrainingSettings
-from ppcl.storage import tensors
 from ppcl.teacher import teacher_identity
 from ppcl.training import fsdp, optimizers
+from ppcl.training.checkpoints import Checkpoint, Progress
 
 log = logging.getLogger(__name__)
 
@@ -69,22 +69,6 @@ class Optimisation:
 # A step's losses: one (module name, scalar loss, scalar metrics) after the other. Each is
 # differentiated and its graph freed before the next is asked for, so peak memory is one graph.
 Losses = Callable[[int], Iterator[tuple[str, Tensor, dict[str, Tensor]]]]
-
-
-@dataclass
-class _Progress:
-    """Where a training is: what a checkpoint holds beside the weights and the optimizer's state.
-
-    Attributes:
-        seconds: training time since step 0.
-        sums: module -> metric -> this process's sum over the `unlogged` last steps.
-    """
-
-    step: int = 0
-    seconds: float = 0.0
-    rows: list[dict] = field(default_factory=list)
-    sums: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    unlogged: int = 0
 
 
 def train(
@@ -141,8 +125,8 @@ def train(
         options.weight_decay,
     )
     average = EMAModel(parameters.values(), options.ema) if options.ema else None
-    progress = _resume(checkpoint, identity, parameters, optimizer, average, accelerator)
-    _refuse_two_steps(progress.step, checkpoint, accelerator)
+    kept = Checkpoint(checkpoint, identity, parameters, optimizer, average, accelerator)
+    progress = kept.resume()
     began = time.perf_counter() - progress.seconds
     agreement = _Agreement(accelerator)
     bar = tqdm(
@@ -159,8 +143,7 @@ def train(
         for name, total in progress.sums.items():
             means = _mean_over_processes(total, progress.unlogged, accelerator)
             _refuse_nonfinite(means, name, progress.step - progress.unlogged + 1, progress.step)
-        sums = _of_all_processes(progress.sums, accelerator)
-        _save(checkpoint, identity, parameters, optimizer, average, progress, sums, accelerator)
+        kept.save(progress)
 
     with stopping.part():
         for step in range(progress.step, options.steps):
@@ -236,7 +219,7 @@ def _one_step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _log(progress: _Progress, lr: float, accelerator: Accelerator) -> None:
+def _log(progress: Progress, lr: float, accelerator: Accelerator) -> None:
     """Turns the sums into rows of the log. Raises UserError as `train` does."""
     for name, total in progress.sums.items():
         means = _mean_over_processes(total, progress.unlogged, accelerator)
@@ -277,18 +260,6 @@ def _mean_over_processes(total: dict[str, Tensor], steps: int, accelerator: Acce
     return dict(zip(keys, accelerator.reduce(stacked, reduction="mean").tolist(), strict=True))
 
 
-def _of_all_processes(
-    sums: dict[str, dict[str, Tensor]], accelerator: Accelerator
-) -> dict[str, Tensor]:
-    """Every process's sums [processes], by module and metric, a line each."""
-    names = [(name, key) for name in sums for key in sorted(sums[name])]
-    if not names:
-        return {}
-    mine = torch.stack([sums[name][key].float() for name, key in names])[None]
-    every = accelerator.gather(mine)
-    return {f"{name}\n{key}": every[:, i] for i, (name, key) in enumerate(names)}
-
-
 def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int) -> None:
     for key, value in means.items():
         if not math.isfinite(value):
@@ -297,98 +268,6 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
                 "Lower `lr`, raise `warmup_steps`, or set mixed_precision: 'no'; the last "
                 "checkpoint is from before this, and is used if the settings stay as they are."
             )
-
-
-def _save(
-    checkpoint, identity, parameters, optimizer, average, progress, sums, accelerator
-) -> None:
-    """Writes whole tensors, so that any number of processes can go on from them."""
-    state = {f"weight/{k}": p for k, p in parameters.items()}
-    if average:
-        state |= _averages(parameters, average)
-    for key, p in parameters.items():
-        moments = optimizers.state_of(optimizer, p)
-        state |= {f"{name}/{key}": value for name, value in moments.items()}
-    state = fsdp.gathered(state, keep=accelerator.is_main_process)
-    if not accelerator.is_main_process:
-        return
-    rows = progress.rows
-    columns = sorted({key for row in rows for key in row} - {"name"})
-    names = sorted({row["name"] for row in rows})
-    table = [[names.index(row["name"])] + [row.get(c, math.nan) for c in columns] for row in rows]
-    state["log"] = torch.tensor(table, dtype=torch.float64)
-    state |= {f"sum/{key}": value for key, value in sums.items()}
-    metadata = {
-        "identity": identity,
-        "step": str(progress.step),
-        "unlogged": str(progress.unlogged),
-        "seconds": repr(progress.seconds),
-        "names": "\n".join(names),
-        "columns": "\n".join(columns),
-    }
-    tensors.write(checkpoint, state, metadata)
-
-
-def _averages(parameters: Mapping[str, nn.Parameter], average: EMAModel) -> dict[str, Tensor]:
-    return dict(zip((f"average/{key}" for key in parameters), average.shadow_params, strict=True))
-
-
-def _resume(checkpoint, identity, parameters, optimizer, average, accelerator) -> _Progress:
-    """Loads the checkpoint, if there is one of this run, into parameters, optimizer, average."""
-    if not checkpoint.exists():
-        return _Progress()
-    state, metadata = tensors.read(checkpoint)
-    if metadata.get("identity") != identity:
-        log.warning("%s belongs to other settings or inputs; starting from step 0", checkpoint)
-        return _Progress()
-    kept: dict[str, dict[str, Tensor]] = {}
-    for place, value in state.items():
-        name, _, key = place.partition("/")
-        if name not in ("weight", "average", "log", "sum"):
-            kept.setdefault(key, {})[name] = value
-    with torch.no_grad():
-        for key, p in parameters.items():
-            p.copy_(fsdp.like(state[f"weight/{key}"], p))
-            # A parameter that never had a gradient (the last block's text output) has no state.
-            if key in kept:
-                optimizers.restore(optimizer, p, kept[key])
-        if average:
-            average.optimization_step = int(metadata["step"])  # by which its decay goes
-            for key, mean in _averages(parameters, average).items():
-                mean.copy_(fsdp.like(state[key], mean))
-    names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
-    rows = [
-        {"name": names[int(values[0])]}
-        | {
-            c: (int(v) if c == "step" else v)
-            for c, v in zip(columns, values[1:], strict=True)
-            if not math.isnan(v)  # which stands for a metric that the row's module lacks
-        }
-        for values in state["log"].tolist()
-    ]
-    sums: dict[str, dict[str, Tensor]] = {}
-    for key in (key for key in state if key.startswith("sum/")):
-        name, metric = key.removeprefix("sum/").split("\n")
-        every = state[key].to(accelerator.device)
-        # Another number of processes can only share out the mean.
-        same = len(every) == accelerator.num_processes
-        mine = every[accelerator.process_index] if same else every.mean()
-        sums.setdefault(name, {})[metric] = mine
-    log.warning("resuming %s at step %s", checkpoint, metadata["step"])
-    seconds, unlogged = float(metadata["seconds"]), int(metadata["unlogged"])
-    return _Progress(int(metadata["step"]), seconds, rows, sums, unlogged)
-
-
-def _refuse_two_steps(step: int, checkpoint: Path, accelerator: Accelerator) -> None:
-    """Processes that go on from different steps would wait for each other forever."""
-    if accelerator.num_processes == 1:
-        return
-    every = accelerator.gather(torch.tensor([step], device=accelerator.device))
-    if len(set(every.tolist())) > 1:
-        raise UserError(
-            f"{checkpoint}: was replaced while processes of this run read it; another run of this "
-            "config is at work: wait for it or stop it, then rerun"
-        )
 
 
 def identity(script: Path, settings: Settings, inputs: list[Path], **more: Any) -> str:

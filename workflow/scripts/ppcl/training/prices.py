@@ -11,9 +11,10 @@ search.
 
 import itertools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,12 +25,11 @@ from ppcl.errors import UserError
 from ppcl.pruning.students import Students, plugged
 from ppcl.runtime import devices, processes, stopping
 from ppcl.storage import texts
-from ppcl.training import entrance
+from ppcl.training import teacher_streams
+from ppcl.training.tail import Tail, streams_before
+from ppcl.training.teacher_streams import TeacherStreams, size_of
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context, State
-
-# Of streams in main memory; batches beyond it run from the first block on.
-KEPT_BYTES = 8 << 30
 
 
 @dataclass(frozen=True)
@@ -86,21 +86,22 @@ class Judged:
         self.together = max(1, batch_size * len(batches) // max(1, len(rows)))
         self._batches: list[calls.Batch] = []
         self._power = 0.0
-        # By block of the teacher, what each batch gets there; the first block needs none.
-        self._streams: dict[int, list[blocks.Streams]] = {}
-        # Blocks of which they stay when others are reached from them.
-        self._wanted: set[int] = set()
+        self._streams: TeacherStreams | None = None
 
-    def _answer(self) -> None:
-        """Has the teacher's own answers, once."""
-        recorded = self.context.reader.batches(self._rows, self._batch_size, self._device)
-        found = [batch.to_float32() for batch in recorded]
-        calls.refuse_zeros(sum(float(b.output.square().sum()) for b in found))
-        with self._in_float32(self._teacher):
-            for batch in found:
-                batch.output = blocks.answer(self._teacher, batch.to(self._device).arguments)
-        self._power = sum(float(self._double(b.output).square().sum()) for b in found)
-        self._batches = found
+    def _answer(self) -> TeacherStreams:
+        """Has the teacher's own answers, once; its streams."""
+        if self._streams is None:
+            recorded = self.context.reader.batches(self._rows, self._batch_size, self._device)
+            batches = [batch.to_float32() for batch in recorded]
+            calls.refuse_zeros(sum(float(b.output.square().sum()) for b in batches))
+            with self._in_float32(self._teacher):
+                for batch in batches:
+                    batch.output = blocks.answer(self._teacher, batch.to(self._device).arguments)
+            self._power = sum(float(self._double(b.output).square().sum()) for b in batches)
+            self._batches = batches
+            in_float32 = partial(self._in_float32, self._teacher)
+            self._streams = TeacherStreams(self._teacher, batches, self._device, in_float32)
+        return self._streams
 
     @torch.no_grad()
     def error(self, model: nn.Module, first: int) -> float:
@@ -109,12 +110,11 @@ class Judged:
         Raises:
             UserError: all recorded answers are zero.
         """
-        if not self._batches:
-            self._answer()
-        self._forget_but([first])
-        late = entrance.Entrance(model, first) if first else None
+        known = self._answer()
+        known.keep_only([first])
+        late = Tail(model, first) if first else None
         wrong = self._no_error()
-        every = self._before(first)
+        every = known.before(first)
         with self._in_float32(model):
             for batch, streams in zip(self._batches, every, strict=True):
                 running = late.model(streams) if streams else model
@@ -128,38 +128,37 @@ class Judged:
         """The error of each of some changes with the same `last`, up to rounding as `error` has it.
 
         Every model is made once and goes to its `last` block alone. From there on, as many as fit
-        in a batch of `batch_size` calls, and in memory (KEPT_BYTES), go on together. Of use with up
+        in a batch of `batch_size` calls, and in memory, go on together. Of use with up
         to `together` changes.
 
         Raises:
             UserError: all recorded answers are zero.
         """
-        if not self._batches:
-            self._answer()
+        known = self._answer()
         (last,) = {change.last for change in changes}
-        self._forget_but([change.first for change in changes])
+        known.keep_only([change.first for change in changes])
         wrong = [self._no_error() for _ in changes]
         # By batch, what changes left behind `last`, until there are enough of them.
         waiting: list[list[tuple[int, blocks.Streams]]] = [[] for _ in self._batches]
         begun: set[int] = set()
         for place, change in enumerate(changes):
             begun.add(change.first)
-            every, model = self._before(change.first), change.model()
-            late = entrance.Entrance(model, change.first) if change.first else None
+            every, model = known.before(change.first), change.model()
+            late = Tail(model, change.first) if change.first else None
             again = len(blocks.block_sequence(model)) - (self._depth - 1 - last)
             with self._in_float32(model):
                 for number, (batch, streams) in enumerate(zip(self._batches, every, strict=True)):
                     running = late.model(streams) if streams else None
                     arguments = batch.to(self._device).arguments
-                    found = entrance.streams_before(model, again, arguments, running)
+                    found = streams_before(model, again, arguments, running)
                     found = {name: value.cpu() for name, value in found.items()}
                     waiting[number].append((place, found))
             del model, late  # before the next is made: at full size there is no room for two
             # Of these changes alone: what else waits depends on what this process had before, and
             # in another batch an error is rounded in another way.
-            held = [*itertools.chain(*(self._streams.get(f, ()) for f in begun))]
+            held = known.held(begun)
             held += [found for some in waiting for _, found in some]
-            over = place == len(changes) - 1 or sum(map(_size, held)) > KEPT_BYTES
+            over = place == len(changes) - 1 or sum(map(size_of, held)) > teacher_streams.KEPT_BYTES
             for number, some in enumerate(waiting):
                 if some and (
                     over or (len(some) + 1) * len(self._batches[number]) > self._batch_size
@@ -183,47 +182,11 @@ class Judged:
         batch, reader = self._batches[number], self.context.reader
         streams = {name: torch.cat([found[name] for _, found in some]) for name in some[0][1]}
         again = reader.batch(np.tile(batch.numbers, len(some))).to_float32().to(self._device)
-        running = entrance.Entrance(self._teacher, first).model(streams)
+        running = Tail(self._teacher, first).model(streams)
         with self._in_float32(self._teacher):
             outputs = blocks.answer(running, again.arguments)
         for (place, _), output in zip(some, outputs.split(len(batch)), strict=True):
             wrong[place] += self._distance(output, batch)
-
-    def _forget_but(self, wanted: Collection[int]) -> None:
-        """Lets go of streams, but those before these blocks, and the ones to reach others from."""
-        self._wanted = set(wanted) - {0}
-        missing = min(self._wanted - self._streams.keys(), default=0)
-        start = max((first for first in self._streams if first < missing), default=0)
-        kept = self._wanted | {start}
-        self._streams = {first: found for first, found in self._streams.items() if first in kept}
-
-    def _before(self, first: int) -> list[blocks.Streams]:
-        """The teacher's streams of each batch before that block; none where it has to run whole."""
-        if first == 0:
-            return [{} for _ in self._batches]
-        if first in self._streams:
-            return self._streams[first]
-        start = max((other for other in self._streams if other < first), default=0)
-        late = entrance.Entrance(self._teacher, start) if start else None
-        given, made = self._before(start), []
-        size = sum(map(_size, itertools.chain(*self._streams.values())))
-        with self._in_float32(self._teacher):
-            for number, (batch, before) in enumerate(zip(self._batches, given, strict=True)):
-                if start not in self._wanted:  # makes room as it goes
-                    given[number] = {}
-                    size -= _size(before)
-                made.append({})
-                if size > KEPT_BYTES:
-                    continue
-                running = late.model(before) if before else None
-                arguments = batch.to(self._device).arguments
-                found = entrance.streams_before(self._teacher, first, arguments, running)
-                made[-1] = {name: value.cpu() for name, value in found.items()}
-                size += _size(made[-1])
-        if start not in self._wanted:
-            self._streams.pop(start, None)
-        self._streams[first] = made
-        return made
 
     def _in_float32(self, model: nn.Module) -> AbstractContextManager[None]:
         # What a change makes has the teacher's types; to look at all weights of every model, batch
@@ -250,10 +213,6 @@ def _of_one_shape(
         shapes = tuple((name, value.shape[1:]) for name, value in streams.items())
         found.setdefault(shapes, []).append((place, streams))
     return found.values()
-
-
-def _size(streams: blocks.Streams) -> int:
-    return sum(value.nbytes for value in streams.values())
 
 
 def error(context: Context, students: Students, rows: np.ndarray, batch_size: int) -> float:

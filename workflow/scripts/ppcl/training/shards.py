@@ -3,7 +3,7 @@
 Students of Eq. 6 never see each other, so any job may teach any of them, and they end the same.
 What every job pays anew is the teacher: it runs to the end of the last unit that the job owns, in
 every step, from the first block, or from the first that the job needs where its streams are kept
-(ppcl/training/entrance.py). So a job owns units that are next to each other in depth, and a deep
+(ppcl/training/input_cache.py). So a job owns units that are next to each other in depth, and a deep
 one owns fewer unless it starts late.
 """
 
@@ -111,7 +111,7 @@ def _split(units: Sequence[Unit], count: int, caching: Caching) -> list[list[Uni
     return found[::-1]
 
 
-def allot(units: Sequence[Unit], wanted: int | str, caching: Caching = NEVER) -> list[list[Unit]]:
+def assign(units: Sequence[Unit], wanted: int | str, caching: Caching = NEVER) -> list[list[Unit]]:
     """Shares the units out over jobs so that the slowest job's step takes as little as can be.
 
     Args:

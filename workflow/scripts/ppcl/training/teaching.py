@@ -74,7 +74,7 @@ def teacher_states(
     """Runs the teacher once, no further than the last part's end.
 
     Args:
-        running: what runs in its place, with its blocks from the first needed on (`entrance`).
+        running: what runs in its place, with its blocks from the first needed on (`tail.Tail`).
         uncut: the whole blocks of parts that borrow (`students.uncut`), where these are others than
             the teacher's first.
     """

@@ -1,6 +1,6 @@
 """Joins what the shards of distill left: the same files as distill leaves when it is one job.
 
-python workflow/scripts/join.py --config config/mine.yaml \
+python workflow/scripts/join_shards.py --config config/mine.yaml \
     --selection results/mine/prune/selection.json \
     --students results/mine/distill/shards/*.safetensors \
     --logs results/mine/distill/shards/*-log.parquet \

@@ -1,8 +1,8 @@
 """Puts the runs of the ablation together.
 
-gather.py best --runs results/digits/ablation/runs/*.parquet --output .../best_rivals.json
-gather.py table --runs results/digits/ablation/runs/*.parquet --output .../results.parquet
-gather.py words --results results/digits/ablation/results.parquet --output .../tables.md
+gather_ablation.py best --runs results/digits/ablation/runs/*.parquet --output .../best_rivals.json
+gather_ablation.py table --runs results/digits/ablation/runs/*.parquet --output .../results.parquet
+gather_ablation.py words --results results/digits/ablation/results.parquet --output .../tables.md
 
 best: names of the two methods with the least velocity error after the fine-tune;
 table: all rows, with the methods' groups, labels and order in the figure;

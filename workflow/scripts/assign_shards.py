@@ -1,6 +1,6 @@
 """Shares the students of distill out over jobs, as balanced as their depth allows.
 
-python workflow/scripts/allot.py --config config/mine.yaml \
+python workflow/scripts/assign_shards.py --config config/mine.yaml \
     --calls results/mine/record/calls.parquet --selection results/mine/prune/selection.json \
     --shards results/mine/distill/shards/shards.json
 """
@@ -8,7 +8,7 @@ python workflow/scripts/allot.py --config config/mine.yaml \
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.pruning import selection_file
-from ppcl.training import entrance, shards
+from ppcl.training import input_cache, shards
 from ppcl.transformer import calls
 
 
@@ -18,8 +18,8 @@ def main() -> None:
     ).parse_args()
     settings = config.load(args.config)
     options = settings.distill
-    caching = entrance.caching(calls.Reader(args.calls), options, settings.seed)
-    jobs = shards.allot(selection_file.read(args.selection).distilled, options.shards, caching)
+    caching = input_cache.caching(calls.Reader(args.calls), options, settings.seed)
+    jobs = shards.assign(selection_file.read(args.selection).distilled, options.shards, caching)
     shards.write(args.shards, jobs)
     for number, units in enumerate(jobs):
         names = ", ".join(unit.name for unit in units)

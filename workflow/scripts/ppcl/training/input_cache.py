@@ -9,10 +9,9 @@ without this. Where they are not (padding up to the longest text, experts that s
 they are the same but for rounding.
 """
 
-import inspect
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.nn import functional
 from tqdm import tqdm
 
 from ppcl import provenance
@@ -30,115 +28,14 @@ from ppcl.pruning.units import NewBlock, Unit
 from ppcl.runtime import processes, stopping
 from ppcl.settings import DistillSettings
 from ppcl.storage import tensors, texts
-from ppcl.training import shards
+from ppcl.training import shards, tail
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context, State
 
 log = logging.getLogger(__name__)
 
-GIVEN_UP = "given-up.json"
+CACHE_DISABLED = "disabled.json"
 OPEN = 1024  # files that are kept mapped; the kernel allows some 65,000
-
-
-class Passing(nn.Module):
-    """Answers with the streams that it is given, in the layout of the block that it stands for."""
-
-    def __init__(self, block: blocks.Block):
-        super().__init__()
-        self.signature, self.list = inspect.signature(block.module.forward), block.list
-
-    def forward(self, *args, **kwargs) -> Any:
-        bound = self.signature.bind(*args, **kwargs).arguments
-        streams = tuple(bound.get(self.list.inputs[stream]) for stream in self.list.outputs)
-        return streams if len(streams) > 1 else streams[0]
-
-
-class Door(nn.Module):
-    """A block that gets streams from elsewhere, `given`: stream -> per sample [tokens, channels].
-
-    Everything else that it gets is what the transformer hands to it.
-    """
-
-    def __init__(self, block: blocks.Block):
-        super().__init__()
-        self.block, self.module = block, block.module
-        self.signature = inspect.signature(block.module.forward)
-        self.given: Mapping[str, Sequence[Tensor]] = {}
-
-    def forward(self, *args, **kwargs) -> Any:
-        call = self.signature.bind(*args, **kwargs)
-        for stream, values in self.given.items():
-            argument = self.block.list.inputs[stream]
-            call.arguments[argument] = fitted(values, call.arguments[argument])
-        return self.module(*call.args, **call.kwargs)
-
-
-def fitted(values: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Samples' streams as one batch with as many tokens as `like` [batch, tokens, channels].
-
-    Some families pad up to the longest text of a batch. The padding is at the end, so what is cut
-    off or put there (zeros) is of no token.
-    """
-    tokens = like.shape[1]
-    return torch.stack(
-        [
-            value[:tokens]
-            if len(value) >= tokens
-            else functional.pad(value, (0, 0, 0, tokens - len(value)))
-            for value in values
-        ]
-    ).to(like.device)
-
-
-class Entrance:
-    """A transformer that starts at block `first`: those before it pass on what they are given.
-
-    Embeddings, modulation and rotary embeddings are still the transformer's own work. Blocks from
-    `first` on are the transformer's, so what watches them there sees them here. With the number of
-    blocks as `first`, it starts behind the last one.
-    """
-
-    def __init__(self, transformer: nn.Module, first: int):
-        sequence = blocks.block_sequence(transformer)
-        instead: dict[tuple[int, int], nn.Module] = {
-            (b.index, b.index): Passing(b) for b in sequence[:first]
-        }
-        at = min(first, len(sequence) - 1)
-        self._door = Door(sequence[at])
-        if first > at:
-            self._door.module = instead[at, at]
-        self._model, _ = blocks.assembled(transformer, instead | {(at, at): self._door})
-
-    def model(self, streams: Mapping[str, Sequence[Tensor]]) -> nn.Module:
-        """The model, whose next call is on these streams (`Door.given`)."""
-        self._door.given = streams
-        return self._model
-
-
-@torch.no_grad()
-def streams_before(
-    transformer: nn.Module,
-    first: int,
-    arguments: dict[str, Any],
-    running: nn.Module | None = None,
-) -> blocks.Streams:
-    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...]; with
-    the number of blocks, what the last one returns.
-
-    running: what runs in its place, with that block of it (`Entrance.model`).
-    """
-    found: blocks.Streams = {}
-    sequence = blocks.block_sequence(transformer)
-    if first == len(sequence):
-        seen = {"after": lambda _block, streams: found.update(streams), "stop_after": first - 1}
-        watched = [sequence[-1]]
-    else:
-        seen = {"before": lambda block, bound: found.update(block.inputs(bound))}
-        seen |= {"stop_before": first}
-        watched = [sequence[first]]
-    with blocks.watch(watched, **seen) as run:
-        run(transformer if running is None else running, arguments)
-    return found
 
 
 def drawn(reader: calls.Reader, options: DistillSettings, seed: int) -> np.ndarray:
@@ -156,7 +53,7 @@ def caching(reader: calls.Reader, options: DistillSettings, seed: int) -> shards
     return shards.Caching(options.cache_inputs, len(drawn(reader, options, seed)) / visits)
 
 
-class Inputs:
+class InputCache:
     """The streams at a job's first needed block, of every row that its steps draw.
 
     Args:
@@ -179,7 +76,7 @@ class Inputs:
         self._accelerator = context.accelerator
         self._folder, self._reserve = state.folder, reserve
         self._required = options.cache_inputs == "always"
-        self._entrance: Entrance | None = None
+        self._tail: tail.Tail | None = None
         size = -(-options.batch_size // context.accelerator.num_processes)
         rows = drawn(context.reader, options, context.seed)
         self._groups = list(_groups(context.reader, rows, size))
@@ -200,14 +97,14 @@ class Inputs:
         """
         if not self._ready:
             self._prepare()
-            if self._entrance:
+            if self._tail:
                 self._verify(rows, arguments)
             self._ready = True
-        return self._entrance.model(self._streams(rows)) if self._entrance else self._transformer
+        return self._tail.model(self._streams(rows)) if self._tail else self._transformer
 
     def _prepare(self) -> None:
         main = self._accelerator.is_main_process
-        if self._gave_up():
+        if self._disabled():
             return
         if main:
             self._put_away()
@@ -216,7 +113,7 @@ class Inputs:
         # All or none: a step of one process must not differ from that of another.
         failed = torch.tensor([float(bool(reason))], device=self._accelerator.device)
         if not self._accelerator.reduce(failed, reduction="sum").item():
-            self._entrance = Entrance(self._transformer, self.first)
+            self._tail = tail.Tail(self._transformer, self.first)
             return
         reason = reason or "another process says why"
         if main and not self._required:  # else it goes on when there is room
@@ -229,11 +126,11 @@ class Inputs:
             )
         if main:
             # A resumed job must not decide again, or its steps would not be those of one job.
-            texts.write_sealed(self._folder / GIVEN_UP, {"identity": self._identity})
+            texts.write_sealed(self._folder / CACHE_DISABLED, {"identity": self._identity})
             log.warning("%s: the teacher runs from its first block (%s)", self._folder, reason)
 
-    def _gave_up(self) -> bool:
-        path = self._folder / GIVEN_UP
+    def _disabled(self) -> bool:
+        path = self._folder / CACHE_DISABLED
         found = path.exists() and texts.read_sealed(path)["identity"] == self._identity
         # By all alike, and before one of them removes or writes it.
         return bool(processes.of_main(self._accelerator, torch.tensor(int(found))))
@@ -248,7 +145,7 @@ class Inputs:
             rows = self._groups[number]
             batch = self._reader.batch(rows).to(self._accelerator.device)
             with self._accelerator.autocast():
-                found = streams_before(self._transformer, self.first, batch.arguments)
+                found = tail.streams_before(self._transformer, self.first, batch.arguments)
             size = sum(value.nbytes for value in found.values())
             if reason := self._short_of_room(size * self._missing()):
                 return reason
@@ -333,10 +230,10 @@ class Inputs:
     def _verify(self, rows: np.ndarray, arguments: dict[str, Any]) -> None:
         """Compares what the first block gets here with what it gets from the teacher, in a batch of
         a step: a registry could be wrong."""
-        whole = streams_before(self._transformer, self.first, arguments)
-        running = self._entrance.model(self._streams(rows))
+        whole = tail.streams_before(self._transformer, self.first, arguments)
+        running = self._tail.model(self._streams(rows))
         try:
-            late = streams_before(self._transformer, self.first, arguments, running)
+            late = tail.streams_before(self._transformer, self.first, arguments, running)
         except (RuntimeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 f"{self._folder}: this teacher can't start at block {self.first} ({error}); set "
@@ -382,7 +279,7 @@ def of_job(
     taught: Students,
     options: DistillSettings,
     state: State,
-) -> Inputs | None:
+) -> InputCache | None:
     """The kept streams of a job of distill that owns these units; None: it is better off without.
 
     Says on the main process where the teacher starts.
@@ -394,7 +291,7 @@ def of_job(
         tensors_each = 4 if options.ema else 3
         weights = sum(p.nbytes for student in taught.values() for p in student.parameters())
         reserve = 2 * tensors_each * weights
-        kept = Inputs(context, list(taught), options, state.within("inputs"), reserve)
+        kept = InputCache(context, list(taught), options, state.within("inputs"), reserve)
     if context.accelerator.is_main_process and units:
         print(shards.explain(units, how), flush=True)
     return kept

@@ -13,7 +13,7 @@ from ppcl.pruning import students
 from ppcl.pruning.units import NewBlock, new_blocks_of
 from ppcl.runtime import stopping
 from ppcl.storage import tensors
-from ppcl.training import distillation, entrance, loop, shards, teaching
+from ppcl.training import distillation, input_cache, loop, shards, tail, teaching
 from ppcl.transformer import blocks
 from ppcl.transformer.context import State
 from support import tiny
@@ -37,7 +37,7 @@ def job(teacher, reader, accelerator, tmp_path):
         taught = students.start(teacher, [PART], "first")
         given = None
         if not plain:
-            given = entrance.Inputs(
+            given = input_cache.InputCache(
                 tiny.context(teacher, reader, 0, accelerator),
                 [PART],
                 chosen,
@@ -78,8 +78,8 @@ def test_lessons_of_text_runs_are_the_same_to_the_bit(teacher):
     handle = teacher.transformer_blocks[1].register_forward_hook(lambda *_: ran.append(1))
     whole = teaching.teacher_states(teacher, parts, call)
     assert ran == [1]
-    streams = entrance.streams_before(teacher, first, call)
-    model = entrance.Entrance(teacher, first).model(streams)
+    streams = tail.streams_before(teacher, first, call)
+    model = tail.Tail(teacher, first).model(streams)
     ran.clear()
     late = teaching.teacher_states(teacher, parts, call, model)
     handle.remove()
@@ -98,9 +98,9 @@ def test_lessons_of_text_runs_are_the_same_to_the_bit(teacher):
 
 def test_streams_fit_a_batch_that_is_padded_otherwise():
     values, like = [torch.ones(3, 2), torch.ones(3, 2)], torch.zeros(2, 5, 2)
-    longer = entrance.fitted(values, like)
+    longer = tail.fitted(values, like)
     assert longer[:, :3].eq(1).all() and longer[:, 3:].eq(0).all() and longer.shape == like.shape
-    assert torch.equal(entrance.fitted(values, like[:, :2]), torch.ones(2, 2, 2))
+    assert torch.equal(tail.fitted(values, like[:, :2]), torch.ones(2, 2, 2))
 
 
 # ---- what is kept
@@ -111,10 +111,10 @@ def test_every_row_that_is_drawn_is_kept_once(reader, teacher, accelerator, tmp_
     rows = reader.rows(heldout=False)
     wanted = {r for s in range(3) for r in reader.draw(rows, 2, (7, s)).tolist()}
     assert len(wanted) < len(rows)
-    assert entrance.drawn(reader, options, 7).tolist() == sorted(wanted)
-    assert entrance.caching(reader, options, 7) == shards.Caching("auto", len(wanted) / 6)
-    assert entrance.caching(reader, options.replace(mode="sequential"), 7) == shards.NEVER
-    kept = entrance.Inputs(
+    assert input_cache.drawn(reader, options, 7).tolist() == sorted(wanted)
+    assert input_cache.caching(reader, options, 7) == shards.Caching("auto", len(wanted) / 6)
+    assert input_cache.caching(reader, options.replace(mode="sequential"), 7) == shards.NEVER
+    kept = input_cache.InputCache(
         tiny.context(teacher, reader, 7, accelerator), [PART], options, State(tmp_path, "")
     )
     first = reader.batch(sorted(wanted)[:2])
@@ -123,7 +123,7 @@ def test_every_row_that_is_drawn_is_kept_once(reader, teacher, accelerator, tmp_
     streams = kept._streams(np.array(sorted(wanted)))
     for place, row in enumerate(sorted(wanted)):
         alone = reader.batch(np.array([row, row]))  # at the shape in which it was computed
-        for stream, value in entrance.streams_before(teacher, 3, alone.arguments).items():
+        for stream, value in tail.streams_before(teacher, 3, alone.arguments).items():
             assert torch.equal(streams[stream][place], value[0]), (row, stream)
 
 
@@ -178,7 +178,7 @@ def test_a_damaged_file_is_made_again(job, tmp_path, spoil, caplog):
 
 def test_a_file_that_is_damaged_by_another_process_is_refused(job, tmp_path, monkeypatch):
     """As one would be that another process wrote: this one has not read it yet."""
-    fill = entrance.Inputs._fill
+    fill = input_cache.InputCache._fill
 
     def spoilt(self):
         found = fill(self)
@@ -187,7 +187,7 @@ def test_a_file_that_is_damaged_by_another_process_is_refused(job, tmp_path, mon
         flip(tmp_path / "inputs" / "1.safetensors")
         return found
 
-    monkeypatch.setattr(entrance.Inputs, "_fill", spoilt)
+    monkeypatch.setattr(input_cache.InputCache, "_fill", spoilt)
     with pytest.raises(UserError, match=r"1.safetensors is not what was written; delete it and"):
         job()
 
@@ -221,11 +221,11 @@ def test_without_room_the_teacher_runs_from_its_first_block(job, tmp_path, monke
             patch.setattr(tensors, "write", second)
         with pytest.raises(UserError, match="no room for the teacher's streams .*never"):
             job(cache_inputs="always")
-        assert entrance.GIVEN_UP not in files(tmp_path)  # it can go on when there is room
+        assert input_cache.CACHE_DISABLED not in files(tmp_path)  # it can go on when there is room
         assert same(job(), job(plain=True))
-        assert files(tmp_path).keys() == {entrance.GIVEN_UP}
+        assert files(tmp_path).keys() == {input_cache.CACHE_DISABLED}
     assert same(job(), job(plain=True))  # a resumed job does not decide again
-    assert files(tmp_path).keys() == {entrance.GIVEN_UP}
+    assert files(tmp_path).keys() == {input_cache.CACHE_DISABLED}
     job("another")
     assert len(files(tmp_path)) == 4
 
@@ -245,7 +245,7 @@ def test_what_is_there_needs_no_room_twice(job, tmp_path, monkeypatch, left):
     if left == "one damaged":
         flip(inputs / "0.safetensors")
     job("before" if left == "one damaged" else "after")
-    assert len(files(tmp_path)) == 3 and entrance.GIVEN_UP not in files(tmp_path)
+    assert len(files(tmp_path)) == 3 and input_cache.CACHE_DISABLED not in files(tmp_path)
 
 
 def test_a_write_that_fails_otherwise_is_no_lack_of_room(job, monkeypatch):
@@ -267,7 +267,7 @@ def test_a_teacher_whose_samples_see_each_other_is_refused(reader, accelerator, 
 
     teacher.transformer_blocks[0].register_forward_hook(mix)
     taught = students.start(teacher, [PART], "first")
-    kept = entrance.Inputs(
+    kept = input_cache.InputCache(
         tiny.context(teacher, reader, 0, accelerator), [PART], HOW, State(tmp_path, "")
     )
     losses = distillation.independent(
@@ -281,11 +281,13 @@ def test_blocks_that_can_not_pass_streams_on_are_refused(
     teacher, reader, accelerator, tmp_path, monkeypatch
 ):
     """As of a family whose blocks return more than their streams."""
-    pass_on = entrance.Passing.forward
+    pass_on = blocks.PassThroughBlock.forward
     monkeypatch.setattr(
-        entrance.Passing, "forward", lambda *a, **k: tuple(s[:, 1:] for s in pass_on(*a, **k))
+        blocks.PassThroughBlock,
+        "forward",
+        lambda *a, **k: tuple(s[:, 1:] for s in pass_on(*a, **k)),
     )
-    kept = entrance.Inputs(
+    kept = input_cache.InputCache(
         tiny.context(teacher, reader, 0, accelerator), [PART], HOW, State(tmp_path, "")
     )
     batch = reader.batch(reader.rows(heldout=False)[:3])
@@ -307,7 +309,7 @@ def test_two_processes_share_the_filling(teacher, reader, tmp_path):
 
     for rank, there in enumerate(("02", "0123")):
         process = Two(rank, 2, held, reduction="sum")
-        kept = entrance.Inputs(
+        kept = input_cache.InputCache(
             tiny.context(teacher, reader, 0, process), [PART], HOW, State(tmp_path, "")
         )
         assert {len(group) for group in kept._groups} == {2}
@@ -321,7 +323,7 @@ def test_two_processes_share_the_filling(teacher, reader, tmp_path):
             blocks.answer(late, batch.arguments), blocks.answer(teacher, batch.arguments)
         )
     # Another number of processes has batches of another size, and makes its own files.
-    alone = entrance.Inputs(
+    alone = input_cache.InputCache(
         tiny.context(teacher, reader, 0, Two(0, 1, held, reduction="sum")),
         [PART],
         HOW,

@@ -1,0 +1,99 @@
+"""A transformer that starts late: at a block whose streams are known."""
+
+import inspect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ppcl.transformer import blocks
+
+
+class InjectingBlock(nn.Module):
+    """A block that gets streams from elsewhere, `given`: stream -> per sample [tokens, channels].
+
+    Everything else that it gets is what the transformer hands to it.
+    """
+
+    def __init__(self, block: blocks.Block):
+        super().__init__()
+        self.block, self.module = block, block.module
+        self.signature = inspect.signature(block.module.forward)
+        self.given: Mapping[str, Sequence[Tensor]] = {}
+
+    def forward(self, *args, **kwargs) -> Any:
+        call = self.signature.bind(*args, **kwargs)
+        for stream, values in self.given.items():
+            argument = self.block.list.inputs[stream]
+            call.arguments[argument] = fitted(values, call.arguments[argument])
+        return self.module(*call.args, **call.kwargs)
+
+
+def fitted(values: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Samples' streams as one batch with as many tokens as `like` [batch, tokens, channels].
+
+    Some families pad up to the longest text of a batch. The padding is at the end, so what is cut
+    off or put there (zeros) is of no token.
+    """
+    tokens = like.shape[1]
+    return torch.stack(
+        [
+            value[:tokens]
+            if len(value) >= tokens
+            else functional.pad(value, (0, 0, 0, tokens - len(value)))
+            for value in values
+        ]
+    ).to(like.device)
+
+
+class Tail:
+    """The tail of a transformer, from block `first` on: those before it pass on what they get.
+
+    Embeddings, modulation and rotary embeddings are still the transformer's own work. Blocks from
+    `first` on are the transformer's, so what watches them there sees them here. With the number of
+    blocks as `first`, it starts behind the last one.
+    """
+
+    def __init__(self, transformer: nn.Module, first: int):
+        sequence = blocks.block_sequence(transformer)
+        instead: dict[tuple[int, int], nn.Module] = {
+            (b.index, b.index): blocks.PassThroughBlock(b) for b in sequence[:first]
+        }
+        at = min(first, len(sequence) - 1)
+        self._injecting = InjectingBlock(sequence[at])
+        if first > at:
+            self._injecting.module = instead[at, at]
+        self._model, _ = blocks.assembled(transformer, instead | {(at, at): self._injecting})
+
+    def model(self, streams: Mapping[str, Sequence[Tensor]]) -> nn.Module:
+        """The model, whose next call is on these streams (`InjectingBlock.given`)."""
+        self._injecting.given = streams
+        return self._model
+
+
+@torch.no_grad()
+def streams_before(
+    transformer: nn.Module,
+    first: int,
+    arguments: dict[str, Any],
+    running: nn.Module | None = None,
+) -> blocks.Streams:
+    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...]; with
+    the number of blocks, what the last one returns.
+
+    running: what runs in its place, with that block of it (`Tail.model`).
+    """
+    found: blocks.Streams = {}
+    sequence = blocks.block_sequence(transformer)
+    if first == len(sequence):
+        seen = {"after": lambda _block, streams: found.update(streams), "stop_after": first - 1}
+        watched = [sequence[-1]]
+    else:
+        seen = {"before": lambda block, bound: found.update(block.inputs(bound))}
+        seen |= {"stop_before": first}
+        watched = [sequence[first]]
+    with blocks.watch(watched, **seen) as run:
+        run(transformer if running is None else running, arguments)
+    return found
