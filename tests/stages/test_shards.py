@@ -207,7 +207,9 @@ def test_shards_joined_are_one_job_to_the_bit(world, capsys):
     folder, settings, given = world
     sharded = settings | {"distill": settings["distill"] | {"shards": 3}}
     table = folder / "shards.json"
-    tiny.stage("assign_shards", sharded, calls=given["calls"], selection=given["selection"], shards=table)
+    tiny.stage(
+        "assign_shards", sharded, calls=given["calls"], selection=given["selection"], shards=table
+    )
     assert shards.read(table) == [["00-01"], ["02-02"], ["03-04"]]
     parts = [outputs(folder / str(number)) for number in range(3)]
     for number, paths in enumerate(parts):
