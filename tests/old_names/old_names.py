@@ -86,10 +86,7 @@ class Finder(MetaPathFinder):
         """Today's module of tests/support."""
         sys.path += [str(place) for place in (ROOT / "tests", ROOT) if str(place) not in sys.path]
         module = importlib.import_module(self.helpers[name])
-        for function, change in CHANGED.items():
-            home, _, own = function.rpartition(".")
-            if home == module.__name__ and not hasattr(getattr(module, own), "__wrapped__"):
-                setattr(module, own, change(getattr(module, own)))
+        change_calls(module)
         return module
 
     def module(self, name: str) -> types.ModuleType:
@@ -106,10 +103,7 @@ class Finder(MetaPathFinder):
             module.Section.__or__ = lambda self, more: self.replace(**more)
         else:
             take_mappings(module)
-        for function, change in CHANGED.items():
-            home, _, own = function.rpartition(".")
-            if home == name:
-                setattr(module, own, change(getattr(module, own)))
+        change_calls(module)
         if name in self.homes:  # today's package, or module, has an old module's name
             self.remember(module, name)
 
@@ -215,5 +209,27 @@ def _pruned(function: Callable) -> Callable:
     return call
 
 
+def _export(function: Callable) -> Callable:
+    """export.assembly.export, which also takes a pipeline, its component and its source apart."""
+
+    @functools.wraps(function)
+    def call(pipe, *args, component="transformer", source=None, **more):
+        from ppcl.export.assembly import TeacherPipeline
+
+        if not isinstance(pipe, TeacherPipeline):
+            pipe = TeacherPipeline(pipe, *(args[5:] or (component, source)))
+        return function(pipe, *args[:5], **more)
+
+    return call
+
+
 # Functions of today that are called in another way -> what takes the old way.
-CHANGED = {"support.tiny.pruned": _pruned}
+CHANGED = {"support.tiny.pruned": _pruned, "ppcl.export.assembly.export": _export}
+
+
+def change_calls(module: types.ModuleType) -> None:
+    """Lets functions of a module be called in the old way too."""
+    for function, change in CHANGED.items():
+        home, _, name = function.rpartition(".")
+        if home == module.__name__:
+            setattr(module, name, change(getattr(module, name)))
