@@ -6,7 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppcl.search import cka_draws, intervals
+from ppcl.configuration import config
+from ppcl.search import cka_draws, interval_costs, intervals
 from ppcl.search.intervals import Interval
 
 seeds = st.integers(0, 2**32 - 1)
@@ -116,3 +117,8 @@ def test_priced_takes_similarity_and_cost_from_their_own_tables():
     assert found[0] == Interval(0, 2, cka[0, 2], costs[0, 2])
     assert (found[1].cka, type(found[1].cka)) == (cka[1, 3], float)
     assert np.isnan(found[1].cost)
+
+
+def test_a_config_may_name_each_cost_of_the_catalogue():
+    node = config.schema()["properties"]["intervals"]["properties"]["cost"]
+    assert set(node["enum"]) == {*interval_costs.COSTS, "auto"}

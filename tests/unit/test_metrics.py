@@ -82,8 +82,10 @@ def test_ssim_of_a_video_is_the_mean_over_its_frames(side):
     other = np.clip(levels + rng.normal(0, 6, (4, side, 18, 3)), 0, 255).astype(np.uint8)
     expected = np.mean([metrics.ssim(a, b) for a, b in zip(film, other, strict=True)])
     strips = [frames.reshape(-1, 18, 3) for frames in (film, other)]
-    assert metrics.ssim(*strips, 4) == pytest.approx(expected, rel=1e-12)
+    of_film = metrics.likeness(*strips, 4)
+    assert of_film["ssim"] == pytest.approx(expected, rel=1e-12)
     assert abs(metrics.ssim(*strips) - expected) > 0.01
+    assert of_film["psnr"] == metrics.psnr(film, other)  # which sees no neighbours
 
 
 def test_ssim_is_the_formula_of_wang_et_al():
@@ -203,6 +205,20 @@ def test_rows_compare_with_the_teacher():
     assert math.isnan(rows["p", "velocity_error"]["relative_change"])
     assert math.isnan(rows["p", "psnr"]["teacher_value"])
     assert ("teacher", "psnr") not in rows
+
+
+def test_a_metric_of_pictures_is_a_function_and_its_entry(monkeypatch):
+    def distance(picture, reference):
+        return float(np.abs(picture.astype(float) - reference.astype(float)).max())
+
+    entry = metrics.PictureMetric(distance, higher_is_better=False, by_frame=True)
+    monkeypatch.setitem(metrics.PICTURE_METRICS, "distance", entry)
+    a, b = np.zeros((4, 6, 3), np.uint8), np.zeros((4, 6, 3), np.uint8)
+    b[0], b[2] = 4, 8  # of two frames, each of two lines
+    values = metrics.likeness(a, b, 2)
+    assert list(values) == ["psnr", "ssim", "distance"] and values["distance"] == 6
+    rows = metrics.rows({"teacher": {}, "p": {n: metrics.Estimate(v) for n, v in values.items()}})
+    assert [row["higher_is_better"] for row in rows] == [True, True, False]
 
 
 def test_times_are_measured_in_rounds_after_an_unmeasured_one():

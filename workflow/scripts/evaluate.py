@@ -140,7 +140,7 @@ def make_pictures(
 def compare_pictures(
     parts: dict[str, list[Path]], readings: dict[Path, list[str]], rows: list[dict], sink
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Writes all pictures to `sink` and yields per model: 0 or 1 per fact, PSNR and SSIM.
+    """Writes all pictures to `sink` and yields per model: 0 or 1 per fact, and PICTURE_METRICS.
 
     One part of two models is in memory at a time.
     """
@@ -159,15 +159,14 @@ def compare_pictures(
                 score["all_correct"] = score.drop(columns="prompt_index").min(axis=1)
             if model != TEACHER:
                 reference = tables.read(of_teacher, schemas.IMAGES).column("png").to_pylist()
-                pairs = [
-                    (generation.from_png(a), generation.from_png(b))
-                    for a, b in zip(table["png"], reference, strict=True)
+                likenesses = [
+                    metrics.likeness(generation.from_png(mine), generation.from_png(theirs), frames)
+                    for mine, theirs, frames in zip(
+                        table["png"], reference, table["frames"].tolist(), strict=True
+                    )
                 ]
-                score["psnr"] = [metrics.psnr(*pair) for pair in pairs]
-                frames = table["frames"].tolist()
-                score["ssim"] = [
-                    metrics.ssim(*pair, count) for pair, count in zip(pairs, frames, strict=True)
-                ]
+                for name in metrics.PICTURE_METRICS:
+                    score[name] = [values[name] for values in likenesses]
             scores.append(score)
         yield model, pd.concat(scores)
 

@@ -26,6 +26,7 @@ from ppcl.pruning.units import Matrix, Modulation
 from ppcl.search import (
     candidates,
     cka_draws,
+    interval_costs,
     intervals,
     measured,
     probes,
@@ -34,6 +35,7 @@ from ppcl.search import (
     similarity,
 )
 from ppcl.search.candidates import Limits
+from ppcl.search.interval_costs import CostInputs
 from ppcl.search.selection import Choices
 from ppcl.settings import Settings
 from ppcl.storage import tensors, texts
@@ -148,7 +150,7 @@ def ppcl(
     """Eq. 5's runs and their parts (`trend`) or all runs of blocks (`optimal`), the cheapest.
 
     Args:
-        cost: `velocity`, as sensitivity measured it, or `cka`: 1 - cka.
+        cost: of `interval_costs.COSTS`, without what training mends; not one of the probes' table.
         shortest: least blocks of an interval. The paper does not say how its ablation "longer
             intervals" was made; here it is: any runs of at least so many, wherever they begin.
         similarity: keys that differ from the config's.
@@ -158,7 +160,9 @@ def ppcl(
     tolerance = material.settings.intervals.tolerance
     chain = intervals.trend_chain(cka, runs, noise if tolerance == "bootstrap" else tolerance)
     found = intervals.candidates(runs, segmentation, chain)
-    costs = 1 - cka if cost == "cka" else measured.costs(material.paths["sensitivity"], len(cka))
+    stream = material.settings.similarity.replace(**(similarity or {})).streams
+    given = CostInputs(cka, stream, material.paths["sensitivity"])
+    costs = interval_costs.COSTS[cost](given)
     least = min(shortest, removed + 1)
     offered = {
         (first, last): float(costs[first, last])

@@ -5,7 +5,7 @@ number), so one bootstrap serves all: it draws prompts, not samples, since sampl
 are alike and drawing them singly would promise too much.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -75,17 +75,12 @@ def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
 SSIM_WINDOW = 11
 
 
-def ssim(picture: np.ndarray, reference: np.ndarray, frames: int = 1) -> float:
+def ssim(picture: np.ndarray, reference: np.ndarray) -> float:
     """Structural similarity of two 8-bit pictures [height, width, channels], mean over channels.
 
     With the settings of Wang et al. (2004): a Gaussian window of 11 x 11 pixels, sigma 1.5.
     Pictures that are smaller than that are mirrored at their edges.
-
-    frames: of a video, one below the other: the mean over them, as no window may see two.
     """
-    if frames > 1:
-        pairs = zip(np.split(picture, frames), np.split(reference, frames), strict=True)
-        return float(np.mean([ssim(*pair) for pair in pairs]))
     beyond = [(0, max(0, SSIM_WINDOW - side)) for side in picture.shape[:2]]
     picture, reference = (np.pad(p, [*beyond, (0, 0)], "symmetric") for p in (picture, reference))
     return float(
@@ -99,6 +94,51 @@ def ssim(picture: np.ndarray, reference: np.ndarray, frames: int = 1) -> float:
             use_sample_covariance=False,
         )
     )
+
+
+class PictureMetric(NamedTuple):
+    """How like the teacher's a picture of the same prompt and seed is.
+
+    Attributes:
+        function: of the picture and the teacher's, 8-bit [height, width, channels].
+        higher_is_better: false for a distance.
+        by_frame: of a video it is the mean over frames, as where a window must not see two of them;
+            else of all frames as one picture.
+    """
+
+    function: Callable[[np.ndarray, np.ndarray], float]
+    higher_is_better: bool
+    by_frame: bool
+
+
+PICTURE_METRICS = {
+    "psnr": PictureMetric(psnr, higher_is_better=True, by_frame=False),
+    "ssim": PictureMetric(ssim, higher_is_better=True, by_frame=True),
+}
+
+
+def likeness(picture: np.ndarray, reference: np.ndarray, frames: int = 1) -> dict[str, float]:
+    """Every one of PICTURE_METRICS, by name.
+
+    Args:
+        picture, reference: 8-bit [height, width, channels]; of a video, with its frames one below
+            the other.
+        frames: how many of them.
+    """
+    single = list(zip(np.split(picture, frames), np.split(reference, frames), strict=True))
+    return {
+        name: float(np.mean([metric.function(*pair) for pair in single]))
+        if metric.by_frame
+        else metric.function(picture, reference)
+        for name, metric in PICTURE_METRICS.items()
+    }
+
+
+def higher_is_better(metric: str) -> bool:
+    """Whether more of a metric of metrics.parquet is better."""
+    if metric in PICTURE_METRICS:
+        return PICTURE_METRICS[metric].higher_is_better
+    return not metric.startswith(LOWER_IS_BETTER)
 
 
 def ratio(
@@ -193,7 +233,7 @@ def rows(found: Mapping[str, Mapping[str, Estimate]]) -> list[dict]:
                     "value": estimate.value,
                     "teacher_value": of_teacher,
                     "relative_change": estimate.value / of_teacher - 1 if defined else np.nan,
-                    "higher_is_better": not metric.startswith(LOWER_IS_BETTER),
+                    "higher_is_better": higher_is_better(metric),
                     "samples": estimate.samples,
                     "ci_low": estimate.low,
                     "ci_high": estimate.high,

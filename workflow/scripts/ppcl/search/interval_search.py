@@ -15,8 +15,18 @@ import pandas as pd
 from ppcl.errors import UserError
 from ppcl.pruning import constraints
 from ppcl.pruning.constraints import Ends, Named
-from ppcl.search import budgets, candidates, intervals, measured, savings, selection, verdicts
+from ppcl.search import (
+    budgets,
+    candidates,
+    interval_costs,
+    intervals,
+    measured,
+    savings,
+    selection,
+    verdicts,
+)
 from ppcl.search.candidates import Limits
+from ppcl.search.interval_costs import CostInputs
 from ppcl.search.intervals import Interval
 from ppcl.search.measured import ClosedForm, ClosedForms
 from ppcl.search.savings import Weights
@@ -84,7 +94,7 @@ def measurements(settings: Settings, paths: Paths, required: Named) -> Measureme
             raise UserError("variants: a budget is a latency: name the block times, --latency")
         weights["latency"], totals["transformer_seconds"] = measured.timing(paths["latency"], depth)
     closed = replace(closed, rows=closed.rows + unmeasured_runs(closed, required))
-    costs = interval_costs(settings, paths, cka)
+    costs = priced_intervals(settings, paths, cka)
     return Measurements(
         teacher, cka, costs, tolerance(settings, paths["cka"]), closed, weights, totals
     )
@@ -108,17 +118,13 @@ def unmeasured_runs(closed: ClosedForms, required: Named) -> list[ClosedForm]:
     ]
 
 
-def interval_costs(settings: Settings, paths: Paths, cka: np.ndarray) -> np.ndarray:
+def priced_intervals(settings: Settings, paths: Paths, cka: np.ndarray) -> np.ndarray:
     """What each interval costs [first, last], as intervals.cost has it."""
-    chosen, depth = settings.intervals, len(cka)
-    if chosen.cost == "velocity":
-        trained = any(variant.train for variant in settings.variants)
-        leaves = chosen.training_leaves if trained else 1
-        return leaves * measured.costs(paths["sensitivity"], depth)
-    if chosen.cost == "influence":
-        stream = settings.similarity.streams
-        return intervals.by_influence(measured.influences(paths["probes"], stream, depth))
-    return 1 - cka
+    chosen, stream = settings.intervals, settings.similarity.streams
+    trained = any(variant.train for variant in settings.variants)
+    leaves = chosen.training_leaves if trained else 1.0
+    given = CostInputs(cka, stream, paths["sensitivity"], paths["probes"], leaves)
+    return interval_costs.COSTS[chosen.cost](given)
 
 
 def tolerance(settings: Settings, cka_table: Path) -> float:
