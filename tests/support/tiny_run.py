@@ -234,7 +234,7 @@ def settings(teacher: Path, folder: Path) -> dict:
         "similarity": {"bootstrap": 2},
         "sensitivity": {"rows": 3, "longest": 3},
         "intervals": {"protect_first": 1},
-        "plan": {},
+        "forecast": {},
         "prune": {"start": "average"},
         "width": {
             "enabled": True,
