@@ -17,7 +17,19 @@ from scipy import stats
 from torch import nn
 
 from ppcl import provenance
-from ppcl.ablation import calibration, chain, choices, methods, report, schedules, trial
+from ppcl.ablation import (
+    calibration,
+    chain,
+    method_training,
+    methods,
+    own_selections,
+    phases,
+    report,
+    schedules,
+    selections,
+    trial,
+)
+from ppcl.ablation.material import Chosen, Material
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.figures import method_statistics
@@ -120,7 +132,7 @@ def pipe(run):
     return tiny.load(run[0]["teacher"]["path"])
 
 
-def material(run, pipe, job, tmp_path, accelerator) -> choices.Material:
+def material(run, pipe, job, tmp_path, accelerator) -> Material:
     whole, at = run
     shared = {name: at[name] for name in SHARED}
     transformer = pipe.transformer.requires_grad_(False).eval()
@@ -146,7 +158,7 @@ def test_every_rung_choice_and_rival_of_the_comparison_is_there():
     for group in methods.GROUPS:
         names = methods.of_group(group)
         assert len({methods.METHODS[name].label for name in names}) == len(names)
-    assert {m.select["by"] for m in methods.METHODS.values()} == set(choices.SELECTIONS)
+    assert {m.select["by"] for m in methods.METHODS.values()} == set(selections.SELECTIONS)
     for name in methods.METHODS:
         assert set(json.loads(methods.job(name))) == {"name", "select", "train"}
     assert {m.repeated for m in methods.METHODS.values() if m.group == "ladder"} == {True}
@@ -171,7 +183,7 @@ def test_a_part_of_the_comparison_has_the_methods_that_it_names():
 def test_every_method_trains_for_the_same_number_of_steps(distill, subsets):
     options = AblationSettings.of({"distill_steps": distill, "subsets_steps": subsets})
     for method in methods.METHODS.values():
-        found = trial.phases(method.select, method.train, options)
+        found = phases.steps_of(method.select, method.train, options)
         assert sum(found.values()) - found["masks"] == distill + subsets
         assert found["distill"] > 0 or method.train.get("share") in (0.5, 0.7, 1.0)
         if "share" in method.train:
@@ -186,16 +198,16 @@ def test_a_staged_selection_without_intervals_gives_its_maps_all_steps(
     held = material(run, pipe, json.loads(methods.job("ffn")), tmp_path, accelerator)
     given = []
     monkeypatch.setattr(
-        trial, "phase", lambda _m, name, _x, _l, how, *_: given.append((name, how.steps))
+        phases, "train", lambda _m, name, _x, _l, how, *_: given.append((name, how.steps))
     )
-    trial.teach(held, choices.Chosen({}, ffns=((1, "image"),)), {"schedule": "staged"})
+    method_training.teach(held, Chosen({}, ffns=((1, "image"),)), {"schedule": "staged"})
     assert given == [("narrow", 4), ("subsets", 2)]
 
 
 def test_width_keeps_half_of_the_depth_cuts_unless_told_otherwise(run, pipe, tmp_path, accelerator):
     held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
     for share, least in ((1.0, 4), (0.5, 2), (0.0, 0)):
-        found = choices.depth_and_width(held, 4, depth_share=share)
+        found = own_selections.depth_and_width(held, 4, depth_share=share)
         assert sum(last - first for first, last in found.starts) >= least
 
 
@@ -215,9 +227,9 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
             break
     if math.isinf(best):
         with pytest.raises(UserError, match="ablation.removed_fraction"):
-            choices.exactly(costs, removed, depth)
+            own_selections.exactly(costs, removed, depth)
     else:
-        found = choices.exactly(costs, removed, depth)
+        found = own_selections.exactly(costs, removed, depth)
         assert sum(costs[ends] for ends in found) == pytest.approx(best)
         assert sum(t - f for f, t in found) == removed
 
@@ -229,7 +241,7 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
 def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accelerator):
     job = json.loads(methods.job(name))
     given_ = material(run, pipe, job, tmp_path, accelerator)
-    found = trial.run(given_, pipe, job, choices.choose(given_, job["select"]))
+    found = trial.run(given_, pipe, job, selections.choose(given_, job["select"]))
     found = pd.DataFrame(found)[schemas.ABLATION_RUN.names]
     if name == "teacher":
         assert found["velocity_error"].max() < 1e-9 and found["parameter_fraction"].item() == 1
@@ -286,8 +298,8 @@ def test_seconds_are_those_of_finished_trainings_of_this_run(tmp_path, run, pipe
         metadata = {"identity": identity, "seconds": repr(seconds)}
         tensors.write(path, {"a": torch.zeros(1)}, metadata)
     tensors.write(tmp_path / "old.safetensors", {}, {"identity": "y z", "seconds": "9.0"})
-    assert trial.seconds_of(held, "distill", "subsets", "old", "finetune") == 6.5
-    assert trial.seconds_of(held, "distill", "finetune") == 2.5
+    assert phases.seconds_of(held, "distill", "subsets", "old", "finetune") == 6.5
+    assert phases.seconds_of(held, "distill", "finetune") == 2.5
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(run, tmp_path, monkeypatch):
@@ -457,7 +469,7 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
     accelerator = Accelerator(cpu=True)  # the stage's own is gone
     held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
     cka = pd.read_parquet(at["cka"]).set_index(["stream", "start", "end"])["cka"]
-    weights, _ = choices.tensors.read(at["probes"])
+    weights, _ = own_selections.tensors.read(at["probes"])
     row = depth.iloc[-1]
     first, last = int(row["first"]), int(row["last"])
     assert row["cost_cka"] == pytest.approx(1 - cka["image", first - 1, last])

@@ -9,7 +9,8 @@ import pytest
 import torch
 from diffusers import QwenImageTransformer2DModel
 
-from ppcl.ablation import choices, trial
+from ppcl.ablation import trial
+from ppcl.ablation.material import Material
 from ppcl.closed_forms import linear_map_fits, linear_maps
 from ppcl.closed_forms.linear_maps import Map
 from ppcl.configuration import config
@@ -307,7 +308,7 @@ def test_pareto_and_the_ablation_measure_what_is_exported(
     options = Settings.of(config.complete(settings, "test"))
     options = options.replace(ablation=options.ablation.replace(finetune_steps=0))
     alone, reader = processes.accelerator("cpu"), calls.Reader(common["calls"])
-    material = choices.Material(
+    material = Material(
         tiny.context(transformer, reader, 0, alone), options, {}, State(tmp_path, "i")
     )
     seen["ablation"] = trial.finetuned(material, trained, False)

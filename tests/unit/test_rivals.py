@@ -10,7 +10,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from ppcl.ablation import rivals
+from ppcl.ablation import learned_masks, rivals
 from ppcl.errors import UserError
 from ppcl.extraction import activations, token_table
 from ppcl.pruning import students
@@ -436,9 +436,9 @@ OPTIONS = TrainingSettings.of({"steps": 60, "lr": 1e-2, "batch_size": 8})
 def test_learned_masks_find_silent_blocks(scattered, accelerator, tmp_path, size, seed):
     transformer, reader, _, _ = scattered
     before = copy.deepcopy(transformer.state_dict())
-    groups = rivals.local_groups(len(SCATTERED), RUNS, size)
+    groups = learned_masks.local_groups(len(SCATTERED), RUNS, size)
     context = tiny.context(transformer, reader, seed, accelerator)
-    gone = rivals.learned_masks(context, groups, 2, OPTIONS, State(tmp_path, "test"))
+    gone = learned_masks.learned_masks(context, groups, 2, OPTIONS, State(tmp_path, "test"))
     assert tuple(gone) == SCATTERED
     assert all(torch.equal(v, before[k]) for k, v in transformer.state_dict().items())
     assert not any(m._forward_hooks for m in transformer.modules())
@@ -446,10 +446,10 @@ def test_learned_masks_find_silent_blocks(scattered, accelerator, tmp_path, size
 
 def test_learned_masks_resume_to_the_bit(scattered, accelerator, tmp_path, monkeypatch):
     transformer, reader, _, _ = scattered
-    groups, trained, temperatures = rivals.local_groups(4, RUNS, 4), [], {}
+    groups, trained, temperatures = learned_masks.local_groups(4, RUNS, 4), [], {}
     options = OPTIONS.replace(steps=4, checkpoint_every=2)
 
-    class Kept(rivals.DepthMasks):
+    class Kept(learned_masks.DepthMasks):
         def __init__(self, *args):
             super().__init__(*args)
             trained.append(self)
@@ -460,11 +460,13 @@ def test_learned_masks_resume_to_the_bit(scattered, accelerator, tmp_path, monke
             temperatures[seed[1]] = temperature
             super().sample(seed, temperature)
 
-    monkeypatch.setattr(rivals, "DepthMasks", Kept)
+    monkeypatch.setattr(learned_masks, "DepthMasks", Kept)
 
     def run(name):
         context = tiny.context(transformer, reader, 0, accelerator)
-        return rivals.learned_masks(context, groups, 2, options, State(tmp_path / name, "test"))
+        return learned_masks.learned_masks(
+            context, groups, 2, options, State(tmp_path / name, "test")
+        )
 
     stop = None
     run("whole")
@@ -477,7 +479,7 @@ def test_learned_masks_resume_to_the_bit(scattered, accelerator, tmp_path, monke
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(v, resumed[k]) for k, v in whole.items())
     assert any(v.any() for k, v in whole.items() if k.startswith("logits"))
-    high, low = rivals.TEMPERATURES
+    high, low = learned_masks.TEMPERATURES
     expected = [high, 0.75 * high + 0.25 * low, 0.5 * (high + low), 0.25 * high + 0.75 * low]
     assert [temperatures[step] for step in range(4)] == pytest.approx(expected)
 
@@ -486,7 +488,9 @@ def test_gradients_pass_checkpointed_blocks(scattered):
     transformer = copy.deepcopy(scattered[0])
     found = []
     for checkpointed in (False, True):
-        masks = rivals.DepthMasks(transformer, rivals.local_groups(4, RUNS, 4), 2, seed=0)
+        masks = learned_masks.DepthMasks(
+            transformer, learned_masks.local_groups(4, RUNS, 4), 2, seed=0
+        )
         if checkpointed:
             transformer.enable_gradient_checkpointing()
         masks.sample((0,), 1.0)
@@ -500,10 +504,10 @@ def test_gradients_pass_checkpointed_blocks(scattered):
 
 def test_learned_masks_depend_on_the_seed_alone(scattered):
     transformer = scattered[0]
-    groups = rivals.local_groups(4, RUNS, 4)
+    groups = learned_masks.local_groups(4, RUNS, 4)
 
     def drawn(seed):
-        masks = rivals.DepthMasks(transformer, groups, 2, seed)
+        masks = learned_masks.DepthMasks(transformer, groups, 2, seed)
         masks.sample((seed, 3, 2), 1.0)
         return [g.item() for g in masks.gates.values()], masks.state_dict()
 
@@ -515,7 +519,7 @@ def test_learned_masks_depend_on_the_seed_alone(scattered):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gates_skip_blocks_and_keep_the_others(scattered, dtype):
     transformer = copy.deepcopy(scattered[0]).to(dtype)
-    masks = rivals.DepthMasks(transformer, rivals.local_groups(4, RUNS, 8), 2, seed=0)
+    masks = learned_masks.DepthMasks(transformer, learned_masks.local_groups(4, RUNS, 8), 2, seed=0)
     given_ = tiny.arguments()
     given_ |= {k: v.to(dtype) for k, v in given_.items() if torch.is_tensor(v)}
     gone = (0, 3)
@@ -540,23 +544,23 @@ def test_gates_skip_blocks_and_keep_the_others(scattered, dtype):
 @given(layouts(), st.integers(1, 5))
 def test_local_groups_remove_what_is_wanted(layout, size):
     _, runs, removed = layout
-    groups = rivals.local_groups(removed, runs, size)
+    groups = learned_masks.local_groups(removed, runs, size)
     assert [b for group, _ in groups for b in group] == [b for run in runs for b in run]
     assert sum(gone for _, gone in groups) == removed
     everything = [b for group, gone in groups for b in group[len(group) - gone :]]
     assert valid(everything, runs)  # whatever the masks choose: counts decide that
     for group, gone in groups:
         assert len(group) <= size and any(set(group) <= set(run) for run in runs)
-        masks = rivals.schemes(len(group), gone).int().tolist()
+        masks = learned_masks.schemes(len(group), gone).int().tolist()
         literal = itertools.product((0, 1), repeat=len(group))
         assert sorted(masks) == sorted(list(m) for m in literal if sum(m) == len(group) - gone)
 
 
 def test_two_of_four_is_the_default_scheme_for_half():
-    assert rivals.local_groups(4, RUNS, 4) == [(range(4), 2), (range(4, 8), 2)]
-    assert rivals.local_groups(4, RUNS, 2) == [(range(b, b + 2), 1) for b in (0, 2, 4, 6)]
+    assert learned_masks.local_groups(4, RUNS, 4) == [(range(4), 2), (range(4, 8), 2)]
+    assert learned_masks.local_groups(4, RUNS, 2) == [(range(b, b + 2), 1) for b in (0, 2, 4, 6)]
     with pytest.raises(UserError, match="ablation: .* masks of 60 blocks are too many"):
-        rivals.schemes(60, 25)
+        learned_masks.schemes(60, 25)
 
 
 # ---- more than there is
@@ -571,7 +575,7 @@ def test_two_of_four_is_the_default_scheme_for_half():
         lambda n, runs: rivals.lowest(np.zeros(8), n, runs),
         lambda n, runs: rivals.streamline(None, (IMAGE,), n, runs),
         lambda n, runs: rivals.cka_threshold(np.ones((8, 8)), n, runs),
-        lambda n, runs: rivals.local_groups(n, runs, 4),
+        lambda n, runs: learned_masks.local_groups(n, runs, 4),
     ],
 )
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pathlib import Path
 import pandas as pd
 
 from ppcl import program, provenance
-from ppcl.ablation import choices, trial
+from ppcl.ablation import selections, trial
 from ppcl.configuration import config
 from ppcl.runtime import processes, stopping
 from ppcl.settings import Settings
@@ -80,7 +80,7 @@ def train_and_measure(
     context = Context(transformer, reader, settings.seed + args.number, accelerator)
     state = State(args.state / WORK, identity)
     material = trial.material_of(context, settings, job, shared, state)
-    return trial.run(material, pipe, job, choices.choose(material, job["select"]))
+    return trial.run(material, pipe, job, selections.choose(material, job["select"]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ killed run goes on from the last checkpoint in --state. Runs in one process.
 from pathlib import Path
 
 from ppcl import program, provenance
-from ppcl.ablation import calibration, choices
+from ppcl.ablation import calibration
+from ppcl.ablation.material import Material
 from ppcl.configuration import config
 from ppcl.runtime import stopping
 from ppcl.search import measured
@@ -42,7 +43,7 @@ def main() -> None:
     context = opening.opened(settings, calls.Reader(args.calls), mixed_precision, compiled=True)
     shared = {name: getattr(args, name) for name in SHARED}
     identity = loop.identity(Path(__file__), settings, [args.calls, *shared.values()])
-    material = choices.Material(context, settings, shared, State(args.state, identity))
+    material = Material(context, settings, shared, State(args.state, identity))
 
     depth = material.depth
     cka = measured.cka(args.cka, settings.similarity.streams, depth)

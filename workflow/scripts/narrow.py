@@ -29,18 +29,15 @@ def main() -> None:
     settings = config.load(args.config)
     options = settings.narrowing
     stage = StudentStage.opened(args, settings, options, __file__)
-    context, device = stage.context, stage.context.device
+    context = stage.context
 
     done = students.load(
         args.students, context.transformer, new_blocks_of(stage.selection.distilled)
     )
-    whole = students.whole(context.transformer, new_blocks_of(stage.units), done)
-    uncut = students.uncut(whole)
-    taught = linear_map_fits.start(context, whole, settings.width)
+    new_blocks = new_blocks_of(stage.units)
+    taught, uncut = linear_map_fits.narrowed(context, new_blocks, done, settings.width)
     for student in taught.values():
-        student.train().to(device)
-    for block in uncut.values():
-        block.to(device)
+        student.train().to(context.device)
     rows = stage.train(
         {part.name: student for part, student in taught.items()},
         distillation.independent(context, taught, options, uncut=uncut),

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from ppcl.ablation import trial
-from ppcl.ablation.choices import Material
+from ppcl.ablation import phases
+from ppcl.ablation.material import Material
 from ppcl.closed_forms import linear_map_fits, linear_maps
 from ppcl.pruning import students
 from ppcl.pruning.constraints import Ends
@@ -126,7 +126,7 @@ def cka_price(kind: str, unit: Unit, cka: np.ndarray, widths: Sequence[ClosedFor
 
 def steps(settings: Settings) -> int:
     """For how many steps the sample is trained: as many as a method of the ablation."""
-    return sum(trial.phases({"by": "ppcl"}, {}, settings.ablation).values())
+    return sum(phases.steps_of({"by": "ppcl"}, {}, settings.ablation).values())
 
 
 def reported(material: Material) -> np.ndarray:
@@ -180,8 +180,10 @@ def _train(material: Material, taught: Sequence[Students]) -> None:
     """Trains the sample's students side by side, each alone; in place."""
     every = {new_block: student for each in taught for new_block, student in each.items()}
     names = {new_block: f"{n} {new_block.name}" for n, new_block in enumerate(every)}
-    options = trial.stage_options(material, "distill", steps(material.settings), mode="independent")
-    trial.phase(
+    options = phases.stage_options(
+        material, "distill", steps(material.settings), mode="independent"
+    )
+    phases.train(
         material,
         "calibration",
         {names[new_block]: student for new_block, student in every.items()},

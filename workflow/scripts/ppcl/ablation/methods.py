@@ -2,7 +2,7 @@
 
 All methods remove the same number of parameters and train for the same number of steps on the same
 data; an entry says only what it does differently from the rest. To add a method is to add an entry
-(and, for a new way to choose blocks, a function to `choices.SELECTIONS`).
+(and, for a new way to choose blocks, a function to `selections.SELECTIONS`).
 """
 
 import json
@@ -20,7 +20,7 @@ class Method:
 
     Attributes:
         group: of `GROUPS`. label: in the figure. repeated: it has as many seeds as the ladder.
-        select: `by`, the name of a function of `choices.SELECTIONS`, and its keyword arguments.
+        select: `by`, the name of a function of `selections.SELECTIONS`, and its keyword arguments.
         train: what differs from the best training: `mode` (independent | sequential: block-local |
             chain: gradients go through the chain of students), `subsets` (false: no any-subset
             phase, its steps go to distillation), `schedule` (joint | staged, of narrow blocks),

@@ -3,22 +3,17 @@
 import copy
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ppcl.ablation import chain, rivals, schedules
-from ppcl.ablation.choices import Chosen, Material, judged
+from ppcl.ablation import method_training, phases, schedules
+from ppcl.ablation.material import Chosen, Material
 from ppcl.closed_forms import (
-    linear_map_candidates,
-    linear_map_fits,
-    linear_maps,
     modulation,
-    solved,
 )
 from ppcl.digits.judge import Judge
 from ppcl.evaluation import generation, metrics, timing, velocities
@@ -26,11 +21,10 @@ from ppcl.evaluation.metrics import TEACHER
 from ppcl.extraction import conditioning
 from ppcl.pruning import students
 from ppcl.pruning.students import Students
-from ppcl.pruning.units import Unit, new_blocks_of, units_of
-from ppcl.settings import AblationSettings, Settings, TrainingSettings
-from ppcl.storage import tensors
+from ppcl.pruning.units import Unit
+from ppcl.settings import Settings
 from ppcl.teacher import pipelines, prompts
-from ppcl.training import distillation, loop, prices
+from ppcl.training import distillation
 from ppcl.transformer import blocks
 from ppcl.transformer.context import Context, State
 
@@ -43,184 +37,6 @@ FINETUNE = "finetune", "finetune-low-rank"
 WITH_LOW_RANK = {"no": (False,), "also": (False, True), "only": (True,)}
 
 
-def phases(select: Mapping, train: Mapping, options: AblationSettings) -> dict[str, int]:
-    """Steps of each phase of a method; their sum is the same for all, apart from those of masks.
-
-    Masks are learned before the training of the rest, for as many steps as the any-subset phase
-    has, since no other selection takes steps from it. A staged schedule spends a quarter of
-    distillation on narrow blocks, as the paper does (6000 and 2000 steps).
-
-    Args:
-        options: the config's `ablation`.
-    """
-    distill, subsets = options.distill_steps, options.subsets_steps
-    masks = subsets if select["by"] == "learned_masks" else 0
-    if not train.get("subsets", True):
-        distill, subsets = distill + subsets, 0
-    if "share" in train:
-        total = distill + subsets
-        subsets = round(train["share"] * total)
-        distill = total - subsets
-    staged = train.get("schedule") == "staged" and select["by"] == "depth_and_width"
-    narrow = distill // 4 if staged else 0
-    return {"masks": masks, "distill": distill - narrow, "narrow": narrow, "subsets": subsets}
-
-
-def phase(
-    material: Material,
-    name: str,
-    modules: Mapping[str, nn.Module],
-    losses: Callable,
-    options: TrainingSettings,
-    scales: Mapping[str, float] | None = None,
-) -> None:
-    """One training, in place; what a killed run had finished is read instead.
-
-    options: the stage's, with the ablation's steps and batch_size. Phases are short here: a
-    warm-up takes at most a quarter of one.
-    """
-    path = material.state.folder / f"{name}.safetensors"
-    identity = f"{material.state.identity} {name}"
-    if path.exists():
-        state, metadata = tensors.read(path)
-        if metadata["identity"] == identity:
-            for key, module in modules.items():
-                start = f"{key}/"
-                own = {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-                module.load_state_dict(own)
-            return
-    for module in modules.values():
-        module.train()
-    rows = loop.train(
-        modules,
-        losses,
-        loop.Optimisation.from_settings(options),
-        material.context.accelerator,
-        path.with_name(f"{name}-checkpoint.safetensors"),
-        identity,
-        scales,
-    )
-    state = {f"{key}/{k}": v for key, m in modules.items() for k, v in m.state_dict().items()}
-    seconds = rows[-1]["seconds"] if rows else 0.0
-    tensors.write(path, state, {"identity": identity, "seconds": repr(seconds)})
-
-
-def seconds_of(material: Material, *phases: str) -> float:
-    """Time of these trainings, as far as this run has finished them, even before it was killed."""
-    paths = [material.state.folder / f"{name}.safetensors" for name in phases]
-    kept = [tensors.metadata(path) for path in paths if path.exists()]
-    mine = [each for each in kept if each["identity"].startswith(f"{material.state.identity} ")]
-    return sum(float(each["seconds"]) for each in mine)
-
-
-def stage_options(material: Material, stage: str, steps: int, **changed) -> Any:
-    """Settings of a stage for a phase of the ablation."""
-    if material.ema is not None:
-        changed = {"ema": material.ema, **changed}
-    options = getattr(material.settings, stage).replace(**changed)
-    warmup = min(options.warmup_steps, steps // 4)
-    size = material.settings.ablation.batch_size
-    return options.replace(steps=steps, warmup_steps=warmup, batch_size=size)
-
-
-def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit], Students]:
-    """The units of a selection and their trained students; `train` as in `methods.Method`."""
-    context, transformer, steps = material.context, material.transformer, material.steps
-    device, wide = context.device, material.settings.width
-    starts = {
-        ends: train.get("start", how) if how == "first" else how
-        for ends, how in chosen.starts.items()
-    }
-    unread_after = linear_maps.unread_after(transformer)
-    units = units_of(starts, chosen.runs, chosen.ffns, unread_after)
-    parts = new_blocks_of(units)
-    taught, uncut = rivals.start(transformer, starts), {}
-    if train.get("start") == "solved":
-        for student in taught.values():
-            student.to(device)
-        rows, _ = linear_map_fits.fit_rows(context.reader, wide, context.seed)
-        solved.refit(context, taught, rows, wide.batch_size)
-
-    def narrowed(whole: Students) -> tuple[Students, Students]:
-        every = students.whole(transformer, parts, whole)
-        before = {part: block.to(device) for part, block in students.uncut(every).items()}
-        return linear_map_fits.start(context, every, wide), before
-
-    def distil(name: str, count: int, taught: Students) -> None:
-        options = stage_options(
-            material,
-            "distill",
-            count,
-            mode=train.get("mode", "independent"),
-            loss=train.get("loss", "normalised"),
-            outliers=train.get("outliers", 0.0),
-        )
-        for student in taught.values():
-            student.to(device)
-        if options.mode == "chain":
-            together = nn.ModuleDict({part.name: student for part, student in taught.items()})
-            losses = chain.through_chain(context, taught, options)
-            phase(material, name, {"students": together}, losses, options)
-        else:
-            modules = {part.name: student for part, student in taught.items()}
-            scales = distillation.lr_scales(taught, wide.lr_scale)
-            losses = distillation.independent(context, taught, options, uncut=uncut)
-            phase(material, name, modules, losses, options, scales)
-
-    if steps["narrow"]:
-        first = steps["distill"] if taught else 0  # without intervals, narrow blocks get all steps
-        if first:
-            distil("distill", first, taught)
-        taught, uncut = narrowed(taught)
-        distil("narrow", steps["distill"] - first + steps["narrow"], taught)
-    else:
-        taught, uncut = narrowed(taught)
-        if steps["distill"]:
-            distil("distill", steps["distill"], taught)
-    if steps["subsets"]:
-        options = stage_options(material, "subsets", steps["subsets"])
-        draw = schedules.DRAWS[train.get("draw", "uniform")]
-        prices = _prices(material, units, taught) if draw is schedules.budgets else ((), ())
-        losses = distillation.any_subset(context, units, taught, options, draw(units, prices))
-        if "mixed" in train:
-            # The losses of distill, drawn as subsets draws.
-            also = stage_options(
-                material,
-                "distill",
-                steps["subsets"],
-                mode="independent",
-                loss="normalised",
-                outliers=0.0,
-            )
-            others = distillation.independent(context, taught, also, uncut=uncut)
-            losses = schedules.mixed(losses, others, "students", train["mixed"])
-        together = nn.ModuleDict({part.name: student for part, student in taught.items()})
-        scales = distillation.lr_scales(taught, wide.lr_scale, "students/{}.")
-        phase(material, "subsets", {"students": together.to(device)}, losses, options, scales)
-    for student in taught.values():
-        student.requires_grad_(False).eval()
-    return units, taught
-
-
-def _prices(material: Material, units: list[Unit], taught: Students) -> schedules.Prices:
-    """Of each unit: its error when plugged in alone, on the rows of selection; what it saves."""
-    for student in taught.values():
-        student.eval()
-    sets = {
-        unit.name: (
-            unit.first,
-            unit.last,
-            lambda u=unit: {part: taught[part] for part in u.new_blocks},
-        )
-        for unit in units
-    }
-    changes = prices.of_students(material.transformer, sets)
-    errors = prices.measure(judged(material), changes)
-    return errors, [
-        linear_map_candidates.saved_parameters(material.transformer, unit) for unit in units
-    ]
-
-
 def _reported(material: Material) -> np.ndarray:
     """Rows behind the velocity errors of the table."""
     count, seed = material.settings.ablation.velocity_rows, material.settings.seed
@@ -230,7 +46,7 @@ def _reported(material: Material) -> np.ndarray:
 
 def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[dict]:
     """Columns of each smaller set that saves k / BUDGETS of the whole, the cheapest of its size."""
-    costs, savings = _prices(material, units, taught)
+    costs, savings = method_training.unit_prices(material, units, taught)
     whole, found = blocks.parameter_count(material.transformer), []
     for share in range(1, BUDGETS):
         picked = schedules.cheapest(costs, savings, share / BUDGETS * sum(savings))
@@ -274,13 +90,13 @@ def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module
     model = copy.deepcopy(model).float().requires_grad_(True)
     steps = material.settings.ablation.finetune_steps
     lr = material.settings.ablation.finetune_lr
-    options = stage_options(material, "finetune", steps, lr=lr)
+    options = phases.stage_options(material, "finetune", steps, lr=lr)
     if options.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     losses = distillation.output_distillation(
         material.context, lambda _step: model, "transformer", options, in_float32=True
     )
-    phase(material, FINETUNE[low_rank], {"transformer": model}, losses, options)
+    phases.train(material, FINETUNE[low_rank], {"transformer": model}, losses, options)
     return students.cast(model.requires_grad_(False).eval(), exported)
 
 
@@ -363,8 +179,8 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     if not chosen.starts and not chosen.runs and not chosen.ffns:
         found = measure(material, pipe, material.transformer)
         return [common | found | {"state": "plugged", "steps": 0, "seconds": 0.0}]
-    units, taught = teach(material, chosen, job["train"])
-    trained = seconds_of(material, "distill", "narrow", "subsets")
+    units, taught = method_training.teach(material, chosen, job["train"])
+    trained = phases.seconds_of(material, "distill", "narrow", "subsets")
     rows = []
     for low_rank in WITH_LOW_RANK[job["train"].get("low_rank", "no")]:
         before, after = STATES[low_rank]
@@ -372,7 +188,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
         found = {before: material.once(before, lambda m=model: measure(material, pipe, m))}
         model = finetuned(material, taught, low_rank)
         found[after] = material.once(after, lambda m=model: measure(material, pipe, m))
-        tuning = seconds_of(material, FINETUNE[low_rank])
+        tuning = phases.seconds_of(material, FINETUNE[low_rank])
         done = {before: (steps, trained), after: (steps + extra, trained + tuning)}
         for state, measured in found.items():
             taken, seconds = done[state]
@@ -387,5 +203,5 @@ def material_of(
     context: Context, settings: Settings, job: Mapping, paths: Mapping[str, Path], state: State
 ) -> Material:
     """The material of one job; arguments as of `Material`."""
-    steps = phases(job["select"], job["train"], settings.ablation)
+    steps = phases.steps_of(job["select"], job["train"], settings.ablation)
     return Material(context, settings, paths, state, steps, job["train"].get("ema"))

@@ -16,6 +16,7 @@ from ppcl.closed_forms import linear_maps
 from ppcl.closed_forms.linear_maps import INPUT, LEAVES, OUTPUT, Ends, Map
 from ppcl.errors import UserError, warn_of_fewer
 from ppcl.extraction import activations
+from ppcl.pruning import students
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock
 from ppcl.runtime import stopping
@@ -210,6 +211,23 @@ def start(context: Context, wholes: Students, options: WidthSettings) -> Student
         fitted = {one: fit_.probe for one, fit_ in fits.items()}
         linear_maps.narrowed(context.transformer, wholes, fitted)
     return {new_block: student.cpu() for new_block, student in wholes.items()}
+
+
+def narrowed(
+    context: Context, new_blocks: Iterable[NewBlock], distilled: Students, options: WidthSettings
+) -> tuple[Students, Students]:
+    """Distilled students and the teacher's kept blocks, as narrow as the new blocks, their maps
+    fitted; on the CPU. And on the device, copies of the whole blocks that their maps stand for
+    (`students.uncut`).
+
+    Args:
+        distilled: is changed. options: the config's `width`.
+    """
+    wholes = students.whole(context.transformer, new_blocks, distilled)
+    uncut = students.uncut(wholes)
+    for block in uncut.values():
+        block.to(context.device)
+    return start(context, wholes, options), uncut
 
 
 def fit_rows(

@@ -1,27 +1,22 @@
-"""How each method of the ablation chooses what goes: `SELECTIONS`, which `methods` names.
+"""How this workflow's own methods choose what goes: the ladder of PPCL, and depth with width.
 
 What the config requires and its budgets do not count here; protected blocks do. Depth-only methods
 remove exactly `removed` blocks; those with width save at least as many parameters, as few more as
 may be.
 """
 
-import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from torch import nn
 
-from ppcl.ablation import rivals
+from ppcl.ablation.material import Chosen, Material
 from ppcl.ablation.rivals import Starts
 from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
-from ppcl.extraction import token_table
 from ppcl.pruning import constraints
-from ppcl.pruning.constraints import Ends, Ffn
+from ppcl.pruning.constraints import Ends
 from ppcl.pruning.units import Matrix, Modulation
 from ppcl.search import (
     candidates,
@@ -37,106 +32,9 @@ from ppcl.search import (
 from ppcl.search.candidates import Limits
 from ppcl.search.interval_costs import CostInputs
 from ppcl.search.selection import Choices
-from ppcl.settings import Settings
-from ppcl.storage import tensors, texts
-from ppcl.training import prices
+from ppcl.storage import tensors
 from ppcl.transformer import blocks
-from ppcl.transformer.context import Context, State
 from ppcl.transformer.family import JOINT
-
-# Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
-# the rank of the update that is learned beside the masks, and their learning rate.
-TIMESTEP_GROUPS, LOCAL_GROUP, RANK, MASKS_LR = 4, 4, 8, 0.01
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """What goes: intervals with what their students start from, text runs and linear FFNs."""
-
-    starts: Starts
-    runs: tuple[Ends, ...] = ()
-    ffns: tuple[Ffn, ...] = ()
-
-
-@dataclass(frozen=True)
-class Material:
-    """What a run of the ablation works with.
-
-    Attributes:
-        context: with the seed of this run.
-        paths: of the shared artifacts: tokens, conditioning, probes, cka, sensitivity, width,
-            latency.
-        steps: `trial.phases` of the method. ema: its own, if it has one.
-    """
-
-    context: Context
-    settings: Settings
-    paths: Mapping[str, Path]
-    state: State
-    steps: Mapping[str, int] = field(default_factory=dict)
-    ema: float | None = None
-
-    @functools.cached_property
-    def tokens(self) -> token_table.TokenReader:
-        return token_table.TokenReader(self.paths["tokens"])
-
-    @property
-    def transformer(self) -> nn.Module:
-        """The teacher's."""
-        return self.context.transformer
-
-    @property
-    def depth(self) -> int:
-        return len(blocks.block_sequence(self.transformer))
-
-    @property
-    def runs(self) -> list[range]:
-        """Where intervals may lie."""
-        kept = set(blocks.untouchable(self.transformer))
-        kept |= constraints.protected(self.settings, self.depth)
-        return intervals.spans(self.depth, blocks.seams(self.transformer), kept)
-
-    @property
-    def streams(self) -> list[str]:
-        """Those that rivals judge by: of an unread one, the last blocks' output means nothing."""
-        unread = blocks.family(self.transformer).unread
-        return [stream for stream in self.tokens.streams if stream not in unread]
-
-    def once(self, name: str, make: Callable[[], Any]) -> Any:
-        """What `make` returns, kept as JSON, or what it returned in an earlier, killed run."""
-        path, identity = self.state.folder / f"{name}.json", self.state.identity
-        if path.exists():
-            kept = texts.read_sealed(path)
-            if kept["identity"] == identity:
-                return kept["found"]
-        found = make()
-        texts.write_sealed(path, {"identity": identity, "found": found})
-        return found
-
-    @functools.cached_property
-    def judged(self) -> np.ndarray:
-        """Rows that selections measure on."""
-        rows = self.settings.sensitivity.rows
-        return self.context.reader.sample_heldout("select", rows, self.settings.seed)
-
-
-def blocks_to_remove(transformer: nn.Module, fraction: float) -> int:
-    """How many blocks of mean size are at least this fraction of the parameters."""
-    every = [blocks.parameter_count(b.module) for b in blocks.block_sequence(transformer)]
-    wanted = fraction * blocks.parameter_count(transformer)
-    return math.ceil(wanted / np.mean(every) - 1e-9)
-
-
-def choose(material: Material, select: Mapping) -> Chosen:
-    """What a method removes. Raises UserError if so much can't go."""
-    fraction = material.settings.ablation.removed_fraction
-    removed = blocks_to_remove(material.transformer, fraction)
-    options = {key: value for key, value in select.items() if key != "by"}
-    found = SELECTIONS[select["by"]](material, removed, **options)
-    return found if isinstance(found, Chosen) else Chosen(found)
-
-
-# ---- PPCL
 
 
 def ppcl(
@@ -170,12 +68,6 @@ def ppcl(
         if last - first + 1 >= least and np.isfinite(costs[first, last])
     }
     return {ends: "first" for ends in exactly(offered, removed, len(cka))}
-
-
-def judged(material: Material) -> prices.Judged:
-    """The rows of selection."""
-    size = material.settings.sensitivity.batch_size
-    return prices.Judged(material.context, material.judged, size)
 
 
 def exactly(costs: Mapping[Ends, float], removed: int, depth: int) -> list[Ends]:
@@ -321,64 +213,3 @@ def _modulations(material: Material) -> _Modulations:
         for sixths in one.shares
     }
     return _Modulations(rank, matrices, saved)
-
-
-# ---- rivals: those that delete blocks, and those that replace runs
-
-
-def _deleting(gone: Callable[[Material, int], Collection[int]]) -> Callable:
-    return lambda material, removed: rivals.merged(gone(material, removed), material.runs)
-
-
-def _by_score(score: Callable[[Material], np.ndarray]) -> Callable:
-    return _deleting(lambda m, removed: rivals.lowest(score(m), removed, m.runs))
-
-
-def _skipped(m: Material, groups: list[np.ndarray]) -> np.ndarray:
-    """rivals.skip_errors on groups of rows."""
-    size, state = m.settings.sensitivity.batch_size, m.state.within("skipped")
-    return rivals.skip_errors(m.context, m.runs, groups, size, state)
-
-
-def _over_timesteps(m: Material, removed: int) -> Starts:
-    """The score, and Amber-Image's local averaging of an interval's weights."""
-    reader = m.context.reader
-    levels = len(np.unique(reader.index["timestep"][m.judged]))
-    groups = rivals.timestep_groups(reader, m.judged, min(TIMESTEP_GROUPS, levels))
-    scores = rivals.over_timesteps(_skipped(m, groups))
-    gone = rivals.lowest(scores, removed, m.runs)
-    return dict.fromkeys(rivals.merged(gone, m.runs), "average")
-
-
-def _learned_masks(m: Material, removed: int) -> list[int]:
-    options = m.settings.subsets.replace(
-        batch_size=m.settings.ablation.batch_size,
-        steps=m.steps["masks"],
-        warmup_steps=0,
-        lr=MASKS_LR,
-    )
-    groups = rivals.local_groups(removed, m.runs, LOCAL_GROUP)
-    return m.once("masks", lambda: rivals.learned_masks(m.context, groups, RANK, options, m.state))
-
-
-SELECTIONS: dict[str, Callable[..., Chosen | Starts]] = {
-    "nothing": lambda m, removed: {},
-    "ppcl": ppcl,
-    "depth_and_width": depth_and_width,
-    "every_nth": _deleting(lambda m, removed: rivals.every_nth(removed, m.runs)),
-    "random_blocks": _deleting(
-        lambda m, removed: rivals.random_blocks(removed, m.runs, m.context.seed)
-    ),
-    "random_run": lambda m, removed: rivals.random_run(removed, m.runs, m.context.seed),
-    "block_influence": _by_score(lambda m: rivals.block_influence(m.tokens, m.streams)),
-    "cka_change": _by_score(
-        lambda m: rivals.cka_change(m.tokens, m.streams, m.settings.similarity.estimator)
-    ),
-    "one_out": _by_score(lambda m: _skipped(m, [m.judged])[0]),
-    "over_timesteps": _over_timesteps,
-    "learned_masks": _deleting(_learned_masks),
-    "streamline": lambda m, removed: rivals.streamline(m.tokens, m.streams, removed, m.runs),
-    "cka_threshold": lambda m, removed: rivals.cka_threshold(
-        similarities(m, {})[0], removed, m.runs
-    ),
-}
