@@ -14,20 +14,6 @@ from ppcl.transformer import blocks
 
 def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Iterator[dict]:
     """The rows of forecast.parquet; every: the stages that run the transformer."""
-
-    def row(item, name, measure, value, unit, note="", block=-1, gpu=math.nan):
-        number = math.nan if value is None else float(value)
-        return {
-            "item": item,
-            "name": name,
-            "block": block,
-            "gpu_gib": float(gpu),
-            "measure": measure,
-            "value": number,
-            "unit": unit,
-            "note": note,
-        }
-
     whole = None
     for name, (model, block_map) in planner.variants.items():
         counted = planner.flops(model)
@@ -46,29 +32,35 @@ def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Ite
             ("flops", total, "FLOPs", "of one call, batch 1"),
             ("latency share", total and total / whole, "share", share),
         ):
-            yield row("variant", name, measure, value, unit, note)
+            yield _row("variant", name, measure, value, unit, note=note)
         for block, spent in zip(blocks.block_sequence(model), per_block, strict=True):
             ends = block_map[block.index]
             stands = f"for {ends[0]}" + (f" to {ends[-1]}" if len(ends) > 1 else "")
             at = {"note": stands, "block": block.index}
             count = blocks.parameter_count(block.module)
-            yield row("block", name, "parameters", count, "parameters", **at)
-            yield row("block", name, "flops", spent, "FLOPs", **at)
+            yield _row("block", name, "parameters", count, "parameters", **at)
+            yield _row("block", name, "flops", spent, "FLOPs", **at)
             at["note"] += "; by FLOPs, of this variant's call"
-            yield row("block", name, "latency share", spent and spent / total, "share", **at)
+            yield _row("block", name, "latency share", spent and spent / total, "share", **at)
     for stage in every:
         for part, value in stage.parts.items():
-            yield row("stage", stage.name, part, value, "bytes", stage.note)
+            yield _row("stage", stage.name, part, value, "bytes", note=stage.note)
         for kind in ("resident", "offloaded", "least"):
-            yield row(
-                "stage", stage.name, f"peak {kind}", getattr(stage, kind), "bytes", stage.note
-            )
+            peak = getattr(stage, kind)
+            yield _row("stage", stage.name, f"peak {kind}", peak, "bytes", note=stage.note)
         for gpu in gpus:
             for kind in ("resident", "offloaded"):
                 fits = stage.fits(gpu, kind == "offloaded")
-                yield row("gpu", stage.name, f"fits {kind}", fits, "fits", gpu=gpu)
+                yield _row("gpu", stage.name, f"fits {kind}", fits, "fits", gpu_gib=float(gpu))
     for path, value in artifacts.sizes(planner).items():
-        yield row("artifact", path, "size", value, "bytes", "at most, uncompressed")
+        yield _row("artifact", path, "size", value, "bytes", note="at most, uncompressed")
+
+
+def _row(item: str, name: str, measure: str, value: float | None, unit: str, **more) -> dict:
+    """more: columns that not every row has something for."""
+    number = math.nan if value is None else float(value)
+    what = {"item": item, "name": name, "measure": measure, "value": number, "unit": unit}
+    return what | {"block": -1, "gpu_gib": math.nan, "note": ""} | more
 
 
 def time_rows(planner: Planner, works: Mapping[str, durations.Work]) -> pd.DataFrame:
