@@ -1,8 +1,9 @@
 """How students are taught, and what they cost once they are plugged in.
 
-Three teachers: `independent` is the paper's (Eq. 6, every student from the teacher's activations);
-`any_subset` trains random sets of students through the whole model; `output_distillation`, which
-the latter is made of, is also how a whole variant is fine-tuned.
+Three trainings, made of the steps of steps.py: `independent` is the paper's (Eq. 6, every student
+from the teacher's activations); `any_subset` trains random sets of students through the whole
+model; `output_distillation`, which the latter is made of, is also how a whole variant is
+fine-tuned.
 """
 
 import math

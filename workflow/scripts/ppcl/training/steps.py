@@ -57,7 +57,7 @@ def student_losses(
     options: DistillSettings,
     processes: Processes,
 ) -> Iterator[tuple[NewBlock, Tensor, dict[str, Tensor]]]:
-    """Eq. 6 of every student, and L_linear of narrow ones: student, loss, metrics.
+    """Eq. 6 of every student, and L_linear of narrow ones (`losses`): new block, loss, metrics.
 
     A student's graph is made when its loss is asked for, and its lesson is gone then, so that one
     student's activations are in memory at a time if its loss is differentiated at once.
@@ -67,6 +67,10 @@ def student_losses(
         lessons: as of `lessons_of`; emptied.
         batch: this process's part of the step's batch.
         options: with batch_size, of all processes together.
+
+    Yields:
+        The new block that a student is, its loss, a float32 scalar, and its metrics, scalars too:
+        `<stream>/normalised`, `<stream>/relative`, and `linear` if it has linear maps.
     """
     sequence, family = blocks.block_sequence(transformer), blocks.family(transformer)
     sources = {new_block.ends for new_block in students if new_block.lends}
@@ -101,7 +105,8 @@ def student_losses(
 def velocity_loss(
     model: nn.Module, batch: calls.Batch, processes: Processes, in_float32: bool
 ) -> Tensor:
-    """Relative velocity error of a model against the recorded teacher, a float32 scalar.
+    """Relative velocity error of a model against the recorded teacher (`losses.velocity_error`),
+    over all values [batch, ...] of its answers: a float32 scalar.
 
     The teacher does not run: its answer to every recorded call is part of the record.
 
