@@ -284,7 +284,7 @@ def test_a_run_does_not_depend_on_the_table_of_methods(tmp_path, script):
     # Else a new method, or a mended label, would redo all runs.
     shutil.copytree(SCRIPTS, tmp_path / "scripts")
     before = provenance.code_digest(tmp_path / "scripts" / script)
-    for name, same in (("methods", True), ("trial", False)):
+    for name, same in (("methods", True), ("phases", False)):
         with open(tmp_path / "scripts/ppcl/ablation" / f"{name}.py", "a") as file:
             file.write("# edited\n")
         assert (provenance.code_digest(tmp_path / "scripts" / script) == before) == same
@@ -496,7 +496,7 @@ def test_calibration_measures_what_plugging_by_hand_gives(run, pipe, tmp_path):
 
         literal.transformer_blocks[index].forward = forward
     error = power = 0.0
-    for batch in held.reader.batches(held.judged, 2):
+    for batch in held.context.reader.batches(held.judged, 2):
         error += float((literal(**batch.arguments)[0] - batch.output).double().square().sum())
         power += float(batch.output.double().square().sum())
     assert row["cost_probe"] == pytest.approx(error / power, rel=1e-3)
