@@ -27,6 +27,8 @@ choose, variants, how maps are fitted (width), and what is required or forbidden
 modulation). A killed run goes on with what is not measured yet.
 """
 
+import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ppcl import program, provenance
@@ -38,6 +40,9 @@ from ppcl.export.variant_files import Files
 from ppcl.pruning import selection_file
 from ppcl.runtime import processes, stopping
 from ppcl.search import choosing, offers, set_tables, sets_file
+from ppcl.search.choosing import Decided
+from ppcl.search.offers import Offer
+from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 from ppcl.teacher import opening
 from ppcl.training import loop, prices
@@ -60,47 +65,59 @@ def main() -> None:
     )
     args = parser.parse_args()
     settings = config.load(args.config)
-    options = settings.choose
-    names = [variant.name for variant in settings.variants]
-    if unknown := [path for path in args.each if path.stem not in names]:
-        raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
+    refuse_unknown(args.each, settings)
     context = opening.opened(settings, calls.Reader(args.calls))
-    selection, files = (
-        selection_file.read(args.selection) if args.selection else None,
-        Files.of(args),
+    selection = selection_file.read(args.selection) if args.selection else None
+    files = Files.of(args)
+    rows = context.reader.sample_heldout(
+        "select", settings.choose.rows, settings.seed, "choose.rows"
     )
-    rows = context.reader.sample_heldout("select", options.rows, settings.seed, "choose.rows")
-    identity = loop.identity(Path(__file__), settings, [args.calls, *files.every])
+    inputs = [args.calls, *files.every]
+    state = State(args.state, loop.identity(Path(__file__), settings, inputs))
 
-    state = State(args.state, identity)
     workshop = variants.Workshop(context.transformer, files, device=context.device)
-    judged = prices.Judged(context, rows, options.batch_size)
+    judged = prices.Judged(context, rows, settings.choose.batch_size)
     measure = variants.measuring(workshop, judged, state)
     alone = deciding.untrained_errors(selection, files, measure)
     offer = offers.offered(
         settings, blocks.sizes(context.transformer), files.prices, selection, alone
     )
     decided, refits = deciding.decided(context, settings, offer, workshop, measure, state)
-    choices = {name: one.choice for name, one in decided.items()}
     if context.accelerator.is_main_process:
-        for name, choice in choices.items():
-            print(choosing.told(offer, name, choice), flush=True)
+        for name, one in decided.items():
+            print(choosing.told(offer, name, one.choice), flush=True)
     stopping.ignore()
     if context.accelerator.is_main_process:
         depth = len(blocks.block_sequence(context.transformer))
         stamp = provenance.stamp(settings.given, rows=len(rows), blocks=depth)
-        tables.write(
-            args.units, set_tables.units_table(offer, choices), schemas.VARIANT_UNITS, stamp
-        )
-        tables.write(
-            args.measured, set_tables.trials_table(offer, decided), schemas.VARIANT_SETS, stamp
-        )
-        linear_map_refits.write(args.refitted, refits, stamp)
-        sets_file.write(args.sets, offer, choices, stamp)
-        for path in args.each:
-            digest = linear_map_refits.digest(refits, choices[path.stem].found)
-            sets_file.write_one(path, offer, choices[path.stem], digest)
+        write(args, offer, decided, refits, stamp)
     processes.finish(context.accelerator)
+
+
+def refuse_unknown(each: Sequence[Path], settings: Settings) -> None:
+    """Raises UserError for a file that is named after no variant."""
+    names = [variant.name for variant in settings.variants]
+    if unknown := [path for path in each if path.stem not in names]:
+        raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
+
+
+def write(
+    args: argparse.Namespace,
+    offer: Offer,
+    decided: Mapping[str, Decided],
+    refits: linear_map_refits.Refits,
+    stamp: dict[str, str],
+) -> None:
+    """Writes all that the stage leaves."""
+    choices = {name: one.choice for name, one in decided.items()}
+    units, trials = set_tables.units_table(offer, choices), set_tables.trials_table(offer, decided)
+    tables.write(args.units, units, schemas.VARIANT_UNITS, stamp)
+    tables.write(args.measured, trials, schemas.VARIANT_SETS, stamp)
+    linear_map_refits.write(args.refitted, refits, stamp)
+    sets_file.write(args.sets, offer, choices, stamp)
+    for path in args.each:
+        digest = linear_map_refits.digest(refits, choices[path.stem].found)
+        sets_file.write_one(path, offer, choices[path.stem], digest)
 
 
 if __name__ == "__main__":

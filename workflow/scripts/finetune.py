@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch import nn
 
 from ppcl import program, provenance
 from ppcl.configuration import config
@@ -28,11 +29,13 @@ from ppcl.export import assembly, variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.runtime import processes, stopping
 from ppcl.search import sets_file
+from ppcl.search.sets import Set
+from ppcl.settings import FinetuneSettings, TeacherSettings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity
 from ppcl.training import distillation, finetuning, fsdp, loop
 from ppcl.transformer import calls
-from ppcl.transformer.context import Context
+from ppcl.transformer.context import Context, State
 
 
 def main() -> None:
@@ -55,37 +58,46 @@ def main() -> None:
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
-    made_of = {
-        "set": chosen.key,
-        "refits": files.refits_digest(chosen, written.facts[args.variant].get("refits")),
-    }
-
-    # The record has the teacher's answers, so it never runs, nor is on the device.
-    transformer = pipelines.load_transformer(
-        teacher.replace(offload="none"), torch.device("cpu"), gradients=True
-    )
-    model, _ = variants.Workshop(transformer, files, as_teacher=False).model(chosen)
-    del transformer  # what the model has of it is its own now
-    model = finetuning.trainable(model, options, accelerator)
+    refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
+    made_of = {"set": chosen.key, "refits": refits}
+    model = finetuning.trainable(variant_model(teacher, files, chosen), options, accelerator)
     context = Context(model, reader, settings.seed, accelerator)
-    rows = loop.train(
-        {"transformer": model},
-        distillation.output_distillation(
-            context, lambda _step: model, "transformer", options, in_float32=True
-        ),
-        loop.Optimisation.from_settings(options.for_variant(variant)),
-        accelerator,
-        args.state / "checkpoint.safetensors",
-        loop.identity(Path(__file__), settings, [args.calls, *files.every], **made_of),
-    )
+    identity = loop.identity(Path(__file__), settings, [args.calls, *files.every], **made_of)
+    rows = train(context, options.for_variant(variant), State(args.state, identity))
+    log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
     weights = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
     stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings.given, rows=len(reader))
         tensors.write(args.output, weights, stamp | made_of)
-        log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
         tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
     processes.finish(accelerator)
+
+
+def train(context: Context, options: FinetuneSettings, state: State) -> list[dict]:
+    """Trains the model, in place; the log."""
+    model = context.transformer
+    losses = distillation.output_distillation(
+        context, lambda _step: model, "transformer", options, in_float32=True
+    )
+    return loop.train(
+        {"transformer": model},
+        losses,
+        loop.Optimisation.from_settings(options),
+        context.accelerator,
+        state.folder / "checkpoint.safetensors",
+        state.identity,
+    )
+
+
+def variant_model(teacher: TeacherSettings, files: Files, chosen: Set) -> nn.Module:
+    """The model of a set, on the CPU; what it has of the teacher is its own when this is done."""
+    # The record has the teacher's answers, so it never runs, nor is on the device.
+    transformer = pipelines.load_transformer(
+        teacher.replace(offload="none"), torch.device("cpu"), gradients=True
+    )
+    model, _ = variants.Workshop(transformer, files, as_teacher=False).model(chosen)
+    return model
 
 
 if __name__ == "__main__":

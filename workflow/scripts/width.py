@@ -22,6 +22,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
+from torch import nn
 
 from ppcl import program, provenance
 from ppcl.closed_forms import (
@@ -78,15 +79,19 @@ def main() -> None:
         for name, cost in zip(changes, costs, strict=True):
             priced[name] |= {"velocity_error": cost, "rows": len(rows)}
         table = pd.DataFrame(list(priced.values()), columns=schemas.WIDTH_MEASURED.names)
-        facts = linear_map_candidates.text_sizes(transformer)
-        facts |= {"unread": linear_maps.unread_after(transformer)}
-        facts["modulations"] = [asdict(one) for one in modulation.matrices(transformer)]
         stamp = provenance.stamp(settings.given, judged=len(rows))
         stopping.ignore()
         tensors.join(args.maps, files, stamp)
-        stamp |= {name: json.dumps(value) for name, value in facts.items()}
-        tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp)
+        tables.write(args.table, table, schemas.WIDTH_MEASURED, stamp | facts(transformer))
     processes.finish(context.accelerator)
+
+
+def facts(transformer: nn.Module) -> dict[str, str]:
+    """What the table says of the teacher, beside its rows."""
+    said = linear_map_candidates.text_sizes(transformer)
+    said |= {"unread": linear_maps.unread_after(transformer)}
+    said["modulations"] = [asdict(one) for one in modulation.matrices(transformer)]
+    return {name: json.dumps(value) for name, value in said.items()}
 
 
 if __name__ == "__main__":
