@@ -69,15 +69,13 @@ def main() -> None:
     context = opening.opened(settings, calls.Reader(args.calls))
     selection = selection_file.read(args.selection) if args.selection else None
     files = Files.of(args)
-    rows = context.reader.sample_heldout(
-        "select", settings.choose.rows, settings.seed, "choose.rows"
-    )
+    options = settings.choose
+    rows = context.reader.sample_heldout("select", options.rows, settings.seed, "choose.rows")
     inputs = [args.calls, *files.every]
     state = State(args.state, loop.identity(Path(__file__), settings, inputs))
 
     workshop = variants.Workshop(context.transformer, files, device=context.device)
-    judged = prices.Judged(context, rows, settings.choose.batch_size)
-    measure = variants.measuring(workshop, judged, state)
+    measure = variants.measuring(workshop, prices.Judged(context, rows, options.batch_size), state)
     alone = deciding.untrained_errors(selection, files, measure)
     offer = offers.offered(
         settings, blocks.sizes(context.transformer), files.prices, selection, alone
