@@ -71,10 +71,10 @@ def main() -> None:
     files = Files.of(args)
     options = settings.choose
     rows = context.reader.sample_heldout("select", options.rows, settings.seed, "choose.rows")
+    workshop = variants.Workshop(context.transformer, files, device=context.device)
     inputs = [args.calls, *files.every]
     state = State(args.state, loop.identity(Path(__file__), settings, inputs))
 
-    workshop = variants.Workshop(context.transformer, files, device=context.device)
     measure = variants.measuring(workshop, prices.Judged(context, rows, options.batch_size), state)
     alone = deciding.untrained_errors(selection, files, measure)
     offer = offers.offered(

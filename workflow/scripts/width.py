@@ -59,11 +59,11 @@ def main() -> None:
     context = opening.opened(settings, calls.Reader(args.calls), compiled=True)
     transformer = context.transformer
     trust.refuse_narrowing(transformer)
+    narrow = LinearMapPrices(context, options, args.blocks)
     inputs = [path for path in (args.calls, args.blocks, args.conditioning) if path]
     state = State(args.state, loop.identity(Path(__file__), settings, inputs))
     rows = context.reader.sample_heldout("select", options.rows, settings.seed, "width.rows")
 
-    narrow = LinearMapPrices(context, options, args.blocks)
     files, fit_errors = linear_map_fits.fit_to_files(context, narrow.maps, options, state)
     changes, offers = narrow.changes(linear_maps.stored(*files)), None
     if args.conditioning:

@@ -1,6 +1,7 @@
 """What the stages that teach students share: their command line, their opening and their end."""
 
 import argparse
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,7 +50,7 @@ class StudentStage:
         selection: what selection took.
         units, entries: what the stage, or its shard, teaches of it, as of
             `distillation.cost_table`.
-        state: where the training goes on, with the digest of what decides it.
+        script, inputs: the files that decide what is trained.
     """
 
     args: argparse.Namespace
@@ -59,7 +60,8 @@ class StudentStage:
     selection: SelectionFile
     units: Sequence[Unit]
     entries: Sequence[dict]
-    state: State
+    script: Path
+    inputs: Sequence[Path]
 
     @classmethod
     def opened(
@@ -89,8 +91,15 @@ class StudentStage:
             pairs = [(unit, entry) for unit, entry in pairs if unit.name in mine]
             inputs.append(shared_out)
         units, entries = [unit for unit, _ in pairs], [entry for _, entry in pairs]
-        state = State(args.state, loop.identity(Path(script), settings, inputs))
-        return cls(args, settings, options, context, selection, units, entries, state)
+        own = units, entries, Path(script), inputs
+        return cls(args, settings, options, context, selection, *own)
+
+    @functools.cached_property
+    def state(self) -> State:
+        """Where the training goes on. To be asked for when all inputs were read, which says better
+        what is wrong with them."""
+        identity = loop.identity(self.script, self.settings, self.inputs)
+        return State(self.args.state, identity)
 
     def train(
         self,
