@@ -11,7 +11,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -270,7 +270,7 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
             )
 
 
-def identity(script: Path, settings: Settings, inputs: list[Path], **more: Any) -> str:
+def identity(script: Path, settings: Settings, inputs: Sequence[Path], **more: Any) -> str:
     """Digest of what decides a training's result: its code, settings, teacher and inputs.
 
     more: what decides it beside the settings.
