@@ -162,7 +162,9 @@ def modules(tmp_path, monkeypatch):
     monkeypatch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", str(tmp_path))
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
-    from ppcl.pruning import narrow
+    from ppcl.pruning import pruned_class
 
-    for name in [n for n in sys.modules if n.startswith((narrow.MODULE, "diffusers_modules"))]:
+    for name in [
+        n for n in sys.modules if n.startswith((pruned_class.MODULE, "diffusers_modules"))
+    ]:
         del sys.modules[name]

@@ -16,7 +16,7 @@ from diffusers.utils import dynamic_modules_utils
 from ppcl.configuration import preflight
 from ppcl.errors import UserError
 from ppcl.export import assembly, reload_gate
-from ppcl.pruning import narrow
+from ppcl.pruning import pruned_class
 from ppcl.teacher import hub, pipelines, trust
 from ppcl.transformer import blocks, registry
 from support import tiny
@@ -180,10 +180,10 @@ def test_code_is_named_before_a_run(teacher):
 
 def test_a_module_has_a_name_for_every_content(monkeypatch):
     of = QwenImageTransformer2DModel, registry.family_of("QwenImageTransformer2DModel").layouts()
-    name = narrow.module_name(*of)
-    assert name.startswith(narrow.MODULE) and name == narrow.module_name(*of)
-    monkeypatch.setattr(narrow, "_TEXT", narrow._TEXT + "# another version")
-    assert narrow.module_name(*of) != name
+    name = pruned_class.module_name(*of)
+    assert name.startswith(pruned_class.MODULE) and name == pruned_class.module_name(*of)
+    monkeypatch.setattr(pruned_class, "_TEXT", pruned_class._TEXT + "# another version")
+    assert pruned_class.module_name(*of) != name
 
 
 def place_of_code(sender):

@@ -21,7 +21,7 @@ from PIL import Image
 from ppcl.errors import UserError
 from ppcl.evaluation import generation, model_folders
 from ppcl.export import assembly, reload_gate
-from ppcl.pruning import narrow, students
+from ppcl.pruning import pruned_class, students
 from ppcl.pruning.units import NewBlock
 from ppcl.runtime import devices
 from ppcl.teacher import hub, pipelines, prompts, recording
@@ -466,7 +466,7 @@ def test_a_model_is_what_loads_in_the_teachers_types(wan, tmp_path):
     model, held, block_map = students.plugged(transformer, {part: student})
     assert block_map == [[0, 1], [2]] and held[part] is not student
     assert all(torch.equal(student.state_dict()[n], v) for n, v in trained.items())
-    exported = narrow.from_stock(model, blocks.family(model).layouts())
+    exported = pruned_class.from_stock(model, blocks.family(model).layouts())
     exported.save_pretrained(tmp_path)
     again = type(exported).from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
     held_types = set()

@@ -15,7 +15,7 @@ from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
 from ppcl.export import assembly, lora
 from ppcl.extraction import conditioning
-from ppcl.pruning import narrow
+from ppcl.pruning import narrow, pruned_class
 from ppcl.transformer import blocks
 from support import SCRIPTS, tiny
 from support.modulation_inputs import LAST, WIDTH, Recorded, inputs_of
@@ -96,7 +96,7 @@ def test_at_low_rank_it_adds_just_what_the_lora_adds(stock, adapted, recorded, c
 
         module.register_forward_hook(add)
     torch.testing.assert_close(answer(merged, call), answer(made, call), rtol=1e-4, atol=1e-5)
-    saved = narrow.from_stock(merged, blocks.family(stock).layouts())
+    saved = pruned_class.from_stock(merged, blocks.family(stock).layouts())
     assert saved.config.narrow_blocks["transformer_blocks.1"] == {
         "ranks": {"img_mod.1": 7, "txt_mod.1": 7}
     }

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ppcl.errors import UserError
-from ppcl.pruning import narrow
+from ppcl.pruning import narrow, pruned_class
 from ppcl.transformer import blocks, claims, families
 from ppcl.transformer.family import TEXT, BlockList
 from support import tiny
@@ -514,7 +514,7 @@ def test_a_narrow_block_is_not_narrowed_again(stock):
 def test_the_class_round_trips(case, stock, call, tmp_path):
     model = run_of(stock)
     family = blocks.family(stock)
-    made = narrow.from_stock(model, family.layouts())
+    made = pruned_class.from_stock(model, family.layouts())
     assert type(made).__name__ == f"Pruned{case.name}" and isinstance(made, type(stock))
     assert blocks.family(made) is family
     assert "narrow_blocks" not in model.config and type(model) is type(stock)
@@ -537,7 +537,7 @@ def test_the_class_round_trips(case, stock, call, tmp_path):
         k: v.shape for k, v in made.state_dict().items()
     }
     assert type(made).from_config(stock.config).config.narrow_blocks == {}
-    assert narrow.from_stock(made, family.layouts()).config == made.config
+    assert pruned_class.from_stock(made, family.layouts()).config == made.config
     for wrong in ([], "", ["transformer_blocks.0"], {"transformer_blocks.0": "image"}):
         with pytest.raises(ValueError, match="config.json: narrow_blocks should map the path"):
             type(made).from_config(dict(made.config) | {"narrow_blocks": wrong})

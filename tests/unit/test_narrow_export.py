@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, QwenImageTransformer2DModel
 
 from ppcl.errors import UserError
 from ppcl.export import assembly
-from ppcl.pruning import narrow
+from ppcl.pruning import narrow, pruned_class
 from ppcl.teacher import pipelines
 from ppcl.transformer import blocks, registry
 from support import fresh, tiny
@@ -23,7 +23,7 @@ SPECS = {
     3: {"text": "close"},
 }
 CLASS = QwenImageTransformer2DModel
-MODULE = narrow.module_name(CLASS, registry.family_of(CLASS.__name__).layouts())
+MODULE = pruned_class.module_name(CLASS, registry.family_of(CLASS.__name__).layouts())
 CODE = f"transformer/{MODULE}.py"
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 from ppcl.closed_forms import linear_map_candidates, modulation, solved
-from ppcl.pruning import narrow, students
+from ppcl.pruning import narrow, pruned_class, students
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls, families, inside_block
@@ -244,7 +244,7 @@ def test_projections_are_fused_as_in_the_stock_class(calls_of, family):
     SD3.5 can't run fused if it attends twice."""
     transformer, arguments = calls_of(ONE_EACH[family])
     model = copy.deepcopy(narrow_everywhere(transformer, unread=False))
-    made = narrow.from_stock(model, blocks.family(transformer).layouts())
+    made = pruned_class.from_stock(model, blocks.family(transformer).layouts())
     with torch.no_grad():
         expected = blocks.answer(made, arguments)
         made.fuse_qkv_projections()
@@ -436,7 +436,7 @@ def test_every_matrix_can_be_a_product(calls_of, name, tmp_path):
     assert not torch.allclose(answer, expected, rtol=1e-4, atol=1e-5)
     saved = sum(matrix.parameters() - matrix.parameters(2) for matrix in found)
     assert blocks.parameter_count(transformer) - blocks.parameter_count(low) == saved
-    made = narrow.from_stock(low, blocks.family(transformer).layouts())
+    made = pruned_class.from_stock(low, blocks.family(transformer).layouts())
     made.save_pretrained(tmp_path)
     again, info = type(made).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info.values())

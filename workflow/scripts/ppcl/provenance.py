@@ -8,7 +8,7 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Any
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "pyarrow")
 
 
-def stamp(settings: dict, **counts: int) -> dict[str, str]:
+def stamp(settings: Mapping[str, Any], **counts: object) -> dict[str, str]:
     """The provenance that every result file carries, as strings.
 
     `settings` is the configuration that the stage was given (its digest and seed are kept),
-    `counts` are sample counts, such as tokens=4096. Times are UTC.
+    `counts` are sample counts, such as tokens=4096, or whatever else tells results apart. Times are
+    UTC.
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -1,5 +1,6 @@
 """Linear FFNs fitted once more, in the set in which they are used, and the file of these maps."""
 
+import functools
 import hashlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -76,7 +77,8 @@ class _Walk:
 
     def __init__(self, transformer: nn.Module, batches: list[calls.Batch]):
         self._transformer, self._batches = transformer, batches
-        self._first, self._streams = 0, [{} for _ in batches]
+        self._first = 0
+        self._streams: list[blocks.Streams] = [{} for _ in batches]
 
     def at(self, number: int, layers: Mapping[str, nn.Module]) -> list[blocks.Streams]:
         """What layers of a block get, of each call; the walk stays before the block."""
@@ -84,11 +86,13 @@ class _Walk:
         found = []
         for batch, streams in zip(self._batches, self._streams, strict=True):
             seen: blocks.Streams = {}
+
+            def see(_module, args, kind: str, seen: blocks.Streams = seen) -> None:
+                seen[kind] = args[0]
+
             handles = [
-                layer.register_forward_pre_hook(
-                    lambda _m, args, k=k, s=seen: s.update({k: args[0]})
-                )
-                for k, layer in layers.items()
+                layer.register_forward_pre_hook(functools.partial(see, kind=kind))
+                for kind, layer in layers.items()
             ]
             running = late.model(streams) if late else self._transformer
             with blocks.watch([self._block(number)], stop_after=number) as run:
@@ -106,7 +110,11 @@ class _Walk:
             seen: blocks.Streams = {}
             running = late.model(streams) if late else self._transformer
             block = self._block(number)
-            with blocks.watch([block], None, lambda _b, s, k=seen: k.update(s), number) as run:
+
+            def see(_block, streams: blocks.Streams, seen: blocks.Streams = seen) -> None:
+                seen.update(streams)
+
+            with blocks.watch([block], None, see, number) as run:
                 run(running, batch.arguments)
             found.append(seen)
         return found
@@ -167,7 +175,7 @@ def read(path: Path) -> dict[str, dict[Map, probes.Probe]]:
     found: dict[str, dict[Map, probes.Probe]] = {}
     for name in [name for name in state if name.endswith(".weight")]:
         variant, _, of = name.removesuffix(".weight").partition("/")
-        leaves = (state[f"{variant}/{of}.{leaf}"].double().numpy() for leaf in LEAVES)
+        weight, bias = (state[f"{variant}/{of}.{leaf}"].double().numpy() for leaf in LEAVES)
         maps = found.setdefault(f"{REFIT}{variant}", {})
-        maps[Map.named(of)] = probes.Probe(*leaves)
+        maps[Map.named(of)] = probes.Probe(weight, bias)
     return found

@@ -19,7 +19,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from ppcl.pruning import narrow
+from ppcl.pruning import narrow, narrow_layers
+from ppcl.pruning.narrow_layers import LowRank
 from ppcl.pruning.units import Matrix, Modulation
 from ppcl.runtime import devices
 from ppcl.transformer import blocks
@@ -31,9 +32,14 @@ class Moments(Protocol):
     """Sums over recorded inputs of a matrix, float64: count; sum [d]; outer [d, d] = sum of
     x x^T."""
 
-    count: float
-    sum: Tensor
-    outer: Tensor
+    @property
+    def count(self) -> float: ...
+
+    @property
+    def sum(self) -> Tensor: ...
+
+    @property
+    def outer(self) -> Tensor: ...
 
 
 class Conditioning(Protocol):
@@ -203,21 +209,24 @@ def low_rank(
     Raises:
         ValueError: the model has no such matrix, or it is a product already.
     """
-    made, spread, of = shaped(model, block_map, ranks), None, None
+    made = shaped(model, block_map, ranks)
+    last: tuple[Moments, Spread] | None = None
     for matrix, rank in sorted(ranks.items()):
         old, new = (matrix_in(one, block_map, matrix) for one in (model, made))
+        # As `shaped` has checked, and has made of it.
+        assert isinstance(old, nn.Linear) and narrow_layers.is_low_rank(new)
         device = devices.statistics_device(old.weight.device)
         moments = conditioning.of(matrix)
-        if of is None or not torch.equal(moments.outer, of.outer):  # most have the same inputs
-            spread, of = Spread.of(moments, device), moments
+        if last is None or not torch.equal(moments.outer, last[0].outer):  # most get the same
+            last = moments, Spread.of(moments, device)
         bias = None if old.bias is None else old.bias.to(device)
-        factors = reductions(old.weight.to(device), bias, spread, [rank])[rank]
+        factors = reductions(old.weight.to(device), bias, last[1], [rank])[rank]
         put(new, factors)
     return made
 
 
 @torch.no_grad()
-def put(product: nn.Module, factors: Factors) -> None:
+def put(product: LowRank, factors: Factors) -> None:
     """Gives a product of `shaped` its weights."""
     product.down.weight.copy_(factors.down)
     product.up.weight.copy_(factors.up)
@@ -239,11 +248,11 @@ def shaped(model: nn.Module, block_map: list[list[int]], ranks: Mapping[Matrix, 
     return made
 
 
-def matrix_in(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> nn.Module:
+def matrix_in(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> nn.Linear | LowRank:
     """A matrix of an assembled model, or the product in its place; arguments as of `low_rank`."""
     place, path = _place(model, block_map, matrix)
     block = model.get_submodule(place)
-    return block.get_submodule(narrow.held(block, path))
+    return narrow.matrix(block, narrow.held(block, path))
 
 
 def _place(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ppcl.closed_forms import modulation
 from ppcl.closed_forms.modulation import Factors, Spread
 from ppcl.extraction.conditioning import Conditioning
+from ppcl.pruning import narrow, narrow_layers
 from ppcl.pruning.units import Matrix, Modulation
 from ppcl.runtime import devices
 from ppcl.settings import ModulationSettings
@@ -73,7 +74,7 @@ class Offers:
     def _linear(self, matrix: Matrix) -> nn.Linear:
         block, path = matrix
         last = block == len(self._sequence)
-        return (self._transformer if last else self._sequence[block].module).get_submodule(path)
+        return narrow.linear_at(self._transformer if last else self._sequence[block].module, path)
 
     def _products_of(self, matrix: Modulation) -> dict[int, Factors]:
         """Of every rank on offer."""
@@ -89,6 +90,7 @@ class Offers:
         block_map = [[number] for number in range(len(self._sequence))]
         made = modulation.shaped(self._transformer, block_map, {matrix.key: rank})
         product = modulation.matrix_in(made, block_map, matrix.key)
+        assert narrow_layers.is_low_rank(product), "as it was shaped"
         modulation.put(product, self._products(matrix)[rank])
         return made
 
@@ -97,7 +99,7 @@ class Offers:
         return {
             name(matrix, rank): Change(
                 matrix.block,
-                lambda matrix=matrix, rank=rank: self.model(matrix, rank),
+                functools.partial(self.model, matrix, rank),
                 matrix.block if matrix.block < len(self._sequence) else None,
             )
             for matrix, ranks in self.ranks.items()

@@ -13,6 +13,7 @@ its output depends on such a linear's element by element, so its Jacobian J is d
 is g, J^T r is g r, whatever else a family does with gates.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from ppcl.closed_forms import linear_map_fits
 from ppcl.errors import UserError
-from ppcl.pruning import students
+from ppcl.pruning import narrow, students
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock
 from ppcl.runtime import devices
@@ -113,7 +114,7 @@ def _groups(wholes: Students, wanted: Mapping[NewBlock, tuple]) -> Iterator[list
     group: list[NewBlock] = []
     held = 0
     for new_block, paths in wanted.items():
-        linears = [wholes[new_block].get_submodule(path) for path in paths[0]]
+        linears = [narrow.linear_at(wholes[new_block], path) for path in paths[0]]
         size = sum(8 * GROUPS * (linear.in_features + 1) ** 2 for linear in linears)
         if group and held + size > SUMS_BYTES:
             yield group
@@ -137,7 +138,7 @@ def _refit(
         zip(rows[order].tolist(), np.arange(len(rows)) * GROUPS // len(rows), strict=True)
     )
     sums = {
-        (new_block, path): _Sums(wholes[new_block].get_submodule(path), device)
+        (new_block, path): _Sums(narrow.linear_at(wholes[new_block], path), device)
         for new_block, paths in wanted.items()
         for path in paths[0]
     }
@@ -212,7 +213,7 @@ def _answers(
     made = [output[stream] for stream in streams]
     names = list(leaves)
 
-    def back(cotangents: list[Tensor]) -> list[Tensor | None]:
+    def back(cotangents: list[Tensor]) -> Sequence[Tensor | None]:
         return torch.autograd.grad(
             made, [leaves[n] for n in names], cotangents, retain_graph=True, allow_unused=True
         )
@@ -229,7 +230,7 @@ def _answers(
     gates, targets, turned = back(ones), back(short), back(signs)
     found = {}
     for name, gate, target, other in zip(names, gates, targets, turned, strict=True):
-        if gate is None:
+        if gate is None or target is None or other is None:  # all of them, or none
             continue
         if (other.abs() - gate.abs()).abs().max() > ALIKE * gate.abs().max():
             raise UserError(
@@ -251,11 +252,11 @@ class _Sums:
         self.linear = linear
         where = devices.statistics_device(device)
         size, out = linear.in_features + 1, linear.out_features
-        shape = {"dtype": torch.float64, "device": where}
-        self.moments = torch.zeros(GROUPS, size, size, **shape)
-        self.gates = torch.zeros(GROUPS, out, **shape)
-        self.counts = torch.zeros(GROUPS, **shape)
-        self.right = torch.zeros(out, size, **shape)
+        zeros = functools.partial(torch.zeros, dtype=torch.float64, device=where)
+        self.moments = zeros(GROUPS, size, size)
+        self.gates = zeros(GROUPS, out)
+        self.counts = zeros(GROUPS)
+        self.right = zeros(out, size)
 
     def add(
         self, features: Tensor, gate: Tensor, target: Tensor, groups: Tensor, name: str

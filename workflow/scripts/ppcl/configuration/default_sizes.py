@@ -49,7 +49,7 @@ def default_sizes(pipeline: str, folder: Path) -> dict[str, int]:
             value = _worked_out(node.value, names)
             if value is not None:
                 setattr(itself, node.targets[0].attr, value)
-    sizes = {}
+    sizes: dict[str, int] = {}
     for node in ast.walk(functions.get("__call__", source)):
         if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.BoolOp):
             continue

@@ -4,6 +4,7 @@ import difflib
 import json
 import re
 from collections.abc import Iterator
+from typing import cast
 
 import jsonschema
 import yaml
@@ -39,8 +40,9 @@ def explained(problem: jsonschema.ValidationError, rules: dict) -> str:
     """What is wrong with a config, by its dotted key, with what is allowed there."""
     key = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in problem.path).lstrip(".")
     if problem.validator == "additionalProperties":
-        known = list(problem.schema["properties"])
-        unknown = next(name for name in problem.instance if name not in known)
+        schema, given = cast(dict, problem.schema), cast(dict, problem.instance)
+        known = list(schema["properties"])
+        unknown = next(name for name in given if name not in known)
         close = difflib.get_close_matches(unknown, known, n=1)
         if close:
             hint = f"did you mean '{close[0]}'?"

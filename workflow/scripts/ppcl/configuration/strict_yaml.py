@@ -81,8 +81,9 @@ def _problems(node: yaml.Node, rules: dict, key: str, seen: set) -> Iterator[tup
     elif isinstance(node, yaml.SequenceNode):
         for number, value in enumerate(node.value):
             yield from _problems(value, rules.get("items", {}), f"{key}[{number}]", seen)
-    elif node.style is None and (problem := _surprise(node, rules, key)):
-        yield node.start_mark.line + 1, problem
+    elif isinstance(node, yaml.ScalarNode) and node.style is None:
+        if problem := _surprise(node, rules, key):
+            yield node.start_mark.line + 1, problem
 
 
 def _below(rules: dict, name: str, key: str) -> dict:

@@ -80,7 +80,7 @@ def savings(
         kinds, lists: as for `timed`.
     """
     step = float(np.median([least[b, WHOLE] for b in lists[0] if (b, WHOLE) in least])) / STEPS
-    found = {}
+    found: dict[tuple[int, str], float] = {}
     for alike in lists:
         for kind in {kind for block in alike for kind in kinds[block]}:
             # What a block saves when it goes is all of its time; a narrow one, the difference.

@@ -56,8 +56,10 @@ def measure_transformers(
         buckets = metrics.sigma_buckets(columns["sigma"])
         masks = {"": np.ones(len(rows), bool)} | {f"_{key}": m for key, m in buckets.items()}
         for suffix, mask in masks.items():
-            picked = [columns[key][mask] for key in ("error", "norm", "prompt_index")]
-            found[name][f"velocity_error{suffix}"] = metrics.ratio(*picked, resamples, seed)
+            errors, norms, of = (columns[key][mask] for key in ("error", "norm", "prompt_index"))
+            found[name][f"velocity_error{suffix}"] = metrics.ratio(
+                errors, norms, of, resamples, seed
+            )
 
     if accelerator is None or accelerator.is_main_process:
         processes = accelerator.num_processes if accelerator else 1

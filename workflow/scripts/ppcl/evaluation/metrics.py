@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from skimage.metrics import structural_similarity
 
 TEACHER = "teacher"
@@ -142,9 +143,9 @@ def higher_is_better(metric: str) -> bool:
 
 
 def ratio(
-    numerators: Sequence[float],
-    denominators: Sequence[float],
-    prompts: Sequence[int],
+    numerators: ArrayLike,
+    denominators: ArrayLike,
+    prompts: ArrayLike,
     resamples: int,
     seed: int,
 ) -> Estimate:
@@ -172,15 +173,15 @@ def ratio(
     return Estimate(value, float(low), float(high), len(group))
 
 
-def mean(values: Sequence[float], prompts: Sequence[int], resamples: int, seed: int) -> Estimate:
+def mean(values: ArrayLike, prompts: ArrayLike, resamples: int, seed: int) -> Estimate:
     """Mean over samples with a 95 % bootstrap interval over prompts; see `ratio`."""
-    return ratio(values, np.ones(len(values)), prompts, resamples, seed)
+    return ratio(values, np.ones(np.shape(values)), prompts, resamples, seed)
 
 
 def differences(
-    scores: Mapping[str, Sequence[float]],
-    reference: Mapping[str, Sequence[float]],
-    prompts: Sequence[int],
+    scores: Mapping[str, ArrayLike],
+    reference: Mapping[str, ArrayLike],
+    prompts: ArrayLike,
     resamples: int,
     seed: int,
 ) -> dict[str, Estimate]:

@@ -44,9 +44,11 @@ def rows(metrics: str | Path, models: str | Path, teacher: str) -> list[dict[str
     intervals: dict[tuple[str, str], tuple[float, float]] = {}
     wanted = ("variant", "metric", "value", "ci_low", "ci_high")
     table = tables.read(metrics, schemas.METRICS)
-    for name, metric, value, *ends in zip(*(table[key].to_pylist() for key in wanted), strict=True):
+    for name, metric, value, low, high in zip(
+        *(table[key].to_pylist() for key in wanted), strict=True
+    ):
         found.setdefault(name, {})[metric] = value
-        intervals[name, metric] = ends
+        intervals[name, metric] = low, high
     return [
         {
             "variant": name,

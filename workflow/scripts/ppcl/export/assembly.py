@@ -18,7 +18,7 @@ from torch import nn
 
 from ppcl.errors import UserError
 from ppcl.export import reload_gate
-from ppcl.pruning import narrow
+from ppcl.pruning import narrow, pruned_class
 from ppcl.settings import Settings, Variant
 from ppcl.storage import seals, tensors, texts, untrusted, whole
 from ppcl.teacher import hub, trust
@@ -87,7 +87,7 @@ def with_code(transformer: nn.Module) -> nn.Module:
     """The transformer as the class that it is saved as."""
     if not narrow.specs(transformer):
         return transformer
-    return narrow.from_stock(transformer, blocks.family(transformer).layouts())
+    return pruned_class.from_stock(transformer, blocks.family(transformer).layouts())
 
 
 def save(
@@ -187,12 +187,12 @@ def own_code(folder: Path, component: str = "transformer") -> bool:
     module, name = hub.read_index(folder)[component]
     base = getattr(diffusers, name.removeprefix("Pruned"), None)
     of = family_of(base.__name__) if isinstance(base, type) else None
-    if of is None or trust.code_in(folder) != [f"{component}/{module}.py"]:
+    if base is None or of is None or trust.code_in(folder) != [f"{component}/{module}.py"]:
         return False
-    if module != narrow.module_name(base, of.layouts()):
+    if module != pruned_class.module_name(base, of.layouts()):
         return False
     path = folder / component / f"{module}.py"
-    return path.read_text(encoding="utf-8") == narrow.module_text(base, of.layouts())
+    return path.read_text(encoding="utf-8") == pruned_class.module_text(base, of.layouts())
 
 
 @torch.no_grad()
@@ -246,4 +246,4 @@ def _main_dtype(module: nn.Module) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
     for parameter in module.parameters():
         counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
-    return max(counts, key=counts.get)
+    return max(counts, key=counts.__getitem__)

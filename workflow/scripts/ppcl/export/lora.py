@@ -17,6 +17,7 @@ import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeGuard
 
 import torch
 from diffusers import DiffusionPipeline
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
 from ppcl.pruning import narrow
+from ppcl.pruning.narrow_layers import LowRank, Open, is_low_rank
 from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.transformer import blocks
@@ -138,11 +140,11 @@ def places(
     found, gone = {}, []
     for path, layer in layers.items():
         holder, prefix, matrix = _holder(model, block_map, path)
-        inside = holder and _place(holder, matrix[1])
-        if not inside:
+        inside = _place(holder, matrix[1]) if holder is not None else ""
+        if holder is None or not inside:
             gone.append(path)
             continue
-        module = holder.get_submodule(inside)
+        module = narrow.matrix(holder, inside)
         shape = _shape(module)
         if opened := _opened(holder, inside):
             layer = layer.without(opened.at, opened.width)
@@ -151,7 +153,7 @@ def places(
                 f"--lora: {path} is of {layer.a.shape[1]} inputs and {len(layer.b)} outputs, but "
                 f"the model's has {shape[0]} and {shape[1]}: it is of another model"
             )
-        if layer.bias is not None and not narrow.is_low_rank(module) and module.bias is None:
+        if layer.bias is not None and not is_low_rank(module) and module.bias is None:
             raise UserError(
                 f"--lora: {path} has a bias, but the model's has none: it is of another model"
             )
@@ -173,8 +175,9 @@ def _holder(
         return None, "", (-1, inside)
     old = block_map[members[0].index][0] + int(number)
     block = next((b for b in members if block_map[b.index][0] == old), None)
-    prefix = f"{attribute}.{block.index - members[0].index}." if block else ""
-    return block and block.module, prefix, (old, inside)
+    if block is None:
+        return None, "", (old, inside)
+    return block.module, f"{attribute}.{block.index - members[0].index}.", (old, inside)
 
 
 def _place(holder: nn.Module, path: str) -> str:
@@ -187,15 +190,20 @@ def _place(holder: nn.Module, path: str) -> str:
     return "" if wrapped else narrow.held(holder, path)
 
 
-def _opened(holder: nn.Module, place: str) -> nn.Module | None:
-    """The `narrow.Open` that follows a modulation of which something is cut out."""
+def _opened(holder: nn.Module, place: str) -> Open | None:
+    """What follows a modulation of which something is cut out."""
     parent = holder.get_submodule(place.rpartition(".")[0])
-    found = parent if isinstance(parent, nn.Sequential) else ()
-    return next((m for m in found if type(m).__name__ == narrow.Open.__name__), None)
+    inside = parent if isinstance(parent, nn.Sequential) else ()
+    return next(filter(_is_open, inside), None)
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if narrow.is_low_rank(module):
+def _is_open(module: nn.Module) -> TypeGuard[Open]:
+    """Whether it is an `Open`, of this process's module or of one beside exported weights."""
+    return type(module).__name__ == Open.__name__
+
+
+def _shape(module: nn.Linear | LowRank) -> tuple[int, int]:
+    if is_low_rank(module):
         return module.down.in_features, module.up.out_features
     return module.in_features, module.out_features
 
@@ -212,32 +220,29 @@ def merge(model: nn.Module, block_map: list[list[int]], layers: Mapping[str, Lay
     """
     found, gone = places(model, block_map, layers)
     for place in found.values():
-        module, layer = model.get_submodule(place.path), place.layer
-        if narrow.is_low_rank(module):
-            module = _widen(model, place.path, layer)
-            bias = module.up.bias
+        module, layer = narrow.matrix(model, place.path), place.layer
+        if is_low_rank(module):
+            bias = _widen(model, place.path, module, layer).up.bias
         else:
             added = layer.scale * (layer.b.double() @ layer.a.double())
             module.weight.copy_(module.weight.double() + added.to(module.weight.device))
             bias = module.bias
         if layer.bias is not None:
-            bias += (layer.scale * layer.bias).to(bias)
+            bias.add_((layer.scale * layer.bias).to(bias))
     return gone
 
 
-def _widen(model: nn.Module, place: str, layer: Layer) -> nn.Module:
-    before = model.get_submodule(place)
+def _widen(model: nn.Module, place: str, before: LowRank, layer: Layer) -> LowRank:
     like, (inputs, outputs) = before.up.weight, _shape(before)
-    wide = narrow.LowRank(inputs, outputs, before.up.in_features + len(layer.a), like)
+    wide = LowRank(inputs, outputs, before.up.in_features + len(layer.a), like)
     wide.up.weight.copy_(torch.cat([like, (layer.scale * layer.b).to(like)], dim=1))
     wide.down.weight.copy_(torch.cat([before.down.weight, layer.a.to(like)]))
     wide.up.bias.copy_(before.up.bias)
     model.set_submodule(place, wide)
     for path, module in model.named_modules():  # whose spec tells its rank, for the config
-        for inside in getattr(module, "narrowed", {}).get("ranks", {}):
+        for inside in narrow.spec_of(module).get("ranks", {}):
             if f"{path}.{narrow.held(module, inside)}" == place:
-                ranks = module.narrowed["ranks"] | {inside: wide.up.in_features}
-                module.narrowed = module.narrowed | {"ranks": ranks}
+                narrow.set_rank(module, inside, wide.up.in_features)
     return wide
 
 
@@ -261,8 +266,8 @@ def projected(
     found, gone = places(model, block_map, layers)
     made, lost = {}, {}
     for path, place in found.items():
-        module = model.get_submodule(place.path)
-        if narrow.is_low_rank(module):
+        module = narrow.matrix(model, place.path)
+        if is_low_rank(module):
             moments = conditioning.of(place.matrix)
             made[f"{place.path}.up"], lost[path] = _project(module, place.layer, moments)
         else:
@@ -270,7 +275,7 @@ def projected(
     return made, lost, gone
 
 
-def _project(module: nn.Module, layer: Layer, moments: modulation.Moments) -> tuple[Layer, float]:
+def _project(module: LowRank, layer: Layer, moments: modulation.Moments) -> tuple[Layer, float]:
     device = devices.statistics_device(module.up.weight.device)
     if len(moments.sum) != module.down.in_features:
         raise UserError(

@@ -14,7 +14,7 @@ from ppcl.export import assembly
 from ppcl.settings import TeacherSettings
 from ppcl.storage import whole
 from ppcl.teacher import hub
-from ppcl.transformer import blocks
+from ppcl.transformer import blocks, diffusers_model
 
 
 def rehearse(
@@ -100,7 +100,8 @@ def _shortest(transformer: nn.Module, call: dict) -> tuple[nn.Module, list[list[
         with torch.no_grad():
             blocks.answer(found[0], call)
         with torch.device("meta"):
-            again = type(found[0]).from_config(dict(found[0].config))
+            model = diffusers_model.of(found[0])
+            again = type(model).from_config(dict(model.config))
         if _shapes(again) == _shapes(found[0]):
             return found
     except Exception:  # whatever a class makes of fewer blocks than it expects

@@ -5,6 +5,7 @@ One way for all who need one: `choose` measures sets, `finetune` trains one, `as
 stage that each is from.
 """
 
+import functools
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
 
@@ -132,7 +133,7 @@ class Workshop:
         for piece in pieces:
             of = piece[0]
             if of == self._depth:
-                made[piece] = {(of, of): model._modules[_last(model)]}
+                made[piece] = {(self._depth, self._depth): model.get_submodule(_last(model))}
                 continue
             ends = (
                 [part.ends for part in of.unit.new_blocks] if isinstance(of, Member) else [(of, of)]
@@ -148,8 +149,10 @@ class Workshop:
         found: Students = {}
         for source, wanted in parts.items():
             if source == CLOSED or source.startswith(REFIT):
-                maps = ChainMap(self._refits.get(source, {}), self._maps)
-                found |= linear_maps.closed(self._teacher, wanted, maps)
+                # Read only, so it need not be of mutable mappings as its stubs say.
+                refits: Any = self._refits.get(source, {})
+                stored: Any = self._maps
+                found |= linear_maps.closed(self._teacher, wanted, ChainMap(refits, stored))
             elif source in self._sources:
                 found |= students.load(self._sources[source], self._teacher, wanted)
             else:
@@ -170,11 +173,13 @@ def measuring(workshop: Workshop, judged: prices.Judged, state: State | None = N
     """What measures sets, each once; state: as of `prices.measure`, which raises."""
     known: dict[str, float] = {}
 
+    def model(one: Set) -> nn.Module:
+        return workshop.model(one)[0]
+
     def measure(asked: Sequence[Set]) -> list[float]:
         new = {one.key: one for one in asked if one.key not in known}
         changes = {
-            key: prices.Change(one.first, lambda one=one: workshop.model(one)[0])
-            for key, one in new.items()
+            key: prices.Change(one.first, functools.partial(model, one)) for key, one in new.items()
         }
         found = prices.measure(judged, changes, state)
         known.update(zip(new, found, strict=True))

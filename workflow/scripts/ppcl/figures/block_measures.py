@@ -64,7 +64,7 @@ def block_similarity(blocks: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
         ax.locator_params(integer=True, nbins=10)
         ax.spines[:].set_visible(False)
     scale = style.axes_at(figure, width + 0.12, top + 0.1 * side, 0.14, 0.8 * side)
-    figure.colorbar(image, cax=scale, label="linear CKA").outline.set_lw(0.5)
+    figure.colorbar(image, cax=scale, label="linear CKA").outline.set_linewidth(0.5)
     return figure
 
 

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Annotation
 from matplotlib.transforms import Bbox
 
-from ppcl.figures.style import freeze
+from ppcl.figures.style import figure_of, freeze
 
 # Directions from a point in steps of six points of type: around it first, then further away.
 _PLACES = np.array(
@@ -31,7 +31,7 @@ def label_ends(ax: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
     to_axes = ax.transData + ax.transAxes.inverted()
     places = to_axes.transform([(x, y) for x, y, _, _ in ends]) if ends else np.empty((0, 2))
     at_edge = places[:, 0] > 0.9
-    height = ax.get_position().height * ax.figure.get_figheight() * 72
+    height = ax.get_position().height * figure_of(ax).get_figheight() * 72
     places[at_edge] = np.stack(
         [np.ones(at_edge.sum()), spread(places[at_edge, 1], 10.5 / height)], axis=1
     )
@@ -58,7 +58,8 @@ def spread(wanted: Sequence[float], gap: float) -> np.ndarray:
             if high / m - low / n >= gap * n:
                 break
             groups[-2:] = [[low + high - m * n * gap, n + m]]
-    placed = np.concatenate([total / n + gap * np.arange(n) for total, n in groups] or [[]])
+    runs = [total / n + gap * np.arange(n) for total, n in groups]
+    placed = np.concatenate(runs or [np.empty(0)])
     result = np.empty(len(order))
     result[order] = placed
     return result
@@ -71,16 +72,19 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
     name that ends up far away gets a line. The figure's layout must not change afterwards, so it is
     frozen here.
     """
-    freeze(ax.figure)
-    renderer = ax.figure.canvas.get_renderer()
-    scale = ax.figure.dpi / 72  # pixels per point of type
-    frame = ax.get_window_extent(renderer).extents[None]
+    figure = figure_of(ax)
+    freeze(figure)
+    # Agg's, as style.py sets it.
+    renderer = figure.canvas.get_renderer()  # type: ignore[attr-defined]  # not of every backend
+    scale = figure.dpi / 72  # pixels per point of type
+    frame = np.asarray(ax.get_window_extent(renderer).extents)[None]
     centres = ax.transData.transform([(x, y) for x, y, _, _ in points])
     # Error bars are collections, curves and the teacher's level are lines: boxes of short pieces,
     # as the box of a whole curve says nothing of where there is room beside it.
     drawn = []
     for line in ax.lines:
-        corners = line.get_transform().transform_path(line.get_path()).interpolated(8).vertices
+        path = line.get_transform().transform_path(line.get_path())
+        corners = np.asarray(path.interpolated(8).vertices)
         ends = corners if line.get_linestyle() == "None" else corners[1:]
         drawn += [Bbox(np.sort(pair, axis=0)) for pair in zip(corners, ends, strict=False)]
     for bars in ax.collections:
@@ -93,7 +97,7 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
     effort = 12 * np.maximum(0, np.abs(_PLACES).sum(1) - 2)
     for (x, y, text, colour), centre in zip(points, centres, strict=True):
         name = _write(ax, text, (x, y), (0, 0), color=colour)
-        size = name.get_window_extent(renderer).size
+        size = np.asarray(name.get_window_extent(renderer).size)
         name.remove()
         middle = centre + _PLACES * _STEP * scale + np.sign(_PLACES) * [0.5, 0] * size
         boxes = np.hstack([middle - size / 2, middle + size / 2])
@@ -102,8 +106,8 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
         best = int(np.argmin(np.round(cost, 3)))
         named = np.concatenate([named, boxes[best : best + 1]])
         dx, dy = _PLACES[best]
-        line = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 3}
-        far = {"arrowprops": line} if abs(dy) > 2 else {}
+        arrow = {"arrowstyle": "-", "color": colour, "lw": 0.6, "shrinkB": 3}
+        far = {"arrowprops": arrow} if abs(dy) > 2 else {}
         side = {1: "left", -1: "right", 0: "center"}[int(np.sign(dx))]
         _write(ax, text, (x, y), (_STEP * dx, _STEP * dy), color=colour, ha=side, **far)
 

@@ -59,19 +59,19 @@ def linear_map_costs(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: 
     errors = table["velocity_error"]
     largest = errors.max() if (errors > 0).any() else 1.0
     floor = max(largest * 1e-5, errors[errors > 0].min() / 2 if (errors > 0).any() else 0)
-    first = None
+    axes: list[Axes] = []
     for number, kind in enumerate(kinds):
-        shared = {"sharey": first} if first else {}
+        shared = {"sharey": axes[0]} if axes else {}
         ax = style.axes_at(figure, left, top + number * pitch, across, high, **shared)
-        first = first or ax
+        axes.append(ax)
         rows = table[table["kind"] == kind]
         _candidates(ax, kind, rows, "velocity_error", floor)
         if kind == "ffn_text":
             style.shade(ax, [(begin + 1, end) for begin, end in runs], KINDS["text"][3])
         chosen = int(rows["selected"].sum())
         ax.set_title(f"{KINDS[kind][0]}s: {chosen} of {len(rows)} selected", pad=4)
-    first.set_ylim(floor / 1.6, largest * 1.9)
-    style.log_axis(first)
+    axes[0].set_ylim(floor / 1.6, largest * 1.9)
+    style.log_axis(axes[0])
     ax = style.axes_at(figure, left, top + len(kinds) * pitch, across, high)
     fits = table["fit_error_heldout"]
     least = fits[fits > 0].min() if (fits > 0).any() else 1.0

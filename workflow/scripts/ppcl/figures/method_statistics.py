@@ -75,7 +75,8 @@ def ratio(table: pd.DataFrame, method: str, other: str, state: str) -> tuple[flo
     drawn = np.percentile(one.mean(0) - two.mean(0), [2.5, 97.5]) - value
     reach = stdtrit(min(freedoms), 0.975) * variance**0.5 if min(freedoms) else 0.0
     low, high = (np.hypot(reach, end) for end in drawn)
-    return tuple(float(np.exp(v)) for v in (value, value - low, value + high))
+    middle, lowest, highest = (float(np.exp(v)) for v in (value, value - low, value + high))
+    return middle, lowest, highest
 
 
 def _by_chance(found: pd.DataFrame) -> bool:

@@ -56,11 +56,11 @@ def modulation_costs(candidates: pd.DataFrame, blocks: int) -> Figure:
     # Six decades show what matters; what costs less is drawn at the edge.
     floor = max(positive.min() / 2, positive.max() / 1e6) if len(positive) else 1e-12
     width = blocks + bool(beyond)
-    first = None
+    axes: list[Axes] = []
     for number, members in enumerate(panels):
-        shared = {"sharey": first} if first else {}
+        shared = {"sharey": axes[0]} if axes else {}
         ax = style.axes_at(figure, left, top + number * pitch, across, high, **shared)
-        first = first or ax
+        axes.append(ax)
         for rank in ranks:
             rows = table[table["path"].isin(members) & (table["rank"] == rank)].sort_values("first")
             values = rows["velocity_error"].clip(lower=floor)
@@ -79,8 +79,8 @@ def modulation_costs(candidates: pd.DataFrame, blocks: int) -> Figure:
         ax.tick_params(labelbottom=False)
         ax.set_ylabel("velocity\nerror")
         ax.yaxis.set_label_coords(-0.55 / across, 0.5)
-    first.set_ylim(floor / 1.6, max(errors.max(), floor) * 1.9)
-    style.log_axis(first)
+    axes[0].set_ylim(floor / 1.6, max(errors.max(), floor) * 1.9)
+    style.log_axis(axes[0])
     strip = style.axes_at(figure, left, strip_top, across, strip_height)
     bars = {}
     for members in panels:

@@ -1,5 +1,7 @@
 """Quality against cost: of the variants, and of every budget."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -138,9 +140,10 @@ def budget_errors(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[s
         x = points[cost]
         shown = points["predicted_error"].clip(lower=floor)
         ax.plot(x, shown, color=style.GREY, lw=0.9, ls="--", zorder=2)
-        bars = {"xerr": _reach(points, cost), "yerr": _reach(points, "velocity_error")}
+        reach = {"xerr": _reach(points, cost), "yerr": _reach(points, "velocity_error")}
         look = {"ecolor": style.GREY, "elinewidth": 0.7, "capsize": 1.5, "zorder": 3}
-        ax.errorbar(x, points["velocity_error"], **bars, color=DARK, marker="o", **look)
+        bars: dict[str, Any] = {**reach, **look}
+        ax.errorbar(x, points["velocity_error"], color=DARK, marker="o", **bars)
         named = [(1.0, floor, TEACHER, style.BLACK)]
         ax.plot(1, floor, "*", color=style.BLACK, ms=9, clip_on=False, zorder=5)
         for name in others:

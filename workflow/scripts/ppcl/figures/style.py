@@ -58,7 +58,7 @@ _CJK = {
     "PingFang SC",
 }
 
-RC: dict[str, Any] = {
+RC: Any = {  # to its stubs, a mapping of literal keys
     "font.family": ["DejaVu Sans", *sorted(_CJK & {font.name for font in fontManager.ttflist})],
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -134,6 +134,13 @@ def legend_at(figure: Figure, top: float, handles: Sequence[Artist], **options: 
         handletextpad=0.5,
         **options,
     )
+
+
+def figure_of(ax: Axes) -> Figure:
+    """The figure that axes are on; no figure here has parts (matplotlib's SubFigure)."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None, "axes that were not removed"
+    return figure
 
 
 def freeze(figure: Figure) -> None:
@@ -250,7 +257,7 @@ def strip(ax: Axes, rows: dict[str, list[tuple]], blocks: int) -> None:
     rows: label -> [(first, last, fill colour, text), ...], drawn from top to bottom. A text that
     is wider than its interval is broken at its dash, or left out.
     """
-    inches = ax.get_position().width * ax.figure.get_figwidth() / blocks
+    inches = ax.get_position().width * figure_of(ax).get_figwidth() / blocks
     for height, spans in enumerate(reversed(rows.values())):
         bar = (height - 0.4, 0.8)
         cells = [(block - 0.45, 0.9) for block in range(blocks)]

@@ -41,8 +41,8 @@ def student_losses(log: pd.DataFrame, trained: str) -> Figure:
     for number, interval in enumerate(intervals):
         line, column = divmod(number, columns)
         shared = {"sharex": axes[0], "sharey": axes[0]} if axes else {}
-        place = (left + column * (width + gap), top + line * pitch)
-        ax = style.axes_at(figure, *place, width, pitch - 0.4, **shared)
+        across, down = left + column * (width + gap), top + line * pitch
+        ax = style.axes_at(figure, across, down, width, pitch - 0.4, **shared)
         axes.append(ax)
         for stream in streams:
             curve = log[(log["interval"] == interval) & (log["stream"] == stream)]

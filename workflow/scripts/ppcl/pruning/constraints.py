@@ -185,10 +185,10 @@ def _listed(one: Named, other: Named) -> Iterator[tuple[str, frozenset, frozense
     yield "intervals", one.intervals, other.intervals
     yield "width.text", one.runs, other.runs
     for stream in (IMAGE, TEXT):
-        yield (
-            f"width.ffn_{stream}",
-            *(frozenset(f for f in named.ffns if f[1] == stream) for named in (one, other)),
+        ours, theirs = (
+            frozenset(f for f in named.ffns if f[1] == stream) for named in (one, other)
         )
+        yield f"width.ffn_{stream}", ours, theirs
     yield "modulation", one.ranks, other.ranks
 
 

@@ -12,87 +12,42 @@ block keeps its parameter names.
 A modulation (AdaLN) matrix of low rank is a product, `up(down(x))`. The Linear of the model's last
 AdaLN can be one, too; there the module that holds it counts as the block.
 
-This file needs nothing but torch and diffusers, for its text travels beside exported weights.
-There it ends with lines that `module_text` adds, which define the class to load.
+This file needs nothing but torch and diffusers, for its text travels beside exported weights, with
+that of narrow_layers.py and of pruned_class.py, which tells how.
 """
 
-import copy
 import functools
-import hashlib
 import inspect
 import json
-import os
-import pprint
-import sys  # noqa: F401  the added lines use it
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-MODULE = "ppcl_narrow"  # how the file's name beside exported weights begins (`module_name`)
-_END = "# ---- Added by the export"
-_TEXT = Path(__file__).read_text(encoding="utf-8").split("\n" + _END)[0]
+from ppcl.pruning.narrow_layers import (
+    Borrowed,
+    LowRank,
+    Open,
+    Residual,
+    Shut,
+    drop,
+    is_low_rank,
+    nothing,
+    same,
+    zero_linear,
+)
+
 _CAPTURE = "ppcl_capture"
 
 
-class Residual(nn.Module):
-    """x + W x + b."""
+class _Narrow(nn.Module):
+    """What a narrow block has beside what its stock class says, for type checkers alone."""
 
-    # Not a subclass of nn.Linear: quantizers put their own Linear in place of those.
-    def __init__(self, linear: nn.Linear):
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(x)
-
-
-class Borrowed(nn.Module):
-    """Stands for a norm that also returns gates, shifts and scales: x + W x + b, and zeros."""
-
-    def __init__(self, linear: nn.Linear, extras: int):
-        super().__init__()
-        self.linear, self.extras = linear, extras
-
-    def forward(self, x: Tensor, *_args, **_kwargs) -> tuple[Tensor, ...]:
-        mapped = x + self.linear(x)
-        return (mapped, *[mapped.new_zeros(len(x), x.shape[-1])] * self.extras)
-
-
-class Open(nn.Module):
-    """Adds what is cut out of a modulation: zeros, which nothing reads any more, from `at` on."""
-
-    def __init__(self, at: int, width: int):
-        super().__init__()
-        self.at, self.width = at, width
-
-    def forward(self, kept: Tensor) -> Tensor:
-        cut = kept.new_zeros(*kept.shape[:-1], self.width)
-        return torch.cat([kept[..., : self.at], cut, kept[..., self.at :]], dim=-1)
-
-
-class Shut(nn.Module):
-    """Stands for a modulation: shift 0, scale 0, gate 0."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.width = width
-
-    def forward(self, temb: Tensor) -> Tensor:
-        return temb.new_zeros(*temb.shape[:-1], self.width)
-
-
-class LowRank(nn.Module):
-    """Stands for a modulation's Linear: up(down(x)), with the bias on `up` alone."""
-
-    def __init__(self, inputs: int, outputs: int, rank: int, like: Tensor):
-        super().__init__()
-        self.down = _zero_linear(inputs, rank, like, bias=False)
-        self.up = _zero_linear(rank, outputs, like)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.up(self.down(x))
+    narrowed: dict[str, Any]
+    map_paths: dict[str, str]
+    linear_ffn: nn.ModuleDict
+    text_output: Residual
 
 
 def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
@@ -133,16 +88,18 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
         _drop_ffn(block, layout["ffn"][stream])
     if role != "own":
         _text_run(block, layout, role)
-    block.narrowed = {"linear_ffn": list(streams), "text": role}
+    made = cast(_Narrow, block)
+    stock: type = type(block)
+    made.narrowed = {"linear_ffn": list(streams), "text": role}
     paths = {f"ffn/{s}": f"linear_ffn.{s}" for s in streams}
     if role in ("borrow", "close"):
         paths["text/input"] = f"{layout['text']['norm']}.linear"
     if role == "close":
         paths["text/output"] = "text_output.linear"
-    block.map_paths = paths
-    block.__class__ = _narrowed(type(block), role, tuple(streams), json.dumps(layout))
+    made.map_paths = paths
+    block.__class__ = _narrowed(stock, role, tuple(streams), json.dumps(layout))
     if left := {path: rank for path, rank in before.get("ranks", {}).items() if held(block, path)}:
-        block.narrowed["ranks"] = left
+        made.narrowed["ranks"] = left
     return lower(block, ranks)
 
 
@@ -168,8 +125,19 @@ def lower(block: nn.Module, ranks: dict[str, int]) -> nn.Module:
         block.set_submodule(place, LowRank(*shape, rank, linear.weight))
     if ranks:
         before = getattr(block, "narrowed", {})
-        block.narrowed = before | {"ranks": before.get("ranks", {}) | dict(ranks)}
+        cast(_Narrow, block).narrowed = before | {"ranks": before.get("ranks", {}) | dict(ranks)}
     return block
+
+
+def spec_of(module: nn.Module) -> Mapping[str, Any]:
+    """The spec of a narrow block, see `narrow`; empty for any other module."""
+    return getattr(module, "narrowed", {})
+
+
+def set_rank(block: nn.Module, path: str, rank: int) -> None:
+    """Tells the spec of a block that a product of it has another rank now."""
+    ranks = {"ranks": {**spec_of(block)["ranks"], path: rank}}
+    cast(_Narrow, block).narrowed = {**spec_of(block), **ranks}
 
 
 def held(block: nn.Module, path: str) -> str:
@@ -187,11 +155,6 @@ def held(block: nn.Module, path: str) -> str:
     return place if known and place not in maps_at else ""
 
 
-def is_low_rank(module: nn.Module) -> bool:
-    """Whether it is a `LowRank`, of this module or of one beside exported weights."""
-    return type(module).__name__ == LowRank.__name__
-
-
 def maps(block: nn.Module) -> dict[str, nn.Linear]:
     """The new linear maps of a block, none of a stock one; each holds W and b of x + W x + b.
 
@@ -200,16 +163,30 @@ def maps(block: nn.Module) -> dict[str, nn.Linear]:
     run.
     """
     paths = getattr(block, "map_paths", {})
-    return {name: block.get_submodule(path) for name, path in paths.items()}
+    return {name: linear_at(block, path) for name, path in paths.items()}
+
+
+def matrix(block: nn.Module, place: str) -> nn.Linear | LowRank:
+    """A modulation matrix of a block, or the product in its place, from where it is `held`."""
+    module = block.get_submodule(place)
+    return module if is_low_rank(module) else linear_at(block, place)
+
+
+def linear_at(block: nn.Module, path: str) -> nn.Linear:
+    """A Linear of a block. Raises ValueError if there is something else."""
+    module = block.get_submodule(path)
+    if not isinstance(module, nn.Linear):
+        raise ValueError(f"{type(block).__name__}: {path} is no Linear")
+    return module
 
 
 def _drop_ffn(block: nn.Module, parts: dict) -> None:
     # Without an FFN the stock forward returns the stream after attention, which the map gets.
     width = width_of(block.get_submodule(parts["ffn"]))
-    _drop(block, parts["norm"], _same)
-    _drop(block, parts["ffn"], _nothing)
+    drop(block, parts["norm"], same)
+    drop(block, parts["ffn"], nothing)
     if parts["after"]:
-        _drop(block, parts["after"], _same)
+        drop(block, parts["after"], same)
     _cut_modulation(block, parts["modulation"], *(width * part for part in parts["parts"]))
 
 
@@ -217,7 +194,7 @@ def _cut_modulation(block: nn.Module, path: str | None, first: int, end: int) ->
     """Cuts out what a modulation gives from output `first` on and before `end`."""
     if path is None:
         return  # shared by all blocks
-    modulation = block.get_submodule(path)
+    modulation = matrix(block, path)
     rows = modulation.up if is_low_rank(modulation) else modulation
     for name, whole in list(rows.named_parameters()):
         kept = torch.cat([whole.detach()[:first], whole.detach()[end:]])
@@ -245,59 +222,35 @@ def _text_run(block: nn.Module, layout: dict, role: str) -> None:
     # Text queries have their effect on the text output alone, which nothing reads. Zeros are
     # finite in every dtype, so no gradient through the attention is spoilt by them.
     projection, norm = text["query"]
-    _drop(block, projection, _nothing)
+    drop(block, projection, nothing)
     if getattr(block.get_submodule(text["attention"]), norm.rpartition(".")[2]) is not None:
-        _drop(block, norm, _same)
+        drop(block, norm, same)
     if role == "lend":
         _drop_ffn(block, ffn | {"parts": (2, 6)})  # the attention's gate goes, too
-        _drop(block, text["output"], _nothing)
+        drop(block, text["output"], nothing)
         return
-    output = block.get_submodule(text["output"])
+    output = linear_at(block, text["output"])
     width, like = output.out_features, output.weight
     if text["modulation"]:
         block.set_submodule(text["modulation"], Shut(6 * width))
     for path in (ffn["norm"], ffn["ffn"], text["output"]):
-        _drop(block, path, _same)
-    linear = _zero_linear(width, width, like)
+        drop(block, path, same)
+    linear = zero_linear(width, width, like)
     made = Borrowed(linear, text["extras"]) if text["extras"] else Residual(linear)
     block.set_submodule(text["norm"], made)
     if role == "close":
-        block.text_output = Residual(_zero_linear(width, width, like))
-
-
-def _drop(block: nn.Module, path: str, instead: Callable) -> None:
-    # A function and no module, which adapters (LoRA) made for stock blocks would find and wrap.
-    parent, _, name = path.rpartition(".")
-    delattr(block.get_submodule(parent), name)
-    setattr(block.get_submodule(parent), name, instead)
-
-
-def _same(x: Tensor, *_args, **_kwargs) -> Tensor:
-    return x
-
-
-def _nothing(x: Tensor, *_args, **_kwargs) -> Tensor:
-    return torch.zeros_like(x)
+        cast(_Narrow, block).text_output = Residual(zero_linear(width, width, like))
 
 
 def _in_place_of(ffn: nn.Module) -> nn.Linear:
     """A zero map between an FFN's channels."""
     width = width_of(ffn)
-    return _zero_linear(width, width, next(p for p in ffn.parameters() if p.ndim > 1))
+    return zero_linear(width, width, next(p for p in ffn.parameters() if p.ndim > 1))
 
 
 def width_of(ffn: nn.Module) -> int:
     """Channels of an FFN's stream: the shorter side of its matrices, as it widens."""
     return min(next(p for p in ffn.parameters() if p.ndim > 1).shape[:2])
-
-
-def _zero_linear(inputs: int, outputs: int, like: Tensor, bias: bool = True) -> nn.Linear:
-    # An initialisation would draw from the global generator, and be overwritten.
-    kind = {"bias": bias, "device": like.device, "dtype": like.dtype}
-    made = nn.utils.skip_init(nn.Linear, inputs, outputs, **kind)
-    for parameter in made.parameters():
-        nn.init.zeros_(parameter)
-    return made
 
 
 def _capture(argument: str, _attention: nn.Module, args: tuple, kwargs: dict):
@@ -319,7 +272,8 @@ def _narrowed(base: type, role: str, linear: tuple[str, ...], layout: str) -> ty
     A subclass, since hooks on the block should see what passes between blocks; by the same name,
     since diffusers finds the blocks to compile and not to split by name.
     """
-    stock, where = base.forward, json.loads(layout)
+    kind: type[nn.Module] = base  # as its cache would not take it
+    stock, where = kind.forward, json.loads(layout)
     names = list(inspect.signature(stock).parameters)[1:]
     streams, text = where["outputs"], where["text"]
 
@@ -354,100 +308,3 @@ def specs(transformer: nn.Module) -> dict[str, dict]:
     """Path of every narrow block in a transformer -> its spec."""
     modules = transformer.named_modules()
     return {path: module.narrowed for path, module in modules if hasattr(module, "narrowed")}
-
-
-def pruned(base: type, layouts: dict[str, dict]) -> type:
-    """The class of a transformer with narrow blocks; its config has one key more than `base`.
-
-    `narrow_blocks` maps the path of a block, or of what holds the Linear of the last AdaLN, to its
-    spec (see `narrow`). A saved folder gets the
-    module that loads it, also from `save_pretrained` of a pipeline.
-
-    Args:
-        base: a class of diffusers.
-        layouts: name of each list of blocks -> the layout of its blocks.
-    """
-
-    @functools.wraps(base.__init__)
-    def init(self, *args, narrow_blocks: dict[str, dict] | None = None, **kwargs):
-        base.__init__(self, *args, **kwargs)
-        narrow_blocks = {} if narrow_blocks is None else narrow_blocks
-        if not isinstance(narrow_blocks, dict) or not all(
-            isinstance(spec, dict) for spec in narrow_blocks.values()
-        ):
-            raise ValueError(
-                "config.json: narrow_blocks should map the path of each narrow block to its spec"
-            )
-        self.register_to_config(narrow_blocks=narrow_blocks)
-        for path, spec in self.config.narrow_blocks.items():
-            narrow(self.get_submodule(path), layouts.get(path.rpartition(".")[0], {}), spec)
-
-    # diffusers takes from this signature which keys of a config are the class's own.
-    stock = inspect.signature(base.__init__)
-    key = inspect.Parameter("narrow_blocks", inspect.Parameter.KEYWORD_ONLY, default=None)
-    init.__signature__ = stock.replace(parameters=[*stock.parameters.values(), key])
-
-    name, module = f"Pruned{base.__name__}", module_name(base, layouts)
-
-    def save_config(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
-        os.makedirs(save_directory, exist_ok=True)
-        file = Path(save_directory, f"{module}.py")
-        file.write_text(module_text(base, layouts), encoding="utf-8")
-        base.save_config(self, save_directory, *args, **kwargs)
-
-    def fuse_qkv_projections(self) -> None:
-        # The stock class reads the weights of text queries, also of blocks that have none.
-        without = [m for m in self.modules() if getattr(m, "add_q_proj", None) is _nothing]
-        for attention in without:
-            key = attention.add_k_proj
-            shape = key.in_features, key.out_features
-            attention.add_q_proj = _zero_linear(*shape, key.weight, key.bias is not None)
-        try:
-            base.fuse_qkv_projections(self)
-        finally:
-            for attention in without:
-                _drop(attention, "add_q_proj", _nothing)
-
-    body = {
-        "__doc__": f"A {base.__name__} with narrow blocks.",
-        "__init__": init,
-        "__module__": module,  # pipelines write it to model_index.json, as the name of the file
-        "_tp_plan": None,  # the stock plan of tensor parallelism names layers that may be gone
-        "fuse_qkv_projections": fuse_qkv_projections,
-        "save_config": save_config,
-        "stock": base,
-    }
-    return type(name, (base,), body)
-
-
-def from_stock(transformer: nn.Module, layouts: dict[str, dict]) -> nn.Module:
-    """A transformer that holds narrow blocks, as one of the class `pruned`; shares all modules."""
-    made = copy.copy(transformer)
-    made.__dict__.pop("forward", None)  # an offloading hook's, which runs the original
-    made._modules = dict(transformer._modules)  # a shallow copy would share this mapping
-    made.__class__ = pruned(getattr(type(transformer), "stock", type(transformer)), layouts)
-    made.register_to_config(narrow_blocks=specs(transformer))
-    return made
-
-
-def module_name(base: type, layouts: dict[str, dict]) -> str:
-    """Name of the module beside exported weights, which model_index.json gives: another one for
-    every content, since diffusers keeps code of all folders in one place by its name."""
-    content = hashlib.sha256(module_text(base, layouts).encode())
-    return f"{MODULE}_{content.hexdigest()[:16]}"
-
-
-def module_text(base: type, layouts: dict[str, dict]) -> str:
-    """The module beside exported weights: this file, and the class that model_index.json names."""
-    name, where = base.__name__, pprint.pformat(layouts, width=96, sort_dicts=False)
-    return f"""{_TEXT}
-{_END}, for the weights beside this file.
-from diffusers import ModelMixin, {name}  # noqa: E402, F401
-
-Pruned{name} = pruned(
-    {name},
-    {where.replace(chr(10), chr(10) + "    ")},
-)
-# Here pipelines look the class and ModelMixin up when they are given the transformer.
-sys.modules[Pruned{name}.__module__] = sys.modules[__name__]
-"""

@@ -11,7 +11,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import narrow
 from ppcl.pruning.units import NewBlock
 from ppcl.storage import tensors
-from ppcl.transformer import blocks
+from ppcl.transformer import blocks, diffusers_model
 
 Students = dict[NewBlock, nn.Module]
 
@@ -135,14 +135,17 @@ def _types_in_model(
 ) -> dict[str, torch.dtype]:
     like = types(blocks.block_sequence(transformer)[new_block.first].module)
     kept = set(getattr(transformer, "_keep_in_fp32_modules", None) or ())
-    wanted, own = {}, None
+    wanted: dict[str, torch.dtype] = {}
+    own: torch.dtype | None = None
     for name in types(student):
         if name in like:
             wanted[name] = like[name]
         elif kept & set(name.split(".")):
             wanted[name] = torch.float32
         else:
-            own = own or transformer.dtype  # once: it looks at every module for it
+            own = (
+                own or diffusers_model.of(transformer).dtype
+            )  # once: it looks at every module for it
             wanted[name] = own
     return wanted
 

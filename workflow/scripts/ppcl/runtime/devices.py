@@ -270,15 +270,20 @@ class _Compiled:
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
         # A student starts as a copy of a block; it is trained, and stays as it was written.
-        plain = uncompiled(self)
+        plain = _plain(type(self))
         copied = memo[id(self)] = plain.__new__(plain)
         copied.__setstate__(copy.deepcopy(self.__dict__, memo))
         return copied
 
 
-def uncompiled(module: nn.Module) -> type:
+def _plain(compiled: type[_Compiled]) -> type[nn.Module]:
+    return compiled.__mro__[2]
+
+
+def uncompiled(module: nn.Module) -> type[nn.Module]:
     """A module's class, without what `compile_blocks` has put before it."""
-    return type(module).__mro__[2] if isinstance(module, _Compiled) else type(module)
+    made_by = type(module)
+    return _plain(made_by) if issubclass(made_by, _Compiled) else made_by
 
 
 def compile_blocks(block_modules: Iterable[nn.Module], backend: str = "inductor") -> None:
@@ -292,7 +297,7 @@ def compile_blocks(block_modules: Iterable[nn.Module], backend: str = "inductor"
     Args:
         backend: of torch.compile.
     """
-    made: dict[type, type] = {}
+    made: dict[type[nn.Module], type[nn.Module]] = {}
     for module in block_modules:
         plain = type(module)
         if plain not in made:
@@ -302,7 +307,7 @@ def compile_blocks(block_modules: Iterable[nn.Module], backend: str = "inductor"
         module.__class__ = made[plain]
 
 
-def _forward(plain: type, backend: str) -> Callable:
+def _forward(plain: type[nn.Module], backend: str) -> Callable:
     compiled = torch.compile(plain.forward, backend=backend)
 
     @functools.wraps(plain.forward)

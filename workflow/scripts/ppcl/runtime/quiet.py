@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Callable
 
 # Logger -> beginnings of its messages.
 MESSAGES = {
@@ -36,11 +37,14 @@ LIBRARIES = r"(accelerate|diffusers|huggingface_hub|torch|transformers)(\.|$)"
 def start() -> None:
     """Leaves these out from now on, in every program: to be called before libraries are loaded."""
     for name, beginnings in MESSAGES.items():
-        pattern = re.compile("|".join(beginnings))
-        logging.getLogger(name).addFilter(lambda said, p=pattern: not p.match(said.getMessage()))
+        logging.getLogger(name).addFilter(_without(re.compile("|".join(beginnings))))
     for beginning in WARNINGS:
         warnings.filterwarnings("ignore", beginning)
     # One library's use of another, or of its own past.
     warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
     # Tokenizers say after a fork that they do what this asks for.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def _without(pattern: re.Pattern[str]) -> Callable[[logging.LogRecord], bool]:
+    return lambda said: not pattern.match(said.getMessage())

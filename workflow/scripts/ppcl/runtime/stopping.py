@@ -61,7 +61,7 @@ def heeded() -> Iterator[None]:
 
 def warned() -> bool:
     """Whether SIGTERM came."""
-    return _state["warned"]
+    return bool(_state["warned"])
 
 
 def end() -> None:

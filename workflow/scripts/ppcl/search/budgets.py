@@ -36,7 +36,7 @@ def targets(variants: Iterable[Variant], facts: Mapping[str, float]) -> dict[str
     return largest
 
 
-def parameters_needed(total: int, fraction: float) -> int:
+def parameters_needed(total: float, fraction: float) -> float:
     """Parameters that must go so that at most fraction * total stay."""
     # The small addend keeps 0.55 * 20 = 11.000000000000002 or 10.999999999999998 at 11.
     return max(0, total - math.floor(fraction * total + 1e-6))

@@ -55,9 +55,9 @@ def search(offer: Offer, wanted: Variant) -> Choice:
     """
     train = wanted.train
     units = {
-        name: (unit, min(found.values()))
+        name: (unit, min(errors.values()))
         for name, unit in offer.units.items()
-        if (found := offer.sources(name, train))
+        if (errors := offer.sources(name, train))
     }
     needs = budgets.targets([wanted], offer.facts)
     choices = replace(offer.closed, units=units)

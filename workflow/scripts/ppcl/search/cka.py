@@ -101,9 +101,9 @@ def linear_cka(
     """
     plan = resamples(np.zeros(len(x), int), 0, 0, estimator)
     pairs = zip((x, y), names, strict=True)
-    x, y = (Side(prepare(float64(v), False, [name]), plan) for v, name in pairs)
-    own_x, own_y = (hsic(side, side, plan, estimator) for side in (x, y))
-    return float(ratio(hsic(x, y, plan, estimator), own_x, own_y, [" and ".join(names)])[0])
+    one, two = (Side(prepare(float64(v), False, [name]), plan) for v, name in pairs)
+    own_x, own_y = (hsic(side, side, plan, estimator) for side in (one, two))
+    return float(ratio(hsic(one, two, plan, estimator), own_x, own_y, [" and ".join(names)])[0])
 
 
 def float64(values: np.ndarray, device: torch.device = CPU) -> Tensor:
@@ -221,10 +221,10 @@ def hsic(x: Side, y: Side, plan: Resamples, estimator: str) -> np.ndarray:
     a_a, b_b = form(x.sums @ x.sums.mT), form(y.sums @ y.sums.mT)
     # a'A b = sum_hgl w_h w_g w_l sum over i in h of (a_g x_i)(b_l y_i)
     batch = torch.broadcast_shapes(x.sums.shape[:-2], y.sums.shape[:-2])
-    three = x.x.new_empty(*batch, *[len(x.groups)] * 3)
+    products = x.x.new_empty(*batch, *[len(x.groups)] * 3)
     for h, group in enumerate(x.groups):
-        three[..., h, :, :] = x.on_sums[..., group, :].mT @ y.on_sums[..., group, :]
-    three = three.flatten(-3, -2).cpu().numpy()
+        products[..., h, :, :] = x.on_sums[..., group, :].mT @ y.on_sums[..., group, :]
+    three = products.flatten(-3, -2).cpu().numpy()
     two = (weights[:, :, None] * weights[:, None]).reshape(len(weights), -1)
     bilinear = ((two @ three) * weights).sum(-1)
     if estimator == "plain":

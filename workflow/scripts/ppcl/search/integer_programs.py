@@ -85,11 +85,11 @@ def cheapest(
 
 def most(gains: Sequence[float], rows: Sequence[Row]) -> float:
     """The largest total gain of columns that keep to the rows."""
-    gains = np.array(gains, float)
-    if not gains.any():
+    gained = np.array(gains, float)
+    if not gained.any():
         return 0.0
-    found = _solved(-SCALE / np.abs(gains).max() * gains, rows, np.ones(len(gains), bool))
-    return 0.0 if found is None else math.fsum(gains[found[0]])
+    solution = _solved(-SCALE / np.abs(gained).max() * gained, rows, np.ones(len(gained), bool))
+    return 0.0 if solution is None else math.fsum(gained[solution[0]])
 
 
 def _solved(

@@ -74,8 +74,8 @@ class Offer:
 
     def best(self, name: str, train: bool = True) -> str:
         """The source whose error alone is the least."""
-        found = self.sources(name, train)
-        return min(found, key=found.get)
+        errors = self.sources(name, train)
+        return min(errors, key=errors.__getitem__)
 
     def parameters_left(self, saved: Mapping[str, float]) -> int:
         """Parameters of a model that saves this in every measure."""

@@ -157,7 +157,7 @@ def fit_r2(probe: Probe, moments: Moments) -> float:
     mean_x, mean_y = moments.x_sum / moments.count, moments.y_sum / moments.count
     covariance = moments.x_x / moments.count - np.outer(mean_x, mean_x)
     cross = moments.x_y / moments.count - np.outer(mean_x, mean_y)
-    total = moments.y_y / moments.count - mean_y @ mean_y
+    total = float(moments.y_y / moments.count - mean_y @ mean_y)
     offset = probe.weight @ mean_x + probe.bias - mean_y
     error = (
         total

@@ -144,7 +144,9 @@ class _Columns:
             for measure, each in weights.items()
         }
         return Selection(
-            *(tuple(members[kind]) for kind in ("interval", "run", "ffn")),
+            tuple(members["interval"]),
+            tuple(members["run"]),
+            tuple(members["ffn"]),
             found.cost,
             found.bound,
             saves,
@@ -160,12 +162,18 @@ class _Columns:
             return weights.source.get(item[0], 0) if ends else -weights.output[item[1]]
         if kind == "borrows":
             return weights.text[item]
-        return {"ffn": weights.ffn, "unit": weights.units, "rank": weights.ranks}[kind].get(item, 0)
+        alone: dict[str, Mapping[Any, float]] = {
+            "ffn": weights.ffn,
+            "unit": weights.units,
+            "rank": weights.ranks,
+        }
+        return alone[kind].get(item, 0)
 
     def _by_block(self, depth: int) -> tuple[list[list[int]], ...]:
         """Of each block: columns of the units that hold it, of the intervals with which it goes,
         of the runs that hold it, and of the runs that start there and reach the unread end."""
-        holding, going, runs, ending = ([[] for _ in range(depth)] for _ in range(4))
+        lists: list[list[list[int]]] = [[[] for _ in range(depth)] for _ in range(4)]
+        holding, going, runs, ending = lists
         for number, (kind, item, _) in enumerate(self.every):
             if kind == "unit":
                 unit, _ = self.choices.units[item]
@@ -278,7 +286,7 @@ class _Columns:
             **{("ffn", ffn): [] for ffn in required.ffns},
         }
         for number, unit in units:
-            has = {("interval", new_block.ends) for new_block in unit.new_blocks}
+            has: set[Column] = {("interval", new_block.ends) for new_block in unit.new_blocks}
             has |= {("ffn", (p.first, stream)) for p in unit.new_blocks for stream in p.linear_ffn}
             has |= {("run", (unit.first, unit.last))} if len(unit.new_blocks) > 1 else set()
             for column in has & holding.keys():

@@ -37,7 +37,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
             continue
         for kind, item in _closed(unit):
             cost = (offer.closed.runs if kind == "text" else offer.closed.ffns)[item]
-            ends = item if kind == "text" else (item[0], item[0])
+            first, last = item if kind == "text" else (item[0], item[0])
             row = {
                 "kind": kind,
                 "stream": TEXT if kind == "text" else item[1],
@@ -54,14 +54,14 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
                 )
                 for measure, each in offer.weights.items()
             }
-            found.append(_row(name, unit.name, *ends, member.source, saved, row))
+            found.append(_row(name, unit.name, first, last, member.source, saved, row))
     holding = {b: m for m in choice.found.members for b in range(m.unit.first, m.unit.last + 1)}
     for (block, path), rank in choice.found.ranks:
-        matrix, member = (block, path), holding.get(block)
+        matrix, holder = (block, path), holding.get(block)
         sixths = 6
-        if member:
+        if holder:
             modulation = offer.closed.modulations[matrix]
-            sixths = savings.sixths_left(member.unit, modulation, offer.closed.unread)
+            sixths = savings.sixths_left(holder.unit, modulation, offer.closed.unread)
         row = {
             "kind": "modulation",
             "stream": "",
@@ -71,8 +71,8 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
             "required": block in offer.required.ranks,
         }
         saved = {m: w.ranks.get((matrix, rank, sixths), 0.0) for m, w in offer.weights.items()}
-        unit = member.unit.name if member else f"{block:02d}-{block:02d}"
-        found.append(_row(name, unit, block, block, CLOSED, saved, row))
+        blocks = holder.unit.name if holder else f"{block:02d}-{block:02d}"
+        found.append(_row(name, blocks, block, block, CLOSED, saved, row))
     return found
 
 

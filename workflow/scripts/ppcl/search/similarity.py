@@ -233,7 +233,8 @@ class _Materialised:
     def slabs(self) -> Iterator[slice]:
         """The surrogates, some at a time."""
         groups = len(self._how[0].offsets) - 1 if len(self._how[0].weights) > 1 else 1
-        return _slabs(self._count, *self._tokens.shape[1:], groups, self._tokens.device)
+        _, tokens, channels = self._tokens.shape
+        return _slabs(self._count, tokens, channels, groups, self._tokens.device)
 
     def add(
         self, some: slice, weight: Tensor, bias: Tensor, other: Side, names: Sequence[str]
@@ -292,7 +293,7 @@ def block_cka(
     for b in range(len(blocks)):
         side = Side(outputs[b], plan)
         own[b] = hsic(side, side, plan, estimator)
-        for some in _slabs(b, *outputs.shape[1:], 1, device):
+        for some in _slabs(b, outputs.shape[1], outputs.shape[2], 1, device):
             cross = hsic(Side(outputs[some], plan), side, plan, estimator)
             names = [
                 f"stream {stream!r}, outputs of blocks {a} and {blocks[b]}" for a in blocks[some]

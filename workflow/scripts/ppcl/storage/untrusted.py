@@ -9,7 +9,7 @@ import os
 import stat
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ppcl.errors import UserError
 
@@ -79,7 +79,7 @@ def _begin(entry: Any, path: Path) -> tuple[int, int]:
     return offsets[0], offsets[1]
 
 
-def _counts(value: Any) -> bool:
+def _counts(value: Any) -> TypeGuard[list[int]]:
     """Whether a value is a list of integers, not too many, that 63 bits hold; no booleans."""
     if not isinstance(value, list) or len(value) > DIMENSIONS:
         return False

@@ -101,7 +101,9 @@ def _begin(part: Path) -> int | None:
 
     Returns the lock's file, to be closed in the end; None where there are no locks.
     """
-    for left in reversed(range(100)):
+    left = 100
+    while True:
+        left -= 1
         try:
             part.parent.mkdir(parents=True, exist_ok=True)
             part.mkdir()
@@ -225,18 +227,19 @@ def _runs(process: int) -> bool:
 
 def _locks_are_seen_by_all(folder: Path) -> bool:
     """Whether a lock in this folder is one for everybody who can write there, on any machine."""
-    place, found = os.path.realpath(folder), []
+    place = os.path.realpath(folder)
+    around: list[tuple[int, int, list[str]]] = []
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
             for mount in map(str.split, mounts):
                 point = re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), mount[4])
                 if f"{place}/".startswith(f"{point.rstrip('/')}/"):
-                    found.append((len(point), len(found), mount))
+                    around.append((len(point), len(around), mount))
     except OSError:
         return False  # not Linux
-    if not found:
+    if not around:
         return False
-    mount = max(found)[2]  # the deepest one, and of those at one place the last
+    mount = max(around)[2]  # the deepest one, and of those at one place the last
     kind, options = mount[mount.index("-") + 1], {*mount[5].split(","), *mount[-1].split(",")}
     if kind == "lustre" and "flock" not in options:
         return False

@@ -83,8 +83,7 @@ def before_loading(teacher: TeacherSettings, settings: Mapping, rows: list[dict]
         UserError: see `refuse_call`.
     """
     name = hub.read_index(hub.folder(teacher, only=())).get("_class_name")
-    signature = signatures.of(name) if isinstance(name, str) else None
-    if signature is not None:
+    if isinstance(name, str) and (signature := signatures.of(name)) is not None:
         refuse_call(name, signature, settings)
         _refuse_lists(signature, settings)
         refuse_pictures(name, signature, bool(prompts.pictures(rows)), key)

@@ -37,12 +37,13 @@ def accounts() -> Iterator[list[tuple[torch.nn.Module, Mapping[str, Any]]]]:
         b: vars(b)["from_pretrained"] for b in (diffusers.ModelMixin, transformers.PreTrainedModel)
     }
     for base, stock in bases.items():
-        base.from_pretrained = _telling(base, stock, told)
+        telling = _telling(base, stock, told)
+        base.from_pretrained = telling  # type: ignore[method-assign,assignment]  # until the end
     try:
         yield told
     finally:
         for base, stock in bases.items():
-            base.from_pretrained = stock
+            base.from_pretrained = stock  # type: ignore[method-assign]  # as it was
 
 
 def _telling(base: type, stock: classmethod, told: list) -> classmethod:

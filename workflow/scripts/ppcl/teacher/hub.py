@@ -80,7 +80,8 @@ def folder(
         ) from error
     except Exception as error:  # all kinds of missing or broken connections
         return _cached(path, revision, prefix, key, error)
-    names = wanted([f.rfilename for f in listed.siblings], prefix, only, without, teacher)
+    files = [file.rfilename for file in listed.siblings or ()]
+    names = wanted(files, prefix, only, without, teacher)
     try:
         # By what the config names, not by its commit: the cache then knows the branch without a
         # network, too.
@@ -136,7 +137,8 @@ def wanted(
         names: all files of the repository.
         prefix: of the pipeline's files, empty or ending with a slash.
     """
-    found, beside = [], {}
+    found: list[str] = []
+    beside: dict[str, list[str]] = {}
     for name in (n.removeprefix(prefix) for n in names if n.startswith(prefix)):
         part, _, file = name.partition("/")
         if not file:

@@ -4,7 +4,7 @@ import dis
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import diffusers
@@ -180,7 +180,8 @@ def load_transformer(
         )
     variant = weights.variant_of(weights.names_in(folder / name), teacher.variant)
     try:
-        made_by = getattr(diffusers, made_as) if library == "diffusers" else code_beside(teacher)
+        stock = library == "diffusers"
+        made_by: Any = getattr(diffusers, made_as) if stock else code_beside(teacher)
         transformer, account = made_by.from_pretrained(
             folder,
             subfolder=name,
@@ -227,7 +228,7 @@ def code_beside(teacher: TeacherSettings) -> type:
     return trust.class_beside(hub.folder(teacher, only=(part,)), part)
 
 
-def call_arguments(pipe: DiffusionPipeline, settings: dict[str, Any]) -> dict[str, Any]:
+def call_arguments(pipe: DiffusionPipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Checks the config's `pipeline` keys against the pipeline's own signature.
 
     Raises:
@@ -274,7 +275,7 @@ def run(
     pipe: DiffusionPipeline,
     prompts: list[str],
     seeds: list[int],
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     images: Sequence[str | None] | None = None,
     **more: Any,
 ):
@@ -294,16 +295,17 @@ def run(
     """
     signature, name = signatures.of_class(type(pipe)), type(pipe).__name__
     given = arguments.for_batch(signature, call_arguments(pipe, settings), len(prompts))
-    pictures = set(images or ()) - {None}
+    pictures = {image for image in images or () if image is not None}
     arguments.refuse_pictures(name, signature, bool(pictures), "prompts")
-    if pictures:
+    if images and pictures:
         given["image"] = _picture(images)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     prompt_tokens.hush(pipe)
     try:
         with torch.no_grad(), steps.seeded(pipe, generators, seeds):
             # A copy, since Z-Image's pipeline writes into the list.
-            return pipe(prompt=list(prompts), generator=generators, **given, **more)
+            call: Any = pipe  # each class has a __call__ of its own, their base has none
+            return call(prompt=list(prompts), generator=generators, **given, **more)
     except Exception as error:
         # Of some pipelines nothing tells whether they can do without a picture.
         missed = isinstance(error, (TypeError, ValueError, AttributeError, UnboundLocalError))
@@ -337,12 +339,12 @@ def _refused_by(pipe: DiffusionPipeline, error: Exception) -> bool:
 
 def _picture(images: Sequence[str | None]) -> Image.Image:
     """The one picture of a call."""
-    if len(set(images)) > 1:
+    image = images[0]
+    if len(set(images)) > 1 or image is None:
         raise ValueError("a call of a pipeline takes one picture for all of its prompts")
     try:
-        return Image.open(images[0]).convert("RGB")
+        return Image.open(image).convert("RGB")
     except OSError as error:
         raise UserError(
-            f"the prompts file names the image {images[0]}, which can't be read ({error}); "
-            "replace it"
+            f"the prompts file names the image {image}, which can't be read ({error}); replace it"
         ) from error

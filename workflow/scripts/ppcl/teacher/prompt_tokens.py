@@ -128,8 +128,9 @@ def cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping) -> dict[
     found = {}
     for prompt in dict.fromkeys(prompts):
         over = [_over(pipe, name, part, prompt, settings) for name, part in readers(pipe).items()]
-        if over and all(over):
-            found[prompt] = max(over)
+        tokens = [number for number in over if number]
+        if over and len(tokens) == len(over):
+            found[prompt] = max(tokens)
     return found
 
 

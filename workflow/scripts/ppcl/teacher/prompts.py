@@ -95,18 +95,18 @@ def _lines(path: Path, key: str) -> list[str]:
         # utf-8-sig: spreadsheets prefix a byte order mark, which would become part of a prompt.
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = content[: error.start].count(b"\n") + 1
+        at = content[: error.start].count(b"\n") + 1
         raise UserError(
-            f"{key}: {path} is not UTF-8 (byte {error.start}, line {line}); save the file as UTF-8"
+            f"{key}: {path} is not UTF-8 (byte {error.start}, line {at}); save the file as UTF-8"
         ) from error
     lines = text.replace("\r\n", "\n").split("\n")
-    for sign, what in (
+    for mark, what in (
         ("\r", "a carriage return without a newline, so where lines end is unclear"),
         ("\0", "a NUL character, as texts that are not UTF-8 have"),
         ("\ufeff", "a byte order mark, as files have that were joined"),
     ):
-        for number, line in enumerate(lines if sign in text else (), start=1):
-            if sign in line:
+        for number, line in enumerate(lines if mark in text else (), start=1):
+            if mark in line:
                 raise UserError(
                     f"{key}: {path}: line {number} holds {what}; save the file as UTF-8, with "
                     "plain line ends"

@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,8 @@ class _Recorder:
         Raises:
             UserError: it can't.
         """
-        known = inspect.signature(pipe.__call__).parameters
+        call: Any = pipe  # each class has a __call__ of its own, their base has none
+        known = inspect.signature(call.__call__).parameters
         if "callback_on_step_end" in known:
             return {"callback_on_step_end": self.end_of_step}
         if {"callback", "callback_steps"} <= set(known):  # as older pipelines have it
@@ -109,7 +111,7 @@ def record_batch(
     pipe: DiffusionPipeline,
     transformer: nn.Module,
     samples: list[dict],
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     renoised: int,
     seed: int,
     replayed: bool = True,
@@ -194,7 +196,7 @@ def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]
 def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa.Table]:
     """x = (1 - sigma) x_0 + sigma noise, the interpolation that flow matching trains on."""
     schedule = getattr(pipe, "scheduler", None)
-    config = getattr(schedule, "config", {})
+    config: Mapping[str, Any] = getattr(schedule, "config", {})
     flow = "FlowMatch" in type(schedule).__name__ or config.get("use_flow_sigmas")
     if not flow:
         name = type(schedule).__name__ if schedule is not None else "a pipeline without scheduler"
@@ -235,7 +237,7 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
         )
         noise = torch.randn(clean.shape, generator=generator).to(clean)
         # Mochi counts its noise levels the other way round.
-        share = 1 - sigma if schedule.config.get("invert_sigmas") else sigma
+        share = 1 - sigma if config.get("invert_sigmas") else sigma
         weight = share.to(clean).view(-1, *[1] * (clean.ndim - 1))
         state = torch.lerp(clean, noise, weight)
         for call in second:
@@ -249,7 +251,7 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
                     "record.renoised_per_sample: the transformer of this pipeline does not get the "
                     "latents as they are, so its states can't be renoised; set it to 0"
                 )
-            timestep = sigma * schedule.config.num_train_timesteps
+            timestep = sigma * config["num_train_timesteps"]
             times = arguments[family.time]
             if times.ndim > 1:
                 raise UserError(

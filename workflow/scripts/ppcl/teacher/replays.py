@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ppcl.errors import UserError
 from ppcl.runtime import devices
 from ppcl.teacher import complete
-from ppcl.transformer import blocks
+from ppcl.transformer import blocks, diffusers_model
 
 
 def alone(transformer: nn.Module, device: torch.device) -> nn.Module:
@@ -33,7 +33,8 @@ def alone(transformer: nn.Module, device: torch.device) -> nn.Module:
     # As from_pretrained does; the random state is put back, since layers may draw some numbers.
     states = devices.random_states(torch.device("cpu"))
     with no_init_weights(), accelerate.init_empty_weights():
-        made = type(transformer).from_config(transformer.config)
+        stock = diffusers_model.of(transformer)
+        made = type(stock).from_config(stock.config)
     devices.set_random_states(torch.device("cpu"), states)
     own, wanted = (dict(m.named_parameters(remove_duplicate=False)) for m in (transformer, made))
     if odd := sorted(own.keys() ^ wanted.keys()):
@@ -148,7 +149,9 @@ def hanging(pipe: DiffusionPipeline, transformer: nn.Module, bare: nn.Module) ->
     ]
     if getattr(transformer, "is_cache_enabled", False):
         changes.append(f"a cache ({type(transformer._cache_config).__name__})")
-    hooks, processors, classes = {}, {}, {}
+    hooks: dict[str, str] = {}
+    processors: dict[str, str] = {}
+    classes: dict[str, str] = {}
     stock = dict(bare.named_modules())
     for path, module in transformer.named_modules():
         if path in stock and devices.uncompiled(module) is not devices.uncompiled(stock[path]):

@@ -71,8 +71,9 @@ def taken(scheduler: Any, step: Step, given: dict[str, Any]) -> tuple[Any, Level
     counted = getattr(scheduler, "step_index", None)
     if place is None:
         place = _found(scheduler, timestep) if counted is None else counted - 1
-    known = sigmas is not None and place is not None and place < len(sigmas)
-    sigma = sigmas[place] if known else float("nan")
+    sigma: Any = float("nan")
+    if sigmas is not None and place is not None and place < len(sigmas):
+        sigma = sigmas[place]
     several = isinstance(timestep, Tensor) and timestep.numel() != 1  # of every token, or frame
     if several or "timestep" not in given:  # or by another name, in a scheduler of one's own
         inside = place is not None and place < len(scheduler.timesteps)
@@ -83,10 +84,11 @@ def taken(scheduler: Any, step: Step, given: dict[str, Any]) -> tuple[Any, Level
 def told(scheduler: Any, timestep: Any) -> Level:
     """The noise level of a step that a pipeline tells of, but takes without its scheduler."""
     place, sigmas = _found(scheduler, timestep), getattr(scheduler, "sigmas", None)
-    known = sigmas is not None and place is not None and place < len(sigmas)
+    sigma = float("nan")
+    if sigmas is not None and place is not None and place < len(sigmas):
+        sigma = float(sigmas[place])
     single = not isinstance(timestep, Tensor) or timestep.numel() == 1
-    nan = float("nan")
-    return Level(float(timestep) if single else nan, float(sigmas[place]) if known else nan)
+    return Level(float(timestep) if single else float("nan"), sigma)
 
 
 def _found(scheduler: Any, timestep: Any) -> int | None:

@@ -2,6 +2,7 @@
 process's own, and goes along with an export that needs it."""
 
 import functools
+import inspect
 import multiprocessing.util
 import os
 import shutil
@@ -17,7 +18,7 @@ from diffusers.utils import dynamic_modules_utils
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.pruning import narrow
+from ppcl.pruning import pruned_class
 from ppcl.storage import texts
 from ppcl.teacher import hub
 from ppcl.transformer.registry import family_of
@@ -68,7 +69,7 @@ def bring(pipe: DiffusionPipeline, folder: Path) -> bool:
 
     Returns:
         Whether there is code in the folder: what ran in this process, since the user trusts it, or
-        the text of `narrow`. All of it is that to the letter.
+        the text of `pruned_class`. All of it is that to the letter.
 
     Raises:
         UserError: there is other code.
@@ -78,14 +79,14 @@ def bring(pipe: DiffusionPipeline, folder: Path) -> bool:
     known: dict[str, bytes] = {}
     for place, made_by in named.items():
         if made_by.__module__.startswith(_COPIES):
-            origin = Path(sys.modules[made_by.__module__].__file__)
+            origin = Path(inspect.getfile(made_by))
             for file in (origin, *_needed(origin)):
                 known[(Path(place) / file.relative_to(origin.parent)).as_posix()] = (
                     file.read_bytes()
                 )
             index[place or "_class_name"] = [origin.stem, made_by.__name__]
         elif hasattr(made_by, "stock"):
-            known[f"{place}/{made_by.__module__}.py"] = _narrow_text(made_by)
+            known[f"{place}/{made_by.__module__}.py"] = _narrow_text(made_by, made_by.stock)
     for name, content in known.items():
         texts.write(folder / name, content)
     texts.write_json(folder / hub.INDEX, index)
@@ -110,12 +111,14 @@ def _needed(origin: Path) -> Iterator[Path]:
     return map(Path, dynamic_modules_utils.get_relative_import_files(str(origin)))
 
 
-def _narrow_text(made_by: type) -> bytes:
-    """The code of a class of `narrow`: what it was loaded from, or what this version writes."""
+def _narrow_text(made_by: type, stock: type[nn.Module]) -> bytes:
+    """The code of a class of `pruned_class`: what it was loaded from, or what this one writes."""
     loaded = getattr(sys.modules.get(made_by.__module__), "__file__", None)
     if loaded:
         return Path(loaded).read_bytes()
-    return narrow.module_text(made_by.stock, family_of(made_by.stock.__name__).layouts()).encode()
+    family = family_of(stock.__name__)
+    assert family is not None, f"{stock.__name__} was narrowed, so that the registry has it"
+    return pruned_class.module_text(stock, family.layouts()).encode()
 
 
 def code_in(folder: Path) -> list[str]:

@@ -111,13 +111,13 @@ def _places(index: Path) -> dict[str, str]:
     """Weight -> name of the shard that holds it."""
     found = untrusted.json_object(index)
     places = found.get("weight_map")
-    good = isinstance(places, dict) and places and isinstance(found.get("metadata"), dict)
-    if not good or not all(_is_shard(name) for name in places.values()):
-        raise UserError(
-            f"{index}: not an index of shards (weight_map, of names of .safetensors files beside "
-            "it, and metadata); restore the file"
-        )
-    return places
+    if isinstance(places, dict) and places and isinstance(found.get("metadata"), dict):
+        if all(_is_shard(name) for name in places.values()):
+            return places
+    raise UserError(
+        f"{index}: not an index of shards (weight_map, of names of .safetensors files beside "
+        "it, and metadata); restore the file"
+    )
 
 
 def _is_shard(name: Any) -> bool:

@@ -7,7 +7,7 @@ keywords, or positionally under gradient checkpointing, so arguments are bound b
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ppcl.errors import UserError
-from ppcl.transformer import discovery
+from ppcl.transformer import diffusers_model, discovery
 from ppcl.transformer.block_facts import BlockFacts
 from ppcl.transformer.family import BlockList, Family, Width
 from ppcl.transformer.registry import family_of
@@ -208,7 +208,7 @@ def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> 
 
 
 def assembled(
-    transformer: nn.Module, students: dict[tuple[int, int], nn.Module]
+    transformer: nn.Module, students: Mapping[tuple[int, int], nn.Module]
 ) -> tuple[nn.Module, list[list[int]]]:
     """A transformer with students in place of intervals; all other modules are shared.
 
@@ -242,21 +242,22 @@ def assembled(
     copied.__dict__.pop("forward", None)  # an offloading hook's, which runs the original
     copied._modules = dict(transformer._modules)  # a shallow copy would share this mapping
     changed: dict[str, Any] = {}
+    config = diffusers_model.of(transformer).config
     for listed in of.lists:
         setattr(copied, listed.attribute, nn.ModuleList(lists[listed.attribute]))
         changed[listed.depth_key] = len(lists[listed.attribute])
     kept = [members[0] for members in block_map]
     for key in of.index_keys:  # numbers of blocks, of families that have one list
         (numbers,) = origins.values()
-        marked = set(transformer.config[key] or ())
+        marked = set(config[key] or ())
         changed[key] = [new for new, old in enumerate(numbers) if old in marked]
     for key in of.per_block:
-        changed[key] = [transformer.config[key][index] for index in kept]
+        changed[key] = [config[key][index] for index in kept]
     for attribute in of.companions:
         members = list(getattr(transformer, attribute))
         chosen = [members[index] for index in kept] + members[len(every) :]
         setattr(copied, attribute, nn.ModuleList(chosen))
-    copied.register_to_config(**changed)
+    diffusers_model.of(copied).register_to_config(**changed)
     return copied, block_map
 
 

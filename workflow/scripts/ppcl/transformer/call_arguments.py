@@ -156,8 +156,9 @@ def check(encoded: dict, held: Collection[str]) -> None:
                 or kind not in ("tensor", "tuple", "mapping")
             ):
                 raise ValueError(f"arguments hold {value}")
-            for item in {"tuple": list, "mapping": dict.values}.get(kind, lambda _: ())(content):
-                check_value(item)
+            if kind != "tensor":
+                for item in dict.values(content) if kind == "mapping" else list(content):
+                    check_value(item)
 
     for value in encoded.values():
         ((kind, content),) = value.items()

@@ -259,6 +259,7 @@ class Reader:
         columns = {name: self._columns[name] for name in picked}
         joined = {column.argument: column.joined(picked[n]) for n, column in columns.items()}
         output = joined.pop(OUTPUT)
+        assert isinstance(output, Tensor), "the output is stacked, as `call_tables.table` has it"
         texts = [self.index["arguments"][row] for row in rows]
         once = {text: json.loads(text) for text in set(texts)}
         arguments = call_arguments.joined([once[text] for text in texts], joined)

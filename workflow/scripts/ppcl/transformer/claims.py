@@ -45,9 +45,9 @@ def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
         for stream, value in streams.items():
             before = returned.get(stream)
             same = before is not None and before.shape == value.shape
-            if same and stream in masks:
+            if before is not None and same and stream in masks:
                 value, before = value[masks[stream]], before[masks[stream]]
-            if not same or not torch.equal(value, before):
+            if before is None or not same or not torch.equal(value, before):
                 raise UserError(
                     f"{name}: block {block.index - 1} does not return its {stream} stream "
                     "where the family registry says (workflow/scripts/ppcl/transformer/families.py)"

@@ -11,11 +11,13 @@ import functools
 import inspect
 import logging
 import textwrap
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from ppcl.errors import UserError
+from ppcl.transformer import diffusers_model
 from ppcl.transformer.family import IMAGE, JOINT, TEXT, BlockList, Family
 
 log = logging.getLogger(__name__)
@@ -64,7 +66,7 @@ class _Shape:
     """What inspection needs of a transformer: its class, and (list, depth key, block class) of all
     lists of blocks. Equal for transformers of one kind, so that each is inspected once."""
 
-    def __init__(self, made_by: type, lists: tuple[tuple[str, str, type], ...]):
+    def __init__(self, made_by: type[nn.Module], lists: tuple[tuple[str, str, type], ...]):
         self.made_by, self.lists = made_by, lists
 
     def __eq__(self, other: object) -> bool:
@@ -93,17 +95,17 @@ def _depth_key(transformer: nn.Module, attribute: str, length: int) -> str | Non
     """The config key that tells a list's length: by its value, then by its name."""
     keys = [
         key
-        for key, value in dict(transformer.config).items()
+        for key, value in diffusers_model.of(transformer).config.items()
         if value == length
         and not isinstance(value, bool)
         and any(word in key for word in ("layer", "block", "depth"))
         and not any(word in key for word in ("head", *_BESIDE))
     ]
     alike = [key for key in keys if ("single" in key) == ("single" in attribute)]
-    return (alike or keys or [None])[0]
+    return next(iter(alike or keys), None)
 
 
-def _block_list(name: str, attribute: str, depth_key: str, block: type) -> BlockList:
+def _block_list(name: str, attribute: str, depth_key: str, block: type[nn.Module]) -> BlockList:
     takes = inspect.signature(block.forward).parameters
     state = next(argument for argument in _STATES if argument in takes)
     outputs = _returned(block) or _known_order(block)
@@ -129,13 +131,13 @@ def _known_order(block: type) -> tuple[str, ...] | None:
         known.return_hidden_states_index: IMAGE,
         known.return_encoder_hidden_states_index: TEXT,
     }
-    places.pop(None, None)
-    return tuple(places[place] for place in sorted(places)) or None
+    named = {place: stream for place, stream in places.items() if place is not None}
+    return tuple(named[place] for place in sorted(named)) or None
 
 
-def _returned(block: type) -> tuple[str, ...] | None:
+def _returned(block: type[nn.Module]) -> tuple[str, ...] | None:
     """The streams in a block's return statements, which must agree."""
-    orders = set()
+    orders: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(_source(block.forward))):
         if isinstance(node, ast.Return) and node.value is not None:
             values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
@@ -148,7 +150,7 @@ def _returned(block: type) -> tuple[str, ...] | None:
     return orders.pop() if len(orders) == 1 and "" not in next(iter(orders)) else None
 
 
-def _numbered(made_by: type, attributes: list[str]) -> str | None:
+def _numbered(made_by: type[nn.Module], attributes: list[str]) -> str | None:
     """Why blocks can't be renumbered: something but the order of their list tells them apart."""
     named = [f"self.{attribute}" for attribute in attributes]
     whole = ast.parse(_source(made_by)).body[0]
@@ -172,8 +174,8 @@ def _numbered(made_by: type, attributes: list[str]) -> str | None:
         if _counts(loop):
             return "its forward counts the blocks, or keeps what they return"
         if "enumerate(" in ast.unparse(loop.iter):
-            number = ast.unparse(loop.target.elts[0])
-            if _reads(loop.body, number):
+            pair = loop.target
+            if not isinstance(pair, ast.Tuple) or _reads(loop.body, ast.unparse(pair.elts[0])):
                 return "what its forward does with a block depends on the block's number"
     for node in ast.walk(ast.parse(_source(made_by.__init__))):
         if isinstance(node, (ast.ListComp, ast.GeneratorExp)) and "Block" in ast.unparse(node.elt):
@@ -199,7 +201,7 @@ def _one(node: ast.AST) -> bool:
     return isinstance(node, ast.Constant) and node.value == 1
 
 
-def _reads(statements: list[ast.AST], name: str) -> bool:
+def _reads(statements: Sequence[ast.AST], name: str) -> bool:
     """Whether statements read a name, beside residuals of a ControlNet and checkpointing."""
     for statement in statements:
         first_line = ast.unparse(statement).split("\n")[0]

@@ -23,14 +23,12 @@ def taps(block: Block):
     """
     seen: Streams = {}
     handles, width = [], block.width
-    if width.text:
+    if text := width.text:
 
-        def attend(module, args, kwargs):
-            seen["text/input"] = blocks.signature_arguments(module, args, kwargs)[
-                width.text.argument
-            ]
+        def attend(module, args, kwargs, argument=text.argument):
+            seen["text/input"] = blocks.signature_arguments(module, args, kwargs)[argument]
 
-        attention = block.module.get_submodule(width.text.attention)
+        attention = block.module.get_submodule(text.attention)
         handles.append(attention.register_forward_pre_hook(attend, with_kwargs=True))
     for stream, ffn in width.ffn.items():
 
@@ -53,8 +51,11 @@ def text_input(block: Block, bound: dict[str, Any]) -> Tensor:
     def stop(*_call) -> None:
         raise _Reached
 
+    text = block.width.text
+    if text is None:
+        raise ValueError(f"block {block.index} has no text stream")
     with taps(block) as seen:
-        attention = block.module.get_submodule(block.width.text.attention)
+        attention = block.module.get_submodule(text.attention)
         handle = attention.register_forward_pre_hook(stop)
         try:
             block.module(**bound)
