@@ -77,7 +77,7 @@ def refuse_unjudged(rows: list[dict], path: str) -> None:
     for number, row in enumerate(rows):
         for name in prompts.JUDGE_COLUMNS:
             known = range(10) if name == "digit" else COLORS
-            if row.get(name) not in map(str, known):
+            if row.get(name) not in [str(value) for value in known]:
                 raise UserError(
                     f"evaluate.judge is digits, but prompt {number} of {path} has {name} "
                     f"'{row.get(name)}'; it must be one of {', '.join(map(str, known))} "

@@ -23,7 +23,7 @@ from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, tables, texts, untrusted
-from ppcl.transformer import blocks, example_calls
+from ppcl.transformer import blocks, diffusers_model, example_calls
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def made_for(args: argparse.Namespace, settings: Settings) -> planner.Planner:
         size = example_calls.size_of(pipeline.size, settings.pipeline, latent_scale(teacher))
 
         def example(batch, dtype):
-            return example_calls.made(pipeline, transformer.config, size, batch, dtype)
+            of_model = diffusers_model.of(transformer).config
+            return example_calls.made(pipeline, of_model, size, batch, dtype)
 
     else:
         log.warning(

@@ -147,13 +147,13 @@ def score(pipe: QwenImagePipeline, settings: dict) -> dict:
                     for k in ("digit", "digit_color", "background_color")
                 ]
             )
-    right = np.array(right)
+    table = np.array(right)
     return {
-        "images": len(right),
-        "digit_accuracy": float(right[:, 0].mean()),
-        "digit_color_accuracy": float(right[:, 1].mean()),
-        "background_color_accuracy": float(right[:, 2].mean()),
-        "all_correct": float(right.all(1).mean()),
+        "images": len(table),
+        "digit_accuracy": float(table[:, 0].mean()),
+        "digit_color_accuracy": float(table[:, 1].mean()),
+        "background_color_accuracy": float(table[:, 2].mean()),
+        "all_correct": float(table.all(1).mean()),
         "judge_on_real_digits": judge.accuracy_on_real_digits(),
     }
 

@@ -109,9 +109,10 @@ def probe_block(transformer: nn.Module, weights: Mapping, ends: Ends) -> ProbeBl
     block, (first, last) = sequence[ends[0]], ends
     maps = {}
     for stream in block.list.outputs:
-        found = probes.of_stream(weights, stream, len(sequence))[first : last + 1]
-        if all(probe is not None for probe in found):
-            maps[stream] = composed(found)
+        inside = probes.of_stream(weights, stream, len(sequence))[first : last + 1]
+        passed = [probe for probe in inside if probe is not None]
+        if len(passed) == len(inside):
+            maps[stream] = composed(passed)
     return ProbeBlock(block, maps)
 
 

@@ -52,6 +52,7 @@ def through_chain(context: Context, students: Students, options: DistillSettings
         for _, metrics in found:
             for key, value in metrics.items():
                 total[key] = total.get(key, torch.zeros_like(value)) + value
-        yield "students", sum(loss for loss, _ in found), total
+        first, *others = (loss for loss, _ in found)
+        yield "students", sum(others, first), total
 
     return losses_of_step

@@ -76,7 +76,7 @@ def exactly(costs: Mapping[Ends, float], removed: int, depth: int) -> list[Ends]
     best: list[dict[int, tuple[float, tuple]]] = [{} for _ in range(depth + 1)]
     best[0][0] = (0.0, ())
     for block in range(depth):
-        arcs = [(block + 1, 0, 0.0, ())]
+        arcs: list[tuple[int, int, float, tuple]] = [(block + 1, 0, 0.0, ())]
         for (first, last), cost in costs.items():
             if first == block:
                 arcs.append((last + 1, last - first, cost, ((first, last),)))

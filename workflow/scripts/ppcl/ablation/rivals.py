@@ -77,7 +77,7 @@ def start(transformer: nn.Module, starts: Starts) -> students.Students:
     return found
 
 
-def lowest(scores: Sequence[float], removed: int, runs: Sequence[range]) -> list[int]:
+def lowest(scores: Sequence[float] | np.ndarray, removed: int, runs: Sequence[range]) -> list[int]:
     """The blocks of lowest score, though every run keeps its best; scores must be finite."""
     check(removed, sum(len(run) - 1 for run in runs))
     if bad := [b for run in runs if len(run) > 1 for b in run if not math.isfinite(scores[b])]:
@@ -133,8 +133,9 @@ def cka_change(tokens: TokenReader, streams: Sequence[str], estimator: str) -> n
 
     def similar(stream: str, block: int) -> float:
         ends = block, block + 1
-        names = tuple(f"stream {stream!r}, boundary {boundary}" for boundary in ends)
-        return linear_cka(*(tokens.values(b, stream) for b in ends), estimator, names)
+        before, after = (tokens.values(boundary, stream) for boundary in ends)
+        one, other = (f"stream {stream!r}, boundary {boundary}" for boundary in ends)
+        return linear_cka(before, after, estimator, (one, other))
 
     depth = range(tokens.boundaries - 1)
     return np.array([1 - np.mean([similar(s, b) for s in streams]) for b in depth])
@@ -205,8 +206,8 @@ def skip_errors(
     errors, skipped = np.full((len(groups), len(sequence)), np.nan), {}
     for run in runs:
         for block in run if len(run) > 1 else ():
-            ((ends, kept),) = merged({block}, [run]).items()
-            skipped[block] = {NewBlock(*ends): sequence[kept].module}
+            ((ends, only),) = merged({block}, [run]).items()
+            skipped[block] = {NewBlock(*ends): sequence[int(only)].module}
     sets = {
         f"without {b:02d}": (
             min(part.first for part in made),

@@ -92,7 +92,7 @@ def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module
     lr = material.settings.ablation.finetune_lr
     options = phases.stage_options(material, "finetune", steps, lr=lr)
     if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        diffusers_model.of(model).enable_gradient_checkpointing()
     losses = distillation.output_distillation(
         material.context, lambda _step: model, "transformer", options, in_float32=True
     )
@@ -128,11 +128,11 @@ def _velocity(material: Material, model: nn.Module) -> dict:
         options.batch_size,
         material.context.device,
     )
-    columns = [compared[key] for key in ("error", "norm", "prompt_index")]
-    error = metrics.ratio(*columns, options.bootstrap, material.settings.seed)
+    errors, norms, indices = (compared[key] for key in ("error", "norm", "prompt_index"))
+    error = metrics.ratio(errors, norms, indices, options.bootstrap, material.settings.seed)
     # The same prompts for all, so that methods can be compared prompt by prompt.
-    of_prompts = np.unique(columns[2], return_inverse=True)[1]
-    sums = (np.bincount(of_prompts, values).tolist() for values in columns[:2])
+    of_prompts = np.unique(indices, return_inverse=True)[1]
+    sums = (np.bincount(of_prompts, values).tolist() for values in (errors, norms))
     found = {"velocity_error": error.value, "by_prompt": json.dumps(list(sums))}
     if math.isfinite(error.low):  # over one prompt there is no interval, and JSON has no NaN
         found |= dict(zip(ENDS, (error.low, error.high), strict=True))
@@ -185,7 +185,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     for low_rank in WITH_LOW_RANK[job["train"].get("low_rank", "no")]:
         before, after = STATES[low_rank]
         model = plugged(material, taught, low_rank)
-        found = {before: material.once(before, lambda m=model: measure(material, pipe, m))}
+        found = {before: material.once(before, partial(measure, material, pipe, model))}
         model = finetuned(material, taught, low_rank)
         found[after] = material.once(after, lambda m=model: measure(material, pipe, m))
         tuning = phases.seconds_of(material, FINETUNE[low_rank])

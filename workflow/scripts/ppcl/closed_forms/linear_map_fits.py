@@ -24,7 +24,7 @@ from ppcl.search import probes
 from ppcl.settings import WidthSettings
 from ppcl.storage import tensors
 from ppcl.training import teaching
-from ppcl.transformer import blocks, calls, inside_block
+from ppcl.transformer import blocks, calls, diffusers_model, inside_block
 from ppcl.transformer.context import Context, State
 from ppcl.transformer.family import TEXT
 
@@ -63,7 +63,7 @@ def fit(
         UserError: NaN or infinity in an activation.
     """
     every = list(dict.fromkeys(maps))
-    found = {}
+    found: dict[Map, Fit] = {}
     for group in _groups(every, context.transformer):
         found |= _fit(context, wholes, group, rows, options)
     return found
@@ -162,7 +162,8 @@ def fit_to_files(
     # In order of depth, so that the teacher need not run to its end for all of them.
     every = sorted(dict.fromkeys(maps), key=lambda one: (one.target, one.source, one.kind))
     rank, count = accelerator.process_index, accelerator.num_processes
-    rows = fit_rows(context.reader, options, context.seed) if every else ()
+    none = np.empty(0, np.int64)
+    rows = fit_rows(context.reader, options, context.seed) if every else (none, none)
     groups = list(_groups(every, transformer, least=count))
     files = [state.folder / f"maps-{number}.safetensors" for number in range(len(groups))]
     for path, group in list(zip(files, groups, strict=True))[rank::count]:
@@ -174,7 +175,7 @@ def fit_to_files(
         for one, fit in found.items():
             for leaf in LEAVES:
                 value = torch.from_numpy(getattr(fit.probe, leaf))
-                leaves[f"{one.name}.{leaf}"] = value.to(transformer.dtype)
+                leaves[f"{one.name}.{leaf}"] = value.to(diffusers_model.of(transformer).dtype)
         errors = {one.name: fit.error_heldout for one, fit in found.items()}
         with stopping.part():
             tensors.write(path, leaves, {"identity": of, "errors": json.dumps(errors)})

@@ -7,6 +7,7 @@ tokenizer, then text encoder (its embeddings condition the transformer), autoenc
 import json
 from collections.abc import Iterator
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,9 +53,10 @@ def make_tokenizer() -> Qwen2Tokenizer:
         if count >= PREFIX_TOKENS:
             break
     model = json.loads(bpe.to_str())["model"]
+    merges: Any = [tuple(pair) for pair in model["merges"]]  # its annotation knows no pairs
     tokenizer = Qwen2Tokenizer(
         vocab=model["vocab"],
-        merges=[tuple(pair) for pair in model["merges"]],
+        merges=merges,
         unk_token="<|endoftext|>",
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",

@@ -1,6 +1,7 @@
 """Pictures of teacher and variants: made by tasks for `workers`, a batch at a time."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ def _pipeline(model: Model, device: torch.device) -> DiffusionPipeline:
 
 
 def plan_batches(
-    model: Model, device: torch.device, settings: dict, items: list[dict], size: int
+    model: Model, device: torch.device, settings: Mapping, items: list[dict], size: int
 ) -> list[list[dict]]:
     """See pipelines.in_batches; a task, so that only a worker loads the pipeline. Warns of prompts
     that are cut."""
@@ -39,7 +40,7 @@ def plan_batches(
 
 
 def generate(
-    model: Model, device: torch.device, settings: dict, batch: list[dict], part: Path
+    model: Model, device: torch.device, settings: Mapping, batch: list[dict], part: Path
 ) -> None:
     """Makes one batch of pictures into a table (schemas.IMAGES), unless it is there already.
 
@@ -54,8 +55,8 @@ def generate(
         return
     pipe = _pipeline(model, device)
     prompts, seeds = [item["prompt"] for item in batch], [item["seed"] for item in batch]
-    images = [item.get("image") for item in batch]
-    made = pipelines.run(pipe, prompts, seeds, settings, images, output_type="np")
+    given = [item.get("image") for item in batch]
+    made = pipelines.run(pipe, prompts, seeds, settings, given, output_type="np")
     images, frames = stacked(made)
     if not np.isfinite(images).all():
         raise broken(model.name, "a picture")

@@ -92,6 +92,7 @@ def _start_worker(threads: int) -> None:
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has one"
 
     def follow() -> None:
         parent.join()  # also returns when the parent was killed, which nothing else would tell us

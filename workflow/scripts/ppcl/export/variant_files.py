@@ -42,9 +42,13 @@ class Files:
         """Those of a command line that may read them."""
         given = {name: path for name, path in vars(args).items() if path is not None}
         return cls(
-            *(given.get(name) for name in ("width", "maps", "conditioning", "latency", "refits")),
-            {source: given[source] for source in (START, *TRAINED) if source in given},
-            {
+            width=given.get("width"),
+            maps=given.get("maps"),
+            conditioning=given.get("conditioning"),
+            latency=given.get("latency"),
+            refits=given.get("refits"),
+            students={source: given[source] for source in (START, *TRAINED) if source in given},
+            errors={
                 stage: given[f"{stage}_unit_costs"]
                 for stage in TRAINED
                 if f"{stage}_unit_costs" in given

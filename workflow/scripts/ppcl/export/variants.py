@@ -8,6 +8,7 @@ stage that each is from.
 import functools
 from collections import ChainMap
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn

@@ -1,6 +1,6 @@
 """The tokens of one replayed call that extraction keeps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from ppcl.transformer.context import Context
 def pick_tokens(
     masks: blocks.Streams,
     stream: str,
-    shape: tuple[int, int],
+    shape: Sequence[int],
     count: int,
     rows: np.ndarray,
     seed: int,

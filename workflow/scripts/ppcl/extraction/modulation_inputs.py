@@ -273,7 +273,8 @@ def time_map(
     """
     rows = rows[np.isfinite(reader.index["timestep"][rows])]
     if not len(rows):
-        return _unknown(reader)
+        _unknown(reader)
+        return None
     timesteps, sigmas = (reader.index[name][rows] for name in ("timestep", "sigma"))
     flow = np.isfinite(sigmas) & (sigmas > 0)
     ratios = timesteps[flow] / sigmas[flow]
@@ -282,9 +283,11 @@ def time_map(
         highest = float(np.round(np.median(ratios)))
     order = np.argsort(timesteps, kind="stable")
     few = order[np.unique(np.linspace(0, len(order) - 1, 8).astype(int))]
-    times = [reader.batch(rows[[n]]).arguments.get(argument) for n in few]
-    if not all(isinstance(time, Tensor) for time in times):
-        return _unknown(reader)
+    asked = [reader.batch(rows[[n]]).arguments.get(argument) for n in few]
+    times = [time for time in asked if isinstance(time, Tensor)]
+    if len(times) < len(asked):
+        _unknown(reader)
+        return None
     given = np.array([time.double().mean() for time in times])
     for slope, offset in (
         (1.0, 0.0),
@@ -296,7 +299,8 @@ def time_map(
         off = np.abs(slope * timesteps[few] + offset - given)
         if (off <= 0.01 * abs(slope) * highest).all():
             return (slope, offset), highest
-    return _unknown(reader)
+    _unknown(reader)
+    return None
 
 
 def _unknown(reader: calls.Reader) -> None:

@@ -114,7 +114,8 @@ class Store:
 
 
 def _bytes(values: np.ndarray) -> memoryview:
-    return memoryview(values.reshape(-1).view(np.uint8))
+    flat = values.reshape(-1).view(np.uint8)
+    return memoryview(flat)  # type: ignore[arg-type]  # numpy says so from Python 3.12 on
 
 
 @dataclass

@@ -92,10 +92,10 @@ def _variant_parameters(planner: Planner, budget: Mapping[str, float]) -> int:
 
 def _calls(planner: Planner) -> float | None:
     """Bytes of calls.parquet."""
-    rows = planner.recorded()
-    if planner.example is None or rows is None:
+    rows, answer = planner.recorded(), planner.answer()
+    if planner.example is None or rows is None or answer is None:
         return None
-    return rows * (bytes_of(planner.example(1, planner.dtype)) + planner.answer())
+    return rows * (bytes_of(planner.example(1, planner.dtype)) + answer)
 
 
 def _streams(planner: Planner, units: list[Unit]) -> dict[str, float]:

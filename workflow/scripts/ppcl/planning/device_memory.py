@@ -3,6 +3,7 @@
 What only a device knows (its context, fragmentation) is left to `RESERVED`.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ppcl.planning.planner import Planner
@@ -40,7 +41,7 @@ class Stage:
 def of_parts(
     planner: Planner,
     name: str,
-    parts: dict[str, float | None],
+    parts: Mapping[str, float | None],
     beside: float | None,
     least: float | None = None,
     note: str = "",
@@ -52,13 +53,13 @@ def of_parts(
         beside, least: peak bytes beside the teacher's, as configured and with all savings; None if
             they can't be told.
     """
-    least = beside if least is None else least
-    parts = {"teacher": planner.weights, "teacher offloaded": planner.offloaded} | parts
+    every = {"teacher": planner.weights, "teacher offloaded": planner.offloaded, **parts}
     if beside is None:
-        return Stage(name, parts, None, None, None, note)
+        return Stage(name, every, None, None, None, note)
+    least = beside if least is None else least
     return Stage(
         name,
-        parts,
+        every,
         planner.weights + beside,
         planner.offloaded + beside,
         planner.offloaded + least,

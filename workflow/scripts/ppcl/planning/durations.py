@@ -27,6 +27,7 @@ from ppcl.settings import (
     WidthSettings,
 )
 from ppcl.transformer import blocks, example_calls
+from ppcl.transformer.family import Pipeline
 
 # TFLOP/s, if forecast.tflops names none. An A100's peak is 312 in bf16, of which large products
 # leave a third; a CPU's is that of two cores in float32.
@@ -166,9 +167,9 @@ def works(planner: Planner) -> dict[str, Work]:
             step = times("subsets") * whole
             done["subsets"] = trained("subsets", step, every, settings.subsets, streams=False)
     # Every unit alone, and for every variant its units of one stage each, and one flipped by one.
-    tried = len(every) * (1 + 3 * len(settings.variants)) if settings.trains else 0
-    tried += len(settings.variants)
-    done["choose"] = _prices(planner, found, [0] * tried, settings.choose)
+    sets = len(every) * (1 + 3 * len(settings.variants)) if settings.trains else 0
+    sets += len(settings.variants)
+    done["choose"] = _prices(planner, found, [0] * sets, settings.choose)
     longest = max(settings.variants, key=lambda variant: variant.finetune_steps)
     if longest.finetune_steps:
         tuning = settings.finetune.for_variant(longest)
@@ -190,12 +191,17 @@ def works(planner: Planner) -> dict[str, Work]:
 
 def branches_of(planner: Planner) -> int:
     """Calls of a guided denoising step."""
-    return 2 if example_calls.guided(planner.pipeline, planner.settings.pipeline) else 1
+    return 2 if example_calls.guided(_pipeline(planner), planner.settings.pipeline) else 1
+
+
+def _pipeline(planner: Planner) -> Pipeline:
+    assert planner.pipeline is not None, "asked for only where it is known"
+    return planner.pipeline
 
 
 def steps_of(planner: Planner) -> int:
     """Calls of the transformer for one picture."""
-    steps = planner.settings.pipeline.get("num_inference_steps", planner.pipeline.steps)
+    steps = planner.settings.pipeline.get("num_inference_steps", _pipeline(planner).steps)
     return steps * branches_of(planner)
 
 
@@ -311,11 +317,11 @@ def main_memory(stage: Stage | None, settings: Settings, weights: int) -> int:
         weights: bytes of the teacher's transformer.
     """
     processes = 1 if settings.processes == "auto" else settings.processes
-    needed = (processes + 1) * weights
+    passing = (processes + 1) * weights
     if stage is None:
-        return needed
+        return passing
     kinds = ("students", "gradients", "optimizer 32-bit")
-    needed += processes * sum(stage.parts.get(kind) or 0 for kind in kinds)
+    needed = passing + processes * sum(stage.parts.get(kind) or 0 for kind in kinds)
     needed += stage.parts.get("main memory") or 0
     on_cpu = processes * (stage.resident or 0) if settings.device == "cpu" else 0
     return math.ceil(max(needed, on_cpu))

@@ -84,8 +84,8 @@ class Meter(TorchDispatchMode):
             returned = made[0] if len(made) == 1 else tuple(made)
         else:
             returned = func(*args, **(kwargs or {}))
-            made = returned if isinstance(returned, tuple | list) else [returned]
-            made = [t for t in made if isinstance(t, Tensor)]
+            several = returned if isinstance(returned, tuple | list) else [returned]
+            made = [t for t in several if isinstance(t, Tensor)]
             if _all_new(func, returned, made, given):
                 self._known[key] = [(t.shape, t.stride(), t.dtype) for t in made]
         for tensor in made:

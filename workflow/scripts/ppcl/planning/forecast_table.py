@@ -17,7 +17,8 @@ def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Ite
     whole = None
     for name, (model, block_map) in planner.variants.items():
         counted = planner.flops(model)
-        per_block, total = counted or ([None] * len(block_map), None)
+        unknown: Sequence[int | None] = [None] * len(block_map)
+        per_block, total = counted or (unknown, None)
         whole = whole or total
         share = "by FLOPs, of the teacher's call"
         for measure, value, unit, note in (
@@ -30,7 +31,7 @@ def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Ite
             ),
             ("blocks", len(block_map), "blocks", ""),
             ("flops", total, "FLOPs", "of one call, batch 1"),
-            ("latency share", total and total / whole, "share", share),
+            ("latency share", total / whole if total and whole else total, "share", share),
         ):
             yield _row("variant", name, measure, value, unit, note=note)
         for block, spent in zip(blocks.block_sequence(model), per_block, strict=True):

@@ -6,7 +6,7 @@ The text encoder and the autoencoder are not counted.
 
 import copy
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -56,13 +56,14 @@ class Planner:
 
         `modulation`: with the ranks that are selected, else every matrix at the highest on offer.
         """
-        chosen = {"teacher": []}
+        chosen: dict[str, Sequence[Unit]] = {"teacher": []}
         if self.depth:
             chosen["depth"] = self.depth
         if any(part.narrow for part in new_blocks_of(self.every)):
             chosen["depth+width" if self.depth else "width"] = self.every
-        ranks = {m: max(offered) for m, offered in self.matrices.items()}
-        ranks = ranks if self.ranks is None else self.ranks
+        ranks = self.ranks
+        if ranks is None:
+            ranks = {m: max(offered) for m, offered in self.matrices.items()}
         models = {}
         for name, taken in chosen.items():
             made = weightless.new_blocks(self.transformer, taken)
@@ -159,6 +160,7 @@ class Planner:
     @torch.no_grad()
     def _look(self) -> None:
         """Runs one call and keeps what its shapes tell: channels, answer, bytes of streams."""
+        assert self.example is not None, "`_looked` asks"
         sequence = blocks.block_sequence(self.transformer)
         channels: list[dict[str, int]] = [{} for _ in sequence]
         sizes: dict[int, int] = {}

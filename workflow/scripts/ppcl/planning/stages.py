@@ -18,8 +18,10 @@ from ppcl.transformer import blocks, example_calls
 def every(planner: Planner) -> Iterator[Stage]:
     """All of them, in the order in which they run."""
     settings = planner.settings
-    joined = planner.pipeline is not None and planner.pipeline.joined
-    doubled = 2 if joined and example_calls.guided(planner.pipeline, settings.pipeline) else 1
+    pipeline = planner.pipeline
+    joined = pipeline is not None and pipeline.joined
+    guided = pipeline is not None and example_calls.guided(pipeline, settings.pipeline)
+    doubled = 2 if joined and guided else 1
     alone = "transformer alone: text encoder and autoencoder come on top"
     yield _still(planner, "record", settings.record.batch_size * doubled, note=alone)
     yield _extract(planner)

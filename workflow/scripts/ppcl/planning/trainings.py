@@ -21,7 +21,7 @@ from ppcl.pruning import narrow, students
 from ppcl.pruning.units import Unit, new_blocks_of
 from ppcl.settings import FinetuneSettings, TrainingSettings
 from ppcl.training import shards, steps
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, calls, diffusers_model
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def subsets(planner: Planner) -> Stage:
     def measured(recompute: bool) -> footprint.Footprint | None:
         dtype, times = _precision(options)
         running = _running(made, dtype)
-        wrapped = {p: steps.InFloat32(m) for p, m in running.items()}
+        wrapped: students.Students = {p: steps.InFloat32(m) for p, m in running.items()}
         model, _ = weightless.plugged(planner.transformer, wrapped if times == 1 else running)
         batch = planner.batch(_batch_size(planner, options), planner.dtype)
         return _velocity(model, batch, recompute, list(running.values()), times)
@@ -178,7 +178,7 @@ def _velocity(
     if batch is None:
         return None
     if recompute:
-        model.enable_gradient_checkpointing()
+        diffusers_model.of(model).enable_gradient_checkpointing()
 
     def run():
         torch.autograd.backward(steps.velocity_loss(model, batch, ALONE, in_float32=False))
@@ -187,7 +187,7 @@ def _velocity(
         found = footprint.measured(run, trained, times)
     finally:
         if recompute:
-            model.disable_gradient_checkpointing()
+            diffusers_model.of(model).disable_gradient_checkpointing()
     return found.beside(bytes_of(batch.arguments))
 
 
@@ -209,14 +209,14 @@ def _trained(planner: Planner, name: str, options: TrainingSettings, trained: Tr
     )
     lowered = options.mixed_precision == "bf16"
     casts = 2 * sum(map(blocks.parameter_count, cast)) if lowered else 0
-    parts = {
+    parts: dict[str, float | None] = {
         "students": held,
         "casts": casts,
         "gradients": 4 * count,
         "optimizer 32-bit": states,
         "optimizer 8-bit": small,
-        "activations": plain and plain.activations,
-        "activations checkpointed": again and again.activations,
+        "activations": plain.activations if plain else None,
+        "activations checkpointed": again.activations if again else None,
     }
     note = f"batch {_batch_size(planner, options)}, {options.mixed_precision} mixed precision"
     note += ", checkpointed" if options.gradient_checkpointing else ""
@@ -230,7 +230,7 @@ def _trained(planner: Planner, name: str, options: TrainingSettings, trained: Tr
         } | {"casts": 0, "gathered": shares.gathered}
         note += f", shared out over {shares.processes} processes"
         note += ", shares in CPU memory" if shares.offloaded else ""
-    if plain is None:
+    if plain is None or again is None:
         return of_parts(planner, name, parts, None, note=note)
     used = again if options.gradient_checkpointing else plain
     configured = small if options.optimizer == "adamw8bit" else states

@@ -6,8 +6,9 @@ are exact.
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import ConfigMixin, ModelMixin
@@ -22,7 +23,7 @@ from ppcl.pruning.units import Matrix, Unit, new_blocks_of, units_of
 from ppcl.settings import ModulationSettings, Settings, TeacherSettings
 from ppcl.storage import untrusted
 from ppcl.teacher import hub
-from ppcl.transformer import blocks, registry
+from ppcl.transformer import blocks, diffusers_model, registry
 
 # What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
 # for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
@@ -32,7 +33,7 @@ BITS_8_BLOCK = 256
 class _Config(ConfigMixin):
     """Reads the config of a model of any class."""
 
-    config_name = "config.json"
+    config_name = "config.json"  # type: ignore[assignment]  # None there, for each class to set
 
 
 def _from_hub(teacher: TeacherSettings, place: str) -> dict:
@@ -42,7 +43,8 @@ def _from_hub(teacher: TeacherSettings, place: str) -> dict:
         if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             # Asked once: a download would try for half a minute without a network.
             get_session().head(constants.ENDPOINT, timeout=hub.PATIENCE)
-        return _Config.load_config(name, subfolder=place, revision=revision)
+        found = _Config.load_config(name, subfolder=place, revision=revision)
+        return found  # type: ignore[return-value]  # one, unless it is asked for what was not used
     except Exception as error:  # offline, no such repository, no token: of many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -93,7 +95,7 @@ def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
     import diffusers
 
     name = registry.today(config["_class_name"], config)
-    made_by = getattr(diffusers, name, None)
+    made_by: Any = getattr(diffusers, name, None)
     if not (isinstance(made_by, type) and issubclass(made_by, ModelMixin)):
         raise UserError(
             f"{where}: diffusers {diffusers.__version__} has no model {name}; only its own "
@@ -101,11 +103,11 @@ def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
         )
     try:
         with footprint.META:
-            made = made_by.from_config(dict(config))
+            made = diffusers_model.class_of(made_by).from_config(dict(config))
     except Exception as error:  # whatever a constructor makes of odd values
         raise UserError(f"{where}: {name} can't be made of this config: {error}") from error
     blocks.family(made)
-    kept = () if dtype == torch.float32 else made_by._keep_in_fp32_modules or ()
+    kept: Sequence[str] = () if dtype == torch.float32 else made_by._keep_in_fp32_modules or ()
     for path, parameter in made.named_parameters():
         if not any(part in path.split(".") for part in kept):
             parameter.data = parameter.data.to(dtype)

@@ -46,9 +46,11 @@ def of_config(settings: Settings, depth: int | None = None) -> tuple[Named, Name
                 "them"
             )
     for key, ends in (("intervals", required.intervals), ("width.text", required.runs)):
-        for one, other in itertools.pairwise(sorted(ends)):
-            if overlap(one, other):
-                raise UserError(f"{key}.require: {shown(one)} and {shown(other)} overlap; drop one")
+        for left, right in itertools.pairwise(sorted(ends)):
+            if overlap(left, right):
+                raise UserError(
+                    f"{key}.require: {shown(left)} and {shown(right)} overlap; drop one"
+                )
     for run, interval in itertools.product(required.runs, required.intervals):
         if overlap(run, interval) and (run == interval or not within(interval, run)):
             raise UserError(

@@ -55,9 +55,8 @@ def read(path: Path) -> SelectionFile:
     try:
         for key in ("transformer_parameters", "blocks"):
             int(facts[key])
-        selection = SelectionFile(
-            *(_units(facts[key]) for key in ("units", "distilled", "closed")), facts
-        )
+        units, distilled, closed = (_units(facts[key]) for key in ("units", "distilled", "closed"))
+        selection = SelectionFile(units, distilled, closed, facts)
         for new_block in new_blocks_of([*selection.units, *selection.distilled, *selection.closed]):
             if not 0 <= new_block.first <= new_block.last < facts["blocks"]:
                 raise ValueError(f"new block {new_block.name} is not of {facts['blocks']} blocks")

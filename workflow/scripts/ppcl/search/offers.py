@@ -126,10 +126,11 @@ def offered(
         seconds = measured.saved_seconds(units.values(), files.latency)
         weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
     errors = {name: dict(alone.get(name, {})) for name in units}
+    distilled = selection.distilled if selection else ()
     for stage, path in files.unit_costs.items():
         for name, error in measured.unit_errors(path).items():
             # With width.schedule: staged, distill has whole blocks where units may be narrow.
-            if name in units and (stage != "distill" or units[name] in selection.distilled):
+            if name in units and (stage != "distill" or units[name] in distilled):
                 errors[name][stage] = error
     return Offer(closed, units, errors, weights, facts, required)
 

@@ -228,7 +228,7 @@ def code_beside(teacher: TeacherSettings) -> type:
     return trust.class_beside(hub.folder(teacher, only=(part,)), part)
 
 
-def call_arguments(pipe: DiffusionPipeline, settings: Mapping[str, Any]) -> dict[str, Any]:
+def call_arguments(pipe: DiffusionPipeline, settings: Mapping[str, Any]) -> Mapping[str, Any]:
     """Checks the config's `pipeline` keys against the pipeline's own signature.
 
     Raises:

@@ -174,7 +174,7 @@ def any_subset(
     """
     transformer, seed = context.transformer, context.seed
     if options.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+        diffusers_model.of(transformer).enable_gradient_checkpointing()
     fitting = {part: steps.InFloat32(student) for part, student in students.items()}
 
     def model_at(step: int) -> nn.Module:

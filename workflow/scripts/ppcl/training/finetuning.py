@@ -5,7 +5,7 @@ from torch import nn
 
 from ppcl.settings import FinetuneSettings
 from ppcl.training import fsdp
-from ppcl.transformer import blocks
+from ppcl.transformer import blocks, diffusers_model
 
 
 def trainable(model: nn.Module, options: FinetuneSettings, accelerator: Accelerator) -> nn.Module:
@@ -18,7 +18,7 @@ def trainable(model: nn.Module, options: FinetuneSettings, accelerator: Accelera
     # In evaluation mode, as the teacher was: some classes answer in another shape in training.
     model = model.float().eval().requires_grad_(True)
     if options.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        diffusers_model.of(model).enable_gradient_checkpointing()
     if shared_out:
         every = [block.module for block in blocks.block_sequence(model)]
         fsdp.shard(model, every, accelerator, options.cpu_offload)

@@ -6,6 +6,7 @@ shared out, and how a parameter is whole again, as files have it.
 """
 
 from collections.abc import Iterable, Mapping
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.distributed
@@ -58,7 +59,7 @@ def shard(
         alone = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=alone, rank=0, world_size=1)
     lowered = torch.bfloat16 if accelerator.mixed_precision == "bf16" else None
-    how = {
+    how: dict[str, Any] = {
         "mesh": init_device_mesh(device.type, (accelerator.num_processes,)),
         "offload_policy": (
             CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
@@ -73,7 +74,7 @@ def shard(
     fully_shard(model, **how)
 
 
-def is_shared(tensor: Tensor) -> bool:
+def is_shared(tensor: Tensor | None) -> TypeGuard[DTensor]:
     """Whether this process has but a share of it."""
     return isinstance(tensor, DTensor)
 
@@ -92,10 +93,13 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
         tensor = tensors[name]
         if is_shared(tensor):
             # On the mesh's device: NCCL cannot gather shares that are kept in CPU memory.
-            tensor = tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
+            there = tensor.detach().to(tensor.device_mesh.device_type)
+            assert is_shared(there)
+            full = there.full_tensor()
             # A copy: if the rows do not divide evenly, it is a view of more rows than it has.
-            tensor = tensor.to("cpu", copy=True) if keep else None
-        if keep:
+            if keep:
+                whole[name] = full.to("cpu", copy=True)
+        elif keep:
             whole[name] = tensor
     return whole
 
@@ -125,7 +129,8 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, accelerator: Accele
     if not any(map(is_shared, grads)):
         return nn.utils.clip_grad_norm_(parameters, largest)
     # On the device, wherever the shares are: processes need no way to talk between CPUs.
-    squares = sum(grad.to_local().square().sum() for grad in grads).to(accelerator.device)
+    first, *others = (cast(DTensor, grad).to_local().square().sum() for grad in grads)
+    squares = sum(others, first).to(accelerator.device)
     norm = accelerator.reduce(squares, reduction="sum").sqrt()
     nn.utils.clip_grads_with_norm_(parameters, largest, norm)
     return norm

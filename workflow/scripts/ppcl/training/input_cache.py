@@ -240,7 +240,8 @@ class InputCache:
                 "distill.cache_inputs to never"
             ) from error
         low = self._accelerator.mixed_precision == "bf16"
-        computed = [torch.bfloat16 if low else torch.float32, self._transformer.dtype]
+        own = diffusers_model.of(self._transformer).dtype
+        computed = [torch.bfloat16 if low else torch.float32, own]
         masks = blocks.token_masks(blocks.family(self._transformer), arguments, whole)
         worst, equal = 0.0, True
         for stream, ran in whole.items():
@@ -254,12 +255,12 @@ class InputCache:
             if stream in masks:
                 kept, ran = kept[masks[stream]], ran[masks[stream]]
             equal &= torch.equal(kept, ran)
-            error = (kept - ran).float().norm() / ran.float().norm().clamp_min(1e-30)
-            worst = max(worst, float(error))
-            if not float(error) <= max(torch.finfo(kind).eps for kind in computed) ** 0.5:
+            off = float((kept - ran).float().norm() / ran.float().norm().clamp_min(1e-30))
+            worst = max(worst, off)
+            if not off <= max(torch.finfo(kind).eps for kind in computed) ** 0.5:
                 raise UserError(
                     f"{self._folder}: the {stream} stream before block {self.first} is another in "
-                    f"another batch (relative difference {float(error):.2g}), so it can't be kept; "
+                    f"another batch (relative difference {off:.2g}), so it can't be kept; "
                     "set distill.cache_inputs to never"
                 )
         if self._accelerator.is_main_process:

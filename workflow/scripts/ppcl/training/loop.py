@@ -244,14 +244,20 @@ def _average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelera
         return
     left = collections.deque(p for p in parameters if not fsdp.is_shared(p.grad))
     while left:
-        bucket, size = [], 0
+        bucket: list[nn.Parameter] = []
+        size = 0
         while left and (not bucket or size + left[0].numel() <= BUCKET):
             bucket.append(left.popleft())
             size += bucket[-1].numel()
-        flat = torch.cat([p.grad.flatten() for p in bucket])
+        flat = torch.cat([_gradient(p).flatten() for p in bucket])
         flat = accelerator.reduce(flat, reduction="mean")
         for parameter, mean in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
             parameter.grad = mean.view_as(parameter)
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "a step reaches all that it trains"
+    return parameter.grad
 
 
 def _mean_over_processes(total: dict[str, Tensor], steps: int, accelerator: Accelerator) -> dict:

@@ -7,6 +7,7 @@ the same whoever trains beside it.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ def adamw(
     Raises:
         UserError: bitsandbytes is needed and not installed, or can't run here.
     """
-    options = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
+    options: dict[str, Any] = {"lr": lr, "betas": betas, "weight_decay": weight_decay}
     if kind == "adamw":
         # One kernel for all tensors; with tiny blocks the plain loop costs a tenth.
         return torch.optim.AdamW(groups, fused=True, **options)
@@ -56,6 +57,7 @@ def restore(
 ) -> None:
     """Puts back what `state_of` gave, with whole tensors of whatever device."""
     step = state["step"]
+    kept: dict[str, Any]
     if isinstance(optimizer, torch.optim.AdamW):
         kept = {"step": step.to(parameter.device)}
         kept |= {n: fsdp.like(v, parameter) for n, v in state.items() if n != "step"}

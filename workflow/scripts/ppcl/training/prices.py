@@ -9,6 +9,7 @@ differs by about 2e-5, which is more than most changes cost, and such floors wou
 search.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -56,8 +57,12 @@ def of_students(
     Args:
         students_of: by name, the first and the last block of a set, and what makes it.
     """
+
+    def model(make: Callable[[], Students]) -> nn.Module:
+        return plugged(transformer, make())[0]
+
     return {
-        name: Change(first, lambda make=make: plugged(transformer, make())[0], last)
+        name: Change(first, functools.partial(model, make), last)
         for name, (first, last, make) in students_of.items()
     }
 
@@ -117,7 +122,7 @@ class Judged:
         every = known.before(first)
         with self._in_float32(model):
             for batch, streams in zip(self._batches, every, strict=True):
-                running = late.model(streams) if streams else model
+                running = late.model(streams) if late and streams else model
                 output = blocks.answer(running, batch.to(self._device).arguments)
                 # On the device, which need not be waited for.
                 wrong += self._distance(output, batch)
@@ -148,7 +153,7 @@ class Judged:
             again = len(blocks.block_sequence(model)) - (self._depth - 1 - last)
             with self._in_float32(model):
                 for number, (batch, streams) in enumerate(zip(self._batches, every, strict=True)):
-                    running = late.model(streams) if streams else None
+                    running = late.model(streams) if late and streams else None
                     arguments = batch.to(self._device).arguments
                     found = streams_before(model, again, arguments, running)
                     found = {name: value.cpu() for name, value in found.items()}
@@ -259,7 +264,7 @@ def measure(
     known[[place[name] for name in again]] = 0.0
     # The sum over processes counts an error once.
     found = known if rank == 0 else torch.zeros_like(known)
-    turns = range(rank, len(rest), count)
+    turns: Iterable[int] = range(rank, len(rest), count)
     if state and rest:
         state.folder.mkdir(parents=True, exist_ok=True)
         turns = processes.in_turns(accelerator, len(rest), state.folder)
@@ -309,7 +314,7 @@ def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
 
 def _finished(state: State) -> dict[str, float]:
     """Errors by name that earlier runs of the same identity left, of whatever process."""
-    found = {}
+    found: dict[str, float] = {}
     for path in sorted(state.folder.glob("*.json")):
         kept = texts.read_sealed(path)
         if kept["identity"] == state.identity:

@@ -127,7 +127,7 @@ def assign(units: Sequence[Unit], wanted: int | str, caching: Caching = NEVER) -
     """
     if not units:
         return [[]]
-    if wanted != "auto":
+    if isinstance(wanted, int):
         return _split(units, min(wanted, len(units)), caching)
     fastest = max(cost([unit], caching) for unit in units)
     for count in range(1, len(units) + 1):

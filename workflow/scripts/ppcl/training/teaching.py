@@ -162,7 +162,7 @@ def interval_losses(
     options: with `outliers`, the loss is of the streams without them; the errors are of all.
     """
     deviations = options.outliers
-    weights = {options.loss: 1.0}
+    weights: dict[str, float] = {options.loss: 1.0}
     if options.loss == "mixed":
         weights = {"normalised": 1.0, "relative": options.relative_weight}
     metrics: dict[str, Tensor] = {}
@@ -184,7 +184,9 @@ def interval_losses(
             if trained:
                 total[kind] = total[kind] + distance
     first, *others = (weights[kind] * loss for kind, loss in total.items())
-    return sum(others, first), metrics
+    loss = sum(others, first)
+    assert isinstance(loss, Tensor), "a part returns streams"
+    return loss, metrics
 
 
 def linear_loss(
@@ -210,7 +212,8 @@ def linear_loss(
         if stream in output  # after the last block, nothing may read it
     ]
     if part.borrows:
+        assert lesson.lent is not None and lesson.text_input is not None, "as it borrows"
         lent = losses.without_padding(lesson.lent, real.get(TEXT, Real()).mask)
         mapped = lent + narrow.maps(student)["text/input"](lent)
         errors.append(error(mapped, lesson.text_input, TEXT))
-    return sum(errors) if errors else None
+    return sum(errors[1:], errors[0]) if errors else None

@@ -28,6 +28,11 @@ class DiffusersModel(Protocol):
     def from_config(cls, config: Mapping[str, Any]) -> nn.Module: ...
 
 
+def class_of(made_by: type[nn.Module]) -> type[DiffusersModel]:
+    """A transformer's class, likewise."""
+    return cast(type[DiffusersModel], made_by)
+
+
 def of(transformer: nn.Module) -> DiffusersModel:
     """A transformer, as what it is beside a Module."""
     return cast(DiffusersModel, transformer)
