@@ -12,6 +12,7 @@ noise level of Delta's rise, per stream, is written into cka.parquet's provenanc
 
 import json
 import logging
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -75,12 +76,12 @@ def compare(
     fitted: its probes, by block. wanted: the device, if it has room.
     """
     chosen = settings.similarity
-    how = {key: getattr(chosen, key) for key in ("estimator", "normalise_tokens")}
+    how: dict[str, Any] = {key: getattr(chosen, key) for key in ("estimator", "normalise_tokens")}
     read, plan = similarity.heldout(tokens, stream, chosen, settings.seed)
     present = [i for i, probe in enumerate(fitted) if probe is not None]
     shape = read(present[0]).shape
     needed = similarity.memory(shape, len(present), chosen, wanted)
-    here = {"stream": stream, "device": devices.with_room(wanted, needed)}
+    here: dict[str, Any] = {"stream": stream, "device": devices.with_room(wanted, needed)}
     if here["device"] != wanted:
         room = needed / 2**30
         log.warning("stream %s: on the CPU: %s has no %.3g GiB free", stream, wanted, room)
