@@ -28,7 +28,8 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
     unread_after = linear_maps.unread_after(transformer)
     units = units_of(starts, chosen.runs, chosen.ffns, unread_after)
     parts = new_blocks_of(units)
-    taught, uncut = rivals.start(transformer, starts), {}
+    taught = rivals.start(transformer, starts)
+    uncut: Students = {}
     if train.get("start") == "solved":
         for student in taught.values():
             student.to(device)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from ppcl.pruning.units import Unit
 from ppcl.settings import Settings
 from ppcl.teacher import pipelines, prompts
 from ppcl.training import distillation
-from ppcl.transformer import blocks
+from ppcl.transformer import blocks, diffusers_model
 from ppcl.transformer.context import Context, State
 
 BUDGETS = 8  # sizes at which students are measured that are to serve every budget
@@ -187,7 +188,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
         model = plugged(material, taught, low_rank)
         found = {before: material.once(before, partial(measure, material, pipe, model))}
         model = finetuned(material, taught, low_rank)
-        found[after] = material.once(after, lambda m=model: measure(material, pipe, m))
+        found[after] = material.once(after, partial(measure, material, pipe, model))
         tuning = phases.seconds_of(material, FINETUNE[low_rank])
         done = {before: (steps, trained), after: (steps + extra, trained + tuning)}
         for state, measured in found.items():

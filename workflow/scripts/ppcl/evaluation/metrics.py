@@ -5,7 +5,7 @@ number), so one bootstrap serves all: it draws prompts, not samples, since sampl
 are alike and drawing them singly would promise too much.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from typing import NamedTuple
 

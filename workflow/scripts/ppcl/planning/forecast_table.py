@@ -38,11 +38,12 @@ def rows(planner: Planner, every: Sequence[Stage], gpus: Sequence[float]) -> Ite
             ends = block_map[block.index]
             stands = f"for {ends[0]}" + (f" to {ends[-1]}" if len(ends) > 1 else "")
             at = {"note": stands, "block": block.index}
+            by_flops = {**at, "note": f"{stands}; by FLOPs, of this variant's call"}
             count = blocks.parameter_count(block.module)
+            of_call = spent / total if spent and total else spent
             yield _row("block", name, "parameters", count, "parameters", **at)
             yield _row("block", name, "flops", spent, "FLOPs", **at)
-            at["note"] += "; by FLOPs, of this variant's call"
-            yield _row("block", name, "latency share", spent and spent / total, "share", **at)
+            yield _row("block", name, "latency share", of_call, "share", **by_flops)
     for stage in every:
         for part, value in stage.parts.items():
             yield _row("stage", stage.name, part, value, "bytes", note=stage.note)

@@ -61,9 +61,9 @@ class Checkpoint:
         To be called by all processes.
         """
         sums = _of_all_processes(progress.sums, self._accelerator)
-        state = {f"weight/{k}": p for k, p in self._parameters.items()}
+        state: dict[str, Tensor] = {f"weight/{k}": p for k, p in self._parameters.items()}
         if self._average:
-            state |= self._averages()
+            state |= self._averages(self._average)
         for key, p in self._parameters.items():
             moments = optimizers.state_of(self._optimizer, p)
             state |= {f"{name}/{key}": value for name, value in moments.items()}
@@ -120,7 +120,7 @@ class Checkpoint:
                     optimizers.restore(self._optimizer, p, kept[key])
             if self._average:
                 self._average.optimization_step = int(metadata["step"])  # by which its decay goes
-                for key, mean in self._averages().items():
+                for key, mean in self._averages(self._average).items():
                     mean.copy_(fsdp.like(state[key], mean))
         names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
         rows = [
@@ -144,9 +144,9 @@ class Checkpoint:
         seconds, unlogged = float(metadata["seconds"]), int(metadata["unlogged"])
         return Progress(int(metadata["step"]), seconds, rows, sums, unlogged)
 
-    def _averages(self) -> dict[str, Tensor]:
+    def _averages(self, average: EMAModel) -> dict[str, Tensor]:
         keys = (f"average/{key}" for key in self._parameters)
-        return dict(zip(keys, self._average.shadow_params, strict=True))
+        return dict(zip(keys, average.shadow_params, strict=True))
 
 
 def _of_all_processes(

@@ -21,7 +21,7 @@ from ppcl.settings import DistillSettings, SubsetsSettings, TrainingSettings
 from ppcl.storage import schemas
 from ppcl.training import prices, steps
 from ppcl.training.input_cache import InputCache
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, calls, diffusers_model
 from ppcl.transformer.context import Context, State
 
 

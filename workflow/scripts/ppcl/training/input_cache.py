@@ -29,7 +29,7 @@ from ppcl.runtime import processes, stopping
 from ppcl.settings import DistillSettings
 from ppcl.storage import tensors, texts
 from ppcl.training import shards, tail
-from ppcl.transformer import blocks, calls
+from ppcl.transformer import blocks, calls, diffusers_model
 from ppcl.transformer.context import Context, State
 
 log = logging.getLogger(__name__)
@@ -231,6 +231,7 @@ class InputCache:
         """Compares what the first block gets here with what it gets from the teacher, in a batch of
         a step: a registry could be wrong."""
         whole = tail.streams_before(self._transformer, self.first, arguments)
+        assert self._tail is not None, "it is made before it is verified"
         running = self._tail.model(self._streams(rows))
         try:
             late = tail.streams_before(self._transformer, self.first, arguments, running)

@@ -9,7 +9,6 @@ differs by about 2e-5, which is more than most changes cost, and such floors wou
 search.
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -62,7 +61,7 @@ def of_students(
         return plugged(transformer, make())[0]
 
     return {
-        name: Change(first, functools.partial(model, make), last)
+        name: Change(first, partial(model, make), last)
         for name, (first, last, make) in students_of.items()
     }
 
@@ -141,6 +140,8 @@ class Judged:
         """
         known = self._answer()
         (last,) = {change.last for change in changes}
+        if last is None:
+            raise ValueError("changes up to the output have no tail that they could share")
         known.keep_only([change.first for change in changes])
         wrong = [self._no_error() for _ in changes]
         # By batch, what changes left behind `last`, until there are enough of them.

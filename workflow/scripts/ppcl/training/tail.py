@@ -10,6 +10,8 @@ from torch.nn import functional
 
 from ppcl.transformer import blocks
 
+Given = Mapping[str, Sequence[Tensor] | Tensor]  # stream -> [tokens, channels] of every sample
+
 
 class InjectingBlock(nn.Module):
     """A block that gets streams from elsewhere, `given`: stream -> per sample [tokens, channels].
@@ -21,7 +23,7 @@ class InjectingBlock(nn.Module):
         super().__init__()
         self.block, self.module = block, block.module
         self.signature = inspect.signature(block.module.forward)
-        self.given: Mapping[str, Sequence[Tensor]] = {}
+        self.given: Given = {}
 
     def forward(self, *args, **kwargs) -> Any:
         call = self.signature.bind(*args, **kwargs)
@@ -31,7 +33,7 @@ class InjectingBlock(nn.Module):
         return self.module(*call.args, **call.kwargs)
 
 
-def fitted(values: Sequence[Tensor], like: Tensor) -> Tensor:
+def fitted(values: Sequence[Tensor] | Tensor, like: Tensor) -> Tensor:
     """Samples' streams as one batch with as many tokens as `like` [batch, tokens, channels].
 
     Some families pad up to the longest text of a batch. The padding is at the end, so what is cut
@@ -67,7 +69,7 @@ class Tail:
             self._injecting.module = instead[at, at]
         self._model, _ = blocks.assembled(transformer, instead | {(at, at): self._injecting})
 
-    def model(self, streams: Mapping[str, Sequence[Tensor]]) -> nn.Module:
+    def model(self, streams: Given) -> nn.Module:
         """The model, whose next call is on these streams (`InjectingBlock.given`)."""
         self._injecting.given = streams
         return self._model
@@ -87,13 +89,17 @@ def streams_before(
     """
     found: blocks.Streams = {}
     sequence = blocks.block_sequence(transformer)
+
+    def returned(_block: blocks.Block, streams: blocks.Streams) -> None:
+        found.update(streams)
+
+    def given(block: blocks.Block, bound: dict[str, Any]) -> None:
+        found.update(block.inputs(bound))
+
     if first == len(sequence):
-        seen = {"after": lambda _block, streams: found.update(streams), "stop_after": first - 1}
-        watched = [sequence[-1]]
+        watching = blocks.watch([sequence[-1]], after=returned, stop_after=first - 1)
     else:
-        seen = {"before": lambda block, bound: found.update(block.inputs(bound))}
-        seen |= {"stop_before": first}
-        watched = [sequence[first]]
-    with blocks.watch(watched, **seen) as run:
+        watching = blocks.watch([sequence[first]], before=given, stop_before=first)
+    with watching as run:
         run(transformer if running is None else running, arguments)
     return found

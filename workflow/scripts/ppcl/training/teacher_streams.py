@@ -56,7 +56,8 @@ class TeacherStreams:
             return self._streams[first]
         start = max((other for other in self._streams if other < first), default=0)
         late = Tail(self._teacher, start) if start else None
-        given, made = self.before(start), []
+        given = self.before(start)
+        made: list[blocks.Streams] = []
         size = sum(map(size_of, itertools.chain(*self._streams.values())))
         with self._in_float32():
             for number, (batch, before) in enumerate(zip(self._batches, given, strict=True)):
@@ -66,7 +67,7 @@ class TeacherStreams:
                 made.append({})
                 if size > KEPT_BYTES:
                     continue
-                running = late.model(before) if before else None
+                running = late.model(before) if late and before else None
                 arguments = batch.to(self._device).arguments
                 streams = streams_before(self._teacher, first, arguments, running)
                 made[-1] = {name: value.cpu() for name, value in streams.items()}
