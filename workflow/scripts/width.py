@@ -88,9 +88,11 @@ def main() -> None:
 
 def facts(transformer: nn.Module) -> dict[str, str]:
     """What the table says of the teacher, beside its rows."""
-    said = linear_map_candidates.text_sizes(transformer)
-    said |= {"unread": linear_maps.unread_after(transformer)}
-    said["modulations"] = [asdict(one) for one in modulation.matrices(transformer)]
+    said = {
+        **linear_map_candidates.text_sizes(transformer),
+        "unread": linear_maps.unread_after(transformer),
+        "modulations": [asdict(one) for one in modulation.matrices(transformer)],
+    }
     return {name: json.dumps(value) for name, value in said.items()}
 
 
