@@ -11,7 +11,11 @@
         --subsets results/digits/subsets/students.safetensors --output results/digits/models/p70
 """
 
+import argparse
+from pathlib import Path
+
 import torch
+from torch import nn
 
 from ppcl import program, provenance
 from ppcl.configuration import config
@@ -24,8 +28,17 @@ from ppcl.teacher import complete, hub, pipelines, teacher_identity
 from ppcl.transformer import blocks, calls
 
 
-def main() -> None:
-    args = program.parser(
+def take_weights(model: nn.Module, path: Path, chosen: sets.Set, refits: str) -> None:
+    """Fine-tuned weights, into the model. Raises UserError if they are of another set."""
+    weights, metadata = tensors.read(path)
+    if (metadata.get("set"), metadata.get("refits")) != (chosen.key, refits):
+        raise UserError(f"{path} is of another set; delete it and rerun")
+    model.load_state_dict(weights)
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    return program.parser(
         __doc__,
         "config",
         "variant",
@@ -34,6 +47,10 @@ def main() -> None:
         writes=("output",),
         output="the pipeline folder",
     ).parse_args()
+
+
+def main() -> None:
+    args = arguments()
     settings = config.load(args.config)
     assembly.variant(settings, args.variant)  # which must be there
 
@@ -52,10 +69,7 @@ def main() -> None:
     model, block_map = variants.Workshop(transformer, files).model(chosen)
     model.eval()
     if args.finetuned:
-        weights, metadata = tensors.read(args.finetuned)
-        if (metadata.get("set"), metadata.get("refits")) != (chosen.key, refits):
-            raise UserError(f"{args.finetuned} is of another set; delete it and rerun")
-        model.load_state_dict(weights)
+        take_weights(model, args.finetuned, chosen, refits)
     count, predicted = blocks.parameter_count(model), written.parameters[args.variant]
     if count != predicted:
         raise UserError(

@@ -29,7 +29,7 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
 from pathlib import Path
 
@@ -190,6 +190,41 @@ def judge_accuracy(judge: Judge, resamples: int, seed: int) -> Estimate:
     return metrics.mean(np.arange(count) < right, np.arange(count), resamples, seed)
 
 
+def estimated(compared: Iterable[tuple[str, pd.DataFrame]], resamples: int, seed: int) -> Estimates:
+    """Metrics of each model's pictures; of a variant's, their differences to the teacher's, too.
+
+    compared: as of `compare_pictures`, the teacher first.
+    """
+    estimates: Estimates = {}
+    of_teacher: dict[str, np.ndarray] = {}
+    for name, scores in compared:
+        by_prompt = scores.pop("prompt_index")
+        estimates[name] = {
+            metric: metrics.mean(values, by_prompt, resamples, seed)
+            for metric, values in scores.items()
+        }
+        if name == TEACHER:
+            of_teacher = {metric: values.to_numpy() for metric, values in scores.items()}
+        else:
+            estimates[name] |= metrics.differences(scores, of_teacher, by_prompt, resamples, seed)
+    return estimates
+
+
+def identity_of(
+    settings: Settings, rows: list[dict], samples: list[dict], device: torch.device
+) -> str:
+    """Digest of what decides the pictures."""
+    return provenance.digest(
+        [
+            vars(settings.teacher),
+            settings.pipeline,
+            [samples, settings.evaluate.batch_size, device.type],
+            provenance.stamps(prompts.pictures(rows)),
+            provenance.code_digest(Path(__file__)),
+        ]
+    )
+
+
 def main() -> None:
     parser = program.parser(
         __doc__, "config", "state", reads=("calls",), writes=("metrics", "images")
@@ -200,7 +235,6 @@ def main() -> None:
     args = parser.parse_args()
     settings = config.load(args.config)
     options, seed = settings.evaluate, settings.seed
-    resamples = options.bootstrap
 
     rows = prompts.read(options.prompts, "evaluate.prompts")
     arguments.before_loading(settings.teacher, settings.pipeline, rows, "evaluate.prompts")
@@ -218,41 +252,24 @@ def main() -> None:
     judge = Judge() if options.judge == "digits" else None
     processes = workers.process_count(settings.processes, device)
     memory = measure_memory(models, device, args.calls, timed, processes)
-    identity = provenance.digest(
-        [
-            vars(settings.teacher),
-            settings.pipeline,
-            [samples, options.batch_size, device.type],
-            provenance.stamps(prompts.pictures(rows)),
-            provenance.code_digest(Path(__file__)),
-        ]
-    )
-    state = args.state / identity[:16]
+    state = args.state / identity_of(settings, rows, samples, device)[:16]
     parts, readings = make_pictures(models, samples, settings, device, state, judge)
     together = model_folders.side_by_side(models, device)
     transformers = {model.name: model.transformer(device) for model in together}
     measured = measuring.measure_transformers(transformers, reader, timed, settings, device)
 
     stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows))
-    found: Estimates = {}
-    of_teacher: dict[str, np.ndarray] = {}
     with tables.writer(args.images, schemas.IMAGES, stamp) as sink:
-        for name, scores in compare_pictures(parts, readings, rows, sink):
-            by_prompt = scores.pop("prompt_index")
-            found[name] = {
-                metric: metrics.mean(values, by_prompt, resamples, seed)
-                for metric, values in scores.items()
-            }
-            if name == TEACHER:
-                of_teacher = {metric: values.to_numpy() for metric, values in scores.items()}
-            else:
-                found[name] |= metrics.differences(scores, of_teacher, by_prompt, resamples, seed)
-            found[name] |= measured[name] | memory[name]
+        compared = compare_pictures(parts, readings, rows, sink)
+        estimates = estimated(compared, options.bootstrap, seed)
         model_folders.refuse_changed(models, digests)
+    for name, of_pictures in estimates.items():
+        of_pictures |= measured[name] | memory[name]
     if judge is not None:
-        found[TEACHER]["judge_digit_accuracy"] = judge_accuracy(judge, resamples, seed)
+        accuracy = judge_accuracy(judge, options.bootstrap, seed)
+        estimates[TEACHER]["judge_digit_accuracy"] = accuracy
     stopping.ignore()
-    tables.write(args.metrics, pd.DataFrame(metrics.rows(found)), schemas.METRICS, stamp)
+    tables.write(args.metrics, pd.DataFrame(metrics.rows(estimates)), schemas.METRICS, stamp)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ launch.py) share the batches.
 """
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from accelerate.utils import broadcast_object_list
@@ -20,9 +21,18 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.export import rehearsal
 from ppcl.runtime import devices, processes, stopping
-from ppcl.settings import RecordSettings
+from ppcl.settings import RecordSettings, Settings, TeacherSettings
 from ppcl.teacher import arguments, pipelines, prompt_tokens, prompts, recording, teacher_identity
 from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
+
+
+class Recording(NamedTuple):
+    """A resolved teacher, its pipeline and transformer, and this process among those that record."""
+
+    teacher: TeacherSettings
+    pipe: DiffusionPipeline
+    transformer: nn.Module
+    accelerator: Accelerator
 
 
 def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> list[dict]:
@@ -44,12 +54,48 @@ def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> lis
     return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
 
 
+def record_parts(
+    context: Recording, parts: list[Path], batches: list[list[dict]], settings: Settings
+) -> None:
+    """Records every batch into its part, but those that are there; processes take them in turns."""
+    pipe, transformer, accelerator = context.pipe, context.transformer, context.accelerator
+    folder = parts[0].parent
+    # The first one has more to do. Of the rest, the largest first: prompts of unlike length make
+    # batches of very unlike size.
+    order = [0, *sorted(range(1, len(batches)), key=lambda number: -len(batches[number]))]
+    bar = tqdm(
+        total=len(batches), desc="recording", unit="batch", disable=not accelerator.is_main_process
+    )
+    for turn in processes.in_turns(accelerator, len(order), folder):
+        bar.update(turn - bar.n)  # others have those that were skipped
+        part, batch = parts[order[turn]], batches[order[turn]]
+        if not part.exists():
+            recorded = recording.record_batch(
+                pipe,
+                transformer,
+                batch,
+                settings.pipeline,
+                settings.record.renoised_per_sample,
+                settings.seed,
+                replayed=part == parts[0],
+            )
+            # Not around the calls too: those of a large teacher take longer than schedulers wait.
+            with stopping.part():
+                call_tables.write(part, [table.schema for table in recorded], recorded, {})
+        if part == parts[0]:
+            reader = calls.Reader(part)
+            first = reader.batch(reader.buckets[0][:1])
+            claims.verify(transformer, first.to(accelerator.device).arguments)
+            exportable = folder / "exportable"
+            rehearsal.rehearse(pipe, transformer, context.teacher, first.arguments, exportable)
+    bar.update(len(order) - bar.n)
+    bar.close()
+
+
 def main() -> None:
     args = program.parser(__doc__, "config", "state", writes=("calls", "block_facts")).parse_args()
     settings = config.load(args.config)
-    options, seed = settings.record, settings.seed
-
-    rows = prompts.read(options.prompts, "record.prompts")
+    rows = prompts.read(settings.record.prompts, "record.prompts")
     arguments.before_loading(settings.teacher, settings.pipeline, rows, "record.prompts")
     accelerator = processes.accelerator(settings.device)
     # One of the processes decides: the teacher may be replaced while they start.
@@ -58,8 +104,8 @@ def main() -> None:
     transformer = pipelines.denoiser(pipe, teacher)
     if settings.teacher.compile:
         devices.compile_blocks([b.module for b in blocks.block_sequence(transformer)])
-    samples = choose_samples(rows, options, seed)
-    batches = pipelines.in_batches(pipe, samples, options.batch_size)
+    samples = choose_samples(rows, settings.record, settings.seed)
+    batches = pipelines.in_batches(pipe, samples, settings.record.batch_size)
     if accelerator.is_main_process:
         texts = [sample["prompt"] for sample in samples]
         prompt_tokens.warn_of_cut(pipe, texts, settings.pipeline, "record.prompts")
@@ -68,37 +114,9 @@ def main() -> None:
     noted = teacher_identity.note(teacher)
     identity = provenance.digest([settings.given, rows, pictures, noted, code])
     folder = args.state / identity[:16]
-    parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
-    # The first one has more to do. Of the rest, the largest first: prompts of unlike length make
-    # batches of very unlike size.
-    order = [0, *sorted(range(1, len(batches)), key=lambda number: -len(batches[number]))]
     folder.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(
-        total=len(batches), desc="recording", unit="batch", disable=not accelerator.is_main_process
-    )
-    for turn in processes.in_turns(accelerator, len(order), folder):
-        bar.update(turn - bar.n)  # others have those that were skipped
-        part, batch = parts[order[turn]], batches[order[turn]]
-        if not part.exists():
-            found = recording.record_batch(
-                pipe,
-                transformer,
-                batch,
-                settings.pipeline,
-                options.renoised_per_sample,
-                seed,
-                replayed=part == parts[0],
-            )
-            # Not around the calls too: those of a large teacher take longer than schedulers wait.
-            with stopping.part():
-                call_tables.write(part, [table.schema for table in found], found, {})
-        if part == parts[0]:
-            reader = calls.Reader(part)
-            first = reader.batch(reader.buckets[0][:1])
-            claims.verify(transformer, first.to(accelerator.device).arguments)
-            rehearsal.rehearse(pipe, transformer, teacher, first.arguments, folder / "exportable")
-    bar.update(len(order) - bar.n)
-    bar.close()
+    parts = [folder / f"{number:05d}.parquet" for number in range(len(batches))]
+    record_parts(Recording(teacher, pipe, transformer, accelerator), parts, batches, settings)
     teacher_identity.refuse_changed(teacher)
     accelerator.wait_for_everyone()
     stopping.ignore()

@@ -23,8 +23,8 @@ from ppcl.digits import teacher
 from ppcl.digits.captions import TEMPLATES, captions
 from ppcl.digits.handwriting import SIZE
 from ppcl.digits.judge import Judge
+from ppcl.digits.recipe import Recipe, ScoreRecipe
 from ppcl.runtime import processes, stopping
-from ppcl.settings import TrainingSettings
 from ppcl.storage import tensors, texts, whole
 from ppcl.training import loop
 
@@ -32,27 +32,25 @@ NEGATIVE_PROMPT = " "
 PARTS = ("text_encoder", "vae", "transformer")  # in the order of training
 
 
-def identity_of(settings: dict, parts: tuple[str, ...], accelerator: Accelerator) -> str:
+def identity_of(settings: Recipe, parts: tuple[str, ...], accelerator: Accelerator) -> str:
     """Digest of what decides a part: its settings, those of the parts before it, and the code."""
-    chosen = [settings[part] for part in parts]
+    chosen = [settings.given[part] for part in parts]
     code = provenance.code_digest(Path(__file__))
-    return provenance.digest([settings["seed"], chosen, accelerator.num_processes, code])
+    return provenance.digest([settings.seed, chosen, accelerator.num_processes, code])
 
 
 def train_part(name, module, losses, settings, state: Path, accelerator) -> list[dict]:
     """Trains one part, or loads it when an earlier run finished it."""
     done = state / f"{name}.safetensors"
     before = PARTS[: PARTS.index(name) + 1]
-    identity, settings = identity_of(settings, before, accelerator), settings[name]
+    identity = identity_of(settings, before, accelerator)
     weights, metadata = tensors.read(done) if done.exists() else ({}, {})
     finished = torch.tensor(int(metadata.get("identity") == identity))
     if processes.of_main(accelerator, finished):
         weights, metadata = (weights, metadata) if finished else tensors.read(done)
         module.load_state_dict(weights, strict=False)
         return json.loads(metadata["log"])
-    keys = loop.Optimisation.__dataclass_fields__.keys() & settings.keys()
-    how = TrainingSettings.of({key: settings[key] for key in keys})  # the others: sizes, of a part
-    options = loop.Optimisation.from_settings(how)
+    options = loop.Optimisation.from_settings(getattr(settings, name))
     log = loop.train(
         {name: module}, losses, options, accelerator, state / f"{name}.checkpoint", identity
     )
@@ -64,32 +62,34 @@ def train_part(name, module, losses, settings, state: Path, accelerator) -> list
     return log
 
 
-def build(settings: dict, state: Path, accelerator: Accelerator) -> tuple[QwenImagePipeline, dict]:
+def build(
+    settings: Recipe, state: Path, accelerator: Accelerator
+) -> tuple[QwenImagePipeline, dict]:
     """Trains every part; returns the pipeline and the training logs."""
     rank, world = accelerator.process_index, accelerator.num_processes
     logs = {}
-    torch.manual_seed(settings["seed"])
+    torch.manual_seed(settings.seed)
     tokenizer = teacher.make_tokenizer()
 
-    text = settings["text_encoder"]
-    encoder = teacher.make_text_encoder(tokenizer, text["width"], text["layers"])
-    reader = teacher.CaptionReader(encoder, text["width"])
+    text = settings.text_encoder
+    encoder = teacher.make_text_encoder(tokenizer, text.width, text.layers)
+    reader = teacher.CaptionReader(encoder, text.width)
     buckets = teacher.caption_buckets(tokenizer, captions("train"))
     losses = teacher.text_losses(reader, buckets, text, rank)
     logs["text_encoder"] = train_part("text_encoder", reader, losses, settings, state, accelerator)
     encoder.eval()
 
-    vae = teacher.make_vae(settings["vae"]["base_dim"], settings["vae"]["z_dim"])
-    losses = teacher.vae_losses(vae, settings["vae"], rank)
+    vae = teacher.make_vae(settings.vae.base_dim, settings.vae.z_dim)
+    losses = teacher.vae_losses(vae, settings.vae, rank)
     logs["vae"] = train_part("vae", vae, losses, settings, state, accelerator)
 
-    options = settings["transformer"]
+    options = settings.transformer
     cache = state / f"latents-{rank}-of-{world}.safetensors"
     identity = identity_of(settings, PARTS, accelerator)
     stored, metadata = tensors.read(cache) if cache.exists() else ({}, {})
     if metadata.get("identity") != identity:
-        rng = np.random.default_rng((options["seed"], rank))
-        latents, facts = teacher.encode_pictures(vae, options["pictures"] // world, rng)
+        rng = np.random.default_rng((options.seed, rank))
+        latents, facts = teacher.encode_pictures(vae, options.pictures // world, rng)
         stored = {"latents": latents, "facts": facts}
         tensors.write(cache, stored, {"identity": identity})
     # Every process must scale its latents alike; the first process's statistics decide.
@@ -102,14 +102,14 @@ def build(settings: dict, state: Path, accelerator: Accelerator) -> tuple[QwenIm
     embeddings = teacher.encode_captions(encoder, buckets)
     ids = torch.tensor([tokenizer(teacher.TEMPLATE.format(NEGATIVE_PROMPT)).input_ids])
     empty = teacher.encode_captions(encoder, [(ids, torch.zeros(1, 3, dtype=torch.long))])
-    transformer = teacher.make_transformer(options, settings["vae"]["z_dim"], text["width"])
+    transformer = teacher.make_transformer(options, settings.vae.z_dim, text.width)
     losses = teacher.transformer_losses(
         transformer, packed, stored["facts"], embeddings, empty[0, 0, 0][0], options, rank
     )
     logs["transformer"] = train_part(
         "transformer", transformer, losses, settings, state, accelerator
     )
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=options["scheduler_shift"])
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=options.scheduler_shift)
     return (
         QwenImagePipeline(
             scheduler=scheduler,
@@ -122,11 +122,11 @@ def build(settings: dict, state: Path, accelerator: Accelerator) -> tuple[QwenIm
     )
 
 
-def score(pipe: QwenImagePipeline, settings: dict) -> dict:
+def score(pipe: QwenImagePipeline, settings: ScoreRecipe) -> dict:
     """Generates from captions never used in training and reads the pictures back."""
     judge = Judge()
     every = captions("evaluation")
-    chosen = np.random.default_rng(settings["seed"]).permutation(len(every))[: settings["samples"]]
+    chosen = np.random.default_rng(settings.seed).permutation(len(every))[: settings.samples]
     prompts = [every[i] for i in chosen]
     pipe.set_progress_bar_config(disable=True)
     right = []
@@ -138,7 +138,7 @@ def score(pipe: QwenImagePipeline, settings: dict) -> dict:
             negative_prompt=[NEGATIVE_PROMPT] * len(part),
             generator=generators,
             output_type="np",
-            **settings["pipeline"],
+            **settings.pipeline,
         ).images
         for caption, read in zip(part, judge.read(pictures), strict=True):
             right.append(
@@ -213,7 +213,7 @@ to zero.
 """
 
 
-def card(pipe: QwenImagePipeline, settings: dict, scores: dict) -> str:
+def card(pipe: QwenImagePipeline, settings: Recipe, scores: dict) -> str:
     """The model card."""
     rows = [
         f"| {name} | {type(part).__name__} | {sum(p.numel() for p in part.parameters()):,} |"
@@ -225,12 +225,12 @@ def card(pipe: QwenImagePipeline, settings: dict, scores: dict) -> str:
         background_accuracy=f"{scores['background_color_accuracy']:.1%}",
         size=SIZE,
         parts="\n".join(rows),
-        steps=settings["score"]["pipeline"]["num_inference_steps"],
-        guidance=settings["score"]["pipeline"]["true_cfg_scale"],
+        steps=settings.score.pipeline["num_inference_steps"],
+        guidance=settings.score.pipeline["true_cfg_scale"],
         judge=scores["judge_on_real_digits"]["digit"],
         templates=len(TEMPLATES),
         prefix=teacher.PREFIX_TOKENS,
-        transformer_steps=settings["transformer"]["steps"],
+        transformer_steps=settings.transformer.steps,
     )
 
 
@@ -238,20 +238,20 @@ def main() -> None:
     args = program.parser(
         __doc__, "config", "state", writes=("output",), output="the pipeline folder"
     ).parse_args()
-    settings = strict_yaml.read(args.config)
+    settings = Recipe.of(strict_yaml.read(args.config))
     accelerator = processes.accelerator("cpu")
     args.state.mkdir(parents=True, exist_ok=True)
     pipe, logs = build(settings, args.state, accelerator)
     if not accelerator.is_main_process:
         return
-    scores = score(pipe, settings["score"])
+    scores = score(pipe, settings.score)
     last = {name: rows[-1] for name, rows in logs.items()}
-    made = {"scores": scores, "settings": settings, "last_losses": last}
+    made = {"scores": scores, "settings": settings.given, "last_losses": last}
     stopping.ignore()
     with whole.writing(args.output, folder=True) as folder:
         pipe.save_pretrained(folder)
-        write_prompts(folder, settings["calibration_prompts"], settings["seed"])
-        texts.write_json(folder / "teacher.json", provenance.stamp(settings) | made)
+        write_prompts(folder, settings.calibration_prompts, settings.seed)
+        texts.write_json(folder / "teacher.json", provenance.stamp(settings.given) | made)
         texts.write(folder / "README.md", card(pipe, settings, scores))
     print(json.dumps(scores, indent=1))
 

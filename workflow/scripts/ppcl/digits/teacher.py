@@ -19,6 +19,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from ppcl.digits.captions import Caption, captions
 from ppcl.digits.handwriting import COLORS, digits, paint, stroke
+from ppcl.digits.recipe import AutoencoderRecipe, TextEncoderRecipe, TransformerRecipe
 
 MARKERS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = (
@@ -116,15 +117,17 @@ def make_vae(base_dim: int, z_dim: int) -> AutoencoderKLQwenImage:
     )
 
 
-def make_transformer(settings: dict, z_dim: int, text_width: int) -> QwenImageTransformer2DModel:
+def make_transformer(
+    settings: TransformerRecipe, z_dim: int, text_width: int
+) -> QwenImageTransformer2DModel:
     """The stock transformer with adaLN-zero: modulations and the output start at zero."""
     transformer = QwenImageTransformer2DModel(
         in_channels=4 * z_dim,
         out_channels=z_dim,
-        num_layers=settings["blocks"],
-        num_attention_heads=settings["heads"],
-        attention_head_dim=settings["head_dim"],
-        axes_dims_rope=tuple(settings["axes_dims_rope"]),
+        num_layers=settings.blocks,
+        num_attention_heads=settings.heads,
+        attention_head_dim=settings.head_dim,
+        axes_dims_rope=settings.axes_dims_rope,
         joint_attention_dim=text_width,
     )
     for block in transformer.transformer_blocks:
@@ -196,38 +199,41 @@ def random_pictures(count: int, rng: np.random.Generator) -> tuple[Tensor, Tenso
 
 
 def text_losses(
-    reader: CaptionReader, buckets: list[tuple[Tensor, Tensor]], settings: dict, rank: int
+    reader: CaptionReader,
+    buckets: list[tuple[Tensor, Tensor]],
+    settings: TextEncoderRecipe,
+    rank: int,
 ):
     """Step losses of the text encoder: it must name what the caption states."""
     sizes = np.array([len(ids) for ids, _ in buckets], dtype=float)
 
     def losses(step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        rng = np.random.default_rng((settings["seed"], step, rank))
+        rng = np.random.default_rng((settings.seed, step, rank))
         ids, facts = buckets[rng.choice(len(buckets), p=sizes / sizes.sum())]
-        rows = torch.from_numpy(rng.integers(len(ids), size=settings["batch_size"]))
+        rows = torch.from_numpy(rng.integers(len(ids), size=settings.batch_size))
         yield "text_encoder", reader.loss(ids[rows], facts[rows]), {}
 
     return losses
 
 
-def vae_losses(vae: AutoencoderKLQwenImage, settings: dict, rank: int):
+def vae_losses(vae: AutoencoderKLQwenImage, settings: AutoencoderRecipe, rank: int):
     """Step losses of the autoencoder: L1, a small KL, and noise on the latent.
 
     The noise teaches the decoder to forgive the small errors that a generated latent carries.
     """
 
     def losses(step: int) -> Iterator[tuple[str, Tensor, dict]]:
-        rng = np.random.default_rng((settings["seed"], step, rank))
-        pictures, _ = random_pictures(settings["batch_size"], rng)
+        rng = np.random.default_rng((settings.seed, step, rank))
+        pictures, _ = random_pictures(settings.batch_size, rng)
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         posterior = vae.encode(pictures).latent_dist
         latent = posterior.mean + posterior.std * torch.randn(
             posterior.mean.shape, generator=generator
         )
-        latent = latent + settings["latent_noise"] * torch.randn(latent.shape, generator=generator)
+        latent = latent + settings.latent_noise * torch.randn(latent.shape, generator=generator)
         l1 = (vae.decode(latent).sample - pictures).abs().mean()
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        yield "vae", l1 + settings["kl_weight"] * divergence, {"l1": l1, "kl": divergence}
+        yield "vae", l1 + settings.kl_weight * divergence, {"l1": l1, "kl": divergence}
 
     return losses
 
@@ -263,7 +269,7 @@ def transformer_losses(
     facts: Tensor,
     embeddings: dict,
     empty: Tensor,
-    settings: dict,
+    settings: TransformerRecipe,
     rank: int,
 ):
     """Step losses of the transformer: the flow-matching velocity error (Lipman et al. 2023).
@@ -272,7 +278,7 @@ def transformer_losses(
         packed: clean tokens [n, tokens, channels], normalised as the stock pipeline expects.
         empty: embedding of the negative prompt, for classifier-free guidance.
     """
-    seed, batch = settings["seed"], settings["batch_size"]
+    seed, batch = settings.seed, settings.batch_size
     side = int(packed.shape[1] ** 0.5)
     by_length: dict[int, list[tuple[tuple, int]]] = {}
     for key, found in embeddings.items():
@@ -298,7 +304,7 @@ def transformer_losses(
         noise = torch.randn(clean.shape, generator=generator)
         noisy = torch.lerp(clean, noise, sigma[:, None, None])
         # The whole batch loses its caption at once: no padding, and one call of the transformer.
-        if rng.random() < settings["caption_dropout"]:
+        if rng.random() < settings.caption_dropout:
             text = empty.expand(batch, -1, -1)
         else:
             text = torch.stack([embeddings[key][i] for key, i in drawn])
