@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from diffusers import DiffusionPipeline
+from torch import nn
 from tqdm import tqdm
 
 from ppcl import program, provenance
@@ -27,7 +30,7 @@ from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
 
 
 class Recording(NamedTuple):
-    """A resolved teacher, its pipeline and transformer, and this process among those that record."""
+    """A resolved teacher, its pipeline and transformer, and this process of those that record."""
 
     teacher: TeacherSettings
     pipe: DiffusionPipeline
