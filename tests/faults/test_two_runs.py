@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import torch
 import train_teacher
+from ppcl.digits.recipe import Recipe
 from torch import nn
 
 from ppcl.runtime import processes
@@ -66,7 +67,8 @@ for giving_up in (0, 1):
     assert inputs._disabled() == (giving_up == 0)
 
 # A part of the teacher that the other one finds finished: all train it.
-settings = {{"seed": 0, "vae": {{"steps": 2, "lr": 0.1, "warmup_steps": 0}}, "text_encoder": {{}}}}
+vae = {{"steps": 2, "lr": 0.1, "warmup_steps": 0}}
+settings = Recipe.of({{"seed": 0, "vae": vae, "text_encoder": {{}}}})
 module = nn.Linear(3, 3)
 def part(_step):
     yield "vae", module.weight.square().mean(), {{}}

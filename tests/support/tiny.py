@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from diffusers import FlowMatchEulerDiscreteScheduler, QwenImagePipeline
 
 from ppcl.digits import teacher
+from ppcl.digits.recipe import TransformerRecipe
 from ppcl.pruning import selection_file
 from ppcl.search import sets
 from ppcl.settings import TeacherSettings
@@ -44,7 +45,7 @@ def transformer(blocks: int = 3, seed: int = 0, scale: float = 0.05):
     """A stock QwenImageTransformer2DModel, width 32; `scale` is how far its weights are moved."""
     torch.manual_seed(seed)
     shape = {"blocks": blocks, "heads": 1, "head_dim": 32, "axes_dims_rope": [8, 12, 12]}
-    made = teacher.make_transformer(shape, Z_DIM, TEXT_WIDTH)
+    made = teacher.make_transformer(TransformerRecipe.of(shape), Z_DIM, TEXT_WIDTH)
     with torch.no_grad():
         for parameter in made.parameters():  # zero modulations would make blocks identities
             parameter.add_(scale * torch.randn_like(parameter))

@@ -9,6 +9,7 @@ from torch import nn
 
 from ppcl.closed_forms import modulation
 from ppcl.digits import teacher
+from ppcl.digits.recipe import TransformerRecipe
 from ppcl.errors import UserError
 from ppcl.extraction import activations, conditioning, modulation_inputs
 from ppcl.extraction.conditioning import Conditioning, Moments
@@ -152,7 +153,7 @@ def test_a_second_time_of_zero_is_a_sample_too(tmp_path):
     image matrices get both conditionings, and text matrices one."""
     shape = {"blocks": 2, "heads": 1, "head_dim": 32, "axes_dims_rope": [8, 12, 12]}
     torch.manual_seed(0)
-    made = teacher.make_transformer(shape, tiny.Z_DIM, tiny.TEXT_WIDTH)
+    made = teacher.make_transformer(TransformerRecipe.of(shape), tiny.Z_DIM, tiny.TEXT_WIDTH)
     settings = {k: v for k, v in made.config.items() if not k.startswith("_")}
     made = type(made)(**settings | {"zero_cond_t": True}).eval()
     found = tiny.arguments()
