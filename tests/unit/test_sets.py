@@ -93,7 +93,7 @@ def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
         )
         assert sum(row["velocity_error"] for row in rows) == pytest.approx(choice.cost)
         reached |= {(row["kind"], row["source"]) for row in rows}
-        taken = [b for u in choice.found.units for b in range(u.first, u.last + 1)]
+        taken = [b for u in choice.set.units for b in range(u.first, u.last + 1)]
         assert len(taken) == len(set(taken))
     assert reached == {
         ("interval", "distill"),
@@ -107,7 +107,7 @@ def test_without_training_nothing_trained_is_in_it():
     offer = offered()
     tight = variant({"blocks": DEPTH - 1}, train=False)
     choice = choosing.search(offer, tight)
-    assert choice.found.sources["01-02"] == "start"
+    assert choice.set.sources["01-02"] == "start"
     assert choice.cost == pytest.approx(9e-4)
     assert choosing.search(offer, tight.replace(train=True)).cost == pytest.approx(2e-4)
     with pytest.raises(UserError, match="the budget of 'v' needs .* blocks"):
@@ -137,7 +137,7 @@ def test_each_unit_is_from_the_stage_that_serves_the_set():
 
     measure, asked = measured_as(error)
     found = choosing.decide(offer, {"v": (variant(0.9), start)}, measure)["v"]
-    assert found.choice.found.sources == {"01-02": "subsets", "04-04": "distill"}
+    assert found.choice.set.sources == {"01-02": "subsets", "04-04": "distill"}
     assert found.choice.error == 1.0
     # Its best alone, all of each of four sources; then the others of each unit.
     assert [len(one) for one in asked] == [5, 2, 2]
@@ -145,10 +145,10 @@ def test_each_unit_is_from_the_stage_that_serves_the_set():
     whole = choosing.decide(offer, {"v": (variant(0.9), start)}, measure, flips=False)["v"]
     assert whole.choice.error == 2.0
     last = choosing.as_last_trained(offer, {"v": (variant(0.9), start)}, measure)["v"]
-    assert set(last.choice.found.sources.values()) == {"subsets"}
+    assert set(last.choice.set.sources.values()) == {"subsets"}
     untrained = variant(0.9, train=False)
-    plain = start.found.having({"01-02": "start", "04-04": "closed"})
-    asked_for = {"v": (untrained, sets.replace(start, found=plain))}
+    plain = start.set.having({"01-02": "start", "04-04": "closed"})
+    asked_for = {"v": (untrained, sets.replace(start, set=plain))}
     assert choosing.decide(offer, asked_for, measure)["v"].choice.error == 2.5
 
 
@@ -171,7 +171,7 @@ def test_larger_budgets_are_never_measured_worse(seed):
         choice = found[each.name].choice
         assert choosing.meets(choice, offer, each)
         assert choice.error == min(c.error for c in found[each.name].tried.values())
-    assert not set(found["free"].choice.found.sources.values()) & set(sets.TRAINED)
+    assert not set(found["free"].choice.set.sources.values()) & set(sets.TRAINED)
 
 
 def test_a_budget_is_met_however_sums_are_rounded():
@@ -202,16 +202,16 @@ def test_files_hold_what_was_decided(tmp_path):
     path = tmp_path / "sets.json"
     sets_file.write(path, offer, choices, {})
     written = sets_file.read(path)
-    assert written.sets == {name: choice.found for name, choice in choices.items()}
+    assert written.sets == {name: choice.set for name, choice in choices.items()}
     assert written.parameters["a"] == offer.parameters_left(choices["a"].saved) <= 750
-    assert written.alone == offer.errors and written.of("a").key == choices["a"].found.key
+    assert written.alone == offer.errors and written.of("a").key == choices["a"].set.key
     assert written.of("a").key != written.of("b").key
     with pytest.raises(UserError, match="has no variant 'c'; it has a, b"):
         written.of("c")
     each = tmp_path / "b.json"
     sets_file.write_one(each, offer, choices["b"], "digest")
     one, content = sets_file.read(each), each.read_bytes()
-    assert one.sets == {"b": choices["b"].found} and one.facts["b"]["refits"] == "digest"
+    assert one.sets == {"b": choices["b"].set} and one.facts["b"]["refits"] == "digest"
     assert one.parameters["b"] == written.parameters["b"]
     measured = replace(choices["b"], error=0.5, cost=0.1, saved=choices["b"].saved | {"latency": 1})
     sets_file.write_one(each, offer, measured, "digest")
@@ -231,6 +231,6 @@ def test_files_hold_what_was_decided(tmp_path):
 def test_a_closed_text_run_is_a_unit_of_several_parts():
     offer = offered(units={}, errors={})
     choice = choosing.search(offer, variant(0.4))
-    runs = [unit for unit in choice.found.units if len(unit.new_blocks) > 1]
-    assert runs and set(choice.found.sources.values()) == {"closed"}
+    runs = [unit for unit in choice.set.units if len(unit.new_blocks) > 1]
+    assert runs and set(choice.set.sources.values()) == {"closed"}
     assert savings.saved([], [(runs[0].first, runs[0].last)], [], offer.weights["parameters"]) > 0

@@ -114,7 +114,7 @@ def write(
     linear_map_refits.write(args.refitted, refits, stamp)
     sets_file.write(args.sets, offer, choices, stamp)
     for path in args.each:
-        digest = linear_map_refits.digest(refits, choices[path.stem].found)
+        digest = linear_map_refits.digest(refits, choices[path.stem].set)
         sets_file.write_one(path, offer, choices[path.stem], digest)
 
 

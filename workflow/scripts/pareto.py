@@ -84,8 +84,8 @@ def main() -> None:
     transformers = {TEACHER: teacher}
     for name, choice in chosen.items():
         # Kept, or each budget would hold copies of its own.
-        kept = [one.found for one in chosen.values()]
-        transformers[name], _ = workshop.model(choice.found, kept)
+        kept = [one.set for one in chosen.values()]
+        transformers[name], _ = workshop.model(choice.set, kept)
 
     timed = reader.draw(reader.heldout_rows("report"), settings.evaluate.batch_size, (seed,))
     found = measuring.measure_transformers(

@@ -15,11 +15,11 @@ class UserError(Exception):
     """A problem that the user can solve: the message names the file or key and the fix."""
 
 
-def warn_of_fewer(key: str, asked: int, found: int, what: str) -> None:
+def warn_of_fewer(key: str, asked: int, there: int, what: str) -> None:
     """Warns, once, if there is less than a key of the config asks for."""
-    if found < asked:
+    if there < asked:
         warn_once(
-            f"{key} asks for {asked}, and there are {found} {what}: all are taken. record.samples, "
+            f"{key} asks for {asked}, and there are {there} {what}: all are taken. record.samples, "
             "record.heldout_fraction and more prompts make more of them"
         )
 
@@ -62,13 +62,13 @@ def trouble(error: BaseException, path: str | Path | None = None) -> str | None:
     Args:
         path: the file that was at work, for errors that name none.
     """
-    for found in _causes(error):
-        number = _number(found)
-        fixes = _DISK | _FILES if found is error else _DISK
-        own = getattr(found, "filename", None)
+    for cause in _causes(error):
+        number = _number(cause)
+        fixes = _DISK | _FILES if cause is error else _DISK
+        own = getattr(cause, "filename", None)
         place = os.fsdecode(own) if isinstance(own, (str, bytes, os.PathLike)) else path
         if number in fixes and (place or number in _DISK):
-            reason = os.strerror(number) if place else str(found).strip().splitlines()[0]
+            reason = os.strerror(number) if place else str(cause).strip().splitlines()[0]
             return f"{place or os.getcwd()}: {reason}; {fixes[number]}"
     return None
 
@@ -84,14 +84,14 @@ def _number(error: BaseException) -> int | None:
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """An error, and those behind it."""
     seen: list[BaseException] = []
-    found: BaseException | None = error
-    while found is not None and found not in seen:
-        yield found
-        seen.append(found)
-        found = found.__cause__ or (None if found.__suppress_context__ else found.__context__)
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        yield cause
+        seen.append(cause)
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
 
 
 def disk_is_full(error: BaseException) -> bool:
     """Whether a write failed for lack of room, or of the right to more of it."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    return any(_number(found) in full for found in _causes(error))
+    return any(_number(cause) in full for cause in _causes(error))

@@ -101,7 +101,7 @@ def code_digest(script: str | Path) -> str:
 
 def _library(folder: Path) -> dict[str, str]:
     """The modules and packages of ppcl: dotted name -> file, as seen from the scripts' folder."""
-    found, places = {}, ["ppcl"] if (folder / "ppcl").is_dir() else []
+    files, places = {}, ["ppcl"] if (folder / "ppcl").is_dir() else []
     while places:
         place = places.pop()
         with os.scandir(folder / place) as entries:
@@ -111,13 +111,13 @@ def _library(folder: Path) -> dict[str, str]:
                     places.append(file)
                 elif file.endswith(".py"):
                     name = file.removesuffix(".py").removesuffix("/__init__")
-                    found[name.replace("/", ".")] = file
-    return found
+                    files[name.replace("/", ".")] = file
+    return files
 
 
 def _files(base: str, names: tuple[str, ...], library: dict[str, str], by: str) -> list[str]:
     """The files that one import runs: `import base`, or `from base import names`."""
-    found = []
+    paths = []
     for name in names or ("",):
         module = f"{base}.{name}" if f"{base}.{name}" in library else base
         # What is no module of a package would be a name of its __init__.py, which has none.
@@ -126,8 +126,8 @@ def _files(base: str, names: tuple[str, ...], library: dict[str, str], by: str) 
             raise ModuleNotFoundError(f"{by}: `{what}` leads to no file of the library")
         parts = module.split(".")
         around = (".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-        found += [library[each] for each in around if each in library]
-    return found
+        paths += [library[each] for each in around if each in library]
+    return paths
 
 
 def _is_package(file: str) -> bool:
@@ -156,7 +156,7 @@ def _imported(
             imports.append((base, tuple(alias.name for alias in node.names)))
         else:
             for block in ("body", "orelse", "finalbody", "handlers", "cases"):
-                found = getattr(node, block, [])
-                queue += found if isinstance(found, list) else []
+                statements = getattr(node, block, [])
+                queue += statements if isinstance(statements, list) else []
     ours = [each for each in imports if each[0].split(".")[0] == "ppcl"]
     return tuple(ours), frozenset(started - {"/__init__.py"})

@@ -22,7 +22,7 @@ def rows(
     return [
         {
             "budget": float(budget),
-            "units": json.dumps(sets.entry(choice.found)),
+            "units": json.dumps(sets.entry(choice.set)),
             "predicted_error": choice.cost,
             **_columns(measured[name]),
         }

@@ -54,15 +54,15 @@ def decided(
     refits = _refitted(context, settings.width, workshop, settled, state)
     workshop.take(refits)
     anew = {
-        name: replace(one.choice, found=sets.refitted(one.choice.found, name))
+        name: replace(one.choice, set=sets.refitted(one.choice.set, name))
         for name, one in settled.items()
     }
-    anew = {name: one for name, one in anew.items() if one.found != settled[name].choice.found}
-    costs = measure([one.found for one in anew.values()])
+    anew = {name: one for name, one in anew.items() if one.set != settled[name].choice.set}
+    costs = measure([one.set for one in anew.values()])
     for (name, one), error in zip(anew.items(), costs, strict=True):
         tried[name]["linear FFNs fitted once more"] = replace(one, error=error)
     settled = choosing.settle(offer, searched, tried)
-    used = {source for one in settled.values() for source in one.choice.found.sources.values()}
+    used = {source for one in settled.values() for source in one.choice.set.sources.values()}
     return settled, {source: maps for source, maps in refits.items() if source in used}
 
 
@@ -76,8 +76,8 @@ def _refitted(
     """Maps of every variant's set, fitted once more in it; shared out over the processes."""
     accelerator = context.accelerator
     rank, count = accelerator.process_index, accelerator.num_processes
-    asked = [(name, sets.refitted(one.choice.found, name)) for name, one in settled.items()]
-    asked = [(name, anew) for name, anew in asked if anew != settled[name].choice.found]
+    asked = [(name, sets.refitted(one.choice.set, name)) for name, one in settled.items()]
+    asked = [(name, anew) for name, anew in asked if anew != settled[name].choice.set]
     files = {name: state.folder / f"refit-{name}.safetensors" for name, _ in asked}
     for name, anew in asked[rank::count]:
         of = {"set": anew.key, "identity": state.identity}

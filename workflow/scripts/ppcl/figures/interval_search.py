@@ -92,10 +92,10 @@ def interval_search(cka: pd.DataFrame, intervals: pd.DataFrame, stream: str) -> 
         for ax, height in ((upper, upper_height), (lower, lower_height)):
             ax.yaxis.set_label_coords(-0.55 / width, 0.5)
             ax.xaxis.set_label_coords(0.5, -0.24 / height)
-    found = [(int(row.first), int(row.last)) for row in chain.itertuples()]
+    spans = [(int(row.first), int(row.last)) for row in chain.itertuples()]
     bars = {
         "found by Eq. 5": [
-            (*span, style.CANDIDATE, str(number)) for number, span in enumerate(found, 1)
+            (*span, style.CANDIDATE, str(number)) for number, span in enumerate(spans, 1)
         ],
         "selected": [(*span, style.SELECTED, style.span_name(*span)) for span in selected],
     }

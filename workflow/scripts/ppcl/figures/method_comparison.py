@@ -112,13 +112,13 @@ def method_comparison(table: pd.DataFrame) -> Figure:
 
 
 def _panel(ax: Axes, table: pd.DataFrame, column: str, place: dict[str, float]) -> None:
-    found = summary(table, column)
+    summaries = summary(table, column)
     for name, y in place.items():
         ax.axhline(y, color="#E8E8E8", lw=0.6, zorder=0)
         for state, (colour, marker, _) in STATES.items():
-            if (name, state) not in found.index:
+            if (name, state) not in summaries.index:
                 continue
-            row, at = found.loc[name, state], y - APART[state]
+            row, at = summaries.loc[name, state], y - APART[state]
             if not np.isfinite(row["mean"]):
                 continue
             ax.plot([row["low"], row["high"]], [at, at], color=colour, lw=1.1)

@@ -31,18 +31,18 @@ def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
         for state in table["state"].unique()
     }
     rows = []
-    for (method, state), found in groups.items():
-        deviation, freedom = _spread([found]) if _by_chance(found) else pooled[state]
-        reach = stdtrit(freedom, 0.975) * deviation / len(found) ** 0.5 if freedom else 0.0
-        below = above = reach if found["group"].iloc[0] != "teacher" else 0.0
+    for (method, state), seeds in groups.items():
+        deviation, freedom = _spread([seeds]) if _by_chance(seeds) else pooled[state]
+        reach = stdtrit(freedom, 0.975) * deviation / len(seeds) ** 0.5 if freedom else 0.0
+        below = above = reach if seeds["group"].iloc[0] != "teacher" else 0.0
         if log:
-            ends = np.maximum(found[[f"{column}_low", f"{column}_high"]].to_numpy(float), TINY)
-            by_prompt = np.abs(np.log(ends) - found[["scaled"]].to_numpy()).mean(axis=0)
+            ends = np.maximum(seeds[[f"{column}_low", f"{column}_high"]].to_numpy(float), TINY)
+            by_prompt = np.abs(np.log(ends) - seeds[["scaled"]].to_numpy()).mean(axis=0)
             # Over one prompt there is no interval, and the seeds' stays what it is.
             below, above = np.hypot([below, above], np.nan_to_num(by_prompt))
-        mean, low, high = found["scaled"].mean() + np.array([0, -below, above])
+        mean, low, high = seeds["scaled"].mean() + np.array([0, -below, above])
         mean, low, high = np.exp([mean, low, high]) if log else np.clip([mean, low, high], 0, 1)
-        rows.append([method, state, mean, low, high, len(found)])
+        rows.append([method, state, mean, low, high, len(seeds)])
     names = ["method", "state", "mean", "low", "high", "seeds"]
     return pd.DataFrame(rows, columns=names).set_index(["method", "state"])
 
@@ -57,13 +57,13 @@ def ratio(table: pd.DataFrame, method: str, other: str, state: str) -> tuple[flo
     table = table[table["state"] == state]
     table = table.assign(scaled=np.log(np.maximum(table["velocity_error"], TINY)))
     groups = dict(list(table.groupby("method", sort=False)))
-    pooled = _spread(found for found in groups.values() if not _by_chance(found))
+    pooled = _spread(seeds for seeds in groups.values() if not _by_chance(seeds))
     variance, freedoms, sums = 0.0, [], []
-    for found in (groups[method], groups[other]):
-        deviation, freedom = _spread([found]) if _by_chance(found) else pooled
-        variance += deviation**2 / len(found)
+    for seeds in (groups[method], groups[other]):
+        deviation, freedom = _spread([seeds]) if _by_chance(seeds) else pooled
+        variance += deviation**2 / len(seeds)
         freedoms.append(freedom)
-        sums.append(np.array([json.loads(text) for text in found["by_prompt"]]))
+        sums.append(np.array([json.loads(text) for text in seeds["by_prompt"]]))
     # Seeds of one method -> mean over them of log errors, of each resample of the prompts.
     prompts = sums[0].shape[-1]
     draws = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
@@ -79,14 +79,14 @@ def ratio(table: pd.DataFrame, method: str, other: str, state: str) -> tuple[flo
     return middle, lowest, highest
 
 
-def _by_chance(found: pd.DataFrame) -> bool:
+def _by_chance(seeds: pd.DataFrame) -> bool:
     """Whether the seeds of a method chose different blocks."""
-    return bool(found[["intervals", "text_runs", "linear_ffns"]].nunique().gt(1).any())
+    return bool(seeds[["intervals", "text_runs", "linear_ffns"]].nunique().gt(1).any())
 
 
 def _spread(groups: Iterable[pd.DataFrame]) -> tuple[float, int]:
     """Standard deviation of `scaled` within the groups, and its degrees of freedom."""
-    every = [found["scaled"] for found in groups]
+    every = [seeds["scaled"] for seeds in groups]
     freedom = sum(len(values) - 1 for values in every)
     squares = sum(((values - values.mean()) ** 2).sum() for values in every)
     return (float(squares / freedom) ** 0.5 if freedom else 0.0), freedom

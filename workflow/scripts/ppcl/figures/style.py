@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.font_manager import fontManager
 from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.typing import RcKeyType
 
 from ppcl.storage import texts
 
@@ -58,7 +59,7 @@ _CJK = {
     "PingFang SC",
 }
 
-RC: Any = {  # to its stubs, a mapping of literal keys
+RC: dict[RcKeyType, Any] = {
     "font.family": ["DejaVu Sans", *sorted(_CJK & {font.name for font in fontManager.ttflist})],
     "font.size": 8.5,
     "axes.titlesize": 8.5,
@@ -137,9 +138,14 @@ def legend_at(figure: Figure, top: float, handles: Sequence[Artist], **options: 
 
 
 def figure_of(ax: Axes) -> Figure:
-    """The figure that axes are on; no figure here has parts (matplotlib's SubFigure)."""
+    """The figure that axes are on.
+
+    Raises:
+        ValueError: they were removed from it.
+    """
     figure = ax.get_figure(root=True)
-    assert figure is not None, "axes that were not removed"
+    if figure is None:
+        raise ValueError("axes that were removed from their figure")
     return figure
 
 

@@ -63,10 +63,10 @@ def variant_composition(units: pd.DataFrame, names: Sequence[str], blocks: int) 
 def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
     """Rows of one variant's strip; kinds that it has none of are left out."""
 
-    def bars(found: pd.DataFrame, text: Callable[[Any], str]) -> list[tuple]:
+    def bars(members: pd.DataFrame, text: Callable[[Any], str]) -> list[tuple]:
         return [
             (int(one.first), int(one.last), SOURCES[_kind(one.source)][0], text(one))
-            for one in found.sort_values("first").itertuples()
+            for one in members.sort_values("first").itertuples()
         ]
 
     def ends(one: Any) -> str:
@@ -77,8 +77,8 @@ def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
         "text runs": bars(units[units["kind"] == "text"], ends),
     }
     for stream in ("text", "image"):
-        found = units[(units["kind"] == "ffn") & (units["stream"] == stream)]
-        rows[f"linear {stream} FFNs"] = bars(found, lambda one: "")
+        ffns = units[(units["kind"] == "ffn") & (units["stream"] == stream)]
+        rows[f"linear {stream} FFNs"] = bars(ffns, lambda one: "")
     ranks = units[units["kind"] == "modulation"]
     paths = ranks.loc[ranks["first"] < blocks, "path"].unique()
     last = ranks[ranks["first"] == blocks]
@@ -87,7 +87,7 @@ def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
         # The last AdaLN has a column of its own, in the first of these rows.
         own = pd.concat([own, last]) if number == 0 and len(paths) else own
         rows[f"{short_path(path)} rank"] = bars(own, lambda one: str(one.rank))
-    return {name: found for name, found in rows.items() if found}
+    return {name: drawn for name, drawn in rows.items() if drawn}
 
 
 def _kind(source: str) -> str:

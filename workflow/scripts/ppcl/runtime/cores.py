@@ -29,10 +29,10 @@ def available() -> int:
     control groups (a container's, a batch job's), and OMP_NUM_THREADS, which Snakemake sets to the
     threads of a job, allow."""
     try:
-        found = len(os.sched_getaffinity(0))
+        allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # neither macOS nor Windows has it
-        found = os.cpu_count() or 1
-    limits = [found, *_quotas()]
+        allowed = os.cpu_count() or 1
+    limits = [allowed, *_quotas()]
     first = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
     if first.isdecimal() and int(first):
         limits.append(int(first))
@@ -41,7 +41,7 @@ def available() -> int:
 
 def _quotas() -> list[int]:
     """Whole cores that the quotas of this process's control groups leave, of version 1 and 2."""
-    found = []
+    quotas = []
     for kind, path in re.findall(r"^\d+:(|[^:]*\bcpu\b[^:]*):/(.*)$", read(OWN), re.M):
         # A group's quota holds for all below it. In a container the group itself is the root.
         group = Path(path)
@@ -52,8 +52,8 @@ def _quotas() -> list[int]:
             else:
                 quota = read(GROUPS / place / "cpu.max").split()
             if len(quota) == 2 and all(re.fullmatch(r"[1-9]\d*\s*", part) for part in quota):
-                found.append(math.ceil(int(quota[0]) / int(quota[1])))
-    return found
+                quotas.append(math.ceil(int(quota[0]) / int(quota[1])))
+    return quotas
 
 
 def worth_threads(shapes: Iterable[Sequence[int]]) -> bool:

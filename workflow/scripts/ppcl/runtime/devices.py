@@ -76,10 +76,10 @@ def to_main_memory(x: torch.Tensor) -> torch.Tensor:
 
 def random_states(device: torch.device) -> list[torch.Tensor]:
     """torch's global random states: the CPU's and, if it has its own, the device's."""
-    found = [torch.get_rng_state()]
+    states = [torch.get_rng_state()]
     if device.type != "cpu":
-        found.append(torch.get_device_module(device).get_rng_state(device))
-    return found
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
 
 
 def set_random_states(device: torch.device, states: Iterable[torch.Tensor]) -> None:

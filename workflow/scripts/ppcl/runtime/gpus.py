@@ -84,11 +84,11 @@ def listed() -> list[list[str]]:
     By nvidia-smi, which unlike CUDA can be asked without fixing what this process sees.
     """
     try:
-        found = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
     except OSError:
         return []
     gpus: list[list[str]] = []
-    for kind, name in re.findall(r"^\s*(GPU|MIG) .*\(UUID: ([^)]+)\)", found, re.M):
+    for kind, name in re.findall(r"^\s*(GPU|MIG) .*\(UUID: ([^)]+)\)", listing, re.M):
         if kind == "GPU":
             gpus.append([name])
         elif gpus:
@@ -106,7 +106,7 @@ def usable(given: str | None, gpus: list[list[str]]) -> dict[str, str]:
     devices = [gpu[1:] or gpu for gpu in gpus]
     if given is None or not gpus:
         return {name: name for device in devices for name in device}
-    found: dict[str, str] = {}
+    names: dict[str, str] = {}
     for name in map(str.strip, given.split(",")):
         if name.isdigit() and int(name) < len(gpus):
             full = devices[int(name)][0]
@@ -115,9 +115,9 @@ def usable(given: str | None, gpus: list[list[str]]) -> dict[str, str]:
             full = alike[0] if len(alike) == 1 else name
         else:
             break  # as CUDA does
-        if full not in found.values():
-            found[name] = full
-    return found
+        if full not in names.values():
+            names[name] = full
+    return names
 
 
 def _wait(names: dict[str, str], count: int) -> dict[str, str]:

@@ -38,11 +38,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, name, path=None, target=None):
         if name not in self.left:
             return None
-        found = importlib.machinery.PathFinder.find_spec(name, path, target)
-        if found is None:
+        spec = importlib.machinery.PathFinder.find_spec(name, path, target)
+        if spec is None:
             return None
         # No place to look for modules in it: whoever wants one imports it.
-        return importlib.util.spec_from_file_location(name, found.origin, loader=self)
+        return importlib.util.spec_from_file_location(name, spec.origin, loader=self)
 
     def create_module(self, spec):
         return _Empty(spec.name)

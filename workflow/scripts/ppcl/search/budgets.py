@@ -13,7 +13,7 @@ def needed(budget: Mapping[str, float], facts: Mapping[str, float]) -> dict[str,
         budget: of a variant.
         facts: transformer_parameters, blocks, and transformer_seconds for latency.
     """
-    found: dict[str, float] = {}
+    amounts_needed: dict[str, float] = {}
     for kind, value in budget.items():
         if kind == "latency":
             amount = (1 - value) * facts["transformer_seconds"]
@@ -23,8 +23,8 @@ def needed(budget: Mapping[str, float], facts: Mapping[str, float]) -> dict[str,
             amount = max(0, facts["transformer_parameters"] - value)
         else:
             kind, amount = "parameters", parameters_needed(facts["transformer_parameters"], value)
-        found[kind] = max(amount, found.get(kind, 0))
-    return found
+        amounts_needed[kind] = max(amount, amounts_needed.get(kind, 0))
+    return amounts_needed
 
 
 def targets(variants: Iterable[Variant], facts: Mapping[str, float]) -> dict[str, float]:

@@ -27,7 +27,7 @@ class Choice:
         error: of the whole set, measured.
     """
 
-    found: Set
+    set: Set
     cost: float
     saved: Mapping[str, float]
     error: float = math.nan
@@ -67,8 +67,8 @@ def search(offer: Offer, wanted: Variant) -> Choice:
     closed = units_of((), selected.runs, selected.ffns, offer.closed.unread)
     members += [Member(unit, CLOSED) for unit in closed]
     members.sort(key=lambda member: member.unit.first)
-    found = Set(tuple(members), tuple(sorted(selected.ranks.items())))
-    return Choice(found, selected.cost, selected.saved)
+    chosen = Set(tuple(members), tuple(sorted(selected.ranks.items())))
+    return Choice(chosen, selected.cost, selected.saved)
 
 
 def meets(choice: Choice, offer: Offer, wanted: Variant) -> bool:
@@ -78,7 +78,7 @@ def meets(choice: Choice, offer: Offer, wanted: Variant) -> bool:
     enough = all(
         integer_programs.enough(choice.saved[measure], need) for measure, need in needs.items()
     )
-    trained = any(member.source in TRAINED for member in choice.found.members)
+    trained = any(member.source in TRAINED for member in choice.set.members)
     return enough and (wanted.train or not trained)
 
 
@@ -106,19 +106,19 @@ def trials(
     offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure, flips: bool = True
 ) -> dict[str, dict[str, Choice]]:
     """What `decide` tries for each variant, by what it is in words."""
-    free = {name: _free(offer, choice.found, wanted) for name, (wanted, choice) in asked.items()}
-    begun = {name: _whole_stages(asked[name][1].found, units) for name, units in free.items()}
+    free = {name: _free(offer, choice.set, wanted) for name, (wanted, choice) in asked.items()}
+    begun = {name: _whole_stages(asked[name][1].set, units) for name, units in free.items()}
     # All at once, as processes share out what is asked for at a time.
-    errors = iter(measure([one for found in begun.values() for one in found.values()]))
+    errors = iter(measure([one for sets in begun.values() for one in sets.values()]))
     tried = {
         name: {
-            words: replace(asked[name][1], found=one, error=next(errors))
-            for words, one in found.items()
+            words: replace(asked[name][1], set=one, error=next(errors))
+            for words, one in sets.items()
         }
-        for name, found in begun.items()
+        for name, sets in begun.items()
     }
-    for name, found in tried.items() if flips else ():
-        _flip(found, free[name], measure)
+    for name, choices in tried.items() if flips else ():
+        _flip(choices, free[name], measure)
     return tried
 
 
@@ -128,7 +128,7 @@ def settle(
     tried: Mapping[str, Mapping[str, Choice]],
 ) -> dict[str, Decided]:
     """The best of all that was tried that each variant may be."""
-    pool = [(name, choice) for name, found in tried.items() for choice in found.values()]
+    pool = [(name, choice) for name, choices in tried.items() for choice in choices.values()]
     decided = {}
     for name, (wanted, _) in asked.items():
         allowed = [pair for pair in pool if meets(pair[1], offer, wanted)]
@@ -144,23 +144,23 @@ def as_last_trained(
 ) -> dict[str, Decided]:
     """As `decide`, but every unit is from the last stage that it may be from, and no set is another
     variant's."""
-    found = {}
+    sets = {}
     for name, (wanted, choice) in asked.items():
         train = wanted.train
-        trained = offer.trained(choice.found)
+        trained = offer.trained(choice.set)
         last = {unit: list(offer.sources(unit, train))[-1] for unit in trained}
-        found[name] = choice.found.having(last)
+        sets[name] = choice.set.having(last)
     decided = {}
-    for (name, one), error in zip(found.items(), measure(list(found.values())), strict=True):
-        chosen = replace(asked[name][1], found=one, error=error)
+    for (name, one), error in zip(sets.items(), measure(list(sets.values())), strict=True):
+        chosen = replace(asked[name][1], set=one, error=error)
         decided[name] = Decided(chosen, {"each of its last training": chosen})
     return decided
 
 
-def _free(offer: Offer, found: Set, wanted: Variant) -> dict[str, list[str]]:
+def _free(offer: Offer, chosen: Set, wanted: Variant) -> dict[str, list[str]]:
     """Units of a set that may be from several stages, and these."""
     train = wanted.train
-    sources = {name: list(offer.sources(name, train)) for name in offer.trained(found)}
+    sources = {name: list(offer.sources(name, train)) for name in offer.trained(chosen)}
     return {name: several for name, several in sources.items() if len(several) > 1}
 
 
@@ -173,24 +173,24 @@ def _whole_stages(start: Set, free: Mapping[str, list[str]]) -> dict[str, Set]:
     return sets
 
 
-def _flip(found: dict[str, Choice], free: Mapping[str, list[str]], measure: Measure) -> None:
+def _flip(tried: dict[str, Choice], free: Mapping[str, list[str]], measure: Measure) -> None:
     """Adds sets to those that a variant has tried: the best, with one unit after the other from its
     other sources."""
     for name, sources in free.items():
-        best = min(found.values(), key=lambda choice: choice.error)
-        others = [source for source in sources if source != best.found.sources[name]]
-        sets = {f"{name} of {one}": best.found.having({name: one}) for one in others}
+        best = min(tried.values(), key=lambda choice: choice.error)
+        others = [source for source in sources if source != best.set.sources[name]]
+        sets = {f"{name} of {one}": best.set.having({name: one}) for one in others}
         for (words, one), error in zip(sets.items(), measure(list(sets.values())), strict=True):
-            found[words] = replace(best, found=one, error=error)
+            tried[words] = replace(best, set=one, error=error)
 
 
 def told(offer: Offer, name: str, choice: Choice) -> str:
     """A variant's choice in words, for the log."""
-    sources = [f"{unit} {source}" for unit, source in offer.trained(choice.found).items()]
-    closed = len(choice.found.members) - len(sources)
+    sources = [f"{unit} {source}" for unit, source in offer.trained(choice.set).items()]
+    closed = len(choice.set.members) - len(sources)
     share = offer.parameters_left(choice.saved) / offer.facts["transformer_parameters"]
     return (
         f"{name}: {share:.4f} of the parameters, error {choice.error:.3g} (its members alone: "
         f"{choice.cost:.3g}): {', '.join(sources) or 'no trained units'}; {closed} units by "
-        f"least squares, {len(choice.found.ranks)} modulations of low rank"
+        f"least squares, {len(choice.set.ranks)} modulations of low rank"
     )

@@ -49,12 +49,12 @@ def mean_of_streams(draws: Sequence[np.ndarray]) -> np.ndarray:
 def with_joint(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The streams' [1 + draws, first, last] where blocks that have one joint sequence count for
     image and for text, and the streams' mean."""
-    found = dict(draws)
+    completed = dict(draws)
     if JOINT in draws:
         for stream in (IMAGE, TEXT):
             own = draws.get(stream, np.full_like(draws[JOINT], np.nan))
-            found[stream] = np.where(np.isfinite(own), own, draws[JOINT])
-    return found | {"mean": mean_of_streams(list(draws.values()))}
+            completed[stream] = np.where(np.isfinite(own), own, draws[JOINT])
+    return completed | {"mean": mean_of_streams(list(draws.values()))}
 
 
 def rise_noise(delta: np.ndarray) -> float:

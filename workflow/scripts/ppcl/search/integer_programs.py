@@ -66,10 +66,10 @@ def cheapest(
     dearest, gap = every.max(), ROUGH
     while True:
         scale = SCALE / dearest if dearest > 0 else 1.0
-        found = _solved(scale * every + ties, rows, every <= dearest, gap)
-        if found is None:
+        solution = _solved(scale * every + ties, rows, every <= dearest, gap)
+        if solution is None:
             return None
-        taken, low = found
+        taken, low = solution
         cost = math.fsum(every[taken])
         if not all(map(enough, gained[taken].sum(axis=0), needs)):
             # Within the tolerance, but not enough: this one alone is cut off.
@@ -100,19 +100,19 @@ def _solved(
     columns = np.array([i for row, _ in rows for i in row], int)
     values = np.array([v for row, _ in rows for v in row.values()], float)
     matrix = csr_array((values, columns, start), shape=(len(rows), len(costs)))
-    found = milp(
+    result = milp(
         costs,
         integrality=np.ones(len(costs)),
         bounds=Bounds(0, offered.astype(float)),
         constraints=LinearConstraint(matrix, -np.inf, [most for _, most in rows]),
         options={"mip_rel_gap": gap},
     )
-    if found.x is None:
-        if found.status != 2:  # 2: infeasible
-            raise RuntimeError(f"HiGHS stopped: {found.message}")
+    if result.x is None:
+        if result.status != 2:  # 2: infeasible
+            raise RuntimeError(f"HiGHS stopped: {result.message}")
         return None
-    bound = found.fun if found.mip_dual_bound is None else found.mip_dual_bound
-    return np.flatnonzero(found.x > 0.5), bound
+    bound = result.fun if result.mip_dual_bound is None else result.mip_dual_bound
+    return np.flatnonzero(result.x > 0.5), bound
 
 
 def enough(gained: float, need: float) -> bool:

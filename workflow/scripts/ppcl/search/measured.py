@@ -53,8 +53,8 @@ def influences(path: Path | None, stream: str, depth: int) -> np.ndarray:
         raise UserError("intervals.cost is influence: name the probes' table, --probes")
     table = tables.read(path, schemas.PROBES).to_pandas()
     wanted = table["stream"].isin([stream, JOINT]) | (stream == "mean")
-    found = table[wanted].groupby("block")["influence"].mean()
-    return found.reindex(range(depth)).to_numpy()
+    means = table[wanted].groupby("block")["influence"].mean()
+    return means.reindex(range(depth)).to_numpy()
 
 
 def facts(path: Path, *names: str) -> dict:
@@ -174,16 +174,16 @@ def timing(path: Path, depth: int) -> tuple[Weights, float]:
     them. What a text run adds where it closes counts as nothing."""
     table = tables.read(path, schemas.LATENCY).to_pandas()
     check_depth(path, table["block"], depth)
-    found = {(row.part, row.block): row.seconds for row in table.itertuples()}
+    seconds = {(row.part, row.block): row.seconds for row in table.itertuples()}
 
     def per_block(part: str) -> list[float]:
-        return [found.get((part, block), 0.0) for block in range(depth)]
+        return [seconds.get((part, block), 0.0) for block in range(depth)]
 
     ffns = {
-        (block, stream): found[f"ffn_{stream}", block]
+        (block, stream): seconds[f"ffn_{stream}", block]
         for stream in (IMAGE, TEXT)
         for block in range(depth)
-        if (f"ffn_{stream}", block) in found
+        if (f"ffn_{stream}", block) in seconds
     }
     try:
         whole = float(tables.provenance(path)["transformer_seconds"])

@@ -63,12 +63,12 @@ class Offer:
             if train or source not in TRAINED
         }
 
-    def trained(self, found: Set) -> dict[str, str]:
+    def trained(self, chosen: Set) -> dict[str, str]:
         """The trained units of a set, and where each is from. Closed forms that other variants take
         on the same blocks may have the same name, and are other units."""
         return {
             member.unit.name: member.source
-            for member in found.members
+            for member in chosen.members
             if self.units.get(member.unit.name) == member.unit
         }
 

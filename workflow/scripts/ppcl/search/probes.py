@@ -48,9 +48,9 @@ def stored_moments(sums: Mapping, stream: str, block: int | str) -> Moments:
     """The moments of one block and stream, by their names in `activations.Moments.sums` or its file
     (tensors)."""
     names = ("count", "x_sum", "x_x", "y_sum", "x_y", "y_y")
-    found = {name: sums[f"{stream}.{block}.{name}"].cpu().double().numpy() for name in names}
+    moments = {name: sums[f"{stream}.{block}.{name}"].cpu().double().numpy() for name in names}
     return Moments(
-        **found | {"count": int(found["count"].item()), "y_y": float(found["y_y"].item())}
+        **moments | {"count": int(moments["count"].item()), "y_y": float(moments["y_y"].item())}
     )
 
 

@@ -86,9 +86,9 @@ def select(
     costs = [cost for *_, cost in columns.every]
     every = list(zip(*gains.values(), strict=True)) or [()] * len(costs)
     implied = [number for (kind, _), number in columns.number.items() if kind == "borrows"]
-    found = integer_programs.cheapest(costs, every, wanted, columns.rows, implied)
-    if found:
-        return columns.selection(found, weights)
+    cheapest = integer_programs.cheapest(costs, every, wanted, columns.rows, implied)
+    if cheapest:
+        return columns.selection(cheapest, weights)
     reached = {
         m: max(0.0, integer_programs.most(gained, columns.rows)) for m, gained in gains.items()
     }
@@ -133,8 +133,10 @@ class _Columns:
         """What each column saves in one measure."""
         return [self._gain(kind, item, weights) for kind, item, _ in self.every]
 
-    def selection(self, found: integer_programs.Taken, weights: Mapping[str, Weights]) -> Selection:
-        taken = [self.every[column] for column in found.columns]
+    def selection(
+        self, cheapest: integer_programs.Taken, weights: Mapping[str, Weights]
+    ) -> Selection:
+        taken = [self.every[column] for column in cheapest.columns]
         members: dict[str, list] = {
             kind: sorted(item for k, item, _ in taken if k == kind)
             for kind in ("interval", "run", "ffn", "unit", "rank")
@@ -147,8 +149,8 @@ class _Columns:
             tuple(members["interval"]),
             tuple(members["run"]),
             tuple(members["ffn"]),
-            found.cost,
-            found.bound,
+            cheapest.cost,
+            cheapest.bound,
             saves,
             {matrix: rank for matrix, rank, _ in members["rank"]},
             tuple(sorted(members["unit"], key=lambda name: self.choices.units[name][0].first)),

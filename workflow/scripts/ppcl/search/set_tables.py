@@ -18,8 +18,8 @@ from ppcl.transformer.family import IMAGE, TEXT
 
 def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
     """A variant's rows of units.parquet; what they save adds up to what the variant does."""
-    found = []
-    for member in choice.found.members:
+    units = []
+    for member in choice.set.members:
         unit = member.unit
         if offer.units.get(unit.name) == unit:
             streams = {stream for new_block in unit.new_blocks for stream in new_block.linear_ffn}
@@ -33,7 +33,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
                 "required": constraints.holds(unit, offer.required),
             }
             saved = {measure: w.units[unit.name] for measure, w in offer.weights.items()}
-            found.append(_row(name, unit.name, unit.first, unit.last, member.source, saved, row))
+            units.append(_row(name, unit.name, unit.first, unit.last, member.source, saved, row))
             continue
         for kind, item in _closed(unit):
             cost = (offer.closed.runs if kind == "text" else offer.closed.ffns)[item]
@@ -54,9 +54,9 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
                 )
                 for measure, each in offer.weights.items()
             }
-            found.append(_row(name, unit.name, first, last, member.source, saved, row))
-    holding = {b: m for m in choice.found.members for b in range(m.unit.first, m.unit.last + 1)}
-    for (block, path), rank in choice.found.ranks:
+            units.append(_row(name, unit.name, first, last, member.source, saved, row))
+    holding = {b: m for m in choice.set.members for b in range(m.unit.first, m.unit.last + 1)}
+    for (block, path), rank in choice.set.ranks:
         matrix, holder = (block, path), holding.get(block)
         sixths = 6
         if holder:
@@ -72,8 +72,8 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
         }
         saved = {m: w.ranks.get((matrix, rank, sixths), 0.0) for m, w in offer.weights.items()}
         blocks = holder.unit.name if holder else f"{block:02d}-{block:02d}"
-        found.append(_row(name, blocks, block, block, CLOSED, saved, row))
-    return found
+        units.append(_row(name, blocks, block, block, CLOSED, saved, row))
+    return units
 
 
 def _closed(unit: Unit) -> Iterable[tuple[str, tuple]]:
@@ -113,7 +113,7 @@ def trial_rows(offer: Offer, name: str, decided: Decided) -> list[dict]:
         {
             "variant": name,
             "tried": words,
-            "sources": json.dumps(offer.trained(choice.found)),
+            "sources": json.dumps(offer.trained(choice.set)),
             "parameters": offer.parameters_left(choice.saved),
             "predicted_error": choice.cost,
             "velocity_error": choice.error,

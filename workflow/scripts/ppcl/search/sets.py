@@ -68,19 +68,19 @@ class Set:
         )
 
 
-def refitted(found: Set, variant: str) -> Set:
+def refitted(chosen: Set, variant: str) -> Set:
     """A set whose linear FFNs by least squares are fitted once more, in it."""
-    return found.having(
+    return chosen.having(
         {
             member.unit.name: f"{REFIT}{variant}"
-            for member in found.members
+            for member in chosen.members
             if member.source == CLOSED
             and any(new_block.linear_ffn for new_block in member.unit.new_blocks)
         }
     )
 
 
-def entry(found: Set) -> dict:
+def entry(chosen: Set) -> dict:
     """A set as JSON."""
     return {
         "units": [
@@ -89,24 +89,24 @@ def entry(found: Set) -> dict:
                 "source": member.source,
                 "new_blocks": [asdict(new_block) for new_block in member.unit.new_blocks],
             }
-            for member in found.members
+            for member in chosen.members
         ],
-        "ranks": [[block, path, rank] for (block, path), rank in found.ranks],
+        "ranks": [[block, path, rank] for (block, path), rank in chosen.ranks],
     }
 
 
-def of_entry(found: Mapping) -> Set:
+def of_entry(stored: Mapping) -> Set:
     """The set of which `entry` made this.
 
     Raises:
         ValueError, LookupError, TypeError: it is of something else.
     """
     members = []
-    for one in found["units"]:
+    for one in stored["units"]:
         unit = Unit(tuple(map(new_block_of, one["new_blocks"])))
         source = one["source"]
         if source not in (CLOSED, START, *TRAINED) and not source.startswith(REFIT):
             raise ValueError(f"unit {unit.name} is from nowhere")
         members.append(Member(unit, source))
-    ranks = tuple(((int(block), str(path)), int(rank)) for block, path, rank in found["ranks"])
+    ranks = tuple(((int(block), str(path)), int(rank)) for block, path, rank in stored["ranks"])
     return Set(tuple(members), ranks)

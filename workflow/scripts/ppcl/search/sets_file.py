@@ -14,7 +14,7 @@ from ppcl.storage import texts
 def write(path: Path, offer: Offer, choices: Mapping[str, Choice], stamp: Mapping) -> None:
     """Writes sets.json: every variant's set, and what each unit costs alone from each source."""
     variants = {
-        name: entry(choice.found)
+        name: entry(choice.set)
         | {
             "parameters": offer.parameters_left(choice.saved),
             "saved": dict(choice.saved),
@@ -23,7 +23,7 @@ def write(path: Path, offer: Offer, choices: Mapping[str, Choice], stamp: Mappin
         }
         for name, choice in choices.items()
     }
-    errors = {name: dict(found) for name, found in offer.errors.items()}
+    errors = {name: dict(by_source) for name, by_source in offer.errors.items()}
     texts.write_sealed(path, {"variants": variants, "alone": errors, "provenance": dict(stamp)})
 
 
@@ -35,7 +35,7 @@ def write_one(path: Path, offer: Offer, choice: Choice, refits: str) -> None:
 
     refits: digest of its maps that were fitted once more.
     """
-    facts = entry(choice.found) | {
+    facts = entry(choice.set) | {
         "parameters": offer.parameters_left(choice.saved),
         "refits": refits,
     }
@@ -77,15 +77,15 @@ def read(path: Path) -> Written:
     Raises:
         UserError: it is missing, or something else.
     """
-    found = texts.read_sealed(path)
+    content = texts.read_sealed(path)
     try:
-        variants = found["variants"]
+        variants = content["variants"]
         return Written(
             {name: of_entry(one) for name, one in variants.items()},
             {name: int(one["parameters"]) for name, one in variants.items()},
             {
                 name: {source: float(error) for source, error in errors.items()}
-                for name, errors in found["alone"].items()
+                for name, errors in content["alone"].items()
             },
             variants,
         )

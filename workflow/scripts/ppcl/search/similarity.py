@@ -298,8 +298,8 @@ def block_cka(
             names = [
                 f"stream {stream!r}, outputs of blocks {a} and {blocks[b]}" for a in blocks[some]
             ]
-            found = ratio(cross, own[some], own[b], names)[:, 0]
-            values[b, some] = values[some, b] = found
+            similarities = ratio(cross, own[some], own[b], names)[:, 0]
+            values[b, some] = values[some, b] = similarities
     return values
 
 

@@ -30,22 +30,22 @@ def seal(description: bytes) -> bytes:
     Raises:
         UserError: it holds several seals, as when a prompt's text looks like one.
     """
-    found = list(_SEAL.finditer(description))
-    if len(found) != 1:
+    matches = list(_SEAL.finditer(description))
+    if len(matches) != 1:
         raise UserError(f"a text in the results looks like a seal ({EMPTY[:10]}...); change it")
-    start, end = found[0].span(1)
+    start, end = matches[0].span(1)
     digest = hashlib.sha256(description).hexdigest().encode()
     return description[:start] + digest + description[end:]
 
 
 def sealed(description: bytes) -> bool:
     """Whether the description is what `seal` returned."""
-    found = list(_SEAL.finditer(description))
-    if len(found) != 1:
+    matches = list(_SEAL.finditer(description))
+    if len(matches) != 1:
         return False
-    start, end = found[0].span(1)
+    start, end = matches[0].span(1)
     zeroed = description[:start] + b"0" * 64 + description[end:]
-    return hashlib.sha256(zeroed).hexdigest().encode() == found[0][1]
+    return hashlib.sha256(zeroed).hexdigest().encode() == matches[0][1]
 
 
 def digest(file: int, start: int, size: int) -> str:

@@ -68,14 +68,14 @@ def _repeating(schema: pa.Schema) -> list[str]:
     Floats of 32 bits and more hardly ever do: a dictionary that is begun in vain takes time, and
     makes recorded calls half as large again. Those of 16 bits have few enough values for one.
     """
-    found = []
+    repeating = []
     for field in schema:
         kind, name = field.type, field.name
         if isinstance(kind, pa.FixedShapeTensorType):
             kind, name = kind.value_type, f"{name}.list.element"
         if not (pa.types.is_float32(kind) or pa.types.is_float64(kind)):
-            found.append(name)
-    return found
+            repeating.append(name)
+    return repeating
 
 
 def write(
@@ -161,8 +161,8 @@ class File:
         except FileNotFoundError as error:
             raise UserError(f"{self._path}: no such file; run snakemake to make it") from error
         except (pa.ArrowException, OSError, ValueError) as error:  # names may be no UTF-8
-            if found := errors.trouble(error, self._path):
-                raise UserError(found) from error
+            if trouble := errors.trouble(error, self._path):
+                raise UserError(trouble) from error
             raise UserError(
                 f"{self._path}: truncated or not parquet ({error}); {_REMAKE}"
             ) from error
@@ -192,25 +192,25 @@ def read(
     return table.select([*schema.names, *further])
 
 
-def require(path: str | Path, found: pa.Schema, schema: pa.Schema) -> None:
+def require(path: str | Path, stored: pa.Schema, schema: pa.Schema) -> None:
     """Raises UserError if a file's schema lacks a column of another one, or its type."""
     for field in schema:
-        if field.name not in found.names:
+        if field.name not in stored.names:
             raise UserError(f"{path}: column '{field.name}' is missing; {_REMAKE}")
-        kind = found.field(field.name).type
+        kind = stored.field(field.name).type
         if kind != field.type:
             raise UserError(f"{path}: column '{field.name}' is {kind}, not {field.type}; {_REMAKE}")
 
 
 def _rows_where(file: File, columns: list[str] | None, name: str, values: Collection) -> pa.Table:
-    found = []
+    groups = []
     for number in range(len(file)):
         wanted = [value in values for value in file.group(number, [name])[name].to_pylist()]
         if any(wanted):
-            found.append(file.group(number, columns).filter(pa.array(wanted)))
-    if not found:
+            groups.append(file.group(number, columns).filter(pa.array(wanted)))
+    if not groups:
         return file.schema.empty_table().select(columns or file.schema.names)
-    return pa.concat_tables(found)
+    return pa.concat_tables(groups)
 
 
 def provenance(path: str | Path) -> dict[str, str]:

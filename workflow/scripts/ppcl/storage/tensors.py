@@ -49,12 +49,12 @@ def join(path: str | Path, sources: Iterable[Path], metadata: Mapping[str, str])
         _checked(Path(source), whole=True)
         with open(source, "rb") as file:
             header, _ = _parts(file.fileno(), whole=False)
-        found = json.loads(header[8:])
-        del found["__metadata__"]
-        for entry in found.values():
+        entries = json.loads(header[8:])
+        del entries["__metadata__"]
+        for entry in entries.values():
             entry["data_offsets"] = [offset + size for offset in entry["data_offsets"]]
-        content |= found
-        size = max((entry["data_offsets"][1] for entry in found.values()), default=size)
+        content |= entries
+        size = max((entry["data_offsets"][1] for entry in entries.values()), default=size)
         regions.append((source, len(header)))
     text = json.dumps(content, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors lie where their types may
@@ -84,15 +84,15 @@ def _seal(path: Path) -> None:
 def _whole_and_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, each all of its storage, which safetensors asks for; copied only if
     that is not so."""
-    found, taken = {}, set()
+    copies, taken = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         storage = tensor.untyped_storage()
         if storage.nbytes() != tensor.nbytes or storage.data_ptr() in taken:
             tensor = tensor.clone()
         taken.add(storage.data_ptr())
-        found[name] = tensor
-    return found
+        copies[name] = tensor
+    return copies
 
 
 def metadata(path: str | Path) -> dict[str, str]:
@@ -108,7 +108,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     while True:
         before = _identity(path)
-        found = _checked(Path(path), whole=True)
+        stored = _checked(Path(path), whole=True)
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 read = {k: file.get_tensor(k) for k in file.keys()}
@@ -116,7 +116,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             raise _broken(path, error) from error
         # It was opened twice: another run may have put a newer file in its place in between.
         if before == _identity(path):
-            return read, found
+            return read, stored
 
 
 def opened(path: str | Path, check: bool = True) -> tuple[safetensors.safe_open, dict[str, str]]:
@@ -128,9 +128,9 @@ def opened(path: str | Path, check: bool = True) -> tuple[safetensors.safe_open,
     Raises:
         UserError: as `read`.
     """
-    found = _checked(Path(path), whole=check)
+    stored = _checked(Path(path), whole=check)
     try:
-        return safetensors.safe_open(path, framework="pt"), found
+        return safetensors.safe_open(path, framework="pt"), stored
     except (safetensors.SafetensorError, OSError) as error:
         raise _broken(path, error) from error
 
@@ -138,10 +138,10 @@ def opened(path: str | Path, check: bool = True) -> tuple[safetensors.safe_open,
 def _identity(path: str | Path) -> tuple | None:
     """Changes when another file takes the place of this one."""
     try:
-        found = os.stat(path)
+        status = os.stat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _checked(path: Path, whole: bool) -> dict[str, str]:
@@ -152,15 +152,15 @@ def _checked(path: Path, whole: bool) -> dict[str, str]:
         with open(path, "rb") as file:
             header, data = _parts(file.fileno(), whole)
         content = json.loads(header[8:]) if seals.sealed(header) else {}
-        found = dict(content.pop("__metadata__", {}))
+        stored = dict(content.pop("__metadata__", {}))
         size = len(header) + max((t["data_offsets"][1] for t in content.values()), default=0)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise _broken(path, error) from error
-    if found and size != path.stat().st_size:
+    if stored and size != path.stat().st_size:
         raise _broken(path, "it is too short or too long")
-    if not found or whole and found.get(_DATA) != data:
+    if not stored or whole and stored.get(_DATA) != data:
         raise UserError(f"{path} {seals.DAMAGED}; {seals.REMAKE}")
-    return {key: value for key, value in found.items() if key not in (_DATA, seals.KEY)}
+    return {key: value for key, value in stored.items() if key not in (_DATA, seals.KEY)}
 
 
 def _parts(file: int, whole: bool = True) -> tuple[bytes, str]:
@@ -174,6 +174,6 @@ def _parts(file: int, whole: bool = True) -> tuple[bytes, str]:
 
 
 def _broken(path: str | Path, error: Exception | str) -> UserError:
-    if isinstance(error, Exception) and (found := errors.trouble(error, path)):
-        return UserError(found)
+    if isinstance(error, Exception) and (trouble := errors.trouble(error, path)):
+        return UserError(trouble)
     return UserError(f"{path} is not a whole safetensors file ({error}); {seals.REMAKE}")

@@ -114,31 +114,31 @@ def _head(path: Path, limit: int, whole: bool = True) -> tuple[bytes, int]:
 
 def _parsed(content: bytes, path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_once)
     except RecursionError:
-        found = None
+        value = None
     except ValueError as error:  # also of bytes that are not UTF-8, and of endless numbers
         raise UserError(f"{path}: not valid JSON ({error}); restore the file") from error
-    if not isinstance(found, dict) or _deep(found):
+    if not isinstance(value, dict) or _deep(value):
         raise UserError(
             f"{path}: not valid JSON of this kind: it should be one object, with at most {DEPTH} "
             "others in each other; restore the file"
         )
-    return found
+    return value
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """An object, whose names may not repeat: readers would differ in which of them counts."""
-    found = {}
+    content = {}
     for name, value in pairs:
-        if name in found:
+        if name in content:
             raise ValueError(f"{name[:200]!r} is there twice")
-        found[name] = value
-    return found
+        content[name] = value
+    return content
 
 
-def _deep(found: Any) -> bool:
-    level = [found]
+def _deep(top: Any) -> bool:
+    level = [top]
     for _ in range(DEPTH):
         nested = [value for value in level if isinstance(value, (dict, list))]
         level = [

@@ -54,14 +54,14 @@ def folder(
     """
     path, subfolder = teacher.path, teacher.subfolder or ""
     if not is_name(path):
-        found = Path(path) / subfolder
-        if not found.is_dir():
+        local = Path(path) / subfolder
+        if not local.is_dir():
             raise UserError(
-                f"{key}: {found} can't be loaded: there is no such folder; give the folder of a "
+                f"{key}: {local} can't be loaded: there is no such folder; give the folder of a "
                 "diffusers pipeline, or the name of a repository on the Hub (owner/name)"
             )
-        refuse_strange(found, key)
-        return found
+        refuse_strange(local, key)
+        return local
     if subfolder.startswith("/") or ".." in Path(subfolder).parts:
         raise UserError(f"teacher.subfolder: {subfolder} is no folder inside of {path}; correct it")
     from huggingface_hub import HfApi, snapshot_download
@@ -137,24 +137,24 @@ def wanted(
         names: all files of the repository.
         prefix: of the pipeline's files, empty or ending with a slash.
     """
-    found: list[str] = []
+    chosen: list[str] = []
     beside: dict[str, list[str]] = {}
     for name in (n.removeprefix(prefix) for n in names if n.startswith(prefix)):
         part, _, file = name.partition("/")
         if not file:
             if name == INDEX or (name.endswith(".py") and teacher.trust_remote_code):
-                found.append(name)
+                chosen.append(name)
         elif part in without or (only is not None and part not in only):
             continue
         elif re.search(r"\.(safetensors|bin)(\.index(\.\w+)?\.json)?$", file):
             beside.setdefault(part, []).append(file)
         elif _TEXT.search(file):
-            found.append(name)
+            chosen.append(name)
         elif file.endswith(".py") and teacher.trust_remote_code:
-            found.append(name)
+            chosen.append(name)
     for part, files in beside.items():
-        found += [f"{part}/{file}" for file in weights.wanted(files, teacher.variant)]
-    return [prefix + name for name in found]
+        chosen += [f"{part}/{file}" for file in weights.wanted(files, teacher.variant)]
+    return [prefix + name for name in chosen]
 
 
 def read_index(path: Path, key: str = "teacher.path") -> dict:
@@ -164,13 +164,13 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
         UserError: it is missing, not JSON, or names what can't be a component.
     """
     try:
-        found = untrusted.json_object(path / INDEX)
+        index = untrusted.json_object(path / INDEX)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{key}: {path} is not a diffusers pipeline (it has no {INDEX}); give the folder that "
             "save_pretrained wrote, or set teacher.subfolder to where it is"
         ) from error
-    for name, value in found.items():
+    for name, value in index.items():
         # Names become paths.
         if not (name.isascii() and name.isidentifier() and len(name) <= 100):
             raise UserError(
@@ -184,7 +184,7 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
         config = path / name / weights.CONFIG
         if _is_named(value) and registry.was_split(value[1]) and config.is_file():
             value[1] = registry.today(value[1], untrusted.json_object(config))
-    return found
+    return index
 
 
 def parts(folder: Path, key: str = "teacher.path") -> dict[str, tuple[str, str]]:
@@ -217,12 +217,12 @@ def _is_named(value: Any) -> bool:
 def files(folder: Path, name: str) -> list[str]:
     """A component's files by their paths in the pipeline's folder: those that a download would
     take, and no code."""
-    found = []
+    present = []
     for place, folders, names in os.walk(folder / name):
         folders[:] = [f for f in folders if not f.startswith(".")]
-        found += [Path(place, n).relative_to(folder).as_posix() for n in names if n[0] != "."]
+        present += [Path(place, n).relative_to(folder).as_posix() for n in names if n[0] != "."]
     stock = TeacherSettings.of({"path": str(folder)})
-    return sorted(f for f in wanted(found, "", (name,), (), stock) if (folder / f).is_file())
+    return sorted(f for f in wanted(present, "", (name,), (), stock) if (folder / f).is_file())
 
 
 def leaves(folder: Path, path: Path) -> bool:

@@ -47,13 +47,13 @@ def denoiser(pipe: DiffusionPipeline, teacher: TeacherSettings) -> torch.nn.Modu
         UserError: the pipeline has no such component.
     """
     name = hub.component(teacher)
-    found = getattr(pipe, name, None)
-    if not isinstance(found, torch.nn.Module):
+    component = getattr(pipe, name, None)
+    if not isinstance(component, torch.nn.Module):
         raise UserError(
             f"teacher.component: {teacher.path} is a {type(pipe).__name__} without a {name}; "
             f"it has {', '.join(sorted(pipe.components))}"
         )
-    return found
+    return component
 
 
 def load(

@@ -71,14 +71,14 @@ def readers(pipe: DiffusionPipeline) -> dict[str, Any]:
 
     Those that the family names, as far as the pipeline has them; of other families all.
     """
-    found = {
+    parts = {
         name: part
         for name, part in pipe.components.items()
         if part is not None and ("tokenizer" in name or hasattr(part, "tokenizer"))
     }
     known = family(pipe)
-    named = {k: found[k] for k in known.texts if k in found} if known is not None else {}
-    return named or found
+    named = {k: parts[k] for k in known.texts if k in parts} if known is not None else {}
+    return named or parts
 
 
 def count(reader: Any, text: str) -> int:
@@ -92,10 +92,10 @@ def count(reader: Any, text: str) -> int:
     given = {"text": text} if "text" in takes else {}
     # Else a tokenizer says that the text is too long for its model.
     quiet = {"verbose": False} if "verbose" in takes else {}
-    found = tokenizer(*([] if given else [text]), **given, **quiet)["input_ids"]
-    if hasattr(found, "shape"):
-        return found.shape[-1]
-    return len(found[0]) if found and isinstance(found[0], (list, tuple)) else len(found)
+    tokens = tokenizer(*([] if given else [text]), **given, **quiet)["input_ids"]
+    if hasattr(tokens, "shape"):
+        return tokens.shape[-1]
+    return len(tokens[0]) if tokens and isinstance(tokens[0], (list, tuple)) else len(tokens)
 
 
 def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int, ...]]:
@@ -108,10 +108,10 @@ def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int,
     known, stock = family(pipe), type(pipe).__module__.startswith("diffusers.")
     if stock and known is not None and not known.masks:
         return dict.fromkeys(prompts, ())
-    found = readers(pipe).values()
+    tokenizers = readers(pipe).values()
     apart = known.apart if known is not None else None
     return {
-        p: (tuple(count(reader, p) for reader in found) or (len(p),))
+        p: (tuple(count(reader, p) for reader in tokenizers) or (len(p),))
         + ((apart(pipe, p),) if apart is not None else ())
         for p in set(prompts)
     }
@@ -125,13 +125,13 @@ def cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping) -> dict[
     Args:
         settings: the config's `pipeline` mapping.
     """
-    found = {}
+    lengths_of = {}
     for prompt in dict.fromkeys(prompts):
         over = [_over(pipe, name, part, prompt, settings) for name, part in readers(pipe).items()]
         tokens = [number for number in over if number]
         if over and len(tokens) == len(over):
-            found[prompt] = max(tokens)
-    return found
+            lengths_of[prompt] = max(tokens)
+    return lengths_of
 
 
 def warn_of_cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping, key: str) -> None:

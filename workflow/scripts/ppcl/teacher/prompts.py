@@ -70,8 +70,8 @@ def heldout_count(prompts: int, fraction: float) -> int:
 
 def shown(text: Any) -> str:
     """A text for messages: in quotes, on one line, not long."""
-    found = repr(text)
-    return found if len(found) <= 70 else f"{found[:60]}...{found[-1]}"
+    quoted = repr(text)
+    return quoted if len(quoted) <= 70 else f"{quoted[:60]}...{quoted[-1]}"
 
 
 def _regular(path: Path, key: str) -> bytes:
@@ -139,7 +139,7 @@ def _is_json(text: str) -> bool:
 def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
     """A reader of (place, row) of a table whose columns are separated so."""
 
-    def found(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+    def rows(path: Path, key: str) -> Iterator[tuple[str, dict]]:
         lines = _lines(path, key)
         if not any(line.strip() for line in lines):
             return
@@ -178,7 +178,7 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
                 "close its double quotes, and write those inside of a quoted prompt twice"
             ) from error
 
-    return found
+    return rows
 
 
 def _check_names(names: list[str], where: str, line: str) -> None:
@@ -216,12 +216,12 @@ def _read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict]]:
 
 def once(pairs: list[tuple[str, Any]], where: str) -> dict:
     """A mapping of JSON; UserError if it has a key twice, of which one would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
         raise UserError(f"{where}: has the key '{twice}' twice; remove one")
-    return found
+    return mapping
 
 
 def _read_parquet(path: Path, key: str) -> Iterator[tuple[str, dict]]:

@@ -31,16 +31,16 @@ def files(teacher: TeacherSettings) -> list[Path]:
         index = hub.read_index(folder)
     except UserError:
         return []  # which is told where the teacher is loaded, or checked before a run
-    found = [folder / hub.INDEX, *folder.glob("[!.]*.py")]
+    paths = [folder / hub.INDEX, *folder.glob("[!.]*.py")]
     for name, made_as in index.items():
         if isinstance(made_as, list):
-            found += _below(folder / name)
-    return sorted(path for path in found if path.is_file())
+            paths += _below(folder / name)
+    return sorted(path for path in paths if path.is_file())
 
 
 def _below(folder: Path) -> list[Path]:
     """All that is no hidden file in a folder; a link that leads back to where it is is left out."""
-    found, seen = [], set()
+    paths, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
         if real in seen:
@@ -48,8 +48,8 @@ def _below(folder: Path) -> list[Path]:
             continue
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(place, name) for name in names if not name.startswith(".")]
-    return found
+        paths += [Path(place, name) for name in names if not name.startswith(".")]
+    return paths
 
 
 def fingerprint(teacher: TeacherSettings) -> str:
@@ -59,8 +59,8 @@ def fingerprint(teacher: TeacherSettings) -> str:
     if hub.is_name(teacher.path):
         return ""
     folder = Path(teacher.path, teacher.subfolder or "")
-    found = ((path.relative_to(folder).as_posix(), path) for path in files(teacher))
-    return provenance.digest([(name, *_looks(path)) for name, path in found])
+    named = ((path.relative_to(folder).as_posix(), path) for path in files(teacher))
+    return provenance.digest([(name, *_looks(path)) for name, path in named])
 
 
 def _looks(path: Path) -> tuple[int, int, str]:

@@ -117,11 +117,12 @@ def _narrow_text(made_by: type, stock: type[nn.Module]) -> bytes:
     if loaded:
         return Path(loaded).read_bytes()
     family = family_of(stock.__name__)
-    assert family is not None, f"{stock.__name__} was narrowed, so that the registry has it"
+    if family is None:
+        raise ValueError(f"{stock.__name__} was narrowed, yet the registry does not have it")
     return pruned_class.module_text(stock, family.layouts()).encode()
 
 
 def code_in(folder: Path) -> list[str]:
     """All files of a folder that could be run, by their paths in it."""
-    found = (path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
-    return sorted(path.relative_to(folder).as_posix() for path in found)
+    paths = (path for path in folder.rglob("*") if path.suffix in _SUFFIXES)
+    return sorted(path.relative_to(folder).as_posix() for path in paths)

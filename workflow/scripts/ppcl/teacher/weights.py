@@ -57,17 +57,17 @@ def first(names: Collection[str], stem: str, variant: str | None) -> str | None:
 def wanted(names: Collection[str], variant: str | None) -> list[str]:
     """Which weights of a component's files on the Hub to download: those that will be read."""
     names = [name for name in names if ".safetensors" in name]  # no other ones are read here
-    variant, found = variant_of(names, variant), []
+    variant, files = variant_of(names, variant), []
     mark = re.escape(f".{variant}") if variant else ""
     for stem in STEMS.values():
         chosen = first(names, stem, variant)
         if chosen is not None:
-            found.append(chosen)
+            files.append(chosen)
         if chosen is not None and chosen.endswith(".json"):
             number = r"-\d+-of-\d+"
             shard = re.compile(rf"{stem}({mark}{number}|{number}{mark})\.safetensors")
-            found += [name for name in names if shard.fullmatch(name)]
-    return found
+            files += [name for name in names if shard.fullmatch(name)]
+    return files
 
 
 def headers(folder: Path, library: str, variant: str | None) -> dict[Path, Header]:
@@ -95,8 +95,8 @@ def headers(folder: Path, library: str, variant: str | None) -> dict[Path, Heade
     if missing:
         raise UserError(f"{index}: it names {missing[0]}, which is not there; restore that file")
     shards = [folder / name for name in sorted(set(places.values()))]
-    found = {path: untrusted.safetensors_header(path) for path in shards}
-    for path, header in found.items():
+    by_shard = {path: untrusted.safetensors_header(path) for path in shards}
+    for path, header in by_shard.items():
         told = {name for name, shard in places.items() if shard == path.name}
         if odd := sorted(told ^ header.keys()):
             which = "lacks" if odd[0] in told else "also holds"
@@ -104,14 +104,14 @@ def headers(folder: Path, library: str, variant: str | None) -> dict[Path, Heade
                 f"{path}: against {index.name}, it {which} the weight {odd[0][:200]!r}; restore "
                 f"these files, or load {folder.name} and save it again with save_pretrained"
             )
-    return found
+    return by_shard
 
 
 def _places(index: Path) -> dict[str, str]:
     """Weight -> name of the shard that holds it."""
-    found = untrusted.json_object(index)
-    places = found.get("weight_map")
-    if isinstance(places, dict) and places and isinstance(found.get("metadata"), dict):
+    content = untrusted.json_object(index)
+    places = content.get("weight_map")
+    if isinstance(places, dict) and places and isinstance(content.get("metadata"), dict):
         if all(_is_shard(name) for name in places.values()):
             return places
     raise UserError(
@@ -141,7 +141,7 @@ def check(
     Raises:
         UserError: a component is not there, or its weights can't be read here.
     """
-    found = {}
+    by_part = {}
     for name, (library, made_as) in parts.items():
         part = folder / name
         if not part.is_dir():
@@ -161,10 +161,10 @@ def check(
         weightless = name != pruned and _WEIGHTLESS.search(made_as)
         if CONFIG in names and not weightless:
             _check_config(part / CONFIG, key, name == pruned)
-            found[name] = _weights(part, names, library, variant, key)
+            by_part[name] = _weights(part, names, library, variant, key)
         elif name == pruned or library in STEMS and not weightless:
             raise UserError(f"{key}: {part} has no {CONFIG}; restore the {name}'s folder")
-    return found
+    return by_part
 
 
 def check_variant(folder: Path, parts: Collection[str], variant: str | None, key: str) -> None:
@@ -187,8 +187,8 @@ def _weights(
             f"{key}: {part / odd[0]}: neither adapters nor training checkpoints are read here; "
             f"load the {part.name}, merge its adapters, and save it again with save_pretrained"
         )
-    if found := headers(part, library, variant):
-        return found
+    if by_file := headers(part, library, variant):
+        return by_file
     kind = f" of variant {variant}" if variant_of(names, variant) else ""
     pickled = sorted(name for name in names if name.endswith(PICKLED))
     beside = f" ({pickled[0]} could run code when it is read)" if pickled else ""
