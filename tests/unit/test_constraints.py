@@ -141,7 +141,7 @@ def test_pins_of_a_teacher():
     required, _ = constraints.of_config(Settings.of(settings), 6)
     fitting = {"seams": [0], "untouchable": (), "unseen": (), "ffns": {(1, IMAGE), (0, TEXT)}}
     fitting |= {"text_saved": [5] * 6, "modulated": {*range(7)}, "unread": 5}
-    constraints.check(required, **fitting)
+    constraints.check(required, constraints.Prunable(**fitting))
     for changed, message in (
         ({"seams": [0, 4]}, r"intervals\.require: \[3,5\] .* of another kind from block 4 on"),
         ({"seams": [0, 2]}, r"width\.text\.require: \[0,2\] .* of another kind from block 2 on"),
@@ -162,7 +162,7 @@ def test_pins_of_a_teacher():
         ),
     ):
         with pytest.raises(UserError, match=message):
-            constraints.check(required, **{**fitting, **changed})
+            constraints.check(required, constraints.Prunable(**{**fitting, **changed}))
 
 
 def test_a_unit_holds_what_is_named():

@@ -36,8 +36,17 @@ def take_weights(model: nn.Module, path: Path, chosen: sets.Set, refits: str) ->
     model.load_state_dict(weights)
 
 
-def arguments() -> argparse.Namespace:
-    """The command line."""
+def refuse_other(args: argparse.Namespace, count: int, predicted: int) -> None:
+    """Raises UserError if the model has other parameters than were foretold."""
+    if count != predicted:
+        raise UserError(
+            f"variant {args.variant} has {count:,} parameters, but {args.sets} foretells "
+            f"{predicted:,}: it is of other files; delete it and rerun"
+        )
+
+
+def command_line() -> argparse.Namespace:
+    """The options."""
     return program.parser(
         __doc__,
         "config",
@@ -50,7 +59,7 @@ def arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    args = arguments()
+    args = command_line()
     settings = config.load(args.config)
     assembly.variant(settings, args.variant)  # which must be there
 
@@ -70,12 +79,8 @@ def main() -> None:
     model.eval()
     if args.finetuned:
         take_weights(model, args.finetuned, chosen, refits)
-    count, predicted = blocks.parameter_count(model), written.parameters[args.variant]
-    if count != predicted:
-        raise UserError(
-            f"variant {args.variant} has {count:,} parameters, but {args.sets} foretells "
-            f"{predicted:,}: it is of other files; delete it and rerun"
-        )
+    count = blocks.parameter_count(model)
+    refuse_other(args, count, written.parameters[args.variant])
     complete.refuse_incomplete(model, f"variant {args.variant}")
     example = reader.batch(reader.buckets[0][:2])
     card = {

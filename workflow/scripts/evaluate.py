@@ -28,6 +28,7 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
     peak_memory_bytes     what loading the transformer and one batch add to a fresh process
 """
 
+import argparse
 import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import as_completed
@@ -225,14 +226,19 @@ def identity_of(
     )
 
 
-def main() -> None:
+def command_line() -> argparse.Namespace:
+    """The options."""
     parser = program.parser(
         __doc__, "config", "state", reads=("calls",), writes=("metrics", "images")
     )
     parser.add_argument(
         "--models", type=Path, nargs="+", required=True, help="input: the variants' folders"
     )
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = command_line()
     settings = config.load(args.config)
     options, seed = settings.evaluate, settings.seed
 

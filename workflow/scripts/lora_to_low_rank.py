@@ -11,6 +11,7 @@ wider by its rank. --projected writes a LoRA file for the pipeline as it is, and
 of each modulation's change is lost. Blocks are renumbered as block_map.json tells.
 """
 
+import argparse
 import json
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def read_block_map(path: Path, count: int) -> list[list[int]]:
     return found
 
 
-def main() -> None:
+def command_line() -> argparse.Namespace:
+    """The options."""
     parser = program.parser(
         __doc__,
         reads=("model", "lora"),
@@ -58,7 +60,11 @@ def main() -> None:
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--merged", type=Path, help="output: a pipeline folder")
     output.add_argument("--projected", type=Path, help="output: a LoRA file")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = command_line()
     if args.projected and not args.conditioning:
         raise UserError("--projected needs --conditioning, which `extract` has written")
     for option in ("merged", "projected"):

@@ -23,6 +23,8 @@ pareto, choose, variants, what is forbidden (intervals, width, modulation), and 
 velocity_rows, batch_size, bootstrap and latency_repeats.
 """
 
+import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -44,14 +46,28 @@ from ppcl.training import prices
 from ppcl.transformer import blocks, calls
 
 
-def main() -> None:
-    args = program.parser(
+def command_line() -> argparse.Namespace:
+    """The options."""
+    return program.parser(
         __doc__,
         "config",
         reads=("calls", "sets"),
         may_read=(*variant_files.MODEL_FILES, *variant_files.PRICE_FILES),
         writes=("points",),
     ).parse_args()
+
+
+def variants_of(budgets: Iterable[float], train: bool) -> list[Variant]:
+    """A variant of each budget, a share of the parameters."""
+    return [
+        # Upwards, so that rounding does not leave the smallest budget out of reach.
+        Variant(f"budget {number}", {"fraction": min(1.0, float(budget) + 1e-9)}, train, 0)
+        for number, budget in enumerate(budgets)
+    ]
+
+
+def main() -> None:
+    args = command_line()
     settings = config.load(args.config)
     seed = settings.seed
 
@@ -62,16 +78,14 @@ def main() -> None:
     workshop = variants.Workshop(teacher, files, device=device)
     offer = offers.offered(settings, blocks.sizes(teacher), files.prices, selection, written.alone)
     offer = replace(offer, required=constraints.NOTHING)
-    asked = {}
     # Without 1 itself, which is the teacher.
     smallest = min(written.parameters.values()) / blocks.parameter_count(teacher)
     budgets = np.linspace(smallest, 1, settings.pareto.budgets, endpoint=False)
-    for number, budget in enumerate(budgets):
-        # Upwards, so that rounding does not leave the smallest budget out of reach.
-        limit = {"fraction": min(1.0, float(budget) + 1e-9)}
-        train = any(variant.train for variant in settings.variants)
-        wanted = Variant(f"budget {number}", limit, train, finetune_steps=0)
-        asked[wanted.name] = wanted, choosing.search(offer, wanted)
+    train = any(variant.train for variant in settings.variants)
+    asked = {
+        wanted.name: (wanted, choosing.search(offer, wanted))
+        for wanted in variants_of(budgets, train)
+    }
     options = settings.choose
     by = reader.sample_heldout("select", options.rows, seed)
     judged = prices.Judged(context, by, options.batch_size)

@@ -142,15 +142,17 @@ def selection(
     }
     constraints.check(
         required,
-        blocks.seams(transformer),
-        blocks.untouchable(transformer),
-        (),
-        ffns,
-        linear_map_candidates.text_sizes(transformer)["text_saved"]
-        if required.runs
-        else [0] * len(sequence),
-        {block for block, _ in matrices(settings, transformer)},
-        linear_maps.unread_after(transformer),
+        constraints.Prunable(
+            blocks.seams(transformer),
+            blocks.untouchable(transformer),
+            (),
+            ffns,
+            linear_map_candidates.text_sizes(transformer)["text_saved"]
+            if required.runs
+            else [0] * len(sequence),
+            {block for block, _ in matrices(settings, transformer)},
+            linear_maps.unread_after(transformer),
+        ),
     )
     if not settings.intervals.enabled:
         intervals = ()

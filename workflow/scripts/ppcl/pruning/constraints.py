@@ -5,7 +5,7 @@ Reads neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import itertools
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 from ppcl.errors import UserError
@@ -82,19 +82,11 @@ def protected(settings: Settings, depth: int | None) -> set[int]:
     return {*range(first)} | (set() if depth is None else {*range(max(0, depth - last), depth)})
 
 
-def check(
-    required: Named,
-    seams: Iterable[int],
-    untouchable: Collection[int],
-    unseen: Collection[int],
-    ffns: Collection[Ffn],
-    text_saved: Sequence[float],
-    modulated: Collection[int],
-    unread: int | None,
-) -> None:
-    """Raises UserError for requirements that this teacher can't meet.
+@dataclass(frozen=True)
+class Prunable:
+    """What can be pruned of a teacher.
 
-    Args:
+    Attributes:
         seams: first block of each block list.
         untouchable: blocks that can't be pruned.
         unseen: blocks without the CKA that decides, so that no interval may hold them.
@@ -104,29 +96,43 @@ def check(
             `units.Modulation.block`.
         unread: the block after which nothing reads the text stream, if there is one.
     """
-    seams = list(seams)
+
+    seams: Collection[int]
+    untouchable: Collection[int]
+    unseen: Collection[int]
+    ffns: Collection[Ffn]
+    text_saved: Sequence[float]
+    modulated: Collection[int]
+    unread: int | None
+
+
+def check(required: Named, teacher: Prunable) -> None:
+    """Raises UserError for requirements that this teacher can't meet."""
     for key, one, _ in _listed(required, required):
         for item in sorted(one):
             blocks = _blocks(item)
+            hidden = [block for block in blocks if block in teacher.unseen]
             if key == "modulation":
-                if item in modulated:
+                if item in teacher.modulated:
                     continue
                 why = "there is no modulation matrix of its own that could have a rank on offer"
-            elif cannot := [block for block in blocks if block in untouchable]:
+            elif cannot := [block for block in blocks if block in teacher.untouchable]:
                 why = f"block {cannot[0]} of this teacher can't be pruned"
-            elif key == "intervals" and (hidden := [block for block in blocks if block in unseen]):
+            elif key == "intervals" and (
+                hidden := [block for block in blocks if block in teacher.unseen]
+            ):
                 why = f"block {hidden[0]} does not pass the stream of similarity.streams"
-            elif crossed := [seam for seam in seams if seam in blocks[1:]]:
+            elif crossed := [seam for seam in teacher.seams if seam in blocks[1:]]:
                 why = f"the teacher's blocks are of another kind from block {crossed[0]} on"
-            elif key == "width.text" and not all(text_saved[block] for block in blocks):
+            elif key == "width.text" and not all(teacher.text_saved[block] for block in blocks):
                 why = "not all of these blocks have a text stream of their own"
-            elif key.startswith("width.ffn") and item not in ffns:
+            elif key.startswith("width.ffn") and item not in teacher.ffns:
                 why = "this block has no such FFN"
             else:
                 continue
             raise UserError(f"{key}.require: {shown(item)} can't be had: {why}; drop it")
     for first, last in required.runs:
-        if last == unread and (first, TEXT) in required.ffns:
+        if last == teacher.unread and (first, TEXT) in required.ffns:
             raise UserError(
                 f"width.ffn_text.require: {first} has no text FFN in the text run [{first},{last}] "
                 "of width.text.require, after which nothing reads the text; drop one of them"

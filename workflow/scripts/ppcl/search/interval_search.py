@@ -156,9 +156,10 @@ def segmentation(settings: Settings, known: Measurements, required: Named) -> Se
     untouchable = set(teacher.untouchable)
     modulated = {row.first for row in closed.rows if row.kind == "modulation"}
     text, ffns = closed.weights.text, set(closed.weights.ffn)
-    constraints.check(
-        required, teacher.seams, untouchable, unknown, ffns, text, modulated, closed.unread
+    prunable = constraints.Prunable(
+        teacher.seams, untouchable, unknown, ffns, text, modulated, closed.unread
     )
+    constraints.check(required, prunable)
     runs = intervals.spans(len(teacher), teacher.seams, unknown | untouchable)
     chain = intervals.trend_chain(cka, runs, known.tolerance)
     eligible = intervals.candidates(runs, settings.intervals.segmentation, chain)
