@@ -47,7 +47,7 @@ REFUSED: list[str] = []  # what a second run in the folder says while the first 
 
 def checkout(folder: Path) -> Path:
     """A copy of the repository."""
-    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "*cache*")
+    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "__pycache__", ".*_cache")
     return shutil.copytree(ROOT, folder, ignore=ignore)
 
 
