@@ -47,7 +47,8 @@ REFUSED: list[str] = []  # what a second run in the folder says while the first 
 
 def checkout(folder: Path) -> Path:
     """A copy of the repository."""
-    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "__pycache__", ".*_cache")
+    made = (".git", ".venv", ".snakemake", "results", "__pycache__", ".*_cache")
+    ignore = shutil.ignore_patterns(*made)
     return shutil.copytree(ROOT, folder, ignore=ignore)
 
 

@@ -223,7 +223,8 @@ def until(found: Callable, running: subprocess.Popen | None = None):
 def site(tmp_path_factory) -> Iterator[Site]:
     """A cluster; the run on it that was interrupted, then finished in spite of a time limit."""
     folder = tmp_path_factory.mktemp("slurm") / "repo"
-    ignore = shutil.ignore_patterns(".git", ".venv", ".snakemake", "results", "__pycache__", ".*_cache")
+    made = (".git", ".venv", ".snakemake", "results", "__pycache__", ".*_cache")
+    ignore = shutil.ignore_patterns(*made)
     shutil.copytree(ROOT, folder, ignore=ignore)
     # Not pytest's own folder: its path is long, and closed to the user as whom munged answers.
     place = Path(tempfile.mkdtemp(prefix="slurm-"))
