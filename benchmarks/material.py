@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from ppcl.digits import teacher
+from ppcl.digits.recipe import TransformerRecipe
 from ppcl.transformer import call_tables
 
 Z_DIM, TEXT_WIDTH = 4, 64
@@ -54,7 +55,7 @@ def transformer(size: Size, blocks: int | None = None):
         "head_dim": 32,
         "axes_dims_rope": [8, 12, 12],
     }
-    made = teacher.make_transformer(shape, Z_DIM, TEXT_WIDTH)
+    made = teacher.make_transformer(TransformerRecipe.of(shape), Z_DIM, TEXT_WIDTH)
     with torch.no_grad():
         for parameter in made.parameters():  # zero modulations would make blocks identities
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
