@@ -64,7 +64,17 @@ PAPER = {
 # What the paper does not tell, or what does not change the method: where and how fast it runs, what
 # is measured and how often, rates that fit a teacher. Ending in a dot: a whole section.
 NOT_THE_METHOD = (
-    *("run", "seed", "device", "processes", "teacher.", "pipeline", "plan.", "record.", "extract."),
+    *(
+        "run",
+        "seed",
+        "device",
+        "processes",
+        "teacher.",
+        "pipeline",
+        "forecast.",
+        "record.",
+        "extract.",
+    ),
     *("sensitivity.", "pareto.", "evaluate.", "ablation."),
     # Without effect here: of prices that cost cka does not ask for, of switched-off parts.
     *("intervals.training_leaves", "distill.relative_weight", "modulation.", "subsets."),

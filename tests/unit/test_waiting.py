@@ -44,7 +44,7 @@ def logged(monkeypatch):
         progress.sums.clear()
 
     monkeypatch.setattr(loop, "_log", log)
-    monkeypatch.setattr(loop, "_save", lambda *_: None)
+    monkeypatch.setattr(loop.Checkpoint, "save", lambda *_: None)
     # The fused kernel, which does not wait either, is not for that device.
     monkeypatch.setattr(optimizers, "adamw", lambda _kind, groups, *_: torch.optim.AdamW(groups))
     return steps

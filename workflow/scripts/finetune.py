@@ -48,7 +48,7 @@ def main() -> None:
         may_read=(*variant_files.MODEL_FILES, "refits"),
         writes=("output", "log_table"),
         output="finetune/<variant>.safetensors",
-        log_table="finetune/<variant>-log.parquet",
+        log_table="finetune/<variant>.parquet",
     ).parse_args()
     settings = config.load(args.config)
     options = settings.finetune

@@ -10,12 +10,11 @@ launch.py) share the batches.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers import DiffusionPipeline
 from torch import nn
 from tqdm import tqdm
 
@@ -28,12 +27,15 @@ from ppcl.settings import RecordSettings, Settings, TeacherSettings
 from ppcl.teacher import arguments, pipelines, prompt_tokens, prompts, recording, teacher_identity
 from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
 
+if TYPE_CHECKING:  # ppcl has to come first: it puts off what diffusers imports for little
+    from diffusers import DiffusionPipeline
+
 
 class Recording(NamedTuple):
     """A resolved teacher, its pipeline and transformer, and this process of those that record."""
 
     teacher: TeacherSettings
-    pipe: DiffusionPipeline
+    pipe: "DiffusionPipeline"
     transformer: nn.Module
     accelerator: Accelerator
 

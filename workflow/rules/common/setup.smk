@@ -41,7 +41,7 @@ shell.prefix(
 
 ENVIRONMENT = "../../environment.yml"
 # Targets as they were called before.
-OLD_TARGETS = {"plan": "forecast"}
+OLD_TARGETS = {"plan": "forecast", "allot": "assign_shards"}
 
 
 def targets():
@@ -76,6 +76,7 @@ def validate():
             and not interval_plots_only()
         ):
             preflight.check(settings(), source)
+        settings()  # now, as a report adds to the config what is no key of it
     except UserError as error:
         refuse(error)
     except OSError as error:  # such as a folder that you may not look into

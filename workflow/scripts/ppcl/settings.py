@@ -19,8 +19,9 @@ Ends = Sequence[int]  # [first, last] block of an interval, both in it
 class Section:
     """Some keys of a config, as attributes.
 
-    A program gets those keys alone that its rule hands over (and so tracks for reruns). One that it
-    was not given is no default: reading it raises UserError.
+    A program gets those keys alone that its rule hands over (and so tracks for reruns). A top-level
+    key that it was not given is no default: reading it raises UserError. Below those that it was
+    given, `config.load` fills in defaults.
     """
 
     @classmethod

@@ -81,6 +81,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
                 mode="independent",
                 loss="normalised",
                 outliers=0.0,
+                gradient_checkpointing=options.gradient_checkpointing,
             )
             others = distillation.independent(context, taught, also, uncut=uncut)
             losses = schedules.mixed(losses, others, "students", train["mixed"])

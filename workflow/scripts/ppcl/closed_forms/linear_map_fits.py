@@ -225,10 +225,11 @@ def narrowed(
         distilled: is changed. options: the config's `width`.
     """
     wholes = students.whole(context.transformer, new_blocks, distilled)
-    uncut = students.uncut(wholes)
+    uncut = students.uncut(wholes)  # before `start`, which narrows in place
+    made = start(context, wholes, options)
     for block in uncut.values():
         block.to(context.device)
-    return start(context, wholes, options), uncut
+    return made, uncut
 
 
 def fit_rows(
