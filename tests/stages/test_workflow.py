@@ -349,6 +349,13 @@ def test_a_report_before_there_are_results_says_so(snakemake, tmp_path):
     assert "Job stats" in snakemake("-n", *after, run="unfinished", code=1)
 
 
+@pytest.mark.parametrize("target", ["forecast", "train_teacher"])
+def test_a_report_of_a_target_without_checks_reads_the_config_too(snakemake, tmp_path, target):
+    """What makes the report's table stands in the config, and is no key of it."""
+    printed = snakemake("-n", target, "--report", tmp_path / "report.zip", run="unfinished")
+    assert "Traceback" not in printed and "has no key" not in printed
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_launched_program_ends_with_its_own_message(tmp_path, processes):
     program = tmp_path / "program.py"

@@ -134,7 +134,7 @@ class Pipeline:
         size: its usual one.
         steps: denoising steps.
         guidance: the argument above 1 of which both branches are asked for, and its default.
-        negative: it also takes a negative prompt for that.
+        negative: without a negative prompt it asks for one branch, however high the guidance.
         joined: both branches are one call of twice the batch, not two calls.
         arguments: (config, size, batch, tensor) -> arguments of the transformer.
     """
