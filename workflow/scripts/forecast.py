@@ -18,7 +18,15 @@ import pandas as pd
 
 from ppcl import program, provenance
 from ppcl.configuration import config
-from ppcl.planning import durations, forecast_table, forecast_text, planner, stages, weightless
+from ppcl.planning import (
+    durations,
+    forecast_table,
+    forecast_text,
+    job_limits,
+    planner,
+    stages,
+    weightless,
+)
 from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.settings import Settings, TeacherSettings
@@ -116,7 +124,7 @@ def main() -> None:
         units=len(made.every),
     )
     tables.write(args.table, table[schemas.FORECAST.names], schemas.FORECAST, stamp)
-    needs = durations.resources(made, every, works)
+    needs = job_limits.resources(made, every, works)
     # By what Snakemake hands over it can tell whether the limits are those of its config.
     of = {"config": provenance.digest(args.config)} if args.config[0] == "{" else {}
     texts.write_sealed(args.resources, needs | of)

@@ -1,4 +1,4 @@
-"""How long stages take and how much main memory their jobs ask for: what a scheduler wants to know.
+"""How long stages take.
 
 Time is FLOPs over a sustained speed (forecast.tflops), and what no speed of arithmetic shortens.
 The FLOPs are those of the planner's calls, and rather too many than too few: no variant is taken
@@ -8,16 +8,14 @@ as nothing is selected, every block is taken to have a student. Limits are `SAFE
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ppcl.closed_forms import linear_map_candidates
 from ppcl.closed_forms.linear_map_fits import SUMS_BYTES
 from ppcl.evaluation import latencies
-from ppcl.planning.device_memory import Stage
 from ppcl.planning.planner import Planner
 from ppcl.pruning.units import NewBlock, Unit, new_blocks_of
-from ppcl.search import intervals, similarity
+from ppcl.search import intervals
 from ppcl.settings import (
     ChooseSettings,
     DistillSettings,
@@ -304,50 +302,3 @@ def seconds(work: Work, settings: Settings, weights: int) -> float:
 def minutes(seconds: float) -> int:
     """The time limit of a job that is expected to take so many seconds."""
     return min(MOST, max(LEAST, math.ceil(SAFETY * seconds / 60)))
-
-
-def main_memory(stage: Stage | None, settings: Settings, weights: int) -> int:
-    """Bytes of main memory for a stage's models, beside what its program needs in any case.
-
-    Weights pass through it on their way to a GPU, once per process and in one copy more; so does
-    what is trained, and its checkpoints. On a CPU everything is there.
-
-    Args:
-        stage: what the planner knows of it, if it does.
-        weights: bytes of the teacher's transformer.
-    """
-    processes = 1 if settings.processes == "auto" else settings.processes
-    passing = (processes + 1) * weights
-    if stage is None:
-        return passing
-    kinds = ("students", "gradients", "optimizer 32-bit")
-    needed = passing + processes * sum(stage.parts.get(kind) or 0 for kind in kinds)
-    needed += stage.parts.get("main memory") or 0
-    on_cpu = processes * (stage.resident or 0) if settings.device == "cpu" else 0
-    return math.ceil(max(needed, on_cpu))
-
-
-def resources(
-    planner: Planner, every: Iterable[Stage], found: Mapping[str, Work]
-) -> dict[str, dict[str, int]]:
-    """Stage -> `runtime` in minutes, `mem_mb` beside what its rule asks for in any case."""
-    settings, weights = planner.settings, planner.weights
-    known = {stage.name: stage for stage in every}
-
-    def memory(name: str, work: Work) -> int:
-        if not work.float64:
-            return main_memory(known.get(name), settings, weights)
-        # Also for a GPU: where it has no room for it, the CPU does it.
-        tokens = heldout_tokens(settings)
-        return max(
-            similarity.memory((tokens, channels), depth, settings.similarity)
-            for depth, channels in streams_of(planner).values()
-        )
-
-    return {
-        name: {
-            "runtime": minutes(seconds(work, settings, weights)),
-            "mem_mb": math.ceil(memory(name, work) / 10**6),
-        }
-        for name, work in found.items()
-    }
