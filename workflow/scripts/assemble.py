@@ -62,19 +62,17 @@ def main() -> None:
     args = command_line()
     settings = config.load(args.config)
     assembly.variant(settings, args.variant)  # which must be there
-
     written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
-    teacher = teacher.replace(offload="none")
+    recorded = teacher_identity.recorded(settings.teacher, reader.provenance)
+    teacher = recorded.replace(offload="none")
     source = hub.folder(teacher)
     # What is only copied need not be in memory, unless its files have a variant in their names.
     copied = () if teacher.variant else assembly.copied(source)
     pipe = pipelines.load(teacher, torch.device("cpu"), without=copied)
     transformer = pipelines.denoiser(pipe, teacher)
-    whole = blocks.parameter_count(transformer)
     model, block_map = variants.Workshop(transformer, files).model(chosen)
     model.eval()
     if args.finetuned:
@@ -89,7 +87,7 @@ def main() -> None:
         **sets.entry(chosen),
         "finetuned": bool(args.finetuned),
         "parameters": count,
-        "parameter_fraction": count / whole,
+        "parameter_fraction": count / blocks.parameter_count(transformer),
         "provenance": provenance.stamp(settings.given),
     }
     assembly.export(

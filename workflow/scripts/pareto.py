@@ -69,8 +69,6 @@ def variants_of(budgets: Iterable[float], train: bool) -> list[Variant]:
 def main() -> None:
     args = command_line()
     settings = config.load(args.config)
-    seed = settings.seed
-
     context = opening.opened(settings, calls.Reader(args.calls))
     teacher, reader, device = context.transformer, context.reader, context.device
     selection = selection_file.read(args.selection) if args.selection else None
@@ -81,12 +79,9 @@ def main() -> None:
     # Without 1 itself, which is the teacher.
     smallest = min(written.parameters.values()) / blocks.parameter_count(teacher)
     budgets = np.linspace(smallest, 1, settings.pareto.budgets, endpoint=False)
-    train = any(variant.train for variant in settings.variants)
-    asked = {
-        wanted.name: (wanted, choosing.search(offer, wanted))
-        for wanted in variants_of(budgets, train)
-    }
-    options = settings.choose
+    every = variants_of(budgets, any(variant.train for variant in settings.variants))
+    asked = {one.name: (one, choosing.search(offer, one)) for one in every}
+    options, seed = settings.choose, settings.seed
     by = reader.sample_heldout("select", options.rows, seed)
     judged = prices.Judged(context, by, options.batch_size)
     measure = variants.measuring(workshop, judged)
@@ -95,11 +90,10 @@ def main() -> None:
     else:
         decided = choosing.as_last_trained(offer, asked, measure)
     chosen = {name: one.choice for name, one in decided.items()}
-    transformers = {TEACHER: teacher}
-    for name, choice in chosen.items():
-        # Kept, or each budget would hold copies of its own.
-        kept = [one.set for one in chosen.values()]
-        transformers[name], _ = workshop.model(choice.set, kept)
+    # Kept, or each budget would hold copies of its own.
+    kept = [one.set for one in chosen.values()]
+    made = {name: workshop.model(choice.set, kept)[0] for name, choice in chosen.items()}
+    transformers = {TEACHER: teacher} | made
 
     timed = reader.draw(reader.heldout_rows("report"), settings.evaluate.batch_size, (seed,))
     found = measuring.measure_transformers(
