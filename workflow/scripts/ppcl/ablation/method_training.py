@@ -99,15 +99,7 @@ def unit_prices(material: Material, units: list[Unit], taught: Students) -> sche
     """Of each unit: its error when plugged in alone, on the rows of selection; what it saves."""
     for student in taught.values():
         student.eval()
-    sets = {
-        unit.name: (
-            unit.first,
-            unit.last,
-            lambda u=unit: {part: taught[part] for part in u.new_blocks},
-        )
-        for unit in units
-    }
-    changes = prices.of_students(material.transformer, sets)
+    changes = prices.of_units(material.transformer, units, taught)
     errors = prices.measure(judged(material), changes)
     return errors, [
         linear_map_candidates.saved_parameters(material.transformer, unit) for unit in units

@@ -212,17 +212,9 @@ def cost_table(
     rows = context.reader.sample_heldout("select", count, context.seed, key)
     for student in students.values():
         student.eval()
-    plugged_in = {
-        unit.name: (
-            unit.first,
-            unit.last,
-            lambda u=unit: {part: students[part] for part in u.new_blocks},
-        )
-        for unit in units
-    }
     costs = prices.measure(
         prices.Judged(context, rows, options.batch_size),
-        prices.of_students(context.transformer, plugged_in),
+        prices.of_units(context.transformer, units, students),
         state,
     )
     found = [

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from ppcl.errors import UserError
 from ppcl.pruning.students import Students, plugged
+from ppcl.pruning.units import NewBlock, Unit
 from ppcl.runtime import devices, processes, stopping
 from ppcl.storage import texts
 from ppcl.training import teacher_streams
@@ -64,6 +65,18 @@ def of_students(
         name: Change(first, partial(model, make), last)
         for name, (first, last, make) in students_of.items()
     }
+
+
+def _own(new_blocks: Iterable[NewBlock], taught: Students) -> Students:
+    return {new_block: taught[new_block] for new_block in new_blocks}
+
+
+def of_units(transformer: nn.Module, units: Iterable[Unit], taught: Students) -> dict[str, Change]:
+    """The changes that trained units make, each plugged in alone; taught: of all their blocks."""
+    sets = {
+        unit.name: (unit.first, unit.last, partial(_own, unit.new_blocks, taught)) for unit in units
+    }
+    return of_students(transformer, sets)
 
 
 class Judged:
