@@ -6,8 +6,8 @@ python tools/fuzz_readers.py --runs 2000 all              all readers in one pro
 
 A reader either reads an input as what it is or raises UserError; any other exception, a crash of
 the process and a hang are findings: their input is kept, and the exit code is 1. Half of the inputs
-of plans and tensors get a fitting seal first, so that damage also reaches what lies behind it. Not
-those of tables: Arrow itself aborts on some footers, which no damage gets past a seal
+of selections and tensors get a fitting seal first, so that damage also reaches what lies behind it.
+Not those of tables: Arrow itself aborts on some footers, which no damage gets past a seal
 (test_fuzz.py has whole tables of odd content).
 """
 
@@ -136,9 +136,9 @@ def main() -> None:
         counted = re.search(r"number_of_executed_units: (\d+)", done.stderr)
         print(f"{name}: {counted[1] if counted else 'an unknown number of'} inputs", end="")
         # Not by the exit code: torch's threads may spoil the end of a process that is done.
-        found = "Test unit written to" in done.stderr or "\nDone " not in done.stderr
-        print(f", exit code {done.returncode}" if found else ", no finding", flush=True)
-        if found:
+        finding = "Test unit written to" in done.stderr or "\nDone " not in done.stderr
+        print(f", exit code {done.returncode}" if finding else ", no finding", flush=True)
+        if finding:
             bad += 1
             shown = [line for line in done.stdout.splitlines() if not line.startswith("INFO")]
             shown += re.findall(r"Test unit written to .*", done.stderr) or [done.stderr[-2000:]]

@@ -37,12 +37,12 @@ def sample(
 ) -> list[tuple[str, Unit]]:
     """Kind (as in schemas.CALIBRATION) and unit, drawn from what may be pruned.
 
-    Text runs that share a part with one drawn before are passed over: it is trained once.
+    Text runs that share a new block with one drawn before are passed over: it is trained once.
     """
     rng = np.random.default_rng(seed)
 
-    def drawn(found: list, count: int) -> list:
-        return [found[i] for i in sorted(rng.permutation(len(found))[:count])]
+    def drawn(candidates: list, count: int) -> list:
+        return [candidates[i] for i in sorted(rng.permutation(len(candidates))[:count])]
 
     chosen: list[tuple[str, Unit]] = []
     for length in LENGTHS:
@@ -83,8 +83,8 @@ class ProbeBlock(nn.Module):
         for stream, (weight, bias) in self._maps.items():
             x = streams[stream]
             streams[stream] = x + x @ weight.to(x).T + bias.to(x)
-        found = tuple(streams[stream] for stream in block.list.outputs)
-        return found if len(found) > 1 else found[0]
+        outputs = tuple(streams[stream] for stream in block.list.outputs)
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def _tensors(probe: probes.Probe) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,8 +121,8 @@ def cka_price(kind: str, unit: Unit, cka: np.ndarray, widths: Sequence[ClosedFor
     if kind == "depth":
         return 1 - float(cka[unit.first, unit.last])
     ends = unit.first, unit.last
-    found = [w.cka for w in widths if kind == "text" and w.kind == TEXT and w.ends == ends]
-    return 1 - found[0] if found else float("nan")
+    text_cka = [w.cka for w in widths if kind == "text" and w.kind == TEXT and w.ends == ends]
+    return 1 - text_cka[0] if text_cka else float("nan")
 
 
 def steps(settings: Settings) -> int:

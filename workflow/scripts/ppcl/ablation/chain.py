@@ -44,15 +44,15 @@ def through_chain(context: Context, students: Students, options: DistillSettings
             }
             streams = {s: x for target in targets.values() for s, x in target.items()}
             real = teaching.real_tokens(family, batch, streams, options.batch_size, accelerator)
-            found = [
+            losses = [
                 teaching.interval_losses(outputs[part], target, real, options)
                 for part, target in targets.items()
             ]
         total: dict[str, Tensor] = {}
-        for _, metrics in found:
+        for _, metrics in losses:
             for key, value in metrics.items():
                 total[key] = total.get(key, torch.zeros_like(value)) + value
-        first, *others = (loss for loss, _ in found)
+        first, *others = (loss for loss, _ in losses)
         yield "students", sum(others, first), total
 
     return losses_of_step

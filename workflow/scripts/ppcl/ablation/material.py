@@ -84,9 +84,9 @@ class Material:
             kept = texts.read_sealed(path)
             if kept["identity"] == identity:
                 return kept["found"]
-        found = make()
-        texts.write_sealed(path, {"identity": identity, "found": found})
-        return found
+        returned = make()
+        texts.write_sealed(path, {"identity": identity, "found": returned})
+        return returned
 
     @functools.cached_property
     def judged(self) -> np.ndarray:

@@ -57,14 +57,14 @@ def ppcl(
     runs = _seen(material.runs, cka)
     tolerance = material.settings.intervals.tolerance
     chain = intervals.trend_chain(cka, runs, noise if tolerance == "bootstrap" else tolerance)
-    found = intervals.candidates(runs, segmentation, chain)
+    choices = intervals.candidates(runs, segmentation, chain)
     stream = material.settings.similarity.replace(**(similarity or {})).streams
     given = CostInputs(cka, stream, material.paths["sensitivity"])
     costs = interval_costs.COSTS[cost](given)
     least = min(shortest, removed + 1)
     offered = {
         (first, last): float(costs[first, last])
-        for first, last in found
+        for first, last in choices
         if last - first + 1 >= least and np.isfinite(costs[first, last])
     }
     return {ends: "first" for ends in exactly(offered, removed, len(cka))}
@@ -117,8 +117,8 @@ def similarities(material: Material, changed: Mapping) -> tuple[np.ndarray, floa
                 key: getattr(options, key) for key in ("reference", "estimator", "normalise_tokens")
             },
         )
-    found = cka_draws.mean_of_streams(list(draws.values()))
-    return found[0], cka_draws.rise_noise(cka_draws.differences(found))
+    cka = cka_draws.mean_of_streams(list(draws.values()))
+    return cka[0], cka_draws.rise_noise(cka_draws.differences(cka))
 
 
 def _seen(runs: list[range], cka: np.ndarray) -> list[range]:

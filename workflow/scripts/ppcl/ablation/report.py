@@ -30,15 +30,15 @@ SECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
 
 def markdown(table: pd.DataFrame) -> str:
     """All sections that the table has methods of, and what each method chose."""
-    judged, found = bool(table["all_correct"].notna().any()), []
+    judged, lines = bool(table["all_correct"].notna().any()), []
     for title, (groups, more, low_rank) in SECTIONS.items():
         states = LOW_RANK if low_rank else {state: state for state in STATES}
         every = table[table["state"].isin(states)]
         every = every.assign(state=every["state"].map(states))
         inside = every["group"].isin(groups) | every["method"].isin(more)
         if inside.any():
-            found += [f"## {title}", "", *_section(every, every[inside], judged), ""]
-    return "\n".join([*found, "## What was chosen", "", *_chosen(table), ""])
+            lines += [f"## {title}", "", *_section(every, every[inside], judged), ""]
+    return "\n".join([*lines, "## What was chosen", "", *_chosen(table), ""])
 
 
 def _section(every: pd.DataFrame, table: pd.DataFrame, judged: bool) -> list[str]:

@@ -70,11 +70,11 @@ def merged(gone: Collection[int], runs: Sequence[range]) -> Starts:
 
 def start(transformer: nn.Module, starts: Starts) -> students.Students:
     """A student with its start weights for every interval, float32, on the CPU."""
-    found = {}
+    started = {}
     for ends, how in sorted(starts.items()):
         source, way = (ends, how) if isinstance(how, str) else ((how, how), "first")
-        (found[NewBlock(*ends)],) = students.start(transformer, [NewBlock(*source)], way).values()
-    return found
+        (started[NewBlock(*ends)],) = students.start(transformer, [NewBlock(*source)], way).values()
+    return started
 
 
 def lowest(scores: Sequence[float] | np.ndarray, removed: int, runs: Sequence[range]) -> list[int]:
@@ -109,11 +109,11 @@ def random_run(removed: int, runs: Sequence[range], seed: int) -> Starts:
 
 def cosine(tokens: TokenReader, streams: Sequence[str], first: int, last: int) -> float:
     """Mean over tokens, then streams, of the cosine of blocks first..last's input and output."""
-    found = []
+    cosines = []
     for stream in streams:
         ends = (tokens.values(boundary, stream) for boundary in (first, last + 1))
-        found.append(probes.cosines(*ends).mean())
-    return float(np.mean(found))
+        cosines.append(probes.cosines(*ends).mean())
+    return float(np.mean(cosines))
 
 
 def block_influence(tokens: TokenReader, streams: Sequence[str]) -> np.ndarray:
@@ -155,15 +155,15 @@ def streamline(
 
 def grown(cka: np.ndarray, threshold: float, runs: Iterable[range]) -> dict[int, int]:
     """First -> last of intervals that grow, from the first block on, while cka >= threshold."""
-    found = {}
+    intervals = {}
     for run in runs:
         first = None
         for block in run:
             if first is None or not cka[first, block] >= threshold:
                 first = block if cka[block, block] >= threshold else None
             else:
-                found[first] = block
-    return found
+                intervals[first] = block
+    return intervals
 
 
 def cka_threshold(cka: np.ndarray, removed: int, runs: Sequence[range]) -> Starts:
@@ -177,17 +177,17 @@ def cka_threshold(cka: np.ndarray, removed: int, runs: Sequence[range]) -> Start
     # bisection could miss the highest one, and there are few enough to try them all.
     values = np.unique(np.concatenate([cka[run.start : run.stop, run].ravel() for run in runs]))
     for threshold in values[np.isfinite(values)][::-1]:
-        found = grown(cka, threshold, runs)
-        spare = sum(last - first for first, last in found.items()) - removed
+        intervals = grown(cka, threshold, runs)
+        spare = sum(last - first for first, last in intervals.items()) - removed
         if spare >= 0:
             break
     else:
         raise UserError(f"ablation: the probes' CKA allows no {removed} blocks to be removed")
     for _ in range(spare):
-        worst = min(found, key=lambda first: cka[first, found[first]])
-        found[worst] -= 1
-        found = {first: last for first, last in found.items() if last > first}
-    return {ends: ends[0] for ends in found.items()}
+        worst = min(intervals, key=lambda first: cka[first, intervals[first]])
+        intervals[worst] -= 1
+        intervals = {first: last for first, last in intervals.items() if last > first}
+    return {ends: ends[0] for ends in intervals.items()}
 
 
 def skip_errors(

@@ -64,8 +64,8 @@ DRAWS = {"uniform": uniform, "large": large, "budgets": budgets, "everything": e
 
 def cheapest(costs: Sequence[float], savings: Sequence[float], wanted: float) -> list[int]:
     """Indices of the least total cost that save so much; all where rounding asks for more."""
-    found = integer_programs.cheapest(costs, [[saved] for saved in savings], [wanted])
-    return list(range(len(costs)) if found is None else found.columns)
+    taken = integer_programs.cheapest(costs, [[saved] for saved in savings], [wanted])
+    return list(range(len(costs)) if taken is None else taken.columns)
 
 
 def mixed(losses: Callable, others: Callable, name: str, weight: float) -> Callable:

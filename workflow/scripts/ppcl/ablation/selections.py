@@ -18,8 +18,8 @@ def choose(material: Material, select: Mapping) -> Chosen:
     fraction = material.settings.ablation.removed_fraction
     removed = blocks_to_remove(material.transformer, fraction)
     options = {key: value for key, value in select.items() if key != "by"}
-    found = SELECTIONS[select["by"]](material, removed, **options)
-    return found if isinstance(found, Chosen) else Chosen(found)
+    chosen = SELECTIONS[select["by"]](material, removed, **options)
+    return chosen if isinstance(chosen, Chosen) else Chosen(chosen)
 
 
 def _deleting(gone: Callable[[Material, int], Collection[int]]) -> Callable:

@@ -41,20 +41,20 @@ WITH_LOW_RANK = {"no": (False,), "also": (False, True), "only": (True,)}
 def _reported(material: Material) -> np.ndarray:
     """Rows behind the velocity errors of the table."""
     count, seed = material.settings.ablation.velocity_rows, material.settings.seed
-    found = material.context.reader.sample_heldout("report", count, seed, "ablation.velocity_rows")
-    return np.sort(found)
+    rows = material.context.reader.sample_heldout("report", count, seed, "ablation.velocity_rows")
+    return np.sort(rows)
 
 
 def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[dict]:
     """Columns of each smaller set that saves k / BUDGETS of the whole, the cheapest of its size."""
     costs, savings = method_training.unit_prices(material, units, taught)
-    whole, found = blocks.parameter_count(material.transformer), []
+    whole, rows = blocks.parameter_count(material.transformer), []
     for share in range(1, BUDGETS):
         picked = schedules.cheapest(costs, savings, share / BUDGETS * sum(savings))
         plugged = {part: taught[part] for i in picked for part in units[i].new_blocks}
         model, _, _ = students.plugged(material.transformer, plugged)
         removed = sum(savings[i] for i in picked)
-        found.append(
+        rows.append(
             _velocity(material, model)
             | {
                 "removed_blocks": sum(units[i].removed_blocks for i in picked),
@@ -63,7 +63,7 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
                 "latency_ratio": math.nan,
             }
         )
-    return found
+    return rows
 
 
 def with_low_rank(material: Material, model: nn.Module, block_map: list[list[int]]) -> nn.Module:
@@ -110,12 +110,12 @@ def measure(material: Material, pipe: DiffusionPipeline, model: nn.Module) -> di
     pair = {TEACHER: teacher, "ablation": model}
     latency = timing.latencies(pair, reader, timed, settings, device)["ablation"]
     whole, left = (blocks.parameter_count(each) for each in (teacher, model))
-    found = _velocity(material, model) | {
+    columns = _velocity(material, model) | {
         "removed_parameters": whole - left,
         "parameter_fraction": left / whole,
         "latency_ratio": latency["latency_ratio"].value,
     }
-    return found | accuracies(pipe, model, settings)
+    return columns | accuracies(pipe, model, settings)
 
 
 def _velocity(material: Material, model: nn.Module) -> dict:
@@ -134,10 +134,10 @@ def _velocity(material: Material, model: nn.Module) -> dict:
     # The same prompts for all, so that methods can be compared prompt by prompt.
     of_prompts = np.unique(indices, return_inverse=True)[1]
     sums = (np.bincount(of_prompts, values).tolist() for values in (errors, norms))
-    found = {"velocity_error": error.value, "by_prompt": json.dumps(list(sums))}
+    columns = {"velocity_error": error.value, "by_prompt": json.dumps(list(sums))}
     if math.isfinite(error.low):  # over one prompt there is no interval, and JSON has no NaN
-        found |= dict(zip(ENDS, (error.low, error.high), strict=True))
-    return found
+        columns |= dict(zip(ENDS, (error.low, error.high), strict=True))
+    return columns
 
 
 def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) -> dict:
@@ -178,20 +178,20 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     common |= {"removed_blocks": sum(last - first for first, last in chosen.starts)}
     common |= {"text_runs": json.dumps(chosen.runs), "linear_ffns": json.dumps(chosen.ffns)}
     if not chosen.starts and not chosen.runs and not chosen.ffns:
-        found = measure(material, pipe, material.transformer)
-        return [common | found | {"state": "plugged", "steps": 0, "seconds": 0.0}]
+        columns = measure(material, pipe, material.transformer)
+        return [common | columns | {"state": "plugged", "steps": 0, "seconds": 0.0}]
     units, taught = method_training.teach(material, chosen, job["train"])
     trained = phases.seconds_of(material, "distill", "narrow", "subsets")
     rows = []
     for low_rank in WITH_LOW_RANK[job["train"].get("low_rank", "no")]:
         before, after = STATES[low_rank]
         model = plugged(material, taught, low_rank)
-        found = {before: material.once(before, partial(measure, material, pipe, model))}
+        by_state = {before: material.once(before, partial(measure, material, pipe, model))}
         model = finetuned(material, taught, low_rank)
-        found[after] = material.once(after, partial(measure, material, pipe, model))
+        by_state[after] = material.once(after, partial(measure, material, pipe, model))
         tuning = phases.seconds_of(material, FINETUNE[low_rank])
         done = {before: (steps, trained), after: (steps + extra, trained + tuning)}
-        for state, measured in found.items():
+        for state, measured in by_state.items():
             taken, seconds = done[state]
             rows.append(common | measured | {"state": state, "steps": taken, "seconds": seconds})
     if job["train"].get("budgets"):

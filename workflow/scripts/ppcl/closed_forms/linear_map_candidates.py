@@ -71,7 +71,7 @@ def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
     """Per block: parameters that it saves as a borrower (`text_saved`), those of the map with
     which a run that ends there makes a text stream again (`text_output`), and what it saves as the
     source of a run that ends where nothing reads text (`text_lent`); 0 where there is none."""
-    found: dict[str, list[int]] = {"text_saved": [], "text_output": [], "text_lent": []}
+    columns: dict[str, list[int]] = {"text_saved": [], "text_output": [], "text_lent": []}
     unread = linear_maps.unread_after(transformer)
     reached = unread is not None and blocks.block_sequence(transformer)[unread].width.text
     saving = partial(saved_parameters, transformer, sizes=blocks.parameters_of_blocks(transformer))
@@ -87,7 +87,7 @@ def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
                 output = saved - saving(closing)
             if reached and block.index != unread:
                 lent = saving(Unit((NewBlock(*here, text="lend"),)))
-        found["text_saved"].append(saved)
-        found["text_output"].append(output)
-        found["text_lent"].append(lent)
-    return found
+        columns["text_saved"].append(saved)
+        columns["text_output"].append(output)
+        columns["text_lent"].append(lent)
+    return columns

@@ -63,10 +63,10 @@ def fit(
         UserError: NaN or infinity in an activation.
     """
     every = list(dict.fromkeys(maps))
-    found: dict[Map, Fit] = {}
+    fits: dict[Map, Fit] = {}
     for group in _groups(every, context.transformer):
-        found |= _fit(context, wholes, group, rows, options)
-    return found
+        fits |= _fit(context, wholes, group, rows, options)
+    return fits
 
 
 def _fit(
@@ -82,14 +82,14 @@ def _fit(
     for numbers, moments in zip(rows, sums, strict=True):
         for batch in context.reader.batches(numbers, options.batch_size, device):
             _add(context.transformer, wholes, maps, batch.to(device), moments)
-    found = {}
+    fits = {}
     for one in maps:
         fitted, judged = (
             probes.stored_moments(moments.sums, one.kind, one.ends) for moments in sums
         )
         probe = probes.solve(fitted, options.ridge, one.ends, one.kind)
-        found[one] = Fit(probe, 1 - probes.fit_r2(probe, judged))
-    return found
+        fits[one] = Fit(probe, 1 - probes.fit_r2(probe, judged))
+    return fits
 
 
 def _groups(maps: list[Map], transformer: nn.Module, least: int = 1) -> Iterator[list[Map]]:
@@ -170,13 +170,13 @@ def fit_to_files(
         of = provenance.digest([state.identity, [one.name for one in group]])
         if _is_of(path, of):
             continue
-        found = _fit(context, wholes, group, rows, options)
+        fits = _fit(context, wholes, group, rows, options)
         leaves = {}
-        for one, fit in found.items():
+        for one, fit in fits.items():
             for leaf in LEAVES:
                 value = torch.from_numpy(getattr(fit.probe, leaf))
                 leaves[f"{one.name}.{leaf}"] = value.to(diffusers_model.of(transformer).dtype)
-        errors = {one.name: fit.error_heldout for one, fit in found.items()}
+        errors = {one.name: fit.error_heldout for one, fit in fits.items()}
         with stopping.part():
             tensors.write(path, leaves, {"identity": of, "errors": json.dumps(errors)})
     accelerator.wait_for_everyone()

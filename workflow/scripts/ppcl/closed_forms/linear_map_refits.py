@@ -48,7 +48,7 @@ def refit(
     starts = [members[0] for members in block_map]
     batches = [b.to(device) for b in context.reader.batches(rows, options.batch_size, device)]
     whole, lean = (_Walk(one, batches) for one in (transformer, model))
-    found = {}
+    refitted = {}
     for old in sorted(wanted):
         layers = narrow.maps(blocks.block_sequence(model)[starts.index(old)].module)
         maps = {
@@ -66,10 +66,10 @@ def refit(
                 sums.add(kind, one.ends, x.flatten(0, -2), y.flatten(0, -2))
         for kind, one in maps.items():
             moments = probes.stored_moments(sums.sums, kind, one.ends)
-            probe = found[one] = probes.solve(moments, options.ridge, one.ends, kind)
+            probe = refitted[one] = probes.solve(moments, options.ridge, one.ends, kind)
             layers[kind].weight.copy_(torch.from_numpy(probe.weight))
             layers[kind].bias.copy_(torch.from_numpy(probe.bias))
-    return found
+    return refitted
 
 
 class _Walk:
@@ -83,7 +83,7 @@ class _Walk:
     def at(self, number: int, layers: Mapping[str, nn.Module]) -> list[blocks.Streams]:
         """What layers of a block get, of each call; the walk stays before the block."""
         late = self._go_to(number)
-        found = []
+        inputs = []
         for batch, streams in zip(self._batches, self._streams, strict=True):
             seen: blocks.Streams = {}
 
@@ -99,13 +99,13 @@ class _Walk:
                 run(running, batch.arguments)
             for handle in handles:
                 handle.remove()
-            found.append(seen)
-        return found
+            inputs.append(seen)
+        return inputs
 
     def behind(self, number: int) -> list[blocks.Streams]:
         """What a block returns, of each call; the walk stays before the block."""
         late = self._go_to(number)
-        found = []
+        outputs = []
         for batch, streams in zip(self._batches, self._streams, strict=True):
             seen: blocks.Streams = {}
             running = late.model(streams) if late else self._transformer
@@ -116,8 +116,8 @@ class _Walk:
 
             with blocks.watch([block], None, see, number) as run:
                 run(running, batch.arguments)
-            found.append(seen)
-        return found
+            outputs.append(seen)
+        return outputs
 
     def _block(self, number: int) -> blocks.Block:
         return blocks.block_sequence(self._transformer)[number]
@@ -148,9 +148,9 @@ def write(path: Path, refits: Refits, stamp) -> None:
     tensors.write(path, {name: value.float() for name, value in state.items()}, stamp)
 
 
-def digest(refits: Refits, found: Set) -> str:
+def digest(refits: Refits, chosen: Set) -> str:
     """Digest of the refitted maps that a set uses, as `read` gives them."""
-    used = set(found.sources.values())
+    used = set(chosen.sources.values())
     return provenance.digest(
         [
             [source, one.name, *(_digest(getattr(probe, leaf)) for leaf in LEAVES)]
@@ -172,10 +172,10 @@ def read(path: Path) -> dict[str, dict[Map, probes.Probe]]:
         UserError: it is missing, or something else.
     """
     state, _ = tensors.read(path)
-    found: dict[str, dict[Map, probes.Probe]] = {}
+    refits: dict[str, dict[Map, probes.Probe]] = {}
     for name in [name for name in state if name.endswith(".weight")]:
         variant, _, of = name.removesuffix(".weight").partition("/")
         weight, bias = (state[f"{variant}/{of}.{leaf}"].double().numpy() for leaf in LEAVES)
-        maps = found.setdefault(f"{REFIT}{variant}", {})
+        maps = refits.setdefault(f"{REFIT}{variant}", {})
         maps[Map.named(of)] = probes.Probe(weight, bias)
-    return found
+    return refits

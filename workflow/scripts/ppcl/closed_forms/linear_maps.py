@@ -65,14 +65,12 @@ class Map:
 
 def maps_of(new_block: NewBlock) -> list[Map]:
     """The new linear maps of a new block."""
-    found = [
-        Map(f"ffn/{stream}", new_block.ends, new_block.ends) for stream in new_block.linear_ffn
-    ]
+    maps = [Map(f"ffn/{stream}", new_block.ends, new_block.ends) for stream in new_block.linear_ffn]
     if new_block.source:
-        found.append(Map(INPUT, new_block.source, new_block.ends))
+        maps.append(Map(INPUT, new_block.source, new_block.ends))
         if new_block.text == "close":
-            found.append(Map(OUTPUT, new_block.source, new_block.ends))
-    return found
+            maps.append(Map(OUTPUT, new_block.source, new_block.ends))
+    return maps
 
 
 def unread_after(transformer: nn.Module) -> int | None:
@@ -91,10 +89,10 @@ class Stored(Mapping[Map, probes.Probe]):
             file, _ = tensors.opened(path)
             names = [name for name in file.keys() if name.endswith(".weight")]
             try:
-                found = {Map.named(name.removesuffix(".weight")): file for name in names}
+                files = {Map.named(name.removesuffix(".weight")): file for name in names}
             except ValueError as error:
                 raise UserError(f"{path}: holds no maps ({error}); delete it and rerun") from error
-            self._files |= found
+            self._files |= files
 
     def __getitem__(self, one: Map) -> probes.Probe:
         if one not in self._files:

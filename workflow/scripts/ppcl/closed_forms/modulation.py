@@ -64,7 +64,7 @@ def matrices(transformer: nn.Module) -> list[Modulation]:
     """All modulation matrices in order of data flow, the last AdaLN's at the end; none that are
     products already, as in a teacher that is a pruned pipeline."""
     of, sequence = blocks.family(transformer), blocks.block_sequence(transformer)
-    found = []
+    matrices = []
     for block in sequence:
         text = block.width.text
         borrowed = (text.norm, text.modulation or text.norm) if text else ()
@@ -78,7 +78,7 @@ def matrices(transformer: nn.Module) -> list[Modulation]:
                     channels = narrow.width_of(block.module.get_submodule(ffn.ffn))
                     gone = channels * (ffn.parts[1] - ffn.parts[0])
                     left = 6 * (linear.out_features - gone) // linear.out_features
-                found.append(
+                matrices.append(
                     Modulation(
                         block=block.index,
                         path=path,
@@ -93,15 +93,15 @@ def matrices(transformer: nn.Module) -> list[Modulation]:
     if of.last_modulation and (linear := _linear(transformer, of.last_modulation)):
         bias = linear.bias is not None
         shape = linear.in_features, linear.out_features
-        found.append(Modulation(len(sequence), of.last_modulation, *shape, bias))
-    return found
+        matrices.append(Modulation(len(sequence), of.last_modulation, *shape, bias))
+    return matrices
 
 
 def _linear(module: nn.Module, path: str) -> nn.Linear | None:
     """The matrix at a path of a stock block; None if it is gone, or a product."""
     place = narrow.held(module, path)
-    found = module.get_submodule(place) if place else None
-    return found if isinstance(found, nn.Linear) else None
+    layer = module.get_submodule(place) if place else None
+    return layer if isinstance(layer, nn.Linear) else None
 
 
 def parameter_count(transformer: nn.Module) -> int:
@@ -179,12 +179,12 @@ def reductions(
     offset = 0 if bias is None else bias.detach().double()
     answers = weight @ spread.mean
     basis, _, _ = torch.linalg.svd(weight @ spread.root(max(ranks)), full_matrices=False)
-    found = {}
+    factors = {}
     for rank in ranks:
         up = basis[:, :rank]
         kept = up @ (up.T @ answers)
-        found[rank] = Factors(up.T @ weight, up, offset + answers - kept)
-    return found
+        factors[rank] = Factors(up.T @ weight, up, offset + answers - kept)
+    return factors
 
 
 # ---- in a model
@@ -269,7 +269,7 @@ def _place(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> tupl
         if number not in starts:
             raise ValueError(f"the model has no block that starts with block {number}")
         module = blocks.block_sequence(model)[starts.index(number)].module
-        place = next(name for name, found in model.named_modules() if found is module)
+        place = next(name for name, submodule in model.named_modules() if submodule is module)
     if not narrow.held(model.get_submodule(place), path):
         raise ValueError(f"block {number} of the model has no modulation {path}")
     return place, path

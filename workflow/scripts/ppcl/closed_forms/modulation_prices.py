@@ -108,7 +108,7 @@ class Offers:
 
     def errors(self, inputs: Mapping[Matrix, Tensor]) -> dict[str, float]:
         """1 - R^2 of every product's outputs, on inputs [n, d] of each matrix."""
-        found = {}
+        errors = {}
         for matrix, ranks in self.ranks.items():
             linear = self._linear(matrix.key)
             x = inputs[matrix.key].double()
@@ -120,8 +120,8 @@ class Offers:
                 made = self._products(matrix)[rank]
                 down, up, offset = (part.cpu() for part in (made.down, made.up, made.bias))
                 wrong = float((x @ down.T @ up.T + offset - wanted).square().sum())
-                found[name(matrix, rank)] = wrong / total if total > 0 else 0.0
-        return found
+                errors[name(matrix, rank)] = wrong / total if total > 0 else 0.0
+        return errors
 
     def rows(self, fit_errors: Mapping[str, float]) -> dict[str, dict]:
         """Of each product, columns of width/measured.parquet but for the velocity error.
@@ -157,9 +157,9 @@ def inputs_of(
     """What matrices get in some recorded calls, [n, d] each, on the CPU."""
     transformer, device = context.transformer, context.device
     sequence = blocks.block_sequence(transformer)
-    found: dict[Matrix, list[Tensor]] = {matrix.key: [] for matrix in matrices}
+    inputs: dict[Matrix, list[Tensor]] = {matrix.key: [] for matrix in matrices}
     with ExitStack() as stack:
-        for (block, path), seen in found.items():
+        for (block, path), seen in inputs.items():
             owner = transformer if block == len(sequence) else sequence[block].module
             handle = owner.get_submodule(path).register_forward_pre_hook(
                 lambda _module, args, seen=seen: seen.append(args[0].flatten(0, -2).cpu())
@@ -167,4 +167,4 @@ def inputs_of(
             stack.callback(handle.remove)
         for batch in context.reader.batches(rows, batch_size, device):
             transformer(**batch.to(device).arguments)
-    return {matrix: torch.cat(seen) for matrix, seen in found.items()}
+    return {matrix: torch.cat(seen) for matrix, seen in inputs.items()}

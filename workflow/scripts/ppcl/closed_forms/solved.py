@@ -50,14 +50,14 @@ def stages(transformer: nn.Module, new_block: NewBlock) -> tuple[tuple[str, ...]
         UserError: the registry does not say.
     """
     attribute = blocks.block_sequence(transformer)[new_block.first].list.attribute
-    found = blocks.family(transformer).gated.get(attribute)
-    if found is None:
+    paths = blocks.family(transformer).gated.get(attribute)
+    if paths is None:
         raise UserError(
             f"prune.start: solved is not for {type(transformer).__name__}: of its {attribute} the "
             "family registry names no linear that a gate alone follows "
             "(workflow/scripts/ppcl/transformer/families.py); set prune.start to first"
         )
-    return found
+    return paths
 
 
 def start(
@@ -110,7 +110,7 @@ def refit(context: Context, wholes: Students, rows: np.ndarray, batch_size: int)
 
 
 def _groups(wholes: Students, wanted: Mapping[NewBlock, tuple]) -> Iterator[list[NewBlock]]:
-    """Parts whose sums fit in memory."""
+    """New blocks whose sums fit in memory."""
     group: list[NewBlock] = []
     held = 0
     for new_block, paths in wanted.items():
@@ -168,10 +168,10 @@ def _real(
     last = new_block.last == blocks.block_sequence(transformer)[-1].index
     read = {s: v for s, v in target.items() if not (last and s in family.unread)}
     masks = blocks.token_masks(family, batch.arguments, read)
-    found = {stream: torch.ones_like(value, dtype=torch.float32) for stream, value in read.items()}
+    real = {stream: torch.ones_like(value, dtype=torch.float32) for stream, value in read.items()}
     for stream, mask in masks.items():
-        found[stream] *= mask[..., None]
-    return found
+        real[stream] *= mask[..., None]
+    return real
 
 
 def _answers(
@@ -228,7 +228,7 @@ def _answers(
         flips = [torch.rand(y.shape, generator=generator).to(y) < 0.5 for y in made]
         signs = [torch.where(flip, -one, one) for flip, one in zip(flips, ones, strict=True)]
     gates, targets, turned = back(ones), back(short), back(signs)
-    found = {}
+    answers = {}
     for name, gate, target, other in zip(names, gates, targets, turned, strict=True):
         if gate is None or target is None or other is None:  # all of them, or none
             continue
@@ -237,8 +237,8 @@ def _answers(
                 f"{type(block.module).__name__}: more than a gate follows {name}, which the family "
                 "registry lists as gated (workflow/scripts/ppcl/transformer/families.py)"
             )
-        found[name] = features[name], gate, target
-    return found
+        answers[name] = features[name], gate, target
+    return answers
 
 
 class _Sums:
