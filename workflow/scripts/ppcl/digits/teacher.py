@@ -241,13 +241,13 @@ def vae_losses(vae: AutoencoderKLQwenImage, settings: AutoencoderRecipe, rank: i
 @torch.no_grad()
 def encode_captions(encoder, buckets) -> dict[tuple[int, int, int], list[Tensor]]:
     """Prompt embeddings [tokens, width] of every caption, listed by the facts it states."""
-    found: dict[tuple[int, int, int], list[Tensor]] = {}
+    embeddings: dict[tuple[int, int, int], list[Tensor]] = {}
     for ids, facts in buckets:
         for part, stated in zip(ids.split(256), facts.split(256), strict=True):
             states = encoder(input_ids=part, output_hidden_states=True).hidden_states[-1]
             for embedding, key in zip(states[:, PREFIX_TOKENS:], stated.tolist(), strict=True):
-                found.setdefault(tuple(key), []).append(embedding.clone())
-    return found
+                embeddings.setdefault(tuple(key), []).append(embedding.clone())
+    return embeddings
 
 
 @torch.no_grad()
@@ -281,8 +281,8 @@ def transformer_losses(
     seed, batch = settings.seed, settings.batch_size
     side = int(packed.shape[1] ** 0.5)
     by_length: dict[int, list[tuple[tuple, int]]] = {}
-    for key, found in embeddings.items():
-        for index, embedding in enumerate(found):
+    for key, listed in embeddings.items():
+        for index, embedding in enumerate(listed):
             by_length.setdefault(len(embedding), []).append((key, index))
     lengths = sorted(by_length)
     weights = np.array([len(by_length[n]) for n in lengths], dtype=float)

@@ -50,14 +50,14 @@ def timed(
         kinds: by block, all that it is timed as.
         lists: numbers of the blocks that do the same work, in data-flow order.
     """
-    found = set()
+    to_time = set()
     for alike in lists:
         some = _spaced(alike)
         for kind in {kind for block in alike for kind in kinds[block]}:
             picked = [block for block in some if kind in kinds[block]]
             picked = picked or _spaced([block for block in alike if kind in kinds[block]])
-            found |= {(block, one) for block in picked for one in (kind, WHOLE)}
-    return sorted(found)
+            to_time |= {(block, one) for block in picked for one in (kind, WHOLE)}
+    return sorted(to_time)
 
 
 def _spaced(numbers: Sequence[int]) -> list[int]:
@@ -80,7 +80,7 @@ def savings(
         kinds, lists: as for `timed`.
     """
     step = float(np.median([least[b, WHOLE] for b in lists[0] if (b, WHOLE) in least])) / STEPS
-    found: dict[tuple[int, str], float] = {}
+    parts: dict[tuple[int, str], float] = {}
     for alike in lists:
         for kind in {kind for block in alike for kind in kinds[block]}:
             # What a block saves when it goes is all of its time; a narrow one, the difference.
@@ -90,9 +90,9 @@ def savings(
                 if (block, kind) in least
             ]
             saving = step * max(0, round(float(np.median(saved)) / step))
-            found |= {(block, kind): saving for block in alike if kind in kinds[block]}
-    whole = sum(seconds for (_, kind), seconds in found.items() if kind == WHOLE)
-    return Savings(found, whole + AROUND * step * round(around / (AROUND * step)))
+            parts |= {(block, kind): saving for block in alike if kind in kinds[block]}
+    whole = sum(seconds for (_, kind), seconds in parts.items() if kind == WHOLE)
+    return Savings(parts, whole + AROUND * step * round(around / (AROUND * step)))
 
 
 def least_times(rounds: Iterable[Mapping[str, float]]) -> tuple[dict[str, float], bool]:

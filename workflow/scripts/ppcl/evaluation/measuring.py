@@ -42,9 +42,9 @@ def measure_transformers(
     resamples = options.bootstrap
     # The same for all, whichever was loaded last.
     threads = devices.use_threads(transformers[TEACHER].parameters(), device)
-    found: Estimates = {}
+    estimates: Estimates = {}
     for name, transformer in transformers.items():
-        found[name] = sizes(transformer, transformers[TEACHER])
+        estimates[name] = sizes(transformer, transformers[TEACHER])
 
     rows = np.sort(reader.sample_heldout("report", options.velocity_rows, seed, "velocity_rows"))
     others = {name: module for name, module in transformers.items() if name != TEACHER}
@@ -57,7 +57,7 @@ def measure_transformers(
         masks = {"": np.ones(len(rows), bool)} | {f"_{key}": m for key, m in buckets.items()}
         for suffix, mask in masks.items():
             errors, norms, of = (columns[key][mask] for key in ("error", "norm", "prompt_index"))
-            found[name][f"velocity_error{suffix}"] = metrics.ratio(
+            estimates[name][f"velocity_error{suffix}"] = metrics.ratio(
                 errors, norms, of, resamples, seed
             )
 
@@ -68,20 +68,20 @@ def measure_transformers(
             for name, times in timing.latencies(
                 transformers, reader, timed, settings, device
             ).items():
-                found[name] |= times
-    return found
+                estimates[name] |= times
+    return estimates
 
 
 def sizes(transformer: nn.Module, teacher: nn.Module) -> dict[str, Estimate]:
     """Parameters, and their share of the teacher's; the same without modulation matrices, if there
     are any: making these small saves memory, not time."""
     count, whole = blocks.parameter_count(transformer), blocks.parameter_count(teacher)
-    found = {"parameters": float(count), "parameter_fraction": count / whole}
+    sizes = {"parameters": float(count), "parameter_fraction": count / whole}
     if of_whole := modulation.parameter_count(teacher):
         own = modulation.parameter_count(transformer)
-        found["modulation_parameters"] = float(own)
-        found["parameter_fraction_without_modulation"] = (count - own) / (whole - of_whole)
-    return {name: Estimate(value) for name, value in found.items()}
+        sizes["modulation_parameters"] = float(own)
+        sizes["parameter_fraction_without_modulation"] = (count - own) / (whole - of_whole)
+    return {name: Estimate(value) for name, value in sizes.items()}
 
 
 @torch.no_grad()

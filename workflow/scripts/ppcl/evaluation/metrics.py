@@ -59,12 +59,12 @@ def sigma_buckets(sigma: np.ndarray) -> dict[str, np.ndarray]:
     A bucket holds its lower edge, the last one also 1. Empty buckets are left out; so is every
     sample outside of [0, 1], such as those of schedulers that know no sigma (NaN).
     """
-    found = {}
+    masks = {}
     for low, high in pairwise(SIGMA_EDGES):
         mask = (sigma >= low) & ((sigma < high) | ((sigma == high) & (high == SIGMA_EDGES[-1])))
         if mask.any():
-            found[f"sigma_{low:.2f}_{high:.2f}"] = mask
-    return found
+            masks[f"sigma_{low:.2f}_{high:.2f}"] = mask
+    return masks
 
 
 def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
@@ -216,16 +216,16 @@ def median_ratio(times: np.ndarray, reference: np.ndarray, resamples: int, seed:
     return Estimate(value, float(low), float(high), len(times))
 
 
-def rows(found: Mapping[str, Mapping[str, Estimate]]) -> list[dict]:
+def rows(estimates: Mapping[str, Mapping[str, Estimate]]) -> list[dict]:
     """Rows of metrics.parquet (schemas.METRICS) from model -> metric -> estimate.
 
     `teacher_value` is NaN for a metric that the teacher has none of (it is not compared with
     itself by PSNR or SSIM), and `relative_change` also where the teacher's value is zero.
     """
     table = []
-    for model, metrics in found.items():
+    for model, metrics in estimates.items():
         for metric, estimate in metrics.items():
-            of_teacher = found[TEACHER].get(metric, Estimate(float("nan"))).value
+            of_teacher = estimates[TEACHER].get(metric, Estimate(float("nan"))).value
             defined = of_teacher != 0
             table.append(
                 {

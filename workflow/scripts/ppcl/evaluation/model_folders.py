@@ -50,12 +50,12 @@ def models(teacher: TeacherSettings, folders: list[Path]) -> list[Model]:
     Raises:
         UserError: a folder is not a pipeline, or two have one name.
     """
-    found = [Model(metrics.TEACHER, teacher)]
+    models = [Model(metrics.TEACHER, teacher)]
     for folder in folders:
         if not (folder / "model_index.json").is_file():
             raise UserError(f"--models: {folder} is not a pipeline folder; run assemble first")
         assembly.verify(folder)
-        if folder.name in {model.name for model in found}:
+        if folder.name in {model.name for model in models}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
         own_code = assembly.own_code(folder, hub.component(teacher))
         source = teacher.replace(
@@ -66,16 +66,16 @@ def models(teacher: TeacherSettings, folders: list[Path]) -> list[Model]:
             trust_remote_code=own_code or teacher.trust_remote_code,
             fingerprint=None,  # which is the teacher's
         )
-        found.append(Model(folder.name, source))
-    return found
+        models.append(Model(folder.name, source))
+    return models
 
 
-def refuse_changed(found: list[Model], digests: list[str]) -> None:
+def refuse_changed(models: list[Model], digests: list[str]) -> None:
     """Raises UserError if a model's folder is not what it was when these digests were taken.
 
     Another run of the same config may take it away file by file, and a pipeline loads without some.
     """
-    for model, digest in zip(found, digests, strict=True):
+    for model, digest in zip(models, digests, strict=True):
         if model.digest() != digest:
             raise UserError(
                 f"{model.key}: {model.source.path} was changed while it was evaluated; see that "
@@ -83,14 +83,14 @@ def refuse_changed(found: list[Model], digests: list[str]) -> None:
             )
 
 
-def side_by_side(found: list[Model], device: torch.device) -> list[Model]:
+def side_by_side(models: list[Model], device: torch.device) -> list[Model]:
     """The models, to be on the device at once: where teacher.offload is auto, all their
     transformers stay there or all are streamed, so that times compare."""
-    if found[0].source.offload != "auto":
-        return found
-    sizes = {model.name: pipelines.transformer_size(model.source) for model in found}
+    if models[0].source.offload != "auto":
+        return models
+    sizes = {model.name: pipelines.transformer_size(model.source) for model in models}
     how = "none" if devices.offload("auto", sizes, device) == "none" else "stream"
-    return [Model(model.name, model.source.replace(offload=how)) for model in found]
+    return [Model(model.name, model.source.replace(offload=how)) for model in models]
 
 
 def broken(name: str, what: str) -> UserError:

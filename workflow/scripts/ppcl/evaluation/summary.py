@@ -40,14 +40,14 @@ def rows(metrics: str | Path, models: str | Path, teacher: str) -> list[dict[str
     Raises:
         UserError: the table can't be read.
     """
-    found: dict[str, dict[str, float]] = {}
+    by_variant: dict[str, dict[str, float]] = {}
     intervals: dict[tuple[str, str], tuple[float, float]] = {}
     wanted = ("variant", "metric", "value", "ci_low", "ci_high")
     table = tables.read(metrics, schemas.METRICS)
     for name, metric, value, low, high in zip(
         *(table[key].to_pylist() for key in wanted), strict=True
     ):
-        found.setdefault(name, {})[metric] = value
+        by_variant.setdefault(name, {})[metric] = value
         intervals[name, metric] = low, high
     return [
         {
@@ -60,22 +60,22 @@ def rows(metrics: str | Path, models: str | Path, teacher: str) -> list[dict[str
             "worst metric": _worst({m: (of[m], *intervals[name, m]) for m in of}),
             "folder": teacher if name == TEACHER else str(Path(models, name)),
         }
-        for name, of in found.items()
+        for name, of in by_variant.items()
     ]
 
 
-def text(found: list[dict[str, str]]) -> str:
+def text(rows: list[dict[str, str]]) -> str:
     """As plain text: the names of the columns, a line per row, and what they say."""
-    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *found]
+    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
     widths = {name: max(len(line[name]) for line in lines) for name in COLUMNS}
     shown = ("  ".join(line[name].ljust(widths[name]) for name in COLUMNS) for line in lines)
     return "\n".join([*(line.rstrip() for line in shown), textwrap.fill(NOTE, 88)])
 
 
-def rst(found: list[dict[str, str]]) -> str:
+def rst(rows: list[dict[str, str]]) -> str:
     """As a table of reStructuredText, and what it says."""
     lines = [".. list-table::", "   :header-rows: 1", ""]
-    for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *found]:
+    for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
         for name in COLUMNS:
             cell = re.sub(r"([^\w\s.,/-]|_)", r"\\\1", row[name])
             lines.append(f"   {'*' if name == COLUMNS[0] else ' '} - {cell}".rstrip())

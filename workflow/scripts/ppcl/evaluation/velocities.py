@@ -39,9 +39,9 @@ def velocity_errors(
             raise broken(name, "the transformer's output")
         error, norm = metrics.squared_errors(output, recorded.output.double().numpy())
         calls.refuse_zeros(norm.min())
-        found = {"error": error, "norm": norm}
-        found |= {name: recorded.rows[name] for name in ("prompt_index", "sigma")}
-        for column, values in found.items():
+        per_row = {"error": error, "norm": norm}
+        per_row |= {name: recorded.rows[name] for name in ("prompt_index", "sigma")}
+        for column, values in per_row.items():
             columns.setdefault(column, []).append(values)
     return {name: np.concatenate(values) for name, values in columns.items()}
 

@@ -126,8 +126,8 @@ def verify(folder: Path) -> None:
 def _files(folder: Path) -> list[str]:
     """All files of a folder, by their paths in it, but for hidden ones: Snakemake puts its own
     into folders."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in found if not any(p[0] == "." for p in path.parts))
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in paths if not any(p[0] == "." for p in path.parts))
 
 
 def copied(source: Path) -> tuple[str, ...]:
@@ -176,9 +176,9 @@ def _forget_paths(folder: Path) -> None:
     """Takes the places that components were loaded from out of their configs: nobody else's
     business, and nowhere on another machine."""
     for path in (folder / hub.INDEX, *folder.glob("*/*config.json")):
-        found = untrusted.json_object(path)
-        if found.pop("_name_or_path", None) is not None:
-            texts.write_json(path, found)
+        config = untrusted.json_object(path)
+        if config.pop("_name_or_path", None) is not None:
+            texts.write_json(path, config)
 
 
 def own_code(folder: Path, component: str = "transformer") -> bool:

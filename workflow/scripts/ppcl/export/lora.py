@@ -137,7 +137,7 @@ def places(
 
     A block that stands for several has the place of the first of them.
     """
-    found, gone = {}, []
+    placed, gone = {}, []
     for path, layer in layers.items():
         holder, prefix, matrix = _holder(model, block_map, path)
         inside = _place(holder, matrix[1]) if holder is not None else ""
@@ -157,8 +157,8 @@ def places(
             raise UserError(
                 f"--lora: {path} has a bias, but the model's has none: it is of another model"
             )
-        found[path] = Place(prefix + inside, layer, matrix)
-    return found, gone
+        placed[path] = Place(prefix + inside, layer, matrix)
+    return placed, gone
 
 
 def _holder(
@@ -218,8 +218,8 @@ def merge(model: nn.Module, block_map: list[list[int]], layers: Mapping[str, Lay
     Returns:
         Paths of layers that the model has no place for.
     """
-    found, gone = places(model, block_map, layers)
-    for place in found.values():
+    placed, gone = places(model, block_map, layers)
+    for place in placed.values():
         module, layer = narrow.matrix(model, place.path), place.layer
         if is_low_rank(module):
             bias = _widen(model, place.path, module, layer).up.bias
@@ -263,9 +263,9 @@ def projected(
         projected layer's outputs that is lost; and the paths of layers that the model has no place
         for.
     """
-    found, gone = places(model, block_map, layers)
+    placed, gone = places(model, block_map, layers)
     made, lost = {}, {}
-    for path, place in found.items():
+    for path, place in placed.items():
         module = narrow.matrix(model, place.path)
         if is_low_rank(module):
             moments = conditioning.of(place.matrix)
@@ -298,11 +298,11 @@ def _project(module: LowRank, layer: Layer, moments: modulation.Moments) -> tupl
 
 def state(layers: Mapping[str, Layer], component: str) -> dict[str, Tensor]:
     """Layers as a file that `load_lora_weights` takes; their scales are in B."""
-    found, biased = {}, any(layer.bias is not None for layer in layers.values())
+    tensors, biased = {}, any(layer.bias is not None for layer in layers.values())
     for path, layer in layers.items():
-        found[f"{component}.{path}.lora_A.weight"] = layer.a
-        found[f"{component}.{path}.lora_B.weight"] = layer.scale * layer.b
+        tensors[f"{component}.{path}.lora_A.weight"] = layer.a
+        tensors[f"{component}.{path}.lora_B.weight"] = layer.scale * layer.b
         if biased:  # peft gives all layers one, or none
             bias = layer.bias if layer.bias is not None else layer.b.new_zeros(len(layer.b))
-            found[f"{component}.{path}.lora_B.bias"] = layer.scale * bias
-    return found
+            tensors[f"{component}.{path}.lora_B.bias"] = layer.scale * bias
+    return tensors

@@ -95,15 +95,15 @@ def _on_cpu(model: nn.Module, block_map: list[list[int]]) -> tuple[nn.Module, li
 def _shortest(transformer: nn.Module, call: dict) -> tuple[nn.Module, list[list[int]]]:
     """The transformer's shortest copy that answers, and that its config alone rebuilds: not every
     class works with two blocks."""
-    found = _cut(transformer)
+    shortest = _cut(transformer)
     try:
         with torch.no_grad():
-            blocks.answer(found[0], call)
+            blocks.answer(shortest[0], call)
         with torch.device("meta"):
-            model = diffusers_model.of(found[0])
+            model = diffusers_model.of(shortest[0])
             again = type(model).from_config(dict(model.config))
-        if _shapes(again) == _shapes(found[0]):
-            return found
+        if _shapes(again) == _shapes(shortest[0]):
+            return shortest
     except Exception:  # whatever a class makes of fewer blocks than it expects
         pass
     return _on_cpu(*blocks.assembled(transformer, {}))

@@ -34,12 +34,12 @@ def filled(skeleton, file):
 
 def digests(module: torch.nn.Module) -> dict[str, str]:
     """Name of every weight -> what tells it from any other: its type, shape and bytes."""
-    found = {}
+    weight_digests = {}
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         content = hashlib.sha256(flat.numpy()).hexdigest()
-        found[name] = f"{tensor.dtype} {tuple(tensor.shape)} {content}"
-    return found
+        weight_digests[name] = f"{tensor.dtype} {tuple(tensor.shape)} {content}"
+    return weight_digests
 
 
 def check(folder: Path, probe: Path) -> list[str]:
@@ -79,11 +79,11 @@ def check(folder: Path, probe: Path) -> list[str]:
     problems = [f"on meta: {n}" for n, p in transformer.named_parameters() if p.is_meta]
     if problems:
         return problems
-    found, written = digests(transformer), json.loads(about["weights"])
+    loaded, written = digests(transformer), json.loads(about["weights"])
     problems += [
         f"weights differ: {name}"
-        for name in {*found, *written}
-        if found.get(name) != written.get(name)
+        for name in {*loaded, *written}
+        if loaded.get(name) != written.get(name)
     ]
     with torch.no_grad():
         answer = transformer(**call)[0]
@@ -99,10 +99,10 @@ def check(folder: Path, probe: Path) -> list[str]:
     info = made_by.from_pretrained(
         folder, subfolder=component, dtype=dtype, output_loading_info=True
     )[1]
-    return problems + [f"{kind}: {found}" for kind, found in info.items() if found]
+    return problems + [f"{kind}: {wrong}" for kind, wrong in info.items() if wrong]
 
 
 if __name__ == "__main__":
-    found = check(Path(sys.argv[1]), Path(sys.argv[2]))
+    problems = check(Path(sys.argv[1]), Path(sys.argv[2]))
     gc.freeze()
-    sys.exit("\n".join(found) or 0)
+    sys.exit("\n".join(problems) or 0)

@@ -71,15 +71,15 @@ class Files:
         """The refitted maps, read once for the digest and the models; none without a file."""
         return linear_map_refits.read(self.refits) if self.refits else {}
 
-    def refits_digest(self, found: Set, expected: str | None = None) -> str:
+    def refits_digest(self, chosen: Set, expected: str | None = None) -> str:
         """`refits_digest` of a set.
 
         Raises:
             UserError: it is another than expected, or there are no refitted maps.
         """
-        if self.refits is None and any(s.startswith(REFIT) for s in found.sources.values()):
+        if self.refits is None and any(s.startswith(REFIT) for s in chosen.sources.values()):
             raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")
-        digest = linear_map_refits.digest(self.refitted, found)
+        digest = linear_map_refits.digest(self.refitted, chosen)
         if expected not in (None, digest):
             raise UserError(
                 f"{self.refits} has other maps than the set was made with; delete the run's folder "

@@ -59,7 +59,7 @@ class Workshop:
         self._depth = len(blocks.block_sequence(transformer))
         self._made: dict[Piece, dict[tuple[int, int], nn.Module]] = {}
 
-    def model(self, found: Set, keep: Iterable[Set] = ()) -> tuple[nn.Module, list[list[int]]]:
+    def model(self, chosen: Set, keep: Iterable[Set] = ()) -> tuple[nn.Module, list[list[int]]]:
         """The model of a set, and the block map of `blocks.assembled`.
 
         What the last model had in common with this one is used again.
@@ -71,7 +71,7 @@ class Workshop:
             UserError: a source lacks a unit, or its shapes are others; or nothing was told of what
                 a modulation gets.
         """
-        pieces = self._pieces(found)
+        pieces = self._pieces(chosen)
         kept = {piece for one in keep for piece in self._pieces(one)} | set(pieces)
         self._made = {piece: made for piece, made in self._made.items() if piece in kept}
         missing = [piece for piece in pieces if piece not in self._made]
@@ -99,19 +99,19 @@ class Workshop:
             if not isinstance(piece[0], Member) or piece[0].source not in refits
         }
 
-    def _pieces(self, found: Set) -> list[Piece]:
+    def _pieces(self, chosen: Set) -> list[Piece]:
         """What a set consists of, in order of depth."""
         ranks: dict[int, list[tuple[Matrix, int]]] = {}
-        for matrix, rank in found.ranks:
+        for matrix, rank in chosen.ranks:
             ranks.setdefault(matrix[0], []).append((matrix, rank))
         pieces: list[Piece] = []
-        for member in found.members:
+        for member in chosen.members:
             own = [one for part in member.unit.new_blocks for one in ranks.pop(part.first, ())]
             pieces.append((member, tuple(own)))
         return pieces + [(block, tuple(own)) for block, own in sorted(ranks.items())]
 
     def _make(self, pieces: Sequence[Piece]) -> dict[Piece, dict[tuple[int, int], nn.Module]]:
-        """The blocks of some pieces of one set, by the ends of their parts."""
+        """The blocks of some pieces of one set, by the ends of their new blocks."""
         members = [piece[0] for piece in pieces if isinstance(piece[0], Member)]
         taught = self._students(members)
         if self._as_teacher:
@@ -147,27 +147,27 @@ class Workshop:
         parts: dict[str, list[NewBlock]] = {}
         for member in members:
             parts.setdefault(member.source, []).extend(member.unit.new_blocks)
-        found: Students = {}
+        unit_blocks: Students = {}
         for source, wanted in parts.items():
             if source == CLOSED or source.startswith(REFIT):
                 # Read only, so it need not be of mutable mappings as its stubs say.
                 refits: Any = self._refits.get(source, {})
                 stored: Any = self._maps
-                found |= linear_maps.closed(self._teacher, wanted, ChainMap(refits, stored))
+                unit_blocks |= linear_maps.closed(self._teacher, wanted, ChainMap(refits, stored))
             elif source in self._sources:
-                found |= students.load(self._sources[source], self._teacher, wanted)
+                unit_blocks |= students.load(self._sources[source], self._teacher, wanted)
             else:
                 raise UserError(
                     f"unit {wanted[0].name} is from {source}, of which no students are given; "
                     f"name them, --{source}"
                 )
-        for part, student in found.items():
+        for part, student in unit_blocks.items():
             if self._as_teacher:
                 students.as_teacher(self._teacher, part, student)
             student.requires_grad_(not self._as_teacher).eval()
             if self._device is not None:
                 student.to(self._device)
-        return found
+        return unit_blocks
 
 
 def measuring(workshop: Workshop, judged: prices.Judged, state: State | None = None) -> Measure:
@@ -182,8 +182,8 @@ def measuring(workshop: Workshop, judged: prices.Judged, state: State | None = N
         changes = {
             key: prices.Change(one.first, functools.partial(model, one)) for key, one in new.items()
         }
-        found = prices.measure(judged, changes, state)
-        known.update(zip(new, found, strict=True))
+        errors = prices.measure(judged, changes, state)
+        known.update(zip(new, errors, strict=True))
         return [known[one.key] for one in asked]
 
     return measure
@@ -195,14 +195,14 @@ def untrained(selection: SelectionFile | None, files: Files) -> dict[str, Member
     if selection is None:
         return {}
     maps = linear_maps.stored(files.maps) if files.maps else {}
-    found = {}
+    members = {}
     for unit in selection.units:
         wanted = [one for part in unit.new_blocks for one in linear_maps.maps_of(part)]
         if not unit.removed_blocks and all(one in maps for one in wanted):
-            found[unit.name] = Member(unit, CLOSED)
+            members[unit.name] = Member(unit, CLOSED)
         elif START in files.students and unit in selection.distilled:
-            found[unit.name] = Member(unit, START)
-    return found
+            members[unit.name] = Member(unit, START)
+    return members
 
 
 def _last(transformer: nn.Module) -> str:

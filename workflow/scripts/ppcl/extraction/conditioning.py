@@ -68,11 +68,11 @@ class Conditioning:
 
     def tensors(self) -> dict[str, Tensor]:
         """`<entry>.count`, `.sum` and `.outer`."""
-        found: dict[str, Tensor] = {}
+        by_name: dict[str, Tensor] = {}
         for place, entry in enumerate(self.entries):
-            found[f"{place}.count"] = torch.tensor([entry.count], dtype=torch.float64)
-            found |= {f"{place}.sum": entry.sum, f"{place}.outer": entry.outer}
-        return found
+            by_name[f"{place}.count"] = torch.tensor([entry.count], dtype=torch.float64)
+            by_name |= {f"{place}.sum": entry.sum, f"{place}.outer": entry.outer}
+        return by_name
 
     def described(self) -> str:
         """Whose the entries are, as JSON."""

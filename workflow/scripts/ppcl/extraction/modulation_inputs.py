@@ -63,16 +63,16 @@ class Sums:
     @property
     def leaders(self) -> dict[int, Matrix]:
         """Of every entry, the first of its matrices."""
-        found: dict[int, Matrix] = {}
+        leaders: dict[int, Matrix] = {}
         for matrix, place in self.found.places.items():
-            found.setdefault(place, matrix)
-        return found
+            leaders.setdefault(place, matrix)
+        return leaders
 
-    def put(self, found: Conditioning) -> None:
+    def put(self, sums: Conditioning) -> None:
         """Starts from these sums."""
         # Copies: what was read from a file may lie at any address, and then rounds in another way.
-        self.found = Conditioning([entry.weighted(1) for entry in found.entries], found.places)
-        self._fresh = not found.places
+        self.found = Conditioning([entry.weighted(1) for entry in sums.entries], sums.places)
+        self._fresh = not sums.places
         if self._fresh and self._linears:  # all get the same until they are seen to differ
             self.found = Conditioning([_nothing()], dict.fromkeys(self._linears, 0))
         self._waiting: list[list[Tensor]] = [[] for _ in self.found.entries]
@@ -108,8 +108,8 @@ class Sums:
             _same(seen, self._seen[leaders[self.found.places[matrix]]])
             for matrix, seen in self._seen.items()
         ]
-        self._alike = all(found for found in same if isinstance(found, bool))
-        asked = [found for found in same if isinstance(found, Tensor)]
+        self._alike = all(alike for alike in same if isinstance(alike, bool))
+        asked = [alike for alike in same if isinstance(alike, Tensor)]
         self._flags = devices.to_main_memory(torch.stack(asked)) if asked else torch.ones(1)
 
     def settle(self) -> None:
@@ -144,7 +144,7 @@ class Sums:
 
     def _rows(self, seen: list[Tensor]) -> list[Tensor]:
         """What a matrix got for samples to fit on, [n, d] each, on its way to main memory."""
-        found = []
+        taken = []
         for x in seen:
             # A transformer may have several conditionings a sample, one after the other.
             repeats, rest = divmod(len(x), len(self._fit))
@@ -156,8 +156,8 @@ class Sums:
             chosen = torch.from_numpy(np.flatnonzero(np.tile(self._fit, repeats)))
             # A conditioning of every token, or frame, is as many samples.
             rows = x[chosen.to(x.device, non_blocking=True)].flatten(0, -2)
-            found.append(devices.to_main_memory(rows))
-        return found
+            taken.append(devices.to_main_memory(rows))
+        return taken
 
     def sum_up(self, everything: bool = False) -> None:
         """Sums up what waits: of entries with d samples, as a product [d, d] has a long way to main
@@ -252,11 +252,11 @@ def with_grid(
         devices.synchronise(device)
         grid.settle()
     grid.sum_up(everything=True)
-    found = grid.result()
+    grid_sums = grid.result()
     grid_share = 1 - RECORDED
     entries = []
     for entry, once in enumerate(recorded.entries):
-        more = found.of(leaders[entry])
+        more = grid_sums.of(leaders[entry])
         entries.append(
             once.weighted(RECORDED / once.count) + more.weighted(grid_share / more.count)
         )
@@ -314,10 +314,14 @@ def _unknown(reader: calls.Reader) -> None:
 
 def _filled(like: Tensor, values: np.ndarray) -> Tensor:
     """An argument with these values of the samples: of the first, where samples share one."""
-    found = torch.from_numpy(values)
-    if not like.ndim or len(like) != len(found):
-        found = found[:1]
+    argument = torch.from_numpy(values)
+    if not like.ndim or len(like) != len(argument):
+        argument = argument[:1]
     if not like.is_floating_point():
-        found = found.round()
-    found = found.to(like.dtype).to(like.device)
-    return found.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape) if like.ndim else found[0]
+        argument = argument.round()
+    argument = argument.to(like.dtype).to(like.device)
+    return (
+        argument.reshape(-1, *[1] * (like.ndim - 1)).expand(like.shape)
+        if like.ndim
+        else argument[0]
+    )

@@ -44,8 +44,8 @@ class Store:
             flags = os.O_RDWR | (0 if length else os.O_CREAT)
             self._file = os.fdopen(os.open(path, flags, 0o666), "r+b", buffering=0)
         if length:
-            for boundary, found in enumerate(self._hashes):
-                found.update(_bytes(self._read(boundary)))
+            for boundary, hasher in enumerate(self._hashes):
+                hasher.update(_bytes(self._read(boundary)))
             if self.digest() != digest:
                 raise self._damaged()
 
@@ -78,7 +78,7 @@ class Store:
 
     def digest(self) -> str:
         """SHA-256 of the boundaries' own, in order."""
-        return hashlib.sha256(b"".join(found.digest() for found in self._hashes)).hexdigest()
+        return hashlib.sha256(b"".join(hasher.digest() for hasher in self._hashes)).hexdigest()
 
     def kept(self) -> dict:
         """What a checkpoint says of it, when all that was added is on the disk."""
@@ -161,8 +161,8 @@ class Kept:
         given = self.conditioning.tensors().items()
         held |= {f"conditioning/{name}": value for name, value in given}
         for stream in self.stores:
-            found = self.joined(stream).items()
-            held |= {f"{stream}/{name}": torch.from_numpy(value) for name, value in found}
+            vectors = self.joined(stream).items()
+            held |= {f"{stream}/{name}": torch.from_numpy(value) for name, value in vectors}
         streams = {s: store.kept() | {"first": self.first[s]} for s, store in self.stores.items()}
         metadata = {"batches": str(self.batches), "streams": json.dumps(streams)}
         metadata |= {"matrices": self.conditioning.described()}
@@ -175,21 +175,21 @@ def resume(folder: Path, identity: str) -> Kept:
     Raises:
         UserError: a file there is not what was written.
     """
-    found = Kept(folder)
+    sample = Kept(folder)
     if not (folder / CHECKPOINT).exists():
-        return found
+        return sample
     held, metadata = tensors.read(folder / CHECKPOINT)
     if metadata["identity"] != identity:
-        return found
-    found.batches = int(metadata["batches"])
-    found.sums = _under("sum", held)
-    found.conditioning = Conditioning.stored(_under("conditioning", held), metadata["matrices"])
+        return sample
+    sample.batches = int(metadata["batches"])
+    sample.sums = _under("sum", held)
+    sample.conditioning = Conditioning.stored(_under("conditioning", held), metadata["matrices"])
     for stream, kept in json.loads(metadata["streams"]).items():
         shape, path = tuple(kept["shape"]), folder / f"{stream}.tokens"
-        found.stores[stream] = Store(path, shape, kept["length"], kept["digest"])
-        found.first[stream] = kept["first"]
-        found.about[stream] = [{n: value.numpy() for n, value in _under(stream, held).items()}]
-    return found
+        sample.stores[stream] = Store(path, shape, kept["length"], kept["digest"])
+        sample.first[stream] = kept["first"]
+        sample.about[stream] = [{n: value.numpy() for n, value in _under(stream, held).items()}]
+    return sample
 
 
 def _under(name: str, held: dict[str, Tensor]) -> dict[str, Tensor]:

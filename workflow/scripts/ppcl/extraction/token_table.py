@@ -48,10 +48,10 @@ class TokenReader:
     def __init__(self, path: str | Path):
         self._file = tables.File(path)
         self.provenance = self._file.provenance
-        found = self._file.schema
-        kind = found.field("value").type if "value" in found.names else None
+        schema = self._file.schema
+        kind = schema.field("value").type if "value" in schema.names else None
         widest = kind.shape[0] if isinstance(kind, pa.FixedShapeTensorType) else 1
-        tables.require(path, found, schemas.tokens(widest))
+        tables.require(path, schema, schemas.tokens(widest))
         if not len(self._file):
             raise UserError(f"{path}: holds no tokens; {seals.REMAKE}")
         try:

@@ -145,13 +145,13 @@ def held(block: nn.Module, path: str) -> str:
     `LowRank`; empty if it is gone."""
     place = path
     try:
-        found = block.get_submodule(path)
-        if isinstance(found, nn.Sequential):  # with an `Open`, for a linear FFN
-            place, found = f"{path}.0", found[0]
+        module = block.get_submodule(path)
+        if isinstance(module, nn.Sequential):  # with an `Open`, for a linear FFN
+            place, module = f"{path}.0", module[0]
     except AttributeError:
         return ""
     maps_at = getattr(block, "map_paths", {}).values()
-    known = isinstance(found, nn.Linear) or is_low_rank(found)
+    known = isinstance(module, nn.Linear) or is_low_rank(module)
     return place if known and place not in maps_at else ""
 
 

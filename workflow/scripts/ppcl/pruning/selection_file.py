@@ -68,11 +68,11 @@ def read(path: Path) -> SelectionFile:
 
 
 def _units(entries: list[dict]) -> list[Unit]:
-    found = [Unit(tuple(map(new_block_of, entry["new_blocks"]))) for entry in entries]
-    for entry, unit in zip(entries, found, strict=True):
+    units = [Unit(tuple(map(new_block_of, entry["new_blocks"]))) for entry in entries]
+    for entry, unit in zip(entries, units, strict=True):
         if entry["name"] != unit.name:
             raise ValueError(f"unit {entry['name']} has the new blocks of {unit.name}")
         int(entry["saved_parameters"])
         bool(entry["required"])
         float(entry["saved_seconds"] or 0)
-    return found
+    return units

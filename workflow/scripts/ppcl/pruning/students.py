@@ -47,13 +47,13 @@ def start(transformer: nn.Module, new_blocks: Iterable[NewBlock], how: str) -> S
     activations to start from.
     """
     sequence = blocks.block_sequence(transformer)
-    found = {}
+    students = {}
     for new_block in new_blocks:
         modules = [sequence[i].module for i in range(new_block.first, new_block.last + 1)]
         student = copy.deepcopy(modules[0]).float().cpu().requires_grad_(True)
         student.load_state_dict(start_weights(modules, how))
-        found[new_block] = student
-    return found
+        students[new_block] = student
+    return students
 
 
 def whole(transformer: nn.Module, new_blocks: Iterable[NewBlock], distilled: Students) -> Students:
@@ -168,7 +168,7 @@ def load(path: Path, transformer: nn.Module, new_blocks: Iterable[NewBlock]) -> 
         UserError: the file lacks a new block, or holds other shapes, or NaN.
     """
     state, _ = tensors.read(path)
-    sequence, found = blocks.block_sequence(transformer), {}
+    sequence, students = blocks.block_sequence(transformer), {}
     for new_block in new_blocks:
         whole = copy.deepcopy(sequence[new_block.first].module).float().cpu()
         student = shaped(transformer, new_block, whole).requires_grad_(True)
@@ -187,5 +187,5 @@ def load(path: Path, transformer: nn.Module, new_blocks: Iterable[NewBlock]) -> 
                 raise UserError(
                     f"{path}: '{new_block.name}/{key}' holds NaN or infinity; delete it"
                 )
-        found[new_block] = student
-    return found
+        students[new_block] = student
+    return students

@@ -173,7 +173,7 @@ def units_of(
             linear_here = linear_here - {TEXT}
         return NewBlock(*ends, tuple(s for s in (IMAGE, TEXT) if s in linear_here), text, source)
 
-    found = [Unit((made(ends),)) for ends in pieces if ends[0] not in inside]
+    units = [Unit((made(ends),)) for ends in pieces if ends[0] not in inside]
     for first, last in runs:
         source, *others = (ends for ends in pieces if first <= ends[0] and ends[1] <= last)
         if not others:
@@ -182,8 +182,8 @@ def units_of(
         for ends in others:
             closes = ends[1] == last and last != unread_after
             run.append(made(ends, "close" if closes else "borrow", source))
-        found.append(Unit(tuple(run)))
-    return sorted(found, key=lambda unit: unit.first)
+        units.append(Unit(tuple(run)))
+    return sorted(units, key=lambda unit: unit.first)
 
 
 def new_blocks_of(units: Iterable[Unit]) -> list[NewBlock]:
