@@ -58,13 +58,13 @@ def materialised(world, rows):
     """[boundary] -> stream -> [rows, tokens, d] of one batch, by hooks of our own."""
     transformer, reader = world
     batch = reader.batch(rows)
-    found = [{}]
+    boundaries = [{}]
 
     def first(_module, _args, kwargs):
-        found[0] = {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
+        boundaries[0] = {"image": kwargs["hidden_states"], "text": kwargs["encoder_hidden_states"]}
 
     def each(_module, _args, returned):
-        found.append({"text": returned[0], "image": returned[1]})
+        boundaries.append({"text": returned[0], "image": returned[1]})
 
     every = transformer.transformer_blocks
     handles = [every[0].register_forward_pre_hook(first, with_kwargs=True)]
@@ -72,7 +72,7 @@ def materialised(world, rows):
     transformer(**batch.arguments)
     for handle in handles:
         handle.remove()
-    return batch, found
+    return batch, boundaries
 
 
 def lengths(batch):
@@ -142,12 +142,12 @@ def test_sums_in_main_memory_are_those_on_the_device(world, monkeypatch):
         once(self, stream, block, x, after)
 
     monkeypatch.setattr(activations.Moments, "_sum", look)
-    found, _ = collect(world)
-    assert found.sums.keys() == expected.sums.keys()
+    moments, _ = collect(world)
+    assert moments.sums.keys() == expected.sums.keys()
     for key, value in expected.sums.items():
-        torch.testing.assert_close(found.sums[key], value, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(moments.sums[key], value, rtol=1e-12, atol=1e-12)
     counts = [n for stream, block, n in summed if (stream, block) == ("text", 1)]
-    assert sum(counts) == found.sums["text.1.count"].item()
+    assert sum(counts) == moments.sums["text.1.count"].item()
     assert len(counts) > 2 and min(counts[:-1]) >= 32 > max(counts) / 2
 
 
@@ -197,14 +197,14 @@ def test_a_sample_gives_the_same_tokens_whatever_it_is_batched_with(world):
     (alone, samples), *others = batches
     for stream, sample in samples.items():
         values = np.stack(list(sample["value"]))
-        for _, found in others:
+        for _, batched in others:
             for name in about:
-                np.testing.assert_array_equal(found[stream][name], sample[name])
-            again = np.stack(list(found[stream]["value"]))
+                np.testing.assert_array_equal(batched[stream][name], sample[name])
+            again = np.stack(list(batched[stream]["value"]))
             np.testing.assert_allclose(again, values, rtol=1e-4, atol=1e-4)
-    for found, _ in others:
+    for moments, _ in others:
         for key, value in alone.sums.items():
-            torch.testing.assert_close(found.sums[key], value, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(moments.sums[key], value, rtol=1e-5, atol=1e-5)
     counts = np.unique(np.diff(np.flatnonzero(np.diff(samples["text"]["prompt"]))))
     assert len(counts) > 1  # unlike prompts gave unlike numbers
 
@@ -219,9 +219,9 @@ def captions(teacher, tmp_path_factory):
         given["img_shapes"] = given["img_shapes"][1:]
         rows = tiny.places(len(lengths))
         rows["heldout"] = [row in heldout for row in range(len(lengths))]
-        found = call_tables.to_tables(given, teacher(**given)[0], rows)
+        written = call_tables.to_tables(given, teacher(**given)[0], rows)
         path = tmp_path_factory.mktemp("captions") / "calls.parquet"
-        call_tables.write(path, [table.schema for table in found], found, {})
+        call_tables.write(path, [table.schema for table in written], written, {})
         return calls.Reader(path)
 
     return reader
@@ -379,10 +379,10 @@ def collect_in(folder, world, bar, identity="i"):
     )
     rows = np.arange(len(reader))
     given = modulation_inputs.Sums(transformer, [(1, "img_mod.1"), (5, "norm_out.linear")], CPU)
-    found = activations.collect(
+    collected = activations.collect(
         tiny.context(transformer, reader), rows, options, State(folder, identity), bar, given
     )
-    return *found, given.result()
+    return *collected, given.result()
 
 
 def assert_same(one, other):

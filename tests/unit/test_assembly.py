@@ -266,9 +266,9 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     }
     tiny.stage("assemble", config, **paths)
     card = json.loads((tmp_path / "p85" / "pruning.json").read_text())
-    (found,) = card["units"]
-    assert found["name"] == "03-04" and found["source"] == "start" and card["ranks"] == []
-    assert found["new_blocks"] == json.loads(json.dumps(entries[0]["new_blocks"]))
+    (entry,) = card["units"]
+    assert entry["name"] == "03-04" and entry["source"] == "start" and card["ranks"] == []
+    assert entry["new_blocks"] == json.loads(json.dumps(entries[0]["new_blocks"]))
     assert card["finetuned"] is False
     assert card["parameters"] == total - size
     assert card["parameter_fraction"] == pytest.approx(1 - size / total)

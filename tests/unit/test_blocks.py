@@ -53,10 +53,10 @@ def test_an_unknown_class_is_refused():
 
 
 def seen(model, call):
-    found = []
-    with blocks.watch(blocks.block_sequence(model), lambda _b, bound: found.append(bound)) as run:
+    bounds = []
+    with blocks.watch(blocks.block_sequence(model), lambda _b, bound: bounds.append(bound)) as run:
         run(model, call)
-    return found
+    return bounds
 
 
 def test_keyword_and_positional_calls_bind_alike(model):

@@ -16,12 +16,12 @@ from support import SCRIPTS, tiny
 
 def store(path, *every, shared=()):
     """Writes (arguments, output) calls; returns their reader."""
-    found = [
+    written = [
         t
         for given, out in every
         for t in call_tables.to_tables(given, out, tiny.places(len(out)), shared)
     ]
-    call_tables.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in written], written, {})
     return calls.Reader(path)
 
 
@@ -118,10 +118,10 @@ def test_tensors_in_containers_come_back(tmp_path):
         "scale": 2,
     }
     answer = torch.arange(3.0)[:, None]
-    found = call_tables.to_tables(given, answer, tiny.places(3), ("rotary",), {"layers": 1})
-    assert [len(table) for table in found] == [2, 1]
+    written = call_tables.to_tables(given, answer, tiny.places(3), ("rotary",), {"layers": 1})
+    assert [len(table) for table in written] == [2, 1]
     path = tmp_path / "c.parquet"
-    call_tables.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in written], written, {})
     reader = calls.Reader(path)
     for bucket, members in zip(reader.buckets, ([0, 2], [1]), strict=True):
         batch = reader.batch(bucket)
@@ -203,9 +203,9 @@ def test_every_row_is_equally_likely(uneven):
 
 def test_batches_cover_all_rows_once(uneven):
     rows = np.array([39, 2, 11, 30, 7])
-    found = list(uneven.batches(rows, 2))
-    assert [len(batch) for batch in found] == [2, 1, 2]
-    assert sorted(np.concatenate([batch.numbers for batch in found])) == sorted(rows)
+    batches = list(uneven.batches(rows, 2))
+    assert [len(batch) for batch in batches] == [2, 1, 2]
+    assert sorted(np.concatenate([batch.numbers for batch in batches])) == sorted(rows)
 
 
 def test_memory_is_bounded_and_harmless(uneven):
@@ -238,15 +238,15 @@ def test_a_sample_is_spread_over_the_timesteps(reader, monkeypatch):
     rows = reader.heldout_rows("select")
     times = np.sort(reader.index["timestep"][rows])
     for count in (1, 2, len(rows) - 1, len(rows)):
-        found = set()
+        sampled = set()
         for seed in range(100):
             sample = reader.sample_heldout("select", count, seed)
             assert sample.tolist() == reader.sample_heldout("select", count, seed).tolist()
             drawn = np.sort(reader.index["timestep"][sample])
             for time, group in zip(drawn, np.array_split(times, count), strict=True):
                 assert time in group
-            found |= set(sample)
-        assert found == set(rows)
+            sampled |= set(sample)
+        assert sampled == set(rows)
     monkeypatch.setitem(reader.index, "timestep", np.full(len(reader), np.nan))
     samples = [reader.sample_heldout("select", 2, seed) for seed in range(100)]
     assert set(np.concatenate(samples)) == set(rows)
@@ -258,8 +258,8 @@ def test_counts_that_cannot_be_met_are_told_once(reader, monkeypatch, caplog):
     monkeypatch.setitem(reader.index, "prompt", np.array(["one"] * len(reader), dtype=object))
     count = len(reader.rows(heldout=True))
     for _ in range(2):
-        found = reader.sample_heldout("report", 64, 0, "evaluate.velocity_rows")
-    assert sorted(found) == list(reader.rows(heldout=True))
+        sample = reader.sample_heldout("report", 64, 0, "evaluate.velocity_rows")
+    assert sorted(sample) == list(reader.rows(heldout=True))
     said = [record.getMessage() for record in caplog.records]
     assert "one prompt alone is held out" in said[0] and str(reader.path) in said[0]
     wanted = f"evaluate.velocity_rows asks for 64, and there are {count} held-out calls to report"
@@ -272,9 +272,9 @@ def test_fewer_calls_than_extraction_asks_for(reader, caplog):
     choose = runpy.run_path(str(SCRIPTS / "extract.py"))["choose_rows"]
     fit, heldout = len(reader.rows(heldout=False)), len(reader.heldout_rows("select"))
     assert len(choose(reader, 100, 0)) == fit + heldout
-    for found, what in ((fit, "to fit on"), (heldout, "held out to select by")):
+    for count, what in ((fit, "to fit on"), (heldout, "held out to select by")):
         assert (
-            f"half of extract.rows asks for 50, and there are {found} calls {what}" in caplog.text
+            f"half of extract.rows asks for 50, and there are {count} calls {what}" in caplog.text
         )
 
 

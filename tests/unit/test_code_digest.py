@@ -26,7 +26,7 @@ def file_of(folder: Path, module: str) -> str | None:
 
 def used_by(folder: Path, file: str) -> set[str]:
     """Files of the library that Python runs for the imports of one, read from its bytecode."""
-    finder, found = modulefinder.ModuleFinder(), set()
+    finder, imported = modulefinder.ModuleFinder(), set()
     codes = [compile((folder / file).read_text(encoding="utf-8"), file, "exec")]
     while codes:
         code = codes.pop()
@@ -36,10 +36,10 @@ def used_by(folder: Path, file: str) -> set[str]:
                 names, module = words
                 assert "ppcl" != module.split(".")[0] or "*" not in (names or ())
                 wanted = [module, *(f"{module}.{name}" for name in names or ())]
-                found |= {name for name in wanted if name.split(".")[0] == "ppcl"}
+                imported |= {name for name in wanted if name.split(".")[0] == "ppcl"}
             else:
                 assert kind == "store", f"{file}: relative imports are not followed here"
-    whole = {name.rsplit(".", up)[0] for name in found for up in range(name.count(".") + 1)}
+    whole = {name.rsplit(".", up)[0] for name in imported for up in range(name.count(".") + 1)}
     return {file for name in whole if (file := file_of(folder, name))}
 
 
@@ -51,14 +51,14 @@ def closures(folder: Path) -> dict[str, set[str]]:
     }
     for starts, started in STARTED.items():
         direct[starts].add(started)
-    found = {}
+    files = {}
     for program in PROGRAMS:
         used, ahead = set(), set(direct[f"{program}.py"])
         while ahead:
             used |= ahead
             ahead = set().union(*(direct[file] for file in ahead)) - used
-        found[program] = used
-    return found
+        files[program] = used
+    return files
 
 
 def test_an_edit_of_any_module_changes_the_digests_of_the_programs_that_use_it(tmp_path):

@@ -52,12 +52,14 @@ def test_what_is_watched_is_the_same_and_it_stops_early(teacher, compiled):
     with torch.no_grad():
         compiled(**call)
     assert ran == [5]
-    found, expected = (teaching.teacher_states(model, PARTS, call) for model in (compiled, teacher))
+    lessons, expected = (
+        teaching.teacher_states(model, PARTS, call) for model in (compiled, teacher)
+    )
     handle.remove()
     assert ran == [5]  # not again
     for part in PARTS:
-        torch.testing.assert_close(found[part].target, expected[part].target)
-        torch.testing.assert_close(found[part].bound, expected[part].bound)
+        torch.testing.assert_close(lessons[part].target, expected[part].target)
+        torch.testing.assert_close(lessons[part].bound, expected[part].bound)
 
 
 def test_taps_see_what_passes_inside(teacher, compiled):
@@ -75,7 +77,7 @@ def test_taps_see_what_passes_inside(teacher, compiled):
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_gradients_pass_through_compiled_blocks(teacher, compiled, reader, accelerator, recompute):
-    found = []
+    gradients = []
     for model in (copy.deepcopy(teacher), copy.copy(compiled)):
         taught = students.start(model, PARTS, "first")
         units = [Unit((part,)) for part in PARTS]
@@ -85,9 +87,9 @@ def test_gradients_pass_through_compiled_blocks(teacher, compiled, reader, accel
         )(0)
         loss.backward()
         grads = [p.grad for s in taught.values() for p in s.parameters() if p.grad is not None]
-        found.append(torch.cat([grad.flatten() for grad in grads]))
+        gradients.append(torch.cat([grad.flatten() for grad in grads]))
     compiled.disable_gradient_checkpointing()
-    assert (found[0] - found[1]).norm() < 1e-5 * found[0].norm()
+    assert (gradients[0] - gradients[1]).norm() < 1e-5 * gradients[0].norm()
 
 
 def test_students_are_plain_blocks(teacher, compiled):

@@ -151,10 +151,10 @@ def test_loaders_are_left_as_they_were(folder):
     refused(folder, "vae")
     assert [vars(base)["from_pretrained"] for base in bases] == before
     with complete.accounts() as told:
-        found = transformers.PreTrainedModel.from_pretrained.__func__(
+        encoder = transformers.PreTrainedModel.from_pretrained.__func__(
             transformers.Qwen2_5_VLForConditionalGeneration, folder / "text_encoder"
         )
-    assert told[0][0] is found and set(told[0][1]) >= {"missing_keys", "unexpected_keys"}
+    assert told[0][0] is encoder and set(told[0][1]) >= {"missing_keys", "unexpected_keys"}
 
 
 def test_the_inner_part_of_a_larger_model_is_whole(tmp_path):
@@ -197,11 +197,11 @@ def test_weights_that_are_stored_once_or_in_an_older_way_are_whole(tmp_path):
     model.save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"
     assert "encoder.embed_tokens.weight" not in load_file(file)
-    found, account = type(model).from_pretrained(tmp_path, output_loading_info=True)
-    complete.check(found, account, tmp_path, weights.headers(tmp_path, "transformers", None))
+    loaded, account = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    complete.check(loaded, account, tmp_path, weights.headers(tmp_path, "transformers", None))
     clip = zoo_parts.clip(zoo_parts.clip_tokenizer())
     clip.save_pretrained(tmp_path / "clip")
     ids = {"text_model.embeddings.position_ids": torch.arange(77)[None]}
     changed(tmp_path / "clip/model.safetensors", lambda held: held | ids)
-    found, account = type(clip).from_pretrained(tmp_path / "clip", output_loading_info=True)
-    complete.check(found, account, tmp_path / "clip", {})
+    loaded, account = type(clip).from_pretrained(tmp_path / "clip", output_loading_info=True)
+    complete.check(loaded, account, tmp_path / "clip", {})

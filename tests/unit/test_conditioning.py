@@ -34,7 +34,7 @@ def keys(transformer):
 
 
 def summed(transformer, reader, tmp_path, batch_size=4):
-    found = modulation_inputs.Sums(transformer, keys(transformer), CPU)
+    sums = modulation_inputs.Sums(transformer, keys(transformer), CPU)
     how = {"batch_size": batch_size, "moment_tokens": 3, "sample_tokens": 1}
     rows = np.arange(len(reader))
     activations.collect(
@@ -43,9 +43,9 @@ def summed(transformer, reader, tmp_path, batch_size=4):
         ExtractSettings.of(how | {"checkpoint_every": 10**6}),
         State(tmp_path / "state", ""),
         tiny.NoBar(),
-        modulations=found,
+        modulations=sums,
     )
-    return found.result()
+    return sums.result()
 
 
 def direct(x):
@@ -63,15 +63,15 @@ def assert_close(one, other, by=1e-9):
 def test_sums_are_those_of_the_fit_split(world, tmp_path):
     """Against temb, by a hook of our own; all matrices, the last AdaLN's too, share it."""
     transformer, reader = world
-    found, seen = summed(transformer, reader, tmp_path, batch_size=1), []
+    sums, seen = summed(transformer, reader, tmp_path, batch_size=1), []
     handle = transformer.time_text_embed.register_forward_hook(
         lambda _m, _a, out: seen.append(nn.functional.silu(out))
     )
     for row in reader.rows(heldout=False):
         transformer(**reader.batch(np.array([row])).arguments)
     handle.remove()
-    assert len(found.entries) == 1 and set(found.places) == set(keys(transformer))
-    assert_close(found.of((2, "txt_mod.1")), direct(seen))
+    assert len(sums.entries) == 1 and set(sums.places) == set(keys(transformer))
+    assert_close(sums.of((2, "txt_mod.1")), direct(seen))
 
 
 def call(sums, linears, given, fit):
@@ -99,12 +99,12 @@ def test_matrices_part_when_they_get_something_else(teacher):
                          every[3]: [tokens]}, [True, False])  # fmt: skip
     call(sums, linears, {m: [] if m == every[3] else [c, b] for m in every}, [False, True])
     sums.sum_up(everything=True)
-    found = sums.result()
-    places = [found.places[m] for m in every]
-    assert places[1] == places[2] and len(set(places)) == len(found.entries) == 3
-    assert_close(found.of(every[0]), direct([a, b[:1], c[:1], c[1:], b[1:]]))
-    assert_close(found.of(every[1]), direct([a, b[:1], c[1:], b[1:]]))
-    assert_close(found.of(every[3]), direct([a, tokens[0]]))
+    summed_up = sums.result()
+    places = [summed_up.places[m] for m in every]
+    assert places[1] == places[2] and len(set(places)) == len(summed_up.entries) == 3
+    assert_close(summed_up.of(every[0]), direct([a, b[:1], c[:1], c[1:], b[1:]]))
+    assert_close(summed_up.of(every[1]), direct([a, b[:1], c[1:], b[1:]]))
+    assert_close(summed_up.of(every[3]), direct([a, tokens[0]]))
     with pytest.raises(UserError, match="gets 3 conditionings for 2 samples"):
         call(sums, linears, dict.fromkeys(every, [torch.ones(3, 32)]), [True, True])
 
@@ -114,12 +114,12 @@ def test_a_file_gives_back_what_was_written(tmp_path):
     one = Conditioning([direct([x])], {(0, "a"): 0, (4, "b.c"): 0})
     path = tmp_path / "c.safetensors"
     conditioning.write(path, one, {"seed": "0"})
-    found = conditioning.read(path)
-    assert found.places == one.places and (0, "b") not in found
-    assert found.of((4, "b.c")).count == 7
-    assert torch.equal(found.of((0, "a")).outer, one.entries[0].outer)
+    again = conditioning.read(path)
+    assert again.places == one.places and (0, "b") not in again
+    assert again.of((4, "b.c")).count == 7
+    assert torch.equal(again.of((0, "a")).outer, one.entries[0].outer)
     with pytest.raises(UserError, match="modulation 'b' of block 0 gets; set modulation.enabled"):
-        found.of((0, "b"))
+        again.of((0, "b"))
     conditioning.write(path, Conditioning([], {}), {})
     assert conditioning.read(path).places == {}
     tensors.write(path, {"0.count": torch.ones(1)}, {"matrices": json.dumps([[0, "a", 0]])})
@@ -132,15 +132,15 @@ def test_the_grid_is_the_schedulers_whole_range(world, tmp_path):
     """Against the teacher's own embedding at timesteps 0 to 1000, whatever was recorded."""
     transformer, reader = world
     recorded, rows = summed(transformer, reader, tmp_path), reader.rows(heldout=False)
-    found = modulation_inputs.with_grid(tiny.context(transformer, reader), recorded, rows, GRID, 5)
+    both = modulation_inputs.with_grid(tiny.context(transformer, reader), recorded, rows, GRID, 5)
     times = torch.linspace(0, 1, GRID.timesteps)
     temb = transformer.time_text_embed(times, torch.zeros(1))
     grid = direct([nn.functional.silu(temb)])
     once = recorded.entries[0]
     share = modulation_inputs.RECORDED
     expected = once.weighted(share / once.count) + grid.weighted((1 - share) / 16)
-    torch.testing.assert_close(found.entries[0].outer, expected.outer, rtol=1e-4, atol=1e-6)
-    assert found.places == recorded.places
+    torch.testing.assert_close(both.entries[0].outer, expected.outer, rtol=1e-4, atol=1e-6)
+    assert both.places == recorded.places
     off = modulation_inputs.with_grid(
         tiny.context(transformer, reader), recorded, rows, GRID.replace(timesteps=0), 5
     )
@@ -156,12 +156,12 @@ def test_a_second_time_of_zero_is_a_sample_too(tmp_path):
     made = teacher.make_transformer(TransformerRecipe.of(shape), tiny.Z_DIM, tiny.TEXT_WIDTH)
     settings = {k: v for k, v in made.config.items() if not k.startswith("_")}
     made = type(made)(**settings | {"zero_cond_t": True}).eval()
-    found = tiny.arguments()
-    found["img_shapes"] = [[(1, 2, 4), (1, 2, 4)]] * 2  # half of the tokens are a given picture
+    arguments = tiny.arguments()
+    arguments["img_shapes"] = [[(1, 2, 4), (1, 2, 4)]] * 2  # half of the tokens are a given picture
     rows = tiny.places(2) | {"heldout": [False, True], "timestep": [700.0] * 2}
-    found["timestep"] = torch.tensor([0.7, 0.7])
+    arguments["timestep"] = torch.tensor([0.7, 0.7])
     path = tmp_path / "calls.parquet"
-    written = call_tables.to_tables(found, made(**found)[0], rows)
+    written = call_tables.to_tables(arguments, made(**arguments)[0], rows)
     call_tables.write(path, [table.schema for table in written], written, {})
     sums = summed(made, calls.Reader(path), tmp_path)
     temb = made.time_text_embed(torch.tensor([0.7, 0.0]), torch.zeros(1))
@@ -187,9 +187,9 @@ def test_extract_writes_nothing_where_no_modulation_is_wanted(
     }
     made = {n: tmp_path / f"{n}.x" for n in ("tokens", "moments", "conditioning")}
     tiny.stage("extract", settings, calls=tiny_calls, state=tmp_path / "state", **made)
-    found = conditioning.read(made["conditioning"])
-    assert set(found.places) == (set(keys(world[0])) if enabled else set())
-    assert [e.count for e in found.entries] == ([1.0] if enabled else [])
+    written = conditioning.read(made["conditioning"])
+    assert set(written.places) == (set(keys(world[0])) if enabled else set())
+    assert [e.count for e in written.entries] == ([1.0] if enabled else [])
 
 
 # ---- every family, at schedules that were not recorded
@@ -231,7 +231,7 @@ def smooth(transformer):
 def given(transformer, reader, rows, matrices, times, guidance=None):
     """What matrices get in calls like these recorded ones, but at other times: [n, d] each."""
     sums, time = modulation_inputs.Sums(transformer, matrices, CPU), blocks.family(transformer).time
-    short, found = blocks.emptied(transformer, {b for b, _ in matrices}), {m: [] for m in matrices}
+    short, inputs = blocks.emptied(transformer, {b for b, _ in matrices}), {m: [] for m in matrices}
     for row in rows:
         batch = reader.batch(np.repeat(row, len(times)))
         batch.arguments[time] = torch.as_tensor(times).to(batch.arguments[time].dtype)
@@ -240,19 +240,19 @@ def given(transformer, reader, rows, matrices, times, guidance=None):
         with sums.watching():
             short(**batch.arguments)
         for matrix in matrices:
-            found[matrix] += sums._seen[matrix]
-    return {matrix: torch.cat(x).double() for matrix, x in found.items()}
+            inputs[matrix] += sums._seen[matrix]
+    return {matrix: torch.cat(x).double() for matrix, x in inputs.items()}
 
 
 def wrong(linears, x, moments, rank):
     """Mean square error of maps of a rank, fitted to moments, on what their matrices get."""
-    found = 0.0
+    error = 0.0
     for matrix, linear in linears.items():
         made = modulation.reduced(linear.weight, linear.bias, moments.of(matrix), rank)
         answer = x[matrix] @ linear.weight.double().T + linear.bias.double()
         off = answer - (x[matrix] @ made.down.T @ made.up.T + made.bias)
-        found += float(off.square().sum(1).mean())
-    return found
+        error += float(off.square().sum(1).mean())
+    return error
 
 
 def schedule(steps, shift):
@@ -269,11 +269,13 @@ def test_other_schedules_are_at_most_twice_as_wrong(name, tmp_path):
     smooth(pipe.transformer)
     if name == "hunyuan-image":
         pipe.tokenizer_max_length = 16  # of 1000
-    found, every = [], tiny.samples(["a red 1", "two", "a blue photo of a cat"])
+    written, every = [], tiny.samples(["a red 1", "two", "a blue photo of a cat"])
     for sample in every:
-        found += recording.record_batch(pipe, pipe.transformer, [sample], one.settings, 0, 0, False)
+        written += recording.record_batch(
+            pipe, pipe.transformer, [sample], one.settings, 0, 0, False
+        )
     path = tmp_path / "calls.parquet"
-    call_tables.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in written], written, {})
     reader = calls.Reader(path)
     fit, transformer = reader.rows(heldout=False), pipe.transformer
     place = modulation_inputs.time_map(reader, fit, families.FAMILIES[one.family].time)

@@ -203,9 +203,9 @@ def test_what_yaml_reads_as_it_looks(tmp_path):
         "run: '3'\nseed: 1_000\nteacher: &t {revision: 1e10, variant: null}\n"
         'pipeline: {x: [*t, *t], negative_prompt: "no", height: 0x20}\n'
     )
-    found = config.load(str(path))
-    assert (found.run, found.seed, found.teacher.revision) == ("3", 1000, "1e10")
-    assert found.pipeline["negative_prompt"] == "no" and found.pipeline["height"] == 32
+    loaded = config.load(str(path))
+    assert (loaded.run, loaded.seed, loaded.teacher.revision) == ("3", 1000, "1e10")
+    assert loaded.pipeline["negative_prompt"] == "no" and loaded.pipeline["height"] == 32
 
 
 @pytest.mark.parametrize("value", [3, True, None, 1.5])
@@ -245,8 +245,8 @@ def test_budgets_of_four_kinds_in_one_config():
     several = {"fraction": 0.4, "blocks": 30}
     budgets = [0.5, {"parameters": 1.2e10}, {"blocks": 35}, {"latency": 0.7}, several]
     variants = [{"name": f"v{n}", "budget": budget} for n, budget in enumerate(budgets)]
-    found = config.complete({"variants": variants}, "mine.yaml")["variants"]
-    variants = [Variant.of(variant) for variant in found]
+    completed = config.complete({"variants": variants}, "mine.yaml")["variants"]
+    variants = [Variant.of(variant) for variant in completed]
     assert [variant.budget for variant in variants] == [
         {"fraction": 0.5},
         {"parameters": 12_000_000_000},
@@ -288,9 +288,9 @@ def test_every_spelling_of_a_place_is_the_same_config(tmp_path, monkeypatch):
 
     def path(path, subfolder=None):
         given = {"teacher": {"path": str(path), "subfolder": subfolder}}
-        found = config.complete(given, "mine.yaml")
-        assert config.complete(found, "again") == found
-        return found["teacher"]["path"], found["teacher"]["subfolder"]
+        completed = config.complete(given, "mine.yaml")
+        assert config.complete(completed, "again") == completed
+        return completed["teacher"]["path"], completed["teacher"]["subfolder"]
 
     spellings = ["models/x y", "./models//x y/", work / "models/x y", "~/work/models/x y", "link"]
     assert {path(name) for name in spellings} == {("models/x y", None)}
@@ -301,18 +301,18 @@ def test_every_spelling_of_a_place_is_the_same_config(tmp_path, monkeypatch):
     assert path("owner/name", ".") == path("owner/name") == ("owner/name", None)
     assert path("./owner/name") == ("./owner/name", None)  # missing, and not the Hub's for it
     for name in ("./held.csv", "~/work/held.csv", "models/../held.csv"):
-        found = config.complete({"record": {"prompts": name}}, "mine.yaml")
-        assert found["record"]["prompts"] == "held.csv"
-    found = config.complete({"evaluate": {"prompts": "link/../held.csv"}}, "mine.yaml")
-    assert found["evaluate"]["prompts"] == "models/held.csv"
+        completed = config.complete({"record": {"prompts": name}}, "mine.yaml")
+        assert completed["record"]["prompts"] == "held.csv"
+    completed = config.complete({"evaluate": {"prompts": "link/../held.csv"}}, "mine.yaml")
+    assert completed["evaluate"]["prompts"] == "models/held.csv"
 
 
 def test_the_search_for_intervals_is_decided_by_what_else_is_pruned():
     off = {"enabled": False}
 
     def decided(**given):
-        found = config.complete(given, "mine.yaml")["intervals"]
-        return found["cost"], found["segmentation"]
+        intervals = config.complete(given, "mine.yaml")["intervals"]
+        return intervals["cost"], intervals["segmentation"]
 
     assert decided() == decided(width=off) == decided(modulation=off) == ("velocity", "trend")
     assert decided(width=off, modulation=off) == ("influence", "optimal")

@@ -37,7 +37,7 @@ def test_the_price_is_the_relative_velocity_error_in_float32(teacher, reader, dt
     low = copy.deepcopy(teacher).to(dtype)
     taught = students.start(low, [SECOND], "first")
     rows = reader.rows(heldout=True)
-    found = prices.error(tiny.context(low, reader), taught, rows, 4)
+    price = prices.error(tiny.context(low, reader), taught, rows, 4)
     exact = copy.deepcopy(low).double()
     model, _ = blocks.assembled(
         exact, {SECOND.ends: copy.deepcopy(taught[SECOND]).to(dtype).double()}
@@ -48,7 +48,7 @@ def test_the_price_is_the_relative_velocity_error_in_float32(teacher, reader, dt
         with torch.no_grad():
             answer, wanted = model(**given)[0], exact(**given)[0]
         error, power = error + (answer - wanted).square().sum(), power + wanted.square().sum()
-    assert found == pytest.approx((error / power).item(), rel=1e-4) and found > 1e-4
+    assert price == pytest.approx((error / power).item(), rel=1e-4) and price > 1e-4
     # Everything has the type that it had.
     assert {p.dtype for p in low.parameters()} == {dtype}
     assert all(p.dtype == torch.float32 for p in taught[SECOND].parameters())
@@ -163,8 +163,8 @@ def test_a_text_run_up_to_the_end_goes_on_with_others(teacher, reader):
     judged = prices.Judged(tiny.context(teacher, reader), rows, 3 * len(rows))
     assert judged.together >= 3
     changes = prices.of_students(teacher, named)
-    found = prices.measure(judged, changes)
-    assert found == pytest.approx(alone, rel=1e-4)
+    measured = prices.measure(judged, changes)
+    assert measured == pytest.approx(alone, rel=1e-4)
 
 
 def test_a_streamed_model_computes_in_float32_and_rests_as_it_was():
@@ -250,7 +250,7 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
         for unit, saved, seconds in zip(units, (9, 7), (0.5, np.nan), strict=True)
     ]
     options = DistillSettings.of({"heldout_rows": 3, "batch_size": 2})
-    found = distillation.cost_table(
+    table = distillation.cost_table(
         tiny.context(teacher, reader, 5, accelerator), units, taught, entries, options
     )
     rows = reader.sample_heldout("select", 3, 5)
@@ -261,8 +261,8 @@ def test_cost_table_is_the_error_of_each_student_alone(teacher, reader, accelera
         prices.error(tiny.context(teacher, reader), {part: student}, rows, 2)
         for part, student in taught.items()
     ]
-    pd.testing.assert_frame_equal(found, expected.assign(rows=3), check_exact=True)
-    assert list(found) == schemas.UNIT_COSTS.names
+    pd.testing.assert_frame_equal(table, expected.assign(rows=3), check_exact=True)
+    assert list(table) == schemas.UNIT_COSTS.names
 
 
 # ---- a teacher of lower precision
@@ -318,14 +318,14 @@ def measure(tiny_teacher, tiny_calls, path, **options):
         "sensitivity": OPTIONS | options,
     }
     tiny.stage("sensitivity", settings, calls=tiny_calls, state=path.parent / "state", table=path)
-    found = tables.read(path, schemas.SENSITIVITY).to_pandas()
-    return found.set_index(["first", "last"])
+    table = tables.read(path, schemas.SENSITIVITY).to_pandas()
+    return table.set_index(["first", "last"])
 
 
 def test_every_run_costs_what_a_start_block_in_its_place_does(tiny_teacher, tiny_calls, tmp_path):
-    found = measure(tiny_teacher, tiny_calls, tmp_path / "s.parquet")
-    assert list(found.index) == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (2, 4), (3, 4)]
-    assert (found["rows"] == 3).all()
+    costs = measure(tiny_teacher, tiny_calls, tmp_path / "s.parquet")
+    assert list(costs.index) == [(0, 1), (0, 2), (1, 2), (1, 3), (2, 3), (2, 4), (3, 4)]
+    assert (costs["rows"] == 3).all()
 
     reader = calls.Reader(tiny_calls)
     # The prompts held out are two; the first of them is the one to select by.
@@ -354,7 +354,7 @@ def test_every_run_costs_what_a_start_block_in_its_place_does(tiny_teacher, tiny
                 answer = model(**given)[0]
             error += (answer - batch.output).square().sum().item()
             power += batch.output.double().square().sum().item()
-        assert found.loc[(first, last), "velocity_error"] == pytest.approx(error / power, rel=1e-3)
+        assert costs.loc[(first, last), "velocity_error"] == pytest.approx(error / power, rel=1e-3)
         assert error / power > 1e-6
 
 
@@ -364,8 +364,8 @@ def test_no_run_crosses_a_seam_or_holds_an_untouchable_block(
     monkeypatch.setattr(blocks, "seams", lambda _model: [0, 2])
     monkeypatch.setattr(blocks, "untouchable", lambda _model: {4: "the test says so"})
     path = tmp_path / "s.parquet"
-    found = measure(tiny_teacher, tiny_calls, path, rows=1, longest=5)
-    assert list(found.index) == [(0, 1), (2, 3)]
+    costs = measure(tiny_teacher, tiny_calls, path, rows=1, longest=5)
+    assert list(costs.index) == [(0, 1), (2, 3)]
 
 
 def test_a_stopped_measurement_goes_on_where_it_was(
@@ -385,8 +385,8 @@ def test_a_stopped_measurement_goes_on_where_it_was(
     with pytest.raises(KeyboardInterrupt):
         measure(tiny_teacher, tiny_calls, path)
     assert not path.exists()
-    found = measure(tiny_teacher, tiny_calls, path)
-    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    resumed = measure(tiny_teacher, tiny_calls, path)
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     assert len(asked) == len(whole) + 1  # only the one that was stopped is measured twice
     # What another measurement left is not used.
     measure(tiny_teacher, tiny_calls, path, rows=2)

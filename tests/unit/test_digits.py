@@ -60,9 +60,9 @@ def test_a_stroke_is_an_opacity_and_a_function_of_its_seed(index, seed):
 
 
 def test_judge_reads_real_digits_and_colours(judge):
-    found = judge.accuracy_on_real_digits()
-    assert found["digit"] >= 0.98
-    assert found["digit_color"] >= 0.99 and found["background_color"] >= 0.99
+    accuracy = judge.accuracy_on_real_digits()
+    assert accuracy["digit"] >= 0.98
+    assert accuracy["digit_color"] >= 0.99 and accuracy["background_color"] >= 0.99
 
 
 def test_judge_sees_what_is_wrong(judge):

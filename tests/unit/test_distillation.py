@@ -73,9 +73,9 @@ def test_a_student_equal_to_its_interval_has_no_loss(reader, accelerator, mode, 
         tiny.silence(teacher.transformer_blocks[index])
     taught = students.start(teacher, [FIRST, SECOND], "first")
     options = {"mode": mode, "gradient_checkpointing": recompute}
-    found = list(losses_of(teacher, taught, reader, accelerator, **options)(0))
-    assert [name for name, *_ in found] == ["00-01", "03-04"]
-    for _, loss, metrics in found:
+    step_losses = list(losses_of(teacher, taught, reader, accelerator, **options)(0))
+    assert [name for name, *_ in step_losses] == ["00-01", "03-04"]
+    for _, loss, metrics in step_losses:
         assert loss.item() == 0 and loss.requires_grad
         assert set(metrics) == {
             f"{stream}/{kind}"
@@ -261,24 +261,24 @@ def test_padded_shares_average_to_the_batch(teacher, reader, step_of, count):
 
         @staticmethod
         def batch(rows):
-            found = reader.batch(rows)
-            found.arguments["encoder_hidden_states_mask"][rows == 3] = 0
-            return found
+            padded = reader.batch(rows)
+            padded.arguments["encoder_hidden_states_mask"][rows == 3] = 0
+            return padded
 
     def step(process):
         options = OPTIONS.replace(batch_size=5, loss="mixed")
-        found = {}
+        figures = {}
         for student in taught.values():
             student.zero_grad()
         context = tiny.context(teacher, Padded, 0, process)
         for name, loss, metrics in step_of(context, taught, options)(0):
             loss.backward()
-            found |= {f"{name} {key}": m.detach() for key, m in metrics.items()}
-            found[name] = loss.detach()
+            figures |= {f"{name} {key}": m.detach() for key, m in metrics.items()}
+            figures[name] = loss.detach()
         for part, student in taught.items():
             slopes = [p.grad.flatten() for p in student.parameters() if p.grad is not None]
-            found[f"{part.name} slope"] = torch.cat(slopes)
-        return found
+            figures[f"{part.name} slope"] = torch.cat(slopes)
+        return figures
 
     (whole,), shares = (tiny.in_processes(processes, step) for processes in (1, count))
     unlike = []

@@ -17,13 +17,13 @@ LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 
 def documents() -> list[Path]:
     """All markdown files but those of runs and of hidden folders (.github apart)."""
-    found = []
+    paths = []
     for path in sorted(ROOT.rglob("*.md")):
         *folders, _ = path.relative_to(ROOT).parts
         hidden = any(name.startswith(".") and name != ".github" for name in folders)
         if not hidden and not (len(folders) > 1 and folders[0] == "results"):
-            found.append(path)
-    return found
+            paths.append(path)
+    return paths
 
 
 def prose(path: Path) -> str:

@@ -28,16 +28,18 @@ MODULES = {name_of(path): path for path in sorted(LIBRARY.rglob("*.py")) if path
 
 def imports(path: Path) -> set[str]:
     """The library's modules that a file imports, anywhere in it."""
-    found = set()
+    imported = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            imported |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}:{node.lineno}: imports are absolute here"
             module = node.module or ""
             inside = [f"{module}.{alias.name}" for alias in node.names]
-            found |= {each if each.removeprefix("ppcl.") in MODULES else module for each in inside}
-    ours = {name.removeprefix("ppcl.") for name in found if name.split(".")[0] == "ppcl"}
+            imported |= {
+                each if each.removeprefix("ppcl.") in MODULES else module for each in inside
+            }
+    ours = {name.removeprefix("ppcl.") for name in imported if name.split(".")[0] == "ppcl"}
     assert ours <= MODULES.keys(), f"{path} imports more than modules: {ours - MODULES.keys()}"
     return ours
 

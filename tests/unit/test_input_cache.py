@@ -67,7 +67,7 @@ def files(tmp_path):
 
 
 def test_lessons_of_text_runs_are_the_same_to_the_bit(teacher):
-    """A part that borrows needs block a's attention input too, which may be before its own."""
+    """A new block that borrows needs block a's attention input too, which may be before its own."""
     parts = [part for part in new_blocks_of(UNITS) if part.borrows]
     assert shards.first_needed(parts) == 0 < min(part.first for part in parts)
     parts = [NewBlock(4, 4, text="borrow", source=(2, 3)), NewBlock(5, 5)]
@@ -86,8 +86,8 @@ def test_lessons_of_text_runs_are_the_same_to_the_bit(teacher):
     assert not ran
     for part in parts:
         bounds = [
-            {k: v for k, v in found[part].bound.items() if isinstance(v, torch.Tensor)}
-            for found in (late, whole)
+            {k: v for k, v in lessons[part].bound.items() if isinstance(v, torch.Tensor)}
+            for lessons in (late, whole)
         ]
         assert bounds[0] and same(*bounds)
         assert same(late[part].target, whole[part].target)
@@ -181,11 +181,11 @@ def test_a_file_that_is_damaged_by_another_process_is_refused(job, tmp_path, mon
     fill = input_cache.InputCache._fill
 
     def spoilt(self):
-        found = fill(self)
+        reason = fill(self)
         self._open.clear()
         self._checked.clear()
         flip(tmp_path / "inputs" / "1.safetensors")
-        return found
+        return reason
 
     monkeypatch.setattr(input_cache.InputCache, "_fill", spoilt)
     with pytest.raises(UserError, match=r"1.safetensors is not what was written; delete it and"):

@@ -12,13 +12,13 @@ from ppcl.search import integer_programs
 
 def best_of_all(costs, gains, needs, rows):
     """The least cost of any set of columns that gains enough and keeps to the rows, or None."""
-    found = [
+    totals = [
         sum(itertools.compress(costs, taken))
         for taken in itertools.product((0, 1), repeat=len(costs))
         if all(np.dot(taken, gained) >= need for gained, need in zip(gains, needs, strict=True))
         and all(sum(v * taken[i] for i, v in row.items()) <= most for row, most in rows)
     ]
-    return min(found, default=None)
+    return min(totals, default=None)
 
 
 @settings(max_examples=40, deadline=None)
@@ -35,14 +35,14 @@ def test_it_is_the_cheapest_of_all_sets(seed, measures, wild):
         for _ in range(random.integers(3))
     ]
     best = best_of_all(costs.tolist(), gains, needs, rows)
-    found = integer_programs.cheapest(costs, gains.T, needs, rows)
+    taken = integer_programs.cheapest(costs, gains.T, needs, rows)
     if best is None:
-        assert found is None
+        assert taken is None
         return
-    assert found.cost == pytest.approx(best, rel=1e-7)
-    assert found.bound <= best * (1 + 1e-12) and found.bound == pytest.approx(best, rel=1e-5)
-    assert found.columns == tuple(sorted(set(found.columns)))
-    assert (gains[:, list(found.columns)].sum(axis=1) >= needs).all()
+    assert taken.cost == pytest.approx(best, rel=1e-7)
+    assert taken.bound <= best * (1 + 1e-12) and taken.bound == pytest.approx(best, rel=1e-5)
+    assert taken.columns == tuple(sorted(set(taken.columns)))
+    assert (gains[:, list(taken.columns)].sum(axis=1) >= needs).all()
 
 
 def test_of_equally_cheap_sets_the_smallest_is_taken():
@@ -82,5 +82,5 @@ def test_many_columns_take_moments(measures):
     random = np.random.default_rng(0)
     costs = random.exponential(size=120)
     gains = random.exponential(size=(120, 1)) * (1 + 0.2 * random.random((120, measures)))
-    found = integer_programs.cheapest(costs, gains, 0.45 * gains.sum(axis=0))
-    assert found.cost <= found.bound * (1 + 1e-6)
+    taken = integer_programs.cheapest(costs, gains, 0.45 * gains.sum(axis=0))
+    assert taken.cost <= taken.bound * (1 + 1e-6)

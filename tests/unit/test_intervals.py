@@ -100,8 +100,8 @@ def test_candidates_stay_inside_their_list(seed, segmentation, seams):
     st.none() | st.integers(2, 10),
 )
 def test_all_within_is_every_run_up_to_the_longest(depth, seams, kept, longest):
-    found = intervals.all_within(intervals.spans(depth, seams, kept), longest)
-    assert found == [
+    runs = intervals.all_within(intervals.spans(depth, seams, kept), longest)
+    assert runs == [
         (first, last)
         for first, last in itertools.combinations(range(depth), 2)
         if last - first < (longest or depth)
@@ -113,10 +113,10 @@ def test_all_within_is_every_run_up_to_the_longest(depth, seams, kept, longest):
 def test_priced_takes_similarity_and_cost_from_their_own_tables():
     cka, costs = random_cka(0, 4), random_cka(1, 4)
     costs[1, 3] = np.nan
-    found = intervals.priced([(0, 2), (1, 3)], cka, costs)
-    assert found[0] == Interval(0, 2, cka[0, 2], costs[0, 2])
-    assert (found[1].cka, type(found[1].cka)) == (cka[1, 3], float)
-    assert np.isnan(found[1].cost)
+    priced = intervals.priced([(0, 2), (1, 3)], cka, costs)
+    assert priced[0] == Interval(0, 2, cka[0, 2], costs[0, 2])
+    assert (priced[1].cka, type(priced[1].cka)) == (cka[1, 3], float)
+    assert np.isnan(priced[1].cost)
 
 
 def test_a_config_may_name_each_cost_of_the_catalogue():

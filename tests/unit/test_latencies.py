@@ -17,9 +17,9 @@ def times(seed: int = 0, noise: float = 0.0) -> dict:
     rng = np.random.default_rng(seed)
     every = [(b, kind, of) for b in LISTS[0] for kind, of in TRUE.items()]
     every += [(b, kind, of) for b in LISTS[1] for kind, of in SECOND.items()]
-    found = {(b, kind): of * (1 + noise * rng.exponential()) for b, kind, of in every}
-    del found[29, "ffn_image"]
-    return found
+    least = {(b, kind): of * (1 + noise * rng.exponential()) for b, kind, of in every}
+    del least[29, "ffn_image"]
+    return least
 
 
 KINDS = {block: [kind for one, kind in times() if one == block] for block, _ in times()}
@@ -54,18 +54,18 @@ def test_what_is_not_timed_gets_what_its_list_has(monkeypatch):
 
 
 def test_savings_are_within_half_a_step():
-    found = latencies.savings(times(), 13.0, KINDS, LISTS)
+    savings = latencies.savings(times(), 13.0, KINDS, LISTS)
     step = TRUE[WHOLE] / STEPS
     for block, kind in times():
         of = TRUE if block < 20 else SECOND
         expected = of[kind] if kind == WHOLE else of[WHOLE] - of[kind]
-        assert found.parts[block, kind] == pytest.approx(expected, abs=step / 2 + 1e-9)
-        assert found.parts[block, kind] / step == pytest.approx(
-            round(found.parts[block, kind] / step)
+        assert savings.parts[block, kind] == pytest.approx(expected, abs=step / 2 + 1e-9)
+        assert savings.parts[block, kind] / step == pytest.approx(
+            round(savings.parts[block, kind] / step)
         )
-    assert found.parts.keys() == times().keys()
-    blocks = sum(found.parts[block, WHOLE] for one in LISTS for block in one)
-    assert found.transformer - blocks == pytest.approx(13.0, abs=AROUND * step / 2)
+    assert savings.parts.keys() == times().keys()
+    blocks = sum(savings.parts[block, WHOLE] for one in LISTS for block in one)
+    assert savings.transformer - blocks == pytest.approx(13.0, abs=AROUND * step / 2)
 
 
 def test_the_shares_of_five_noisy_runs_are_the_same():
@@ -75,8 +75,8 @@ def test_the_shares_of_five_noisy_runs_are_the_same():
         least = {k: (1 + 0.1 * seed) * v for k, v in times(seed, noise=0.01).items()}
         for block in (3, 8, 22):
             least[block, WHOLE] *= 1.5
-        found = latencies.savings(least, (1 + 0.1 * seed) * (14 + 0.1 * seed), KINDS, LISTS)
-        shares.append({k: round(v / found.transformer, 9) for k, v in found.parts.items()})
+        savings = latencies.savings(least, (1 + 0.1 * seed) * (14 + 0.1 * seed), KINDS, LISTS)
+        shares.append({k: round(v / savings.transformer, 9) for k, v in savings.parts.items()})
     assert all(share == shares[0] for share in shares)
 
 

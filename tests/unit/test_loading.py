@@ -63,8 +63,8 @@ def test_subfolder_shards_and_variant(tiny_teacher, call, expected, tmp_path):
     files = [f.name for f in (tmp_path / "inside/transformer").iterdir()]
     assert len(files) > 3 and "diffusion_pytorch_model.safetensors.index.fp16.json" in files
     source = tiny.source(tmp_path).replace(subfolder="inside", variant="fp16")
-    for found in loaded(source, call):
-        assert torch.equal(found, expected)
+    for output in loaded(source, call):
+        assert torch.equal(output, expected)
     size = sum(p.nbytes for p in pipe.transformer.parameters())
     assert pipelines.transformer_size(source) == size
     assert pipelines.transformer_size(source.replace(dtype="bfloat16")) == size // 2
@@ -73,8 +73,8 @@ def test_subfolder_shards_and_variant(tiny_teacher, call, expected, tmp_path):
     ):
         pipelines.load_transformer(source.replace(variant="fp32"), CPU)
     pipe.save_pretrained(tmp_path / "plain", max_shard_size="60KB")
-    for found in loaded(tiny.source(tmp_path / "plain"), call):
-        assert torch.equal(found, expected)
+    for output in loaded(tiny.source(tmp_path / "plain"), call):
+        assert torch.equal(output, expected)
 
 
 def test_nothing_but_the_transformer_is_read(tiny_teacher, call, expected, tmp_path):
@@ -82,8 +82,8 @@ def test_nothing_but_the_transformer_is_read(tiny_teacher, call, expected, tmp_p
     for part in ("model_index.json", "transformer"):
         copy = shutil.copytree if (tiny_teacher / part).is_dir() else shutil.copy
         copy(tiny_teacher / part, tmp_path / part)
-    found = pipelines.load_transformer(tiny.source(tmp_path), CPU)
-    assert torch.equal(answer(found, call), expected)
+    transformer = pipelines.load_transformer(tiny.source(tmp_path), CPU)
+    assert torch.equal(answer(transformer, call), expected)
     with pytest.raises(UserError, match="scheduler is not there; restore the scheduler's folder"):
         pipelines.load(tiny.source(tmp_path), CPU)
 
@@ -130,8 +130,8 @@ def test_a_subfolder_on_the_hub_is_inside(inside):
 
 def test_what_is_in_the_cache_needs_no_network(cache, no_network, tiny_teacher, call, expected):
     put(tiny_teacher, cache)
-    for found in loaded(tiny.source(NAME), call):
-        assert torch.equal(found, expected)
+    for output in loaded(tiny.source(NAME), call):
+        assert torch.equal(output, expected)
     with pytest.raises(UserError, match="does not hold some-owner/some-model at revision v2"):
         pipelines.load(tiny.source(NAME).replace(revision="v2"), CPU)
 
@@ -227,8 +227,8 @@ def test_a_token_comes_from_the_environment(gated, cache, call, expected, monkey
     with pytest.raises(UserError, match="accept its terms there and set HF_TOKEN"):
         pipelines.load_transformer(source, CPU)
     monkeypatch.setenv("HF_TOKEN", "right")
-    found = pipelines.load_transformer(source, CPU)
-    assert torch.equal(answer(found, call), expected)
+    transformer = pipelines.load_transformer(source, CPU)
+    assert torch.equal(answer(transformer, call), expected)
     assert any("/v1" in path for _, path, _ in gated)
     (snapshot,) = cache.glob("models--*/snapshots/*")
     names = sorted(f.relative_to(snapshot).as_posix() for f in snapshot.rglob("*") if f.is_file())
@@ -268,9 +268,9 @@ def test_offloaded_pipelines_make_the_same(tiny_teacher, how):
     sample, made = tiny.samples(tiny.CALIBRATION)[:2], {}
     for setting in ("none", how):
         pipe = pipelines.load(tiny.source(tiny_teacher).replace(offload=setting), CPU)
-        found = recording.record_batch(pipe, pipe.transformer, sample, tiny.SETTINGS, 1, seed=0)
+        recorded = recording.record_batch(pipe, pipe.transformer, sample, tiny.SETTINGS, 1, seed=0)
         run = pipelines.run(pipe, ["red 1"], [3], tiny.SETTINGS, output_type="np")
-        made[setting] = (found, run.images)
+        made[setting] = (recorded, run.images)
     assert made["none"][0] == made[how][0]
     assert (made["none"][1] == made[how][1]).all()
 
@@ -351,10 +351,10 @@ def test_auto_goes_by_the_room_there_is(monkeypatch, free, how):
 def test_models_side_by_side_are_offloaded_alike(tiny_teacher, monkeypatch):
     teacher = tiny.source(tiny_teacher).replace(offload="auto")
     size = pipelines.transformer_size(teacher)
-    found = [model_folders.Model("teacher", teacher), model_folders.Model("p70", teacher)]
+    models = [model_folders.Model("teacher", teacher), model_folders.Model("p70", teacher)]
     for room, how in ((3 * size, "none"), (2 * size, "stream")):
         monkeypatch.setattr(devices, "free_memory", lambda _device, room=room: room)
-        hows = [model.source.offload for model in model_folders.side_by_side(found, CPU)]
+        hows = [model.source.offload for model in model_folders.side_by_side(models, CPU)]
         assert hows == [how, how]
 
 
@@ -519,8 +519,8 @@ def test_the_gate_gets_nested_arguments(tmp_path, kind):
     given = {"a": {"nested": (t, [t + 1, None, "x"]), "listed": [[t], {"b": (1, 2.5)}]}[kind]}
     skeleton = json.loads(json.dumps(call_arguments.encode(given, "call", held.__setitem__)))
     file = SimpleNamespace(get_tensor=held.__getitem__)
-    found = reload_gate.filled(skeleton, file)
-    flat = torch.utils._pytree.tree_flatten(found)
+    arguments = reload_gate.filled(skeleton, file)
+    flat = torch.utils._pytree.tree_flatten(arguments)
     wanted = torch.utils._pytree.tree_flatten(given)
     assert flat[1] == wanted[1]
     assert all(

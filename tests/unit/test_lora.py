@@ -121,15 +121,15 @@ def test_blocks_are_renumbered_and_what_is_gone_is_told(stock, adapted, recorded
     model, block_map = blocks.assembled(stock, made)
     ranks = {(2, "img_mod.1"): 4, (3, "img_mod.1"): 4, LAST_OF_FOUR: 4}
     model = copy.deepcopy(modulation.low_rank(model, block_map, ranks, recorded))
-    found, gone = lora.places(model, block_map, layers)
+    places, gone = lora.places(model, block_map, layers)
     assert set(gone) == {
         *(f"transformer_blocks.1.{path}" for path in ("img_mod.1", "txt_mod.1", "attn.to_q")),
         "transformer_blocks.3.txt_mod.1",
     }
-    assert found["transformer_blocks.3.attn.to_q"].path == "transformer_blocks.2.attn.to_q"
-    assert found["transformer_blocks.2.img_mod.1"].layer.b.shape == (3 * WIDTH, 3)
-    assert found["transformer_blocks.2.img_mod.1"].matrix == (2, "img_mod.1")
-    assert found["norm_out.linear"].matrix == LAST_OF_FOUR
+    assert places["transformer_blocks.3.attn.to_q"].path == "transformer_blocks.2.attn.to_q"
+    assert places["transformer_blocks.2.img_mod.1"].layer.b.shape == (3 * WIDTH, 3)
+    assert places["transformer_blocks.2.img_mod.1"].matrix == (2, "img_mod.1")
+    assert places["norm_out.linear"].matrix == LAST_OF_FOUR
     assert lora.merge(model, block_map, layers) == gone
     assert narrow.specs(model)["transformer_blocks.1"]["ranks"] == {"img_mod.1": 7}
     assert model.transformer_blocks[1].txt_mod[1].weight.shape == (3 * WIDTH, WIDTH)
@@ -283,8 +283,8 @@ def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, cap
     save_file(layer, tmp_path / "lora.safetensors")
     moments = recorded.of(None)
     known = conditioning.Moments(moments.count, moments.sum, moments.outer)
-    found = conditioning.Conditioning([known], dict.fromkeys(every(stock, 4), 0))
-    monkeypatch.setattr(conditioning, "read", lambda _path: found)
+    stored = conditioning.Conditioning([known], dict.fromkeys(every(stock, 4), 0))
+    monkeypatch.setattr(conditioning, "read", lambda _path: stored)
 
     def run(*more):
         given = ["--model", tmp_path / "p", "--lora", tmp_path / "lora.safetensors", *more]

@@ -21,12 +21,12 @@ def tensors(seed, scale=1.0, shape=SHAPE):
 
 def loop(output, target, mask, of_token):
     """Mean of `of_token` over real tokens, in Python floats."""
-    found = []
+    terms = []
     for b in range(output.shape[0]):
         for t in range(output.shape[1]):
             if mask is None or mask[b, t]:
-                found.append(of_token(output[b, t].tolist(), target[b, t].tolist()))
-    return math.fsum(found) / len(found)
+                terms.append(of_token(output[b, t].tolist(), target[b, t].tolist()))
+    return math.fsum(terms) / len(terms)
 
 
 def eq_6(a, b):
@@ -46,13 +46,13 @@ masks = st.none() | st.lists(st.booleans(), min_size=6, max_size=6).filter(any)
 def test_losses_are_the_literal_sums(seed, scale, mask):
     output, target = tensors(seed, scale)
     mask = None if mask is None else torch.tensor(mask).reshape(2, 3)
-    for found, literal in (
+    for error, literal in (
         (losses.normalised_error(output, target, mask), eq_6),
         (losses.relative_error(output, target, mask), relative),
     ):
         expected = loop(output.double(), target.double(), mask, literal)
-        assert found.dtype == torch.float32 and found.shape == ()
-        assert float(found) == pytest.approx(expected, rel=1e-5)
+        assert error.dtype == torch.float32 and error.shape == ()
+        assert float(error) == pytest.approx(expected, rel=1e-5)
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,15 +97,15 @@ ERRORS = [losses.normalised_error, losses.relative_error, losses.squared_error]
 @pytest.mark.parametrize("spoilt", [math.nan, math.inf, 3e38])
 def test_padding_may_hold_anything(error, spoilt):
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    found = []
+    by_padding = []
     for padding in (0.0, spoilt):
         output, target = (torch.where(mask[..., None], t, padding) for t in tensors(5))
         leaf = output.requires_grad_()
         value = error(leaf, target, mask)
         value.backward()
-        found.append((value.item(), leaf.grad))
-    assert found[0][0] == found[1][0] > 0
-    assert torch.equal(found[0][1], found[1][1]) and not found[1][1][~mask].any()
+        by_padding.append((value.item(), leaf.grad))
+    assert by_padding[0][0] == by_padding[1][0] > 0
+    assert torch.equal(by_padding[0][1], by_padding[1][1]) and not by_padding[1][1][~mask].any()
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -163,7 +163,7 @@ def test_tokens_of_zero_length_keep_everything_finite():
 def test_outliers_are_by_each_samples_own_deviation(seed, deviations, mask):
     x, _ = tensors(seed)
     mask = None if mask is None else torch.tensor(mask).reshape(2, 3)
-    found = losses.without_outliers(x, deviations, mask)
+    kept = losses.without_outliers(x, deviations, mask)
     for b in range(len(x)):
         real = [t for t in range(3) if mask is None or mask[b, t]]
         values = [v for t in real for v in x[b, t].tolist()]
@@ -171,7 +171,7 @@ def test_outliers_are_by_each_samples_own_deviation(seed, deviations, mask):
         limit = deviations * statistics.stdev(values)
         for t in real:
             for c, value in enumerate(x[b, t].tolist()):
-                assert found[b, t, c] == (value if abs(value - mean) < limit else 0)
+                assert kept[b, t, c] == (value if abs(value - mean) < limit else 0)
 
 
 def all_rows(mask):

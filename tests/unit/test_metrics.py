@@ -112,9 +112,9 @@ def test_ssim_is_the_formula_of_wang_et_al():
 def test_ratio_is_a_bootstrap_of_whole_prompts():
     above, below = [1.0, 2.0, 4.0, 8.0, 3.0], [2.0, 2.0, 5.0, 9.0, 1.0]
     prompts = [7, 3, 7, 3, 11]
-    found = metrics.ratio(above, below, prompts, resamples=40, seed=5)
-    assert found.value == pytest.approx(18 / 19)
-    assert found.samples == 5
+    ratio = metrics.ratio(above, below, prompts, resamples=40, seed=5)
+    assert ratio.value == pytest.approx(18 / 19)
+    assert ratio.samples == 5
     groups = [[1, 3], [0, 2], [4]]
     rng = np.random.default_rng(5)
     values = []
@@ -122,15 +122,15 @@ def test_ratio_is_a_bootstrap_of_whole_prompts():
         rows = [row for group in rng.integers(3, size=3) for row in groups[group]]
         values.append(sum(above[r] for r in rows) / sum(below[r] for r in rows))
     expected = np.percentile(values, [2.5, 97.5])
-    assert (found.low, found.high) == pytest.approx(tuple(expected))
+    assert (ratio.low, ratio.high) == pytest.approx(tuple(expected))
 
 
 def test_differences_are_of_pairs_and_their_interval_that_of_both_means_drawn_together():
     rng = np.random.default_rng(1)
     right = (rng.uniform(size=90) < 0.9).astype(float)
     other, prompts = np.where(rng.uniform(size=90) < 0.05, 1 - right, right), np.arange(90) // 2
-    found = metrics.differences({"a": other, "psnr": other}, {"a": right}, prompts, 60, 4)
-    assert found.keys() == {"a_difference"}
+    differences = metrics.differences({"a": other, "psnr": other}, {"a": right}, prompts, 60, 4)
+    assert differences.keys() == {"a_difference"}
     drawn = np.random.default_rng(4)
     values = []
     for _ in range(60):
@@ -138,11 +138,13 @@ def test_differences_are_of_pairs_and_their_interval_that_of_both_means_drawn_to
         for prompt in drawn.integers(45, size=45):
             rows[prompts == prompt] += 1
         values.append(np.average(other, weights=rows) - np.average(right, weights=rows))
-    found = found["a_difference"]
-    assert found.value == pytest.approx(other.mean() - right.mean())
-    assert (found.low, found.high) == pytest.approx(tuple(np.percentile(values, [2.5, 97.5])))
+    difference = differences["a_difference"]
+    assert difference.value == pytest.approx(other.mean() - right.mean())
+    assert (difference.low, difference.high) == pytest.approx(
+        tuple(np.percentile(values, [2.5, 97.5]))
+    )
     alone = metrics.mean(other, prompts, 60, 4)
-    assert found.high - found.low < alone.high - alone.low
+    assert difference.high - difference.low < alone.high - alone.low
     same = metrics.differences({"a": right}, {"a": right}, prompts, 60, 4)
     assert same["a_difference"][:3] == (0, 0, 0)
 
@@ -160,15 +162,15 @@ def test_interval_covers_the_truth_as_often_as_it_says():
     for trial in range(300):
         of_prompt = rng.normal(size=60)
         values = np.repeat(of_prompt, 4) + 0.5 * rng.normal(size=240)
-        found = metrics.mean(values, np.repeat(np.arange(60), 4), 200, trial)
-        covered += found.low <= 0 <= found.high
+        estimate = metrics.mean(values, np.repeat(np.arange(60), 4), 200, trial)
+        covered += estimate.low <= 0 <= estimate.high
     assert 0.90 <= covered / 300 <= 0.98
 
 
 def test_sigma_buckets_hold_every_level_once():
     sigma = np.array([0.0, 0.1, 0.25, 0.7499, 0.75, 1.0, np.nan, 14.6])
-    found = metrics.sigma_buckets(sigma)
-    assert {key: np.flatnonzero(mask).tolist() for key, mask in found.items()} == {
+    buckets = metrics.sigma_buckets(sigma)
+    assert {key: np.flatnonzero(mask).tolist() for key, mask in buckets.items()} == {
         "sigma_0.00_0.25": [0, 1],
         "sigma_0.25_0.50": [2],
         "sigma_0.50_0.75": [3],
@@ -179,14 +181,14 @@ def test_sigma_buckets_hold_every_level_once():
 
 def test_median_ratio_cancels_what_a_round_shares():
     machine = np.random.default_rng(0).uniform(1, 9, size=11)
-    found = metrics.median_ratio(0.5 * machine, machine, 100, 0)
-    assert found == pytest.approx((0.5, 0.5, 0.5, 11))
+    ratio = metrics.median_ratio(0.5 * machine, machine, 100, 0)
+    assert ratio == pytest.approx((0.5, 0.5, 0.5, 11))
     times, reference = np.array([3.0, 1.0, 9.0]), np.array([4.0, 2.0, 2.0])
     assert metrics.median_ratio(times, reference, 100, 0).value == 1.5
 
 
 def test_rows_compare_with_the_teacher():
-    found = {
+    estimates = {
         "teacher": {
             "digit_accuracy": metrics.Estimate(0.8, 0.7, 0.9, 10),
             "velocity_error": metrics.Estimate(0.0),
@@ -197,7 +199,7 @@ def test_rows_compare_with_the_teacher():
             "psnr": metrics.Estimate(30.0),
         },
     }
-    rows = {(r["variant"], r["metric"]): r for r in metrics.rows(found)}
+    rows = {(r["variant"], r["metric"]): r for r in metrics.rows(estimates)}
     assert rows["p", "digit_accuracy"]["relative_change"] == pytest.approx(-0.25)
     assert rows["teacher", "digit_accuracy"]["relative_change"] == 0
     assert rows["p", "digit_accuracy"]["higher_is_better"]
@@ -333,7 +335,7 @@ def test_velocity_error_is_the_ratio_of_recorded_and_replayed(world):
     short = model_folders.Model("short", tiny.source(folder / "models" / "short"))
     transformer, reader = short.transformer(CPU), calls.Reader(folder / "calls.parquet")
     rows = reader.rows(heldout=True)
-    found = velocities.velocity_errors(short.name, transformer, reader, rows, 3, CPU)
+    replayed = velocities.velocity_errors(short.name, transformer, reader, rows, 3, CPU)
     above = below = 0.0
     for row in rows:
         one = reader.batch(np.array([row]))
@@ -341,8 +343,10 @@ def test_velocity_error_is_the_ratio_of_recorded_and_replayed(world):
             answer = transformer(**one.arguments)[0].double()
         above += (answer - one.output.double()).square().sum().item()
         below += one.output.double().square().sum().item()
-    assert found["error"].sum() / found["norm"].sum() == pytest.approx(above / below, rel=1e-4)
-    assert sorted(np.unique(found["prompt_index"])) == [1, 3]
+    assert replayed["error"].sum() / replayed["norm"].sum() == pytest.approx(
+        above / below, rel=1e-4
+    )
+    assert sorted(np.unique(replayed["prompt_index"])) == [1, 3]
 
 
 def test_calibration_prompts_and_noise_are_refused(world):

@@ -48,9 +48,9 @@ def test_it_is_the_truncated_svd_of_the_outputs(shape, rank):
     outputs = x @ weight.double().T + (0 if bias is None else bias.double())
     u, s, v = torch.linalg.svd(outputs - outputs.mean(0), full_matrices=False)
     best = (u[:, :rank] * s[:rank]) @ v[:rank] + outputs.mean(0)
-    found = modulation.reduced(weight, bias, Sums.over(x), rank)
-    assert found.down.shape == (rank, 8) and found.up.shape == (shape[0], rank)
-    torch.testing.assert_close(applied(found, x), best, rtol=1e-9, atol=1e-9)
+    factors = modulation.reduced(weight, bias, Sums.over(x), rank)
+    assert factors.down.shape == (rank, 8) and factors.up.shape == (shape[0], rank)
+    torch.testing.assert_close(applied(factors, x), best, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -59,10 +59,10 @@ def test_full_rank_gives_the_matrix_back(shape, samples):
     """Also where recorded inputs have fewer directions, or only one value."""
     weight, bias = matrix(shape)
     rank = min(shape)
-    found = modulation.reduced(weight, bias, Sums.over(inputs_of(samples)), rank)
-    again = (found.up @ found.down).float()
+    factors = modulation.reduced(weight, bias, Sums.over(inputs_of(samples)), rank)
+    again = (factors.up @ factors.down).float()
     torch.testing.assert_close(again, weight, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.bias.float(), bias, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(factors.bias.float(), bias, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("samples", [2, 3, 5])
@@ -74,11 +74,11 @@ def test_the_rank_of_the_inputs_is_enough(samples):
         x = inputs_of(samples).repeat(3, 1).double() * scale
         rank = modulation.Spread.of(Sums.over(x)).rank
         assert rank == samples - 1
-        found = modulation.reduced(weight, bias, Sums.over(x), rank)
+        factors = modulation.reduced(weight, bias, Sums.over(x), rank)
         expected = x @ weight.double().T + bias.double()
-        torch.testing.assert_close(applied(found, x), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(applied(factors, x), expected, rtol=1e-6, atol=1e-6)
         with pytest.raises(AssertionError):  # but it is not the matrix
-            torch.testing.assert_close((found.up @ found.down).float(), weight)
+            torch.testing.assert_close((factors.up @ factors.down).float(), weight)
 
 
 def test_every_rank_more_helps_and_several_are_as_each_alone():
@@ -152,8 +152,8 @@ def narrowed(stock, index, spec):
 
 def ranks_of(rank, without=((2, "txt_mod.1"), (3, "txt_mod.1"))):
     """Every matrix that `run_of` has."""
-    found = {(b, f"{s}_mod.1"): rank for b in range(5) for s in ("img", "txt")} | {LAST: rank}
-    return {matrix: rank for matrix, rank in found.items() if matrix not in without}
+    ranks = {(b, f"{s}_mod.1"): rank for b in range(5) for s in ("img", "txt")} | {LAST: rank}
+    return {matrix: rank for matrix, rank in ranks.items() if matrix not in without}
 
 
 @pytest.fixture(scope="module")
@@ -192,10 +192,10 @@ def test_the_count_is_what_the_matrices_tell(stock, run_of, low):
     model, _ = run_of
     halved = {(0, "img_mod.1"), (0, "txt_mod.1"), (2, "img_mod.1")}
     saved = 0
-    for found in modulation.matrices(stock):
-        if found.key in ranks_of(4):
-            sixths = 3 if found.key in halved else 6
-            saved += found.parameters(sixths=sixths) - found.parameters(4, sixths)
+    for matrix in modulation.matrices(stock):
+        if matrix.key in ranks_of(4):
+            sixths = 3 if matrix.key in halved else 6
+            saved += matrix.parameters(sixths=sixths) - matrix.parameters(4, sixths)
     assert blocks.parameter_count(model) - blocks.parameter_count(low) == saved
 
 
@@ -287,7 +287,7 @@ def test_a_pruned_pipeline_is_a_teacher(
     again = pipelines.load(source, torch.device("cpu"))
     teacher = again.transformer
     assert torch.equal(answer(teacher, call), answer(low, call))
-    assert [found.block for found in modulation.matrices(teacher)] == [3, 3, 4, 4]  # the rest are
+    assert [matrix.block for matrix in modulation.matrices(teacher)] == [3, 3, 4, 4]  # the rest are
     parts = [
         NewBlock(0, 0, ("image",)),
         NewBlock(1, 1, (), "source"),

@@ -130,11 +130,11 @@ def call(case):
 @pytest.fixture(scope="module")
 def bound(stock, call):
     """The arguments of the first block in a real call."""
-    found = {}
+    arguments = {}
     first = blocks.block_sequence(stock)[0]
-    with blocks.watch([first], lambda _block, given: found.update(given), stop_after=0) as run:
+    with blocks.watch([first], lambda _block, given: arguments.update(given), stop_after=0) as run:
         run(stock, call)
-    return found
+    return arguments
 
 
 def narrowed(stock, index, spec, maps=0.2):
@@ -172,9 +172,9 @@ def called(block, bound, image, text):
     return image, text
 
 
-def close_to(found, expected):
+def close_to(output, expected):
     scale = expected.abs().max()
-    return torch.allclose(found.double(), expected, rtol=0, atol=1e-5 * scale.item())
+    return torch.allclose(output.double(), expected, rtol=0, atol=1e-5 * scale.item())
 
 
 # ---- what they compute
@@ -184,12 +184,12 @@ def close_to(found, expected):
 def test_a_linear_ffn_is_equation_9(case, stock, bound, streams):
     block = narrowed(stock, 2, {"linear_ffn": list(streams)})
     image, text = bound["hidden_states"], bound["encoder_hidden_states"]
-    found = called(block, bound, image, text)
+    outputs = called(block, bound, image, text)
     expected = case.block(weights(block), bound, image.double(), text.double(), streams)
-    assert close_to(found[0], expected[0]) and close_to(found[1], expected[1])
+    assert close_to(outputs[0], expected[0]) and close_to(outputs[1], expected[1])
     whole = called(stock.transformer_blocks[2], bound, image, text)
-    assert torch.equal(found[0], whole[0]) == ("image" not in streams)
-    assert torch.equal(found[1], whole[1]) == ("text" not in streams)
+    assert torch.equal(outputs[0], whole[0]) == ("image" not in streams)
+    assert torch.equal(outputs[1], whole[1]) == ("text" not in streams)
 
 
 @pytest.mark.parametrize("maps", [0.0, 0.2])
@@ -223,9 +223,9 @@ def test_a_source_is_stock_to_the_bit(stock, bound):
     with contextlib.closing(contextlib.ExitStack()) as stack:
         stack.callback(handle.remove)
         image, text = called(whole, bound, bound["hidden_states"], bound["encoder_hidden_states"])
-    found = called(block, bound, bound["hidden_states"], bound["encoder_hidden_states"])
-    assert torch.equal(found[0], image)
-    assert torch.equal(found[1], torch.cat([text, seen[0]], dim=-1))
+    outputs = called(block, bound, bound["hidden_states"], bound["encoder_hidden_states"])
+    assert torch.equal(outputs[0], image)
+    assert torch.equal(outputs[1], torch.cat([text, seen[0]], dim=-1))
 
 
 def test_zero_maps_pass_the_source_on(stock, bound):
@@ -318,14 +318,14 @@ def test_what_is_dropped_is_gone(stock, bound, spec, saved, products):
 def test_what_is_kept_keeps_its_name_and_value(stock, spec):
     whole = stock.transformer_blocks[2].state_dict()
     block = narrowed(stock, 2, spec)
-    found = block.state_dict()
+    state = block.state_dict()
     new = {
         f"{block.map_paths[name]}.{k}" for name in narrow.maps(block) for k in ("weight", "bias")
     }
-    assert set(found) - set(whole) <= new
-    for name in set(found) - new:
-        kept = whole[name][: len(found[name])]  # the first half of a modulation, or all
-        assert torch.equal(found[name], kept), name
+    assert set(state) - set(whole) <= new
+    for name in set(state) - new:
+        kept = whole[name][: len(state[name])]  # the first half of a modulation, or all
+        assert torch.equal(state[name], kept), name
     assert all(p.requires_grad for m in narrow.maps(block).values() for p in m.parameters())
 
 

@@ -1,4 +1,4 @@
-"""How narrow blocks learn: what a text run's parts get and answer for, and that they go in
+"""How narrow blocks learn: what a text run's new blocks get and answer for, and that they go in
 together."""
 
 import copy
@@ -82,7 +82,7 @@ def attention_input(block, bound):
 def test_the_loss_is_l_width_and_l_linear_on_real_tokens(teacher, reader, accelerator):
     """Literally, in float64, from the teacher's blocks run one after the other."""
     taught, batch = made(teacher), batch_of(reader)
-    found = {
+    loss_and_metrics = {
         name: (loss.item(), {k: v.item() for k, v in metrics.items()})
         for name, loss, metrics in distillation.independent(
             tiny.context(teacher, reader, 0, accelerator), taught, OPTIONS
@@ -138,7 +138,7 @@ def test_the_loss_is_l_width_and_l_linear_on_real_tokens(teacher, reader, accele
         for a, b, stream in pairs:
             difference = (a.double() - b.double())[real[stream]]
             linear += difference.square().mean().item()
-        loss, metrics = found[part.name]
+        loss, metrics = loss_and_metrics[part.name]
         if part == SOURCE:
             assert "linear" not in metrics and loss == pytest.approx(width, rel=1e-4)
             continue
@@ -148,7 +148,8 @@ def test_the_loss_is_l_width_and_l_linear_on_real_tokens(teacher, reader, accele
 
 @torch.no_grad()
 def in_the_model(teacher, taught, batch):
-    """Real tokens of z_a as the maps of a model that runs get it, by part; by hooks of our own."""
+    """Real tokens of z_a as the maps of a model that runs get it, by new block; by hooks of our
+    own."""
     model, held, _ = students.plugged(teacher, taught)
     real, seen, handles = batch.arguments["encoder_hidden_states_mask"].bool(), {}, []
     for part, student in held.items():
@@ -201,15 +202,15 @@ def test_borrowers_learn_from_what_the_model_lends(
             OPTIONS.replace(mode=mode),
             uncut=uncut,
         )
-        found = {name: metrics.get("linear") for name, _, metrics in losses(0)}
+        linear_losses = {name: metrics.get("linear") for name, _, metrics in losses(0)}
         for part in others:
             # Its map is the identity still.
             expected = (lent[part] - wanted[part]).square().mean().item()
-            assert found[part.name].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
+            assert linear_losses[part.name].item() == pytest.approx(expected, rel=1e-4, abs=1e-9)
         generator = torch.Generator().manual_seed(0)
         weight = taught[source].txt_mod[1].weight
         weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
-    assert found[others[-1].name] > 1e-3
+    assert linear_losses[others[-1].name] > 1e-3
 
 
 def test_padding_that_is_lent_reaches_no_map(teacher, reader):

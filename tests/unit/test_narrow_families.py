@@ -48,14 +48,14 @@ def calls_of():
 
     A late one, for some pipelines begin at time 0, whose embedding is zero, and with the prompt,
     not without; letters are to be written, for which some have an encoder of their own."""
-    found = {}
+    made = {}
 
     def marked(arguments) -> int:
         values = [v for v in arguments.values() if isinstance(v, torch.Tensor)]
         return sum(int(v.sum()) for v in values if not v.is_floating_point())
 
     def make(name: str):
-        if name not in found:
+        if name not in made:
             one, seen = ZOO[name], []
             pipe = one.make(4)
             transformer = getattr(pipe, one.component)
@@ -77,8 +77,8 @@ def calls_of():
                     **more,
                 )
             handle.remove()
-            found[name] = transformer, max(reversed(seen[-2:]), key=marked)
-        return found[name]
+            made[name] = transformer, max(reversed(seen[-2:]), key=marked)
+        return made[name]
 
     return make
 
@@ -108,7 +108,7 @@ def random_maps(block) -> None:
 
 def test_what_goes_with_a_block_counts(calls_of):
     """HiDream has a projection of texts for every block, which goes with it."""
-    (family,) = (name for name, found in families.FAMILIES.items() if found.companions)
+    (family,) = (name for name, entry in families.FAMILIES.items() if entry.companions)
     transformer, _ = calls_of(ONE_EACH[family])
     unit = Unit((NewBlock(1, 3),))
     student = blocks.block_sequence(transformer)[1].module
@@ -341,7 +341,7 @@ def test_every_parameter_that_is_left_moves_the_output(calls_of, family, unread)
     (output * draw).sum().backward()
 
     expected = {} if unread else DEAD.get(family, {})
-    found = {}
+    dead_numbers = {}
     for name, parameter in model.named_parameters():
         slope = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         dead = slope.abs() < 1e-14
@@ -351,11 +351,11 @@ def test_every_parameter_that_is_left_moves_the_output(calls_of, family, unread)
             continue
         assert dead.double().mean().item() == pytest.approx(share), name
         if share:
-            found[name] = dead
+            dead_numbers[name] = dead
     asserted = [pattern for pattern, (share, _) in expected.items() if share]
-    assert all(any(re.search(pattern, name) for name in found) for pattern in asserted)
+    assert all(any(re.search(pattern, name) for name in dead_numbers) for pattern in asserted)
     with torch.no_grad():
-        for name, dead in found.items():
+        for name, dead in dead_numbers.items():
             parameter = model.get_parameter(name)
             parameter += dead * torch.randn(dead.shape, generator=generator, dtype=torch.float64)
         moved = blocks.answer(model, arguments)
@@ -394,18 +394,20 @@ def test_every_matrix_that_sees_the_conditioning_is_named(calls_of, name):
     for handle in handles:
         handle.remove()
     last = seen[seen.index("blocks end") + 1 :]
-    found = {key for key in seen if isinstance(key, tuple)} | {(len(sequence), p) for p in last}
+    conditioned = {key for key in seen if isinstance(key, tuple)} | {
+        (len(sequence), p) for p in last
+    }
     if name == "flux2":  # of a last AdaLN alone there is too little to gain
-        assert found == {(len(sequence), "norm_out.linear")}
-        found = set()
-    assert found == {matrix.key for matrix in modulation.matrices(transformer)}
+        assert conditioned == {(len(sequence), "norm_out.linear")}
+        conditioned = set()
+    assert conditioned == {matrix.key for matrix in modulation.matrices(transformer)}
 
 
 class Drawn:
     """Inputs for the matrices of a transformer, drawn at random."""
 
-    def __init__(self, found):
-        self.found = {matrix.key: matrix for matrix in found}
+    def __init__(self, matrices):
+        self.found = {matrix.key: matrix for matrix in matrices}
 
     def of(self, key):
         generator = torch.Generator().manual_seed(0)
@@ -424,17 +426,17 @@ def test_every_matrix_can_be_a_product(calls_of, name, tmp_path):
     """At full rank the model answers as before; at low rank it has as many parameters as was told,
     and loads as its own class, every weight to the bit."""
     transformer, arguments = calls_of(name)
-    found = modulation.matrices(transformer)
+    matrices = modulation.matrices(transformer)
     block_map = [[b.index] for b in blocks.block_sequence(transformer)]
     expected = blocks.answer(transformer, arguments)
-    full = {matrix.key: min(matrix.inputs, matrix.outputs) for matrix in found}
-    same = modulation.low_rank(transformer, block_map, full, Drawn(found))
+    full = {matrix.key: min(matrix.inputs, matrix.outputs) for matrix in matrices}
+    same = modulation.low_rank(transformer, block_map, full, Drawn(matrices))
     torch.testing.assert_close(blocks.answer(same, arguments), expected, rtol=1e-4, atol=1e-5)
 
-    low = modulation.low_rank(transformer, block_map, dict.fromkeys(full, 2), Drawn(found))
+    low = modulation.low_rank(transformer, block_map, dict.fromkeys(full, 2), Drawn(matrices))
     answer = blocks.answer(low, arguments)
     assert not torch.allclose(answer, expected, rtol=1e-4, atol=1e-5)
-    saved = sum(matrix.parameters() - matrix.parameters(2) for matrix in found)
+    saved = sum(matrix.parameters() - matrix.parameters(2) for matrix in matrices)
     assert blocks.parameter_count(transformer) - blocks.parameter_count(low) == saved
     made = pruned_class.from_stock(low, blocks.family(transformer).layouts())
     made.save_pretrained(tmp_path)
