@@ -1,8 +1,8 @@
 # What each variant is made of: closed forms and trained units, and the stage that each is from.
 #
 # in:  the teacher, record/calls.parquet; what closed forms cost (width/), what modulations get, block
-#      times (latency budgets); the plan, and students and errors of every stage, as far as the config
-#      has them
+#      times (latency budgets); the selection, and students and errors of every stage, as far as the
+#      config has them
 # out: variants/sets.json and variants/sets/<variant>.json, what finetune and assemble build;
 #      variants/units.parquet, the same as a table; variants/measured.parquet, errors of the sets
 #      that were tried; variants/maps.safetensors, maps that were fitted once more

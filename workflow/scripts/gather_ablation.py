@@ -30,11 +30,11 @@ def best(runs: pd.DataFrame) -> list[str]:
 def labelled(runs: pd.DataFrame) -> pd.DataFrame:
     """Rows of results.parquet, in the order of the table of methods."""
     order = {name: place for place, name in enumerate(methods.METHODS)}
-    found = runs.assign(order=runs["method"].map(order))
+    rows = runs.assign(order=runs["method"].map(order))
     for column in ("group", "label"):
-        found[column] = [getattr(methods.METHODS[name], column) for name in found["method"]]
-    found = found.sort_values(["order", "seed", "state"], ascending=[True, True, False])
-    return found[schemas.ABLATION.names]
+        rows[column] = [getattr(methods.METHODS[name], column) for name in rows["method"]]
+    rows = rows.sort_values(["order", "seed", "state"], ascending=[True, True, False])
+    return rows[schemas.ABLATION.names]
 
 
 def main() -> None:

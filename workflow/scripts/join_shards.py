@@ -59,8 +59,8 @@ def main() -> None:
 
 
 def _joined(paths: list[Path], schema) -> pd.DataFrame:
-    found = [tables.read(path, schema).to_pandas() for path in paths]
-    return pd.concat(found, ignore_index=True)
+    shards = [tables.read(path, schema).to_pandas() for path in paths]
+    return pd.concat(shards, ignore_index=True)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 
 def narrow_parts(block: blocks.Block) -> dict[str, NewBlock]:
-    """What of a block can go -> the part without it."""
+    """What of a block can go -> the new block without it."""
     here, width = (block.index, block.index), block.width
-    found = {f"ffn_{stream}": NewBlock(*here, (stream,)) for stream in width.ffn}
+    new_blocks = {f"ffn_{stream}": NewBlock(*here, (stream,)) for stream in width.ffn}
     if width.text:
-        found[TEXT] = NewBlock(*here, text="borrow", source=here)
-    return found
+        new_blocks[TEXT] = NewBlock(*here, text="borrow", source=here)
+    return new_blocks
 
 
 def _sharing(module: nn.Module) -> nn.Module:
@@ -109,14 +109,14 @@ def main() -> None:
     seconds = least_seconds(runs, most, device, args.table)
     least = {(block, kind): seconds[f"{block} {kind}"] for block, kind in timed}
     saved = latencies.savings(least, seconds["around"], parts, alike)
-    found = [
+    table_rows = [
         {"block": block, "part": part, "seconds": value}
         for (block, part), value in sorted(saved.parts.items())
     ]
     stamp = provenance.stamp(settings.given, rows=len(rows))
     stamp["transformer_seconds"] = repr(saved.transformer)
     stopping.ignore()
-    tables.write(args.table, pd.DataFrame(found), schemas.LATENCY, stamp)
+    tables.write(args.table, pd.DataFrame(table_rows), schemas.LATENCY, stamp)
 
 
 if __name__ == "__main__":

@@ -34,16 +34,16 @@ def read_block_map(path: Path, count: int) -> list[list[int]]:
         UserError: the file is missing, or tells something else than of `count` blocks.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        every = [block for members in found for block in members]
-        ordered = every == [*range(len(every))] and all(found)
+        block_map = json.loads(path.read_text(encoding="utf-8"))
+        every = [block for members in block_map for block in members]
+        ordered = every == [*range(len(every))] and all(block_map)
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(
             f"{path} can't be read ({error}); name the folder of a pruned pipeline, --model"
         ) from error
-    if not ordered or len(found) != count:
+    if not ordered or len(block_map) != count:
         raise UserError(f"{path} is not of the {count} blocks beside it; export the model again")
-    return found
+    return block_map
 
 
 def command_line() -> argparse.Namespace:
@@ -93,8 +93,8 @@ def main() -> None:
             assembly.save(assembly.TeacherPipeline(pipe, args.component), model, block_map, folder)
         print(f"{args.merged}: {blocks.parameter_count(model)} parameters")
     else:
-        found = conditioning.read(args.conditioning)
-        made, lost, gone = lora.projected(model, block_map, layers, found)
+        moments = conditioning.read(args.conditioning)
+        made, lost, gone = lora.projected(model, block_map, layers, moments)
         tensors.write(args.projected, lora.state(made, args.component), {"format": "pt"})
         for path, share in lost.items():
             print(f"{path}: {share:.2%} of what it changes is lost")

@@ -96,12 +96,12 @@ def main() -> None:
     transformers = {TEACHER: teacher} | made
 
     timed = reader.draw(reader.heldout_rows("report"), settings.evaluate.batch_size, (seed,))
-    found = measuring.measure_transformers(
+    measured = measuring.measure_transformers(
         transformers, reader, timed, settings, device, context.accelerator
     )
     stopping.ignore()
     if context.accelerator.is_main_process:
-        rows = budget_points.rows(budgets, list(chosen.items()), found)
+        rows = budget_points.rows(budgets, list(chosen.items()), measured)
         stamp = provenance.stamp(settings.given, budgets=len(rows))
         tables.write(args.points, pd.DataFrame(rows), schemas.POINTS, stamp)
     processes.finish(context.accelerator)

@@ -55,8 +55,8 @@ def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> lis
         )
     count = prompts.heldout_count(len(used), settings.heldout_fraction)
     heldout = {used[i] for i in np.random.default_rng(seed).permutation(len(used))[:count]}
-    found = pipelines.samples(rows, settings.samples, seed)
-    return [sample | {"heldout": sample["prompt"] in heldout} for sample in found]
+    samples = pipelines.samples(rows, settings.samples, seed)
+    return [sample | {"heldout": sample["prompt"] in heldout} for sample in samples]
 
 
 def record_parts(

@@ -92,10 +92,10 @@ def summary(form):
             f"run '{config['run']}' has no {metrics} to report on yet: run it first, or name "
             "the config of another run with --configfile"
         )
-    from ppcl.evaluation import summary as found  # pandas, which takes a second to import
+    from ppcl.evaluation import summary as summary_table  # pandas, which takes a second to import
 
     try:
-        rows = found.rows(metrics, result("models"), config["teacher"]["path"])
+        rows = summary_table.rows(metrics, result("models"), config["teacher"]["path"])
     except UserError as error:
         refuse(error)
-    return getattr(found, form)(rows)
+    return getattr(summary_table, form)(rows)

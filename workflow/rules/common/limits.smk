@@ -77,25 +77,25 @@ def forecast():
     if targets() == {"forecast"} or not path.is_file():
         return {}
     try:
-        found = texts.read_sealed(path)
+        needs = texts.read_sealed(path)
     except UserError as error:
         refuse(f"{error}, with the target forecast; without it limits are fixed")
     of = digest(configuration.subset(config, *FORECAST_KEYS))
-    if workflow.is_main_process and found.get("config", of) != of:
+    if workflow.is_main_process and needs.get("config", of) != of:
         logger.warning(
             f"{path} is of another config; for limits of this one run the target forecast"
         )
-    return found
+    return needs
 
 
 def minutes(stage, otherwise):
     """For resources: the time limit of a stage. Shards have their own, once there are some."""
 
-    def found(wildcards):
+    def runtime(wildcards):
         shard = f"{stage}/{wildcards.get('shard')}"
         return (FORECAST.get(shard) or FORECAST.get(stage) or {}).get("runtime", otherwise)
 
-    return found
+    return runtime
 
 
 def megabytes(stage, program, teacher=True):
@@ -106,12 +106,12 @@ def megabytes(stage, program, teacher=True):
     still on the Hub.
     """
 
-    def found(wildcards):
+    def mem_mb(wildcards):
         shard = f"{stage}/{wildcards.get('shard')}"
         needs = FORECAST.get(shard) or FORECAST.get(stage) or {}
         return max(memory(program) if teacher else 0, program + needs.get("mem_mb", 0))
 
-    return found
+    return mem_mb
 
 
 def limits(stage, mem_mb, runtime, launched=False):

@@ -52,8 +52,8 @@ def training():
 
 def teacher_files():
     """Weights and configs of a local teacher; a newer file reruns what loads the teacher."""
-    found = map(str, teacher_identity.files(settings().teacher))
-    return [path for path in found if not set("{}") & set(path)]  # they would be wildcards
+    paths = map(str, teacher_identity.files(settings().teacher))
+    return [path for path in paths if not set("{}") & set(path)]  # they would be wildcards
 
 
 @functools.cache  # of a config that is complete: several rules ask, and a file may be long
@@ -121,12 +121,12 @@ def taught(stage, name):
 def distill_shards(ending):
     """For what joins shards: a function that finds one file of each, in order of depth."""
 
-    def found(wildcards):
+    def files(wildcards):
         table = checkpoints.assign_shards.get().output.shards
         count = len(texts.read_sealed(table)["jobs"])
         return [result(f"distill/shards/{shard}{ending}") for shard in range(count)]
 
-    return found
+    return files
 
 
 def model_files():

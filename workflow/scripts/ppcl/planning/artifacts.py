@@ -21,7 +21,7 @@ def sizes(planner: Planner) -> dict[str, float | None]:
         for channels in planner.channels(block).values()
     )
     tokens = 4 * extract.rows * extract.sample_tokens * per_token
-    found: dict[str, float | None] = {
+    bytes_by_path: dict[str, float | None] = {
         "record/calls.parquet": _calls(planner),
         "activations/tokens.parquet": tokens,
         # While it runs: two checkpoints are there while one is replaced.
@@ -29,24 +29,24 @@ def sizes(planner: Planner) -> dict[str, float | None]:
         "activations/moments.safetensors": sum(planner.moments()),
     }
     if settings.compares:
-        found["probes/probes.safetensors"] = sum(
+        bytes_by_path["probes/probes.safetensors"] = sum(
             8 * (channels**2 + channels)
             for block in sequence
             for channels in planner.channels(block).values()
         )
     if planner.widens:
-        found["width/maps.safetensors"] = found["state/width/"] = _maps(planner)
+        bytes_by_path["width/maps.safetensors"] = bytes_by_path["state/width/"] = _maps(planner)
     if planner.trains:
-        found |= _students(planner)
+        bytes_by_path |= _students(planner)
     for variant in settings.variants:
         parameters = _variant_parameters(planner, variant.budget)
         if variant.finetune_steps:
-            found[f"finetune/{variant.name}.safetensors"] = 4 * parameters
+            bytes_by_path[f"finetune/{variant.name}.safetensors"] = 4 * parameters
             options = settings.finetune
             kept = weightless.optimizer_bytes(parameters, options.optimizer, options.ema)
-            found[f"state/finetune-{variant.name}/"] = 4 * parameters + kept
-        found[f"models/{variant.name}/"] = planner.dtype.itemsize * parameters
-    return found
+            bytes_by_path[f"state/finetune-{variant.name}/"] = 4 * parameters + kept
+        bytes_by_path[f"models/{variant.name}/"] = planner.dtype.itemsize * parameters
+    return bytes_by_path
 
 
 def _maps(planner: Planner) -> int:
@@ -54,30 +54,30 @@ def _maps(planner: Planner) -> int:
     size, longest = planner.dtype.itemsize, planner.settings.width.longest
     total = 0
     for block in blocks.block_sequence(planner.transformer):
-        channels, found = planner.channels(block), block.width
-        kinds = [*found.ffn, *([TEXT] * 2 * (longest - 1) if found.text else [])]
+        channels, width = planner.channels(block), block.width
+        kinds = [*width.ffn, *([TEXT] * 2 * (longest - 1) if width.text else [])]
         total += sum(size * (channels[kind] ** 2 + channels[kind]) for kind in kinds)
     return total
 
 
 def _students(planner: Planner) -> dict[str, float]:
     """Bytes of what the trainings of students leave and keep; path -> bytes."""
-    settings, count, found = planner.settings, blocks.parameter_count, {}
+    settings, count, bytes_by_path = planner.settings, blocks.parameter_count, {}
     staged = settings.staged
     whole = sum(map(count, weightless.new_blocks(planner.transformer, planner.every).values()))
     first = whole
     if staged:
         first = sum(map(count, weightless.new_blocks(planner.transformer, planner.depth).values()))
-    found["prune/students.safetensors"] = 4 * first
+    bytes_by_path["prune/students.safetensors"] = 4 * first
     trained = {"distill": first}
     trained |= {"narrow": whole} if staged else {}
     trained |= {"subsets": whole} if settings.subsets.steps else {}
     for stage, parameters in trained.items():
         options = getattr(settings, "distill" if stage == "narrow" else stage)
         kept = weightless.optimizer_bytes(parameters, options.optimizer, options.ema)
-        found[f"{stage}/students.safetensors"] = 4 * parameters
-        found[f"state/{stage}/"] = 4 * parameters + kept
-    return found | _streams(planner, planner.depth if staged else planner.every)
+        bytes_by_path[f"{stage}/students.safetensors"] = 4 * parameters
+        bytes_by_path[f"state/{stage}/"] = 4 * parameters + kept
+    return bytes_by_path | _streams(planner, planner.depth if staged else planner.every)
 
 
 def _variant_parameters(planner: Planner, budget: Mapping[str, float]) -> int:
@@ -103,10 +103,10 @@ def _streams(planner: Planner, units: list[Unit]) -> dict[str, float]:
     caching, jobs = planner.caching(), planner.jobs(units)
     options = planner.settings.distill
     rows = caching.fill * options.steps * options.batch_size
-    found = {}
+    bytes_by_path = {}
     for number, job in enumerate(jobs):
         kept = planner.streams(shards.first_needed(new_blocks_of(job)))
         if shards.cached(job, caching) and kept is not None:
             name = "distill" if len(jobs) == 1 else f"distill-{number}"
-            found[f"state/{name}/inputs/"] = rows * kept
-    return found
+            bytes_by_path[f"state/{name}/inputs/"] = rows * kept
+    return bytes_by_path

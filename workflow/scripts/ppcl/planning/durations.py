@@ -82,10 +82,10 @@ def works(planner: Planner) -> dict[str, Work]:
 
     `distill` is always that of one job; those of shards are `distill/<number>` besides.
     """
-    found = planner.flops(planner.variants["teacher"][0])
-    if not found:
+    flops = planner.flops(planner.variants["teacher"][0])
+    if not flops:
         return {}
-    per_block, whole = found
+    per_block, whole = flops
     settings = planner.settings
     sequence = blocks.block_sequence(planner.transformer)
     everything = [Unit((NewBlock(i, i),)) for i in range(len(sequence))]
@@ -140,9 +140,9 @@ def works(planner: Planner) -> dict[str, Work]:
         )
         tried = intervals.all_within(runs, options.longest)
         starts = [first for first, _ in tried]
-        done["sensitivity"] = _prices(planner, found, starts, options)
+        done["sensitivity"] = _prices(planner, flops, starts, options)
     if planner.widens or planner.matrices:
-        done["width"] = _width(planner, found)
+        done["width"] = _width(planner, flops)
     rounds, batch = evaluate.latency_repeats, evaluate.batch_size
     timed = (rounds + 1) * batch
     if settings.limited_latency:
@@ -167,7 +167,7 @@ def works(planner: Planner) -> dict[str, Work]:
     # Every unit alone, and for every variant its units of one stage each, and one flipped by one.
     sets = len(every) * (1 + 3 * len(settings.variants)) if settings.trains else 0
     sets += len(settings.variants)
-    done["choose"] = _prices(planner, found, [0] * sets, settings.choose)
+    done["choose"] = _prices(planner, flops, [0] * sets, settings.choose)
     longest = max(settings.variants, key=lambda variant: variant.finetune_steps)
     if longest.finetune_steps:
         tuning = settings.finetune.for_variant(longest)
@@ -205,7 +205,7 @@ def steps_of(planner: Planner) -> int:
 
 def _prices(
     planner: Planner,
-    found: tuple[list[int], int],
+    flops: tuple[list[int], int],
     starts: list[int],
     options: SensitivitySettings | WidthSettings | ChooseSettings,
 ) -> Work:
@@ -213,13 +213,13 @@ def _prices(
 
     starts: those blocks; the number of blocks for a change behind all of them.
     """
-    per_block, whole = found
+    per_block, whole = flops
     spent = 2 * whole + sum(whole - sum(per_block[:start]) for start in starts)
     passes = math.ceil(options.rows / options.batch_size) * (len(starts) + 2)
     return Work(0.0, passes, float32=options.rows * spent, devices=_devices(planner.settings))
 
 
-def _width(planner: Planner, found: tuple[list[int], int]) -> Work:
+def _width(planner: Planner, flops: tuple[list[int], int]) -> Work:
     """Fits, in as many passes as their sums need, and every closed form priced alone."""
     options, sequence = planner.settings.width, blocks.block_sequence(planner.transformer)
     starts, rows = [], 0
@@ -235,9 +235,9 @@ def _width(planner: Planner, found: tuple[list[int], int]) -> Work:
         rows = 2 * passes * math.ceil(1.25 * options.fit_rows)
         starts += texts
     starts += [block for (block, _), ranks in planner.matrices.items() for _ in ranks]
-    work = _prices(planner, found, starts, options)
+    work = _prices(planner, flops, starts, options)
     fits = math.ceil(rows / options.batch_size)
-    return replace(work, flops=rows * found[1], passes=work.passes + fits)
+    return replace(work, flops=rows * flops[1], passes=work.passes + fits)
 
 
 def heldout_tokens(settings: Settings) -> int:
@@ -256,12 +256,12 @@ def _similarity(planner: Planner) -> Work:
 
 def streams_of(planner: Planner) -> dict[str, tuple[int, int]]:
     """Stream -> the blocks that it passes, and its channels."""
-    found: dict[str, tuple[int, int]] = {}
+    streams: dict[str, tuple[int, int]] = {}
     for block in blocks.block_sequence(planner.transformer):
         for stream, channels in planner.channels(block).items():
-            depth, widest = found.get(stream, (0, 0))
-            found[stream] = depth + 1, max(widest, channels)
-    return found
+            depth, widest = streams.get(stream, (0, 0))
+            streams[stream] = depth + 1, max(widest, channels)
+    return streams
 
 
 def _devices(settings: Settings) -> int:

@@ -189,11 +189,11 @@ def measured(
     with without_content() as meter:
         kept = run()  # what a step returns is there until its end
     gradients = [p.grad for m in trained for p in m.parameters() if p.grad is not None]
-    found = Footprint(meter.peak(gradients, 0), meter.peak(gradients, times))
+    footprint = Footprint(meter.peak(gradients, 0), meter.peak(gradients, times))
     del kept
     for module in trained:
         module.zero_grad(set_to_none=True)
-    return found
+    return footprint
 
 
 def flops(transformer: nn.Module, arguments: dict[str, Any]) -> tuple[list[int], int]:
@@ -203,15 +203,15 @@ def flops(transformer: nn.Module, arguments: dict[str, Any]) -> tuple[list[int],
     """
     counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
     sequence = blocks.block_sequence(transformer)
-    found = [0] * len(sequence)
+    per_block = [0] * len(sequence)
 
     def before(block, _bound):
-        found[block.index] -= counter.get_total_flops()
+        per_block[block.index] -= counter.get_total_flops()
 
     def after(block, _streams):
-        found[block.index] += counter.get_total_flops()
+        per_block[block.index] += counter.get_total_flops()
 
     with torch.no_grad(), blocks.watch(sequence, before, after) as run:
         with without_content(), counter:
             run(transformer, arguments)
-    return found, counter.get_total_flops()
+    return per_block, counter.get_total_flops()

@@ -115,8 +115,8 @@ def distill(planner: Planner, name: str, units: list[Unit]) -> Stage:
             ):
                 torch.autograd.backward(loss)
 
-        found = footprint.measured(run, running.values(), times)
-        return found.beside(bytes_of(batch.arguments))
+        needed = footprint.measured(run, running.values(), times)
+        return needed.beside(bytes_of(batch.arguments))
 
     return _trained(planner, name, options, Trained(list(made.values()), measured))
 
@@ -184,11 +184,11 @@ def _velocity(
         torch.autograd.backward(steps.velocity_loss(model, batch, ALONE, in_float32=False))
 
     try:
-        found = footprint.measured(run, trained, times)
+        needed = footprint.measured(run, trained, times)
     finally:
         if recompute:
             diffusers_model.of(model).disable_gradient_checkpointing()
-    return found.beside(bytes_of(batch.arguments))
+    return needed.beside(bytes_of(batch.arguments))
 
 
 def _batch_size(planner: Planner, options: TrainingSettings) -> int:

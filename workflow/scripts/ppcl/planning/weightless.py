@@ -43,8 +43,8 @@ def _from_hub(teacher: TeacherSettings, place: str) -> dict:
         if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
             # Asked once: a download would try for half a minute without a network.
             get_session().head(constants.ENDPOINT, timeout=hub.PATIENCE)
-        found = _Config.load_config(name, subfolder=place, revision=revision)
-        return found  # type: ignore[return-value]  # one, unless it is asked for what was not used
+        config = _Config.load_config(name, subfolder=place, revision=revision)
+        return config  # type: ignore[return-value]  # one, unless it is asked for what was not used
     except Exception as error:  # offline, no such repository, no token: of many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -54,7 +54,7 @@ def _from_hub(teacher: TeacherSettings, place: str) -> dict:
 
 
 def architecture(teacher: TeacherSettings, path: str | None) -> tuple[dict, str]:
-    """The config of the transformer to plan for, and where it is from.
+    """The config of the transformer that the forecast is of, and where it is from.
 
     Args:
         teacher: the config's `teacher`.
@@ -70,7 +70,7 @@ def architecture(teacher: TeacherSettings, path: str | None) -> tuple[dict, str]
             return _from_hub(teacher, place), f"{teacher.path}/{place}"
         key, file = "teacher.path", Path(teacher.path, place, _Config.config_name)
     try:
-        found = untrusted.json_object(file)
+        config = untrusted.json_object(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(
             f"{key}: {file} can't be read ({error.strerror}); give the config.json of a "
@@ -78,9 +78,9 @@ def architecture(teacher: TeacherSettings, path: str | None) -> tuple[dict, str]
         ) from error
     except UserError as error:
         raise UserError(f"{key}: {error}") from error
-    if not isinstance(found.get("_class_name"), str):
+    if not isinstance(config.get("_class_name"), str):
         raise UserError(f"{key}: {file} is not the config of a model (it has no _class_name)")
-    return found, str(file)
+    return config, str(file)
 
 
 def on_meta(config: Mapping, dtype: torch.dtype, where: str) -> nn.Module:
@@ -171,16 +171,16 @@ def selection(
 def new_blocks(
     transformer: nn.Module, units: Iterable[Unit], dtype: torch.dtype | None = None
 ) -> students.Students:
-    """The new blocks of units, as narrow as they are planned, without weights.
+    """The new blocks of units, as narrow as selected, without weights.
 
     dtype: of their parameters; None for the teacher's.
     """
     sequence = blocks.block_sequence(transformer)
-    found = {}
+    made = {}
     for part in new_blocks_of(units):
         whole = copy.deepcopy(sequence[part.first].module)
-        found[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
-    return found
+        made[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
+    return made
 
 
 def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module, list[list[int]]]:
@@ -198,12 +198,12 @@ def ranks_on_offer(options: ModulationSettings) -> list[int]:
 def matrices(settings: Settings, transformer: nn.Module) -> dict[Matrix, list[int]]:
     """Every modulation matrix that may become low rank, and the ranks on offer that it can have."""
     offered, forbidden = ranks_on_offer(settings.modulation), settings.modulation.forbid
-    found = {
+    ranks_of = {
         matrix.key: [rank for rank in offered if rank <= min(matrix.inputs, matrix.outputs)]
         for matrix in modulation.matrices(transformer)
         if matrix.block not in forbidden
     }
-    return {key: ranks for key, ranks in found.items() if ranks}
+    return {key: ranks for key, ranks in ranks_of.items() if ranks}
 
 
 def low_rank(

@@ -26,8 +26,8 @@ from ppcl.transformer.context import Context, State
 
 
 def log_table(rows: list[dict]) -> pd.DataFrame:
-    """The log of `independent` as one row per step, part and stream."""
-    found = [
+    """The log of `independent` as one row per step, new block and stream."""
+    stream_rows = [
         {
             "step": row["step"],
             "interval": row["name"],
@@ -42,17 +42,17 @@ def log_table(rows: list[dict]) -> pd.DataFrame:
         for row in rows
         for stream in sorted(key.split("/")[0] for key in row if key.endswith("/normalised"))
     ]
-    return pd.DataFrame(found, columns=schemas.DISTILL_LOG.names)
+    return pd.DataFrame(stream_rows, columns=schemas.DISTILL_LOG.names)
 
 
 def lr_scales(parts: Iterable[NewBlock], kept: float, name: str = "{}/") -> dict[str, float]:
-    """What the learning rate of parts that stand for one block is multiplied by (loop.train).
+    """What the learning rate of new blocks that stand for one block is multiplied by (loop.train).
 
-    Such a part starts from its own block and least squares, near its best; a rate that brings a
-    student along in a few steps only shakes it.
+    Such a new block starts from the teacher's block and least squares, near its best; a rate that
+    brings a student along in a few steps only shakes it.
 
     Args:
-        name: what the names of a part's parameters start with.
+        name: what the names of a new block's parameters start with.
     """
     return {name.format(part.name): kept for part in parts if part.first == part.last}
 
@@ -204,7 +204,7 @@ def cost_table(
     """Rows of unit_costs.parquet: what every unit costs, plugged in alone, on held-out rows.
 
     Args:
-        entries: the plan's, one per unit.
+        entries: the selection's, one per unit.
         options: the stage's, with heldout_rows and batch_size.
         state: as of `prices.measure`.
     """
@@ -217,7 +217,7 @@ def cost_table(
         prices.of_units(context.transformer, units, students),
         state,
     )
-    found = [
+    unit_costs = [
         {
             "unit": unit.name,
             "first": unit.first,
@@ -230,4 +230,4 @@ def cost_table(
         }
         for unit, entry, cost in zip(units, entries, costs, strict=True)
     ]
-    return pd.DataFrame(found, columns=schemas.UNIT_COSTS.names)
+    return pd.DataFrame(unit_costs, columns=schemas.UNIT_COSTS.names)

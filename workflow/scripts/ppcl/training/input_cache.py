@@ -57,7 +57,8 @@ class InputCache:
     """The streams at a job's first needed block, of every row that its steps draw.
 
     Args:
-        parts: that the job teaches; the teacher must run from the first of their blocks on.
+        parts: new blocks that the job teaches; the teacher must run from the first block that they
+            need (`shards.first_needed`) on.
         options: config's `distill`.
         state: for the files; their identity is that of the training. `student_stage` removes them.
         reserve: bytes that must stay free on the disk.
@@ -131,9 +132,9 @@ class InputCache:
 
     def _disabled(self) -> bool:
         path = self._folder / CACHE_DISABLED
-        found = path.exists() and texts.read_sealed(path)["identity"] == self._identity
+        disabled = path.exists() and texts.read_sealed(path)["identity"] == self._identity
         # By all alike, and before one of them removes or writes it.
-        return bool(processes.of_main(self._accelerator, torch.tensor(int(found))))
+        return bool(processes.of_main(self._accelerator, torch.tensor(int(disabled))))
 
     def _fill(self) -> str:
         """Computes this process's share of the files that are not there; why it could not."""
@@ -145,13 +146,13 @@ class InputCache:
             rows = self._groups[number]
             batch = self._reader.batch(rows).to(self._accelerator.device)
             with self._accelerator.autocast():
-                found = tail.streams_before(self._transformer, self.first, batch.arguments)
-            size = sum(value.nbytes for value in found.values())
+                streams = tail.streams_before(self._transformer, self.first, batch.arguments)
+            size = sum(value.nbytes for value in streams.values())
             if reason := self._short_of_room(size * self._missing()):
                 return reason
             written = {"identity": self._identity, "rows": _text(rows)}
             try:
-                tensors.write(self._path(number), found, written)
+                tensors.write(self._path(number), streams, written)
             except (UserError, OSError, SafetensorError) as error:
                 if not disk_is_full(error):
                     raise
@@ -220,12 +221,12 @@ class InputCache:
         return self._folder / f"{number}.safetensors"
 
     def _streams(self, rows: np.ndarray) -> dict[str, list[Tensor]]:
-        found: dict[str, list[Tensor]] = {}
+        streams: dict[str, list[Tensor]] = {}
         for number, place in (self._place[row] for row in rows.tolist()):
             file = self._opened(number)
             for stream in file.keys():
-                found.setdefault(stream, []).append(file.get_slice(stream)[place])
-        return found
+                streams.setdefault(stream, []).append(file.get_slice(stream)[place])
+        return streams
 
     def _verify(self, rows: np.ndarray, arguments: dict[str, Any]) -> None:
         """Compares what the first block gets here with what it gets from the teacher, in a batch of

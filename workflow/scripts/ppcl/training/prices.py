@@ -169,14 +169,14 @@ class Judged:
                 for number, (batch, streams) in enumerate(zip(self._batches, every, strict=True)):
                     running = late.model(streams) if late and streams else None
                     arguments = batch.to(self._device).arguments
-                    found = streams_before(model, again, arguments, running)
-                    found = {name: value.cpu() for name, value in found.items()}
-                    waiting[number].append((place, found))
+                    left = streams_before(model, again, arguments, running)
+                    left = {name: value.cpu() for name, value in left.items()}
+                    waiting[number].append((place, left))
             del model, late  # before the next is made: at full size there is no room for two
             # Of these changes alone: what else waits depends on what this process had before, and
             # in another batch an error is rounded in another way.
             held = known.held(begun)
-            held += [found for some in waiting for _, found in some]
+            held += [left for some in waiting for _, left in some]
             over = place == len(changes) - 1 or sum(map(size_of, held)) > teacher_streams.KEPT_BYTES
             for number, some in enumerate(waiting):
                 if some and (
@@ -199,7 +199,7 @@ class Judged:
         some: streams, each with its place in `wrong`, to which its error is added.
         """
         batch, reader = self._batches[number], self.context.reader
-        streams = {name: torch.cat([found[name] for _, found in some]) for name in some[0][1]}
+        streams = {name: torch.cat([left[name] for _, left in some]) for name in some[0][1]}
         again = reader.batch(np.tile(batch.numbers, len(some))).to_float32().to(self._device)
         running = Tail(self._teacher, first).model(streams)
         with self._in_float32(self._teacher):
@@ -227,11 +227,11 @@ def _of_one_shape(
 ) -> Iterable[list[tuple[int, blocks.Streams]]]:
     """Those that fit in one batch: a text run after which nothing reads text leaves both texts that
     its blocks have passed on."""
-    found: dict[tuple, list[tuple[int, blocks.Streams]]] = {}
+    by_shape: dict[tuple, list[tuple[int, blocks.Streams]]] = {}
     for place, streams in some:
         shapes = tuple((name, value.shape[1:]) for name, value in streams.items())
-        found.setdefault(shapes, []).append((place, streams))
-    return found.values()
+        by_shape.setdefault(shapes, []).append((place, streams))
+    return by_shape.values()
 
 
 def error(context: Context, students: Students, rows: np.ndarray, batch_size: int) -> float:
@@ -277,7 +277,7 @@ def measure(
     place = {name: number for number, name in enumerate(names)}
     known[[place[name] for name in again]] = 0.0
     # The sum over processes counts an error once.
-    found = known if rank == 0 else torch.zeros_like(known)
+    errors = known if rank == 0 else torch.zeros_like(known)
     turns: Iterable[int] = range(rank, len(rest), count)
     if state and rest:
         state.folder.mkdir(parents=True, exist_ok=True)
@@ -294,7 +294,7 @@ def measure(
                 costs = [judged.error(some[0].model(), some[0].first)]
             else:
                 costs = judged.errors(some)
-            found[[place[name] for name in group]] = torch.tensor(costs, dtype=torch.float64)
+            errors[[place[name] for name in group]] = torch.tensor(costs, dtype=torch.float64)
             if state and all(map(math.isfinite, costs)):
                 done |= dict(zip(group, costs, strict=True))
                 with stopping.part():
@@ -302,14 +302,14 @@ def measure(
                     texts.write_sealed(state.folder / f"{rank}.json", kept)
         bar.update(ends[-1] - bar.n)
     if count > 1:
-        found = accelerator.reduce(found.to(accelerator.device), reduction="sum").cpu()
-    for name, cost in zip(names, found.tolist(), strict=True):
+        errors = accelerator.reduce(errors.to(accelerator.device), reduction="sum").cpu()
+    for name, cost in zip(names, errors.tolist(), strict=True):
         if not math.isfinite(cost):
             raise UserError(
                 f"velocity error with {name} changed is {cost}; weights or activations overflow: "
                 "set teacher.dtype: float32 or bfloat16"
             )
-    return found.tolist()
+    return errors.tolist()
 
 
 def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
@@ -322,15 +322,15 @@ def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
     for name in order:
         last = changes[name].last
         ending.setdefault(name if last is None else last, []).append(name)
-    found = [every[i : i + size] for every in ending.values() for i in range(0, len(every), size)]
-    return sorted(found, key=lambda group: (changes[group[-1]].first, changes[group[0]].first))
+    groups = [every[i : i + size] for every in ending.values() for i in range(0, len(every), size)]
+    return sorted(groups, key=lambda group: (changes[group[-1]].first, changes[group[0]].first))
 
 
 def _finished(state: State) -> dict[str, float]:
     """Errors by name that earlier runs of the same identity left, of whatever process."""
-    found: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for path in sorted(state.folder.glob("*.json")):
         kept = texts.read_sealed(path)
         if kept["identity"] == state.identity:
-            found |= kept["errors"]
-    return found
+            errors |= kept["errors"]
+    return errors

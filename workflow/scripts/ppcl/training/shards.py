@@ -43,7 +43,8 @@ NEVER = Caching("never", 1.0)
 
 
 def first_needed(parts: Sequence[NewBlock]) -> int:
-    """The first block that the teacher has to run for these parts, if it has the streams there."""
+    """The first block that the teacher has to run for these new blocks, if it has the streams
+    there."""
     return min(first for part in parts for first, _ in (part.ends, part.source or part.ends))
 
 
@@ -102,13 +103,13 @@ def _split(units: Sequence[Unit], count: int, caching: Caching) -> list[list[Uni
                 for start in range(end)
             ]
             best[-1].append(min(options, key=lambda option: option[0]))
-    found, end = [], len(units)
+    runs, end = [], len(units)
     for row in reversed(best[1:]):
         if end:
             start = row[end][1]
-            found.append(list(units[start:end]))
+            runs.append(list(units[start:end]))
             end = start
-    return found[::-1]
+    return runs[::-1]
 
 
 def assign(units: Sequence[Unit], wanted: int | str, caching: Caching = NEVER) -> list[list[Unit]]:
@@ -131,10 +132,10 @@ def assign(units: Sequence[Unit], wanted: int | str, caching: Caching = NEVER) -
         return _split(units, min(wanted, len(units)), caching)
     fastest = max(cost([unit], caching) for unit in units)
     for count in range(1, len(units) + 1):
-        found = _split(units, count, caching)
-        if max(cost(job, caching) for job in found) <= SLACK * fastest:
+        jobs = _split(units, count, caching)
+        if max(cost(job, caching) for job in jobs) <= SLACK * fastest:
             break
-    return found
+    return jobs
 
 
 def write(path: Path, jobs: Sequence[Sequence[Unit]]) -> None:

@@ -41,12 +41,12 @@ def lessons_of(
         running, uncut: as of `teaching.teacher_states`.
     """
     with processes.autocast():
-        found = teaching.teacher_states(transformer, list(students), arguments, running, uncut)
+        lessons = teaching.teacher_states(transformer, list(students), arguments, running, uncut)
     if options.mode == "sequential":
         given = sequential_inputs(transformer, students, arguments, processes)
         for new_block, bound in given.items():
-            found[new_block].bound = bound
-    return found
+            lessons[new_block].bound = bound
+    return lessons
 
 
 def student_losses(

@@ -87,14 +87,14 @@ def streams_before(
 
     running: what runs in its place, with that block of it (`Tail.model`).
     """
-    found: blocks.Streams = {}
+    received: blocks.Streams = {}
     sequence = blocks.block_sequence(transformer)
 
     def returned(_block: blocks.Block, streams: blocks.Streams) -> None:
-        found.update(streams)
+        received.update(streams)
 
     def given(block: blocks.Block, bound: dict[str, Any]) -> None:
-        found.update(block.inputs(bound))
+        received.update(block.inputs(bound))
 
     if first == len(sequence):
         watching = blocks.watch([sequence[-1]], after=returned, stop_after=first - 1)
@@ -102,4 +102,4 @@ def streams_before(
         watching = blocks.watch([sequence[first]], before=given, stop_before=first)
     with watching as run:
         run(transformer if running is None else running, arguments)
-    return found
+    return received

@@ -36,15 +36,15 @@ class Processes(Protocol):
 
 @dataclass
 class Lesson:
-    """What the teacher has to say to one part.
+    """What the teacher has to say to one new block.
 
     Attributes:
         bound: arguments of its block's call, with T_{u-1}^D as streams; in place of a text stream
             that it borrows, the carry: block a's text output and text-side attention input, side
             by side along the channels.
-        target: streams T_v^D after its last block; no text where the part makes none.
-        carry, text_input: of a part that borrows: the argument with the carry, and z_p, what its
-            block's attention got as text when the block was whole.
+        target: streams T_v^D after its last block; no text where the new block makes none.
+        carry, text_input: of a new block that borrows: the argument with the carry, and z_p, what
+            its block's attention got as text when the block was whole.
     """
 
     bound: dict[str, Any]
@@ -54,7 +54,7 @@ class Lesson:
 
     @property
     def lent(self) -> Tensor | None:
-        """z_a, what the attention of the run's source gets as text, of a part that borrows."""
+        """z_a, what the attention of the run's source gets as text, of a new block that borrows."""
         return self.bound[self.carry].chunk(2, dim=-1)[1] if self.carry else None
 
     def lend(self, attended: Tensor) -> None:
@@ -71,12 +71,12 @@ def teacher_states(
     running: nn.Module | None = None,
     uncut: Students | None = None,
 ) -> dict[NewBlock, Lesson]:
-    """Runs the teacher once, no further than the last part's end.
+    """Runs the teacher once, no further than the last new block's end.
 
     Args:
         running: what runs in its place, with its blocks from the first needed on (`tail.Tail`).
-        uncut: the whole blocks of parts that borrow (`students.uncut`), where these are others than
-            the teacher's first.
+        uncut: of new blocks that borrow, the whole ones (`students.uncut`), where these are others
+            than the teacher's first.
     """
     uncut = uncut or {}
     sequence = blocks.block_sequence(transformer)
@@ -99,7 +99,7 @@ def teacher_states(
         )
         run(transformer if running is None else running, arguments)
     text_inputs = {index: inside["text/input"] for index, inside in seen.items()}
-    found = {}
+    lessons = {}
     for part in parts:
         lesson = Lesson(inputs[part.first], outputs[part.last])
         if part.source:
@@ -116,8 +116,8 @@ def teacher_states(
             }
         if part.text in ("borrow", "lend"):
             lesson.target = {s: v for s, v in lesson.target.items() if s != TEXT}
-        found[part] = lesson
-    return found
+        lessons[part] = lesson
+    return lessons
 
 
 def fitting(bound: dict[str, Any], module: nn.Module) -> dict[str, Any]:
@@ -142,12 +142,12 @@ def real_tokens(
     """
     shares = processes.num_processes
     # Shares differ by a row where the batch does not divide evenly.
-    found = {stream: Real(None, len(batch) * shares / batch_size) for stream in streams}
+    real = {stream: Real(None, len(batch) * shares / batch_size) for stream in streams}
     for stream, mask in blocks.token_masks(family, batch.arguments, streams).items():
         count = mask.sum().float()
         mean = processes.reduce(count, reduction="mean")
-        found[stream] = Real(mask, count / mean.clamp_min(1 / shares))
-    return found
+        real[stream] = Real(mask, count / mean.clamp_min(1 / shares))
+    return real
 
 
 def interval_losses(
@@ -156,7 +156,7 @@ def interval_losses(
     real: Mapping[str, Real],
     options: DistillSettings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_depth (Eq. 6) or L_width of one part, summed over streams, and both errors of each.
+    """L_depth (Eq. 6) or L_width of one new block, summed over streams, and both errors of each.
 
     real: as of `real_tokens`; without an entry, all tokens of a stream count.
     options: with `outliers`, the loss is of the streams without them; the errors are of all.
@@ -196,15 +196,16 @@ def linear_loss(
     lesson: Lesson,
     real: Mapping[str, Real],
 ) -> Tensor | None:
-    """L_linear of one part: the sum of its new linear maps' plain squared errors; None without any.
+    """L_linear of one new block: the sum of its new linear maps' plain squared errors; None without
+    any.
 
     What a linear FFN or the text map at a run's end replaces is the teacher's stream after the
-    part; what the map of the attention's text input replaces is z_p.
+    new block; what the map of the attention's text input replaces is z_p.
     """
 
-    def error(found: Tensor, wanted: Tensor, stream: str) -> Tensor:
+    def error(answer: Tensor, wanted: Tensor, stream: str) -> Tensor:
         mask, weight = real.get(stream, Real())
-        return weight * losses.squared_error(found, wanted, mask)
+        return weight * losses.squared_error(answer, wanted, mask)
 
     errors = [
         error(output[stream], lesson.target[stream], stream)
