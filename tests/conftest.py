@@ -147,12 +147,12 @@ def reader(teacher, tmp_path_factory):
     from ppcl.transformer import call_tables, calls
     from support import tiny
 
-    path, found = tmp_path_factory.mktemp("reader") / "calls.parquet", []
+    path, tables = tmp_path_factory.mktemp("reader") / "calls.parquet", []
     for heldout, lengths, seed in ((False, (5, 3) * 4, 0), (True, (5, 5, 4, 5), 1)):
         given = tiny.arguments(lengths, seed)
         rows = tiny.places(len(lengths), heldout=heldout)
-        found += call_tables.to_tables(given, teacher(**given)[0], rows)
-    call_tables.write(path, [table.schema for table in found], found, {})
+        tables += call_tables.to_tables(given, teacher(**given)[0], rows)
+    call_tables.write(path, [table.schema for table in tables], tables, {})
     return calls.Reader(path)
 
 

@@ -8,7 +8,7 @@ from support.killing import TRAINING, distill_paths
 
 @pytest.fixture(scope="module")
 def world(tiny_teacher, tiny_calls, tmp_path_factory):
-    """A folder with the plan and the start weights of two students, and the settings."""
+    """A folder with the selection and the start weights of two students, and the settings."""
     folder = tmp_path_factory.mktemp("kill")
     settings, _ = tiny.pruned(
         folder,

@@ -59,8 +59,8 @@ def test_no_text_of_a_config_reaches_the_shell_of_any_job(snakemake, tmp_path):
         f"$(touch {tmp_path}/no) ';touch {tmp_path}/no;' \"`touch {tmp_path}/no`\" ../ \n \\ {{x}}"
     )
     printed = snakemake("-n", "-F", "-p", pipeline={"negative_prompt": evil}, seed=7)
-    found = settings_of_jobs(printed.replace("\n \\\\ ", " "))
-    given = [job["pipeline"]["negative_prompt"] for job in found.values() if "pipeline" in job]
+    jobs = settings_of_jobs(printed.replace("\n \\\\ ", " "))
+    given = [job["pipeline"]["negative_prompt"] for job in jobs.values() if "pipeline" in job]
     assert len(given) == 2 and set(given) == {evil}
     assert not (tmp_path / "no").exists()
 
@@ -96,8 +96,8 @@ def test_a_run_with_hostile_prompts_paths_and_model_ids(tiny_teacher, tmp_path):
     target = "results/hostile/record/calls.parquet"
     where = ["-s", ROOT / "Snakefile", "--directory", work, "--cores", "1"]
     run("snakemake", target, *where, "--configfile", tmp_path / "mine.yaml")
-    found = tables.read(work / target, schemas.CALLS).column("prompt").to_pylist()
-    assert set(found) == {text.strip() for text in texts} or set(found) == set(texts)
+    recorded = tables.read(work / target, schemas.CALLS).column("prompt").to_pylist()
+    assert set(recorded) == {text.strip() for text in texts} or set(recorded) == set(texts)
     assert sorted(path.name for path in tmp_path.iterdir()) == before
     assert not [path for path in tmp_path.rglob("*") if path.name in ("no", "escaped")]
     assert {path.name for path in work.iterdir()} <= {".snakemake", "results"}

@@ -38,11 +38,11 @@ EVERY = [*tiny_run.STAGES, *tiny_run.MORE]
 PLAYED = [s for s in EVERY if s.program not in LONG or "PPCL_FAULTS" in os.environ]
 
 
-def whole(found, expected) -> bool:
+def whole(actual, expected) -> bool:
     """Whether content is as expected; of figures, so far as they are there."""
-    if isinstance(found, dict) and found.get("") == "figures":
-        return found.items() <= expected.items()
-    return found == expected
+    if isinstance(actual, dict) and actual.get("") == "figures":
+        return actual.items() <= expected.items()
+    return actual == expected
 
 
 @contextlib.contextmanager

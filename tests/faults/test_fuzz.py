@@ -44,10 +44,10 @@ def whole(tmp_path_factory):
 
 def tried(name: str, path: Path) -> bool:
     """Counts and returns whether a file was refused."""
-    found = fuzzing.refused(name, path)
+    refused = fuzzing.refused(name, path)
     COUNTS["bad"] += 1
-    COUNTS["refused"] += found
-    return found
+    COUNTS["refused"] += refused
+    return refused
 
 
 @pytest.mark.skipif(find_spec("atheris") is None, reason=fuzz_readers.MISSING)
@@ -132,10 +132,10 @@ def test_whole_tensors_are_read_as_they_are(tmp_path):
     def check(content, about):
         tensors.write(path, content, about)
         assert not tried("start.safetensors", path)
-        found, metadata = tensors.read(path)
-        assert metadata == about and found.keys() == content.keys()
+        read, metadata = tensors.read(path)
+        assert metadata == about and read.keys() == content.keys()
         for key, value in content.items():
-            assert found[key].dtype == value.dtype and found[key].shape == value.shape
+            assert read[key].dtype == value.dtype and read[key].shape == value.shape
 
     check()
 

@@ -132,7 +132,7 @@ def readers():
 
 def handed_over():
     """(program, option) of all that rules hand to their programs."""
-    found = set()
+    pairs = set()
     common = (ROOT / "workflow/rules/common/commands.smk").read_text()
     trains_students = re.search(r"^TRAINS_STUDENTS = \[\n.*?^\]", common, re.M | re.S)[0]
     lists = dict(re.findall(r"^([A-Z]+) = \[([^]]*)\]$", common, re.M))
@@ -150,16 +150,16 @@ def handed_over():
             for names in re.findall(r"optional\(((?!\*figure_tables)[^)]+)\)", rule):
                 names = re.sub(r"\*([A-Z]+)", lambda m: lists[m[1]], names)
                 options += re.findall(r"\w+", names)
-            found |= {(program, option.replace("-", "_")) for option in options}
-    return found
+            pairs |= {(program, option.replace("-", "_")) for option in options}
+    return pairs
 
 
 def test_whatever_a_rule_hands_over_is_damaged_here():
     damaged = {(stage.program, option) for stage, option, _ in readers()}
-    found = handed_over()
-    assert len(found) > 50 and damaged <= found
+    pairs = handed_over()
+    assert len(pairs) > 50 and damaged <= pairs
     # The rest are a config, and tables of the ablation, as are those of its rules' SHARED.
-    assert found - damaged == {("train_teacher", "config"), ("gather_ablation", "runs")}
+    assert pairs - damaged == {("train_teacher", "config"), ("gather_ablation", "runs")}
 
 
 def test_every_artifact_has_a_reader_here():
@@ -298,14 +298,14 @@ def unread(path):
     other shapes, in a row group of which the footer says that they hold nothing there."""
     if path.name != "calls.parquet":
         return set()
-    found, metadata = set(), pq.ParquetFile(path).metadata
+    places, metadata = set(), pq.ParquetFile(path).metadata
     for group in range(metadata.num_row_groups):
         for column in range(metadata.num_columns):
             chunk = metadata.row_group(group).column(column)
             if chunk.statistics and chunk.statistics.null_count == chunk.num_values:
                 start = chunk.dictionary_page_offset or chunk.data_page_offset
-                found |= set(range(start, start + chunk.total_compressed_size))
-    return found
+                places |= set(range(start, start + chunk.total_compressed_size))
+    return places
 
 
 def same(one, other):
@@ -332,8 +332,8 @@ def test_no_byte_of_any_artifact_goes_unnoticed(finished, tmp_path):
             read = read_all
             if at in passed_over:
                 read = tables.read
-                for found, batch in zip(read_all(tmp_path / path.name), whole, strict=True):
-                    assert same(found, batch)
+                for reread, batch in zip(read_all(tmp_path / path.name), whole, strict=True):
+                    assert same(reread, batch)
             with pytest.raises(UserError) as refused:
                 read(tmp_path / path.name)
             assert str(copy) in str(refused.value) and "delete it and rerun" in str(refused.value)
@@ -372,11 +372,11 @@ def test_joined_files_are_as_if_written_at_once(tmp_path):
         tensors.write(tmp_path / name, state, {"part": name})
     path = tmp_path / "joined"
     tensors.join(path, [tmp_path / name for name in parts], {"seed": "3"})
-    found, about = tensors.read(path)
+    joined, about = tensors.read(path)
     assert about == {"seed": "3"}
     every = parts["a"] | parts["b"]
-    assert found.keys() == every.keys()
-    assert all(torch.equal(value, every[name]) for name, value in found.items())
+    assert joined.keys() == every.keys()
+    assert all(torch.equal(value, every[name]) for name, value in joined.items())
     whole = bytearray(path.read_bytes())
     for place in range(len(whole)):
         whole[place] ^= 1
@@ -462,14 +462,14 @@ def test_a_file_that_is_replaced_while_it_is_read_is_read_as_one(tmp_path, monke
     tensors.write(path, {"step": torch.tensor(2)}, {"step": "2"})
 
     def newer(*given, **more):
-        found = checked(*given, **more)
+        metadata = checked(*given, **more)
         monkeypatch.setattr(tensors, "_checked", checked)
         tensors.write(path, {"step": torch.tensor(4)}, {"step": "4"})
-        return found
+        return metadata
 
     monkeypatch.setattr(tensors, "_checked", newer)
-    found, about = tensors.read(path)
-    assert str(found["step"].item()) == about["step"] == "4"
+    read, about = tensors.read(path)
+    assert str(read["step"].item()) == about["step"] == "4"
 
     schema = pa.schema([schemas.column("a", pa.int32(), "a")])
     tables.write(tmp_path / "t.parquet", pa.table({"a": [1, 2]}), schema, {"of": "the first"})

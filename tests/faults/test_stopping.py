@@ -36,9 +36,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def command(program, settings, paths, processes=1, python=sys.executable):
     """Of a stage that several processes share."""
-    found = [python, SCRIPTS / "launch.py", "--processes", processes, "--threads", "2"]
-    found += ["--device", "cpu", SCRIPTS / f"{program}.py", *tiny.options(settings, paths)]
-    return [str(word) for word in found]
+    words = [python, SCRIPTS / "launch.py", "--processes", processes, "--threads", "2"]
+    words += ["--device", "cpu", SCRIPTS / f"{program}.py", *tiny.options(settings, paths)]
+    return [str(word) for word in words]
 
 
 def warn_and_resume(program, settings, paths):

@@ -175,12 +175,12 @@ def _sections(function: types.FunctionType) -> dict[str, Any]:
         return {}
     from ppcl.settings import Section
 
-    found = {}
+    parameters = {}
     for name, kind in typing.get_type_hints(function).items():
         classes = [each for each in (kind, *typing.get_args(kind)) if inspect.isclass(each)]
         if sections := [each for each in classes if issubclass(each, Section)]:
-            found[name] = sections[0]
-    return found
+            parameters[name] = sections[0]
+    return parameters
 
 
 def _taking(function: types.FunctionType, sections: dict[str, Any]) -> Callable:

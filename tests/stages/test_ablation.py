@@ -183,13 +183,13 @@ def test_a_part_of_the_comparison_has_the_methods_that_it_names():
 def test_every_method_trains_for_the_same_number_of_steps(distill, subsets):
     options = AblationSettings.of({"distill_steps": distill, "subsets_steps": subsets})
     for method in methods.METHODS.values():
-        found = phases.steps_of(method.select, method.train, options)
-        assert sum(found.values()) - found["masks"] == distill + subsets
-        assert found["distill"] > 0 or method.train.get("share") in (0.5, 0.7, 1.0)
+        steps = phases.steps_of(method.select, method.train, options)
+        assert sum(steps.values()) - steps["masks"] == distill + subsets
+        assert steps["distill"] > 0 or method.train.get("share") in (0.5, 0.7, 1.0)
         if "share" in method.train:
-            assert found["subsets"] == round(method.train["share"] * (distill + subsets))
-        assert bool(found["narrow"]) == (method.train.get("schedule") == "staged")
-        assert bool(found["masks"]) == (method.select["by"] == "learned_masks")
+            assert steps["subsets"] == round(method.train["share"] * (distill + subsets))
+        assert bool(steps["narrow"]) == (method.train.get("schedule") == "staged")
+        assert bool(steps["masks"]) == (method.select["by"] == "learned_masks")
 
 
 def test_a_staged_selection_without_intervals_gives_its_maps_all_steps(
@@ -207,8 +207,8 @@ def test_a_staged_selection_without_intervals_gives_its_maps_all_steps(
 def test_width_keeps_half_of_the_depth_cuts_unless_told_otherwise(run, pipe, tmp_path, accelerator):
     held = material(run, pipe, json.loads(methods.job("joint")), tmp_path, accelerator)
     for share, least in ((1.0, 4), (0.5, 2), (0.0, 0)):
-        found = own_selections.depth_and_width(held, 4, depth_share=share)
-        assert sum(last - first for first, last in found.starts) >= least
+        chosen = own_selections.depth_and_width(held, 4, depth_share=share)
+        assert sum(last - first for first, last in chosen.starts) >= least
 
 
 @settings(max_examples=60, deadline=None)
@@ -229,9 +229,9 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
         with pytest.raises(UserError, match="ablation.removed_fraction"):
             own_selections.exactly(costs, removed, depth)
     else:
-        found = own_selections.exactly(costs, removed, depth)
-        assert sum(costs[ends] for ends in found) == pytest.approx(best)
-        assert sum(t - f for f, t in found) == removed
+        cheapest = own_selections.exactly(costs, removed, depth)
+        assert sum(costs[ends] for ends in cheapest) == pytest.approx(best)
+        assert sum(t - f for f, t in cheapest) == removed
 
 
 # ---- runs
@@ -241,42 +241,42 @@ def test_exactly_is_the_cheapest_of_all_sets(depth, removed, seed):
 def test_every_method_runs_and_removes_the_same(run, pipe, name, tmp_path, accelerator):
     job = json.loads(methods.job(name))
     given_ = material(run, pipe, job, tmp_path, accelerator)
-    found = trial.run(given_, pipe, job, selections.choose(given_, job["select"]))
-    found = pd.DataFrame(found)[schemas.ABLATION_RUN.names]
+    rows = trial.run(given_, pipe, job, selections.choose(given_, job["select"]))
+    rows = pd.DataFrame(rows)[schemas.ABLATION_RUN.names]
     if name == "teacher":
-        assert found["velocity_error"].max() < 1e-9 and found["parameter_fraction"].item() == 1
+        assert rows["velocity_error"].max() < 1e-9 and rows["parameter_fraction"].item() == 1
         return
-    parts = found[found["state"] == "part"]
+    parts = rows[rows["state"] == "part"]
     assert len(parts) == (7 if "budgets" in job["train"] else 0)
-    found = found.drop(parts.index)
+    rows = rows.drop(parts.index)
     plain, low = ["plugged", "finetuned"], ["low_rank", "low_rank_finetuned"]
     kind = job["train"].get("low_rank", "no")
     states = {"no": plain, "also": plain + low, "only": low}[kind]
-    assert found["state"].tolist() == states
+    assert rows["state"].tolist() == states
     masks = 2 if name == "tinyfusion" else 0
-    assert found["steps"].tolist() == [6 + masks, 7 + masks] * (len(states) // 2)
-    assert (found["velocity_error"] > 0).all() and found["all_correct"].isna().all()
+    assert rows["steps"].tolist() == [6 + masks, 7 + masks] * (len(states) // 2)
+    assert (rows["velocity_error"] > 0).all() and rows["all_correct"].isna().all()
     if len(parts):
-        wanted = found["removed_parameters"].iloc[0] * np.arange(1, 8) / 8
+        wanted = rows["removed_parameters"].iloc[0] * np.arange(1, 8) / 8
         assert (parts["removed_parameters"] >= wanted).all()
         assert (parts["velocity_error"] > 0).all() and (parts["steps"] == 6).all()
     whole = blocks.parameter_count(tiny.transformer(BLOCKS))
-    np.testing.assert_allclose(found["parameter_fraction"], 1 - found["removed_parameters"] / whole)
+    np.testing.assert_allclose(rows["parameter_fraction"], 1 - rows["removed_parameters"] / whole)
     block = blocks.parameter_count(tiny.transformer(1).transformer_blocks[0])
-    lowered = found[found["state"].isin(low)]["removed_parameters"]
+    lowered = rows[rows["state"].isin(low)]["removed_parameters"]
     if kind == "also":
         assert (lowered == REMOVED * block + LOWERED).all()
     elif kind == "only":
         wanted = REMOVED * block + LOWERED
         assert wanted <= lowered.min() == lowered.max() < wanted + block
         return
-    saved = found["removed_parameters"].iloc[0]
+    saved = rows["removed_parameters"].iloc[0]
     if name == "latency":
-        assert (found["removed_blocks"] >= REMOVED / 2).all()
+        assert (rows["removed_blocks"] >= REMOVED / 2).all()
     elif methods.METHODS[name].select["by"] == "depth_and_width":
         assert REMOVED * block <= saved < (REMOVED + 1) * block
     else:
-        assert saved == REMOVED * block and (found["removed_blocks"] == REMOVED).all()
+        assert saved == REMOVED * block and (rows["removed_blocks"] == REMOVED).all()
 
 
 @pytest.mark.parametrize("script", ["ablate.py", "calibrate.py"])
@@ -339,9 +339,9 @@ def test_every_draw_is_a_set_of_the_units_in_order(count, seed, step):
     members = list(range(count))
     prices = rng.random(count).tolist(), rng.integers(1, 9, count).tolist()
     for draw in schedules.DRAWS.values():
-        found = draw(members, prices)((seed, step))
-        assert found and found == sorted(set(found)) and set(found) <= set(members)
-        assert found == draw(members, prices)((seed, step))
+        drawn = draw(members, prices)((seed, step))
+        assert drawn and drawn == sorted(set(drawn)) and set(drawn) <= set(members)
+        assert drawn == draw(members, prices)((seed, step))
     assert schedules.everything(members, prices)((seed, step)) == members
 
 
@@ -354,11 +354,11 @@ def test_large_sets_are_drawn_as_often_as_they_are_large():
 def test_half_of_the_budget_draws_are_the_cheapest_of_their_size():
     costs, savings = [4.0, 1.0, 3.0, 2.0], [1, 1, 1, 1]
     draw = schedules.budgets(list("abcd"), (costs, savings))
-    found = ["".join(draw((1, step))) for step in range(4000)]
+    draws = ["".join(draw((1, step))) for step in range(4000)]
     # A budget asks for one to four units with equal chance; so do the uniform draws.
     for size, (cheapest, sets) in enumerate([("b", 4), ("bd", 6), ("bcd", 4), ("abcd", 1)], 1):
         expected = 0.125 + 0.125 / sets
-        assert found.count(cheapest) / 4000 == pytest.approx(expected, abs=0.025), size
+        assert draws.count(cheapest) / 4000 == pytest.approx(expected, abs=0.025), size
 
 
 def test_a_mixture_has_the_gradient_of_the_weighted_sum():
@@ -394,7 +394,7 @@ def test_chain_losses_and_gradients_are_those_of_the_literal_chain(teacher, read
     ((name, loss, _),) = step(7)
     assert name == "students"
     loss.backward()
-    found = {p: [x.grad for x in made[p].parameters()] for p in parts}
+    gradients = {p: [x.grad for x in made[p].parameters()] for p in parts}
 
     literal = copy.deepcopy(teacher)
     twins = {p: copy.deepcopy(made[p]) for p in parts}
@@ -433,7 +433,7 @@ def test_chain_losses_and_gradients_are_those_of_the_literal_chain(teacher, read
     torch.testing.assert_close(loss, total)
     total.backward()
     for part in parts:
-        for mine, twin in zip(found[part], twins[part].parameters(), strict=True):
+        for mine, twin in zip(gradients[part], twins[part].parameters(), strict=True):
             if mine is None:
                 assert twin.grad is None or not twin.grad.any()
             else:
@@ -545,12 +545,12 @@ def test_tables_for_a_reader_have_each_method_where_it_is_compared(tmp_path):
     assert list(sections) == [*report.SECTIONS, "What was chosen"]
     low = "As large: everything, rivals with the same low-rank modulation"
     for method in methods.METHODS.values():
-        found = {title for title, part in sections.items() if f"| {method.label} |" in part}
+        titles = {title for title, part in sections.items() if f"| {method.label} |" in part}
         if method.group in ("teacher", "schedule"):
-            assert found <= set(list(sections)[1:3])
+            assert titles <= set(list(sections)[1:3])
         else:
-            assert (low in found) == ("low_rank" in method.train)
-            assert found - {low} or method.train["low_rank"] == "only"
+            assert (low in titles) == ("low_rank" in method.train)
+            assert titles - {low} or method.train["low_rank"] == "only"
     state = (table["method"] == "ema") & (table["state"] == "finetuned")
     mean = table[state]["velocity_error"].item()
     row = next(line for line in sections["Open choices"].split("\n") if "moving average" in line)
@@ -561,19 +561,19 @@ def test_intervals_over_seeds_are_students_of_the_pooled_spread():
     table = comparison_tables.table()
     table = table[table["state"] != "part"]
     table.loc[(table["method"] == "amber") & (table["seed"] == 1), "intervals"] = "[[1, 2]]"
-    found = method_statistics.summary(table, "velocity_error")
+    summary = method_statistics.summary(table, "velocity_error")
     logs = np.log(table["velocity_error"].clip(1e-12)).groupby([table["method"], table["state"]])
     several = logs.var()[logs.count() > 1].drop("amber", level="method")
     several = several.xs("plugged", level="state")
     spread, freedom = several.mean() ** 0.5, 2 * len(several)  # three seeds each
     for method, seeds in (("joint", 3), ("loss-mixed", 1)):
-        row = found.loc[method, "plugged"]
+        row = summary.loc[method, "plugged"]
         reach = stats.t.ppf(0.975, freedom) * spread / seeds**0.5
         reach = (reach**2 + math.log(1.1) ** 2) ** 0.5  # and what the table says of prompts
         mean = logs.mean()[method, "plugged"]
         assert row["seeds"] == seeds and row["mean"] == pytest.approx(np.exp(mean))
         assert row["high"] == pytest.approx(np.exp(mean + reach))
-    chance = found.loc["amber", "plugged"]  # its seeds chose different blocks
+    chance = summary.loc["amber", "plugged"]  # its seeds chose different blocks
     own = 4.302653 * logs.std()["amber", "plugged"] / 3**0.5  # t with 2 degrees of freedom
     own = (own**2 + math.log(1.1) ** 2) ** 0.5
     assert chance["high"] == pytest.approx(chance["mean"] * np.exp(own))

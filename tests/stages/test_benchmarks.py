@@ -46,14 +46,14 @@ def in_place(monkeypatch):
     ],
 )
 def test_a_benchmark_gives_its_ratios(in_place, tmp_path, benchmark, count):
-    found = benchmark(TINY, tmp_path)
-    assert len(found) == count
-    assert all(ratio.measured >= 0 and ratio.against > 0 for ratio in found)
+    ratios = benchmark(TINY, tmp_path)
+    assert len(ratios) == count
+    assert all(ratio.measured >= 0 and ratio.against > 0 for ratio in ratios)
 
 
 def test_each_option_is_measured_against_none(in_place, tmp_path):
-    found = options.run(TINY, tmp_path)
-    assert {ratio.name.split(":")[0] for ratio in found} >= {
+    ratios = options.run(TINY, tmp_path)
+    assert {ratio.name.split(":")[0] for ratio in ratios} >= {
         "distill, mixed_precision",
         "distill, gradient_checkpointing",
         "distill, teacher.compile",
@@ -61,7 +61,7 @@ def test_each_option_is_measured_against_none(in_place, tmp_path):
         "fine-tune, gradient_checkpointing",
     }
     assert all(
-        ratio.verdict == "reported" and min(ratio.measured, ratio.against) > 0 for ratio in found
+        ratio.verdict == "reported" and min(ratio.measured, ratio.against) > 0 for ratio in ratios
     )
 
 

@@ -38,8 +38,8 @@ VARIANTS = [
 
 @pytest.fixture(scope="module")
 def world(tiny_teacher, tiny_calls, tmp_path_factory):
-    """Settings, and what choose takes: prices of all closed forms, a plan of one interval and one
-    block without FFNs, and students that two trainings might have left."""
+    """Settings, and what choose takes: prices of all closed forms, a selection of one interval and
+    one block without FFNs, and students that two trainings might have left."""
     folder = tmp_path_factory.mktemp("choose")
     measure(tiny_teacher, tiny_calls, folder, ladder=[2, 4])
     settings, given = tiny.pruned(
@@ -141,9 +141,9 @@ def test_sets_keep_their_budgets_and_models_have_what_was_foretold(
 
 
 def test_every_set_that_was_tried_is_told_and_the_best_is_taken(chosen):
-    found = tables.read(chosen["measured"], schemas.VARIANT_SETS).to_pandas()
+    tried = tables.read(chosen["measured"], schemas.VARIANT_SETS).to_pandas()
     written = sets_file.read(chosen["sets"])
-    for name, rows in found.groupby("variant"):
+    for name, rows in tried.groupby("variant"):
         least = rows["velocity_error"].min()
         assert (rows[rows["chosen"]]["velocity_error"] == least).all() and rows["chosen"].any()
         assert written.facts[name]["velocity_error"] == pytest.approx(least)
@@ -197,23 +197,23 @@ def test_a_variant_is_trained_and_exported_as_its_set_says(
 
 def test_refitted_maps_are_those_that_the_set_was_made_with(chosen, tmp_path):
     written, files = sets_file.read(chosen["sets"]), Files(refits=chosen["refitted"])
-    found = next(
+    refitted = next(
         one for one in written.sets.values() if any("refit-" in s for s in one.sources.values())
     )
-    digest = files.refits_digest(found)
-    assert files.refits_digest(found, digest) == digest
+    digest = files.refits_digest(refitted)
+    assert files.refits_digest(refitted, digest) == digest
     with pytest.raises(UserError, match="other maps than the set was made with; delete"):
-        files.refits_digest(found, "another")
+        files.refits_digest(refitted, "another")
     with pytest.raises(UserError, match="name variants/maps.safetensors, --refits"):
-        Files().refits_digest(found)
+        Files().refits_digest(refitted)
     maps = linear_map_refits.read(chosen["refitted"])
     linear_map_refits.write(tmp_path / "same.safetensors", maps, {"created": "later"})
-    assert Files(refits=tmp_path / "same.safetensors").refits_digest(found) == digest
+    assert Files(refits=tmp_path / "same.safetensors").refits_digest(refitted) == digest
     for probes_ in maps.values():
         for probe in probes_.values():
             probe.bias[0] += 1
     linear_map_refits.write(tmp_path / "other.safetensors", maps, {})
-    assert Files(refits=tmp_path / "other.safetensors").refits_digest(found) != digest
+    assert Files(refits=tmp_path / "other.safetensors").refits_digest(refitted) != digest
     nothing = Set()
     assert Files().refits_digest(nothing) == files.refits_digest(nothing)
 
@@ -262,10 +262,10 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     transformer, shop = workshop(tiny_teacher, world)
     places = [(0, ("image",)), (3, ("image", "text"))]
     units = [Unit((NewBlock(block, block, streams),)) for block, streams in places]
-    found = Set(tuple(Member(unit, "closed") for unit in units), (((1, "img_mod.1"), 2),))
-    again = sets.refitted(found, "v")
+    closed = Set(tuple(Member(unit, "closed") for unit in units), (((1, "img_mod.1"), 2),))
+    again = sets.refitted(closed, "v")
     assert set(again.sources.values()) == {"refit-v"}
-    before = narrow.maps(shop.model(found)[0].transformer_blocks[3])["ffn/image"].weight.clone()
+    before = narrow.maps(shop.model(closed)[0].transformer_blocks[3])["ffn/image"].weight.clone()
     model, block_map = shop.model(again)
     reader, options = calls.Reader(tiny_calls), config.load(json.dumps(world[0])).width
     rows, _ = linear_map_fits.fit_rows(reader, options, 0)
@@ -297,7 +297,7 @@ def test_a_refit_is_least_squares_on_what_the_set_gives(world, tiny_teacher, tin
     shop.take({"refit-v": maps})
     made = narrow.maps(shop.model(again)[0].transformer_blocks[3])["ffn/image"]
     assert torch.equal(made.weight, layer.weight) and made is not layer
-    kept = narrow.maps(shop.model(found)[0].transformer_blocks[3])["ffn/image"]
+    kept = narrow.maps(shop.model(closed)[0].transformer_blocks[3])["ffn/image"]
     assert torch.equal(kept.weight, before)
 
 
@@ -353,8 +353,8 @@ def test_velocities_of_several_processes_are_those_of_one(tiny_teacher, tiny_cal
         several.reduce = lambda x, reduction: summands.append(x.clone()) or x
         # Of its own batches alone no ratio is defined where one of them is all of the others'.
         with np.errstate(all="ignore"):
-            found = measuring.measure_transformers(*how, device, several)
-        assert all(("latency_seconds" in of) == (index == 0) for of in found.values())
+            estimates = measuring.measure_transformers(*how, device, several)
+        assert all(("latency_seconds" in of) == (index == 0) for of in estimates.values())
     assert len(measured) == len(set(measured)) and len({rows for _, rows in measured}) > 1
     several.reduce = lambda x, reduction: sum(summands)
     assert {n: of["velocity_error"] for n, of in of_one.items()} == {

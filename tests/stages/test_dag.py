@@ -90,9 +90,9 @@ def test_every_file_of_the_contract_is_there_with_its_columns(finished):
             continue
         path = finished / RUN / name.replace("<variant>", "p55")
         # The token table's width is the model's, so only its names can be asked for here.
-        found = tables.read(path, None if "tokens" in name else schema)
-        assert set(schema.names) <= set(found.column_names), name
-        assert len(found), name
+        table = tables.read(path, None if "tokens" in name else schema)
+        assert set(schema.names) <= set(table.column_names), name
+        assert len(table), name
         assert tables.provenance(path)["commit"]
     for variant in ("p55", "p85"):
         assert (finished / RUN / "models" / variant / "model_index.json").is_file()
@@ -141,8 +141,8 @@ def rerun_by(finished: Path, changed: str) -> dict[str, int]:
     """Rule to number of jobs that a changed key asks for."""
     (finished / "changed.yaml").write_text(changed)
     printed = snakemake(finished, "changed.yaml", "-n")
-    found = printed.split("Job stats:")[1].split("total")[0]
-    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", found, re.M)}
+    statistics = printed.split("Job stats:")[1].split("total")[0]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", statistics, re.M)}
 
 
 def test_a_teacher_in_place_of_another_reruns_all_though_it_is_older(finished):
@@ -182,8 +182,8 @@ def test_another_budget_of_one_variant_trains_no_other_again(finished, tmp_path)
 
 
 def test_budgets_are_kept(finished):
-    found = pd.read_parquet(finished / RUN / "evaluation/metrics.parquet")
-    fraction = found[found["metric"] == "parameter_fraction"].set_index("variant")["value"]
+    metrics = pd.read_parquet(finished / RUN / "evaluation/metrics.parquet")
+    fraction = metrics[metrics["metric"] == "parameter_fraction"].set_index("variant")["value"]
     assert fraction["teacher"] == 1
     assert fraction["p55"] <= 0.55 and fraction["p85"] <= 0.85
 

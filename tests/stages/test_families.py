@@ -144,7 +144,7 @@ def stage(name: str, settings: dict, **paths) -> None:
 
 
 def search(folder: Path, settings: dict) -> dict[str, Path]:
-    """The stages up to the plan, one program after the other."""
+    """The stages up to the selection, one program after the other."""
     names = {
         "calls": "calls.parquet",
         "tokens": "tokens.parquet",
@@ -186,15 +186,15 @@ def train(folder: Path, settings: dict, at: dict[str, Path]) -> dict[str, Path]:
     """The stages from distill to assemble."""
     before = at["students"]
     for name in ("distill", "subsets"):
-        found = {
+        outputs = {
             "output": folder / f"{name}.safetensors",
             "log_table": folder / f"{name}-log.parquet",
             "unit_costs": folder / f"{name}-unit_costs.parquet",
         }
         common = {key: at[key] for key in ("calls", "selection", "state")}
-        stage(name, settings, students=before, **common, **found)
-        before = found["output"]
-    at |= {"unit_costs": found["unit_costs"], "model": folder / "spare"}
+        stage(name, settings, students=before, **common, **outputs)
+        before = outputs["output"]
+    at |= {"unit_costs": outputs["unit_costs"], "model": folder / "spare"}
     sets = tiny.chosen(folder / "sets.json", at["selection"], "subsets", "spare")
     of_variant = {"calls": at["calls"], "sets": sets, "variant": "spare", "subsets": before}
     tuned, log = folder / "tuned.safetensors", folder / "tuned.parquet"
@@ -250,8 +250,8 @@ def test_recorded_calls_replay_to_the_bit(ran):
 def test_planted_redundant_blocks_are_found_and_cost_nothing(ran):
     name, _, settings, at = ran
     transformer = pipelines.load_transformer(source(settings), torch.device("cpu"))
-    found = tables.read(at["intervals"], schemas.INTERVALS).to_pandas()
-    chosen = found[found["selected"]]
+    candidates = tables.read(at["intervals"], schemas.INTERVALS).to_pandas()
+    chosen = candidates[candidates["selected"]]
     spare = len(blocks.block_sequence(transformer)) - settings["variants"][0]["budget"]["blocks"]
     assert chosen["removed_blocks"].sum() == spare
     ends = [
@@ -328,11 +328,11 @@ def test_stock_diffusers_loads_the_pruned_pipeline(ran):
     loaded = {m.name: m.transformer(torch.device("cpu")) for m in models}
     reader = calls.Reader(at["calls"])
     timed = reader.draw(reader.heldout_rows("report"), 2, (0,))
-    found = measuring.measure_transformers(
+    estimates = measuring.measure_transformers(
         loaded, reader, timed, Settings.of(settings), torch.device("cpu")
     )
-    assert found["spare"]["velocity_error"].value < (1e-4 if name in LOW else 1e-6)
-    assert found["spare"]["parameter_fraction"].value < 1
+    assert estimates["spare"]["velocity_error"].value < (1e-4 if name in LOW else 1e-6)
+    assert estimates["spare"]["parameter_fraction"].value < 1
     item = {"sample": 0, "prompt_index": 0, "prompt": "a red 1 on blue", "seed": 5}
     if ZOO[name].image:
         item["image"] = str(Path(settings["teacher"]["path"]).parent / "picture.png")

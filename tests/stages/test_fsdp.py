@@ -17,7 +17,7 @@ TRAINING |= {"ema": 0.5}  # an average is shared out, saved and resumed as weigh
 
 @pytest.fixture(scope="module")
 def world(tiny_teacher, tiny_calls, tmp_path_factory):
-    """Settings, a plan and its students, as finetune takes them."""
+    """Settings, a selection and its students, as finetune takes them."""
     folder = tmp_path_factory.mktemp("fsdp")
     options = {"distill": TRAINING | {"steps": 1, "heldout_rows": 4}, "finetune": TRAINING}
     settings, given = tiny.pruned(folder, tiny_teacher, tiny_calls, **options)

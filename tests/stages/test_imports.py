@@ -69,9 +69,9 @@ def test_every_program_is_in_the_table():
 
 @pytest.mark.parametrize("program", WITHOUT)
 def test_a_program_imports_no_more_than_it_uses(program):
-    found = imported(program)
-    assert "argparse" in found  # Python did write the account
-    assert sorted(WITHOUT[program] & found) == []
+    modules = imported(program)
+    assert "argparse" in modules  # Python did write the account
+    assert sorted(WITHOUT[program] & modules) == []
 
 
 def test_the_collector_rests_while_libraries_are_imported_and_then_works_as_ever():

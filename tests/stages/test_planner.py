@@ -61,8 +61,8 @@ def forecast(table: Path, settings: dict, **paths) -> pd.DataFrame:
 
 
 def values(table: pd.DataFrame, item: str, measure: str) -> dict[str, float]:
-    found = table[(table["item"] == item) & (table["measure"] == measure)]
-    return found.set_index("name")["value"].to_dict()
+    rows = table[(table["item"] == item) & (table["measure"] == measure)]
+    return rows.set_index("name")["value"].to_dict()
 
 
 # ---- counts
@@ -98,8 +98,8 @@ def qwen(tmp_path_factory) -> tuple[pd.DataFrame, Path]:
 
 
 def test_published_counts(qwen):
-    found = values(qwen[0], "variant", "parameters")
-    assert (found["teacher"], found["depth"]) == (QWEN, QWEN_DEPTH)
+    parameters = values(qwen[0], "variant", "parameters")
+    assert (parameters["teacher"], parameters["depth"]) == (QWEN, QWEN_DEPTH)
     left = {"teacher": 60, "depth": 35, "depth+width": 35}
     left |= {"modulation": 60, "depth+modulation": 35, "depth+width+modulation": 35}
     assert values(qwen[0], "variant", "blocks") == left
@@ -125,8 +125,8 @@ def test_width_counts_by_hand(qwen):
     borrowers = {(13, 14): 1, (31, 32): 1, (33, 34): 1, (36, 37): 1, (40, 41): 1, (50, 59): 6}
     closing = 5 * linear  # all groups but the last make a text stream again
     saved = 4 * ffn + sum(borrowers.values()) * text - closing + lent
-    found = values(qwen[0], "variant", "parameters")
-    assert found["depth+width"] == QWEN_DEPTH - saved == 9_914_549_824
+    parameters = values(qwen[0], "variant", "parameters")
+    assert parameters["depth+width"] == QWEN_DEPTH - saved == 9_914_549_824
 
 
 # Text groups, FFNs, and parameters with every modulation and the last AdaLN at rank 16, before dead
@@ -194,11 +194,11 @@ def test_flops_of_qwen_in_closed_form(qwen):
     ends = 2 * (image * 64 * d + text * 3584 * d + image * d * 64)
     ends += 2 * (256 * d + d * d + 2 * d * d)  # timestep, and the last norm
     table = qwen[0]
-    found = table[(table["item"] == "block") & (table["name"] == "teacher")]
-    assert (found[found["measure"] == "flops"]["value"] == per_block).all()
+    rows = table[(table["item"] == "block") & (table["name"] == "teacher")]
+    assert (rows[rows["measure"] == "flops"]["value"] == per_block).all()
     total = values(table, "variant", "flops")["teacher"]
     assert total == 60 * per_block + ends
-    shares = found[found["measure"] == "latency share"]["value"]
+    shares = rows[rows["measure"] == "latency share"]["value"]
     assert np.isclose(shares.sum(), 60 * per_block / total)
     assert values(table, "variant", "latency share")["depth"] == pytest.approx(
         (35 * per_block + ends) / total
@@ -210,9 +210,9 @@ def test_flops_of_qwen_in_closed_form(qwen):
 
 def measured(step) -> int:
     """Most bytes that the CPU's allocator had given at once since the step began."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    events = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     events.sort(key=lambda e: e.start_ns())
     return int(np.cumsum([e.nbytes() for e in events]).max())
 
@@ -339,13 +339,13 @@ def test_memory_of_the_trainings_is_as_measured(recorded, recompute):
         for module in trained:
             module.zero_grad(set_to_none=True)
         parts = of_name[name].parts
-        found = (
+        predicted = (
             of_name[name].resident
             - parts["teacher"]
             - parts["students"]
             - parts["optimizer 32-bit"]
         )
-        assert found == pytest.approx(peak, rel=0.15), name
+        assert predicted == pytest.approx(peak, rel=0.15), name
 
 
 def test_optimizer_states_are_those_of_adamw():
@@ -427,8 +427,8 @@ def test_many_devices_and_8_bit_moments(tmp_path):
     calls = {"height": 64, "width": 64, "num_inference_steps": 10}
     _, notes, _ = planned("drawn", distill={"shards": 2}, pipeline=calls)
     drawn = np.unique(np.random.default_rng(0).integers(0, 576 * 22, 200 * 64)).size
-    found = float(notes["distill/1"].removesuffix(" block passes a step").split()[-1])
-    assert found == pytest.approx(5 + 7 * drawn / (200 * 64), rel=0.01)
+    passes = float(notes["distill/1"].removesuffix(" block passes a step").split()[-1])
+    assert passes == pytest.approx(5 + 7 * drawn / (200 * 64), rel=0.01)
 
     # 4 of 5 samples are taught, each of 10 calls: 40 rows, drawn 12,800 times. The second job
     # starts at block 5, and keeps 8 x 8 image and 512 text tokens, of 512 channels, of each row. It
@@ -447,8 +447,8 @@ def test_many_devices_and_8_bit_moments(tmp_path):
     assert inputs == {"state/distill-1/inputs/": 40 * (64 + 512) * 512 * 4}
     for measure, shares in (("students", (2, 1)), ("optimizer 32-bit", (2, 1))):
         whole = one.loc["distill", measure]
-        found = [parts.loc[f"distill/{number}", measure] for number in range(2)]
-        assert found == [pytest.approx(whole * share / 3) for share in shares]
+        sizes = [parts.loc[f"distill/{number}", measure] for number in range(2)]
+        assert sizes == [pytest.approx(whole * share / 3) for share in shares]
 
     small, notes, less = planned("small", distill={"optimizer": "adamw8bit"})
     saved = one.loc["distill", "optimizer 32-bit"] - one.loc["distill", "optimizer 8-bit"]
@@ -606,7 +606,7 @@ def test_provenance(qwen):
 def test_detected_selection_and_recorded_calls_are_taken(recorded, tmp_path, capsys):
     settings = {"teacher": {"path": str(recorded[0])}, "intervals": {"require": [[4, 5]]}}
     settings |= {name: {"batch_size": 2} for name in ("distill", "subsets", "finetune")}
-    found = forecast(
+    table = forecast(
         tmp_path / "forecast.parquet",
         settings,
         intervals=tiny.intervals(tmp_path / "intervals.parquet", [(1, 3)]),
@@ -614,14 +614,14 @@ def test_detected_selection_and_recorded_calls_are_taken(recorded, tmp_path, cap
         calls=recorded[1],
     )
     left = {"teacher": 6, "depth": 4, "depth+width": 4}
-    assert values(found, "variant", "blocks") == left
+    assert values(table, "variant", "blocks") == left
     # The table of candidates knows of no rank.
     assert not any("modulation" in name for name in left)
-    notes = found[(found["item"] == "block") & (found["name"] == "depth")]
+    notes = table[(table["item"] == "block") & (table["name"] == "depth")]
     assert list(notes[notes["measure"] == "parameters"]["note"])[1] == "for 1 to 3"
     longest = max(b.arguments["encoder_hidden_states"].shape[1] for b in _batches(recorded[1]))
     _, total = footprint.flops(tiny.transformer(6).to("meta"), _call(longest))
-    assert values(found, "variant", "flops")["teacher"] == total
+    assert values(table, "variant", "flops")["teacher"] == total
     out = capsys.readouterr().out
     assert "teacher" in out and "finetune" in out and "80 GiB" in out
 
@@ -640,13 +640,13 @@ def _call(tokens: int) -> dict:
 def test_resolution_of_the_config_and_of_the_teachers_autoencoder(recorded, tmp_path):
     settings = {"teacher": {"path": str(recorded[0])}}
     settings |= {"pipeline": {"height": 64, "width": 32, "max_sequence_length": 7}}
-    found = forecast(tmp_path / "forecast.parquet", settings)
+    table = forecast(tmp_path / "forecast.parquet", settings)
     given = _call(7) | {"hidden_states": torch.empty(1, 32, 16, device="meta")}
     given["img_shapes"] = [[(1, 8, 4)]]
     _, total = footprint.flops(tiny.transformer(6).to("meta"), given)
-    assert values(found, "variant", "flops")["teacher"] == total
-    assert {"record", "evaluate"} <= set(found[found["item"] == "stage"]["name"])
-    assert "distill" not in set(found[found["item"] == "stage"]["name"])
+    assert values(table, "variant", "flops")["teacher"] == total
+    assert {"record", "evaluate"} <= set(table[table["item"] == "stage"]["name"])
+    assert "distill" not in set(table[table["item"] == "stage"]["name"])
 
 
 def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
@@ -654,12 +654,12 @@ def test_unknown_calls_leave_gaps(tmp_path, caplog, monkeypatch):
     monkeypatch.setitem(FAMILIES, name, replace(FAMILIES[name], pipeline=None))
     file = architecture(tmp_path / "c.json", "QwenImageTransformer2DModel", **SMALL)
     settings = {"forecast": {"transformer_config": str(file)}, "intervals": {"require": [[0, 1]]}}
-    found = forecast(tmp_path / "forecast.parquet", settings)
+    table = forecast(tmp_path / "forecast.parquet", settings)
     assert "calls of QwenImageTransformer2DModel are not known" in caplog.text
-    assert values(found, "variant", "parameters")["depth"] > 0
-    assert np.isnan(values(found, "variant", "flops")["depth"])
-    assert np.isnan(values(found, "stage", "peak resident")["finetune"])
-    assert values(found, "stage", "optimizer 32-bit")["finetune"] > 0
+    assert values(table, "variant", "parameters")["depth"] > 0
+    assert np.isnan(values(table, "variant", "flops")["depth"])
+    assert np.isnan(values(table, "stage", "peak resident")["finetune"])
+    assert values(table, "stage", "optimizer 32-bit")["finetune"] > 0
 
 
 @pytest.mark.parametrize(
@@ -697,10 +697,10 @@ def test_errors(settings, message, tmp_path, monkeypatch):
     architecture(Path("ok.json"), name, **SMALL)
     complete = Settings.of(config.complete(settings, "test"))
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
-        found, where = weightless.architecture(
+        transformer_config, where = weightless.architecture(
             complete.teacher, complete.forecast.transformer_config
         )
-        made = weightless.on_meta(found, torch.float32, where)
+        made = weightless.on_meta(transformer_config, torch.float32, where)
         weightless.selection(complete, made)
 
 
@@ -747,8 +747,8 @@ def test_the_target_runs_without_weights(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "8 GiB" in done.stdout + done.stderr
     table = folder / "results/planned/forecast/forecast.parquet"
-    found = tables.read(table, schemas.FORECAST).to_pandas()
-    counts = values(found, "variant", "blocks")
+    rows = tables.read(table, schemas.FORECAST).to_pandas()
+    counts = values(rows, "variant", "blocks")
     low = {"modulation": 3, "depth+modulation": 2}
     assert counts == {"teacher": 3, "depth": 2} | low
     assert not (folder / "results/planned/record").exists()

@@ -79,10 +79,10 @@ def folder(tiny_teacher, tmp_path_factory):
     pipe = tiny.load(tiny_teacher)
     pipe.register_modules(transformer=planted_transformer())
     # Not replayed on a stock transformer, which has no such blocks.
-    found = recording.record_batch(
+    recorded = recording.record_batch(
         pipe, pipe.transformer, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0, replayed=False
     )
-    call_tables.write(folder / "calls.parquet", [table.schema for table in found], found, {})
+    call_tables.write(folder / "calls.parquet", [table.schema for table in recorded], recorded, {})
     reader = calls.Reader(folder / "calls.parquet")
     claims.verify(pipe.transformer, reader.batch(np.arange(2)).arguments)
     options = {"batch_size": 16, "moment_tokens": 16, "sample_tokens": 4, "checkpoint_every": 99}
@@ -126,9 +126,9 @@ def selected(folder, streams, removed, segmentation="optimal", cost="cka"):
     paths = {name: folder / f"{name}.parquet" for name in ("cka", "sensitivity", "intervals")}
     paths["block_facts"] = folder / "block-facts.parquet"
     tiny.stage("intervals", SETTINGS | wanted, **paths)
-    found = tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
-    chosen = found[found["selected"]]
-    return list(zip(chosen["first"], chosen["last"], strict=True)), found
+    candidates = tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
+    chosen = candidates[candidates["selected"]]
+    return list(zip(chosen["first"], chosen["last"], strict=True)), candidates
 
 
 def test_probes_are_exact_on_planted_blocks_only(folder):
@@ -184,8 +184,8 @@ def test_eq_5_ends_at_the_planted_ends(folder):
         cka[rows["start"] + 1, rows["end"]] = rows["cka"]
         delta = cka_draws.differences(cka)
         assert intervals.trend_end(delta, run_[0], DEPTH - 1, 1e-4) == run_[1]
-    _, found = selected(folder, "mean", removed=1, segmentation="trend")
-    assert {"trend"} <= set(found["source"])
+    _, candidates = selected(folder, "mean", removed=1, segmentation="trend")
+    assert {"trend"} <= set(candidates["source"])
 
 
 def test_measured_costs_find_the_block_that_identities_follow(folder, tiny_teacher, monkeypatch):
@@ -205,8 +205,8 @@ def test_measured_costs_find_the_block_that_identities_follow(folder, tiny_teach
         state=folder / "state",
         table=table,
     )
-    chosen, found = selected(folder, "mean", removed=2, cost="velocity")
-    assert chosen == [(6, 8)] and 0 <= found.loc[found["selected"], "cost"].item() < 1e-9
+    chosen, candidates = selected(folder, "mean", removed=2, cost="velocity")
+    assert chosen == [(6, 8)] and 0 <= candidates.loc[candidates["selected"], "cost"].item() < 1e-9
     costs = tables.read(table, schemas.SENSITIVITY).to_pandas()
     costs = costs.set_index(["first", "last"])["velocity_error"]
     free = {(6, 7), (6, 8), (7, 8)}

@@ -201,17 +201,17 @@ def test_width_strip_shows_the_pruned_model():
     assert rows == ["text runs", "linear text FFNs", "linear image FFNs", "depth intervals"]
     # Filled bars follow the empty cells of their row, from top to bottom.
     bars = [bar for bar in strip.collections if len(bar.get_paths()) == 1]
-    found = {row: [] for row in rows}
+    drawn = {row: [] for row in rows}
     for bar in bars:
         corners = bar.get_paths()[0].get_extents()
         row = rows[round((corners.y0 + corners.y1) / 2)]
-        found[row].append((round(corners.x0 + 0.45), round(corners.x1 - 0.45)))
+        drawn[row].append((round(corners.x0 + 0.45), round(corners.x1 - 0.45)))
     spans = dict(selected_spans(intervals))
-    assert found["depth intervals"] == sorted(spans.items())
+    assert drawn["depth intervals"] == sorted(spans.items())
     for stream in ("image", "text"):
         chosen = table.query("kind == 'ffn' and stream == @stream and selected")["first"]
-        assert found[f"linear {stream} FFNs"] == [(q, spans.get(q, q)) for q in sorted(chosen)]
-    assert found["text runs"] == [(12, 15)]
+        assert drawn[f"linear {stream} FFNs"] == [(q, spans.get(q, q)) for q in sorted(chosen)]
+    assert drawn["text runs"] == [(12, 15)]
 
 
 def test_width_of_one_stream_of_free_ffns_and_of_nothing():
@@ -237,12 +237,12 @@ def test_modulation_shows_every_price_and_fills_what_was_taken():
     for ax, paths in ((image, ["img_mod.1", "norm_out.linear"]), (text, ["txt_mod.1"])):
         points = [line for line in ax.lines if line.get_marker() == "o"]
         of = rows[rows["path"].isin(paths)]
-        found = sorted(
+        drawn = sorted(
             (n.get_xdata()[0], n.get_ydata()[0], n.get_markerfacecolor() != "white") for n in points
         )
         shown = of["velocity_error"].clip(lower=least)
         wanted = sorted(zip(of["first"], shown, of["selected"], strict=True))
-        np.testing.assert_allclose(np.array(found, float), np.array(wanted, float))
+        np.testing.assert_allclose(np.array(drawn, float), np.array(wanted, float))
     picked = rows[rows["selected"]]
     assert len(picked) and sorted(text.get_text() for text in strip.texts) == sorted(
         picked["rank"].astype(str)
@@ -257,12 +257,12 @@ def test_without_intervals_the_smallest_variant_tells_what_was_taken():
     table = width_table(search_tables(24, 6)["intervals"], 24)
     table = table.drop(columns=["selected", "verdict", "reason"])
     units = variant_units()
-    found = taken_by_smallest(table, units)
+    marked = taken_by_smallest(table, units)
     own = units[units["variant"] == "p70"]  # saves most, and takes neither runs nor intervals
     keys = ["kind", "first", "last", "stream", "path", "rank"]
     taken = set(own[keys].itertuples(index=False, name=None))
     priced = set(table[keys].itertuples(index=False, name=None))
-    chosen = found[found["selected"]]
+    chosen = marked[marked["selected"]]
     assert set(chosen[keys].itertuples(index=False, name=None)) == taken & priced != set()
     assert {"ffn", "modulation"} <= set(chosen["kind"])
     assert not taken_by_smallest(table, units.iloc[:0])["selected"].any()

@@ -181,17 +181,17 @@ def test_preset_can_be_planned(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["forecast.py", *given])
     forecast.main()  # in this process: imports take longer than planning
     assert f"{SIZES[model][0]:,}" in capsys.readouterr().out
-    found = tables.read(table, schemas.FORECAST).to_pandas()
-    sizes = found[found["item"] == "artifact"].set_index("name")["value"]
+    rows = tables.read(table, schemas.FORECAST).to_pandas()
+    sizes = rows[rows["item"] == "artifact"].set_index("name")["value"]
     variants = loaded(name).variants
     for variant in variants:  # no budget is out of reach
         allowed = 2 * SIZES[model][0] * variant.budget["fraction"]
         assert sizes[f"models/{variant.name}/"] <= allowed
     if name in FREE:
-        hours = found.loc[found["item"] == "job", "value"].sum() / 3600
+        hours = rows.loc[rows["item"] == "job", "value"].sum() / 3600
         assert hours < 1.6  # of two: assemble copies, and loads again what it wrote
         assert sizes.sum() / 1e9 + encoders * len(variants) < 60
-        assert found.loc[found["gpu_gib"] == 80, "value"].all()  # everything fits, as it is
+        assert rows.loc[rows["gpu_gib"] == 80, "value"].all()  # everything fits, as it is
 
 
 @pytest.mark.parametrize("name", EVERY)

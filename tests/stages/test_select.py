@@ -114,8 +114,8 @@ def write_widths(path, depth, saved=30, output=6):
 
 def modulations(depth):
     """Of every block its text's, 42 parameters of which a borrower has none; and the last one."""
-    found = [Modulation(b, "txt", 2, 14, ffn="text", text=True) for b in range(depth)]
-    return [*found, Modulation(depth, "last", 2, 14)]
+    of_blocks = [Modulation(b, "txt", 2, 14, ffn="text", text=True) for b in range(depth)]
+    return [*of_blocks, Modulation(depth, "last", 2, 14)]
 
 
 def run_stage(
@@ -173,8 +173,8 @@ def test_by_influence_the_blocks_of_least_influence_go(tmp_path, monkeypatch):
     tables.write(tmp_path / "probes.parquet", pd.DataFrame(rows)[names], schemas.PROBES, {})
     write_cka(tmp_path / "cka.parquet", random_cka(3, depth))
     # 1050 parameters, at most 630 stay: 420 go.
-    found = run_stage(monkeypatch, tmp_path, cost="influence", segmentation="optimal")
-    selected = found[found["selected"]]
+    table = run_stage(monkeypatch, tmp_path, cost="influence", segmentation="optimal")
+    selected = table[table["selected"]]
     gone = {b for row in selected.itertuples() for b in range(row.first + 1, row.last + 1)}
     mean = (influences["image"] + influences["text"]) / 2
     assert gone == {1 + b for b in np.argsort(mean[1:])[:5]}
@@ -186,41 +186,41 @@ def test_by_influence_the_blocks_of_least_influence_go(tmp_path, monkeypatch):
 def test_stage_lists_the_chain_and_the_selection_with_reasons(tmp_path, monkeypatch):
     cka = random_cka(3, 12)
     write_cka(tmp_path / "cka.parquet", cka)
-    found = run_stage(monkeypatch, tmp_path, cka_floor=0.2, protect_first=1)
+    table = run_stage(monkeypatch, tmp_path, cka_floor=0.2, protect_first=1)
     chain = intervals.trend_chain(cka, [range(12)])
-    trend = found[found["source"] == "trend"]
+    trend = table[table["source"] == "trend"]
     assert list(zip(trend["first"], trend["last"], strict=True)) == chain
-    assert found["cost"].tolist() == pytest.approx(1 - found["cka"])
-    selected = found[found["selected"]]
+    assert table["cost"].tolist() == pytest.approx(1 - table["cka"])
+    selected = table[table["selected"]]
     assert selected["removed_blocks"].sum() == 5  # 1250 parameters, at most 750 stay: 500 go
     blocks = [b for row in selected.itertuples() for b in range(row.first, row.last + 1)]
     assert len(set(blocks)) == len(blocks)
     assert 0 not in blocks
     assert (selected["cka"] >= 0.2).all()
-    assert found["reason"].str.len().min() > 10
-    assert "protected block 0" in found["reason"][0]
-    assert not any(found.duplicated(["first", "last"]))
+    assert table["reason"].str.len().min() > 10
+    assert "protected block 0" in table["reason"][0]
+    assert not any(table.duplicated(["first", "last"]))
 
 
 def test_stage_keeps_untouchable_blocks_and_blocks_without_cka(tmp_path, monkeypatch):
     cka = random_cka(4, 12)
     cka[5, :] = cka[:5, 5:] = np.nan
     write_cka(tmp_path / "cka.parquet", cka, untouchable=[9], seams=[0, 3])
-    found = run_stage(monkeypatch, tmp_path, segmentation="optimal")
-    for row in found.itertuples():
+    table = run_stage(monkeypatch, tmp_path, segmentation="optimal")
+    for row in table.itertuples():
         assert not {5, 9} & set(range(row.first, row.last + 1))
         assert not row.first < 3 <= row.last
-    assert found.loc[found["selected"], "removed_blocks"].sum() == 5
+    assert table.loc[table["selected"], "removed_blocks"].sum() == 5
 
 
 @pytest.mark.parametrize(("tolerance", "used"), [("bootstrap", 0.037), (0.5, 0.5)])
 def test_stage_tolerance(tmp_path, monkeypatch, tolerance, used):
     cka = random_cka(5, 12)
     write_cka(tmp_path / "cka.parquet", cka, delta_noise={"mean": 0.037})
-    found = run_stage(monkeypatch, tmp_path, tolerance=tolerance)
-    assert (found["tolerance"] == used).all()
+    table = run_stage(monkeypatch, tmp_path, tolerance=tolerance)
+    assert (table["tolerance"] == used).all()
     chain = intervals.trend_chain(cka, [range(12)], used)
-    assert len(chain) == (found["source"] == "trend").sum()
+    assert len(chain) == (table["source"] == "trend").sum()
     assert len(chain) < len(intervals.trend_chain(cka, [range(12)]))
 
 
@@ -265,8 +265,8 @@ def test_stage_takes_what_was_measured_to_cost_least(tmp_path, monkeypatch):
     write_cka(tmp_path / "cka.parquet", cka)
     write_costs(tmp_path / "sensitivity.parquet", costs)
     chosen = {"segmentation": "optimal", "cost": "velocity", "tolerance": 0.2}
-    found = run_stage(monkeypatch, tmp_path, **chosen)
-    selected = found[found["selected"]]
+    table = run_stage(monkeypatch, tmp_path, **chosen)
+    selected = table[table["selected"]]
     assert selected["removed_blocks"].sum() == 4  # 950 parameters, at most 570 stay: 380 go
     measured = [
         Interval(first, last, 1.0, costs[first, last])
@@ -279,16 +279,16 @@ def test_stage_takes_what_was_measured_to_cost_least(tmp_path, monkeypatch):
         if sum(it.removed for it in subset) == 4
     )
     assert selected["cost"].sum() == pytest.approx(best)
-    np.testing.assert_array_equal(found["cost"], costs[found["first"], found["last"]])
+    np.testing.assert_array_equal(table["cost"], costs[table["first"], table["last"]])
     # What training is expected to leave of them is the same for all of these: the same choice.
     scaled = run_stage(monkeypatch, tmp_path, **chosen, training_leaves=0.1)
-    np.testing.assert_array_equal(scaled["selected"], found["selected"])
-    np.testing.assert_allclose(scaled["cost"], 0.1 * found["cost"])
+    np.testing.assert_array_equal(scaled["selected"], table["selected"])
+    np.testing.assert_allclose(scaled["cost"], 0.1 * table["cost"])
     # Eq. 5's runs that are longer than what was measured have no cost, and say so.
-    without = found[found["removed_blocks"] >= longest]
+    without = table[table["removed_blocks"] >= longest]
     assert len(without) and without["cost"].isna().all() and not without["selected"].any()
     assert (without["reason"] == "has no measured cost: longer than sensitivity.longest").all()
-    assert len(without) == found["cost"].isna().sum()
+    assert len(without) == table["cost"].isna().sum()
 
     cheapest = selected[["first", "last"]].to_numpy().tolist()
     by_cka = run_stage(monkeypatch, tmp_path, segmentation="optimal")
@@ -319,13 +319,13 @@ def test_stage_chooses_depth_and_width_together(tmp_path, monkeypatch, capsys):
     first, last = np.indices((8, 8))
     costs = np.where(last > first, 0.07 * (last - first) + first / 1000, np.nan)
     write_costs(tmp_path / "sensitivity.parquet", costs)
-    found = run_stage(
+    table = run_stage(
         monkeypatch, tmp_path, width={}, segmentation="optimal", cost="velocity", protect_first=1
     )
     wide = candidates(tmp_path)
     assert len(wide) == sum(tables.read(tmp_path / "width.parquet").to_pandas()["rank"] == 0)
     assert wide["reason"].str.len().min() > 10
-    taken, chosen = found[found["selected"]], wide[wide["selected"]]
+    taken, chosen = table[table["selected"]], wide[wide["selected"]]
     assert len(taken) and set(chosen["kind"]) == {"text", "ffn"}
     # 850 parameters, of which 510 may stay.
     pairs = [
@@ -361,10 +361,10 @@ def test_stage_says_why_a_width_is_not_used(tmp_path, monkeypatch):
     }
     lists = {"require": [[2, 3], [5, 6]], "forbid": [[0, 1]]}
     variants = [{"name": "small", "budget": {"parameters": 850 - 200 - 24 - 20}}]
-    found = run_stage(
+    table = run_stage(
         monkeypatch, tmp_path, width=width, variants=variants, segmentation="optimal", **lists
     )
-    taken = found[found["selected"]]
+    taken = table[table["selected"]]
     assert list(zip(taken["first"], taken["last"], strict=True)) == [(2, 3), (5, 6)]
     assert taken["reason"].str.startswith("required by intervals.require").all()
     why = {(r.kind, r.first, r.last, r.stream): r.reason for r in candidates(tmp_path).itertuples()}
@@ -389,7 +389,7 @@ def test_stage_takes_pins_that_nobody_measured_as_free(tmp_path, monkeypatch):
     costs = random_cka(4, 12)
     costs[np.triu_indices(12, 3)] = np.nan
     write_costs(tmp_path / "sensitivity.parquet", costs)
-    found = run_stage(
+    table = run_stage(
         monkeypatch,
         tmp_path,
         width={"text": {"require": [[0, 6]]}},
@@ -397,7 +397,7 @@ def test_stage_takes_pins_that_nobody_measured_as_free(tmp_path, monkeypatch):
         cost="velocity",
         require=[[8, 11]],
     )
-    taken = found[found["selected"]]
+    taken = table[table["selected"]]
     assert list(zip(taken["first"], taken["last"], strict=True)) == [(8, 11)]
     assert taken["reason"].str.startswith("required by intervals.require; not measured").all()
     run = candidates(tmp_path).query("selected").iloc[0]
@@ -420,15 +420,15 @@ def test_stage_gives_modulations_low_rank(tmp_path, monkeypatch):
         segmentation="optimal",
         cka_floor=1.0,
     )
-    found = candidates(tmp_path).set_index(["first", "rank"])
-    assert set(found["kind"]) == {"modulation"} and len(found) == 2 * (depth + 1)
-    taken = found[found["selected"]]
+    table = candidates(tmp_path).set_index(["first", "rank"])
+    assert set(table["kind"]) == {"modulation"} and len(table) == 2 * (depth + 1)
+    taken = table[table["selected"]]
     assert {3, 8} <= {block for block, _ in taken.index} and len(taken) > 3
     assert taken["parameters_saved"].sum() >= 850 - budget["parameters"]
-    assert found.loc[0, "reason"].tolist() == ["forbidden by modulation.forbid"] * 2
+    assert table.loc[0, "reason"].tolist() == ["forbidden by modulation.forbid"] * 2
     assert taken.loc[3, "reason"].tolist() == ["required by modulation.require"]
     block, rank = next(index for index in taken.index if index[0] not in (3, 8))
-    other = found.loc[block, 3 - rank]
+    other = table.loc[block, 3 - rank]
     assert other["reason"] == f"rank {rank} of it costs less at this budget"
     assert taken.loc[block, rank]["reason"].startswith("in the cheapest set that saves")
 
@@ -438,7 +438,7 @@ def test_stage_counts_what_a_text_run_leaves_of_modulations(tmp_path, monkeypatc
     depth = 6
     write_cka(tmp_path / "cka.parquet", random_cka(3, depth))
     write_widths(tmp_path / "width.parquet", depth)
-    found = run_stage(
+    table = run_stage(
         monkeypatch,
         tmp_path,
         width={"text": {"require": [[3, 5]]}, "ffn_text": {"require": [1]}},
@@ -446,7 +446,7 @@ def test_stage_counts_what_a_text_run_leaves_of_modulations(tmp_path, monkeypatc
         variants=[{"name": "small", "budget": 1.0}],
         segmentation="optimal",
     )
-    assert not found["selected"].any()
+    assert not table["selected"].any()
     chosen = candidates(tmp_path).query("selected")
     assert chosen.groupby("kind")["first"].apply(list).to_dict() == {
         "text": [3],
@@ -485,14 +485,14 @@ def test_stage_meets_a_latency_budget(tmp_path, monkeypatch, capsys):
         tmp_path / "latency.parquet", times, schemas.LATENCY, {"transformer_seconds": "1.3"}
     )
     variants = [{"name": "fast", "budget": {"latency": 0.6}}, {"name": "p90", "budget": 0.9}]
-    found = run_stage(
+    table = run_stage(
         monkeypatch, tmp_path, variants=variants, latency=True, segmentation="optimal"
     )
     gone = [
-        b for r in found[found["selected"]].itertuples() for b in range(r.first + 1, r.last + 1)
+        b for r in table[table["selected"]].itertuples() for b in range(r.first + 1, r.last + 1)
     ]
     assert sum(times["seconds"][gone]) >= 0.4 * 1.3 and len(gone) >= 1
-    assert "520 ms per call" in found.query("selected")["reason"].iloc[0]
+    assert "520 ms per call" in table.query("selected")["reason"].iloc[0]
     with pytest.raises(SystemExit):
         run_stage(monkeypatch, tmp_path, variants=variants)
     assert "name the block times, --latency" in capsys.readouterr().err

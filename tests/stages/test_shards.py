@@ -20,8 +20,8 @@ from support.killing import assert_same_log, equal, kill_and_resume
 
 @st.composite
 def selections(draw, largest=12, parts=3):
-    """Disjoint units in order of depth; some of them of several parts, as text runs are."""
-    found, block = [], 0
+    """Disjoint units in order of depth; some of them of several new blocks, as text runs are."""
+    units, block = [], 0
     for _ in range(draw(st.integers(1, largest))):
         first = block + draw(st.integers(0, 3))
         of_unit = []
@@ -29,9 +29,9 @@ def selections(draw, largest=12, parts=3):
             last = first + draw(st.integers(0, 3))
             of_unit.append(NewBlock(first, last))
             first = last + 1
-        found.append(Unit(tuple(of_unit)))
+        units.append(Unit(tuple(of_unit)))
         block = first
-    return found
+    return units
 
 
 CACHINGS = st.one_of(
@@ -69,10 +69,12 @@ def groupings(items, most):
     if not items:
         yield []
         return
-    for found in groupings(items[1:], most):
-        yield from ([*found[:i], [items[0], *found[i]], *found[i + 1 :]] for i in range(len(found)))
-        if len(found) < most:
-            yield [[items[0]], *found]
+    for groups in groupings(items[1:], most):
+        yield from (
+            [*groups[:i], [items[0], *groups[i]], *groups[i + 1 :]] for i in range(len(groups))
+        )
+        if len(groups) < most:
+            yield [[items[0]], *groups]
 
 
 @given(selections(largest=5, parts=1), st.integers(1, 3), CACHINGS)
@@ -156,8 +158,8 @@ def test_a_damaged_table_is_named(tmp_path):
     path = tmp_path / "shards.json"
     with pytest.raises(UserError, match="shards.json can't be read"):
         shards.read(path)
-    for found in ({}, {"jobs": 3}, {"jobs": [3]}):
-        texts.write_sealed(path, found)
+    for content in ({}, {"jobs": 3}, {"jobs": [3]}):
+        texts.write_sealed(path, content)
         with pytest.raises(UserError, match="shards.json is no table of shards"):
             shards.read(path)
     path.write_text(path.read_text().replace("3", "4"))

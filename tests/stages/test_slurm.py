@@ -208,11 +208,11 @@ class Site:
         return self.printed[name]
 
 
-def until(found: Callable, running: subprocess.Popen | None = None):
-    """What `found` gives once it gives something, while a run goes on if one is given."""
+def until(condition: Callable, running: subprocess.Popen | None = None):
+    """What `condition` gives once it gives something, while a run goes on if one is given."""
     deadline = time.monotonic() + (PATIENCE if running else COMMAND)
     while time.monotonic() < deadline and (running is None or running.poll() is None):
-        if value := found():
+        if value := condition():
             return value
         time.sleep(0.05)
     ended = running and running.poll() is not None
@@ -283,7 +283,7 @@ def hold(site: Site, stage: str, running: subprocess.Popen) -> None:
 
 def processes(folder: Path, program: str) -> list[int]:
     """Numbers of the Python processes that run a program in a folder."""
-    found = []
+    numbers = []
     for place in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (place / "cmdline").read_bytes().split(b"\0")
@@ -291,8 +291,8 @@ def processes(folder: Path, program: str) -> list[int]:
             python = b"python" in Path(os.fsdecode(words[0])).name.encode()
             named = any(word.decode().endswith(program) for word in words[1:4])
             if python and named and (place / "cwd").resolve() == folder.resolve():
-                found.append(int(place.name))
-    return found
+                numbers.append(int(place.name))
+    return numbers
 
 
 def is_rule(job: dict[str, str], name: str) -> bool:

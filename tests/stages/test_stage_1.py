@@ -121,8 +121,8 @@ def test_planted_linear_runs_are_found(folder, monkeypatch):
     blocks = tables.read(folder / "blocks.parquet", schemas.BLOCKS).to_pandas()
     assert len(blocks) == 200
 
-    found = tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
-    selected = found[found["selected"]]
+    candidates = tables.read(folder / "intervals.parquet", schemas.INTERVALS).to_pandas()
+    selected = candidates[candidates["selected"]]
     assert list(zip(selected["first"], selected["last"], strict=True)) == [(2, 4), (7, 8)]
 
 

@@ -44,10 +44,10 @@ def refused(capsys, name, settings, **paths):
 
 
 def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
-    found = measure(tiny_teacher, tiny_calls, tmp_path)
-    modulations = found[found["kind"] == "modulation"]
-    found = found[found["kind"] != "modulation"]
-    ffns, runs = found[found["kind"] == "ffn"], found[found["kind"] == "text"]
+    candidates = measure(tiny_teacher, tiny_calls, tmp_path)
+    modulations = candidates[candidates["kind"] == "modulation"]
+    candidates = candidates[candidates["kind"] != "modulation"]
+    ffns, runs = candidates[candidates["kind"] == "ffn"], candidates[candidates["kind"] == "text"]
     both = [(block, stream) for block in range(5) for stream in ("image", "text")]
     assert list(zip(ffns["first"], ffns["stream"], strict=True)) == both
     assert (ffns["first"] == ffns["last"]).all() and ffns["cka"].isna().all()
@@ -56,13 +56,13 @@ def test_every_candidate_has_its_price(tiny_teacher, tiny_calls, tmp_path):
     assert ends == [(0, 1), (0, 2), (1, 2), (2, 3), (2, 4), (3, 4)]
     assert runs["cka"].tolist() == [0.9] * 6
     # A random teacher's text after the last block is not read: its FFN is free.
-    free = (found["first"] == 4) & (found["stream"] == "text")
-    assert found.loc[free, "velocity_error"].max() < 1e-9
-    assert found.loc[~free, "velocity_error"].min() > 1e-9 and (found["rows"] == 3).all()
-    assert (found["parameters_saved"] > 0).all()
+    free = (candidates["first"] == 4) & (candidates["stream"] == "text")
+    assert candidates.loc[free, "velocity_error"].max() < 1e-9
+    assert candidates.loc[~free, "velocity_error"].min() > 1e-9 and (candidates["rows"] == 3).all()
+    assert (candidates["parameters_saved"] > 0).all()
     sizes = tables.provenance(tmp_path / "w.parquet")
     assert json.loads(sizes["text_output"]) == [32 * 32 + 32] * 4 + [0]
-    assert (found["path"] == "").all() and (found["rank"] == 0).all()
+    assert (candidates["path"] == "").all() and (candidates["rank"] == 0).all()
     # Each matrix of every block and the last one's, at 2, 4 and 8: what gets silu(temb) of six
     # timesteps and no more has five directions.
     every = [Modulation(**entry) for entry in json.loads(sizes["modulations"])]
@@ -88,22 +88,25 @@ def test_either_kind_of_closed_form_may_be_off(tiny_teacher, tiny_calls, tmp_pat
     whole = measure(tiny_teacher, tiny_calls, tmp_path, rank=3)
     is_modulation = whole["kind"] == "modulation"
     for name, without in (("narrow", "conditioning"), ("lower", "blocks")):
-        found = measure(tiny_teacher, tiny_calls, tmp_path, name, (without,), rank=3)
+        alone = measure(tiny_teacher, tiny_calls, tmp_path, name, (without,), rank=3)
         wanted = whole[is_modulation if name == "lower" else ~is_modulation]
-        pd.testing.assert_frame_equal(found, wanted.reset_index(drop=True))
+        pd.testing.assert_frame_equal(alone, wanted.reset_index(drop=True))
         maps = linear_maps.stored(tmp_path / f"{name}.safetensors")
         assert bool(len(maps)) == (name == "narrow")
     assert set(whole["rank"]) == {0, 3}
 
 
 def test_maps_in_the_file_are_those_that_were_priced(tiny_teacher, tiny_calls, tmp_path):
-    found = measure(tiny_teacher, tiny_calls, tmp_path, without=("conditioning",))
+    candidates = measure(tiny_teacher, tiny_calls, tmp_path, without=("conditioning",))
     transformer = tiny.load(tiny_teacher).transformer
     maps = linear_maps.stored(tmp_path / "w.safetensors")
     last = linear_maps.unread_after(transformer)
     reader = calls.Reader(tiny_calls)
     rows = reader.sample_heldout("select", 3, 0)
-    for row in (found[found["kind"] == "ffn"].iloc[2], found[found["kind"] == "text"].iloc[1]):
+    for row in (
+        candidates[candidates["kind"] == "ffn"].iloc[2],
+        candidates[candidates["kind"] == "text"].iloc[1],
+    ):
         if row["kind"] == "ffn":
             units = units_of([], [], [(row["first"], row["stream"])], last)
         else:
@@ -144,8 +147,8 @@ def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path
         measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
     assert not (tmp_path / "stopped.parquet").exists()
     stops.pop(0)
-    found = measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
-    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    resumed = measure(tiny_teacher, tiny_calls, tmp_path, "stopped")
+    pd.testing.assert_frame_equal(resumed, whole, check_exact=True)
     assert len(pieces) == once + 1  # only the piece that was stopped is measured twice
     assert len(fitted) == 1  # and nothing is fitted twice
     assert equal(tmp_path / "stopped.safetensors", tmp_path / "whole.safetensors")
@@ -156,7 +159,7 @@ def test_stopped_prices_go_on_where_they_were(tiny_teacher, tiny_calls, tmp_path
 
 @pytest.fixture(scope="module")
 def world(tiny_teacher, tiny_calls, tmp_path_factory):
-    """Paths of a staged run: times, plan, distilled and narrow students; and its settings."""
+    """Paths of a staged run: times, selection, distilled and narrow students; and its settings."""
     folder = tmp_path_factory.mktemp("stages")
     settings = settings_of(tiny_teacher)
     tiny.stage("latency", settings, calls=tiny_calls, table=folder / "latency.parquet")
@@ -209,9 +212,9 @@ def test_a_staged_plan_trains_depth_first(world):
     )
     seconds = tables.read(folder / "latency.parquet", schemas.LATENCY).to_pandas()
     seconds = seconds[seconds["block"] == 0].set_index("part")["seconds"]
-    found = [entry["saved_seconds"] for entry in selection.facts["units"]]
+    saved = [entry["saved_seconds"] for entry in selection.facts["units"]]
     expected = [seconds["block"] + seconds["ffn_image"], seconds["text"], seconds["ffn_text"]]
-    assert found == pytest.approx(expected)
+    assert saved == pytest.approx(expected)
     distilled, narrow = (
         tensors.read(folder / f"{n}.safetensors")[0] for n in ("distill", "narrow")
     )

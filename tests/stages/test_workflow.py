@@ -62,17 +62,17 @@ def test_dry_run_resolves_every_stage_without_torch(
     printed = snakemake(
         "-n", "-F", config=config, variables={"PYTHONPATH": str(tmp_path / "blocked")}
     )
-    found = counts(printed)
+    jobs = counts(printed)
     free = DEPTH | {"probe", "similarity", "plot_intervals"} if config == "digits-free" else set()
     timed = {"latency"} if config in ("digits", "digits-full") else set()  # by their budgets
     tuned = {"finetune"} if finetuned else set()
-    assert found.keys() == STAGES - free | {"all"} | tuned | timed
-    assert (found["assemble"], found.get("finetune", 0)) == (assembled, finetuned)
+    assert jobs.keys() == STAGES - free | {"all"} | tuned | timed
+    assert (jobs["assemble"], jobs.get("finetune", 0)) == (assembled, finetuned)
 
 
 def test_variants_without_finetuning_train_nothing_of_their_own(snakemake):
-    found = counts(snakemake("-n", "-F", variants=[{"name": "p85", "budget": 0.85}]))
-    assert found.keys() == STAGES | {"all"}
+    jobs = counts(snakemake("-n", "-F", variants=[{"name": "p85", "budget": 0.85}]))
+    assert jobs.keys() == STAGES | {"all"}
 
 
 FREE = [{"name": "p85", "budget": 0.85, "train": False}]
@@ -104,14 +104,14 @@ FREE = [{"name": "p85", "budget": 0.85, "train": False}]
 )
 def test_a_run_without_training_trains_nothing(snakemake, keys, less):
     printed = snakemake("-n", "-F", "-p", **keys)
-    found = counts(printed).keys()
-    assert found == STAGES - less | {"all"} | ({"finetune"} if "train" not in str(keys) else set())
+    rules = counts(printed).keys()
+    assert rules == STAGES - less | {"all"} | ({"finetune"} if "train" not in str(keys) else set())
     (line,) = [line for line in printed.splitlines() if "scripts/choose.py --" in line]
-    assert ("--start " in line) == ("--selection " in line) == ("prune" in found)
+    assert ("--start " in line) == ("--selection " in line) == ("prune" in rules)
     assert "--distill" not in line and "--subsets" not in line
     # Who reads what a stage made has what it kept removed, whoever that is.
     removed = " ".join(re.findall(r"forget\.py ([^;]*);", printed))
-    kept = {"extract", "sensitivity", "width"} & found
+    kept = {"extract", "sensitivity", "width"} & rules
     assert kept <= set(re.findall(r"state/(\w+)", removed))
 
 
@@ -166,8 +166,8 @@ def test_only_what_the_config_asks_for_runs(snakemake, keys, more, less):
 @pytest.mark.parametrize("shards", [2, "auto"])
 def test_a_sharded_distillation_asks_the_plan_how_many_jobs_it_takes(snakemake, shards):
     sharded = {"distill": {"shards": shards}}
-    found = counts(snakemake("-n", "-F", **sharded))
-    assert {"assign_shards", "join_shards"} <= found.keys() and "distill" not in found
+    jobs = counts(snakemake("-n", "-F", **sharded))
+    assert {"assign_shards", "join_shards"} <= jobs.keys() and "distill" not in jobs
     printed = snakemake("-n", "-p", "results/digits/distill/shards/1.safetensors", **sharded)
     assert "--shards results/digits/distill/shards/shards.json --shard 1 " in printed
     assert "--state results/digits/state/distill-1 " in printed
@@ -193,19 +193,19 @@ def test_catalog_entry_has_the_same_default_target(snakemake):
 
 
 def test_the_ablation_is_a_target_of_its_own(snakemake):
-    found = counts(snakemake("-n", "-F", "ablation"))
+    jobs = counts(snakemake("-n", "-F", "ablation"))
     shared = {"record", "extract", "probe", "similarity", "sensitivity", "width", "latency"}
     own = {"ablate", "rank_rivals", "gather_ablation", "calibrate", "plot_ablation", "ablation"}
-    assert found.keys() == shared | own
+    assert jobs.keys() == shared | own
     # The teacher; 13 rungs, 2 schedules, 1 of equal latency and 3 rivals with 3 seeds; the rest of
     # 13 choices, 8 schedules and 10 rivals. Who runs again shows later.
-    assert found["ablate"] == 1 + 3 * (13 + 2 + 1 + 3) + 13 + 6 + 7
+    assert jobs["ablate"] == 1 + 3 * (13 + 2 + 1 + 3) + 13 + 6 + 7
 
 
 def test_train_teacher_stands_alone(snakemake):
     missing = {"path": "resources/nowhere"}
-    found = counts(snakemake("-n", "-F", "train_teacher", teacher=missing))
-    assert found == {"train_teacher": 1}
+    jobs = counts(snakemake("-n", "-F", "train_teacher", teacher=missing))
+    assert jobs == {"train_teacher": 1}
 
 
 def test_a_folder_that_cannot_be_looked_at_is_told(snakemake):
@@ -289,9 +289,9 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
         schema = getattr(schemas, name.upper())
         path = work / f"results/digits/{places.get(name, 'intervals')}/{name}.parquet"
         tables.write(path, frame, schema, {})
-    found = width_table(search_tables(12, 3)["intervals"], 12)
+    table = width_table(search_tables(12, 3)["intervals"], 12)
     candidates = work / "results/digits/width/candidates.parquet"
-    tables.write(candidates, found, schemas.WIDTH_CANDIDATES, {"blocks": "12"})
+    tables.write(candidates, table, schemas.WIDTH_CANDIDATES, {"blocks": "12"})
     blocked = tmp_path / "blocked/torch"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('torch was imported')")

@@ -23,13 +23,13 @@ def content(path: Path):
         card = texts.read_sealed(path / assembly.CARD)
         return {**card["files"], "units": card["units"]}
     if path.suffix == ".safetensors":
-        found, about = tensors.read(path)
+        read, about = tensors.read(path)
         # Views of bytes: NaN equals itself.
-        found = {k: t.contiguous().flatten().view(torch.uint8).tolist() for k, t in found.items()}
-        return found | {"": _undated(about)}
+        read = {k: t.contiguous().flatten().view(torch.uint8).tolist() for k, t in read.items()}
+        return read | {"": _undated(about)}
     if path.suffix == ".json":
-        found = texts.read_sealed(path)
-        return found | {"provenance": _undated(found.get("provenance", {}))}
+        fields = texts.read_sealed(path)
+        return fields | {"provenance": _undated(fields.get("provenance", {}))}
     table = tables.read(path)
     if "metric" in table.column_names:
         kept = [not any(m in name for m in MEASURED) for name in table["metric"].to_pylist()]

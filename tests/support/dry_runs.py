@@ -28,13 +28,13 @@ def run(*command, code=0, **variables) -> str:
 
 def counts(printed: str) -> dict[str, int]:
     """Rule to number of jobs, from the statistics of a dry run."""
-    found = printed.split("Job stats:")[1].split("total")[0]
-    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", found, re.M)}
+    statistics = printed.split("Job stats:")[1].split("total")[0]
+    return {rule: int(count) for rule, count in re.findall(r"^(\w+) +(\d+)$", statistics, re.M)}
 
 
 def settings_of_jobs(printed: str) -> dict[str, dict]:
     """Program and variant to the config that its command carries, from a dry run with -p."""
-    found = {}
+    configs = {}
     for line in printed.splitlines():
         if "workflow/scripts/" in line and " --config '" in line:
             words = shlex.split(line.split(" 2>&1 |")[0])
@@ -46,5 +46,5 @@ def settings_of_jobs(printed: str) -> dict[str, dict]:
                 name += f"_{words[words.index(program) + 1]}"
             if "--variant" in words:
                 name += f" {words[words.index('--variant') + 1]}"
-            found[name] = json.loads(given)
-    return found
+            configs[name] = json.loads(given)
+    return configs

@@ -74,10 +74,10 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
     place = st.integers(0, size - 1)
 
     def changed(pairs) -> bytes:
-        found = bytearray(content)
+        edited = bytearray(content)
         for at, value in pairs:
-            found[at] = value
-        return bytes(found)
+            edited[at] = value
+        return bytes(edited)
 
     def zeroed(pair) -> bytes:
         start, end = pair[0], min(sum(pair), size)
@@ -96,7 +96,7 @@ def damaged(content: bytes) -> st.SearchStrategy[bytes]:
         st.tuples(place, st.integers(1, 4096)).map(zeroed),
         st.binary(max_size=200),
         st.binary(min_size=1, max_size=200).map(lambda more: content + more),
-    ).filter(lambda found: found != content)
+    ).filter(lambda left: left != content)
 
 
 # ---- wrong content in whole files
@@ -115,9 +115,9 @@ def mutated(value, keys=()):
 
     @st.composite
     def draw(pick):
-        found = json.loads(json.dumps(value))
+        edited = json.loads(json.dumps(value))
         for _ in range(pick(st.integers(1, 3))):
-            where, parent, key = found, None, None
+            where, parent, key = edited, None, None
             while isinstance(where, (dict, list)) and where and pick(st.integers(0, 3)):
                 parent = where
                 choices = sorted(where) if isinstance(where, dict) else range(len(where))
@@ -131,7 +131,7 @@ def mutated(value, keys=()):
                 parent[pick(st.text(max_size=8) | st.sampled_from(["", *keys]))] = pick(JSON)
             else:
                 parent[key] = pick(JSON)
-        return found
+        return edited
 
     return draw()
 
@@ -169,20 +169,20 @@ def odd_tables(pick, schema: pa.Schema, further: tuple[str, ...]):
         pa.bool_(): "bool",
         pa.string(): "string",
     }
-    found = {}
+    columns = {}
     for field in schema:
         choice = pick(st.integers(0, 15))
         right = of_type.get(field.type, "tensor")
         kind = right if choice > 1 else pick(st.sampled_from(kinds))
         if choice:
-            found[field.name] = column(kind, rows, pick(st.integers(-2, 3)))
+            columns[field.name] = column(kind, rows, pick(st.integers(-2, 3)))
     for name in further:
         if pick(st.booleans()):
-            found[name] = column(pick(st.sampled_from(kinds)), rows, pick(st.integers(0, 3)))
-    if "arguments" in found and pick(st.booleans()):
+            columns[name] = column(pick(st.sampled_from(kinds)), rows, pick(st.integers(0, 3)))
+    if "arguments" in columns and pick(st.booleans()):
         texts_ = [json.dumps(pick(JSON | ARGUMENTS)) for _ in range(rows)]
-        found["arguments"] = pa.array(texts_, pa.string())
-    return pa.table(found) if found else pa.table({"a": pa.array([1])})
+        columns["arguments"] = pa.array(texts_, pa.string())
+    return pa.table(columns) if columns else pa.table({"a": pa.array([1])})
 
 
 ARGUMENTS = st.dictionaries(

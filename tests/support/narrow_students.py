@@ -23,7 +23,7 @@ UNITS = units_of([(0, 1), (3, 4)], [(0, 4)], [(2, "image"), (5, "image"), (5, "t
 
 
 def made(teacher, seed=0):
-    """Narrow students of all parts, with random maps."""
+    """Narrow students of all new blocks, with random maps."""
     taught = students.start(teacher, new_blocks_of(UNITS), "first")
     generator = torch.Generator().manual_seed(seed)
     for part, student in taught.items():

@@ -142,10 +142,10 @@ def record(
 
 def intervals(path: Path, chosen: list[tuple[int, int]]) -> Path:
     """Writes a table of selected intervals."""
-    found = pd.DataFrame(chosen, columns=["first", "last"])
-    found = found.assign(removed_blocks=found["last"] - found["first"], cka=0.9, selected=True)
-    found = found.assign(verdict="cheapest", reason="test", source="trend", cost=0.1, tolerance=0.0)
-    tables.write(path, found[schemas.INTERVALS.names], schemas.INTERVALS, {})
+    table = pd.DataFrame(chosen, columns=["first", "last"])
+    table = table.assign(removed_blocks=table["last"] - table["first"], cka=0.9, selected=True)
+    table = table.assign(verdict="cheapest", reason="test", source="trend", cost=0.1, tolerance=0.0)
+    tables.write(path, table[schemas.INTERVALS.names], schemas.INTERVALS, {})
     return path
 
 
@@ -153,11 +153,11 @@ def candidates(path: Path, runs: list[tuple[int, int]], ffns: list[tuple[int, st
     """Writes a table of selected text runs, and FFNs that become linear."""
     rows = [["text", first, last, "text"] for first, last in runs]
     rows += [["ffn", block, block, stream] for block, stream in ffns]
-    found = pd.DataFrame(rows, columns=["kind", "first", "last", "stream"])
-    found = found.assign(fit_error_heldout=0.1, cka=0.9, parameters_saved=1, velocity_error=0.1)
-    found = found.assign(path="", rank=0)
-    found = found.assign(selected=True, verdict="cheapest", reason="test")
-    tables.write(path, found[schemas.WIDTH_CANDIDATES.names], schemas.WIDTH_CANDIDATES, {})
+    table = pd.DataFrame(rows, columns=["kind", "first", "last", "stream"])
+    table = table.assign(fit_error_heldout=0.1, cka=0.9, parameters_saved=1, velocity_error=0.1)
+    table = table.assign(path="", rank=0)
+    table = table.assign(selected=True, verdict="cheapest", reason="test")
+    tables.write(path, table[schemas.WIDTH_CANDIDATES.names], schemas.WIDTH_CANDIDATES, {})
     return path
 
 
@@ -197,7 +197,7 @@ def pruned(
     **more,
 ) -> tuple[dict, dict]:
     """A config with intervals (and linear FFNs, and `more` keys), and what `distill` takes: paths
-    of the calls, the plan and the start weights, made in `folder`."""
+    of the calls, the selection and the start weights, made in `folder`."""
     settings = {
         "seed": 0,
         "device": "cpu",
@@ -220,11 +220,11 @@ def pruned(
 
 
 def chosen(path: Path, plan: Path, source: str, variant: str = "p70") -> Path:
-    """Writes sets.json: the variant is all units of a plan, from one source."""
-    found = selection_file.read(plan)
-    members = tuple(sets.Member(unit, source) for unit in found.units)
-    saved = sum(entry["saved_parameters"] for entry in found.facts["units"])
-    facts = {"parameters": found.facts["transformer_parameters"] - saved}
+    """Writes sets.json: the variant is all units of a selection, from one source."""
+    selection = selection_file.read(plan)
+    members = tuple(sets.Member(unit, source) for unit in selection.units)
+    saved = sum(entry["saved_parameters"] for entry in selection.facts["units"])
+    facts = {"parameters": selection.facts["transformer_parameters"] - saved}
     content = {variant: sets.entry(sets.Set(members)) | facts}
     texts.write_sealed(path, {"variants": content, "alone": {}})
     return path

@@ -35,10 +35,10 @@ class Stage:
 
     def paths(self, folder: Path) -> dict[str, object]:
         """All options with the paths in a run's folder."""
-        found = {k: folder / v for k, v in (self.reads | self.writes).items()}
+        options = {k: folder / v for k, v in (self.reads | self.writes).items()}
         if self.state:
-            found["state"] = folder / "state" / self.program
-        return found | self.more
+            options["state"] = folder / "state" / self.program
+        return options | self.more
 
 
 CALLS = {"calls": "calls.parquet"}

@@ -114,8 +114,8 @@ def test_paper_config_is_the_paper_key_by_key():
 def test_steps_of_the_paper_config_are_the_papers_by_one_factor():
     loaded = config.load(str(ROOT / "config/paper.yaml"))
     tuned = [v.finetune_steps for v in loaded.variants if v.finetune_steps]
-    found = loaded.distill.steps, loaded.width.steps, *tuned
-    assert len(set(a / b for a, b in zip(STEPS, found, strict=True))) == 1
+    steps = loaded.distill.steps, loaded.width.steps, *tuned
+    assert len(set(a / b for a, b in zip(STEPS, steps, strict=True))) == 1
 
 
 def test_sizes_of_the_paper_config_are_those_of_its_three_models():

@@ -98,16 +98,16 @@ def made(request):
 
 def test_specimens_are_made_of_published_parts(made):
     _, pipe = made
-    found = {
+    classes = {
         name: type(part)
         for name, part in pipe.components.items()
         if type(part).__module__.startswith("transformers.")
     }
     published = PUBLISHED[type(pipe).__name__]
-    assert list(found) == sorted(published, key=list(found).index)
+    assert list(classes) == sorted(published, key=list(classes).index)
     for name, wanted in published.items():
         wanted = STAND_INS.get(wanted, (wanted, ""))[0]
-        assert found[name] is getattr(transformers, wanted), name
+        assert classes[name] is getattr(transformers, wanted), name
 
 
 def test_specimens_work_with_prompts_of_any_number(made, tmp_path):
@@ -121,10 +121,10 @@ def test_specimens_work_with_prompts_of_any_number(made, tmp_path):
     image = {"image": str(tmp_path / "a.png")} if one.image else {}
     prompts = ["a red 1", "a blue 2 on red", "a red 3"]
     items = [{"sample": n, "prompt": p} | image for n, p in enumerate(prompts)]
-    found = pipelines.in_batches(pipe, items, 2)
-    assert sorted(item["sample"] for batch in found for item in batch) == [0, 1, 2]
+    batches = pipelines.in_batches(pipe, items, 2)
+    assert sorted(item["sample"] for batch in batches for item in batch) == [0, 1, 2]
     assert not prompt_tokens.cut(pipe, prompts, one.settings)
-    batch = max(found, key=len)
+    batch = max(batches, key=len)
     together = latents(pipe, one, batch)
     assert torch.isfinite(together).all() and len(together) == len(batch)
     if len(batch) > 1:
@@ -256,13 +256,13 @@ def test_a_class_by_the_name_that_published_indexes_have(tmp_path):
     teacher = tiny.source(tmp_path)
     preflight._check_teacher(teacher, "mine.yaml")
     whole = pipelines.load(teacher, CPU)
-    for found in (whole.transformer, pipelines.load_transformer(teacher, CPU)):
-        assert type(found) is diffusers.PixArtTransformer2DModel
-        for a, b in zip(found.parameters(), pipe.transformer.parameters(), strict=True):
+    for transformer in (whole.transformer, pipelines.load_transformer(teacher, CPU)):
+        assert type(transformer) is diffusers.PixArtTransformer2DModel
+        for a, b in zip(transformer.parameters(), pipe.transformer.parameters(), strict=True):
             assert torch.equal(a, b)
     config, where = weightless.architecture(teacher, None)
-    found = weightless.on_meta(config, torch.float32, where)
-    assert type(found) is diffusers.PixArtTransformer2DModel
+    transformer = weightless.on_meta(config, torch.float32, where)
+    assert type(transformer) is diffusers.PixArtTransformer2DModel
     edited(tmp_path / "transformer" / "config.json", norm_type="layer_norm")
     with pytest.raises(UserError, match="Transformer2DModel, which can't be pruned"):
         preflight._check_teacher(teacher, "mine.yaml")

@@ -89,18 +89,18 @@ def test_every_tokenizer_counts_where_the_class_is_not_known():
 
 def heard(pipe, prompt: str, settings: dict) -> list[torch.Tensor]:
     """The text that the transformer gets, from a call that ends there."""
-    found = []
+    texts = []
 
     def hook(_module, _args, given):
         text = given["encoder_hidden_states"] if "cap_feats" not in given else given["cap_feats"]
-        found.extend(text)
+        texts.extend(text)
         raise KeyboardInterrupt
 
     handle = pipe.transformer.register_forward_pre_hook(hook, with_kwargs=True)
     with pytest.raises(KeyboardInterrupt):
         pipelines.run(pipe, [prompt], [0], settings, output_type="latent")
     handle.remove()
-    return found
+    return texts
 
 
 @pytest.mark.parametrize("name", ["flux", "qwen", "sd3"])

@@ -43,15 +43,15 @@ def refusal(path: Path, content: str | bytes) -> str:
 def test_lines_end_at_newlines_alone(tmp_path, end):
     assert [row["prompt"] for row in read(tmp_path / "a.txt", end.join(ODD))] == ODD
     lines = [f'"{text}",{number}' for number, text in enumerate(ODD)]
-    found = read(tmp_path / "a.CSV", end.join(["prompt,digit", *lines, ""]))
-    assert found == [{"prompt": text, "digit": str(n)} for n, text in enumerate(ODD)]
+    rows = read(tmp_path / "a.CSV", end.join(["prompt,digit", *lines, ""]))
+    assert rows == [{"prompt": text, "digit": str(n)} for n, text in enumerate(ODD)]
     lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in ODD]
     assert [row["prompt"] for row in read(tmp_path / "a.jsonl", end.join(lines))] == ODD
 
 
 def test_mixed_line_ends_a_mark_and_no_ending(tmp_path):
-    found = read(tmp_path / "PROMPTS", "\ufeffone\r\n\n \t\r\n\t two \nthree".encode())
-    assert [row["prompt"] for row in found] == ["one", "two", "three"]
+    rows = read(tmp_path / "PROMPTS", "\ufeffone\r\n\n \t\r\n\t two \nthree".encode())
+    assert [row["prompt"] for row in rows] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(
@@ -104,8 +104,8 @@ def test_tables_that_would_lose_something(tmp_path, content, expected):
 
 def test_tables_as_people_write_them(tmp_path):
     """Blanks around names, rows of nothing but commas, an index without a name, tabs."""
-    found = read(tmp_path / "a.csv", '\n ,  prompt , digit\n0," a ""b""\nc ", 7\n,,\n')
-    assert found == [{"prompt": ' a "b"\nc ', "digit": "7"}]
+    rows = read(tmp_path / "a.csv", '\n ,  prompt , digit\n0," a ""b""\nc ", 7\n,,\n')
+    assert rows == [{"prompt": ' a "b"\nc ', "digit": "7"}]
     assert read(tmp_path / "a.tsv", "prompt\tn\na, b\t1\n") == [{"prompt": "a, b", "n": "1"}]
 
 

@@ -52,7 +52,7 @@ def test_a_pipeline_without_its_text_encoder_is_saved_in_silence(tiny_teacher, t
     [("diffusers.models.unet", 0), ("torch", 0), ("torchmetrics.x", 1), ("__main__", 1)],
 )
 def test_warnings_of_libraries_about_each_other_are_left_out(module, shown):
-    with warnings.catch_warnings(record=True) as found:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet.start()
         for category, message in (
@@ -60,4 +60,4 @@ def test_warnings_of_libraries_about_each_other_are_left_out(module, shown):
             (UserWarning, "CPU Autocast only supports"),
         ):
             warnings.warn_explicit(message, category, "x.py", 1, module)
-    assert len(found) == shown
+    assert len(caught) == shown

@@ -99,16 +99,16 @@ def renoised_states(pipe, path):
 
 
 def test_renoised_states_interpolate_image_and_noise(pipe, recorded):
-    found = list(renoised_states(pipe, recorded))
-    assert len({sigma for sigma, *_ in found}) == len(found) == 6
+    states = list(renoised_states(pipe, recorded))
+    assert len({sigma for sigma, *_ in states}) == len(states) == 6
     noises = []
-    for sigma, timestep, state, clean in found:
+    for sigma, timestep, state, clean in states:
         assert 1 / 3 <= sigma <= 1 and timestep == pytest.approx(sigma, rel=1e-6)
         noises.append(((state.double() - (1 - sigma) * clean.double()) / sigma).flatten())
     noise = torch.stack(noises)
     assert torch.linalg.vector_norm(torch.corrcoef(noise) - torch.eye(6), ord=torch.inf) < 0.3
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-    clean = torch.stack([c.flatten().double() for *_, c in found])
+    clean = torch.stack([c.flatten().double() for *_, c in states])
     for one, other in zip(noise, clean, strict=True):
         assert abs(torch.corrcoef(torch.stack([one, other]))[0, 1]) < 0.3
 
@@ -127,11 +127,11 @@ def test_both_branches_see_the_same_renoised_state(recorded):
 def test_bfloat16_timesteps_are_the_sigmas(tiny_teacher, tmp_path):
     """The quotient of two bfloat16 timesteps is off by up to 1 %; sigma must not be."""
     pipe = tiny.load(tiny_teacher).to(torch.bfloat16)
-    found = recording.record_batch(
+    tables = recording.record_batch(
         pipe, pipe.transformer, tiny.samples(PROMPTS), tiny.SETTINGS, 2, seed=0
     )
     path = tmp_path / "calls.parquet"
-    call_tables.write(path, [table.schema for table in found], found, {})
+    call_tables.write(path, [table.schema for table in tables], tables, {})
     reader = calls.Reader(path)
     for row in reader.rows(kinds=("renoised",)):
         batch = reader.batch(np.array([row]))
@@ -188,8 +188,8 @@ def test_a_call_of_unclear_samples_or_of_zero_answers_is_refused(pipe):
 def test_zero_answers_of_an_older_record_are_refused(pipe, tmp_path):
     path, given = tmp_path / "calls.parquet", tiny.arguments((3,))
     answered = torch.zeros_like(pipe.transformer(**given)[0])
-    found = call_tables.to_tables(given, answered, tiny.places(1))
-    call_tables.write(path, [table.schema for table in found], found, {})
+    tables = call_tables.to_tables(given, answered, tiny.places(1))
+    call_tables.write(path, [table.schema for table in tables], tables, {})
     reader, rows = calls.Reader(path), np.arange(1)
     with pytest.raises(UserError, match=r"calls\.parquet: recorded answers are all zero"):
         prices.error(tiny.context(pipe.transformer, reader), {}, rows, 1)
@@ -204,8 +204,8 @@ def test_a_picture_starts_in_the_middle_of_the_schedule(pipe, tmp_path):
     edits.set_progress_bar_config(disable=True)
     settings = tiny.SETTINGS | {"num_inference_steps": 4, "strength": 0.5}
     sample = [tiny.samples(PROMPTS)[0] | {"image": str(picture)}]
-    found = recording.record_batch(edits, edits.transformer, sample, settings, 3, seed=0)
-    call_tables.write(path, [table.schema for table in found], found, {})
+    tables = recording.record_batch(edits, edits.transformer, sample, settings, 3, seed=0)
+    call_tables.write(path, [table.schema for table in tables], tables, {})
     reader = calls.Reader(path)
     called = reader.rows(kinds=("pipeline",))
     assert reader.index["step"][called].tolist() == [0, 0, 1, 1]
@@ -230,8 +230,8 @@ def test_a_step_taken_in_place_leaves_recorded_states_as_they_were(tiny_teacher)
     given = tiny.samples(PROMPTS[:1]), tiny.SETTINGS, 1, 0
     plain = recording.record_batch(pipe, pipe.transformer, *given)
     pipe.scheduler.__class__ = FlowMatchInPlace
-    found = recording.record_batch(pipe, pipe.transformer, *given)
-    for one, other in zip(found, plain, strict=True):
+    in_place = recording.record_batch(pipe, pipe.transformer, *given)
+    for one, other in zip(in_place, plain, strict=True):
         assert one.equals(other)
 
 
@@ -267,8 +267,8 @@ def test_calls_of_frames_with_timesteps_of_their_own_have_none(pipe, tmp_path):
     made = HandWritten(**pipe.components | {"scheduler": None})
     made.per_frame = True
     one, path = tiny.samples(PROMPTS[:1]), tmp_path / "calls.parquet"
-    found = recording.record_batch(made, made.transformer, one, {}, 0, seed=0)
-    call_tables.write(path, [table.schema for table in found], found, {})
+    tables = recording.record_batch(made, made.transformer, one, {}, 0, seed=0)
+    call_tables.write(path, [table.schema for table in tables], tables, {})
     assert np.isnan(calls.Reader(path).index["timestep"]).all()
 
 
@@ -300,11 +300,11 @@ def test_a_prompt_is_never_on_both_sides(prompts, samples, fraction, seed):
         with pytest.raises(UserError, match=r"record\.prompts: p\.txt has only one prompt"):
             record.choose_samples(rows, given, seed)
         return
-    found = record.choose_samples(rows, given, seed)
-    assert len(found) == samples and len({s["seed"] for s in found}) == samples
-    sides = [{s["prompt"] for s in found if s["heldout"] == side} for side in (False, True)]
+    chosen = record.choose_samples(rows, given, seed)
+    assert len(chosen) == samples and len({s["seed"] for s in chosen}) == samples
+    sides = [{s["prompt"] for s in chosen if s["heldout"] == side} for side in (False, True)]
     assert sides[0] and sides[1] and not sides[0] & sides[1]
-    assert all(rows[s["prompt_index"]]["prompt"] == s["prompt"] for s in found)
+    assert all(rows[s["prompt_index"]]["prompt"] == s["prompt"] for s in chosen)
     used = len(set(prompts[:samples]))
     # Two at least: one to select by, one to report on.
     assert abs(len(sides[1]) - max(2, used * fraction)) <= 1 and (len(sides[1]) > 1 or used == 2)

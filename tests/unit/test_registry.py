@@ -53,12 +53,12 @@ GIVEN = {
 
 def classes() -> list[str]:
     """Names of all transformer classes that diffusers exports."""
-    found = []
+    names = []
     for name in dir(diffusers):
         one = getattr(diffusers, name, None)
         if inspect.isclass(one) and issubclass(one, diffusers.ModelMixin):
-            found += [name] if ".models.transformers." in one.__module__ else []
-    return found
+            names += [name] if ".models.transformers." in one.__module__ else []
+    return names
 
 
 def found_by_inspection(name: str) -> list[tuple]:
@@ -101,11 +101,11 @@ def test_inspection_agrees_with_the_registry():
     refused = set()
     for name, family in families.FAMILIES.items():
         try:
-            found = found_by_inspection(name)
+            lists = found_by_inspection(name)
         except (UserError, TypeError):  # HiDream has no defaults
             refused.add(name.split("Transformer")[0])
             continue
-        assert found == [(b.attribute, b.depth_key, b.outputs) for b in family.lists], name
+        assert lists == [(b.attribute, b.depth_key, b.outputs) for b in family.lists], name
     assert refused == {"Flux2", "HiDreamImage", "Mochi", "SD3", "ZImage"}
 
 

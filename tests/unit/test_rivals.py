@@ -53,14 +53,14 @@ def valid(gone, runs):
 
 def record(transformer, path, timesteps=(LOW, HIGH)):
     """Calls of a transformer at each of some timesteps: 12 to fit on, 6 held out."""
-    found = []
+    tables = []
     for number, (timestep, heldout) in enumerate(itertools.product(timesteps, (False, True))):
         count = 6 if heldout else 12
         given_ = tiny.arguments((5,) * count, seed=number)
         given_["timestep"] = torch.full((count,), timestep)
         rows = tiny.places(count, heldout=heldout, timestep=timestep)
-        found += call_tables.to_tables(given_, transformer(**given_)[0], rows)
-    call_tables.write(path, [table.schema for table in found], found, {})
+        tables += call_tables.to_tables(given_, transformer(**given_)[0], rows)
+    call_tables.write(path, [table.schema for table in tables], tables, {})
     return calls.Reader(path)
 
 
@@ -235,8 +235,8 @@ def test_streamline_finds_the_silent_run(in_a_row, scattered):
     _, _, tokens, _ = in_a_row
     assert rivals.streamline(tokens, (IMAGE, TEXT), 2, RUNS) == {(4, 6): 4}
     # A run that reaches over a seam is none, and a protected block is in none.
-    found = rivals.streamline(tokens, (IMAGE, TEXT), 1, [range(5), range(5, 8)])
-    assert found == {(5, 6): 5}
+    starts = rivals.streamline(tokens, (IMAGE, TEXT), 1, [range(5), range(5, 8)])
+    assert starts == {(5, 6): 5}
     assert rivals.streamline(scattered[2], (IMAGE,), 1, RUNS) == {(1, 2): 1}
 
 
@@ -245,14 +245,14 @@ def test_streamline_finds_the_silent_run(in_a_row, scattered):
 
 def literal_growth(cka, threshold, run):
     """Intervals of one run, block by block."""
-    found, current = [], []
+    grown, current = [], []
     for block in run:
         if current and cka[current[0], block] >= threshold:
             current.append(block)
             continue
-        found.append(current)
+        grown.append(current)
         current = [block] if cka[block, block] >= threshold else []
-    return [(part[0], part[-1]) for part in [*found, current] if len(part) > 1]
+    return [(part[0], part[-1]) for part in [*grown, current] if len(part) > 1]
 
 
 @settings(max_examples=200, deadline=None)
@@ -266,7 +266,7 @@ def test_threshold_against_all_thresholds(layout, seed, rounded):
         threshold: [ends for run in runs for ends in literal_growth(cka, threshold, run)]
         for threshold in np.unique(cka)
     }
-    count = {t: sum(last - first for first, last in found) for t, found in every.items()}
+    count = {t: sum(last - first for first, last in grown) for t, grown in every.items()}
     best = max(t for t, number in count.items() if number >= removed)
     starts = rivals.cka_threshold(cka, removed, runs)
     assert sum(last - first for first, last in starts) == removed
@@ -486,7 +486,7 @@ def test_learned_masks_resume_to_the_bit(scattered, accelerator, tmp_path, monke
 
 def test_gradients_pass_checkpointed_blocks(scattered):
     transformer = copy.deepcopy(scattered[0])
-    found = []
+    gradients = []
     for checkpointed in (False, True):
         masks = learned_masks.DepthMasks(
             transformer, learned_masks.local_groups(4, RUNS, 4), 2, seed=0
@@ -496,8 +496,8 @@ def test_gradients_pass_checkpointed_blocks(scattered):
         masks.sample((0,), 1.0)
         with masks.attached():
             transformer.train()(**tiny.arguments())[0].square().sum().backward()
-        found.append([p.grad for p in (*masks.logits, *masks.up)])
-    for plain, again in zip(*found, strict=True):
+        gradients.append([p.grad for p in (*masks.logits, *masks.up)])
+    for plain, again in zip(*gradients, strict=True):
         assert (plain is None) == (again is None)
         assert plain is None or torch.allclose(plain, again, rtol=1e-4, atol=1e-6)
 

@@ -32,7 +32,7 @@ DEPTH = 5
 
 
 class Sizes:
-    """Parameters of a made-up model of `depth` blocks, counted part by part."""
+    """Parameters of a made-up model of `depth` blocks, counted one new block at a time."""
 
     def __init__(self, random, depth, unread):
         self.depth, self.unread = depth, unread
@@ -85,7 +85,7 @@ class Sizes:
         return sum(self.part(part, ranks) for part in parts) + last.parameters(ranks.get(last.key))
 
     def weights(self, ffns, ranks, units):
-        """As selection wants them: differences of the parts."""
+        """As selection wants them: differences of the new blocks."""
 
         def saves(block, **role):
             return self.part(NewBlock(block, block)) - self.part(NewBlock(block, block, **role))
@@ -153,8 +153,8 @@ def problem(seed, depth=DEPTH, intervals=3, runs=2, ffns=3, matrices=2, units=1)
 
 
 def trained(random, depth, count, cost, unread):
-    """Units of one trained plan: an interval, a narrow block or a run with either in it."""
-    found = {}
+    """Units of one trained selection: an interval, a narrow block or a run with either in it."""
+    units = {}
     for _ in range(count):
         first = int(random.integers(depth - 1))
         last = int(random.integers(first, depth))
@@ -166,9 +166,9 @@ def trained(random, depth, count, cost, unread):
         linear = [ffn for ffn in linear if not cut < ffn[0] <= last]
         if made := units_of(intervals, run, linear, unread):
             unit = made[0]
-            if not any(u.first <= unit.last and unit.first <= u.last for u, _ in found.values()):
-                found[unit.name] = (unit, cost())
-    return found
+            if not any(u.first <= unit.last and unit.first <= u.last for u, _ in units.values()):
+                units[unit.name] = (unit, cost())
+    return units
 
 
 def every_set(choices, weights, sizes, required=constraints.NOTHING):
@@ -288,7 +288,7 @@ def test_selection_is_the_best_of_all_sets(seed, measures, shares):
 
 
 def check(plan, enough):
-    """That a plan is among the sets that are enough, the cheapest, and saves what they say."""
+    """That a selection is among the sets that are enough, the cheapest, and saves what they say."""
     best = min(cost for _, cost, _ in enough)
     assert plan.cost == pytest.approx(best, rel=1e-6, abs=1e-15)
     assert plan.bound <= best * (1 + 1e-12) and plan.bound == pytest.approx(best, rel=1e-6)
@@ -346,8 +346,8 @@ def test_the_order_in_which_choices_come_decides_nothing(seed):
         choices.modulations,
         choices.unread,
     )
-    found = [selection.select(each, weights, need) for each in (choices, turned)]
-    assert found[0] == found[1]
+    selections = [selection.select(each, weights, need) for each in (choices, turned)]
+    assert selections[0] == selections[1]
 
 
 # ---- budgets
@@ -403,13 +403,13 @@ def test_unreachable_budgets_say_what_can_be_had():
 
 def latency_table(path, depth=4):
     parts = {"block": 0.4, "text": 0.1, "ffn_image": 0.06, "ffn_text": 0.05}
-    found = [
+    rows = [
         {"block": block, "part": part, "seconds": seconds + block / 1000}
         for block in range(depth)
         for part, seconds in parts.items()
         if block < 3 or part == "block"
     ]
-    tables.write(path, pd.DataFrame(found), schemas.LATENCY, {"transformer_seconds": "2.5"})
+    tables.write(path, pd.DataFrame(rows), schemas.LATENCY, {"transformer_seconds": "2.5"})
     return path
 
 
@@ -429,8 +429,8 @@ def test_units_save_the_seconds_of_their_parts(tmp_path):
     path = latency_table(tmp_path / "blocks.parquet")
     run = Unit((NewBlock(0, 0, (TEXT,)), NewBlock(1, 2, (IMAGE,))))
     alone = Unit((NewBlock(1, 3),))
-    found = measured.saved_seconds([run, alone], path)
-    assert found == pytest.approx([0.05 + 0.402 + 0.101 + 0.061, 0.402 + 0.403])
+    seconds = measured.saved_seconds([run, alone], path)
+    assert seconds == pytest.approx([0.05 + 0.402 + 0.101 + 0.061, 0.402 + 0.403])
     assert np.isnan(measured.saved_seconds([run, alone], None)).all()
 
 

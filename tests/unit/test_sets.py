@@ -79,7 +79,7 @@ def searched(offer, *variants):
 
 
 def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
-    """What the rows save adds up to what the plan does, ranks of halved matrices included."""
+    """What the rows save adds up to what the selection does, ranks of halved matrices included."""
     offer, before = offered(), np.inf
     reached = set()
     for budget in np.linspace(0.32, 1, 14):
@@ -136,12 +136,12 @@ def test_each_unit_is_from_the_stage_that_serves_the_set():
         return worth.get((one.sources["01-02"], one.sources["04-04"]), 3.0)
 
     measure, asked = measured_as(error)
-    found = choosing.decide(offer, {"v": (variant(0.9), start)}, measure)["v"]
-    assert found.choice.set.sources == {"01-02": "subsets", "04-04": "distill"}
-    assert found.choice.error == 1.0
+    decided = choosing.decide(offer, {"v": (variant(0.9), start)}, measure)["v"]
+    assert decided.choice.set.sources == {"01-02": "subsets", "04-04": "distill"}
+    assert decided.choice.error == 1.0
     # Its best alone, all of each of four sources; then the others of each unit.
     assert [len(one) for one in asked] == [5, 2, 2]
-    assert list(found.tried)[:2] == ["each at its best alone", "all of closed"]
+    assert list(decided.tried)[:2] == ["each at its best alone", "all of closed"]
     whole = choosing.decide(offer, {"v": (variant(0.9), start)}, measure, flips=False)["v"]
     assert whole.choice.error == 2.0
     last = choosing.as_last_trained(offer, {"v": (variant(0.9), start)}, measure)["v"]
@@ -164,14 +164,14 @@ def test_larger_budgets_are_never_measured_worse(seed):
     budgets = sorted(rng.uniform(0.4, 1, 4))
     wanted = [variant(float(b), name=f"p{n}") for n, b in enumerate(budgets)]
     wanted += [variant(float(budgets[1]), False, "free")]
-    found = choosing.decide(offer, searched(offer, *wanted), measure)
-    errors = [found[f"p{n}"].choice.error for n in range(4)]
+    decided = choosing.decide(offer, searched(offer, *wanted), measure)
+    errors = [decided[f"p{n}"].choice.error for n in range(4)]
     assert errors == sorted(errors, reverse=True)
     for each in wanted:
-        choice = found[each.name].choice
+        choice = decided[each.name].choice
         assert choosing.meets(choice, offer, each)
-        assert choice.error == min(c.error for c in found[each.name].tried.values())
-    assert not set(found["free"].choice.set.sources.values()) & set(sets.TRAINED)
+        assert choice.error == min(c.error for c in decided[each.name].tried.values())
+    assert not set(decided["free"].choice.set.sources.values()) & set(sets.TRAINED)
 
 
 def test_a_budget_is_met_however_sums_are_rounded():
@@ -197,8 +197,8 @@ def test_a_budget_is_met_however_sums_are_rounded():
 def test_files_hold_what_was_decided(tmp_path):
     offer = offered()
     asked = searched(offer, variant(0.5, name="a"), variant(0.8, name="b"))
-    found = choosing.decide(offer, asked, lambda some: [1e-3] * len(some))
-    choices = {name: one.choice for name, one in found.items()}
+    decided = choosing.decide(offer, asked, lambda some: [1e-3] * len(some))
+    choices = {name: one.choice for name, one in decided.items()}
     path = tmp_path / "sets.json"
     sets_file.write(path, offer, choices, {})
     written = sets_file.read(path)
@@ -217,7 +217,9 @@ def test_files_hold_what_was_decided(tmp_path):
     sets_file.write_one(each, offer, measured, "digest")
     assert each.read_bytes() == content  # another timing makes no other model
     rows = [row for name, choice in choices.items() for row in set_tables.rows(offer, name, choice)]
-    trials = [row for name, one in found.items() for row in set_tables.trial_rows(offer, name, one)]
+    trials = [
+        row for name, one in decided.items() for row in set_tables.trial_rows(offer, name, one)
+    ]
     for rows_, schema in ((rows, schemas.VARIANT_UNITS), (trials, schemas.VARIANT_SETS)):
         table = pd.DataFrame(rows_, columns=schema.names)
         tables.write(tmp_path / "t.parquet", table, schema, {})

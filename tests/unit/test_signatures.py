@@ -20,8 +20,8 @@ def pipelines_of_families() -> list[str]:
     """Pipeline classes in all modules that name a transformer of the registry."""
     named = re.compile(rf"\b({'|'.join(FAMILIES)})\b")
     texts = [path.read_text(encoding="utf-8") for path in sorted(ROOT.glob("pipelines/*/*.py"))]
-    found = [re.findall(r"^class (\w+Pipeline)\(", t, re.M) for t in texts if named.search(t)]
-    return sorted({name for names in found for name in names})
+    classes = [re.findall(r"^class (\w+Pipeline)\(", t, re.M) for t in texts if named.search(t)]
+    return sorted({name for names in classes for name in names})
 
 
 NAMES = pipelines_of_families()
@@ -44,11 +44,11 @@ def test_what_the_source_says_is_what_the_class_takes(name):
         return
     every = [*inspect.signature(made.__call__).parameters.values()][1:]
     real = {p.name: p for p in every if p.kind is not p.VAR_KEYWORD}
-    found = signatures.of(name)
-    assert [*found.parameters] == [*real]
-    assert found.open == (len(real) < len(every))
+    signature = signatures.of(name)
+    assert [*signature.parameters] == [*real]
+    assert signature.open == (len(real) < len(every))
     for key, parameter in real.items():
-        mine = found.parameters[key]
+        mine = signature.parameters[key]
         assert mine.required == (parameter.default is parameter.empty)
         if isinstance(parameter.default, Enum):  # neither a literal nor a constant
             assert mine.default is None
@@ -68,9 +68,9 @@ def test_a_call_that_a_base_class_defines_is_found(tmp_path):
         "    def __call__(self, image: str | None, *, area=AREA, **more):\n        pass\n"
     )
     (tmp_path / "__init__.py").write_text("from .inner import Derived as Ours\n")
-    found = signatures.of("Ours", tmp_path / "__init__.py")
-    assert found.open
-    assert found.parameters == {
+    signature = signatures.of("Ours", tmp_path / "__init__.py")
+    assert signature.open
+    assert signature.parameters == {
         "image": signatures.Parameter("image", True, None, "str | None"),
         "area": signatures.Parameter("area", False, 18),
     }

@@ -232,9 +232,9 @@ def test_many_sides_at_once_are_each_pair_alone(estimator, one_for_all):
     y = y[0] if one_for_all else y
     left, right = (cka.Side(torch.from_numpy(z), plan) for z in (x, y))
     pairs = (left, right), (left, left), (right, right)
-    found = cka.ratio(*(cka.hsic(*pair, plan, estimator) for pair in pairs), list("abcd"))
+    ratios = cka.ratio(*(cka.hsic(*pair, plan, estimator) for pair in pairs), list("abcd"))
     expected = [resampled_cka(x[k], y if one_for_all else y[k], plan, estimator) for k in range(4)]
-    np.testing.assert_allclose(found, expected, atol=1e-9)
+    np.testing.assert_allclose(ratios, expected, atol=1e-9)
 
 
 @estimators
@@ -330,12 +330,14 @@ def test_bootstrap_spread_matches_fresh_samples(estimator):
 
 def test_differences_are_eq_4():
     model = Model()
-    found = similarity.surrogate_cka(model.read, model.probes, model.plan(2))
-    delta = cka_draws.differences(found)
+    similarities = similarity.surrogate_cka(model.read, model.probes, model.plan(2))
+    delta = cka_draws.differences(similarities)
     for first in range(4):
         for last in range(first, 4):
-            before = 1 if last == first else found[:, first, last - 1]
-            np.testing.assert_allclose(delta[:, first, last], -(found[:, first, last] - before))
+            before = 1 if last == first else similarities[:, first, last - 1]
+            np.testing.assert_allclose(
+                delta[:, first, last], -(similarities[:, first, last] - before)
+            )
     assert np.isnan(delta[:, 2, 1]).all()
 
 
@@ -435,10 +437,10 @@ def test_a_stream_that_lacks_prompts_is_resampled_as_the_others(estimator):
     )
     for row, weights in enumerate(text.weights):
         drawn = np.repeat(np.arange(20), weights[Tokens.of["text"]].astype(int))
-        found = cka.hsic(*sides[0], text, "plain")[row]
+        hsic = cka.hsic(*sides[0], text, "plain")[row]
         a, b = x[drawn], y[drawn]
         expected = np.square((a - a.mean(0)).T @ (b - b.mean(0))).sum()
-        assert found == pytest.approx(expected, rel=1e-9)
+        assert hsic == pytest.approx(expected, rel=1e-9)
 
 
 def test_bad_tokens_name_stream_and_boundary():

@@ -27,7 +27,7 @@ def tokens(teacher, block, reader, path):
     """Of one stream's real tokens: features of its FFN's last linear, its gate, the stream after
     the block and the wanted one; float64 [tokens, channels]."""
     stream = "image" if path.startswith("img") else "text"
-    found = [[], [], [], []]
+    collected = [[], [], [], []]
     for batch in reader.batches(reader.rows(heldout=False), 8, CPU):
         lesson = teaching.teacher_states(teacher, [PART], batch.arguments)[PART]
         seen = []
@@ -44,9 +44,11 @@ def tokens(teacher, block, reader, path):
         if stream == "text":
             mask = batch.arguments["encoder_hidden_states_mask"].bool()
         wide = gate[:, None].expand_as(output)
-        for kept, value in zip(found, (*seen, wide, output, lesson.target[stream]), strict=True):
+        for kept, value in zip(
+            collected, (*seen, wide, output, lesson.target[stream]), strict=True
+        ):
             kept.append(value[mask].double())
-    return [torch.cat(each).numpy() for each in found]
+    return [torch.cat(each).numpy() for each in collected]
 
 
 @pytest.mark.parametrize("path", FFN.values())
@@ -65,8 +67,8 @@ def test_channels_solve_their_own_ridge_regressions(teacher, reader, path, monke
         penalty = np.diag([ridge] * features.shape[1] + [0.0])
         wanted = np.concatenate([(target - output)[:, channel], np.zeros(len(penalty))])
         change, *_ = np.linalg.lstsq(np.concatenate([rows, penalty]), wanted, rcond=None)
-        found = torch.cat([new.weight - old.weight, (new.bias - old.bias)[:, None]], 1)[channel]
-        np.testing.assert_allclose(found.detach(), change / scale, rtol=2e-3, atol=2e-5)
+        shift = torch.cat([new.weight - old.weight, (new.bias - old.bias)[:, None]], 1)[channel]
+        np.testing.assert_allclose(shift.detach(), change / scale, rtol=2e-3, atol=2e-5)
     assert torch.equal(old.weight, teacher.transformer_blocks[1].get_submodule(path).weight)
 
 

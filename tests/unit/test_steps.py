@@ -20,17 +20,17 @@ def levels(scheduler, begin, told=True):
     scheduler.set_timesteps(4)
     if told:
         scheduler.set_begin_index(begin)
-    state, found = torch.ones(1, 1, 2, 2), []
+    state, noise_levels = torch.ones(1, 1, 2, 2), []
 
     def take(own, step, given):
         returned, level = steps.taken(own, step, given)
-        found.append(level)
+        noise_levels.append(level)
         return returned
 
     with steps.around(scheduler, take):
         for timestep in scheduler.timesteps[begin:]:
             state = scheduler.step(torch.zeros_like(state), timestep, state).prev_sample
-    return found
+    return noise_levels
 
 
 @pytest.mark.parametrize("begin", [0, 2])
@@ -40,10 +40,12 @@ def test_a_flow_matching_step_has_its_own_sigma(name, told, begin):
     made = getattr(diffusers, f"FlowMatch{name}DiscreteScheduler")(shift=3.0)
     if name == "Heun" and not told:
         begin = 0  # of two equal timesteps a scheduler takes the second, so pairs would be torn
-    found = levels(made, begin, told)
-    assert len(found) == len(made.timesteps) - begin
-    np.testing.assert_allclose([f.sigma for f in found], [f.timestep / 1000 for f in found], 1e-6)
-    assert found[0].sigma == made.sigmas[begin]
+    noise_levels = levels(made, begin, told)
+    assert len(noise_levels) == len(made.timesteps) - begin
+    np.testing.assert_allclose(
+        [f.sigma for f in noise_levels], [f.timestep / 1000 for f in noise_levels], 1e-6
+    )
+    assert noise_levels[0].sigma == made.sigmas[begin]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # diffusers and numpy, by the thousand
@@ -60,8 +62,10 @@ def test_a_step_between_two_levels_has_the_level_between(name):
 
 
 def test_a_scheduler_without_sigmas_has_none():
-    found = levels(diffusers.DDPMScheduler(), 1, told=False)
-    assert [f.timestep for f in found] == [500, 250, 0] and np.isnan([f.sigma for f in found]).all()
+    noise_levels = levels(diffusers.DDPMScheduler(), 1, told=False)
+    assert [f.timestep for f in noise_levels] == [500, 250, 0] and np.isnan(
+        [f.sigma for f in noise_levels]
+    ).all()
 
 
 def test_a_timestep_by_another_name_is_the_schedules():
@@ -69,8 +73,10 @@ def test_a_timestep_by_another_name_is_the_schedules():
         def step(self, model_output, t, sample):
             return super().step(model_output, t, sample)
 
-    found = levels(Own(), 1)
-    np.testing.assert_allclose([f.timestep for f in found], [1000 * f.sigma for f in found], 1e-6)
+    noise_levels = levels(Own(), 1)
+    np.testing.assert_allclose(
+        [f.timestep for f in noise_levels], [1000 * f.sigma for f in noise_levels], 1e-6
+    )
 
 
 def test_a_step_that_the_pipeline_takes_itself_is_found_by_its_timestep():

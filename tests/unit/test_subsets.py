@@ -28,9 +28,9 @@ SEED = 4
 
 @given(st.lists(st.integers(), min_size=1, max_size=6, unique=True), st.integers(0, 10**9))
 def test_a_subset_is_in_order_and_a_pure_function_of_its_seed(members, step):
-    found = distillation.random_subset(members, (0, step))
-    assert found and found == [member for member in members if member in found]
-    assert found == distillation.random_subset(members, (0, step))
+    subset = distillation.random_subset(members, (0, step))
+    assert subset and subset == [member for member in members if member in subset]
+    assert subset == distillation.random_subset(members, (0, step))
 
 
 def test_sizes_are_equally_likely_and_so_are_the_subsets_of_a_size():
@@ -133,11 +133,11 @@ def test_students_stay_float32_in_a_teacher_of_another_dtype(teacher, reader, ac
     handle = taught[SECOND].register_forward_pre_hook(
         lambda _module, args, kwargs: seen.extend([*args, *kwargs.values()]), with_kwargs=True
     )
-    found = {}
+    gradients = {}
     for dtype, recompute in itertools.product([torch.float32, torch.bfloat16], [False, True]):
         model = copy.deepcopy(teacher).to(torch.bfloat16).to(dtype)
         loss_at(step, model, taught, Rounded(reader, dtype), accelerator, recompute)
-        found[dtype, recompute] = torch.cat([flat(student) for student in taught.values()])
+        gradients[dtype, recompute] = torch.cat([flat(student) for student in taught.values()])
         given = [x for x in seen if as_float64(x) is not x]
         # Image, text and time embedding; twice where the backward pass computes them again.
         assert len(given) == (6 if recompute else 3)
@@ -145,10 +145,10 @@ def test_students_stay_float32_in_a_teacher_of_another_dtype(teacher, reader, ac
         seen.clear()
     handle.remove()
     for dtype in (torch.float32, torch.bfloat16):
-        plain = found[dtype, False]
+        plain = gradients[dtype, False]
         assert plain.dtype == torch.float32 and torch.isfinite(plain).all()
-        torch.testing.assert_close(found[dtype, True], plain, rtol=1e-5, atol=1e-8)
-    precise, low = found[torch.float32, False], found[torch.bfloat16, False]
+        torch.testing.assert_close(gradients[dtype, True], plain, rtol=1e-5, atol=1e-8)
+    precise, low = gradients[torch.float32, False], gradients[torch.bfloat16, False]
     assert 0 < (low - precise).norm() < 0.05 * precise.norm()
 
 

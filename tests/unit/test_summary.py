@@ -44,8 +44,8 @@ def metrics(tmp_path):
 
 
 def test_rows_tell_size_speed_error_and_the_largest_loss(metrics):
-    found = metrics(judged=True)
-    shown = [re.split("  +", line) for line in summary.text(found).splitlines()[:4]]
+    rows = metrics(judged=True)
+    shown = [re.split("  +", line) for line in summary.text(rows).splitlines()[:4]]
     assert shown == [
         list(summary.COLUMNS),
         ["teacher", "1.00 (20.3 B)", "1.00", "1.00 (0.8 s)", "0", "my `teacher`_"],
@@ -54,8 +54,8 @@ def test_rows_tell_size_speed_error_and_the_largest_loss(metrics):
         ["p_50*", "0.43 (8.7 K)", "0.60", "0.57 (0.46 s)", "3.1e-3", "22.5 dB"]
         + ["background -10.0 points (-11.0 to -9.0)", MODELS + "p_50*"],
     ]
-    found = metrics(judged=False)
-    assert {row["worst metric"] for row in found} == {""}
+    rows = metrics(judged=False)
+    assert {row["worst metric"] for row in rows} == {""}
 
 
 def test_a_loss_of_nothing_has_no_sign_of_loss():
@@ -64,8 +64,8 @@ def test_a_loss_of_nothing_has_no_sign_of_loss():
 
 
 def test_the_report_shows_the_same_cells(metrics):
-    found = metrics(judged=True)
-    shown = publish_doctree(summary.rst(found), settings_overrides={"halt_level": 2})
+    rows = metrics(judged=True)
+    shown = publish_doctree(summary.rst(rows), settings_overrides={"halt_level": 2})
     cells = [entry.astext() for entry in shown.findall(lambda node: node.tagname == "entry")]
-    wanted = [*summary.COLUMNS, *(row[name] for row in found for name in summary.COLUMNS)]
+    wanted = [*summary.COLUMNS, *(row[name] for row in rows for name in summary.COLUMNS)]
     assert cells == wanted

@@ -44,8 +44,8 @@ def seen(given, *, further_up=False):
 
 
 def test_every_program_forgets_them_and_keeps_what_is_no_result():
-    found, said = seen(LEFT | PLACE | OTHERS | KEPT)
-    assert found == sorted(KEPT)
+    kept, said = seen(LEFT | PLACE | OTHERS | KEPT)
+    assert kept == sorted(KEPT)
     assert [line.split("=")[0] for line in sorted(said.splitlines())] == [
         "DIFFUSERS_ATTN_BACKEND",
         "NVIDIA_TF32_OVERRIDE",
@@ -55,9 +55,9 @@ def test_every_program_forgets_them_and_keeps_what_is_no_result():
 @pytest.mark.parametrize("further_up", [False, True])
 def test_a_process_of_several_keeps_its_place_unless_it_was_that_of_another(further_up):
     given = PLACE | {surroundings.RUN: "a"}
-    found, _ = seen(given | LEFT, further_up=further_up)
-    assert set(given) & set(found) == (set() if further_up else set(given))
-    assert not set(LEFT) & set(found)
+    kept, _ = seen(given | LEFT, further_up=further_up)
+    assert set(given) & set(kept) == (set() if further_up else set(given))
+    assert not set(LEFT) & set(kept)
 
 
 def test_accelerate_is_as_it_was_asked_for(monkeypatch):
@@ -65,8 +65,8 @@ def test_accelerate_is_as_it_was_asked_for(monkeypatch):
         monkeypatch.setenv(name, value)
     AcceleratorState._reset_state(reset_partial_state=True)
     try:
-        found = processes.accelerator("cpu")
-        assert (found.num_processes, found.mixed_precision) == (1, "no")
-        assert found.gradient_accumulation_steps == 1 and found.distributed_type == "NO"
+        accelerator = processes.accelerator("cpu")
+        assert (accelerator.num_processes, accelerator.mixed_precision) == (1, "no")
+        assert accelerator.gradient_accumulation_steps == 1 and accelerator.distributed_type == "NO"
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)

@@ -146,9 +146,9 @@ def test_rows_are_picked_by_row_group(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tables.File, "group", group)
     wanted = [*frame()["block"][1:], 20 + frame()["block"][0]]
-    found = tables.read(path, SCHEMA, where=("block", wanted)).to_pandas()
+    picked = tables.read(path, SCHEMA, where=("block", wanted)).to_pandas()
     expected = whole[whole["block"].isin(wanted)].reset_index(drop=True)
-    pd.testing.assert_frame_equal(found[expected.columns], expected)
+    pd.testing.assert_frame_equal(picked[expected.columns], expected)
     assert [number for number, columns in asked if columns is None] == [0, 2]
     none = tables.read(path, SCHEMA, where=("block", []))
     assert len(none) == 0 and none.column_names == SCHEMA.names

@@ -118,8 +118,8 @@ def test_updates_are_those_of_adamw_with_clipping_per_module(train):
         logged = [row["gradient_norm"] for row in rows if row["name"] == name]
         # Steps 1-3, 4 (a checkpoint), 5-6, 7-8 (a checkpoint), 9, 10-12 are averaged.
         ends = [0, 3, 4, 6, 8, 9, 12]
-        for found, low, high in zip(logged, ends, ends[1:], strict=False):
-            assert found == pytest.approx(sum(norms[low:high]) / (high - low), rel=1e-3)
+        for norm, low, high in zip(logged, ends, ends[1:], strict=False):
+            assert norm == pytest.approx(sum(norms[low:high]) / (high - low), rel=1e-3)
     assert [row["step"] for row in rows] == [s for s in (3, 4, 6, 8, 9, 12) for _ in "ab"]
     assert all(row["twice"] == pytest.approx(2 * row["loss"], rel=1e-6) for row in rows)
     assert [row["lr"] for row in rows[::2]] == [OPTIONS.lr_at(row["step"] - 1) for row in rows[::2]]
@@ -185,7 +185,7 @@ def test_an_average_is_that_of_its_recurrence_and_resumes_to_the_bit(train, tmp_
 
 
 def test_a_resumed_log_has_only_the_metrics_that_a_module_had(train, accelerator, tmp_path):
-    """As where one part of a text run has a text stream and another has none."""
+    """As where one new block of a text run has a text stream and another has none."""
 
     def losses(stop):
         modules = parts("a", "b")

@@ -34,30 +34,30 @@ def selections(draw):
 def test_units_of_any_selection(selection):
     pieces, runs, linear, unread = selection
     intervals = [piece for piece in reversed(pieces) if piece[1] > piece[0]]
-    found = units_of(intervals, runs, linear, unread)
-    every = [part for unit in found for part in unit.new_blocks]
+    units = units_of(intervals, runs, linear, unread)
+    every = [part for unit in units for part in unit.new_blocks]
 
     # In order, apart, and named after their ends.
     blocks = [block for part in every for block in range(part.first, part.last + 1)]
     assert blocks == sorted(set(blocks))
-    assert [unit.name for unit in found] == [f"{u.first:02d}-{u.last:02d}" for u in found]
+    assert [unit.name for unit in units] == [f"{u.first:02d}-{u.last:02d}" for u in units]
 
     # Every interval, every run and every linear FFN is there, and nothing else.
     assert {part.ends for part in every if part.last > part.first} == set(intervals)
-    assert {(unit.first, unit.last) for unit in found if len(unit.new_blocks) > 1} == set(runs)
-    for unit in found:
+    assert {(unit.first, unit.last) for unit in units if len(unit.new_blocks) > 1} == set(runs)
+    for unit in units:
         assert len(unit.new_blocks) > 1 or unit.new_blocks[0].narrow or unit.first < unit.last
         assert unit.removed_blocks == sum(part.last - part.first for part in unit.new_blocks)
     without = {part.first for part in every if part.borrows or part.text == "lend"}
     wanted = {(b, s) for b, s in linear if not (s == "text" and b in without)}
     assert {(part.first, s) for part in every for s in part.linear_ffn} == wanted
 
-    for unit in found:
+    for unit in units:
         head, *others = unit.new_blocks
         lends = "lend" if unit.last == unread else "source"
         assert head.source is None and head.text == (lends if others else "own")
         end = unit.first - 1
-        for part in unit.new_blocks:  # the parts of a run cover it
+        for part in unit.new_blocks:  # the new blocks of a run cover it
             assert part.first == end + 1
             end = part.last
         assert all(part.source == head.ends and part.borrows for part in others)
@@ -66,7 +66,7 @@ def test_units_of_any_selection(selection):
 
 
 def test_a_selection_with_everything():
-    found = units_of([(8, 9), (1, 3)], [(5, 9)], [(0, "text"), (1, "image"), (8, "text")])
+    units = units_of([(8, 9), (1, 3)], [(5, 9)], [(0, "text"), (1, "image"), (8, "text")])
     source = (5, 5)
     run = (
         NewBlock(5, 5, text="source"),
@@ -74,9 +74,9 @@ def test_a_selection_with_everything():
         NewBlock(8, 9, text="close", source=source),
     )
     kept, student = NewBlock(0, 0, ("text",)), NewBlock(1, 3, ("image",))
-    assert found == [Unit((kept,)), Unit((student,)), Unit(run)]
-    assert [unit.name for unit in found] == ["00-00", "01-03", "05-09"]
-    assert [unit.removed_blocks for unit in found] == [0, 2, 1]
+    assert units == [Unit((kept,)), Unit((student,)), Unit(run)]
+    assert [unit.name for unit in units] == ["00-00", "01-03", "05-09"]
+    assert [unit.removed_blocks for unit in units] == [0, 2, 1]
     (unread,) = units_of([(8, 9)], [(5, 9)], [(5, "text"), (5, "image")], unread_after=9)
     assert unread.new_blocks[0] == NewBlock(5, 5, ("image",), "lend")
     assert {part.text for part in unread.new_blocks[1:]} == {"borrow"}

@@ -152,12 +152,12 @@ def test_the_next_is_begun_while_one_is_in_use():
         begun[number].set()
         return number
 
-    ahead, found = calls.Ahead(make, count=4), []
+    ahead, numbers = calls.Ahead(make, count=4), []
     for number in range(4):
-        found.append(ahead(number))
+        numbers.append(ahead(number))
         if number < 3:
             assert begun[number + 1].wait(PATIENCE)  # before the use of this one ends
-    assert found == [0, 1, 2, 3] and makers[0] == main and main not in list(makers.values())[1:]
+    assert numbers == [0, 1, 2, 3] and makers[0] == main and main not in list(makers.values())[1:]
     assert not threads()
 
 
@@ -195,14 +195,14 @@ def test_a_reader_reads_ahead_in_order_and_leaves_no_thread(reader):
                 arrived.notify()
             return super().batch(numbers)
 
-    found = []
+    batches = []
     for batch in Watched(reader.path, memory=0).batches(rows, 2):
-        found.append(batch)
+        batches.append(batch)
         with arrived:
-            more = min(len(expected), len(found) + 1)
+            more = min(len(expected), len(batches) + 1)
             assert arrived.wait_for(lambda more=more: len(begun) == more, PATIENCE)
     assert not threads()
-    for one, other in zip(found, expected, strict=True):
+    for one, other in zip(batches, expected, strict=True):
         assert one.numbers.tolist() == other.numbers.tolist()
         assert torch.equal(one.output, other.output)
 

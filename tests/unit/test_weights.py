@@ -37,15 +37,15 @@ def test_of_a_file_and_shards_those_are_read_that_the_library_reads(tmp_path, li
             shutil.copytree(place, tmp_path / "both", dirs_exist_ok=True)
     options = {"variant": variant, "use_safetensors": True}
     read = type(model).from_pretrained(tmp_path / "both", **options)
-    found = weights.headers(tmp_path / "both", library, variant)
+    headers = weights.headers(tmp_path / "both", library, variant)
     shards = next(read.parameters()).flatten()[0] == 2
-    assert (len(found) > 1) == shards == (library == "diffusers")
-    assert all((f".{variant}" in path.name) == bool(variant) for path in found)
-    every = {name for header in found.values() for name in header}
+    assert (len(headers) > 1) == shards == (library == "diffusers")
+    assert all((f".{variant}" in path.name) == bool(variant) for path in headers)
+    every = {name for header in headers.values() for name in header}
     assert every == {name for name, _ in model.named_parameters()}
     names = [path.name for path in (tmp_path / "both").iterdir()]
     index = {name for name in weights.wanted(names, variant) if name.endswith(".json")}
-    assert set(weights.wanted(names, variant)) - index == {path.name for path in found}
+    assert set(weights.wanted(names, variant)) - index == {path.name for path in headers}
     assert len(index) == shards
 
 

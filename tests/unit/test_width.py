@@ -23,12 +23,12 @@ D = 32  # channels of tiny's transformer
 
 def recorded(transformer, path):
     """24 padded calls to fit on and 8 that are held out: more text tokens than channels."""
-    found = []
+    tables = []
     for heldout, lengths, seed in ((False, (5, 3) * 12, 0), (True, (4, 5) * 4, 1)):
         call = tiny.arguments(lengths, seed)
         rows = tiny.places(len(lengths), heldout=heldout)
-        found += call_tables.to_tables(call, transformer(**call)[0], rows)
-    call_tables.write(path, [table.schema for table in found], found, {})
+        tables += call_tables.to_tables(call, transformer(**call)[0], rows)
+    call_tables.write(path, [table.schema for table in tables], tables, {})
     return calls.Reader(path)
 
 
@@ -207,10 +207,10 @@ def test_planted_redundancy_is_found_and_costs_nothing(tmp_path):
     transformer = planted()
     reader = recorded(transformer, tmp_path / "calls.parquet")
     everything_alike = np.ones((6, 6))
-    found = linear_map_candidates.ffn_candidates(transformer)
-    found += linear_map_candidates.text_candidates(transformer, everything_alike, 3, 0.5)
+    candidates = linear_map_candidates.ffn_candidates(transformer)
+    candidates += linear_map_candidates.text_candidates(transformer, everything_alike, 3, 0.5)
     free, costs = set(), {}
-    for unit in found:
+    for unit in candidates:
         made, fit_error = narrow_unit(transformer, unit, reader)
         rows = reader.rows(heldout=True)
         key = (unit.name, *unit.new_blocks[0].linear_ffn)
@@ -264,15 +264,15 @@ def test_planted_units_cost_nothing_together(tmp_path, accelerator):
 def test_text_candidates_are_all_runs_of_alike_blocks(teacher, longest, seed):
     rng = np.random.default_rng(seed)
     cka = rng.choice([0.2, 0.6, 0.9, np.nan], size=(6, 6), p=[0.1, 0.2, 0.6, 0.1])
-    found = linear_map_candidates.text_candidates(teacher, cka, longest, 0.5)
+    candidates = linear_map_candidates.text_candidates(teacher, cka, longest, 0.5)
     expected = {
         (first, last)
         for first in range(6)
         for last in range(first + 1, min(6, first + longest))
         if all(cka[first, k] >= 0.5 for k in range(first, last + 1))
     }
-    assert {(unit.first, unit.last) for unit in found} == expected
-    for unit in found:
+    assert {(unit.first, unit.last) for unit in candidates} == expected
+    for unit in candidates:
         roles = [part.text for part in unit.new_blocks]
         middle = ["borrow"] * (len(roles) - 2)
         closed = ["source", *middle, "close"]
@@ -287,8 +287,8 @@ def test_what_may_not_be_touched_is_no_candidate(teacher, monkeypatch):
         for u in linear_map_candidates.ffn_candidates(teacher)
     ]
     assert ffns == [(b, s) for b in (0, 1, 3, 4, 5) for s in ("image", "text")]
-    found = linear_map_candidates.text_candidates(teacher, np.ones((6, 6)), 6, 0.5)
-    assert [(unit.first, unit.last) for unit in found] == [(0, 1), (4, 5)]
+    candidates = linear_map_candidates.text_candidates(teacher, np.ones((6, 6)), 6, 0.5)
+    assert [(unit.first, unit.last) for unit in candidates] == [(0, 1), (4, 5)]
 
 
 LINEAR = D * D + D
@@ -330,8 +330,8 @@ def test_saved_parameters_in_closed_form(teacher):
 
 
 def test_text_sizes_in_closed_form(teacher):
-    found = linear_map_candidates.text_sizes(teacher)
-    assert found == {
+    sizes = linear_map_candidates.text_sizes(teacher)
+    assert sizes == {
         "text_saved": [TEXT_SAVED] * 6,
         "text_output": [LINEAR] * 5 + [0],
         "text_lent": [TEXT_LENT] * 5 + [0],
