@@ -278,6 +278,18 @@ def test_sets_show_what_every_variant_is_made_of_and_from_where():
     assert legend == ["closed form", refitted, "untrained", "distilled", "random subsets"]
 
 
+def test_a_trained_block_with_two_linear_ffns_is_drawn_and_counted_in_both_rows():
+    units = variant_units()
+    one = units[(units["kind"] == "ffn") & (units["variant"] == "p55")].iloc[[0]]
+    both = one.assign(first=5, last=5, stream="image text", source="subsets")
+    figure = variant_composition.variant_composition(pd.concat([one, both]), ["p55"], 24)
+    (ax,) = figure.axes
+    trained = to_rgba(variant_composition.SOURCES["subsets"][0])
+    cells = [bar for bar in ax.collections if tuple(bar.get_facecolor()[0]) == trained]
+    assert len(cells) == 2
+    assert ax.get_title(loc="left") == "p55: 3 linear FFNs"
+
+
 def test_names_keep_off_curves():
     figure = quality.budget_errors(points_table(), metrics_table(), ["p55", "p70"])
     for ax in figure.axes:

@@ -77,17 +77,22 @@ def _rows(units: pd.DataFrame, blocks: int) -> dict[str, list[tuple]]:
         "text runs": bars(units[units["kind"] == "text"], ends),
     }
     for stream in ("text", "image"):
-        ffns = units[(units["kind"] == "ffn") & (units["stream"] == stream)]
+        ffns = units[(units["kind"] == "ffn") & _streams(units).map(lambda names: stream in names)]
         rows[f"linear {stream} FFNs"] = bars(ffns, lambda one: "")
     ranks = units[units["kind"] == "modulation"]
-    paths = ranks.loc[ranks["first"] < blocks, "path"].unique()
+    paths = sorted(ranks.loc[ranks["first"] < blocks, "path"].unique())
     last = ranks[ranks["first"] == blocks]
-    for number, path in enumerate(paths if len(paths) else last["path"].unique()):
+    for number, path in enumerate(paths or last["path"].unique()):
         own = ranks[ranks["path"] == path]
         # The last AdaLN has a column of its own, in the first of these rows.
-        own = pd.concat([own, last]) if number == 0 and len(paths) else own
+        own = pd.concat([own, last]) if number == 0 and paths else own
         rows[f"{short_path(path)} rank"] = bars(own, lambda one: str(one.rank))
     return {name: drawn for name, drawn in rows.items() if drawn}
+
+
+def _streams(units: pd.DataFrame) -> pd.Series:
+    """Streams of each unit: a trained block has its linear FFNs as one unit, `image text`."""
+    return units["stream"].fillna("").str.split()
 
 
 def _kind(source: str) -> str:
@@ -98,6 +103,8 @@ def _kind(source: str) -> str:
 def _told(units: pd.DataFrame) -> str:
     """How many of what, in words."""
     counts = units["kind"].value_counts().to_dict()
+    if "ffn" in counts:
+        counts["ffn"] = int(_streams(units[units["kind"] == "ffn"]).map(len).sum())
     words = {"interval": "interval", "text": "text run", "ffn": "linear FFN"}
     words["modulation"] = "low-rank modulation"
     told = [
