@@ -43,7 +43,7 @@ def groups(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("own", "files", "found"),
+    ("own", "files", "count"),
     [
         ("", {}, AFFINITY),
         ("0::/\n", {"cpu.max": "max 100000\n"}, AFFINITY),
@@ -68,20 +68,20 @@ def groups(monkeypatch, tmp_path):
         ("nonsense", {"cpu.max": "100000\n"}, AFFINITY),
     ],
 )
-def test_no_more_cores_than_quotas_leave(groups, own, files, found):
+def test_no_more_cores_than_quotas_leave(groups, own, files, count):
     groups(own, files)
-    assert cores.available() == found
+    assert cores.available() == count
 
 
 @pytest.mark.parametrize(
-    ("said", "found"),
+    ("said", "count"),
     [("2", 2), ("3,1", 3), ("99", AFFINITY), ("0", AFFINITY), ("", AFFINITY), ("x", AFFINITY)],
 )
-def test_no_more_cores_than_the_job_has(groups, monkeypatch, said, found):
+def test_no_more_cores_than_the_job_has(groups, monkeypatch, said, count):
     groups("", {})
     monkeypatch.setenv("OMP_NUM_THREADS", said)
-    assert cores.available() == found
-    assert workers.process_count("auto", torch.device("cpu")) == found
+    assert cores.available() == count
+    assert workers.process_count("auto", torch.device("cpu")) == count
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="of Linux")

@@ -99,19 +99,19 @@ def test_every_rank_more_helps_and_several_are_as_each_alone():
 
 def test_nothing_larger_than_the_matrix_is_formed():
     class Largest(TorchDispatchMode):
-        found = 0
+        most = 0
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             made = function(*args, **(kwargs or {}))
             for one in made if isinstance(made, tuple) else (made,):
-                self.found = max(self.found, getattr(one, "numel", lambda: 0)())
+                self.most = max(self.most, getattr(one, "numel", lambda: 0)())
             return made
 
     (weight, bias), sums = matrix((48, 8)), Sums.over(inputs_of(50))
     for rank in (4, 8):
         with Largest() as largest:
             modulation.reduced(weight, bias, sums, rank)
-        assert largest.found == weight.numel()
+        assert largest.most == weight.numel()
 
 
 # ---- in models

@@ -407,11 +407,11 @@ class Drawn:
     """Inputs for the matrices of a transformer, drawn at random."""
 
     def __init__(self, matrices):
-        self.found = {matrix.key: matrix for matrix in matrices}
+        self.matrices = {matrix.key: matrix for matrix in matrices}
 
     def of(self, key):
         generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(99, self.found[key].inputs, generator=generator).double()
+        inputs = torch.randn(99, self.matrices[key].inputs, generator=generator).double()
         return Sums(len(inputs), inputs.sum(0), inputs.T @ inputs)
 
 

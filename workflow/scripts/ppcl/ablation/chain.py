@@ -20,11 +20,11 @@ def through_chain(context: Context, students: Students, options: DistillSettings
     after it make of its output. options: as `distillation.independent`.
     """
     transformer, accelerator = context.transformer, context.accelerator
-    family, parts = blocks.family(transformer), list(students)
+    family, new_blocks = blocks.family(transformer), list(students)
     batch_of = distillation.batches_of_steps(context, options)
-    inside = {part: steps.InFloat32(student) for part, student in students.items()}
-    model, _ = blocks.assembled(transformer, {part.ends: m for part, m in inside.items()})
-    owner = {id(module): part for part, module in inside.items()}
+    inside = {new_block: steps.InFloat32(student) for new_block, student in students.items()}
+    model, _ = blocks.assembled(transformer, {new_block.ends: m for new_block, m in inside.items()})
+    owner = {id(module): new_block for new_block, module in inside.items()}
     watched = [b for b in blocks.block_sequence(model) if id(b.module) in owner]
 
     def losses_of_step(step: int) -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
@@ -35,18 +35,18 @@ def through_chain(context: Context, students: Students, options: DistillSettings
             outputs[owner[id(block.module)]] = streams
 
         with accelerator.autocast():
-            lessons = teaching.teacher_states(transformer, parts, batch.arguments)
+            lessons = teaching.teacher_states(transformer, new_blocks, batch.arguments)
             with blocks.watch(watched, after=keep, stop_after=watched[-1].index) as run:
                 run(model, batch.arguments)
             targets = {
-                part: steps.read_streams(transformer, part, lesson.target)
-                for part, lesson in lessons.items()
+                new_block: steps.read_streams(transformer, new_block, lesson.target)
+                for new_block, lesson in lessons.items()
             }
             streams = {s: x for target in targets.values() for s, x in target.items()}
             real = teaching.real_tokens(family, batch, streams, options.batch_size, accelerator)
             losses = [
-                teaching.interval_losses(outputs[part], target, real, options)
-                for part, target in targets.items()
+                teaching.interval_losses(outputs[new_block], target, real, options)
+                for new_block, target in targets.items()
             ]
         total: dict[str, Tensor] = {}
         for _, metrics in losses:

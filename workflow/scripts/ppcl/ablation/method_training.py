@@ -27,7 +27,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
     }
     unread_after = linear_maps.unread_after(transformer)
     units = units_of(starts, chosen.runs, chosen.ffns, unread_after)
-    parts = new_blocks_of(units)
+    new_blocks = new_blocks_of(units)
     taught = rivals.start(transformer, starts)
     uncut: Students = {}
     if train.get("start") == "solved":
@@ -48,11 +48,13 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         for student in taught.values():
             student.to(device)
         if options.mode == "chain":
-            together = nn.ModuleDict({part.name: student for part, student in taught.items()})
+            together = nn.ModuleDict(
+                {new_block.name: student for new_block, student in taught.items()}
+            )
             losses = chain.through_chain(context, taught, options)
             phases.train(material, name, {"students": together}, losses, options)
         else:
-            modules = {part.name: student for part, student in taught.items()}
+            modules = {new_block.name: student for new_block, student in taught.items()}
             scales = distillation.lr_scales(taught, wide.lr_scale)
             losses = distillation.independent(context, taught, options, uncut=uncut)
             phases.train(material, name, modules, losses, options, scales)
@@ -61,10 +63,10 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         first = steps["distill"] if taught else 0  # without intervals, narrow blocks get all steps
         if first:
             distil("distill", first, taught)
-        taught, uncut = linear_map_fits.narrowed(context, parts, taught, wide)
+        taught, uncut = linear_map_fits.narrowed(context, new_blocks, taught, wide)
         distil("narrow", steps["distill"] - first + steps["narrow"], taught)
     else:
-        taught, uncut = linear_map_fits.narrowed(context, parts, taught, wide)
+        taught, uncut = linear_map_fits.narrowed(context, new_blocks, taught, wide)
         if steps["distill"]:
             distil("distill", steps["distill"], taught)
     if steps["subsets"]:
@@ -85,7 +87,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
             )
             others = distillation.independent(context, taught, also, uncut=uncut)
             losses = schedules.mixed(losses, others, "students", train["mixed"])
-        together = nn.ModuleDict({part.name: student for part, student in taught.items()})
+        together = nn.ModuleDict({new_block.name: student for new_block, student in taught.items()})
         scales = distillation.lr_scales(taught, wide.lr_scale, "students/{}.")
         phases.train(
             material, "subsets", {"students": together.to(device)}, losses, options, scales

@@ -210,8 +210,8 @@ def skip_errors(
             skipped[block] = {NewBlock(*ends): sequence[int(only)].module}
     sets = {
         f"without {b:02d}": (
-            min(part.first for part in made),
-            max(part.last for part in made),
+            min(new_block.first for new_block in made),
+            max(new_block.last for new_block in made),
             lambda made=made: made,
         )
         for b, made in skipped.items()

@@ -51,7 +51,9 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
     whole, rows = blocks.parameter_count(material.transformer), []
     for share in range(1, BUDGETS):
         picked = schedules.cheapest(costs, savings, share / BUDGETS * sum(savings))
-        plugged = {part: taught[part] for i in picked for part in units[i].new_blocks}
+        plugged = {
+            new_block: taught[new_block] for i in picked for new_block in units[i].new_blocks
+        }
         model, _, _ = students.plugged(material.transformer, plugged)
         removed = sum(savings[i] for i in picked)
         rows.append(
@@ -84,7 +86,7 @@ def plugged(material: Material, taught: Students, low_rank: bool) -> nn.Module:
 def finetuned(material: Material, taught: Students, low_rank: bool) -> nn.Module:
     """The assembled model with all its parameters trained on the recorded velocities."""
     exported = students.types(plugged(material, taught, low_rank))
-    modules = {part.ends: student for part, student in taught.items()}
+    modules = {new_block.ends: student for new_block, student in taught.items()}
     model, block_map = blocks.assembled(material.transformer, modules)
     if low_rank:
         model = with_low_rank(material, model, block_map)

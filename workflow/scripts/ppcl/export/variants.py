@@ -106,7 +106,11 @@ class Workshop:
             ranks.setdefault(matrix[0], []).append((matrix, rank))
         pieces: list[Piece] = []
         for member in chosen.members:
-            own = [one for part in member.unit.new_blocks for one in ranks.pop(part.first, ())]
+            own = [
+                one
+                for new_block in member.unit.new_blocks
+                for one in ranks.pop(new_block.first, ())
+            ]
             pieces.append((member, tuple(own)))
         return pieces + [(block, tuple(own)) for block, own in sorted(ranks.items())]
 
@@ -118,7 +122,7 @@ class Workshop:
             model, _, block_map = students.plugged(self._teacher, taught)
         else:
             model, block_map = blocks.assembled(
-                self._teacher, {part.ends: student for part, student in taught.items()}
+                self._teacher, {new_block.ends: student for new_block, student in taught.items()}
             )
         ranks = {matrix: rank for piece in pieces for matrix, rank in piece[1]}
         if ranks:
@@ -137,18 +141,20 @@ class Workshop:
                 made[piece] = {(self._depth, self._depth): model.get_submodule(_last(model))}
                 continue
             ends = (
-                [part.ends for part in of.unit.new_blocks] if isinstance(of, Member) else [(of, of)]
+                [new_block.ends for new_block in of.unit.new_blocks]
+                if isinstance(of, Member)
+                else [(of, of)]
             )
             made[piece] = {key: sequence[starts[key[0]]].module for key in ends}
         return made
 
     def _students(self, members: Sequence[Member]) -> Students:
         """The blocks of units, without ranks."""
-        parts: dict[str, list[NewBlock]] = {}
+        new_blocks: dict[str, list[NewBlock]] = {}
         for member in members:
-            parts.setdefault(member.source, []).extend(member.unit.new_blocks)
+            new_blocks.setdefault(member.source, []).extend(member.unit.new_blocks)
         unit_blocks: Students = {}
-        for source, wanted in parts.items():
+        for source, wanted in new_blocks.items():
             if source == CLOSED or source.startswith(REFIT):
                 # Read only, so it need not be of mutable mappings as its stubs say.
                 refits: Any = self._refits.get(source, {})
@@ -161,9 +167,9 @@ class Workshop:
                     f"unit {wanted[0].name} is from {source}, of which no students are given; "
                     f"name them, --{source}"
                 )
-        for part, student in unit_blocks.items():
+        for new_block, student in unit_blocks.items():
             if self._as_teacher:
-                students.as_teacher(self._teacher, part, student)
+                students.as_teacher(self._teacher, new_block, student)
             student.requires_grad_(not self._as_teacher).eval()
             if self._device is not None:
                 student.to(self._device)
@@ -197,7 +203,7 @@ def untrained(selection: SelectionFile | None, files: Files) -> dict[str, Member
     maps = linear_maps.stored(files.maps) if files.maps else {}
     members = {}
     for unit in selection.units:
-        wanted = [one for part in unit.new_blocks for one in linear_maps.maps_of(part)]
+        wanted = [one for new_block in unit.new_blocks for one in linear_maps.maps_of(new_block)]
         if not unit.removed_blocks and all(one in maps for one in wanted):
             members[unit.name] = Member(unit, CLOSED)
         elif START in files.students and unit in selection.distilled:

@@ -128,7 +128,7 @@ def collect(
     modulations.put(sample.conditioning)
 
     def save() -> None:
-        sample.sums, sample.conditioning = moments.sums, modulations.found
+        sample.sums, sample.conditioning = moments.sums, modulations.sums
         sample.save(state.identity)
 
     regular = max(1, settings.checkpoint_every // size)

@@ -37,7 +37,7 @@ class Sums:
         device: where products are made; sums are in main memory.
 
     Attributes:
-        found: the sums so far.
+        sums: those so far.
     """
 
     def __init__(self, transformer: nn.Module, matrices: Iterable[Matrix], device: torch.device):
@@ -64,18 +64,18 @@ class Sums:
     def leaders(self) -> dict[int, Matrix]:
         """Of every entry, the first of its matrices."""
         leaders: dict[int, Matrix] = {}
-        for matrix, place in self.found.places.items():
+        for matrix, place in self.sums.places.items():
             leaders.setdefault(place, matrix)
         return leaders
 
     def put(self, sums: Conditioning) -> None:
         """Starts from these sums."""
         # Copies: what was read from a file may lie at any address, and then rounds in another way.
-        self.found = Conditioning([entry.weighted(1) for entry in sums.entries], sums.places)
+        self.sums = Conditioning([entry.weighted(1) for entry in sums.entries], sums.places)
         self._fresh = not sums.places
         if self._fresh and self._linears:  # all get the same until they are seen to differ
-            self.found = Conditioning([_nothing()], dict.fromkeys(self._linears, 0))
-        self._waiting: list[list[Tensor]] = [[] for _ in self.found.entries]
+            self.sums = Conditioning([_nothing()], dict.fromkeys(self._linears, 0))
+        self._waiting: list[list[Tensor]] = [[] for _ in self.sums.entries]
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -105,7 +105,7 @@ class Sums:
         self._fit = fit
         self._taken = {place: self._rows(self._seen[m]) for place, m in leaders.items()}
         same = [
-            _same(seen, self._seen[leaders[self.found.places[matrix]]])
+            _same(seen, self._seen[leaders[self.sums.places[matrix]]])
             for matrix, seen in self._seen.items()
         ]
         self._alike = all(alike for alike in same if isinstance(alike, bool))
@@ -128,15 +128,15 @@ class Sums:
         """Gives matrices that got something else than the first of their entry another one."""
         together: dict[int, list[Matrix]] = {}
         for matrix in self._seen:
-            together.setdefault(self.found.places[matrix], []).append(matrix)
+            together.setdefault(self.sums.places[matrix], []).append(matrix)
         while together:
             others: dict[int, list[Matrix]] = {}
             for place, (first, *rest) in together.items():
                 apart = [m for m in rest if not _same(self._seen[m], self._seen[first])]
                 if apart:
-                    new = len(self.found.entries)
-                    self.found.entries.append(self.found.entries[place])
-                    self.found.places.update(dict.fromkeys(apart, new))
+                    new = len(self.sums.entries)
+                    self.sums.entries.append(self.sums.entries[place])
+                    self.sums.places.update(dict.fromkeys(apart, new))
                     self._waiting.append(list(self._waiting[place]))
                     self._taken[new] = [x.cpu() for x in self._rows(self._seen[apart[0]])]
                     others[new] = apart
@@ -167,15 +167,15 @@ class Sums:
                 x = torch.cat(waiting).to(self._device).double()  # MPS casts to no float64
                 waiting.clear()
                 more = Moments(float(len(x)), x.sum(0).cpu(), (x.T @ x).cpu())
-                before = self.found.entries[place]
-                self.found.entries[place] = before + more if before.count else more
+                before = self.sums.entries[place]
+                self.sums.entries[place] = before + more if before.count else more
 
     def result(self) -> Conditioning:
         """The sums, without matrices that got nothing."""
-        kept = [place for place, entry in enumerate(self.found.entries) if entry.count]
+        kept = [place for place, entry in enumerate(self.sums.entries) if entry.count]
         numbers = {place: number for number, place in enumerate(kept)}
-        places = {m: numbers[p] for m, p in self.found.places.items() if p in numbers}
-        return Conditioning([self.found.entries[place] for place in kept], places)
+        places = {m: numbers[p] for m, p in self.sums.places.items() if p in numbers}
+        return Conditioning([self.sums.entries[place] for place in kept], places)
 
 
 def _nothing() -> Moments:

@@ -116,7 +116,7 @@ def works(planner: Planner) -> dict[str, Work]:
     def distilled(units: list[Unit], options: DistillSettings = settings.distill) -> Work:
         """The teacher to the last block that is needed, and a step of every student."""
         teacher = sum(per_block[: max((u.last for u in units), default=-1) + 1])
-        taught = sum(per_block[part.first] for part in new_blocks_of(units))
+        taught = sum(per_block[new_block.first] for new_block in new_blocks_of(units))
         return trained("distill", teacher + times("distill") * taught, units, options)
 
     record, evaluate = settings.record, settings.evaluate

@@ -59,7 +59,7 @@ class Planner:
         chosen: dict[str, Sequence[Unit]] = {"teacher": []}
         if self.depth:
             chosen["depth"] = self.depth
-        if any(part.narrow for part in new_blocks_of(self.every)):
+        if any(new_block.narrow for new_block in new_blocks_of(self.every)):
             chosen["depth+width" if self.depth else "width"] = self.every
         ranks = self.ranks
         if ranks is None:

@@ -123,13 +123,13 @@ def _width(planner: Planner, batch: int) -> Stage:
     statistics = at_once * one
     activations = None
     if planner.example is not None:
-        parts = [NewBlock(*ends) for ends in dict.fromkeys(m.target for m in maps[:at_once])]
+        new_blocks = [NewBlock(*ends) for ends in dict.fromkeys(m.target for m in maps[:at_once])]
         arguments = planner.example(batch, planner.dtype)
 
         def run():
-            return teaching.teacher_states(planner.transformer, parts, arguments)
+            return teaching.teacher_states(planner.transformer, new_blocks, arguments)
 
-        activations = footprint.measured(run).peak + bytes_of(arguments) if parts else 0
+        activations = footprint.measured(run).peak + bytes_of(arguments) if new_blocks else 0
     fit = None if activations is None else max(statistics + activations, factored)
     return _priced(planner, "width", batch, fit, max(statistics, factored))
 

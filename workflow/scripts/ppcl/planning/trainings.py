@@ -84,10 +84,10 @@ def distillations(planner: Planner, units: list[Unit]) -> Iterator[Stage]:
     jobs, caching = planner.jobs(units), planner.caching()
     for number, job in enumerate(jobs):
         stage = distill(planner, "distill" if len(jobs) == 1 else f"distill/{number}", job)
-        parts = new_blocks_of(job)
-        start = shards.first_needed(parts) if shards.cached(job, caching) else 0
+        new_blocks = new_blocks_of(job)
+        start = shards.first_needed(new_blocks) if shards.cached(job, caching) else 0
         if len(jobs) > 1 or start:
-            stage.note += f"; {len(parts)} students, teacher from block {start} to"
+            stage.note += f"; {len(new_blocks)} students, teacher from block {start} to"
             stage.note += f" {job[-1].last}: {shards.cost(job, caching):.4g} block passes a step"
         yield stage
 

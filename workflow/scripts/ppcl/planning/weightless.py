@@ -135,10 +135,10 @@ def selection(
     sequence = blocks.block_sequence(transformer)
     required, _ = constraints.of_config(settings, len(sequence))
     ffns = {
-        (part.first, stream)
+        (new_block.first, stream)
         for unit in linear_map_candidates.ffn_candidates(transformer)
-        for part in unit.new_blocks
-        for stream in part.linear_ffn
+        for new_block in unit.new_blocks
+        for stream in new_block.linear_ffn
     }
     constraints.check(
         required,
@@ -177,15 +177,19 @@ def new_blocks(
     """
     sequence = blocks.block_sequence(transformer)
     made = {}
-    for part in new_blocks_of(units):
-        whole = copy.deepcopy(sequence[part.first].module)
-        made[part] = students.shaped(transformer, part, whole.to(dtype) if dtype else whole)
+    for new_block in new_blocks_of(units):
+        whole = copy.deepcopy(sequence[new_block.first].module)
+        made[new_block] = students.shaped(
+            transformer, new_block, whole.to(dtype) if dtype else whole
+        )
     return made
 
 
 def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module, list[list[int]]]:
     """The teacher with new blocks in place of its own, and its block map."""
-    return blocks.assembled(transformer, {part.ends: module for part, module in made.items()})
+    return blocks.assembled(
+        transformer, {new_block.ends: module for new_block, module in made.items()}
+    )
 
 
 def ranks_on_offer(options: ModulationSettings) -> list[int]:

@@ -201,9 +201,13 @@ def saved_seconds(units: Iterable[Unit], path: Path | None) -> list[float]:
     weights, _ = timing(path, depth)
     return [
         savings.saved(
-            [part.ends for part in unit.new_blocks if part.last > part.first],
+            [new_block.ends for new_block in unit.new_blocks if new_block.last > new_block.first],
             [(unit.first, unit.last)] if len(unit.new_blocks) > 1 else [],
-            [(part.first, stream) for part in unit.new_blocks for stream in part.linear_ffn],
+            [
+                (new_block.first, stream)
+                for new_block in unit.new_blocks
+                for stream in new_block.linear_ffn
+            ],
             weights,
         )
         for unit in units

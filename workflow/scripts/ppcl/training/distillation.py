@@ -45,7 +45,7 @@ def log_table(rows: list[dict]) -> pd.DataFrame:
     return pd.DataFrame(stream_rows, columns=schemas.DISTILL_LOG.names)
 
 
-def lr_scales(parts: Iterable[NewBlock], kept: float, name: str = "{}/") -> dict[str, float]:
+def lr_scales(new_blocks: Iterable[NewBlock], kept: float, name: str = "{}/") -> dict[str, float]:
     """What the learning rate of new blocks that stand for one block is multiplied by (loop.train).
 
     Such a new block starts from the teacher's block and least squares, near its best; a rate that
@@ -54,7 +54,11 @@ def lr_scales(parts: Iterable[NewBlock], kept: float, name: str = "{}/") -> dict
     Args:
         name: what the names of a new block's parameters start with.
     """
-    return {name.format(part.name): kept for part in parts if part.first == part.last}
+    return {
+        name.format(new_block.name): kept
+        for new_block in new_blocks
+        if new_block.first == new_block.last
+    }
 
 
 def share(rows, accelerator: Accelerator):
@@ -175,11 +179,13 @@ def any_subset(
     transformer, seed = context.transformer, context.seed
     if options.gradient_checkpointing:
         diffusers_model.of(transformer).enable_gradient_checkpointing()
-    fitting = {part: steps.InFloat32(student) for part, student in students.items()}
+    fitting = {new_block: steps.InFloat32(student) for new_block, student in students.items()}
 
     def model_at(step: int) -> nn.Module:
         chosen = draw((seed, step)) if draw else random_subset(units, (seed, step))
-        modules = {part.ends: fitting[part] for unit in chosen for part in unit.new_blocks}
+        modules = {
+            new_block.ends: fitting[new_block] for unit in chosen for new_block in unit.new_blocks
+        }
         return blocks.assembled(transformer, modules)[0]
 
     return output_distillation(context, model_at, "students", options, in_float32=False)

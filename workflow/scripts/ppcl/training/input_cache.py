@@ -57,7 +57,7 @@ class InputCache:
     """The streams at a job's first needed block, of every row that its steps draw.
 
     Args:
-        parts: new blocks that the job teaches; the teacher must run from the first block that they
+        new_blocks: those that the job teaches; the teacher must run from the first block that they
             need (`shards.first_needed`) on.
         options: config's `distill`.
         state: for the files; their identity is that of the training. `student_stage` removes them.
@@ -67,12 +67,12 @@ class InputCache:
     def __init__(
         self,
         context: Context,
-        parts: Sequence[NewBlock],
+        new_blocks: Sequence[NewBlock],
         options: DistillSettings,
         state: State,
         reserve: int = 0,
     ):
-        self.first = shards.first_needed(parts)
+        self.first = shards.first_needed(new_blocks)
         self._transformer, self._reader = context.transformer, context.reader
         self._accelerator = context.accelerator
         self._folder, self._reserve = state.folder, reserve

@@ -241,7 +241,7 @@ def error(context: Context, students: Students, rows: np.ndarray, batch_size: in
         UserError: all of the teacher's answers are zero.
     """
     judged = Judged(context, rows, batch_size)
-    first = min((part.first for part in students), default=0)
+    first = min((new_block.first for new_block in students), default=0)
     return judged.error(plugged(context.transformer, students)[0], first)
 
 

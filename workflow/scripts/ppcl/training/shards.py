@@ -42,17 +42,21 @@ class Caching:
 NEVER = Caching("never", 1.0)
 
 
-def first_needed(parts: Sequence[NewBlock]) -> int:
+def first_needed(new_blocks: Sequence[NewBlock]) -> int:
     """The first block that the teacher has to run for these new blocks, if it has the streams
     there."""
-    return min(first for part in parts for first, _ in (part.ends, part.source or part.ends))
+    return min(
+        first
+        for new_block in new_blocks
+        for first, _ in (new_block.ends, new_block.source or new_block.ends)
+    )
 
 
 def _costs(units: Sequence[Unit], fill: float) -> tuple[float, float]:
     """A step's cost from the first block on, and from the first needed one, filling shared out."""
-    parts = [part for unit in units for part in unit.new_blocks]
-    whole = max(unit.last for unit in units) + 1 + STUDENT * len(parts)
-    return whole, whole - first_needed(parts) * (1 - fill)
+    new_blocks = [new_block for unit in units for new_block in unit.new_blocks]
+    whole = max(unit.last for unit in units) + 1 + STUDENT * len(new_blocks)
+    return whole, whole - first_needed(new_blocks) * (1 - fill)
 
 
 def cached(units: Sequence[Unit], caching: Caching) -> bool:
@@ -61,7 +65,7 @@ def cached(units: Sequence[Unit], caching: Caching) -> bool:
         return False
     whole, less = _costs(units, caching.fill)
     if caching.mode == "always":
-        return first_needed([part for unit in units for part in unit.new_blocks]) > 0
+        return first_needed([new_block for unit in units for new_block in unit.new_blocks]) > 0
     return whole >= GAIN * less
 
 
@@ -73,7 +77,7 @@ def cost(units: Sequence[Unit], caching: Caching = NEVER) -> float:
 
 def explain(units: Sequence[Unit], caching: Caching) -> str:
     """One line on where the teacher starts in the job of these units, and why."""
-    first = first_needed([part for unit in units for part in unit.new_blocks])
+    first = first_needed([new_block for unit in units for new_block in unit.new_blocks])
     whole, less = _costs(units, caching.fill)
     if cached(units, caching):
         return (

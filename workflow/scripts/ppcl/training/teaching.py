@@ -66,7 +66,7 @@ class Lesson:
 @torch.no_grad()
 def teacher_states(
     transformer: nn.Module,
-    parts: Sequence[NewBlock],
+    new_blocks: Sequence[NewBlock],
     arguments: dict[str, Any],
     running: nn.Module | None = None,
     uncut: Students | None = None,
@@ -80,11 +80,15 @@ def teacher_states(
     """
     uncut = uncut or {}
     sequence = blocks.block_sequence(transformer)
-    lenders = {part.source for part in parts if part.source}
-    ends = {end for part in parts for end in part.ends} | {end for key in lenders for end in key}
+    lenders = {new_block.source for new_block in new_blocks if new_block.source}
+    ends = {end for new_block in new_blocks for end in new_block.ends} | {
+        end for key in lenders for end in key
+    }
     inputs: dict[int, dict[str, Any]] = {}
     outputs: dict[int, blocks.Streams] = {}
-    tapped = {part.first for part in parts if part.source and part not in uncut}
+    tapped = {
+        new_block.first for new_block in new_blocks if new_block.source and new_block not in uncut
+    }
     tapped |= {first for first, _ in lenders}
     watched = [b for b in sequence if b.index in ends]
     with ExitStack() as stack:
@@ -100,23 +104,23 @@ def teacher_states(
         run(transformer if running is None else running, arguments)
     text_inputs = {index: inside["text/input"] for index, inside in seen.items()}
     lessons = {}
-    for part in parts:
-        lesson = Lesson(inputs[part.first], outputs[part.last])
-        if part.source:
-            first, last = part.source
-            block = sequence[part.first]
-            if part in uncut:
-                whole = replace(block, module=uncut[part])
+    for new_block in new_blocks:
+        lesson = Lesson(inputs[new_block.first], outputs[new_block.last])
+        if new_block.source:
+            first, last = new_block.source
+            block = sequence[new_block.first]
+            if new_block in uncut:
+                whole = replace(block, module=uncut[new_block])
                 text_input = inside_block.text_input(whole, fitting(lesson.bound, whole.module))
             else:
-                text_input = text_inputs[part.first]
+                text_input = text_inputs[new_block.first]
             lesson = Lesson(lesson.bound, lesson.target, block.list.inputs[TEXT], text_input)
             lesson.bound = lesson.bound | {
                 lesson.carry: torch.cat([outputs[last][TEXT], text_inputs[first]], dim=-1)
             }
-        if part.text in ("borrow", "lend"):
+        if new_block.text in ("borrow", "lend"):
             lesson.target = {s: v for s, v in lesson.target.items() if s != TEXT}
-        lessons[part] = lesson
+        lessons[new_block] = lesson
     return lessons
 
 
@@ -185,12 +189,12 @@ def interval_losses(
                 total[kind] = total[kind] + distance
     first, *others = (weights[kind] * loss for kind, loss in total.items())
     loss = sum(others, first)
-    assert isinstance(loss, Tensor), "a part returns streams"
+    assert isinstance(loss, Tensor), "a block returns streams"
     return loss, metrics
 
 
 def linear_loss(
-    part: NewBlock,
+    new_block: NewBlock,
     student: nn.Module,
     output: blocks.Streams,
     lesson: Lesson,
@@ -209,10 +213,10 @@ def linear_loss(
 
     errors = [
         error(output[stream], lesson.target[stream], stream)
-        for stream in (*part.linear_ffn, *((TEXT,) if part.text == "close" else ()))
+        for stream in (*new_block.linear_ffn, *((TEXT,) if new_block.text == "close" else ()))
         if stream in output  # after the last block, nothing may read it
     ]
-    if part.borrows:
+    if new_block.borrows:
         assert lesson.lent is not None and lesson.text_input is not None, "as it borrows"
         lent = losses.without_padding(lesson.lent, real.get(TEXT, Real()).mask)
         mapped = lent + narrow.maps(student)["text/input"](lent)
