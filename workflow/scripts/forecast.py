@@ -19,13 +19,13 @@ import pandas as pd
 from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.planning import (
-    durations,
     forecast_table,
     forecast_text,
     job_limits,
     planner,
     stages,
     weightless,
+    workloads,
 )
 from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
@@ -114,7 +114,7 @@ def main() -> None:
     settings = config.load(args.config)
 
     made = made_for(args, settings)
-    every, works = list(stages.every(made)), durations.works(made)
+    every, works = list(stages.every(made)), workloads.works(made)
     table = pd.DataFrame(forecast_table.rows(made, every, settings.forecast.gpus))
     if works:
         table = pd.concat([table, forecast_table.time_rows(made, works)], ignore_index=True)

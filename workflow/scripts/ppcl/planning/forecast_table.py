@@ -8,6 +8,7 @@ import pandas as pd
 from ppcl.planning import artifacts, durations, weightless
 from ppcl.planning.device_memory import Stage
 from ppcl.planning.planner import Planner
+from ppcl.planning.workloads import Work
 from ppcl.storage import schemas
 from ppcl.transformer import blocks
 
@@ -65,7 +66,7 @@ def _row(item: str, name: str, measure: str, value: float | None, unit: str, **m
     return what | {"block": -1, "gpu_gib": math.nan, "note": ""} | more
 
 
-def time_rows(planner: Planner, works: Mapping[str, durations.Work]) -> pd.DataFrame:
+def time_rows(planner: Planner, works: Mapping[str, Work]) -> pd.DataFrame:
     """Rows of forecast.parquet: how long each stage is expected to take."""
     settings = planner.settings
     rows = []

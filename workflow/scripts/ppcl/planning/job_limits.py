@@ -3,9 +3,10 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from ppcl.planning import durations
+from ppcl.planning import durations, workloads
 from ppcl.planning.device_memory import Stage
 from ppcl.planning.planner import Planner
+from ppcl.planning.workloads import Work
 from ppcl.search import similarity
 from ppcl.settings import Settings
 
@@ -32,20 +33,20 @@ def main_memory(stage: Stage | None, settings: Settings, weights: int) -> int:
 
 
 def resources(
-    planner: Planner, every: Iterable[Stage], works: Mapping[str, durations.Work]
+    planner: Planner, every: Iterable[Stage], works: Mapping[str, Work]
 ) -> dict[str, dict[str, int]]:
     """Stage -> `runtime` in minutes, `mem_mb` beside what its rule asks for in any case."""
     settings, weights = planner.settings, planner.weights
     known = {stage.name: stage for stage in every}
 
-    def memory(name: str, work: durations.Work) -> int:
+    def memory(name: str, work: Work) -> int:
         if not work.float64:
             return main_memory(known.get(name), settings, weights)
         # Also for a GPU: where it has no room for it, the CPU does it.
-        tokens = durations.heldout_tokens(settings)
+        tokens = workloads.heldout_tokens(settings)
         return max(
             similarity.memory((tokens, channels), depth, settings.similarity)
-            for depth, channels in durations.streams_of(planner).values()
+            for depth, channels in workloads.streams_of(planner).values()
         )
 
     return {
