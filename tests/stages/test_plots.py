@@ -70,7 +70,7 @@ def test_interval_plots_are_quick_and_repeatable(tmp_path, blocks, searches):
     assert "0123abc" in drawn and "2026-01-01" not in drawn, "provenance but for the time"
 
 
-def found(data: dict[str, pd.DataFrame]) -> pd.DataFrame:
+def trend_intervals(data: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return data["intervals"].query("source == 'trend'")
 
 
@@ -78,7 +78,7 @@ def test_search_names_every_search_and_the_selection(tmp_path):
     data = search_tables(24, 6)
     draw(*interval_arguments(tmp_path, data, tmp_path))
     text = svg_text(tmp_path / "search.svg")
-    for number, row in enumerate(found(data).itertuples(), 1):
+    for number, row in enumerate(trend_intervals(data).itertuples(), 1):
         assert f"{number}:  blocks {style.span_name(row.first, row.last)}" in text
     chosen = data["intervals"].query("selected")
     for row in chosen.itertuples():
@@ -90,7 +90,7 @@ def test_search_marks_the_detected_end_and_the_first_rise():
     data = search_tables(24, 6)
     figure = interval_search(data["cka"], data["intervals"], "mean")
     panels = {ax.get_title(loc="left"): ax for ax in figure.axes}
-    for number, row in enumerate(found(data).itertuples(), 1):
+    for number, row in enumerate(trend_intervals(data).itertuples(), 1):
         upper = panels[f"{number}:  blocks {style.span_name(row.first, row.last)}"]
         lower = figure.axes[figure.axes.index(upper) + 1]
         ends = {line.get_xdata()[0] for line in upper.lines if line.get_linestyle() == "--"}

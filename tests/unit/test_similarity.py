@@ -251,11 +251,11 @@ def test_slabs_of_any_size_give_the_same(monkeypatch, estimator, reference, draw
         {"estimator": estimator, "normalise_tokens": normalise},
     )
 
-    def found():
+    def chunk_values():
         runs = similarity.surrogate_cka(model.read, model.probes, plan, reference=reference, **how)
         return runs, similarity.block_cka(model.read, [0, 1, *range(3, 8)], plan, **how)
 
-    expected, sizes = found(), []
+    expected, sizes = chunk_values(), []
     slabs = similarity._slabs
     monkeypatch.setattr(similarity, "_slabs", lambda *of: note(slabs(*of)))
 
@@ -268,7 +268,7 @@ def test_slabs_of_any_size_give_the_same(monkeypatch, estimator, reference, draw
     for size in (1, 4000, 9000, 1 << 20):
         monkeypatch.setattr(cka, "CPU_SLAB_BYTES", size)
         sizes.clear()
-        for values, others in zip(found(), expected, strict=True):
+        for values, others in zip(chunk_values(), expected, strict=True):
             np.testing.assert_allclose(values, others, rtol=0, atol=1e-13)
         most.add(max(sizes))
     assert {1, 6} <= most and len(most) > 2
