@@ -1,0 +1,57 @@
+"""docs/after-pruning.md: every block of code runs as it is written."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from support import ROOT, pruned
+
+PAGE = ROOT / "docs" / "after-pruning.md"
+RUN = {"python": [sys.executable, "-c"], "sh": ["bash", "-euo", "pipefail", "-c"]}
+
+
+def blocks() -> dict[str, list[tuple[str, str]]]:
+    """Heading -> (language, text) of the blocks of code below it; of a config, `yaml`, no block."""
+    sections = re.split(r"^## +(.+)$", PAGE.read_text(encoding="utf-8"), flags=re.M)[1:]
+    code = re.compile(r"^```(python|sh)\n(.*?)^```$", flags=re.M | re.S)
+    sections_code = {
+        name: code.findall(text) for name, text in zip(sections[::2], sections[1::2], strict=True)
+    }
+    return {name: every for name, every in sections_code.items() if every}
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory) -> Path:
+    """A folder in which the page's names are: the repository's, a teacher, and two variants."""
+    place = tmp_path_factory.mktemp("workplace")
+    for name in ("Snakefile", "workflow", "config", "resources", ".venv", "profiles"):
+        if (ROOT / name).exists():
+            (place / name).symlink_to(ROOT / name)
+    pruned.folder(place / "results/digits-depth/models/b16", merged=pruned.MERGED)
+    pruned.folder(place / "results/digits/models/p50", narrowed=pruned.NARROW)
+    return place
+
+
+# What a section's code needs besides, by its heading: a function that puts it into the workplace.
+NEEDS: dict[str, Callable[[Path], None]] = {}
+
+
+@pytest.mark.parametrize("heading", blocks())
+def test_the_page_runs_as_it_is_written(heading, workplace):
+    NEEDS.get(heading, lambda place: None)(workplace)
+    for language, text in blocks()[heading]:
+        done = subprocess.run(
+            [*RUN[language], text],
+            cwd=workplace,
+            env=os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, (
+            f"{heading}:\n{text}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+        )
