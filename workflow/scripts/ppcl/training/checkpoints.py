@@ -23,8 +23,11 @@ class Progress:
     """Where a training is: what a checkpoint holds beside the weights and the optimizer's state.
 
     Attributes:
+        step: number of steps done.
         seconds: training time since step 0.
-        sums: module -> metric -> this process's sum over the `unlogged` last steps.
+        rows: the log so far.
+        sums: module -> metric -> this process's sum over the last `unlogged` steps.
+        unlogged: number of steps since the last row of the log.
     """
 
     step: int = 0
@@ -35,12 +38,12 @@ class Progress:
 
 
 class Checkpoint:
-    """A training's file: weights, the optimizer's state, means of weights, the log.
+    """A training's file: weights, the optimizer's state, averaged weights (EMA), the log.
 
     Args:
         identity: digest of what decides the training. A file of another one is not used.
         parameters: by name.
-        average: of the parameters, if there is one.
+        average: moving average of the parameters, if there is one.
     """
 
     def __init__(
@@ -91,7 +94,7 @@ class Checkpoint:
     def resume(self) -> Progress:
         """Loads the file, if there is one of this run, into parameters, optimizer and average.
 
-        To be called by all processes.
+        To be called by all processes. Returns where the training goes on: step 0 without a file.
 
         Raises:
             UserError: processes go on from different steps; or the file is damaged.
@@ -119,7 +122,7 @@ class Checkpoint:
                 if key in kept:
                     optimizers.restore(self._optimizer, p, kept[key])
             if self._average:
-                self._average.optimization_step = int(metadata["step"])  # by which its decay goes
+                self._average.optimization_step = int(metadata["step"])  # decides its decay
                 for key, mean in self._averages(self._average).items():
                     mean.copy_(fsdp.like(state[key], mean))
         names, columns = metadata["names"].split("\n"), metadata["columns"].split("\n")
@@ -136,7 +139,7 @@ class Checkpoint:
         for key in (key for key in state if key.startswith("sum/")):
             name, metric = key.removeprefix("sum/").split("\n")
             every = state[key].to(self._accelerator.device)
-            # Another number of processes can only share out the mean.
+            # If the number of processes has changed, each takes the mean of the old ones' sums.
             same = len(every) == self._accelerator.num_processes
             mine = every[self._accelerator.process_index] if same else every.mean()
             sums.setdefault(name, {})[metric] = mine
@@ -152,7 +155,8 @@ class Checkpoint:
 def _of_all_processes(
     sums: dict[str, dict[str, Tensor]], accelerator: Accelerator
 ) -> dict[str, Tensor]:
-    """Every process's sums [processes], by module and metric, a line each."""
+    """Every process's sums [processes], by the module's and the metric's name, with a line break
+    between the two."""
     names = [(name, key) for name in sums for key in sorted(sums[name])]
     if not names:
         return {}

@@ -1,9 +1,9 @@
-"""How students are taught, and what they cost once they are plugged in.
+"""How students are trained, and what each unit costs once it is plugged in.
 
 Three trainings, made of the steps of steps.py: `independent` is the paper's (Eq. 6, every student
-from the teacher's activations); `any_subset` trains random sets of students through the whole
-model; `output_distillation`, which the latter is made of, is also how a whole variant is
-fine-tuned.
+from the teacher's activations); `output_distillation` trains a whole model on the teacher's
+recorded answers, as fine-tuning does; `any_subset` is output distillation of the teacher with a
+random set of students in it.
 """
 
 import math
@@ -46,13 +46,14 @@ def log_table(rows: list[dict]) -> pd.DataFrame:
 
 
 def lr_scales(new_blocks: Iterable[NewBlock], kept: float, name: str = "{}/") -> dict[str, float]:
-    """What the learning rate of new blocks that stand for one block is multiplied by (loop.train).
+    """Factors on the learning rate of new blocks that stand for one block, for `loop.train`.
 
-    Such a new block starts from the teacher's block and least squares, near its best; a rate that
-    brings a student along in a few steps only shakes it.
+    Such a new block starts from the teacher's block and least-squares maps, near its optimum; the
+    learning rate that an interval's student needs would drive it away from there.
 
     Args:
-        name: what the names of a new block's parameters start with.
+        kept: the factor, the config's width.lr_scale.
+        name: prefix of a new block's parameter names, with {} for the block's name.
     """
     return {
         name.format(new_block.name): kept
@@ -76,11 +77,11 @@ def share(rows, accelerator: Accelerator):
 
 
 def batches_of_steps(context: Context, options: TrainingSettings) -> Callable[[int], calls.Batch]:
-    """What gives this process's part of a step's batch, on its device; the next step's is read
-    meanwhile.
+    """A function: step -> this process's part of the step's batch, on its device. The next step's
+    part is read in the background.
 
     Args:
-        options: batch_size, of all processes together.
+        options: batch_size, that of all processes together.
     """
     reader, device = context.reader, context.device
     rows = reader.rows(heldout=False)
@@ -101,17 +102,19 @@ def independent(
     inputs: InputCache | None = None,
     uncut: Students | None = None,
 ):
-    """Step losses of all students (see training.Losses): Eq. 6, and L_linear of narrow ones.
+    """The losses of a step (`loop.Losses`) for all students: Eq. 6, and L_linear of those with
+    linear maps.
 
     mode `independent` (Eq. 6): a student gets the teacher's activation before its interval, and
-    never another student's output; but one that borrows gets z_a of the source that it will have,
-    which no block of the teacher need have. mode `sequential`, the ablation baseline: it gets what
-    the students before it make of the input; gradients stay within each student.
+    never another student's output. One exception: a student that borrows text gets z_a from the
+    source that it will have in the model, a student too; the teacher need have no block with this
+    z_a. mode `sequential`, the ablation baseline: a student gets what the students before it make
+    of the model's input; gradients stay within each student.
 
-    students: a source comes before those that borrow from it.
-    names: of the new blocks in the log, for students of overlapping units; otherwise their own.
-    inputs: the streams from which the teacher starts, of students taught in mode `independent`.
-    uncut: as of `teaching.teacher_states`.
+    students: the source of a text run comes before those that borrow from it.
+    names: new block -> its name in the log, if not its own; students of overlapping units need it.
+    inputs: cached streams from which the teacher starts, in mode `independent` alone.
+    uncut: see `teaching.teacher_states`.
     """
     transformer, accelerator = context.transformer, context.accelerator
     batch_of = batches_of_steps(context, options)
@@ -139,13 +142,13 @@ def output_distillation(
     options: TrainingSettings,
     in_float32: bool,
 ):
-    """Step losses: relative velocity error against the recorded teacher (see training.Losses).
+    """The loss of a step (`loop.Losses`): relative velocity error against the recorded teacher.
 
     The teacher does not run: its answer to every recorded call is part of the record.
 
     Args:
-        model_at: the model of a step.
-        name: of what is trained, in the log.
+        model_at: step -> the model that runs in it.
+        name: what the trained module is called in the log.
         in_float32: the model is float32, whatever dtype the teacher's calls were recorded in.
     """
     batch_of, accelerator = batches_of_steps(context, options), context.accelerator
@@ -167,14 +170,14 @@ def any_subset(
     options: TrainingSettings,
     draw: Callable[[tuple[int, ...]], Sequence[Unit]] | None = None,
 ):
-    """Step losses of output distillation with a random subset of the units plugged in.
+    """The loss of a step of output distillation, with a random subset of the units plugged in.
 
-    Students of Eq. 6 never see each other's errors. Here they do, and since every step plugs
-    another subset, they stay pluggable: one set of students serves every budget. Needs the
-    transformer without gradients of its own.
+    Students of Eq. 6 never see each other's errors. Here they do, and since every step plugs in
+    another subset, they stay pluggable: one set of students serves every budget. The transformer's
+    own weights must be frozen.
 
     Args:
-        draw: what a step plugs in, by (seed, step); `random_subset` unless told.
+        draw: (seed, step) -> the units to plug in; None for `random_subset`.
     """
     transformer, seed = context.transformer, context.seed
     if options.gradient_checkpointing:
@@ -210,9 +213,9 @@ def cost_table(
     """Rows of unit_costs.parquet: what every unit costs, plugged in alone, on held-out rows.
 
     Args:
-        entries: the selection's, one per unit.
+        entries: the units' entries in selection.json, in the same order.
         options: the stage's, with heldout_rows and batch_size.
-        state: as of `prices.measure`.
+        state: see `prices.measure`.
     """
     count, key = options.heldout_rows, "heldout_rows"
     rows = context.reader.sample_heldout("select", count, context.seed, key)

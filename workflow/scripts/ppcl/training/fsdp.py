@@ -1,8 +1,8 @@
 """Models too large for every process: parameters, gradients and moments shared out (FSDP2).
 
-Every process keeps its rows of every parameter, gathers a block's when the block runs, and lets go
-of them. What is here is the little that a training loop has to know of that: how a model is
-shared out, and how a parameter is whole again, as files have it.
+Every process keeps its rows of every parameter; it gathers all rows of a block when the block runs,
+and frees them afterwards. Here is what a training loop has to know of that: how a model is shared
+out, and how a parameter becomes whole again, as files have it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -46,7 +46,7 @@ def shard(
             too.
 
     Raises:
-        UserError: the device can't.
+        UserError: the device is neither CUDA nor a CPU.
     """
     device = accelerator.device
     if device.type not in ("cuda", "cpu"):
@@ -96,7 +96,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
             there = tensor.detach().to(tensor.device_mesh.device_type)
             assert is_shared(there)
             full = there.full_tensor()
-            # A copy: if the rows do not divide evenly, it is a view of more rows than it has.
+            # A copy: if the rows do not divide evenly, `full` is a view of a buffer of more rows.
             if keep:
                 whole[name] = full.to("cpu", copy=True)
         elif keep:
@@ -105,7 +105,7 @@ def gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def like(value: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor, on `other`'s device and shared out as it is, without communication.
+    """A whole tensor, on `other`'s device and shared out as `other` is, without communication.
 
     Tried in its place: torch's set_optimizer_state_dict. It also makes moments, with a step of 1,
     for parameters that never had a gradient, and sends every tensor whole to every process.
@@ -121,8 +121,8 @@ def clip(parameters: Iterable[nn.Parameter], largest: float, accelerator: Accele
     """Scales gradients down to a norm of `largest`, in place; returns the norm that they had.
 
     Tried in place of the sum over shares: torch's clip_grad_norm_ (accelerate's calls it). It adds
-    up in another order, a difference of 1e-7 of the norm, and where the shares are: with shares in
-    CPU memory and NCCL it fails (pytorch issue 148532).
+    up in another order, which changes the norm by 1e-7 of itself, and on the device where the
+    shares are, which fails with NCCL and shares in CPU memory (pytorch issue 148532).
     """
     parameters = list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -3,10 +3,10 @@
 Every step draws other rows, so streams are kept by row. They are computed before the first step,
 for all rows that the steps will draw, in batches of a fixed make-up: what a step reads does not
 depend on when it was computed, and a killed job ends with the weights of an uninterrupted one. The
-batches have the size of a process's share of a step. At one shape, a sample's activations are
-mostly the same to the bit whatever else is in the batch, and then so are the students with and
-without this. Where they are not (padding up to the longest text, experts that share out tokens),
-they are the same but for rounding.
+batches have the size of a process's share of a step. In batches of one shape, activations of a
+sample are mostly the same to the bit whatever else is in the batch; then students are the same to
+the bit with and without the cache. Otherwise (padding up to the longest text, experts that share
+out tokens), activations differ by rounding.
 """
 
 import logging
@@ -35,7 +35,7 @@ from ppcl.transformer.context import Context, State
 log = logging.getLogger(__name__)
 
 CACHE_DISABLED = "disabled.json"
-OPEN = 1024  # files that are kept mapped; the kernel allows some 65,000
+OPEN = 1024  # most files that are kept mapped; the kernel allows some 65,000
 
 
 def drawn(reader: calls.Reader, options: DistillSettings, seed: int) -> np.ndarray:
@@ -46,7 +46,7 @@ def drawn(reader: calls.Reader, options: DistillSettings, seed: int) -> np.ndarr
 
 
 def caching(reader: calls.Reader, options: DistillSettings, seed: int) -> shards.Caching:
-    """What keeping streams costs the distillation of these options (config's `distill`)."""
+    """How the distillation with these options (config's `distill`) caches streams."""
     if options.cache_inputs == "never" or options.mode != "independent":
         return shards.NEVER
     visits = options.steps * options.batch_size
@@ -60,7 +60,7 @@ class InputCache:
         new_blocks: those that the job teaches; the teacher must run from the first block that they
             need (`shards.first_needed`) on.
         options: config's `distill`.
-        state: for the files; their identity is that of the training. `student_stage` removes them.
+        state: folder for the files, and the training's identity. `student_stage` removes the files.
         reserve: bytes that must stay free on the disk.
     """
 
@@ -88,13 +88,18 @@ class InputCache:
         self._ready = False
 
     def model(self, rows: np.ndarray, arguments: dict[str, Any]) -> nn.Module:
-        """What to run in the transformer's place, on the call of these rows, within autocast.
+        """What to run in the transformer's place for the call of these rows; the transformer itself
+        if the disk has no room for the cache. To be called within autocast.
 
         The first call fills the cache, by all processes together.
 
+        Args:
+            rows: numbers of the rows, this process's part of the step's batch.
+            arguments: of the transformer's call for them.
+
         Raises:
             UserError: a file is not what was written; or, where the config says `always`, the disk
-                is full; or the streams are not those of the teacher in the rows' own batch.
+                is full; or the cached streams are not those of the teacher on this batch.
         """
         if not self._ready:
             self._prepare()
@@ -117,7 +122,7 @@ class InputCache:
             self._tail = tail.Tail(self._transformer, self.first)
             return
         reason = reason or "another process says why"
-        if main and not self._required:  # else it goes on when there is room
+        if main and not self._required:  # if required, a rerun with room goes on from the files
             shutil.rmtree(self._folder, ignore_errors=True)
         self._accelerator.wait_for_everyone()
         if self._required:
@@ -126,18 +131,18 @@ class InputCache:
                 "distill.cache_inputs to never, which lets the teacher run from its first block"
             )
         if main:
-            # A resumed job must not decide again, or its steps would not be those of one job.
+            # A resumed job must not decide anew, or its steps would differ from those before.
             texts.write_sealed(self._folder / CACHE_DISABLED, {"identity": self._identity})
             log.warning("%s: the teacher runs from its first block (%s)", self._folder, reason)
 
     def _disabled(self) -> bool:
         path = self._folder / CACHE_DISABLED
         disabled = path.exists() and texts.read_sealed(path)["identity"] == self._identity
-        # By all alike, and before one of them removes or writes it.
+        # The main process's answer, for all: it looked before it removes or writes the file.
         return bool(processes.of_main(self._accelerator, torch.tensor(int(disabled))))
 
     def _fill(self) -> str:
-        """Computes this process's share of the files that are not there; why it could not."""
+        """Writes this process's share of the missing files; says why, if it can't."""
         rank, count = self._accelerator.process_index, self._accelerator.num_processes
         mine = range(rank, len(self._groups), count)
         for number in tqdm(mine, desc="caching", unit="batch", disable=rank > 0, mininterval=2):
@@ -162,7 +167,7 @@ class InputCache:
         return ""
 
     def _put_away(self) -> None:
-        """Removes what runs of other settings or code left, which would be in the way."""
+        """Removes files of other settings, inputs or code, and damaged ones."""
         foreign = 0
         for path in self._folder.glob("*.safetensors"):
             try:
@@ -192,7 +197,7 @@ class InputCache:
         )
 
     def _is_there(self, number: int) -> bool:
-        """Whether a killed run left a file of this one; another one is made again."""
+        """Whether a killed run left this file; removes it if it is not what was to be written."""
         if not self._path(number).exists():
             return False
         try:
@@ -204,7 +209,7 @@ class InputCache:
         return True
 
     def _opened(self, number: int):
-        """A file, whose every byte was read and found to be what was written."""
+        """An open file; all of it is checked when it is opened for the first time."""
         if number not in self._open:
             if len(self._open) >= OPEN:
                 self._open.clear()
@@ -229,8 +234,9 @@ class InputCache:
         return streams
 
     def _verify(self, rows: np.ndarray, arguments: dict[str, Any]) -> None:
-        """Compares what the first block gets here with what it gets from the teacher, in a batch of
-        a step: a registry could be wrong."""
+        """Compares the cached streams with those of the whole teacher, on the batch of one step:
+        the family registry could be wrong. Raises UserError if they differ by more than rounding.
+        """
         whole = tail.streams_before(self._transformer, self.first, arguments)
         assert self._tail is not None, "it is made before it is verified"
         running = self._tail.model(self._streams(rows))
@@ -250,9 +256,9 @@ class InputCache:
             kept = late[stream]
             if kept.shape != ran.shape:
                 raise UserError(
-                    f"{self._folder}: block {self.first} gets a {stream} stream of the shape "
-                    f"{list(kept.shape)} in place of {list(ran.shape)} if those before it pass on "
-                    "what they get; set distill.cache_inputs to never"
+                    f"{self._folder}: if the blocks before block {self.first} are skipped, it gets "
+                    f"a {stream} stream of shape {list(kept.shape)} instead of {list(ran.shape)}; "
+                    "set distill.cache_inputs to never"
                 )
             if stream in masks:
                 kept, ran = kept[masks[stream]], ran[masks[stream]]
@@ -261,8 +267,8 @@ class InputCache:
             worst = max(worst, off)
             if not off <= max(torch.finfo(kind).eps for kind in computed) ** 0.5:
                 raise UserError(
-                    f"{self._folder}: the {stream} stream before block {self.first} is another in "
-                    f"another batch (relative difference {off:.2g}), so it can't be kept; "
+                    f"{self._folder}: the {stream} stream before block {self.first} depends on "
+                    f"what else is in the batch (relative difference {off:.2g}); "
                     "set distill.cache_inputs to never"
                 )
         if self._accelerator.is_main_process:
@@ -283,9 +289,10 @@ def of_job(
     options: DistillSettings,
     state: State,
 ) -> InputCache | None:
-    """The kept streams of a job of distill that owns these units; None: it is better off without.
+    """The cached streams of a job of distill that owns these units; None if `cache_inputs` decides
+    against a cache (`shards.cached`).
 
-    Says on the main process where the teacher starts.
+    The main process prints where the teacher starts.
     """
     how, kept = caching(context.reader, options, context.seed), None
     if shards.cached(units, how):
@@ -301,7 +308,7 @@ def of_job(
 
 
 def _groups(reader: calls.Reader, rows: np.ndarray, size: int):
-    """The rows in batches of `size`; what a bucket's last one lacks is filled up with its first."""
+    """The rows in batches of `size`; a bucket's last batch repeats its own rows to be full."""
     for bucket in reader.buckets:
         members = np.intersect1d(bucket, rows)
         for start in range(0, len(members), size):

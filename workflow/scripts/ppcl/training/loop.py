@@ -37,8 +37,9 @@ log = logging.getLogger(__name__)
 class Optimisation:
     """How to optimise; AdamW with linear warm-up, then a cosine down to zero.
 
-    ema: decay of an exponential moving average of the weights, which training ends with; 0 for
-        none. diffusers' EMAModel, whose decay rises as (1 + n) / (10 + n) over the first steps.
+    ema: decay of an exponential moving average of the weights, which the modules hold after the
+        last step; 0 for none. It is diffusers' EMAModel, whose decay rises as (1 + n) / (10 + n)
+        over the first steps n.
     """
 
     steps: int
@@ -54,7 +55,7 @@ class Optimisation:
 
     @classmethod
     def from_settings(cls, options: TrainingSettings) -> "Optimisation":
-        """Of a section of the config; keys that it was not given have this class's defaults."""
+        """What a section of the config says; a key that it lacks has this class's default."""
         given = vars(options)
         return cls(**{key: given[key] for key in cls.__dataclass_fields__ if key in given})
 
@@ -66,8 +67,9 @@ class Optimisation:
         return self.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# A step's losses: one (module name, scalar loss, scalar metrics) after the other. Each is
-# differentiated and its graph freed before the next is asked for, so peak memory is one graph.
+# A step's number (0-based) -> its losses, one (module name, scalar loss, scalar metrics) after the
+# other. Each is differentiated and its graph freed before the next is asked for, so that only one
+# graph is in memory at a time.
 Losses = Callable[[int], Iterator[tuple[str, Tensor, dict[str, Tensor]]]]
 
 
@@ -95,8 +97,8 @@ def train(
         checkpoint: the resume file; written every `checkpoint_every` steps by the main process.
         identity: digest of everything that decides the result. A checkpoint that carries another
             identity belongs to another run and is not used.
-        lr_scales: start of a parameter's name, `<module>/<path>` -> what its learning rate is
-            multiplied by, if not 1.
+        lr_scales: prefix of parameters' names `<module>/<path>` -> factor on their learning rate;
+            it is 1 for all others.
 
     Returns:
         One row per module every `log_every` steps: step (1-based), name, lr, seconds (training time
@@ -112,7 +114,7 @@ def train(
         if p.requires_grad
     }
     if not parameters:
-        return []  # as with depth students of a selection that is of width alone
+        return []  # no students: say, the selection has no intervals, and narrow blocks train later
     groups: dict[float, list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
         scale = next((s for start, s in (lr_scales or {}).items() if key.startswith(start)), 1.0)
@@ -163,16 +165,16 @@ def train(
                 save()
             if warned and not over:
                 log.warning("SIGTERM: stopped after step %s; rerun to go on", progress.step)
-                accelerator.wait_for_everyone()  # whoever ends first has the others killed
+                accelerator.wait_for_everyone()  # once one has ended, the launcher ends the others
                 stopping.end()
     bar.close()
-    if average:  # not in the checkpoint's weights, from which a longer training could go on
+    if average:  # after the checkpoint, which keeps the weights themselves to train on from
         average.copy_to(parameters.values())
     return progress.rows
 
 
 class _Agreement:
-    """Whether any of the processes was warned, which all of them learn at the same step."""
+    """Tells all processes, at the same step, whether any of them got SIGTERM."""
 
     def __init__(self, accelerator: Accelerator):
         # A group of its own on the CPU, so that nobody waits for a GPU to answer.
@@ -204,7 +206,7 @@ def _one_step(
         for key, value in (metrics | {"loss": loss}).items():
             value = value.detach().float()
             total[key] = total[key] + value if key in total else value
-    # Asked once: to go through a module takes as long as to go through its gradients.
+    # Listed once for averaging and clipping: walking through a module takes as long as either.
     parameters = {
         name: [p for p in module.parameters() if p.grad is not None]
         for name, module in modules.items()
@@ -231,14 +233,14 @@ def _log(progress: Progress, lr: float, accelerator: Accelerator) -> None:
     progress.unlogged = 0
 
 
-BUCKET = 16 << 20  # gradients reduced at a time: few messages, and little memory for copies
+BUCKET = 16 << 20  # gradient elements per all-reduce: few messages, little memory for copies
 
 
 def _average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
-    """All-reduces gradients in flat buckets (students are called outside any DDP wrapper), and has
-    the parameters take them from there.
+    """Averages gradients over the processes, in flat buckets; afterwards each `grad` is a view of
+    its bucket. Needed since students are called outside any DDP wrapper.
 
-    Gradients of shares are averages already.
+    Parameters that are shared out (fsdp) are left out: their gradients are averages already.
     """
     if accelerator.num_processes == 1:
         return
@@ -279,7 +281,8 @@ def _refuse_nonfinite(means: dict[str, float], name: str, first: int, last: int)
 def identity(script: Path, settings: Settings, inputs: Sequence[Path], **more: Any) -> str:
     """Digest of what decides a training's result: its code, settings, teacher and inputs.
 
-    more: what decides it beside the settings.
+    inputs: files, which count by their contents.
+    more: other values that decide it, beside the settings.
     """
     contents = []
     for path in inputs:

@@ -11,8 +11,8 @@ class Real(NamedTuple):
     """The tokens of a stream that count, in a process's share of a batch.
 
     mask: [batch, tokens], true for real tokens; None if all are.
-    weight: of this share's mean in the mean over processes, so that this is the batch's mean: its
-        tokens over the mean number of a share.
+    weight: factor on this share's mean loss: the share's number of real tokens over the mean number
+        of all shares. So the mean over processes is the mean over the batch's tokens.
     """
 
     mask: Tensor | None = None
@@ -49,13 +49,13 @@ def relative_error(output: Tensor, target: Tensor, mask: Tensor | None = None) -
     return _mean_over_tokens(error / target.square().sum(-1).clamp_min(1e-24), mask)
 
 
-# What the config's distill.loss may name (and `mixed`, the sum of the first two): a function of a
-# stream's output, its target and the mask of its real tokens, as `normalised_error`.
+# The losses that the config's distill.loss may name, beside `mixed`: the first plus relative_weight
+# times the second. Each takes a stream's output, target and mask, as `normalised_error` does.
 STREAM_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor | None], Tensor]] = {
     "normalised": normalised_error,
     "relative": relative_error,
 }
-# In every log, whichever is trained.
+# Computed and logged whichever loss is trained.
 LOGGED = ("normalised", "relative")
 
 
@@ -72,8 +72,10 @@ def velocity_error(output: Tensor, target: Tensor, power: Tensor | None = None) 
     """|| output - target ||^2 / || target ||^2 over the whole batch: float32 scalar.
 
     Args:
-        power: || target ||^2, if not this target's own: a process that holds part of a batch
-            divides by the mean over processes, and the mean of the errors is the batch's.
+        output, target: [batch, ...], any float dtype; computed in float32.
+        power: the denominator, if not this target's own || target ||^2. A process that holds part
+            of a batch passes the mean of || target ||^2 over processes; then the mean of the
+            processes' errors is the error of the batch.
     """
     output, target = output.float(), target.float()
     power = target.square().sum() if power is None else power
@@ -81,17 +83,20 @@ def velocity_error(output: Tensor, target: Tensor, power: Tensor | None = None) 
 
 
 def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """x in float32 with zeros for padding, whose NaN a mask of zeros would pass on: 0 * NaN is NaN,
-    in gradients too."""
+    """x [batch, tokens, channels] in float32, with padding set to zero.
+
+    A product with the mask would not do: padding may be NaN, and 0 * NaN is NaN, in gradients too.
+    """
     return x.float() if mask is None else torch.where(mask[..., None], x.float(), 0.0)
 
 
 def without_outliers(x: Tensor, deviations: float, mask: Tensor | None = None) -> Tensor:
-    """x in float32 with zeros for values that are further than so many standard deviations from
-    their sample's mean, over its real tokens and their channels.
+    """x in float32, with values set to zero that are more than `deviations` standard deviations
+    from the mean of their sample. Both are taken over the sample's real tokens and all channels.
 
     As TinyFusion (arXiv 2412.01199, train_masked_kd.py) masks features before it compares them:
-    each side by its own mean and deviation, which have no gradient. Its code takes 2 deviations.
+    output and target each by its own mean and deviation, which have no gradient. Its code takes 2
+    deviations.
 
     Args:
         x: [batch, tokens, channels]. mask: as in `normalised_error`; padding is left as it is.
@@ -109,5 +114,5 @@ def without_outliers(x: Tensor, deviations: float, mask: Tensor | None = None) -
 
 
 def _mean_over_tokens(values: Tensor, mask: Tensor | None) -> Tensor:
-    """Of values [batch, tokens] that are zero at padding."""
+    """Mean over real tokens of values [batch, tokens] that are zero at padding; 0 if none is."""
     return values.mean() if mask is None else values.sum() / mask.sum().clamp_min(1)

@@ -33,7 +33,7 @@ def adamw(
         # One kernel for all tensors; with tiny blocks the plain loop costs a tenth.
         return torch.optim.AdamW(groups, fused=True, **options)
     try:
-        from bitsandbytes.optim import AdamW8bit  # of use to few, so nobody needs to have it
+        from bitsandbytes.optim import AdamW8bit  # optional: few need it
     except ImportError as error:
         raise UserError(
             f"optimizer: adamw8bit needs the package bitsandbytes ({error}); install it (pip "
@@ -48,14 +48,14 @@ def adamw(
 
 
 def state_of(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """What an optimizer keeps of a parameter, all of it as tensors."""
+    """What an optimizer keeps for a parameter (step, moments), all of it as tensors."""
     return {name: torch.as_tensor(value) for name, value in optimizer.state[parameter].items()}
 
 
 def restore(
     optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: dict[str, Tensor]
 ) -> None:
-    """Puts back what `state_of` gave, with whole tensors of whatever device."""
+    """Puts back what `state_of` gave. `state` has whole tensors, not shares, on any device."""
     step = state["step"]
     kept: dict[str, Any]
     if isinstance(optimizer, torch.optim.AdamW):

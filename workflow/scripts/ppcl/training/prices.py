@@ -1,12 +1,11 @@
 """What a change of the teacher costs: the velocity error with it alone, on recorded calls.
 
-The teacher's streams are known up to the block where a change begins, so a changed model runs from
-there on, and the last AdaLN's costs next to nothing. Behind a change's last block the model is the
-teacher again: recorded calls come in many shapes, with few calls of each among those judged, and a
-small batch takes about as long as a large one; so changes with the same last block go on together.
-All of it is in float32, whatever the teacher's dtype: in bfloat16 the rounding of two models
-differs by about 2e-5, which is more than most changes cost, and such floors would add up in a
-search.
+A changed model runs only from the block where the change begins, on the teacher's streams before
+it; so a change of the last AdaLN takes next to no time. Behind a change's last block the model is
+the teacher again, and changes with the same last block run on in one batch: recorded calls come in
+many shapes, few calls of each are judged, and a small batch takes about as long as a large one.
+All of it is in float32, whatever the teacher's dtype: in bfloat16 the velocity errors of rounding
+alone are about 2e-5, which is more than most changes cost, and they would add up in a search.
 """
 
 import itertools
@@ -40,8 +39,8 @@ class Change:
     Attributes:
         first: the block with which it begins; the number of blocks, if it is behind all of them.
         model: makes the changed transformer, when its turn comes.
-        last: the teacher's block behind which the model is the teacher again, but for the place of
-            its blocks; None: never, it differs up to its output.
+        last: the teacher's block behind which the model is the teacher again, though its blocks
+            have other numbers; None if the model differs up to its output.
     """
 
     first: int
@@ -55,7 +54,7 @@ def of_students(
     """The changes that sets of students make.
 
     Args:
-        students_of: by name, the first and the last block of a set, and what makes it.
+        students_of: name of a set -> its first block, its last, and a function that makes it.
     """
 
     def model(make: Callable[[], Students]) -> nn.Module:
@@ -72,7 +71,10 @@ def _own(new_blocks: Iterable[NewBlock], taught: Students) -> Students:
 
 
 def of_units(transformer: nn.Module, units: Iterable[Unit], taught: Students) -> dict[str, Change]:
-    """The changes that trained units make, each plugged in alone; taught: of all their blocks."""
+    """The changes that trained units make, each plugged in alone.
+
+    taught: the students of all their new blocks.
+    """
     sets = {
         unit.name: (unit.first, unit.last, partial(_own, unit.new_blocks, taught)) for unit in units
     }
@@ -82,15 +84,15 @@ def of_units(transformer: nn.Module, units: Iterable[Unit], taught: Students) ->
 class Judged:
     """The teacher's answers to some recorded calls, in float32, and its streams before some blocks.
 
-    It runs when a first error is asked for: a stage that goes on may have all of them.
+    The teacher runs when the first error is asked for: a resumed stage may have all errors already.
 
     Args:
-        rows, batch_size: which calls.
+        rows: numbers of the calls.
 
     Attributes:
         context: as given.
-        together: how many changes go on in one batch behind their last block, on the average: 1 if
-            batches are full as they are.
+        together: how many changes share a batch behind their last block, on average; 1 if one
+            change's batches are full already.
     """
 
     def __init__(self, context: Context, rows: np.ndarray, batch_size: int):
@@ -106,7 +108,7 @@ class Judged:
         self._streams: TeacherStreams | None = None
 
     def _answer(self) -> TeacherStreams:
-        """Has the teacher's own answers, once; its streams."""
+        """Runs the teacher for its own answers, the first time; returns its streams."""
         if self._streams is None:
             recorded = self.context.reader.batches(self._rows, self._batch_size, self._device)
             batches = [batch.to_float32() for batch in recorded]
@@ -122,7 +124,8 @@ class Judged:
 
     @torch.no_grad()
     def error(self, model: nn.Module, first: int) -> float:
-        """Relative velocity error of a model that is the teacher up to block `first`.
+        """Relative velocity error over all calls, of a model that is the teacher before block
+        `first`: || its answers - the teacher's ||^2 / || the teacher's ||^2.
 
         Raises:
             UserError: all recorded answers are zero.
@@ -142,14 +145,15 @@ class Judged:
 
     @torch.no_grad()
     def errors(self, changes: Sequence[Change]) -> list[float]:
-        """The error of each of some changes with the same `last`, up to rounding as `error` has it.
+        """The errors of changes with the same `last`; each is that of `error`, up to rounding.
 
-        Every model is made once and goes to its `last` block alone. From there on, as many as fit
-        in a batch of `batch_size` calls, and in memory, go on together. Of use with up
-        to `together` changes.
+        Every model is made once and runs alone up to its `last` block. From there on, as many as
+        fit in a batch of `batch_size` calls, and in memory, run together. Meant for up to
+        `together` changes.
 
         Raises:
             UserError: all recorded answers are zero.
+            ValueError: `last` is None.
         """
         known = self._answer()
         (last,) = {change.last for change in changes}
@@ -157,7 +161,7 @@ class Judged:
             raise ValueError("changes up to the output have no tail that they could share")
         known.keep_only([change.first for change in changes])
         wrong = [self._no_error() for _ in changes]
-        # By batch, what changes left behind `last`, until there are enough of them.
+        # Per batch: (place of a change, its streams after `last`), until there are enough.
         waiting: list[list[tuple[int, blocks.Streams]]] = [[] for _ in self._batches]
         begun: set[int] = set()
         for place, change in enumerate(changes):
@@ -173,8 +177,8 @@ class Judged:
                     left = {name: value.cpu() for name, value in left.items()}
                     waiting[number].append((place, left))
             del model, late  # before the next is made: at full size there is no room for two
-            # Of these changes alone: what else waits depends on what this process had before, and
-            # in another batch an error is rounded in another way.
+            # Only these changes' streams count: which others are in memory depends on what this
+            # process did before, and in another batch an error is rounded in another way.
             held = known.held(begun)
             held += [left for some in waiting for _, left in some]
             over = place == len(changes) - 1 or sum(map(size_of, held)) > teacher_streams.KEPT_BYTES
@@ -194,9 +198,9 @@ class Judged:
         some: Sequence[tuple[int, blocks.Streams]],
         wrong: Sequence[torch.Tensor],
     ) -> None:
-        """Runs the teacher from block `first` on what changes left there of one batch.
+        """Runs the teacher from block `first` on, on changed streams of one batch.
 
-        some: streams, each with its place in `wrong`, to which its error is added.
+        some: (place in `wrong`, streams before the block); their squared error is added there.
         """
         batch, reader = self._batches[number], self.context.reader
         streams = {name: torch.cat([left[name] for _, left in some]) for name in some[0][1]}
@@ -208,8 +212,8 @@ class Judged:
             wrong[place] += self._distance(output, batch)
 
     def _in_float32(self, model: nn.Module) -> AbstractContextManager[None]:
-        # What a change makes has the teacher's types; to look at all weights of every model, batch
-        # by batch, takes longer than a small model does.
+        # A changed model has the teacher's dtypes. To look for them in all weights of every model,
+        # batch by batch, would take longer than a small model's call.
         return devices.in_float32(model, _modules(model)) if self._lifts else nullcontext()
 
     def _no_error(self) -> torch.Tensor:
@@ -225,8 +229,8 @@ class Judged:
 def _of_one_shape(
     some: Sequence[tuple[int, blocks.Streams]],
 ) -> Iterable[list[tuple[int, blocks.Streams]]]:
-    """Those that fit in one batch: a text run after which nothing reads text leaves both texts that
-    its blocks have passed on."""
+    """Groups of streams with the same shapes, which fit in one batch. Shapes can differ: a text run
+    after which nothing reads text leaves the carry as text, which has twice the channels."""
     by_shape: dict[tuple, list[tuple[int, blocks.Streams]]] = {}
     for place, streams in some:
         shapes = tuple((name, value.shape[1:]) for name, value in streams.items())
@@ -252,13 +256,13 @@ def _modules(transformer: nn.Module) -> list[nn.Module]:
 def measure(
     judged: Judged, changes: Mapping[str, Change], state: State | None = None
 ) -> list[float]:
-    """The error of each of several changes, shared out over the processes.
+    """The velocity errors of changes, measured by all processes together.
 
     Every process gets all errors back, in the order of `changes`.
 
     Args:
         changes: by name.
-        state: where finished errors wait for a killed run to go on, one file per process.
+        state: where finished errors are kept for a killed run to go on from, a file per process.
 
     Raises:
         UserError: an error is NaN or infinite.
@@ -270,13 +274,13 @@ def measure(
     known = torch.tensor([done.get(name, math.nan) for name in names], dtype=torch.float64)
     known = processes.of_main(accelerator, known)  # all must share out the same rest
     left = {name for name, cost in zip(names, known.tolist(), strict=True) if math.isnan(cost)}
-    # Whole groups: in another batch, a change's error is rounded in another way.
+    # A group that lacks an error is measured whole: in another batch, errors are rounded otherwise.
     groups = _groups(changes, judged.together)
     rest = [group for group in groups if not left.isdisjoint(group)]
     again = {name for group in rest for name in group}
     place = {name: number for number, name in enumerate(names)}
     known[[place[name] for name in again]] = 0.0
-    # The sum over processes counts an error once.
+    # One process holds the known errors, since the sum over processes is taken below.
     errors = known if rank == 0 else torch.zeros_like(known)
     turns: Iterable[int] = range(rank, len(rest), count)
     if state and rest:
@@ -286,9 +290,9 @@ def measure(
     with tqdm(total=ends[-1], desc="plugging", unit="set", disable=rank > 0) as bar:
         for turn in turns:
             group = rest[turn]
-            bar.update(ends[turn] - bar.n)  # others have those that were skipped
-            # Not a part that a warned program finishes: at full size it takes longer than
-            # schedulers wait, and what it would lose is one error, where batches are full.
+            bar.update(ends[turn] - bar.n)  # other processes took the turns that were skipped
+            # Not within `stopping.part`: at full size this takes longer than schedulers wait after
+            # SIGTERM, and only one group's errors are lost: one error, where batches are full.
             some = [changes[name] for name in group]
             if len(some) == 1:
                 costs = [judged.error(some[0].model(), some[0].first)]
@@ -313,12 +317,12 @@ def measure(
 
 
 def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
-    """Names of the changes that are measured together: up to `size` with one end, in the order of
-    their first blocks, with which the teacher goes on."""
+    """Names of changes that are measured together: up to `size` with the same last block. In order
+    of first blocks, since the teacher's streams there are computed from block to block."""
     order = sorted(changes, key=lambda name: changes[name].first)
     if size == 1:
         return [[name] for name in order]
-    ending: dict[int | str, list[str]] = {}  # one without an end has its name for it
+    ending: dict[int | str, list[str]] = {}  # a change without `last` is alone
     for name in order:
         last = changes[name].last
         ending.setdefault(name if last is None else last, []).append(name)
@@ -327,7 +331,7 @@ def _groups(changes: Mapping[str, Change], size: int) -> list[list[str]]:
 
 
 def _finished(state: State) -> dict[str, float]:
-    """Errors by name that earlier runs of the same identity left, of whatever process."""
+    """Errors by name that any process of an earlier run of the same identity left."""
     errors: dict[str, float] = {}
     for path in sorted(state.folder.glob("*.json")):
         kept = texts.read_sealed(path)

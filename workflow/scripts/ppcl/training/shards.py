@@ -1,10 +1,10 @@
 """Distillation in several jobs: which job teaches which units.
 
 Students of Eq. 6 never see each other, so any job may teach any of them, and they end the same.
-What every job pays anew is the teacher: it runs to the end of the last unit that the job owns, in
-every step, from the first block, or from the first that the job needs where its streams are kept
-(ppcl/training/input_cache.py). So a job owns units that are next to each other in depth, and a deep
-one owns fewer unless it starts late.
+But every job runs the teacher anew: in each step, up to the last block of the job's units, from the
+first block on, or, if streams are cached (ppcl/training/input_cache.py), from the first block that
+the job needs. So a job owns units that are next to each other in depth, and a job of deep units
+owns fewer of them, unless its teacher starts late.
 """
 
 from collections.abc import Sequence
@@ -15,14 +15,15 @@ from ppcl.errors import UserError
 from ppcl.pruning.units import NewBlock, Unit
 from ppcl.storage import texts
 
-# A step of one student, in forward passes of a teacher's block: one forward, and a backward pass,
-# which takes about twice that. What it takes is the same for all here, be a student narrow or not.
+# Cost of one student's step, in forward passes of a teacher's block: a forward pass, and a backward
+# pass of about twice its time. Narrow students count the same.
 STUDENT = 3.0
-# `auto` takes no more jobs than it needs for the slowest to be this near to the fastest possible.
+# `auto` takes the fewest jobs whose slowest takes at most SLACK times the least time possible.
 SLACK = 1.1
 
 
-# `auto` keeps streams only if a job's steps then take this much less: reading is not free either.
+# `auto` caches streams only if a job's step would cost at least GAIN times as much without: reading
+# is not free either.
 GAIN = 1.1
 
 
@@ -32,7 +33,8 @@ class Caching:
 
     Attributes:
         mode: `distill.cache_inputs`.
-        fill: rows whose streams are computed once, as a share of the rows that the steps draw.
+        fill: distinct rows, whose streams are computed once, over all rows that the steps draw,
+            repeated ones included.
     """
 
     mode: str
@@ -43,8 +45,8 @@ NEVER = Caching("never", 1.0)
 
 
 def first_needed(new_blocks: Sequence[NewBlock]) -> int:
-    """The first block that the teacher has to run for these new blocks, if it has the streams
-    there."""
+    """The first block that the teacher must run for these new blocks if it is given the streams
+    before it."""
     return min(
         first
         for new_block in new_blocks
@@ -53,7 +55,8 @@ def first_needed(new_blocks: Sequence[NewBlock]) -> int:
 
 
 def _costs(units: Sequence[Unit], fill: float) -> tuple[float, float]:
-    """A step's cost from the first block on, and from the first needed one, filling shared out."""
+    """Costs of a step, in forward passes of a block: with the teacher run from its first block on,
+    and from the first needed one, with the step's share of filling the cache."""
     new_blocks = [new_block for unit in units for new_block in unit.new_blocks]
     whole = max(unit.last for unit in units) + 1 + STUDENT * len(new_blocks)
     return whole, whole - first_needed(new_blocks) * (1 - fill)
@@ -70,7 +73,7 @@ def cached(units: Sequence[Unit], caching: Caching) -> bool:
 
 
 def cost(units: Sequence[Unit], caching: Caching = NEVER) -> float:
-    """What a step of a job takes that owns these units, in forward passes of a teacher's block."""
+    """Cost of a step of the job that owns these units, in forward passes of a teacher's block."""
     whole, less = _costs(units, caching.fill)
     return less if cached(units, caching) else whole
 
@@ -121,13 +124,13 @@ def assign(units: Sequence[Unit], wanted: int | str, caching: Caching = NEVER) -
 
     Args:
         units: disjoint, in order of depth.
-        wanted: number of jobs, or `auto`: as few as bring the slowest within `SLACK` of what a job
-            for every unit would take.
-        caching: by which a job's cost is worked out. A job without room on its disk is slower than
-            that, but owns the same units.
+        wanted: number of jobs, or `auto`: the fewest with which the slowest takes at most `SLACK`
+            times as long as with a job for every unit.
+        caching: how streams are cached, which decides a job's cost. A job without room on its disk
+            is slower than its cost says, but owns the same units.
 
     Returns:
-        The jobs' units, in order of depth; every unit is in exactly one job, and no job is without,
+        The jobs' units, in order of depth; every unit is in exactly one job, and no job is empty,
         so there are no more jobs than units. With no units at all, one empty job.
     """
     if not units:

@@ -32,13 +32,13 @@ def lessons_of(
     running: nn.Module | None = None,
     uncut: Students | None = None,
 ) -> dict[NewBlock, Lesson]:
-    """What the teacher has to say to every student about a batch.
+    """Every student's lesson on a batch: its inputs and the teacher's streams that it is to match.
 
     Args:
         arguments: of the transformer's call.
         options: `mode` says where a student's input comes from: `independent`, from the teacher;
             `sequential`, from the students before it in the assembled model.
-        running, uncut: as of `teaching.teacher_states`.
+        running, uncut: see `teaching.teacher_states`.
     """
     with processes.autocast():
         lessons = teaching.teacher_states(transformer, list(students), arguments, running, uncut)
@@ -57,16 +57,16 @@ def student_losses(
     options: DistillSettings,
     processes: Processes,
 ) -> Iterator[tuple[NewBlock, Tensor, dict[str, Tensor]]]:
-    """Eq. 6 of every student, and L_linear of narrow ones (`losses`): new block, loss, metrics.
+    """The losses of all students on a batch: Eq. 6, and L_linear of those with linear maps.
 
-    A student's graph is made when its loss is asked for, and its lesson is gone then, so that one
-    student's activations are in memory at a time if its loss is differentiated at once.
+    A student runs when its loss is asked for, and its lesson is let go then. If each loss is
+    differentiated at once, only one student's activations are in memory at a time.
 
     Args:
-        students: a source comes before those that borrow from it.
-        lessons: as of `lessons_of`; emptied.
+        students: the source of a text run comes before those that borrow from it.
+        lessons: from `lessons_of`; the dict is emptied.
         batch: this process's part of the step's batch.
-        options: with batch_size, of all processes together.
+        options: the config's `distill`; its batch_size is that of all processes together.
 
     Yields:
         The new block that a student is, its loss, a float32 scalar, and its metrics, scalars too:
@@ -74,11 +74,11 @@ def student_losses(
     """
     sequence, family = blocks.block_sequence(transformer), blocks.family(transformer)
     sources = {new_block.ends for new_block in students if new_block.lends}
-    real: dict[str, Real] = {}  # a stream has the same in all blocks
+    real: dict[str, Real] = {}  # by stream: a stream's real tokens are the same in all blocks
     lent: dict[tuple[int, int], Tensor] = {}
     for new_block, student in students.items():
         lesson = lessons.pop(new_block)
-        # In mode `sequential` it gets what the source before it made, as any other input.
+        # In mode `sequential` its input holds what its source, a student, made.
         if new_block.source in sources and options.mode != "sequential":
             lesson.lend(lent[new_block.source])
         lesson.target = read_streams(transformer, new_block, lesson.target)
@@ -116,7 +116,7 @@ def velocity_loss(
     """
     if in_float32:
         batch = batch.to_float32()
-    # Before the model runs: here processes have just met, behind it they would wait again.
+    # Before the model runs: processes are in step here; after it they would wait for each other.
     power = processes.reduce(batch.output.float().square().sum(), reduction="mean")
     with processes.autocast():
         output = blocks.answer(model, batch.arguments)
@@ -126,7 +126,8 @@ def velocity_loss(
 def read_streams(
     transformer: nn.Module, new_block: NewBlock, streams: blocks.Streams
 ) -> blocks.Streams:
-    """The streams after a new block that anything reads: after the last block, not all are."""
+    """Of the streams after a new block, those that something reads: not all are read after the
+    model's last block."""
     if new_block.last < len(blocks.block_sequence(transformer)) - 1:
         return streams
     unread = blocks.family(transformer).unread
@@ -153,7 +154,8 @@ def sequential_inputs(
 
 
 class InFloat32(nn.Module):
-    """A float32 student between blocks of another dtype; gradients reach the student."""
+    """Runs a float32 student between blocks of another dtype: casts its inputs to float32, and its
+    outputs back to the dtype of the inputs. Gradients reach the student."""
 
     def __init__(self, student: nn.Module):
         super().__init__()

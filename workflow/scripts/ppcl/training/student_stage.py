@@ -26,7 +26,10 @@ from ppcl.transformer.context import Context, State
 
 
 def parser(description: str | None, students: str) -> argparse.ArgumentParser:
-    """The command line; students: the file, in the run's folder, of those that it begins with."""
+    """The command line.
+
+    students: for the help, path in the run's folder of the students that training starts from.
+    """
     return program.parser(
         description,
         "config",
@@ -45,11 +48,11 @@ class StudentStage:
     """A stage that teaches students, from its command line to its files.
 
     Attributes:
-        args: of `parser`.
+        args: arguments of the command line (`parser`).
         options: of the stage's training.
-        selection: what selection took.
-        units, entries: what the stage, or its shard, teaches of it, as of
-            `distillation.cost_table`.
+        selection: the whole selection.
+        units, entries: the units that the stage, or its shard, trains, and their entries in
+            selection.json.
         script, inputs: the files that decide what is trained.
     """
 
@@ -76,7 +79,7 @@ class StudentStage:
 
         Args:
             script: the stage's file, whose code decides the result too.
-            teaches: which units of the selection.
+            teaches: which units of the selection: all that are trained, or those for `distill`.
         """
         reader = calls.Reader(args.calls)
         through_teacher = isinstance(options, SubsetsSettings)
@@ -96,8 +99,8 @@ class StudentStage:
 
     @functools.cached_property
     def state(self) -> State:
-        """Where the training goes on. To be asked for when all inputs were read, which says better
-        what is wrong with them."""
+        """Where the training goes on from. To be asked for after all inputs were read: reading
+        them tells more clearly what is wrong with one than hashing it here would."""
         identity = loop.identity(self.script, self.settings, self.inputs)
         return State(self.args.state, identity)
 
@@ -108,11 +111,11 @@ class StudentStage:
         taught: Students,
         name: str = "{}/",
     ) -> list[dict]:
-        """`loop.train` with the stage's settings; the log.
+        """Runs `loop.train` with the stage's settings; returns its log.
 
         Args:
-            modules: that the losses are of.
-            taught: the students in them. name: as of `distillation.lr_scales`.
+            modules: by the names that `losses` gives them.
+            taught: the students in these modules. name: see `distillation.lr_scales`.
         """
         return loop.train(
             modules,
@@ -125,7 +128,7 @@ class StudentStage:
         )
 
     def finish(self, taught: Students, log: pd.DataFrame, schema: pa.Schema) -> None:
-        """Measures what the trained units cost; writes students, log and errors; ends the
+        """Measures what the trained units cost; writes students, log and unit costs; ends the
         processes.
 
         Args:
@@ -148,5 +151,5 @@ class StudentStage:
             tables.write(args.unit_costs, costs, schemas.UNIT_COSTS, stamp)
         processes.finish(accelerator)
         if accelerator.is_main_process:
-            # What may take most of a disk, and a finished training does not read.
+            # Cached streams may take most of a disk; a finished training does not read them.
             whole.forget(args.state / "inputs")

@@ -14,9 +14,9 @@ Given = Mapping[str, Sequence[Tensor] | Tensor]  # stream -> [tokens, channels] 
 
 
 class InjectingBlock(nn.Module):
-    """A block that gets streams from elsewhere, `given`: stream -> per sample [tokens, channels].
+    """A block that runs on streams `given` from outside: stream -> per sample [tokens, channels].
 
-    Everything else that it gets is what the transformer hands to it.
+    All its other arguments are those with which the transformer calls it.
     """
 
     def __init__(self, block: blocks.Block):
@@ -36,8 +36,8 @@ class InjectingBlock(nn.Module):
 def fitted(values: Sequence[Tensor] | Tensor, like: Tensor) -> Tensor:
     """Samples' streams as one batch with as many tokens as `like` [batch, tokens, channels].
 
-    Some families pad up to the longest text of a batch. The padding is at the end, so what is cut
-    off or put there (zeros) is of no token.
+    Some families pad up to the longest text of a batch. The padding is at the end, so only padding
+    is cut off there, or added (zeros).
     """
     tokens = like.shape[1]
     return torch.stack(
@@ -51,11 +51,11 @@ def fitted(values: Sequence[Tensor] | Tensor, like: Tensor) -> Tensor:
 
 
 class Tail:
-    """The tail of a transformer, from block `first` on: those before it pass on what they get.
+    """The tail of a transformer, from block `first` on; blocks before it pass on what they get.
 
-    Embeddings, modulation and rotary embeddings are still the transformer's own work. Blocks from
-    `first` on are the transformer's, so what watches them there sees them here. With the number of
-    blocks as `first`, it starts behind the last one.
+    Embeddings, modulation and rotary embeddings are still computed by the transformer. Blocks from
+    `first` on are the transformer's own modules, so hooks on them also see their calls here. If
+    `first` is the number of blocks, the tail starts behind the last one.
     """
 
     def __init__(self, transformer: nn.Module, first: int):
@@ -70,7 +70,7 @@ class Tail:
         self._model, _ = blocks.assembled(transformer, instead | {(at, at): self._injecting})
 
     def model(self, streams: Given) -> nn.Module:
-        """The model, whose next call is on these streams (`InjectingBlock.given`)."""
+        """The model; its next call runs on these streams (`InjectingBlock.given`)."""
         self._injecting.given = streams
         return self._model
 
@@ -82,10 +82,11 @@ def streams_before(
     arguments: dict[str, Any],
     running: nn.Module | None = None,
 ) -> blocks.Streams:
-    """What block `first` gets as streams when the transformer runs, each [batch, tokens, ...]; with
-    the number of blocks, what the last one returns.
+    """The streams that block `first` gets when the transformer runs, each [batch, tokens, ...]. If
+    `first` is the number of blocks, those that the last block returns.
 
-    running: what runs in its place, with that block of it (`Tail.model`).
+    running: a model that runs in the transformer's place and has its blocks from there on
+        (`Tail.model`).
     """
     received: blocks.Streams = {}
     sequence = blocks.block_sequence(transformer)

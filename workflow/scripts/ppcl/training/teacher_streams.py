@@ -10,15 +10,15 @@ from torch import nn
 from ppcl.training.tail import Tail, streams_before
 from ppcl.transformer import blocks, calls
 
-# Of streams in main memory; batches beyond it run from the first block on.
+# Most bytes of streams in main memory; batches without room there run from the first block on.
 KEPT_BYTES = 8 << 30
 
 
 class TeacherStreams:
-    """What some blocks of the teacher get, of each of some batches.
+    """The streams that some blocks of the teacher get, for each of some batches.
 
     Args:
-        in_float32: within what it makes, the teacher computes in float32.
+        in_float32: makes a context in which the teacher computes in float32.
     """
 
     def __init__(
@@ -30,13 +30,14 @@ class TeacherStreams:
     ):
         self._teacher, self._batches, self._device = teacher, batches, device
         self._in_float32 = in_float32
-        # By block, what each batch gets there; the first block needs none.
+        # Block -> each batch's streams before it; the first block needs none.
         self._streams: dict[int, list[blocks.Streams]] = {}
-        # Blocks of which they stay when others are reached from them.
+        # Blocks whose streams stay after those of deeper blocks were computed from them.
         self._wanted: set[int] = set()
 
     def keep_only(self, wanted: Collection[int]) -> None:
-        """Lets go of streams, but those before these blocks, and the ones to reach others from."""
+        """Drops all streams but those before these blocks, and those that missing ones of these are
+        to be computed from."""
         self._wanted = set(wanted) - {0}
         missing = min(self._wanted - self._streams.keys(), default=0)
         start = max((first for first in self._streams if first < missing), default=0)
@@ -44,12 +45,13 @@ class TeacherStreams:
         self._streams = {first: every for first, every in self._streams.items() if first in kept}
 
     def held(self, firsts: Iterable[int]) -> list[blocks.Streams]:
-        """Those that are there before these blocks, of all batches."""
+        """The streams that are kept before these blocks, of all batches."""
         return [*itertools.chain(*(self._streams.get(first, ()) for first in firsts))]
 
     @torch.no_grad()
     def before(self, first: int) -> list[blocks.Streams]:
-        """Those of each batch before a block; none where the teacher has to run whole."""
+        """Each batch's streams before block `first`, on the CPU. Empty for a batch that has to run
+        from the first block on: there is no room for its streams."""
         if first == 0:
             return [{} for _ in self._batches]
         if first in self._streams:

@@ -1,4 +1,4 @@
-"""What the teacher has to say to every new block, and how far from that the block's answer is."""
+"""What the teacher gives every new block to learn from, and the losses of a block's answer."""
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -20,31 +20,32 @@ from ppcl.transformer.family import TEXT, Family
 
 
 class Processes(Protocol):
-    """What a step asks of the processes that work together: an Accelerator, or what stands for one
-    where nothing is computed."""
+    """What a step needs of an Accelerator. The planner, whose tensors have no content, passes a
+    stand-in."""
 
     @property
     def num_processes(self) -> int:
-        """Their number."""
+        """How many processes share a batch."""
 
     def autocast(self) -> AbstractContextManager:
-        """Within, the model's operations are in the precision of the training."""
+        """A context in which the model's operations are in the training's precision."""
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
-        """The sum or the mean over processes, which all of them have then."""
+        """The sum or mean (`reduction`) over processes, the same on all of them."""
 
 
 @dataclass
 class Lesson:
-    """What the teacher has to say to one new block.
+    """What one new block, for blocks u..v, learns from: its inputs and the streams to match.
 
     Attributes:
-        bound: arguments of its block's call, with T_{u-1}^D as streams; in place of a text stream
-            that it borrows, the carry: block a's text output and text-side attention input, side
-            by side along the channels.
-        target: streams T_v^D after its last block; no text where the new block makes none.
-        carry, text_input: of a new block that borrows: the argument with the carry, and z_p, what
-            its block's attention got as text when the block was whole.
+        bound: arguments of the block's call by name, with T_{u-1}^D as streams. If the new block
+            borrows text, its text stream is the carry: the source's text output h_a and text-side
+            attention input z_a, side by side along the channels.
+        target: streams T_v^D; without text if the new block makes none.
+        carry: name of the argument that holds the carry; empty if the new block borrows no text.
+        text_input: z_p, what the whole block's attention gets as text, before the block becomes
+            narrow; None if the new block borrows no text.
     """
 
     bound: dict[str, Any]
@@ -54,11 +55,11 @@ class Lesson:
 
     @property
     def lent(self) -> Tensor | None:
-        """z_a, what the attention of the run's source gets as text, of a new block that borrows."""
+        """z_a, what the source's attention gets as text; None if the block borrows no text."""
         return self.bound[self.carry].chunk(2, dim=-1)[1] if self.carry else None
 
     def lend(self, attended: Tensor) -> None:
-        """Puts another z_a in the carry."""
+        """Replaces z_a in the carry by `attended` [batch, tokens, channels]."""
         own, _ = self.bound[self.carry].chunk(2, dim=-1)
         self.bound = self.bound | {self.carry: torch.cat([own, attended], dim=-1)}
 
@@ -71,12 +72,13 @@ def teacher_states(
     running: nn.Module | None = None,
     uncut: Students | None = None,
 ) -> dict[NewBlock, Lesson]:
-    """Runs the teacher once, no further than the last new block's end.
+    """The lesson of each new block. Runs the teacher once, no further than the last block needed.
 
     Args:
-        running: what runs in its place, with its blocks from the first needed on (`tail.Tail`).
-        uncut: of new blocks that borrow, the whole ones (`students.uncut`), where these are others
-            than the teacher's first.
+        running: a model that runs in the transformer's place and has its blocks from the first
+            needed one on (`tail.Tail.model`).
+        uncut: whole blocks that give z_p for new blocks that borrow text (`students.uncut`); for
+            those that are not in it, the teacher's block `first` does.
     """
     uncut = uncut or {}
     sequence = blocks.block_sequence(transformer)
@@ -125,7 +127,7 @@ def teacher_states(
 
 
 def fitting(bound: dict[str, Any], module: nn.Module) -> dict[str, Any]:
-    """The teacher's activations for a module with float32 weights, if that is what it has."""
+    """A call's arguments, cast to float32 if all weights of the module are float32."""
     float32 = all(p.dtype == torch.float32 for p in module.parameters())
     return tree_map(calls.as_float32, bound) if float32 else bound
 
@@ -137,12 +139,13 @@ def real_tokens(
     batch_size: int,
     processes: Processes,
 ) -> dict[str, Real]:
-    """Which tokens of a step's batch count in these streams, all of a process's share.
+    """Stream -> the real tokens in this process's share of a step's batch.
 
-    To be called by all processes alike, which add up their counts.
+    All processes must call this alike: it averages their token counts.
 
     Args:
-        batch_size: of all processes together.
+        streams: those wanted, [batch, tokens, channels] each.
+        batch_size: that of all processes together.
     """
     shares = processes.num_processes
     # Shares differ by a row where the batch does not divide evenly.
@@ -160,10 +163,13 @@ def interval_losses(
     real: Mapping[str, Real],
     options: DistillSettings,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """L_depth (Eq. 6) or L_width of one new block, summed over streams, and both errors of each.
+    """L_depth (Eq. 6) or L_width of one new block, summed over streams, and each stream's errors.
 
-    real: as of `real_tokens`; without an entry, all tokens of a stream count.
-    options: with `outliers`, the loss is of the streams without them; the errors are of all.
+    real: from `real_tokens`; all tokens of a stream without an entry count.
+    options: loss, relative_weight, outliers. With `outliers`, the loss is computed on streams
+        without their outliers (`losses.without_outliers`), the errors on whole streams.
+
+    Returns: the loss, a float32 scalar, and scalars by `<stream>/<name of an error>`.
     """
     deviations = options.outliers
     weights: dict[str, float] = {options.loss: 1.0}
@@ -200,11 +206,11 @@ def linear_loss(
     lesson: Lesson,
     real: Mapping[str, Real],
 ) -> Tensor | None:
-    """L_linear of one new block: the sum of its new linear maps' plain squared errors; None without
-    any.
+    """L_linear of one new block: the sum of its new linear maps' plain squared errors, a float32
+    scalar; None if it has no linear maps.
 
-    What a linear FFN or the text map at a run's end replaces is the teacher's stream after the
-    new block; what the map of the attention's text input replaces is z_p.
+    The target of a linear FFN, and of the text map at a run's end, is the teacher's stream after
+    the new block; the target of the map of the attention's text input is z_p.
     """
 
     def error(answer: Tensor, wanted: Tensor, stream: str) -> Tensor:
