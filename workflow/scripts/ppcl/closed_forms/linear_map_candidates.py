@@ -15,7 +15,7 @@ from ppcl.transformer import blocks
 
 
 def ffn_candidates(transformer: nn.Module) -> list[Unit]:
-    """One linear FFN each, of every block and stream that has one."""
+    """A unit for each FFN that can become linear: of every block that may be pruned, and stream."""
     untouchable = blocks.untouchable(transformer)
     return [
         Unit((NewBlock(block.index, block.index, (stream,)),))
@@ -32,7 +32,7 @@ def text_candidates(
 
     Args:
         cka: [blocks, blocks] of the blocks' text outputs; NaN where there is none.
-        floor: the least CKA of any block of a run with the first.
+        floor: the least CKA that every block of a run must have with the run's first block.
     """
     sequence = blocks.block_sequence(transformer)
     without = {b.index for b in sequence if not b.width.text}
@@ -49,7 +49,8 @@ def text_candidates(
 def saved_parameters(transformer: nn.Module, unit: Unit, sizes: Sequence[int] | None = None) -> int:
     """How many parameters fewer a model with the unit has.
 
-    sizes: `blocks.parameters_of_blocks` of the transformer, for whoever asks of many units.
+    sizes: `blocks.parameters_of_blocks` of the transformer; it saves time to give them if this is
+        called for many units.
     """
     sequence = blocks.block_sequence(transformer)
     sizes = sizes or blocks.parameters_of_blocks(transformer)
@@ -68,9 +69,12 @@ def _empty(module: nn.Module) -> nn.Module:
 
 
 def text_sizes(transformer: nn.Module) -> dict[str, list[int]]:
-    """Per block: parameters that it saves as a borrower (`text_saved`), those of the map with
-    which a run that ends there makes a text stream again (`text_output`), and what it saves as the
-    source of a run that ends where nothing reads text (`text_lent`); 0 where there is none."""
+    """Parameters that a block's part in a text run saves or adds: column -> one number per block.
+
+    text_saved: saved if the block borrows its text stream. text_output: in the map that makes a
+    text stream again if a run ends with the block. text_lent: saved if the block is the source of a
+    run that ends where nothing reads text. 0 where a block can't have the part.
+    """
     columns: dict[str, list[int]] = {"text_saved": [], "text_output": [], "text_lent": []}
     unread = linear_maps.unread_after(transformer)
     reached = unread is not None and blocks.block_sequence(transformer)[unread].width.text

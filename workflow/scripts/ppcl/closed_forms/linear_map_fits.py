@@ -31,7 +31,8 @@ from ppcl.transformer.family import TEXT
 log = logging.getLogger(__name__)
 
 
-# Sums of one pass over the calls: x x^T and x y^T in float64, of fitted and of held-out tokens.
+# Most bytes of the sums of one pass over the calls. A map has four: x x^T and x y^T in float64, of
+# the tokens to fit on and of held-out ones.
 SUMS_BYTES = 8 << 30
 
 
@@ -51,7 +52,8 @@ def fit(
     rows: tuple[np.ndarray, np.ndarray],
     options: WidthSettings,
 ) -> dict[Map, Fit]:
-    """Least squares for every map (Eq. 1, with other ends), and its error on held-out calls.
+    """Least squares for every map (Eq. 1, between other activations), and its error on held-out
+    calls.
 
     Args:
         wholes: ends that `maps` names -> the block there before it becomes narrow, on the device;
@@ -60,7 +62,7 @@ def fit(
         options: batch_size, ridge.
 
     Raises:
-        UserError: NaN or infinity in an activation.
+        UserError: NaN or infinity in an activation, or fewer than two tokens.
     """
     every = list(dict.fromkeys(maps))
     fits: dict[Map, Fit] = {}
@@ -93,9 +95,9 @@ def _fit(
 
 
 def _groups(maps: list[Map], transformer: nn.Module, least: int = 1) -> Iterator[list[Map]]:
-    """As many maps as their sums fit in memory; each group costs a pass over the calls.
+    """Groups of maps whose sums fit in SUMS_BYTES; each group costs a pass over the calls.
 
-    least: how many groups there are, if so many maps.
+    least: no group has more than ceil(maps / least) maps, so that so many processes share them out.
     """
     shapes = (p.shape for b in blocks.block_sequence(transformer) for p in b.module.parameters())
     channels = max(min(shape) for shape in shapes if len(shape) == 2)
@@ -146,16 +148,16 @@ def _add(
 def fit_to_files(
     context: Context, maps: Iterable[Map], options: WidthSettings, state: State
 ) -> tuple[list[Path], dict[Map, float]]:
-    """As `fit` for the teacher's own blocks, shared out over the processes; a killed run keeps what
-    it has fitted.
+    """As `fit` for the teacher's own blocks, shared out over the processes; what a killed run has
+    fitted is kept.
 
     Args:
         options: the config's `width`.
-        state: for the files.
+        state: folder for the files, and the identity of the fits.
 
     Returns:
-        The files of all processes, whose tensors are in the teacher's main type, and the held-out
-        error of every map.
+        The files of all processes, whose tensors are in the transformer's dtype, and the held-out
+        error (1 - R^2) of every map.
     """
     transformer, accelerator = context.transformer, context.accelerator
     wholes = {(b.index, b.index): b.module for b in blocks.block_sequence(transformer)}
@@ -197,7 +199,8 @@ def _is_of(path: Path, identity: str) -> bool:
 
 
 def start(context: Context, wholes: Students, options: WidthSettings) -> Students:
-    """The students made narrow, their maps fitted on recorded calls; in place, on the CPU.
+    """Makes whole blocks as narrow as their new blocks, in place, with linear maps fitted on
+    recorded calls; returns them on the CPU.
 
     Args:
         options: the config's `width`.
@@ -217,12 +220,15 @@ def start(context: Context, wholes: Students, options: WidthSettings) -> Student
 def narrowed(
     context: Context, new_blocks: Iterable[NewBlock], distilled: Students, options: WidthSettings
 ) -> tuple[Students, Students]:
-    """Distilled students and the teacher's kept blocks, as narrow as the new blocks, their maps
-    fitted; on the CPU. And on the device, copies of the whole blocks that their maps stand for
-    (`students.uncut`).
+    """Students as narrow as the new blocks, with fitted linear maps: made from distilled students,
+    and from the teacher's blocks where a new block stands for one.
 
     Args:
-        distilled: is changed. options: the config's `width`.
+        distilled: whole students, changed in place. options: the config's `width`.
+
+    Returns:
+        The students, on the CPU; and on the device, the whole blocks of intervals that borrow text,
+        as they were before (`students.uncut`).
     """
     wholes = students.whole(context.transformer, new_blocks, distilled)
     uncut = students.uncut(wholes)  # before `start`, which narrows in place
@@ -235,7 +241,8 @@ def narrowed(
 def fit_rows(
     reader: calls.Reader, options: WidthSettings, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Calls to fit maps on, and a quarter as many held-out ones to judge them on."""
+    """Row numbers of the calls to fit maps on, and of a quarter as many held-out ones to judge them
+    on."""
     fitted = np.random.default_rng(seed).permutation(reader.rows(heldout=False))
     count = options.fit_rows
     warn_of_fewer("width.fit_rows", count, len(fitted), "recorded calls to fit on")

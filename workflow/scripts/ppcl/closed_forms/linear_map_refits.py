@@ -33,12 +33,14 @@ def refit(
     rows: np.ndarray,
     options: WidthSettings,
 ) -> dict[Map, probes.Probe]:
-    """Linear FFNs of kept blocks once more by least squares, on what they get in a model, towards
-    what the teacher has behind their blocks. In order of depth, each put into the model at once, so
-    that it makes up for what those before it leave.
+    """Fits linear FFNs of kept blocks once more by least squares: from their inputs in `model` to
+    the teacher's streams behind their blocks. Returns the new maps.
+
+    In order of depth: each map is put into the model before the next is fitted, so that later ones
+    make up for the errors that earlier ones leave.
 
     Args:
-        model: of such new blocks and others, on the device; its linear FFNs change.
+        model: the teacher with these and other new blocks, on the device; its linear FFNs change.
         block_map: of `blocks.assembled`.
         rows: numbers of the calls to fit on.
         options: batch_size, ridge.
@@ -73,7 +75,7 @@ def refit(
 
 
 class _Walk:
-    """A transformer that goes through its blocks once, for some calls side by side."""
+    """Goes through a transformer's blocks once, in order, with some batches side by side."""
 
     def __init__(self, transformer: nn.Module, batches: list[calls.Batch]):
         self._transformer, self._batches = transformer, batches
@@ -81,7 +83,10 @@ class _Walk:
         self._streams: list[blocks.Streams] = [{} for _ in batches]
 
     def at(self, number: int, layers: Mapping[str, nn.Module]) -> list[blocks.Streams]:
-        """What layers of a block get, of each call; the walk stays before the block."""
+        """Each batch's inputs of some layers of a block; the walk stays before the block.
+
+        layers: key -> layer; the inputs have the same keys.
+        """
         late = self._go_to(number)
         inputs = []
         for batch, streams in zip(self._batches, self._streams, strict=True):
@@ -103,7 +108,7 @@ class _Walk:
         return inputs
 
     def behind(self, number: int) -> list[blocks.Streams]:
-        """What a block returns, of each call; the walk stays before the block."""
+        """Each batch's streams that a block returns; the walk stays before the block."""
         late = self._go_to(number)
         outputs = []
         for batch, streams in zip(self._batches, self._streams, strict=True):
@@ -133,7 +138,8 @@ class _Walk:
         return Tail(self._transformer, number)
 
 
-# Maps that were fitted once more, by their source.
+# The maps that were fitted once more for a variant, by the name of their source in its set
+# (`sets.REFIT` and the variant's name).
 Refits = Mapping[str, Mapping[Map, probes.Probe]]
 
 
@@ -149,7 +155,7 @@ def write(path: Path, refits: Refits, stamp) -> None:
 
 
 def digest(refits: Refits, chosen: Set) -> str:
-    """Digest of the refitted maps that a set uses, as `read` gives them."""
+    """Digest of the refitted maps that a set uses; the same before `write` and after `read`."""
     used = set(chosen.sources.values())
     return provenance.digest(
         [

@@ -35,7 +35,9 @@ LEAVES = "weight", "bias"
 
 @dataclass(frozen=True)
 class Map:
-    """A residual linear map of an activation at `source` to one at `target`, ends of new blocks.
+    """A residual linear map from an activation at one new block to an activation at another.
+
+    source, target: (first, last) of these new blocks.
 
     kind: `ffn/<stream>` (stream after attention -> stream after the block), `text/input`
     (z_a -> z_p) or `text/output` (h_a -> text stream after the run).
@@ -57,7 +59,7 @@ class Map:
 
     @classmethod
     def named(cls, name: str) -> "Map":
-        """The map of such a `name`."""
+        """The map with this `name`. Raises ValueError if it is no map's."""
         kind, ends = name.split(".")
         source_first, source_last, first, last = map(int, re.split("[->]", ends))
         return cls(kind, (source_first, source_last), (first, last))
@@ -74,7 +76,7 @@ def maps_of(new_block: NewBlock) -> list[Map]:
 
 
 def unread_after(transformer: nn.Module) -> int | None:
-    """The last block, if nothing reads its text stream."""
+    """Index of the last block if nothing reads its text stream, else None."""
     last = blocks.block_sequence(transformer)[-1]
     return last.index if TEXT in blocks.family(transformer).unread else None
 
@@ -117,8 +119,8 @@ def stored(*paths: Path) -> Stored:
     """The least-squares maps of width/maps.safetensors, or of `fit_to_files`.
 
     Raises:
-        UserError: one is missing, or not what the stage `width` wrote; or, later, there is no map
-            that is asked for.
+        UserError: a file is missing, or not what the stage `width` wrote; or, when a map is asked
+            for, no file has it.
     """
     return Stored(paths)
 
@@ -129,11 +131,14 @@ def closed(
     """Kept blocks as narrow as these new blocks, made from least-squares maps alone.
 
     Args:
-        new_blocks: with first == last, of text runs whose source is a kept block, too.
+        new_blocks: with first == last; the source of each text run is a kept block, too.
         maps: such as `stored`.
 
     Returns:
-        Copies of the teacher's blocks, in its types, where it rests; untrained.
+        Untrained copies of the teacher's blocks, in its dtypes, where its weights are kept.
+
+    Raises:
+        ValueError: a new block with first < last.
     """
     if grown := [new_block for new_block in new_blocks if new_block.first != new_block.last]:
         raise ValueError(f"new block {grown[0].name} is no kept block")
@@ -143,7 +148,7 @@ def closed(
 def narrowed(
     transformer: nn.Module, wholes: Students, maps: Mapping[Map, probes.Probe]
 ) -> Students:
-    """The whole blocks of some new blocks, made as narrow as these, with fitted maps. In place."""
+    """Makes whole blocks as narrow as their new blocks, with fitted maps. In place."""
     for new_block, student in wholes.items():
         students.shaped(transformer, new_block, student)
         layers = narrow.maps(student)

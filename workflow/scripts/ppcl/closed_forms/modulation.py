@@ -1,14 +1,14 @@
 """Low-rank modulation: AdaLN matrices as products, fitted in closed form to their real inputs.
 
 A block's modulation matrices see the conditioning alone, such as silu(temb), which varies in few
-directions. With W [out, d], mean m and covariance C [d, d] of the real inputs, and any A with
-A A^T = C, the best map of rank r of the matrix's outputs in the mean square is, for
-W A = V S U^T,
+directions. Let W [out, d] be such a matrix, m the mean and C [d, d] the covariance of its real
+inputs, and A any matrix with A A^T = C. The map of rank r whose outputs have the least mean squared
+error follows from the singular value decomposition W A = V S U^T; V_r is the first r columns of V:
 
     up = V_r,   down = V_r^T W,   bias' = bias + (I - V_r V_r^T) W m
 
 (reduced-rank regression, centred on the mean). It needs no [out, out] matrix, and one
-decomposition serves all ranks. What is beyond the paper here, METHOD.md tells.
+decomposition serves all ranks. None of this is in the PPCL paper (docs/stages.md, "Closed forms").
 """
 
 import copy
@@ -43,7 +43,7 @@ class Moments(Protocol):
 
 
 class Conditioning(Protocol):
-    """What matrices get."""
+    """Moments of what each modulation matrix gets."""
 
     def of(self, matrix: Matrix) -> Moments: ...
 
@@ -105,7 +105,8 @@ def _linear(module: nn.Module, path: str) -> nn.Linear | None:
 
 
 def parameter_count(transformer: nn.Module) -> int:
-    """Of all modulation matrices of a model, pruned or not, products of low rank included."""
+    """Parameters of all modulation matrices of a model, pruned or not, products of low rank
+    included."""
     of, sequence = blocks.family(transformer), blocks.block_sequence(transformer)
     places = [(block.module, path) for block in sequence for path in block.list.modulations]
     places += [(transformer, of.last_modulation)] if of.last_modulation else []
@@ -121,8 +122,14 @@ def parameter_count(transformer: nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Spread:
-    """How recorded inputs lie, float64: their mean [d]; the variances [d] of their principal
-    directions, falling; these directions, the columns of [d, d]; and how many of them count."""
+    """How recorded inputs are distributed, float64.
+
+    Attributes:
+        mean: [d].
+        variances: [d], along the principal directions, the largest first.
+        directions: [d, d], whose columns are the principal directions.
+        rank: number of directions whose variance is above rounding.
+    """
 
     mean: Tensor
     variances: Tensor
@@ -131,7 +138,7 @@ class Spread:
 
     @classmethod
     def of(cls, moments: Moments, device: torch.device | None = None) -> "Spread":
-        """Of sums over inputs."""
+        """From sums over inputs; computed and kept on the device."""
         total, outer = moments.sum.to(device), moments.outer.to(device)
         mean = total / moments.count
         second = outer / moments.count
@@ -142,10 +149,11 @@ class Spread:
         return cls(mean, variances.flip(0).clamp(min=0), directions.flip(1), rank)
 
     def root(self, rank: int) -> Tensor:
-        """A [d, k] with A A^T = C, of the directions that count.
+        """A [d, k] with A A^T = C, for products of this rank.
 
-        Where a higher rank is asked for, of all of them, and C has a ridge of eps * trace(C) / d:
-        so all directions of W are found, those that no recorded input has as the last ones.
+        Up to `self.rank`, k is `self.rank`: directions with no variance are left out. Beyond it,
+        k is d, and C has a ridge of eps * trace(C) / d: so all directions of W are found, last of
+        all those in which no recorded input varies.
         """
         if rank <= self.rank:
             return self.directions[:, : self.rank] * self.variances[: self.rank].sqrt()
@@ -154,7 +162,8 @@ class Spread:
 
 
 def reduced(weight: Tensor, bias: Tensor | None, moments: Moments, rank: int) -> Factors:
-    """The best product of a rank for a matrix on recorded inputs, see the top.
+    """The best product of a rank for a matrix on recorded inputs (the formula: this module's
+    docstring).
 
     Args:
         weight: [out, d]; bias: [out], or None.
@@ -197,14 +206,15 @@ def low_rank(
     ranks: Mapping[Matrix, int],
     conditioning: Conditioning,
 ) -> nn.Module:
-    """A model with matrices as products of low rank, fitted to the weights that it has there:
-    a student's own, halved ones included. It shares all else with the model, which stays as it is.
+    """A model with matrices as products of low rank. Each is fitted to the weights that the model
+    has there: those of a student, or of a matrix that a linear FFN has cut, if that is what it has.
+    It shares all else with the model, which stays as it is.
 
     Args:
         model: an assembled transformer, or the teacher itself.
         block_map: of `blocks.assembled`.
-        ranks: by matrix; its block is the first old one that a new block stands for, or the number
-            of old blocks for the last AdaLN.
+        ranks: matrix -> rank. A matrix's block is the first teacher block that a new block stands
+            for, or the number of the teacher's blocks for the last AdaLN.
 
     Raises:
         ValueError: the model has no such matrix, or it is a product already.
@@ -213,11 +223,11 @@ def low_rank(
     last: tuple[Moments, Spread] | None = None
     for matrix, rank in sorted(ranks.items()):
         old, new = (matrix_in(one, block_map, matrix) for one in (model, made))
-        # As `shaped` has checked, and has made of it.
+        # `shaped` has checked that the one is a Linear, and has made the other.
         assert isinstance(old, nn.Linear) and narrow_layers.is_low_rank(new)
         device = devices.statistics_device(old.weight.device)
         moments = conditioning.of(matrix)
-        if last is None or not torch.equal(moments.outer, last[0].outer):  # most get the same
+        if last is None or not torch.equal(moments.outer, last[0].outer):  # most are the same
             last = moments, Spread.of(moments, device)
         bias = None if old.bias is None else old.bias.to(device)
         factors = reductions(old.weight.to(device), bias, last[1], [rank])[rank]
@@ -256,7 +266,8 @@ def matrix_in(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> n
 
 
 def _place(model: nn.Module, block_map: list[list[int]], matrix: Matrix) -> tuple[str, str]:
-    """Path of the block that has a matrix, or of what holds the last AdaLN's, and the path in it.
+    """Path of the module that holds a matrix, and the matrix's path in that module: in its block,
+    or in the last AdaLN.
 
     Raises:
         ValueError: there is none.

@@ -77,7 +77,7 @@ class Offers:
         return narrow.linear_at(self._transformer if last else self._sequence[block].module, path)
 
     def _products_of(self, matrix: Modulation) -> dict[int, Factors]:
-        """Of every rank on offer."""
+        """Rank -> product, for every rank on offer."""
         linear = self._linear(matrix.key)
         spread = self._of(matrix)
         weight = linear.weight.detach().to(spread.mean.device)
@@ -95,7 +95,7 @@ class Offers:
         return made
 
     def changes(self) -> dict[str, Change]:
-        """All of them, named as `name` does."""
+        """Name of a product (`name`) -> the teacher with it, for all products on offer."""
         return {
             name(matrix, rank): Change(
                 matrix.block,
@@ -107,7 +107,7 @@ class Offers:
         }
 
     def errors(self, inputs: Mapping[Matrix, Tensor]) -> dict[str, float]:
-        """1 - R^2 of every product's outputs, on inputs [n, d] of each matrix."""
+        """Name of a product -> 1 - R^2 of its outputs, on inputs [n, d] of its matrix."""
         errors = {}
         for matrix, ranks in self.ranks.items():
             linear = self._linear(matrix.key)
@@ -124,9 +124,9 @@ class Offers:
         return errors
 
     def rows(self, fit_errors: Mapping[str, float]) -> dict[str, dict]:
-        """Of each product, columns of width/measured.parquet but for the velocity error.
+        """Name of a product -> its row of width/measured.parquet, without the velocity error.
 
-        fit_errors: of `errors`.
+        fit_errors: from `errors`.
         """
         return {
             name(matrix, rank): {

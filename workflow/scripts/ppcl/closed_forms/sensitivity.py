@@ -21,15 +21,15 @@ def interval_errors(
     """Rows of sensitivity/intervals.parquet.
 
     Args:
-        settings: sensitivity and prune; width for start weights that are solved.
-        rows: of the calls to judge on.
+        settings: sensitivity and prune; if prune.start is `solved`, width as well.
+        rows: numbers of the calls to judge on.
     """
     options, start = settings.sensitivity, settings.prune.start
     transformer = context.transformer
     depth = len(blocks.block_sequence(transformer))
     runs = intervals.spans(depth, blocks.seams(transformer), blocks.untouchable(transformer))
     measured = [NewBlock(*ends) for ends in intervals.all_within(runs, options.longest)]
-    # The stage's rule hands over what fits depend on where there are fits alone.
+    # The stage's rule passes the options of fits only where there are fits.
     fits = settings.width if start == "solved" else WidthSettings.of({})
 
     def untrained(new_block: NewBlock) -> Students:

@@ -1,16 +1,18 @@
 """`prune.start: solved`: an interval's first block, refitted to what the whole interval does.
 
-The linears whose outputs a stream takes up, each channel times a gate (`Family.gated`), are
-refitted by least squares, while all else of the block stays the teacher's: first those of the
-attention, with the FFN as if it returned nothing, then the FFN's last, which gets the stream as it
-is then. With features f (and 1) of a token, gate g, and y the block's output, for channel c
+Linears whose outputs are added to a stream, each channel times a gate (`Family.gated`), are
+refitted by least squares; all other weights of the block stay the teacher's. First those of the
+attention, while the FFN returns zeros; then the FFN's last linear, on the stream that the refitted
+attention leaves. With f a token's inputs of the linear and a 1 for its bias, gate g, and y the
+block's output, for channel c
 
     minimise over the change d_c of its row    sum | t_c - y_c - g_c d_c . f |^2
     (sum over samples of g_c^2 sum over tokens f f^T) d_c = sum over samples and tokens of g_c r_c f
 
-with t the teacher's stream after the interval and r = t - y. Both sides come from the block itself:
-its output depends on such a linear's element by element, so its Jacobian J is diagonal, and J^T 1
-is g, J^T r is g r, whatever else a family does with gates.
+with t the teacher's stream after the interval and r = t - y. g and g r come from backward passes
+through the block: of the linear's output, an element of the block's output depends on the same
+element alone, so the Jacobian J between the two is diagonal, J^T 1 is g and J^T r is g r, however a
+family makes its gates.
 """
 
 import functools
@@ -31,10 +33,11 @@ from ppcl.training import teaching
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context
 
-# Samples of neighbouring timesteps have their mean squared gate, so many groups of them: a matrix
-# of moments each. On the embedded teacher, errors with 64 groups are within 4 % of these.
+# Samples are put in so many groups of neighbouring timesteps. The samples of a group all count with
+# the group's mean squared gate, so a group needs one matrix of moments for all channels. On the
+# embedded teacher, errors with 64 groups are within 4 % of these.
 GROUPS = 16
-# Of the sums of all new blocks that are fitted in one pass over the calls.
+# Most bytes of the sums of the new blocks that are fitted in one pass over the calls.
 SUMS_BYTES = 4 << 30
 # Share of the largest gate by which others may differ from it by rounding.
 ALIKE = 1e-3
@@ -44,10 +47,10 @@ RIDGE = 1e-2
 
 
 def stages(transformer: nn.Module, new_block: NewBlock) -> tuple[tuple[str, ...], ...]:
-    """Paths in a new block of what is refitted together, in order.
+    """Paths of the linears in a new block that are refitted, stage by stage; those of one together.
 
     Raises:
-        UserError: the registry does not say.
+        UserError: the family registry names none (`Family.gated`).
     """
     attribute = blocks.block_sequence(transformer)[new_block.first].list.attribute
     paths = blocks.family(transformer).gated.get(attribute)
@@ -110,7 +113,7 @@ def refit(context: Context, wholes: Students, rows: np.ndarray, batch_size: int)
 
 
 def _groups(wholes: Students, wanted: Mapping[NewBlock, tuple]) -> Iterator[list[NewBlock]]:
-    """New blocks whose sums fit in memory."""
+    """Groups of new blocks whose sums fit in SUMS_BYTES together."""
     group: list[NewBlock] = []
     held = 0
     for new_block, paths in wanted.items():
@@ -131,7 +134,8 @@ def _refit(
     rows: np.ndarray,
     batch_size: int,
 ) -> None:
-    """One stage: the first paths of each new block; those that follow return nothing."""
+    """One stage: refits the first paths of each new block, while linears of later stages return
+    zeros."""
     transformer, reader, device = context.transformer, context.reader, context.device
     order = np.argsort(reader.index["timestep"][rows], kind="stable")
     group_of = dict(
@@ -162,8 +166,8 @@ def _refit(
 def _real(
     transformer: nn.Module, new_block: NewBlock, batch: calls.Batch, target: blocks.Streams
 ) -> blocks.Streams:
-    """Stream -> 1 for what counts of it and 0 for padding, in its shape; streams that nothing reads
-    are left out."""
+    """Stream -> float32 tensor of its shape, 1 at real tokens and 0 at padding; without streams
+    that nothing reads."""
     family = blocks.family(transformer)
     last = new_block.last == blocks.block_sequence(transformer)[-1].index
     read = {s: v for s, v in target.items() if not (last and s in family.unread)}
@@ -181,8 +185,8 @@ def _answers(
     lesson: teaching.Lesson,
     real: blocks.Streams,
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Path -> its linear's features [batch, tokens, in], J^T 1 and J^T r [batch, tokens, out]; none
-    of what only unread streams take up."""
+    """Path -> its linear's features [batch, tokens, in], J^T 1 and J^T r [batch, tokens, out];
+    without linears whose outputs reach only streams that nothing reads."""
     features: dict[str, Tensor] = {}
     leaves: dict[str, Tensor] = {}
     handles = []
@@ -230,7 +234,7 @@ def _answers(
     gates, targets, turned = back(ones), back(short), back(signs)
     answers = {}
     for name, gate, target, other in zip(names, gates, targets, turned, strict=True):
-        if gate is None or target is None or other is None:  # all of them, or none
+        if gate is None or target is None or other is None:  # if one is, all are
             continue
         if (other.abs() - gate.abs()).abs().max() > ALIKE * gate.abs().max():
             raise UserError(
@@ -244,8 +248,8 @@ def _answers(
 class _Sums:
     """Both sides of the normal equations of one linear's channels, float64.
 
-    moments [groups, in + 1, in + 1] of features and 1; gates [groups, out], sums of squares;
-    counts [groups], of samples; right [out, in + 1].
+    moments [groups, in + 1, in + 1], sums of f f^T; gates [groups, out], sums of squared gates;
+    counts [groups], numbers of samples; right [out, in + 1], sums of g r f.
     """
 
     def __init__(self, linear: nn.Linear, device: torch.device):
@@ -261,14 +265,17 @@ class _Sums:
     def add(
         self, features: Tensor, gate: Tensor, target: Tensor, groups: Tensor, name: str
     ) -> None:
-        """Adds samples; a gate of 0 marks padding. Raises UserError if tokens have gates of their
-        own."""
+        """Adds samples; a gate of 0 marks padding. Raises UserError if gates differ between tokens
+        of a sample.
+
+        groups: [batch], each sample's group. name: of the linear, for errors.
+        """
         features, gate, target = (x.to(self.right) for x in (features, gate, target))
         real = gate.abs().amax(-1) > 0  # [batch, tokens]
         largest = gate.abs().amax(1, keepdim=True)
         if ((gate.abs() - largest).abs() * real[..., None]).max() > ALIKE * largest.max():
             raise UserError(
-                f"prune.start: solved: at {name}, tokens of a sample have gates of their own; set "
+                f"prune.start: solved: at {name}, gates differ between tokens of a sample; set "
                 "prune.start to first"
             )
         features = torch.where(real[..., None], features, 0.0)

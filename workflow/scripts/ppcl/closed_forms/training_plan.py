@@ -24,9 +24,10 @@ class Selected:
     """What selection took.
 
     Attributes:
-        every: all units. depth: its depth students alone.
-        costs: by unit, what its closed forms cost, NaN if one is required and was not measured; of
-            depth students there are none.
+        every: all units.
+        depth: units of the intervals alone, without text runs and linear FFNs.
+        costs: name of a unit -> summed cost of its closed forms: 0 if it has none, NaN if one is
+            required and was not measured.
         total: what the selection costs, ranks of modulations included.
     """
 
@@ -36,8 +37,9 @@ class Selected:
     total: float
 
     def trained(self, floor: float) -> list[Unit]:
-        """Units with intervals, and those that cost no less than a share of the whole, or nobody
-        knows what: of these there are no least-squares maps but what training starts from."""
+        """The units to train: those with intervals, those whose closed forms cost at least `floor`
+        of the total, and those of unknown cost (NaN), which have no measured maps to be left with.
+        """
         return [
             unit
             for unit in self.every
@@ -56,11 +58,12 @@ class Selected:
 def selected(
     intervals_table: Path, candidates_table: Path | None, unread_after: int | None
 ) -> Selected:
-    """What the tables of candidates say.
+    """The selection, from the selected rows of the tables of candidates.
 
     Args:
-        candidates_table: of closed forms, if there are any.
-        unread_after: as of `linear_maps.unread_after`.
+        intervals_table: intervals/intervals.parquet.
+        candidates_table: width/candidates.parquet, if closed forms were searched.
+        unread_after: from `linear_maps.unread_after`.
     """
     depth = _selected_rows(intervals_table, schemas.INTERVALS)
     intervals = [tuple(pair) for pair in depth[["first", "last"]].to_numpy().tolist()]
@@ -96,8 +99,9 @@ class TrainingPlan:
     """Which units of a selection are trained.
 
     Attributes:
-        units: that are. distilled: by distill.
-        closed: that are left as least squares makes them.
+        units: those that are trained.
+        distilled: those that the stage `distill` trains.
+        closed: those that are left as least squares makes them.
     """
 
     units: list[Unit]
@@ -106,7 +110,7 @@ class TrainingPlan:
 
     @classmethod
     def of(cls, taken: Selected, options: WidthSettings) -> "TrainingPlan":
-        """Says how many are left to least squares.
+        """Decides it, and prints how many units are left as least squares makes them.
 
         Args:
             options: floor, schedule.
@@ -125,11 +129,11 @@ class TrainingPlan:
     def facts(
         self, transformer: nn.Module, settings: Settings, latency: Path | None
     ) -> dict[str, Any]:
-        """The content of selection.json, but for where it comes from.
+        """The content of selection.json without its provenance.
 
         Args:
             settings: teacher, prune, and what is required.
-            latency: measured times, with a latency budget.
+            latency: table of measured times, if there is a latency budget.
         """
         depth = len(blocks.block_sequence(transformer))
         required, _ = constraints.of_config(settings, depth)
