@@ -81,7 +81,8 @@ def _students(planner: Planner) -> dict[str, float]:
 
 
 def _variant_parameters(planner: Planner, budget: Mapping[str, float]) -> int:
-    """At most: what its budget allows, and no less than all that there is leaves."""
+    """The most parameters that a variant can have: as many as its budget allows, but no fewer than
+    the smallest model has (`Planner.least`)."""
     total, least = blocks.parameter_count(planner.transformer), planner.least
     allowed = [
         {"fraction": int(value * total), "parameters": int(value)}.get(kind, total)

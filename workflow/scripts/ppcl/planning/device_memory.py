@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ppcl.planning.planner import Planner
 
 GIB = 1 << 30
-# Of every GPU, for its context and what the allocator can't use.
+# Bytes of every GPU for its context, and for what the allocator can't use.
 RESERVED = 1 * GIB
 
 
@@ -19,9 +19,10 @@ class Stage:
 
     Attributes:
         parts: bytes by what they are for; None where they can't be told.
-        resident, offloaded, least: peak bytes with the whole teacher on the device, with one block
-            of it at a time where the stage can (teacher.offload: stream), and so with
-            gradient_checkpointing and optimizer: adamw8bit too; None if unknown.
+        resident: peak bytes with the whole teacher on the device; None if unknown.
+        offloaded: with one block of the teacher at a time there (teacher.offload: stream), if the
+            stage can run so.
+        least: as `offloaded`, with gradient_checkpointing and optimizer: adamw8bit, too.
         note: what the numbers rest on.
     """
 

@@ -1,7 +1,7 @@
 """How long stages take.
 
-Time is FLOPs over a sustained speed (forecast.tflops), and what no speed of arithmetic shortens.
-Limits are `SAFETY` times that.
+Time is FLOPs over a sustained speed (forecast.tflops), plus what faster arithmetic does not
+shorten: starts, data, loading. Time limits of jobs are `SAFETY` times that.
 """
 
 import math
@@ -9,26 +9,29 @@ import math
 from ppcl.planning.workloads import Work
 from ppcl.settings import Settings
 
-# TFLOP/s, if forecast.tflops names none. An A100's peak is 312 in bf16, of which large products
-# leave a third; a CPU's is that of two cores in float32.
+# Sustained TFLOP/s, if forecast.tflops names none. A GPU's in bf16: large products reach a third of
+# an A100's peak of 312. A CPU's in float32: of two cores.
 GPU_TFLOPS, CPU_TFLOPS = 100.0, 0.02
-# Of a GPU's speed in bf16, what TensorFloat-32 leaves, float32 (an A100's peaks are 312, 156 and
-# 19.5), and float64 on one that is not made for it, or on a server's CPU, which does it where the
-# GPU has no room; of a CPU's in float32, what float64 does.
+# Shares of these speeds. On a GPU: with TensorFloat-32, with float32 (an A100's peaks are 312, 156
+# and 19.5), and with float64, on a GPU that is not made for it or on a server's CPU, which steps in
+# where the GPU has no room. On a CPU: with float64.
 TENSOR_FLOAT32, FLOAT32, GPU_FLOAT64, CPU_FLOAT64 = 1 / 2, 1 / 16, 1 / 200, 1 / 2
-# Seconds: of starts and data for every pass over the model, and of text encoder and autoencoder for
-# every picture, which no FLOPs here count.
+# Seconds that FLOPs here do not count: per pass over the model, for starts and data; per picture,
+# for text encoder and autoencoder.
 PASS, PICTURE = 0.1, 2.0
-# Bytes per second: of weights from a disk that many share; of blocks on their way to a GPU.
+# Bytes per second: weights from a disk that many share; blocks from main memory to a GPU.
 LOADING, STREAMING = 0.2e9, 10e9
-# Of a limit: over the estimate; least and most minutes. Stages of more are submitted again at their
-# limit and go on.
+# A job's time limit is SAFETY times the estimate, within LEAST and MOST minutes. A stage that takes
+# longer than MOST is submitted again at its limit, and goes on.
 SAFETY, LEAST, MOST = 3, 10, 2880
 
 
 def speed(settings: Settings, work: Work, float32: bool = False) -> float:
-    """FLOP/s of one device, in the precision of a stage's work: the teacher's, unless it has its
-    own; or of its passes in float32."""
+    """Sustained FLOP/s of one device in the precision of a stage's work: float64, that of its
+    training, or else the teacher's.
+
+    float32: of the stage's passes in float32 (`Work.float32`) instead.
+    """
     cpu = settings.device == "cpu"
     given = 1e12 * (settings.forecast.tflops or (CPU_TFLOPS if cpu else GPU_TFLOPS))
     if work.float64:
@@ -42,7 +45,7 @@ def speed(settings: Settings, work: Work, float32: bool = False) -> float:
 
 
 def seconds(work: Work, settings: Settings, weights: int) -> float:
-    """What a stage is expected to take.
+    """Seconds that a stage is expected to take.
 
     Args:
         weights: bytes of the teacher's transformer.
@@ -56,5 +59,5 @@ def seconds(work: Work, settings: Settings, weights: int) -> float:
 
 
 def minutes(seconds: float) -> int:
-    """The time limit of a job that is expected to take so many seconds."""
+    """The time limit, in minutes, of a job that is expected to take so many seconds."""
     return min(MOST, max(LEAST, math.ceil(SAFETY * seconds / 60)))

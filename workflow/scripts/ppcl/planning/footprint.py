@@ -24,10 +24,10 @@ META = torch.device("meta")
 
 @contextmanager
 def _fused_attention():
-    """Attention as one kernel. For tensors without content PyTorch picks the other one, which
-    keeps every weight [tokens, tokens]."""
+    """A context in which attention is one fused kernel. For tensors without content PyTorch picks
+    the unfused one, which keeps all attention weights [tokens, tokens]."""
     stock = F.scaled_dot_product_attention
-    # No TorchFunctionMode: what checkpointing computes again would pass it by.
+    # Not a TorchFunctionMode: what checkpointing computes again would bypass it.
     F.scaled_dot_product_attention = _fused
     try:
         yield
@@ -48,7 +48,7 @@ def _fused(
     if enable_gqa:
         times = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(times, 1), value.repeat_interleave(times, 1)
-    # Its shapes and what it keeps for the backward pass are those of the CUDA kernels.
+    # This kernel's shapes, and what it keeps for the backward pass, are those of the CUDA kernels.
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, dropout_p, is_causal, scale=scale
     )[0]
@@ -64,9 +64,9 @@ _ATTENTION_FLOPS = {
 
 
 class Meter(TorchDispatchMode):
-    """Follows the storages that operations make, from birth to end."""
+    """Records when operations allocate storages and when these are freed."""
 
-    # (operation, shapes and types of what it gets) -> how what it makes is laid out. PyTorch works
+    # (operation, shapes and dtypes of its arguments) -> layouts of its results. PyTorch works
     # shapes out in Python, step by step; blocks that are alike need that once.
     _known: ClassVar[dict] = {}
 
@@ -111,7 +111,7 @@ class Meter(TorchDispatchMode):
         """Most bytes that were alive at once.
 
         Args:
-            gradients: tensors, alive still, whose bytes count so many times.
+            gradients: tensors, alive still, whose bytes count `times` as much.
         """
         special = {self._alive[k][0] for k in map(_storage, gradients) if k in self._alive}
         alive = most = 0.0
@@ -123,7 +123,7 @@ class Meter(TorchDispatchMode):
 
 @contextmanager
 def without_content() -> Iterator[Meter]:
-    """Where new tensors are on the meta device, and attention is a fused kernel."""
+    """A context in which new tensors are on the meta device, and attention is one fused kernel."""
     with _fused_attention(), META, Meter() as meter:
         yield meter
 
@@ -133,7 +133,10 @@ def _storage(tensor: Tensor) -> int:
 
 
 def _signature(value: Any, storages: set[int]) -> Any:
-    """What of an operation's arguments decides its result's layout; adds tensors' storages."""
+    """What of an operation's arguments decides its result's layout.
+
+    storages: the arguments' storages are added to it.
+    """
     if isinstance(value, Tensor):
         storages.add(_storage(value))
         return value.shape, value.stride(), value.dtype, value.device.type
@@ -164,27 +167,27 @@ class Footprint:
     """Bytes that a step needs beside weights and optimizer states.
 
     Attributes:
-        activations: most at once, gradients of weights left out.
-        peak: most at once, with the gradients that are there by then.
+        activations: the peak, without gradients of weights.
+        peak: the peak, with the gradients of weights that are there at that moment.
     """
 
     activations: int
     peak: int
 
     def beside(self, others: int) -> "Footprint":
-        """With so many bytes that are there all along."""
+        """This footprint with `others` bytes more, which are there all along."""
         return Footprint(self.activations + others, self.peak + others)
 
 
 def measured(
     run: Callable[[], Any], trained: Iterable[nn.Module] = (), times: float = 1.0
 ) -> Footprint:
-    """What a step needs, whose modules and inputs are on the meta device.
+    """The footprint of a step whose modules and inputs are on the meta device.
 
     Args:
         run: the step; it differentiates its losses itself, with `torch.autograd.backward`.
         trained: what gets gradients.
-        times: bytes of a real gradient over those of the run's.
+        times: bytes of a weight's gradient in training over those of its gradient in `run`.
     """
     with without_content() as meter:
         kept = run()  # what a step returns is there until its end

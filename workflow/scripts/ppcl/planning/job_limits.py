@@ -14,11 +14,12 @@ from ppcl.settings import Settings
 def main_memory(stage: Stage | None, settings: Settings, weights: int) -> int:
     """Bytes of main memory for a stage's models, beside what its program needs in any case.
 
-    Weights pass through it on their way to a GPU, once per process and in one copy more; so does
-    what is trained, and its checkpoints. On a CPU everything is there.
+    The teacher's weights pass through it on their way to a GPU: a copy per process, and one more.
+    What is trained counts once per process, with its gradients and optimizer states, for the sake
+    of checkpoints. On a CPU everything is in main memory.
 
     Args:
-        stage: what the planner knows of it, if it does.
+        stage: the stage's memory on a device; None if it is not known.
         weights: bytes of the teacher's transformer.
     """
     processes = 1 if settings.processes == "auto" else settings.processes
@@ -42,7 +43,7 @@ def resources(
     def memory(name: str, work: Work) -> int:
         if not work.float64:
             return main_memory(known.get(name), settings, weights)
-        # Also for a GPU: where it has no room for it, the CPU does it.
+        # Also for a stage on a GPU: without room there, it computes on the CPU.
         tokens = workloads.heldout_tokens(settings)
         return max(
             similarity.memory((tokens, channels), depth, settings.similarity)

@@ -1,6 +1,7 @@
-"""What is asked of a teacher and its selection to tell what a run needs: sizes, FLOPs, shapes.
+"""Facts of a teacher and its selection that tell what a run needs: sizes, FLOPs, shapes.
 
-All is worked out on the meta device: the teacher and its variants have no weights (weightless.py).
+They are worked out on the meta device: the teacher and its variants have no weights
+(weightless.py).
 The text encoder and the autoencoder are not counted.
 """
 
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Planner:
-    """All that is asked of one teacher and its selection.
+    """Facts of one teacher and its selection.
 
     Attributes:
         settings: the config.
@@ -80,8 +81,9 @@ class Planner:
 
     @cached_property
     def least(self) -> int:
-        """Parameters of the smallest model that variants can be: with every closed form in it, if
-        variants choose among all. 0 where intervals are still to be found."""
+        """Parameters of the smallest model that a variant can be; 0 if intervals are still to be
+        found. If variants choose among all closed forms, a model with every FFN linear and all
+        modulations at their lowest rank is one of these."""
         if self.settings.intervals.enabled and not self.depth:
             return 0
         smallest = [blocks.parameter_count(model) for model, _ in self.variants.values()]
@@ -120,14 +122,18 @@ class Planner:
         return self.weights - sum(sizes) + max(sizes)
 
     def flops(self, model: nn.Module) -> tuple[list[int], int] | None:
-        """Of one call of a variant with a batch of one."""
+        """FLOPs of one call of a variant with a batch of one: of each block, and of all; None
+        without an example call."""
         if self.example and ("flops", model) not in self._kept:
             self._kept["flops", model] = footprint.flops(model, self.example(1, self.dtype))
         return self._kept.get(("flops", model))
 
     def inference(self, batch: int, dtype: torch.dtype | None = None) -> int | None:
-        """Activations of the teacher without gradients; dtype: what it computes in, if not its
-        own."""
+        """Peak bytes of the teacher's activations, without gradients, and its arguments; None
+        without an example call.
+
+        dtype: what it computes in, if not its own.
+        """
         if self.example is None:
             return None
         dtype = dtype or self.dtype
@@ -144,7 +150,8 @@ class Planner:
         return self._kept[batch, dtype]
 
     def forget_unusable(self) -> None:
-        """Does without an example call, and says so, if the transformer needs content to run."""
+        """Drops the example call, with a warning, if the transformer can't run on tensors without
+        content."""
         if self.example is None:
             return
         try:
@@ -177,7 +184,7 @@ class Planner:
         self._kept["streams"] = sizes
 
     def _looked(self) -> bool:
-        """Whether a call's shapes are known, which takes a call."""
+        """Whether a call's shapes are known; makes the example call if it was not made yet."""
         if "answer" not in self._kept and self.example is not None:
             self._look()
         return "answer" in self._kept
@@ -187,7 +194,7 @@ class Planner:
         return self._kept["answer"].nbytes if self._looked() else None
 
     def batch(self, size: int, dtype: torch.dtype) -> calls.Batch | None:
-        """So many recorded calls, without content; None if nothing tells their shapes."""
+        """A batch of `size` recorded calls, without content; None if nothing tells their shapes."""
         if self.example is None or not self._looked():
             return None
         answer = torch.empty(size, *self._kept["answer"].shape[1:], dtype=dtype, device="meta")
@@ -232,7 +239,7 @@ class Planner:
             return shards.NEVER
         taught = rows * (1 - self.settings.record.heldout_fraction)
         visits = options.steps * options.batch_size
-        # Of so many draws, what is drawn at all.
+        # The expected number of distinct rows among so many draws.
         drawn = taught * (1 - (1 - 1 / max(2, taught)) ** visits)
         return shards.Caching(options.cache_inputs, min(1, drawn / visits))
 

@@ -43,9 +43,9 @@ def every(planner: Planner) -> Iterator[Stage]:
 
 
 def _extract(planner: Planner) -> Stage:
-    """On a GPU, sums and the tokens that wait for them are in main memory, and a block's come
-    to the device at a time (activations.Moments). Only where blocks are compared; sums of what
-    modulations get are small beside them."""
+    """With a GPU, sums and the tokens that wait to be added are in main memory, and those of one
+    block at a time come to the device (activations.Moments). There are sums only where blocks are
+    compared; those of modulations' inputs are small, and not counted."""
     options, sums = planner.settings.extract, sum(planner.moments())
     if not sums:
         return _still(planner, "extract", options.batch_size)
@@ -74,11 +74,13 @@ def _priced(
     a time, and of all that is no block.
 
     Args:
-        fit, statistics: bytes that are there at other times: all, and what of it is sums.
+        fit: peak bytes before the models are measured, while closed forms are fitted; None if
+            unknown.
+        statistics: bytes of the sums among them.
     """
     sizes = [blocks.parameter_count(b.module) for b in blocks.block_sequence(planner.transformer)]
     rest = blocks.parameter_count(planner.transformer) - sum(sizes)
-    # A student, and if its teacher's type is another one, the lifted block and the rest.
+    # A student in the teacher's dtype; and if that is not float32, a block and the rest lifted.
     lifted = max(sizes) + rest if planner.dtype != torch.float32 else 0
     held = max(sizes) * planner.dtype.itemsize + 4 * lifted
     activations = planner.inference(batch, torch.float32)
@@ -102,10 +104,12 @@ def _still(planner: Planner, name: str, batch: int, note: str = "", statistics: 
 
 
 def _width(planner: Planner, batch: int) -> Stage:
-    """Sums of as many maps as fit in a pass, and what the teacher shows of their blocks; or the
-    largest modulation, as it is taken apart; then prices."""
+    """The largest of three peaks: of fits (sums of as many maps as one pass has room for, and the
+    teacher's activations at their blocks), of the decomposition of the largest modulation matrix,
+    and of prices."""
     shapes = [(m.inputs, m.outputs) for m in modulation.matrices(planner.transformer)]
-    # Moments, directions and products of the inputs; W, its basis and what it is made from.
+    # [d, d] of the inputs: moments, directions and their root; [out, d]: W, W times the root, and
+    # its singular vectors.
     factored = max((8 * (3 * d * d + 3 * d * out) for d, out in shapes), default=0)
     factored = factored if planner.matrices else 0
     if not planner.widens:
@@ -116,8 +120,8 @@ def _width(planner: Planner, batch: int) -> Stage:
     texts = sum(block.width.text is not None for block in sequence)
     channels = max(max(planner.channels(block).values()) for block in sequence)
     one = 4 * 8 * channels**2
-    # Every block may borrow the text of one before it and end a run, in as many ways as runs
-    # are long.
+    # A block may borrow from each of the `longest - 1` blocks before it, and end a run each time:
+    # two maps.
     wanted = len(maps) + 2 * texts * (planner.settings.width.longest - 1)
     at_once = min(wanted, max(1, SUMS_BYTES // one))
     statistics = at_once * one
@@ -135,5 +139,5 @@ def _width(planner: Planner, batch: int) -> Stage:
 
 
 def _pinned(size: int) -> int:
-    """Bytes of main memory that torch takes for so many, to which copies need not be waited for."""
+    """Bytes that torch takes for `size` bytes of pinned memory: the next power of two."""
     return 1 << (size - 1).bit_length()

@@ -46,9 +46,9 @@ class Trained:
 
     Attributes:
         modules: with float32 weights.
-        measured: with or without checkpointing -> what a step needs, if it can be told.
-        at_once: whether all modules run in one graph, or one after the other; with mixed precision,
-            autocast keeps casts of what does.
+        measured: whether with gradient checkpointing -> what a step needs; None if unknown.
+        at_once: whether all modules run in one graph, or one after the other. With mixed precision,
+            autocast keeps casts of all modules of a graph.
         teacher: `streams` if it can be on the device a block at a time, `stays` if it can't, since
             gradients pass through it, `absent` if it is not there.
         shares: how the modules are shared out over processes, if they are.
@@ -78,7 +78,7 @@ ALONE = _Alone()
 
 
 def distillations(planner: Planner, units: list[Unit]) -> Iterator[Stage]:
-    """One job that distills these units, or those that share them out."""
+    """The job that distills these units, or the jobs among which they are shared out."""
     if not units:
         return
     jobs, caching = planner.jobs(units), planner.caching()
@@ -139,7 +139,8 @@ def subsets(planner: Planner) -> Stage:
 
 
 def finetune(planner: Planner) -> Stage:
-    """All parameters of the smallest model; the record has the teacher's answers."""
+    """Fine-tuning of all parameters of the smallest variant. The teacher does not run: its answers
+    are recorded."""
     options = planner.settings.finetune
     model, _ = next(reversed(planner.variants.values()))
     model = nn.Module.to(copy.deepcopy(model), torch.float32)  # diffusers' own would warn
@@ -174,7 +175,7 @@ def _velocity(
     trained: list[nn.Module],
     times: float,
 ) -> footprint.Footprint | None:
-    """What a step of output distillation needs; times: as of `footprint.measured`."""
+    """What a step of output distillation needs; times: see `footprint.measured`."""
     if batch is None:
         return None
     if recompute:
@@ -252,7 +253,7 @@ def _trained(planner: Planner, name: str, options: TrainingSettings, trained: Tr
 
 
 def _precision(options: TrainingSettings) -> tuple[torch.dtype, float]:
-    """What a step computes in, and how much larger gradients of float32 weights are than its."""
+    """The dtype that a step computes in, and bytes of a float32 gradient over one of that dtype."""
     return (torch.bfloat16, 2.0) if options.mixed_precision == "bf16" else (torch.float32, 1.0)
 
 
@@ -265,8 +266,9 @@ def _running(made: students.Students, dtype: torch.dtype) -> students.Students:
 
 
 def _as_autocast(running: students.Students, dtype: torch.dtype) -> None:
-    """Has students compute in this type whatever they are given: the teacher's activations may have
-    another. Their maps too, which L_linear calls by themselves. In place."""
+    """Has students cast what they are given to this dtype, as autocast does: the teacher's
+    activations may have another. Their linear maps too, which L_linear calls by themselves. In
+    place."""
 
     def in_its_type(_module, args, kwargs):
         return tree_map(lambda value: _cast(value, dtype), (args, kwargs))

@@ -25,8 +25,8 @@ from ppcl.storage import untrusted
 from ppcl.teacher import hub
 from ppcl.transformer import blocks, diffusers_model, registry
 
-# What AdamW keeps of a parameter: two moments, in float32 or in a byte each with a float32 scale
-# for every block of them (bitsandbytes' sizes), and a step per tensor, which counts as nothing.
+# AdamW keeps two moments of each parameter: in float32, or in a byte each, with a float32 scale for
+# so many of them (bitsandbytes). The step that it keeps of each tensor is not counted.
 BITS_8_BLOCK = 256
 
 
@@ -44,7 +44,7 @@ def _from_hub(teacher: TeacherSettings, place: str) -> dict:
             # Asked once: a download would try for half a minute without a network.
             get_session().head(constants.ENDPOINT, timeout=hub.PATIENCE)
         config = _Config.load_config(name, subfolder=place, revision=revision)
-        return config  # type: ignore[return-value]  # one, unless it is asked for what was not used
+        return config  # type: ignore[return-value]  # a dict, as unused keys are not asked for
     except Exception as error:  # offline, no such repository, no token: of many kinds
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -193,7 +193,7 @@ def plugged(transformer: nn.Module, made: students.Students) -> tuple[nn.Module,
 
 
 def ranks_on_offer(options: ModulationSettings) -> list[int]:
-    """Of modulation matrices, by the config's `modulation`; none if they stay."""
+    """The ranks that the config's `modulation` offers to matrices; none if it is not enabled."""
     if not options.enabled:
         return []
     return sorted(options.ladder) if options.rank == "auto" else [options.rank]
@@ -213,7 +213,7 @@ def matrices(settings: Settings, transformer: nn.Module) -> dict[Matrix, list[in
 def low_rank(
     model: nn.Module, block_map: list[list[int]], ranks: Mapping[Matrix, int]
 ) -> nn.Module:
-    """A model without weights, with those of these matrices of low rank that it still has."""
+    """A model without weights, with matrices of low rank: those in `ranks` that it still has."""
     depth, every = block_map[-1][-1] + 1, blocks.block_sequence(model)
     kept = {old[0]: block.module for old, block in zip(block_map, every, strict=True)}
 

@@ -1,8 +1,8 @@
 """What every stage has to do, in FLOPs and passes over the model.
 
-They are those of the planner's calls, and rather too many than too few: no variant is taken for
-cheaper than the teacher, no student for cheaper than the block that it starts from, and as long as
-nothing is selected, every block is taken to have a student.
+They follow from the planner's example call, and are rather too many than too few: a variant counts
+as much as the teacher, a student as much as the block that it starts from, and as long as nothing
+is selected, every block counts as having a student.
 """
 
 import math
@@ -66,7 +66,8 @@ class Work:
 def works(planner: Planner) -> dict[str, Work]:
     """What every stage that takes long has to do; nothing without an example call.
 
-    `distill` is always that of one job; those of shards are `distill/<number>` besides.
+    `distill` is the work of a single job for all units. If jobs share the units out, there is also
+    the work of each, `distill/<number>`.
     """
     flops = planner.flops(planner.variants["teacher"][0])
     if not flops:
@@ -82,7 +83,7 @@ def works(planner: Planner) -> dict[str, Work]:
 
 
 def _forwards(flops: Flops, rows: float, batch: int, **more) -> Work:
-    """The whole model over so many samples."""
+    """Forward passes of the whole model over `rows` samples, in batches of `batch`."""
     return Work(rows * flops[1], math.ceil(rows / batch), **more)
 
 
@@ -117,7 +118,7 @@ def _judging_blocks(planner: Planner, flops: Flops) -> dict[str, Work]:
         done["width"] = _width(planner, flops)
     if settings.limited_latency:
         rounds, batch = settings.evaluate.latency_repeats, settings.evaluate.batch_size
-        # Whole blocks, and each without one of its parts; some of each list.
+        # Blocks are timed whole, and without each of their parts; of each list, only some.
         kinds = 1 + max((len(b.width.ffn) + bool(b.width.text) for b in sequence), default=0)
         lengths = Counter(block.list.attribute for block in sequence).values()
         some = sum(min(length, latencies.TIMED) for length in lengths) / len(sequence)
@@ -156,7 +157,8 @@ def _training_new_blocks(planner: Planner, flops: Flops) -> dict[str, Work]:
 
 
 def _choosing(planner: Planner, flops: Flops) -> Work:
-    """Every unit alone; for every variant its units of one stage each, and one flipped by one."""
+    """Prices of every unit alone, and for every variant those of its set, and of the set with each
+    unit from up to three other stages."""
     settings = planner.settings
     units = len(planner.every or flops[0]) if settings.trains else 0
     sets = units * (1 + 3 * len(settings.variants)) + len(settings.variants)
@@ -164,7 +166,7 @@ def _choosing(planner: Planner, flops: Flops) -> Work:
 
 
 def _finetuning(planner: Planner, flops: Flops) -> dict[str, Work]:
-    """Of the variant that takes longest; nothing if none is fine-tuned."""
+    """Fine-tuning of the variant with most steps; nothing if none is fine-tuned."""
     settings = planner.settings
     longest = max(settings.variants, key=lambda variant: variant.finetune_steps)
     if not longest.finetune_steps:
@@ -187,7 +189,7 @@ def _trained(
     units: list[Unit],
     options: TrainingSettings,
 ) -> Work:
-    """A training; its units are judged alone in the end.
+    """A training, and the prices of its units at its end, each plugged in alone.
 
     Args:
         whole: FLOPs of a call of the transformer for one sample.
@@ -228,7 +230,7 @@ def _evaluating(planner: Planner, flops: Flops) -> dict[str, Work]:
 
 
 def branches_of(planner: Planner) -> int:
-    """Calls of a guided denoising step."""
+    """Calls of the transformer in a denoising step, one per branch of guidance."""
     return 2 if example_calls.guided(_pipeline(planner), planner.settings.pipeline) else 1
 
 
@@ -249,9 +251,10 @@ def _prices(
     starts: list[int],
     options: SensitivitySettings | WidthSettings | ChooseSettings,
 ) -> Work:
-    """Changed models in float32, each from the block on where its change begins, and the teacher.
+    """Prices of changed models in float32: each runs from the block where its change begins. And
+    the teacher's own runs for them.
 
-    starts: those blocks; the number of blocks for a change behind all of them.
+    starts: the blocks where changes begin; the number of blocks for a change behind all of them.
     """
     per_block, whole = flops
     spent = 2 * whole + sum(whole - sum(per_block[:start]) for start in starts)
@@ -281,12 +284,14 @@ def _width(planner: Planner, flops: Flops) -> Work:
 
 
 def heldout_tokens(settings: Settings) -> int:
-    """Of every stream and boundary, for CKA: half of the rows that are replayed."""
+    """Held-out tokens of every stream and boundary, for CKA: half of the replayed rows are held
+    out."""
     return math.ceil(settings.extract.rows / 2) * settings.extract.sample_tokens
 
 
 def _similarity(planner: Planner) -> Work:
-    """Three products of n d^2 for every run of blocks of every stream, one for every two blocks."""
+    """CKA of every stream: three matrix products of n d^2 multiply-adds for every run of blocks,
+    and one for every pair of blocks."""
     tokens, flops = heldout_tokens(planner.settings), 0.0
     for depth, channels in streams_of(planner).values():
         pairs = depth * (depth + 1) / 2
@@ -295,7 +300,7 @@ def _similarity(planner: Planner) -> Work:
 
 
 def streams_of(planner: Planner) -> dict[str, tuple[int, int]]:
-    """Stream -> the blocks that it passes, and its channels."""
+    """Stream -> the number of blocks that it passes, and the most channels that it has."""
     streams: dict[str, tuple[int, int]] = {}
     for block in blocks.block_sequence(planner.transformer):
         for stream, channels in planner.channels(block).items():
@@ -305,6 +310,6 @@ def streams_of(planner: Planner) -> dict[str, tuple[int, int]]:
 
 
 def _devices(settings: Settings) -> int:
-    """That a job's processes have; on a CPU they share what there is."""
+    """How many devices a job has: one per process, but one in all on a CPU."""
     processes = settings.processes
     return 1 if processes == "auto" or settings.device == "cpu" else processes
