@@ -29,7 +29,7 @@ CARD = "pruning.json"
 
 
 def variant(settings: Settings, name: str) -> Variant:
-    """The config's variant of that name."""
+    """The config's variant of that name. Raises UserError if there is none."""
     for variant in settings.variants:
         if variant.name == name:
             return variant
@@ -63,8 +63,8 @@ def export(
 ) -> None:
     """Writes a pipeline folder and proves, in a fresh process, that diffusers alone loads it.
 
-    A transformer with narrow blocks brings their code with it, as does a pipeline that was loaded
-    with code of its own, and loads with trust_remote_code; any other is stock.
+    The folder holds code, and loads with trust_remote_code, if the transformer has narrow blocks or
+    the pipeline was loaded with code of its own. Any other folder is stock.
 
     Args:
         block_map: new block -> the old blocks that it stands for; saved beside the weights, since
@@ -84,7 +84,7 @@ def export(
 
 
 def with_code(transformer: nn.Module) -> nn.Module:
-    """The transformer as the class that it is saved as."""
+    """The transformer as the class that it is saved as, a generated one if it has narrow blocks."""
     if not narrow.specs(transformer):
         return transformer
     return pruned_class.from_stock(transformer, blocks.family(transformer).layouts())
@@ -97,7 +97,10 @@ def save(
     folder: Path,
     copy_file: Callable = shutil.copyfile,
 ) -> bool:
-    """Writes all of an export but its card; whether there is code in it (`trust.bring`)."""
+    """Writes all files of an export but its card; returns whether it has code (`trust.bring`).
+
+    copy_file: as for `copy_missing`.
+    """
     pipe, component = teacher.pipe, teacher.component
     pipe.register_modules(**{component: transformer})
     pipe.save_pretrained(folder)
@@ -112,7 +115,7 @@ def save(
 def verify(folder: Path) -> None:
     """Raises UserError unless every file of an exported folder is what `export` wrote.
 
-    A folder without a card is not of `export`; of it nothing is known.
+    A folder without a card was not written by `export`, and passes unchecked.
     """
     if not (folder / CARD).exists():
         return
@@ -124,15 +127,17 @@ def verify(folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[str]:
-    """All files of a folder, by their paths in it, but for hidden ones: Snakemake puts its own
-    into folders."""
+    """Relative paths of all files of a folder, without hidden ones, which Snakemake may add."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(path.as_posix() for path in paths if not any(p[0] == "." for p in path.parts))
 
 
 def copied(source: Path) -> tuple[str, ...]:
-    """Components of a pipeline's folder that are large, and that its class starts without: text
-    encoders. Not those with code of their own, or whose files are links to somewhere else."""
+    """Names of the text encoders in a pipeline's folder that an export copies without loading them.
+
+    They are large, and the pipeline's class can be made without them. Left out are text encoders
+    with code of their own, and those with files that are links out of the folder.
+    """
     return tuple(
         name
         for name, (library, _) in hub.parts(source).items()
@@ -145,16 +150,18 @@ def copied(source: Path) -> tuple[str, ...]:
 def copy_missing(
     source: Path, folder: Path, pipe: DiffusionPipeline, copy_file: Callable = shutil.copyfile
 ) -> None:
-    """Copies the components that a pipeline's folder names no class for from another's.
+    """Copies components from one pipeline's folder to another: those whose class the latter lacks.
 
-    Of each, the files that a download would take: no code, no hidden files.
+    Only files that a download would take are copied: no code, no hidden files.
 
     Args:
-        pipe: of the class that both folders are of, whose parameters alone are components.
-        copy_file: (from, to); where links will do, something else than a copy.
+        source: the folder with the components.
+        folder: the folder whose index (model_index.json) lacks classes; it is completed.
+        pipe: a pipeline of the class of both folders. Only parameters of that class are components.
+        copy_file: called with (from, to); os.symlink, for example, where links will do.
 
     Raises:
-        UserError: a file is a link to somewhere else.
+        UserError: a file is a link out of `source`.
     """
     index, known = hub.read_index(folder), inspect.signature(type(pipe).__init__).parameters
     for name, made_as in hub.parts(source).items():
@@ -173,8 +180,8 @@ def copy_missing(
 
 
 def _forget_paths(folder: Path) -> None:
-    """Takes the places that components were loaded from out of their configs: nobody else's
-    business, and nowhere on another machine."""
+    """Removes `_name_or_path`, where components were loaded from, from all configs: it is private,
+    and another machine has no such path."""
     for path in (folder / hub.INDEX, *folder.glob("*/*config.json")):
         config = untrusted.json_object(path)
         if config.pop("_name_or_path", None) is not None:
@@ -211,7 +218,7 @@ def prove(
         light: components to load without their weights.
 
     Raises:
-        UserError: it gets another, or weights are missing.
+        UserError: the answers differ, or weights differ or are missing.
     """
     held = {"expected": blocks.answer(transformer, call)}
     about = {

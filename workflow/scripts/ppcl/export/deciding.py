@@ -20,7 +20,7 @@ from ppcl.transformer.context import Context, State
 def untrained_errors(
     selection: SelectionFile | None, files: Files, measure: Measure
 ) -> dict[str, dict[str, float]]:
-    """Errors of the selection's units as they are without training, by name and source."""
+    """Velocity errors of the selection's units without training: unit -> source -> error."""
     fresh = variants.untrained(selection, files)
     costs = measure([sets.Set((member,)) for member in fresh.values()])
     return {
@@ -40,8 +40,8 @@ def decided(
     """What every variant is, by name, and the refitted maps that they use.
 
     Args:
-        settings: variants, choose, width.
-        state: of files of refitted maps.
+        settings: its sections variants, choose and width are read.
+        state: of the files that keep refitted maps, so that a killed run can go on.
     """
     options = settings.choose
     searched = {v.name: (v, choosing.search(offer, v)) for v in settings.variants}
@@ -73,7 +73,10 @@ def _refitted(
     settled: Mapping[str, Decided],
     state: State,
 ) -> Refits:
-    """Maps of every variant's set, fitted once more in it; shared out over the processes."""
+    """The maps of every variant's linear FFNs, fitted once more with the variant's set plugged in.
+
+    Processes share the variants out, and all return all maps.
+    """
     accelerator = context.accelerator
     rank, count = accelerator.process_index, accelerator.num_processes
     asked = [(name, sets.refitted(one.choice.set, name)) for name, one in settled.items()]

@@ -1,14 +1,15 @@
 """LoRAs of the teacher, put into a pruned model whose modulation is of low rank.
 
-A LoRA adds s B A to a matrix W, with A [p, d] and B [out, p]. Where W is a product up (down x) +
-bias, the sum is a product again, of rank r + p:
+A LoRA adds s B A to a matrix W, with A [p, d] and B [out, p]. Where the pruned model has a product
+up (down x) + bias of rank r in place of W, there are two ways to add it.
+
+`merge` makes a product of rank r + p. The LoRA's change stays exact, since A sees x itself:
 
     up' = [up, s B],   down' = [down; A]
 
-and nothing is lost but what the product had lost before: A sees the inputs as they are, so their
-mean needs no further offset. As a LoRA of `up` alone, in a file for the rank as it is, there is
-only down x [r] to see. With mean m and covariance C of the inputs, the least squares of A's outputs
-on it, and the offset that the mean then does need, are
+`projected` keeps the rank and makes a LoRA of `up` alone, which sees only down x [r]. With mean m
+and covariance C [d, d] of the inputs x, A' fits A x by least squares from down x, and a bias of B
+corrects the mean:
 
     A' = A C down^T (down C down^T)^+,   bias of B: s B (A m - A' down m)
 """
@@ -45,7 +46,7 @@ class Layer:
     bias: Tensor | None = None
 
     def without(self, at: int, width: int) -> "Layer":
-        """Without so many outputs from `at` on: a linear FFN cuts them out of a modulation."""
+        """Without `width` outputs from `at` on, which a linear FFN cuts out of a modulation."""
         kept = [*range(at), *range(at + width, len(self.b))]
         bias = None if self.bias is None else self.bias[kept]
         return Layer(self.a, self.b[kept], self.scale, bias)
@@ -56,10 +57,11 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
 
     Args:
         pipeline: class of the teacher's pipeline, which knows its formats.
-        component: the pipeline's component that is pruned; what is of others is left out.
+        component: the pipeline's component that is pruned; layers of others are left out.
 
     Raises:
-        UserError: the file can't be read, or it is more than a LoRA of linear layers.
+        UserError: the file can't be read, is more than a LoRA of linear layers, or has no layer of
+            the component.
     """
     if not hasattr(pipeline, "lora_state_dict"):
         raise UserError(f"--lora: diffusers has no LoRAs for {pipeline.__name__}")
@@ -86,7 +88,7 @@ def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[
 def _layers(
     path: Path, state: Mapping[str, Tensor], known: Mapping, about: Mapping, component: str
 ) -> dict[str, Layer]:
-    """As `read`, of what diffusers makes of a file: weights, alphas, and peft's own notes."""
+    """As `read`, of what diffusers has read: tensors, alphas (`known`), peft's notes (`about`)."""
     prefix, layers = f"{component}.", {}
     for key in state:
         name, is_down, _ = key.partition(".lora_A.weight")
@@ -104,7 +106,7 @@ def _layers(
 
 
 def _scale(name: str, rank: int, alphas: Mapping, about: Mapping, component: str) -> float:
-    """What a layer's product is multiplied with: alpha / rank, 1 where no alpha is known."""
+    """The scale of a layer: alpha / rank (rslora: alpha / sqrt(rank)); 1 where alpha is unknown."""
     if f"{name}.alpha" in alphas:
         return float(alphas[f"{name}.alpha"]) / rank
     alpha = about.get(f"{component}.lora_alpha")
@@ -122,8 +124,13 @@ def _scale(name: str, rank: int, alphas: Mapping, about: Mapping, component: str
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer goes: the path of its Linear, or product, in the model; what is left of the
-    layer there; and the matrix that it is of, if that is a modulation."""
+    """Where a layer goes.
+
+    Attributes:
+        path: of its Linear, or of the low-rank product in its place, in the pruned model.
+        layer: without the outputs that the pruned model has cut out.
+        matrix: the Linear's block in the teacher and its path there, which name a modulation.
+    """
 
     path: str
     layer: Layer
@@ -133,9 +140,15 @@ class Place:
 def places(
     model: nn.Module, block_map: list[list[int]], layers: Mapping[str, Layer]
 ) -> tuple[dict[str, Place], list[str]]:
-    """By path in the teacher, the places of layers; and the paths of those that have none.
+    """Finds the place of every layer in a pruned model.
 
-    A block that stands for several has the place of the first of them.
+    A block that replaces several has places for the layers of the first of them alone.
+
+    Returns:
+        Path in the teacher -> place; and the paths of the layers that have no place.
+
+    Raises:
+        UserError: a layer has another shape than its Linear, or a bias that the Linear lacks.
     """
     placed, gone = {}, []
     for path, layer in layers.items():
@@ -164,8 +177,13 @@ def places(
 def _holder(
     model: nn.Module, block_map: list[list[int]], path: str
 ) -> tuple[nn.Module | None, str, Matrix]:
-    """The block that a path of the teacher leads into, None if it is gone, or else the model; what
-    its own path begins with; and the number of the teacher's block, and the path in there."""
+    """The module of a pruned model that a path of the teacher leads into.
+
+    Returns:
+        The block (None if it is gone; the model itself for a path outside of the blocks), the
+        beginning of the block's own path in the model, and the matrix: number of the teacher's
+        block (the number of all blocks for a path outside of them), and the path inside.
+    """
     attribute, _, rest = path.partition(".")
     members = [b for b in blocks.block_sequence(model) if b.list.attribute == attribute]
     if not members:
@@ -191,7 +209,7 @@ def _place(holder: nn.Module, path: str) -> str:
 
 
 def _opened(holder: nn.Module, place: str) -> Open | None:
-    """What follows a modulation of which something is cut out."""
+    """The `Open` behind a modulation that has outputs cut out; None behind any other."""
     parent = holder.get_submodule(place.rpartition(".")[0])
     inside = parent if isinstance(parent, nn.Sequential) else ()
     return next(filter(_is_open, inside), None)
@@ -239,7 +257,7 @@ def _widen(model: nn.Module, place: str, before: LowRank, layer: Layer) -> LowRa
     wide.down.weight.copy_(torch.cat([before.down.weight, layer.a.to(like)]))
     wide.up.bias.copy_(before.up.bias)
     model.set_submodule(place, wide)
-    for path, module in model.named_modules():  # whose spec tells its rank, for the config
+    for path, module in model.named_modules():  # a block's spec, saved in the config, has the rank
         for inside in narrow.spec_of(module).get("ranks", {}):
             if f"{path}.{narrow.held(module, inside)}" == place:
                 narrow.set_rank(module, inside, wide.up.in_features)
@@ -258,10 +276,16 @@ def projected(
 ) -> tuple[dict[str, Layer], dict[str, float], list[str]]:
     """A LoRA for the model as it is: of `up` alone where the modulation is a product.
 
+    Args:
+        conditioning: the sums over each modulation's inputs that `extract` wrote.
+
     Returns:
-        Layers by path in the model; by path in the teacher, the share of the mean square of a
-        projected layer's outputs that is lost; and the paths of layers that the model has no place
-        for.
+        Layers by path in the model; for projected layers, by path in the teacher, the share of the
+        mean square of their outputs that is lost (0 to 1); and the paths of layers that the model
+        has no place for.
+
+    Raises:
+        UserError: as `places`, or the sums are of another number of inputs.
     """
     placed, gone = places(model, block_map, layers)
     made, lost = {}, {}
@@ -297,12 +321,12 @@ def _project(module: LowRank, layer: Layer, moments: modulation.Moments) -> tupl
 
 
 def state(layers: Mapping[str, Layer], component: str) -> dict[str, Tensor]:
-    """Layers as a file that `load_lora_weights` takes; their scales are in B."""
+    """Tensors of a LoRA file for `load_lora_weights`; scales are multiplied into B and its bias."""
     tensors, biased = {}, any(layer.bias is not None for layer in layers.values())
     for path, layer in layers.items():
         tensors[f"{component}.{path}.lora_A.weight"] = layer.a
         tensors[f"{component}.{path}.lora_B.weight"] = layer.scale * layer.b
-        if biased:  # peft gives all layers one, or none
+        if biased:  # in peft, all layers have a bias, or none
             bias = layer.bias if layer.bias is not None else layer.b.new_zeros(len(layer.b))
             tensors[f"{component}.{path}.lora_B.bias"] = layer.scale * bias
     return tensors

@@ -36,7 +36,7 @@ def rehearse(
         done: an empty folder that is made when all is well; if it is there, nothing is done.
 
     Raises:
-        UserError: an export would fail, or not answer as it should.
+        UserError: an export would fail, or its answer would differ.
     """
     if done.exists():
         return
@@ -82,7 +82,8 @@ def _cut(transformer: nn.Module) -> tuple[nn.Module, list[list[int]]]:
 
 
 def _on_cpu(model: nn.Module, block_map: list[list[int]]) -> tuple[nn.Module, list[list[int]]]:
-    for hook in ("_hf_hook", "_old_forward"):  # of offloading, which leads to other models
+    # Of offloading: a deep copy would follow them to other models.
+    for hook in ("_hf_hook", "_old_forward"):
         model.__dict__.pop(hook, None)
     places: dict[int, torch.Tensor] = {}
     for tensor in (*model.parameters(), *model.buffers()):

@@ -1,7 +1,7 @@
 """Run in a fresh process by `assembly.prove`: loads a folder with diffusers alone and checks it.
 
-It imports nothing of this package, so that what it proves holds on a machine without it. Code that
-lies in the folder runs only if whoever wrote it there says so.
+It imports nothing of this package, so that what it proves holds on a machine without it. Code in
+the folder runs only if the probe file, which `assembly.prove` writes, says that it may.
 """
 
 import gc
@@ -33,7 +33,7 @@ def filled(skeleton, file):
 
 
 def digests(module: torch.nn.Module) -> dict[str, str]:
-    """Name of every weight -> what tells it from any other: its type, shape and bytes."""
+    """Name of every weight -> its type, shape and SHA-256 digest, as one text."""
     weight_digests = {}
     for name, tensor in module.state_dict().items():
         flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -43,14 +43,15 @@ def digests(module: torch.nn.Module) -> dict[str, str]:
 
 
 def check(folder: Path, probe: Path) -> list[str]:
-    """What is wrong with a pipeline's folder; nothing if its weights are those that were written,
-    and it answers a call as it should.
+    """Problems of a pipeline's folder; none if its weights are those that were written, and it
+    answers a call as expected.
 
     Args:
-        probe: the call, the expected answer, and which component, dtype and weights they are of;
-            whether the folder's code may run, and which components are loaded without weights.
+        probe: a file with the call and the expected answer; in its metadata the component, its
+            dtype and digests of its weights, whether the folder's code may run, and which
+            components are loaded without weights.
     """
-    import diffusers  # not by whoever only wants digests
+    import diffusers  # here, since callers of `digests` do without it
     import transformers
 
     with safe_open(probe, framework="pt") as file:
@@ -92,7 +93,7 @@ def check(folder: Path, probe: Path) -> list[str]:
     # Where weights lie in memory decides the order of some sums, so the last bits may differ.
     allowed = 4 * torch.finfo(dtype).eps
     difference, norm = (answer.double() - expected).norm().item(), expected.norm().item()
-    if not difference <= max(allowed, 1e-5) * norm:  # of a zero answer, nothing but zeros
+    if not difference <= max(allowed, 1e-5) * norm:  # if zeros are expected, only zeros pass
         problems.append(f"answers differ by {difference:.3g}, their norm is {norm:.3g}")
     made_by = type(transformer)
     del transformer

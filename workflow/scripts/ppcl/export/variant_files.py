@@ -26,7 +26,8 @@ class Files:
         conditioning: what modulations get.
         latency: measured times.
         refits: maps that were fitted once more in variants' sets.
-        students: of `start` and each stage that trains. errors: of these stages.
+        students: of `start` and of each stage that trains, by its name.
+        errors: unit_costs.parquet of each stage that trains, by its name.
     """
 
     width: Path | None = None
@@ -39,7 +40,7 @@ class Files:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Files":
-        """Those of a command line that may read them."""
+        """The files that a command line names."""
         given = {name: path for name, path in vars(args).items() if path is not None}
         return cls(
             width=given.get("width"),
@@ -62,7 +63,7 @@ class Files:
 
     @property
     def every(self) -> list[Path]:
-        """All that there are; but the refitted maps, of which each set has its own."""
+        """All files but the refitted maps, of which each set has its own (`refits_digest`)."""
         single = (self.width, self.maps, self.conditioning, self.latency)
         return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
 
@@ -72,10 +73,13 @@ class Files:
         return linear_map_refits.read(self.refits) if self.refits else {}
 
     def refits_digest(self, chosen: Set, expected: str | None = None) -> str:
-        """`refits_digest` of a set.
+        """Digest of the refitted maps that a set uses.
+
+        Args:
+            expected: the digest that was noted when the set was chosen; None: any will do.
 
         Raises:
-            UserError: it is another than expected, or there are no refitted maps.
+            UserError: the digest is another, or the set uses refitted maps and no file has any.
         """
         if self.refits is None and any(s.startswith(REFIT) for s in chosen.sources.values()):
             raise UserError("the set has refitted maps: name variants/maps.safetensors, --refits")

@@ -1,8 +1,8 @@
 """Models of variants: the teacher with a set of units and low-rank modulations plugged in.
 
-One way for all who need one: `choose` measures sets, `finetune` trains one, `assemble` exports it,
-`pareto` compares sizes. Closed forms are made from stored sums and maps, students read from the
-stage that each is from.
+All programs make such models here: `choose` measures sets, `finetune` trains one, `assemble`
+exports it, `pareto` compares sizes. Closed forms are made from stored sums and maps; students are
+read from the file of the stage that each is from.
 """
 
 import functools
@@ -28,13 +28,13 @@ from ppcl.training import prices
 from ppcl.transformer import blocks
 from ppcl.transformer.context import State
 
-# Makes up one piece of a model: a unit from a source, or a kept block, or the last AdaLN, each with
-# the ranks of its matrices.
+# One piece of a model, with the ranks of its matrices: a unit from a source; or the number of a
+# kept block; or, for the last AdaLN, the number of all blocks.
 Piece = tuple[Member | int, tuple[tuple[Matrix, int], ...]]
 
 
 class Workshop:
-    """Makes models of one teacher; a model is the teacher's but for what differs.
+    """Makes pruned models of one teacher, which share all modules with it that they do not replace.
 
     Args:
         transformer: the teacher, which stays as it is.
@@ -62,14 +62,14 @@ class Workshop:
     def model(self, chosen: Set, keep: Iterable[Set] = ()) -> tuple[nn.Module, list[list[int]]]:
         """The model of a set, and the block map of `blocks.assembled`.
 
-        What the last model had in common with this one is used again.
+        Pieces that the last model has in common with this one are used again.
 
         Args:
-            keep: sets whose blocks stay in memory, too.
+            keep: further sets whose pieces stay in memory.
 
         Raises:
-            UserError: a source lacks a unit, or its shapes are others; or nothing was told of what
-                a modulation gets.
+            UserError: a source lacks a unit or has it in other shapes; or modulations have ranks,
+                and there are no sums over their inputs (`files.conditioning`).
         """
         pieces = self._pieces(chosen)
         kept = {piece for one in keep for piece in self._pieces(one)} | set(pieces)
@@ -91,7 +91,7 @@ class Workshop:
         return model, block_map
 
     def take(self, refits: Refits) -> None:
-        """From now on, units from these sources have these maps."""
+        """Adds refitted maps: from now on, units from these sources are made with them."""
         self._refits |= refits
         self._made = {
             piece: made
@@ -149,14 +149,14 @@ class Workshop:
         return made
 
     def _students(self, members: Sequence[Member]) -> Students:
-        """The blocks of units, without ranks."""
+        """The new blocks of units, before modulations become low-rank."""
         new_blocks: dict[str, list[NewBlock]] = {}
         for member in members:
             new_blocks.setdefault(member.source, []).extend(member.unit.new_blocks)
         unit_blocks: Students = {}
         for source, wanted in new_blocks.items():
             if source == CLOSED or source.startswith(REFIT):
-                # Read only, so it need not be of mutable mappings as its stubs say.
+                # The stubs of ChainMap ask for mutable mappings; this one is only read.
                 refits: Any = self._refits.get(source, {})
                 stored: Any = self._maps
                 unit_blocks |= linear_maps.closed(self._teacher, wanted, ChainMap(refits, stored))
@@ -177,7 +177,10 @@ class Workshop:
 
 
 def measuring(workshop: Workshop, judged: prices.Judged, state: State | None = None) -> Measure:
-    """What measures sets, each once; state: as of `prices.measure`, which raises."""
+    """A function that measures the velocity errors of sets, each set once.
+
+    state: as for `prices.measure`, whose errors it raises.
+    """
     known: dict[str, float] = {}
 
     def model(one: Set) -> nn.Module:
@@ -196,8 +199,10 @@ def measuring(workshop: Workshop, judged: prices.Judged, state: State | None = N
 
 
 def untrained(selection: SelectionFile | None, files: Files) -> dict[str, Member]:
-    """Every unit of the selection, by name, as it is without training; but for those that only
-    training makes: with width.schedule: staged, narrow students of intervals."""
+    """Every unit of the selection that can be had without training, by name.
+
+    Only training makes narrow students of intervals, with width.schedule: staged.
+    """
     if selection is None:
         return {}
     maps = linear_maps.stored(files.maps) if files.maps else {}
