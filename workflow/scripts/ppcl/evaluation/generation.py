@@ -31,8 +31,8 @@ def _pipeline(model: Model, device: torch.device) -> DiffusionPipeline:
 def plan_batches(
     model: Model, device: torch.device, settings: Mapping, items: list[dict], size: int
 ) -> list[list[dict]]:
-    """See pipelines.in_batches; a task, so that only a worker loads the pipeline. Warns of prompts
-    that are cut."""
+    """`pipelines.in_batches` as a worker's task, so that only workers load the pipeline. Warns of
+    prompts that are cut."""
     pipe = _pipeline(model, device)
     texts = [item["prompt"] for item in items]
     prompt_tokens.warn_of_cut(pipe, texts, settings, "evaluate.prompts")
@@ -46,7 +46,7 @@ def generate(
 
     Args:
         settings: the config's `pipeline` mapping.
-        batch: per picture: prompt_index, prompt, seed.
+        batch: per picture: prompt_index, prompt, seed and, if the prompts have one, image.
 
     Raises:
         UserError: a picture holds NaN or infinity.

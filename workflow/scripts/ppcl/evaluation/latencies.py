@@ -1,14 +1,14 @@
-"""From least times of blocks to the table that selection by a latency budget adds up.
+"""Turns least times of blocks into the table that selection by a latency budget adds up.
 
 Selection takes the best of many sets that save almost the same, so another run whose times differ
 by a few thousandths would choose another set. Three things keep that from happening:
 
-- All times are of short runs, of which even a busy machine leaves some alone. The transformer's is
-  the sum of its blocks' and of what is around them, never that of its own one long run.
+- Only short runs are timed, some of which even a busy machine leaves undisturbed. The transformer
+  is never run as a whole: its time is the sum of those of its blocks and of what is around them.
 - Blocks of one list do the same work and get one time, the median of the least times of some of
   them: TIMED, from the list's first to its last.
-- What is left is rounded: every time is a number of small STEPS of the first block's. A time that
-  is halfway between two of them may still go either way.
+- Every time is rounded to a multiple of 1 / STEPS of the time of a block of the first list. A time
+  halfway between two multiples may still go either way.
 
 Needs no torch.
 """
@@ -18,16 +18,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Of the time of a block, into which it is divided: what a narrow one saves is rounded to these.
+# Steps that the time of a block is divided into: what a narrow block saves is rounded to them.
 STEPS = 32
-# What is around the blocks is one number, and rounded to so many steps: a quarter of a block.
+# The time around the blocks is rounded to multiples of so many steps: a quarter of a block.
 AROUND = 8
 WHOLE = "block"  # the kind of a block that is whole
-# Blocks of a list that are timed, at most. With 8 of 24, quiet runs were a step apart.
+# Blocks of a list that are timed, at most. With 8 of 24 blocks timed, runs on a quiet machine
+# differed by a step.
 TIMED = 24
-# At most, over evaluate.latency_repeats: selection goes by these times, and a round is short.
+# Rounds are at most so many times evaluate.latency_repeats: selection goes by these times, and a
+# round is short.
 ROUNDS = 2
-# Rounds end when the sum of least times fell by no more than this in the last SETTLED of them.
+# Rounds end when the sum of least times fell by no more than the share FALL in the last SETTLED.
 FALL, SETTLED = 1e-3, 5
 
 
@@ -42,12 +44,12 @@ class Savings:
 def timed(
     kinds: Mapping[int, Collection[str]], lists: Sequence[Sequence[int]]
 ) -> list[tuple[int, str]]:
-    """The blocks and kinds to time: of each list TIMED blocks, evenly spaced from the first to the
-    last, as all that they can be timed as. If none of them has a kind, so many that have it; these
-    as WHOLE too, to compare with.
+    """The pairs (block, kind) to time: of each list at most TIMED blocks, evenly spaced from the
+    first to the last, in all their kinds. A kind that none of these blocks has is timed on at most
+    TIMED of the blocks that have it. Every timed block is timed as WHOLE too, to compare with.
 
     Args:
-        kinds: by block, all that it is timed as.
+        kinds: block -> its kinds: WHOLE, and the parts that can be left out of it.
         lists: numbers of the blocks that do the same work, in data-flow order.
     """
     to_time = set()
@@ -96,7 +98,7 @@ def savings(
 
 
 def least_times(rounds: Iterable[Mapping[str, float]]) -> tuple[dict[str, float], bool]:
-    """The least seconds of every run, and whether they settled; rounds end when they have.
+    """The least seconds of every run, and whether their sum settled, which ends the rounds.
 
     Args:
         rounds: seconds by run, of one round after the other.

@@ -31,16 +31,16 @@ def measure_transformers(
     Args:
         transformers: by name; one is the teacher.
         timed: rows of the batch whose time is measured.
-        accelerator: of several processes, all of which call this. They share out the velocities;
-            the main process measures times, while the others have nothing to do, and they have
-            no latencies in the end. None: this process does all.
+        accelerator: of several processes, all of which call this. They share out the velocity
+            errors; then the main process measures latencies while the others are idle. None: this
+            process does all.
 
     Returns:
-        model -> metric -> estimate; those of latency in the main process alone.
+        model -> metric -> estimate; latencies in the main process alone.
     """
     options, seed = settings.evaluate, settings.seed
     resamples = options.bootstrap
-    # The same for all, whichever was loaded last.
+    # The same number for all models, whichever was loaded last.
     threads = devices.use_threads(transformers[TEACHER].parameters(), device)
     estimates: Estimates = {}
     for name, transformer in transformers.items():

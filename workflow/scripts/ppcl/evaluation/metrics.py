@@ -103,8 +103,8 @@ class PictureMetric(NamedTuple):
     Attributes:
         function: of the picture and the teacher's, 8-bit [height, width, channels].
         higher_is_better: false for a distance.
-        by_frame: of a video it is the mean over frames, as where a window must not see two of them;
-            else of all frames as one picture.
+        by_frame: true: for a video it is the mean over its frames, since a window must not reach
+            over two of them; false: all frames are compared as one picture.
     """
 
     function: Callable[[np.ndarray, np.ndarray], float]

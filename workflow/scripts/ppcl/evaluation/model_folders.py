@@ -73,7 +73,8 @@ def models(teacher: TeacherSettings, folders: list[Path]) -> list[Model]:
 def refuse_changed(models: list[Model], digests: list[str]) -> None:
     """Raises UserError if a model's folder is not what it was when these digests were taken.
 
-    Another run of the same config may take it away file by file, and a pipeline loads without some.
+    Another run of the same config may delete its files one by one, and a pipeline loads without
+    some of them.
     """
     for model, digest in zip(models, digests, strict=True):
         if model.digest() != digest:
@@ -94,7 +95,7 @@ def side_by_side(models: list[Model], device: torch.device) -> list[Model]:
 
 
 def broken(name: str, what: str) -> UserError:
-    """The error of a model that gives NaN or infinity; what: that it gave."""
+    """The error of a model that gives NaN or infinity; what: its output that holds them."""
     return UserError(
         f"variant '{name}': {what} holds NaN or infinity; its weights are numerically broken "
         "in this dtype: try teacher.dtype float32, or a lower learning rate for its training"

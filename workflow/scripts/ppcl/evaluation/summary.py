@@ -83,7 +83,7 @@ def rst(rows: list[dict[str, str]]) -> str:
 
 
 def _share(of: Mapping[str, float], share: str, measure: str = "", shown=str) -> str:
-    """A measure over the teacher's, and the measure itself."""
+    """A measure over the teacher's and, in brackets, the measure itself."""
     if share not in of:
         return ""
     return f"{of[share]:.2f}" + (f" ({shown(of[measure])})" if measure in of else "")
@@ -103,8 +103,8 @@ def _short(count: float) -> str:
 
 
 def _worst(of: Mapping[str, tuple[float, float, float]]) -> str:
-    """The accuracy that fell furthest below the teacher's, in points, and the interval of that;
-    empty without a judge, and of the teacher.
+    """The accuracy that fell furthest below the teacher's, in percentage points, with the interval
+    of the difference; empty without a judge, and for the teacher.
 
     of: metric -> value and interval.
     """

@@ -72,7 +72,7 @@ def timed_rounds(
 
 @contextmanager
 def all_cores(processes: int) -> Iterator[None]:
-    """Within, this process computes with the cores of all: the others wait."""
+    """Within, this process computes with the cores of all processes, while the others wait."""
     before = torch.get_num_threads()
     torch.set_num_threads(processes * cores.available())
     try:

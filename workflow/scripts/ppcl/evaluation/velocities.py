@@ -55,7 +55,7 @@ def compared(
     accelerator: Accelerator | None,
 ) -> dict[str, dict[str, np.ndarray]]:
     """`velocity_errors` of every transformer: model -> `error`, `norm`, `prompt_index`, `sigma`,
-    each [rows]. Of several processes each takes some batches, and all have all in the end."""
+    each [rows]. Several processes share out the batches, and all return all rows."""
     named = tqdm(
         transformers.items(),
         desc="comparing velocities",
@@ -70,10 +70,10 @@ def compared(
     rank, count = accelerator.process_index, accelerator.num_processes
     batches = reader.in_batches(rows, batch_size)
     ends = np.cumsum([len(batch) for batch in batches])
-    # A batch of each model is one process's, and its place in the sum is zero for the others.
+    # One process measures a batch of a model; the others have zeros there, so the sum has it all.
     measured = torch.zeros(len(transformers), 2, len(rows), dtype=torch.float64)
     for model, (name, transformer) in enumerate(named):
-        # With as many batches as processes or fewer, it should not always be the same ones.
+        # Shifted by the model: with few batches, not always the same processes should have work.
         for number in range((rank + model) % count, len(batches), count):
             batch, end = batches[number], ends[number]
             one = velocity_errors(name, transformer, reader, batch, len(batch), device)

@@ -38,17 +38,17 @@ def process_count(setting: str | int, device: torch.device) -> int:
 
 
 def _fork_server() -> multiprocessing.context.BaseContext:
-    """It starts small and never computes, so its children inherit neither memory, nor threads, nor
-    a CUDA context; and it imports once what takes seconds to import."""
+    """The context of a fork server. This starts small and never computes, so its children inherit
+    neither memory, nor threads, nor a CUDA context; and it imports once what takes seconds."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     return context
 
 
 def prepare_workers() -> None:
-    """Starts what workers come from, which imports for seconds, while the caller goes on.
+    """Starts the fork server, whose imports take seconds, while the caller goes on.
 
-    After the device is chosen: workers see the GPUs that this process sees now.
+    To be called after the device is chosen: workers see the GPUs that this process sees now.
     """
     _fork_server()
     forkserver.ensure_running()
@@ -74,7 +74,7 @@ def pool(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
     try:
         yield made
     except BrokenProcessPool as error:
-        if stopping.warned():  # and so were they
+        if stopping.warned():  # and so were the workers, which end
             stopping.end()
         raise UserError(
             "a process of the evaluation was killed, most likely for lack of memory; lower "
@@ -87,7 +87,7 @@ def pool(count: int, fresh: bool = False) -> Iterator[ProcessPoolExecutor]:
 def _start_worker(threads: int) -> None:
     stopping.heed(worker=True)
     collector.work()
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # what models that are loaded here go by
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by cores.available
     torch.set_num_threads(threads)
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
