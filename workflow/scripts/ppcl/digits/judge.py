@@ -35,6 +35,9 @@ class Judge:
 
         Returns:
             One dict per picture with `digit` (int), `digit_color` and `background_color` (str).
+
+        Raises:
+            ValueError: pictures of another size.
         """
         if pictures.shape[1:] != (SIZE, SIZE, 3):
             raise ValueError(f"pictures must be [n, {SIZE}, {SIZE}, 3], got {pictures.shape}")
@@ -61,7 +64,8 @@ class Judge:
         ]
 
     def accuracy_on_real_digits(self, seed: int = 1) -> dict[str, float]:
-        """Share of held-out real digits, drawn in random colours, that are read correctly."""
+        """Shares of held-out real digits, drawn in random colours, that are read correctly, 0 to 1:
+        `digit`, `digit_color` and `background_color`."""
         images, labels = digits("test")
         rng = np.random.default_rng(seed)
         pairs = [rng.choice(len(COLORS), 2, replace=False) for _ in labels]

@@ -9,7 +9,7 @@ from ppcl.settings import Section, TrainingSettings
 
 @dataclass(frozen=True)
 class PartRecipe(TrainingSettings):
-    """One part of the pipeline and its training; batch_size is of each process."""
+    """One part of the pipeline and its training; batch_size is that of each process."""
 
     seed: int
 
@@ -46,7 +46,10 @@ class TransformerRecipe(PartRecipe):
 
 @dataclass(frozen=True)
 class ScoreRecipe(Section):
-    """Held-out prompts and seeds; pipeline: keyword arguments of its call."""
+    """How the finished teacher is scored, on held-out prompts and seeds.
+
+    pipeline: keyword arguments of the pipeline's call.
+    """
 
     seed: int
     samples: int
@@ -67,5 +70,5 @@ class Recipe(Section):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """Of the file's mapping. Raises TypeError for a key that there is not."""
+        """The recipe of the file's mapping. Raises TypeError for an unknown key."""
         return super().of({**values, "given": values})

@@ -34,6 +34,7 @@ def make_tokenizer() -> Qwen2Tokenizer:
     """Byte-level BPE trained on the template and the captions.
 
     The vocabulary is the largest at which the template's prefix takes exactly PREFIX_TOKENS tokens.
+    Raises RuntimeError if there is none.
     """
     corpus = [TEMPLATE.replace("{}", "")] * 8 + [c.prompt for c in captions("train")]
     # `detailing` and other one-off words lose merges first as the vocabulary shrinks.
@@ -147,7 +148,8 @@ class CaptionReader(nn.Module):
         super().__init__()
         self.encoder = encoder
         sizes = (10, len(COLORS), len(COLORS))
-        # The mean makes every word speak; the last token shows that attention gathered them all.
+        # The mean trains the states of all tokens; the last token's state trains attention to
+        # gather what the others say.
         self.mean_heads = nn.ModuleList(nn.Linear(width, n) for n in sizes)
         self.last_heads = nn.ModuleList(nn.Linear(width, n) for n in sizes)
 
@@ -276,7 +278,9 @@ def transformer_losses(
 
     Args:
         packed: clean tokens [n, tokens, channels], normalised as the stock pipeline expects.
-        empty: embedding of the negative prompt, for classifier-free guidance.
+        facts: [n, 3], what these pictures show.
+        embeddings: as of `encode_captions`.
+        empty: embedding [tokens, width] of the negative prompt, for classifier-free guidance.
     """
     seed, batch = settings.seed, settings.batch_size
     side = int(packed.shape[1] ** 0.5)
