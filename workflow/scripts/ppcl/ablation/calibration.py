@@ -1,8 +1,8 @@
 """Which price, known before training, foretells what a trained student costs: a sample of units.
 
 Intervals of each length, single FFNs and text runs are trained alone by Eq. 6, side by side, since
-none sees another's output. Their prices: 1 - CKA, the velocity error with composed probes in an
-interval's place, and that with the untrained student or the least-squares maps.
+none sees another's output. Their prices: 1 - CKA, the velocity error with composed probes in place
+of an interval, and the velocity error with the untrained student or the least-squares maps.
 """
 
 import functools
@@ -37,7 +37,8 @@ def sample(
 ) -> list[tuple[str, Unit]]:
     """Kind (as in schemas.CALIBRATION) and unit, drawn from what may be pruned.
 
-    Text runs that share a new block with one drawn before are passed over: it is trained once.
+    A text run that shares a new block with a run drawn before is passed over: each new block is
+    trained once.
     """
     rng = np.random.default_rng(seed)
 
@@ -92,7 +93,7 @@ def _tensors(probe: probes.Probe) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def composed(every: Sequence[probes.Probe]) -> probes.Probe:
-    """One probe that does what several do, one after the other."""
+    """One probe that maps as several do one after the other: I + W = (I + W_n) ... (I + W_1)."""
     eye = np.eye(len(every[0].bias))
     product, bias = eye, np.zeros(len(eye))
     for probe in every:
@@ -103,7 +104,7 @@ def composed(every: Sequence[probes.Probe]) -> probes.Probe:
 def probe_block(transformer: nn.Module, weights: Mapping, ends: Ends) -> ProbeBlock:
     """What stands for an interval without any training; weights: of probes.safetensors.
 
-    A stream that some block does not pass is left as it is.
+    A stream that has no probe in one of the blocks is left as it is.
     """
     sequence = blocks.block_sequence(transformer)
     block, (first, last) = sequence[ends[0]], ends
@@ -117,7 +118,7 @@ def probe_block(transformer: nn.Module, weights: Mapping, ends: Ends) -> ProbeBl
 
 
 def cka_price(kind: str, unit: Unit, cka: np.ndarray, widths: Sequence[ClosedForm]) -> float:
-    """1 - CKA of a unit; NaN for an FFN."""
+    """1 - CKA of an interval or a text run; NaN for an FFN."""
     if kind == "depth":
         return 1 - float(cka[unit.first, unit.last])
     ends = unit.first, unit.last
@@ -143,7 +144,7 @@ def table(
     """Rows of ablation/calibration.parquet.
 
     Args:
-        cka: [first, last] of intervals.
+        cka: [first, last] of intervals, float64.
         weights: of probes.safetensors.
         closed_forms: candidates for linear maps, as they were measured.
     """
@@ -151,7 +152,7 @@ def table(
     transformer = material.transformer
     unread_after = linear_maps.unread_after(transformer)
     drawn = sample(material.runs, closed_forms, unread_after, material.settings.seed)
-    # One unit at a time: two may stand for the same blocks, which least squares could not tell.
+    # One unit at a time: two may replace the same blocks, which one fit could not tell apart.
     taught = [
         linear_map_fits.start(context, students.start(transformer, unit.new_blocks, "first"), wide)
         for _, unit in tqdm(drawn, desc="starting", unit="unit")

@@ -30,7 +30,10 @@ def local_groups(removed: int, runs: Sequence[range], size: int) -> list[tuple[r
 
 
 def schemes(size: int, gone: int) -> Tensor:
-    """Every mask of `size` blocks that removes `gone`: [schemes, size], 1 for a kept block."""
+    """Every mask of `size` blocks that removes `gone`: [schemes, size], 1 for a kept block.
+
+    Raises UserError if there are more than MOST_SCHEMES.
+    """
     if (count := math.comb(size, gone)) > MOST_SCHEMES:
         raise UserError(f"ablation: {count} masks of {size} blocks are too many; group fewer")
     kept = torch.tensor(list(itertools.combinations(range(size), size - gone)), dtype=torch.long)
@@ -38,7 +41,10 @@ def schemes(size: int, gone: int) -> Tensor:
 
 
 class DepthMasks(nn.Module):
-    """Masks of a transformer's groups of blocks, and a low-rank update of their linear layers."""
+    """Masks of a transformer's groups of blocks, and a low-rank update of their linear layers.
+
+    groups: as of `local_groups`. rank: of the update.
+    """
 
     def __init__(self, transformer: nn.Module, groups, rank: int, seed: int):
         super().__init__()
@@ -103,14 +109,19 @@ def learned_masks(
 ) -> list[int]:
     """TinyFusion (arXiv 2412.01199): depth masks learned together with a light weight update.
 
-    Taken: local N:M schemes (`local_groups`), a distribution over all masks of each, Gumbel-softmax
-    with a straight-through gradient and a falling temperature; a low-rank update, learned beside
-    them and then dropped, so that masks are judged by what training can mend; the most probable
-    mask wins. Ours: the loss is the recorded velocities', and one AdamW learns both.
+    Taken: local N:M schemes (`local_groups`), a distribution over all masks of each group,
+    Gumbel-softmax with a straight-through gradient and a falling temperature; a low-rank update,
+    learned beside the masks and then dropped, so that masks are judged by what training can mend;
+    the most probable mask wins. Ours: the loss is the velocity error on recorded calls, and one
+    AdamW trains masks and update.
 
     Args:
-        context: whose transformer needs no gradients of its own, but may checkpoint them.
+        context: its transformer is frozen; gradient checkpointing may be on.
+        groups: as of `local_groups`.
         rank: of the update.
+
+    Returns:
+        Numbers of the blocks that go.
     """
     transformer, seed = context.transformer, context.seed
     masks = DepthMasks(transformer, groups, rank, seed).to(context.device)

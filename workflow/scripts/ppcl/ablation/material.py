@@ -41,7 +41,8 @@ class Material:
         context: with the seed of this run.
         paths: of the shared artifacts: tokens, conditioning, probes, cka, sensitivity, width,
             latency.
-        steps: `phases.steps_of` of the method. ema: its own, if it has one.
+        steps: of each phase of the method (`phases.steps_of`).
+        ema: decay of the moving average of weights, if the method sets its own.
     """
 
     context: Context
@@ -73,7 +74,8 @@ class Material:
 
     @property
     def streams(self) -> list[str]:
-        """Those that rivals judge by: of an unread one, the last blocks' output means nothing."""
+        """Streams that rivals judge blocks by: without those that nothing reads after the last
+        block, since the last blocks' output in them means nothing."""
         unread = blocks.family(self.transformer).unread
         return [stream for stream in self.tokens.streams if stream not in unread]
 
@@ -96,7 +98,7 @@ class Material:
 
 
 def judged(material: Material) -> prices.Judged:
-    """The rows of selection."""
+    """The teacher's answers to the calls that selections measure on."""
     size = material.settings.sensitivity.batch_size
     return prices.Judged(material.context, material.judged, size)
 

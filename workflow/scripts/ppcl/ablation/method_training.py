@@ -75,7 +75,7 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
         prices = unit_prices(material, units, taught) if draw is schedules.budgets else ((), ())
         losses = distillation.any_subset(context, units, taught, options, draw(units, prices))
         if "mixed" in train:
-            # The losses of distill, drawn as subsets draws.
+            # The losses of distill, on the batches that subsets draws.
             also = phases.stage_options(
                 material,
                 "distill",
@@ -98,7 +98,8 @@ def teach(material: Material, chosen: Chosen, train: Mapping) -> tuple[list[Unit
 
 
 def unit_prices(material: Material, units: list[Unit], taught: Students) -> schedules.Prices:
-    """Of each unit: its error when plugged in alone, on the rows of selection; what it saves."""
+    """For each unit: its velocity error when plugged in alone, on the rows that selections measure
+    on; and the parameters that it saves."""
     for student in taught.values():
         student.eval()
     changes = prices.of_units(material.transformer, units, taught)

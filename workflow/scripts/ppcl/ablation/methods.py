@@ -19,7 +19,8 @@ class Method:
     """One row of the comparison.
 
     Attributes:
-        group: of `GROUPS`. label: in the figure. repeated: it has as many seeds as the ladder.
+        group: of `GROUPS`. label: in the figure.
+        repeated: it runs with `ablation.seeds` seeds; else with `ablation.other_seeds`.
         select: `by`, the name of a function of `selections.SELECTIONS`, and its keyword arguments.
         train: what differs from the best training: `mode` (independent | sequential: block-local |
             chain: gradients go through the chain of students), `subsets` (false: no any-subset
@@ -28,7 +29,7 @@ class Method:
             phase), and of the any-subset phase `share` (of all steps), `draw` (of
             `schedules.DRAWS`) and `mixed` (weight of Eq. 6 in it). `budgets` (true): smaller sets
             of the students are measured as well. `low_rank`: `also` measures and fine-tunes the
-            trained model with low-rank modulations as well, `only` nothing without them.
+            trained model with low-rank modulations as well, `only` with them alone.
     """
 
     group: str
@@ -50,7 +51,8 @@ def _schedule(label: str, repeated: bool = False, **train) -> Method:
     return Method("schedule", label, _OPTIMAL, train | {"budgets": True}, repeated)
 
 
-# One unit or ten: all are plugged in at every step, or those with few would see more of it.
+# All units are plugged in at every step. With random subsets, that would happen more often to a
+# method of few units, which is measured with all of them.
 _AT_ONCE = {"draw": "everything"}
 
 
@@ -68,7 +70,7 @@ _CKA = {"reference": "end", "streams": "image", "estimator": "plain", "normalise
 
 
 def _cka(label: str, **similarity) -> Method:
-    """A choice of how CKA is measured shows where CKA alone decides: Eq. 5 and its cost."""
+    """CKA measured in another way: it shows with Eq. 5 and CKA as the cost, where CKA alone decides."""
     return _choice(f"CKA: {label}", _TREND | {"similarity": _CKA | similarity})
 
 
@@ -100,8 +102,9 @@ METHODS = {
     "low-rank": _ladder(
         "+ low-rank modulation", _WIDTH | {"like": "low-rank rivals"}, low_rank="only"
     ),
-    # Choices that METHOD.md leaves open, each against `cka-default`: there intervals carry it all,
-    # and nothing that was measured with start `first` chose them. The last is against `joint`.
+    # Choices that the paper leaves open. Each is compared with `cka-default`, which prunes depth
+    # alone and chooses by CKA: no cost that was measured with start `first` favours this start. The
+    # last one is compared with `joint`.
     "start-middle": _choice("start: middle block", _TREND, start="middle"),
     "start-average": _choice("start: weighted average", _TREND, start="average"),
     "loss-relative": _choice("loss: relative", _TREND, loss="relative"),
@@ -156,7 +159,7 @@ def wanted(options: AblationSettings) -> list[str]:
     """Names of the methods to run, in order. options: the config's `ablation`.
 
     Raises:
-        UserError: it names one that there is not.
+        UserError: `ablation.methods` names an unknown method.
     """
     if unknown := set(options.methods) - set(METHODS):
         raise UserError(
@@ -167,7 +170,10 @@ def wanted(options: AblationSettings) -> list[str]:
 
 
 def seeds(name: str, options: AblationSettings) -> int:
-    """How many runs a method has in any case. options: the config's `ablation`."""
+    """How many runs a method has, before further ones of the best rivals.
+
+    options: the config's `ablation`.
+    """
     if METHODS[name].group == "teacher":
         return 1
     return options.seeds if METHODS[name].repeated else options.other_seeds

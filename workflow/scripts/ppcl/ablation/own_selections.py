@@ -1,8 +1,8 @@
 """How this workflow's own methods choose what goes: the ladder of PPCL, and depth with width.
 
-What the config requires and its budgets do not count here; protected blocks do. Depth-only methods
-remove exactly `removed` blocks; those with width save at least as many parameters, as few more as
-may be.
+The config's required choices and its budgets are ignored here; its protected blocks are kept.
+Depth-only methods remove exactly `removed` blocks; those with width save at least as many
+parameters as so many blocks have, or as much time (`like`).
 """
 
 import math
@@ -45,13 +45,17 @@ def ppcl(
     shortest: int = 2,
     similarity: Mapping | None = None,
 ) -> Starts:
-    """Eq. 5's runs and their parts (`trend`) or all runs of blocks (`optimal`), the cheapest.
+    """The cheapest intervals, of Eq. 5's runs and their parts (`trend`) or of all runs (`optimal`).
 
     Args:
-        cost: of `interval_costs.COSTS`, without what training mends; not one of the probes' table.
+        cost: a key of `interval_costs.COSTS`, but not `influence`, which needs the probes' table.
+            Measured costs count in full, whatever intervals.training_leaves says.
         shortest: least blocks of an interval. The paper does not say how its ablation "longer
             intervals" was made; here it is: any runs of at least so many, wherever they begin.
-        similarity: keys that differ from the config's.
+        similarity: keys of the config's section with values that differ.
+
+    Raises:
+        UserError: as `exactly`.
     """
     cka, noise = similarities(material, similarity or {})
     runs = _seen(material.runs, cka)
@@ -71,7 +75,10 @@ def ppcl(
 
 
 def exactly(costs: Mapping[Ends, float], removed: int, depth: int) -> list[Ends]:
-    """The cheapest disjoint intervals that remove exactly so many blocks."""
+    """The cheapest disjoint intervals that remove exactly `removed` blocks.
+
+    Raises UserError if no set of them does.
+    """
     # best[block][count]: cost and intervals with blocks before `block` decided.
     best: list[dict[int, tuple[float, tuple]]] = [{} for _ in range(depth + 1)]
     best[0][0] = (0.0, ())
@@ -145,9 +152,9 @@ def depth_and_width(
     Args:
         depth_share: how many of the `removed` blocks go at least. Linear maps alone may save as
             many parameters, but not the time.
-        like: what it saves: the parameters of as many blocks (`rivals`), of these and of what is
-            left with every modulation at the ablation's rank (`low-rank rivals`), or the time of as
-            many blocks (`rivals' time`).
+        like: what has to be saved. `rivals`: the parameters of `removed` blocks of mean size.
+            `low-rank rivals`: these, and what the modulations of the other blocks save at the
+            ablation's rank. `rivals' time`: the mean time of `removed` blocks.
     """
     settings, paths, depth = material.settings, material.paths, material.depth
     sizes = blocks.parameters_of_blocks(material.transformer)
@@ -196,7 +203,8 @@ class _Modulations:
     saved: Mapping[tuple[Matrix, int, int], float] = field(default_factory=dict)
 
     def after(self, share: float) -> float:
-        """Parameters that they save where such a share of the blocks is gone."""
+        """Parameters that low rank saves once such a share of the blocks is gone; the last AdaLN
+        counts in full."""
         last = max((block for block, _ in self.matrices), default=0)
         return sum(
             self.saved[key, self.rank, 6] * (1 if key[0] == last else 1 - share)

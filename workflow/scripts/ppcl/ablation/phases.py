@@ -14,9 +14,10 @@ from ppcl.training import loop
 def steps_of(select: Mapping, train: Mapping, options: AblationSettings) -> dict[str, int]:
     """Steps of each phase of a method; their sum is the same for all, apart from those of masks.
 
-    Masks are learned before the training of the rest, for as many steps as the any-subset phase
-    has, since no other selection takes steps from it. A staged schedule spends a quarter of
-    distillation on narrow blocks, as the paper does (6000 and 2000 steps).
+    Masks are learned before the students are trained, in additional steps, as many as the
+    any-subset phase has: no other method's selection takes steps from its training either. A staged
+    schedule spends a quarter of distillation on narrow blocks, as the paper does (6000 and 2000
+    steps).
 
     Args:
         options: the config's `ablation`.
@@ -44,8 +45,7 @@ def train(
 ) -> None:
     """One training, in place; what a killed run had finished is read instead.
 
-    options: the stage's, with the ablation's steps and batch_size. Phases are short here: a
-    warm-up takes at most a quarter of one.
+    options: as of `stage_options`.
     """
     path = material.state.folder / f"{name}.safetensors"
     identity = f"{material.state.identity} {name}"
@@ -74,7 +74,8 @@ def train(
 
 
 def seconds_of(material: Material, *names: str) -> float:
-    """Time of these trainings, as far as this run has finished them, even before it was killed."""
+    """Seconds that these trainings took, of those that this run has finished, also before it was
+    killed."""
     paths = [material.state.folder / f"{name}.safetensors" for name in names]
     kept = [tensors.metadata(path) for path in paths if path.exists()]
     mine = [each for each in kept if each["identity"].startswith(f"{material.state.identity} ")]
@@ -82,7 +83,8 @@ def seconds_of(material: Material, *names: str) -> float:
 
 
 def stage_options(material: Material, stage: str, steps: int, **changed) -> Any:
-    """Settings of a stage for a phase of the ablation."""
+    """Settings of a stage for a phase of the ablation: its own steps and batch_size, and, as phases
+    are short, a warm-up of at most a quarter of the steps."""
     if material.ema is not None:
         changed = {"ema": material.ema, **changed}
     options = getattr(material.settings, stage).replace(**changed)

@@ -14,7 +14,7 @@ _MATCHED = "schedule-whole"  # "+ optimal segmentation", trained as rivals are
 
 RIVALS = 2  # the best ones, that each method is compared with prompt by prompt
 
-# Title -> groups, more methods, and whether with low-rank modulations.
+# Title -> groups, further methods, and whether the states are those with low-rank modulations.
 SECTIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
     "The ladder": (("ladder",), (), False),
     "Depth alone: as large and as fast": (("rival",), (_MATCHED,), False),
@@ -42,8 +42,9 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def _section(every: pd.DataFrame, table: pd.DataFrame, judged: bool) -> list[str]:
-    """One row per method of the table; means over seeds, in brackets 95 % intervals (`summary` of
-    every method's). With rivals among them, the fine-tuned error over that of the best ones."""
+    """One row per method of `table`: means over seeds, with 95 % intervals in brackets, for which
+    `summary` pools the spread of `every` method. With rivals in the table, also ratios of the
+    fine-tuned error to that of the best RIVALS."""
     shown = {"velocity_error": ("velocity error", _error)}
     shown |= {"all_correct": ("all right", _share)} if judged else {}
     heads = [f"{w}, {s}" for w, _ in shown.values() for s in ("trained", "then fine-tuned")]

@@ -1,9 +1,9 @@
 """Rival ways to choose the blocks that go: the rows of the ablation that PPCL is compared with.
 
-Methods that delete blocks give their numbers, and `merged` says which intervals that means: a
-deleted run joins the kept block before it, whose weights its student starts with, so that before
-any training the model is the teacher without those blocks. Methods that replace runs give their
-intervals. Either is a `Starts`, which `start` makes students of, to be trained like any others.
+Methods that delete blocks return their numbers, which `merged` turns into intervals: a deleted run
+joins the kept block before it, whose weights its student starts with, so that before any training
+the model is the teacher without those blocks. Methods that replace runs return intervals at once.
+`start` makes students of intervals (`Starts`), to be trained like any others.
 
 Shared arguments. removed: how many blocks go. runs: where intervals may lie, from
 `intervals.spans`; none reaches over a seam, and each keeps a block. streams: those that count;
@@ -34,7 +34,7 @@ Starts = dict[Ends, int | str]
 
 
 def check(removed: int, possible: int) -> None:
-    """Raises UserError if so many blocks can't be removed."""
+    """Raises UserError unless 0 < removed <= possible."""
     if not 0 < removed <= possible:
         raise UserError(
             f"ablation: {removed} blocks can't be removed here (at least 1, at most {possible}); "
@@ -43,7 +43,7 @@ def check(removed: int, possible: int) -> None:
 
 
 def places(removed: int, runs: Sequence[range]) -> list[Ends]:
-    """All intervals that remove so many blocks."""
+    """All intervals that remove `removed` blocks. Raises UserError if there are none."""
     check(removed, max([len(run) - 1 for run in runs], default=0))
     return [(b, b + removed) for run in runs for b in run[: max(0, len(run) - removed)]]
 
@@ -78,7 +78,10 @@ def start(transformer: nn.Module, starts: Starts) -> students.Students:
 
 
 def lowest(scores: Sequence[float] | np.ndarray, removed: int, runs: Sequence[range]) -> list[int]:
-    """The blocks of lowest score, though every run keeps its best; scores must be finite."""
+    """The `removed` blocks of lowest score, though every run keeps its block of highest score.
+
+    Raises UserError if there are fewer to remove, or a score is not finite.
+    """
     check(removed, sum(len(run) - 1 for run in runs))
     if bad := [b for run in runs if len(run) > 1 for b in run if not math.isfinite(scores[b])]:
         raise UserError(f"ablation: the score of block {bad[0]} is {scores[bad[0]]}")
@@ -108,7 +111,7 @@ def random_run(removed: int, runs: Sequence[range], seed: int) -> Starts:
 
 
 def cosine(tokens: TokenReader, streams: Sequence[str], first: int, last: int) -> float:
-    """Mean over tokens, then streams, of the cosine of blocks first..last's input and output."""
+    """Mean over tokens, then streams, of the cosine of input and output of blocks first..last."""
     cosines = []
     for stream in streams:
         ends = (tokens.values(boundary, stream) for boundary in (first, last + 1))
@@ -169,8 +172,11 @@ def grown(cka: np.ndarray, threshold: float, runs: Iterable[range]) -> dict[int,
 def cka_threshold(cka: np.ndarray, removed: int, runs: Sequence[range]) -> Starts:
     """PPCL's own ablation (arXiv 2511.16156): a floor on cka(u, k) in place of Eq. 4 and 5.
 
-    The threshold is the highest at which enough blocks go; a step of it may remove several, and
-    what is too much is taken back from the ends, where cka [first, last] is lowest.
+    The threshold is the highest at which at least `removed` blocks go. The surplus is given back
+    block by block, each time from the end of the interval whose cka [first, last] is lowest.
+
+    Raises:
+        UserError: no threshold removes enough.
     """
     check(removed, sum(len(run) - 1 for run in runs))
     # A longer run shifts where the next begins, so that fewer blocks may go at a lower threshold:
@@ -225,7 +231,10 @@ def skip_errors(
 
 
 def timestep_groups(reader: calls.Reader, rows: np.ndarray, count: int) -> list[np.ndarray]:
-    """Rows in groups of neighbouring timesteps, low to high, with equally many timesteps each."""
+    """Rows in groups of neighbouring timesteps, low to high, with equally many timesteps each.
+
+    Raises UserError if there are fewer timesteps than groups, or a call has one for each frame.
+    """
     timesteps = reader.index["timestep"][rows]
     if np.isnan(timesteps).any():
         raise UserError("ablation: the calls' frames have a timestep each, which makes no groups")
@@ -235,10 +244,15 @@ def timestep_groups(reader: calls.Reader, rows: np.ndarray, count: int) -> list[
 
 
 def over_timesteps(errors: np.ndarray, weights: Sequence[float] | None = None) -> np.ndarray:
-    """Amber-Image (arXiv 2602.17047): scores from ablation that minds the timestep.
+    """Amber-Image (arXiv 2602.17047): scores [depth] from one-block-out errors by timestep.
 
-    Taken: that, and local weight averaging (start `average` on the intervals of `merged`). Assumed:
-    the score is the weighted mean, equal by default, of `skip_errors` over `timestep_groups`. Each
-    is relative to its own group's velocities, so that none counts more because they are large.
+    Taken: that errors are measured by timestep, and local weight averaging (start `average` on the
+    intervals of `merged`). Assumed: the score is the mean of the errors over the groups, weighted
+    equally by default. An error is relative to the velocities of its own group, so that no group
+    counts more because its velocities are large.
+
+    Args:
+        errors: [groups, depth], from `skip_errors` on `timestep_groups`.
+        weights: of the groups.
     """
     return np.average(errors, axis=0, weights=weights)

@@ -25,7 +25,7 @@ def uniform(units: Sequence[Unit], prices: Prices) -> Draw:
 
 
 def large(units: Sequence[Unit], prices: Prices) -> Draw:
-    """A size is as likely as it is large, then every subset of that size is equally likely."""
+    """A size's probability is proportional to it; every subset of that size is equally likely."""
     sizes = np.arange(1, len(units) + 1)
 
     def draw(seed: tuple[int, ...]) -> list[Unit]:
@@ -48,14 +48,14 @@ def budgets(units: Sequence[Unit], prices: Prices) -> Draw:
         rng = np.random.default_rng((*seed, 2))
         if rng.random() < 0.5:
             return distillation.random_subset(units, seed)
-        # Never zero, of which nothing would be chosen; savings are whole numbers.
+        # A whole number, as savings are, and above 0, as `integer_programs.cheapest` needs it.
         return [units[i] for i in chosen(math.ceil((1 - rng.random()) * sum(savings)))]
 
     return draw
 
 
 def everything(units: Sequence[Unit], prices: Prices) -> Draw:
-    """All units at every step: they learn to serve one size alone."""
+    """All units at every step: students learn to serve the model of this one size alone."""
     return lambda seed: list(units)
 
 
@@ -63,13 +63,18 @@ DRAWS = {"uniform": uniform, "large": large, "budgets": budgets, "everything": e
 
 
 def cheapest(costs: Sequence[float], savings: Sequence[float], wanted: float) -> list[int]:
-    """Indices of the least total cost that save so much; all where rounding asks for more."""
+    """Indices of the units that save at least `wanted` at the least total cost; all units where
+    rounding makes `wanted` more than they save."""
     taken = integer_programs.cheapest(costs, [[saved] for saved in savings], [wanted])
     return list(range(len(costs)) if taken is None else taken.columns)
 
 
 def mixed(losses: Callable, others: Callable, name: str, weight: float) -> Callable:
-    """Step losses of one phase plus `weight` times those of another, as of the module `name`."""
+    """Step losses of one phase, then `weight` times those of another, logged under `name`.
+
+    Args:
+        losses, others: functions of the step (see training.Losses).
+    """
 
     def losses_of_step(step: int) -> Iterator:
         yield from losses(step)

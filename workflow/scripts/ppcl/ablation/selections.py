@@ -8,8 +8,8 @@ from ppcl.ablation import learned_masks, own_selections, rivals
 from ppcl.ablation.material import Chosen, Material, blocks_to_remove
 from ppcl.ablation.rivals import Starts
 
-# Of Amber-Image's scores, and of TinyFusion's masks: how many blocks choose among themselves, and
-# the rank of the update that is learned beside the masks, and their learning rate.
+# Groups of Amber-Image's scores. For TinyFusion's masks: blocks in a local group, rank of the
+# update that is learned beside the masks, and the learning rate.
 TIMESTEP_GROUPS, LOCAL_GROUP, RANK, MASKS_LR = 4, 4, 8, 0.01
 
 
@@ -37,7 +37,7 @@ def _skipped(m: Material, groups: list[np.ndarray]) -> np.ndarray:
 
 
 def _over_timesteps(m: Material, removed: int) -> Starts:
-    """The score, and Amber-Image's local averaging of an interval's weights."""
+    """Amber-Image: blocks that go by their score, and local averaging of an interval's weights."""
     reader = m.context.reader
     levels = len(np.unique(reader.index["timestep"][m.judged]))
     groups = rivals.timestep_groups(reader, m.judged, min(TIMESTEP_GROUPS, levels))

@@ -32,7 +32,8 @@ from ppcl.transformer.context import Context, State
 BUDGETS = 8  # sizes at which students are measured that are to serve every budget
 ACCURACIES = tuple(f"{name}_accuracy" for name in prompts.JUDGE_COLUMNS) + ("all_correct",)
 ENDS = "velocity_error_low", "velocity_error_high"
-# Names of what is done without and with low-rank modulations: the states measured, the last phase.
+# Each for a model without, then one with low-rank modulations: the states before and after the
+# fine-tune, and the name of the fine-tune's phase.
 STATES = ("plugged", "finetuned"), ("low_rank", "low_rank_finetuned")
 FINETUNE = "finetune", "finetune-low-rank"
 WITH_LOW_RANK = {"no": (False,), "also": (False, True), "only": (True,)}
@@ -46,7 +47,8 @@ def _reported(material: Material) -> np.ndarray:
 
 
 def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[dict]:
-    """Columns of each smaller set that saves k / BUDGETS of the whole, the cheapest of its size."""
+    """Rows of smaller sets: for k from 1 to BUDGETS - 1, the cheapest set of units that saves at
+    least k / BUDGETS of the parameters that all units save."""
     costs, savings = method_training.unit_prices(material, units, taught)
     whole, rows = blocks.parameter_count(material.transformer), []
     for share in range(1, BUDGETS):
@@ -69,7 +71,7 @@ def at_budgets(material: Material, units: list[Unit], taught: Students) -> list[
 
 
 def with_low_rank(material: Material, model: nn.Module, block_map: list[list[int]]) -> nn.Module:
-    """A model with all modulations that it has at the ablation's rank, in closed form."""
+    """The model with all its modulation matrices at rank `ablation.rank`, in closed form."""
     firsts = [members[0] for members in block_map] + [material.depth]
     rank = material.settings.ablation.rank
     ranks = {(firsts[one.block], one.path): rank for one in modulation.matrices(model)}
@@ -143,8 +145,10 @@ def _velocity(material: Material, model: nn.Module) -> dict:
 
 
 def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) -> dict:
-    """Shares of pictures that show what their prompt states, and which of them show it all; none
-    without the judge."""
+    """By column, the shares of pictures that show each fact of their prompt, and all facts.
+
+    Column `right` is JSON with 1 or 0 for each picture: whether it shows all. {} without a judge.
+    """
     options = settings.evaluate
     if options.judge != "digits":
         return {}
@@ -170,8 +174,8 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) ->
 
 
 def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chosen) -> list[dict]:
-    """Rows of a run: its `STATES`, and `part` where smaller budgets are asked for; the teacher's
-    alone without a choice."""
+    """Rows of a run: one for each of the method's `STATES` and, for a method with `budgets`, one of
+    state `part` for each smaller set. A method that removes nothing has one row, the teacher's."""
     steps = sum(material.steps.values())
     extra = material.settings.ablation.finetune_steps
     intervals = json.dumps(sorted(chosen.starts))
