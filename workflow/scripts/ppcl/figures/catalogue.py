@@ -1,7 +1,7 @@
 """Every figure of a run: in which group and file it goes, from which tables, when, how it is drawn.
 
-Rules make their inputs and outputs of these entries, and plot.py draws by them. Each entry's
-function imports what draws when it is called: matplotlib takes long, and rules do without it.
+Rules make their inputs and outputs of these entries, and plot.py draws by them. An entry's function
+imports its drawing code only when it is called: matplotlib takes long, and rules do without it.
 """
 
 from __future__ import annotations
@@ -176,7 +176,8 @@ def _trained(settings: Settings) -> bool:
     return settings.trains
 
 
-# Verdicts on closed forms come of a search for intervals; without one, variants show what went.
+# Verdicts on closed forms come from a search for intervals. Without one, the group `quality` shows
+# what the smallest variant took of them.
 FIGURES = (
     Entry(
         "intervals",

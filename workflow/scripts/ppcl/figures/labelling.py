@@ -1,6 +1,6 @@
 """Names written beside curves and points in place of a legend, so that none overlap.
 
-Belongs to `ppcl.figures.style`; it knows as little of what a figure shows. No torch.
+Like `ppcl.figures.style`, it does not know what a figure shows. No torch.
 """
 
 from collections.abc import Sequence
@@ -79,8 +79,8 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
     scale = figure.dpi / 72  # pixels per point of type
     frame = np.asarray(ax.get_window_extent(renderer).extents)[None]
     centres = ax.transData.transform([(x, y) for x, y, _, _ in points])
-    # Error bars are collections, curves and the teacher's level are lines: boxes of short pieces,
-    # as the box of a whole curve says nothing of where there is room beside it.
+    # Error bars are collections; curves and the teacher's level are lines. Lines are cut into short
+    # pieces: the box of a whole curve does not tell where there is room beside it.
     drawn = []
     for line in ax.lines:
         path = line.get_transform().transform_path(line.get_path())
@@ -93,7 +93,7 @@ def label_points(ax: Axes, points: Sequence[tuple[float, float, str, str]]) -> N
     marks = np.array([box.padded(scale / 2).extents for box in drawn])
     marks = np.concatenate([marks, np.hstack([centres - 4 * scale, centres + 4 * scale])])
     named = np.empty((0, 4))
-    # Pixels of a longer way that are as bad as a pixel covered: a touch beats a long line.
+    # What distance from the point costs, in covered pixels: a touch is better than a long line.
     effort = 12 * np.maximum(0, np.abs(_PLACES).sum(1) - 2)
     for (x, y, text, colour), centre in zip(points, centres, strict=True):
         name = _write(ax, text, (x, y), (0, 0), color=colour)

@@ -20,8 +20,8 @@ from ppcl.storage.schemas import RULED_OUT
 def linear_map_costs(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Figure:
     """What every linear FFN and text run costs along the depth, what went, and the model it makes.
 
-    The kinds share one error axis, as selection compares them; it ends five decades below the
-    largest error, with what is smaller (an FFN that nothing reads has 0) marked at its edge.
+    The kinds share one error axis, as selection compares them. It ends at most five decades below
+    the largest error; what is smaller (an FFN that nothing reads has 0) is marked at its edge.
 
     One panel per kind over the depth, a panel of how well the maps fit, and a strip of what was
     taken. Full: selected; crossed or dotted: ruled out, by the column verdict.

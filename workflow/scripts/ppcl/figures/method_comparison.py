@@ -24,7 +24,8 @@ STATES = {
 # Another pair of states, drawn as these are.
 LOW_RANK = {"low_rank": "plugged", "low_rank_finetuned": "finetuned"}
 
-APART = {"plugged": 0.17, "finetuned": -0.17}  # rows between the two states of a method
+# Distance of a state's marker above its method's line, in rows.
+APART = {"plugged": 0.17, "finetuned": -0.17}
 
 
 def low_rank_comparison(table: pd.DataFrame) -> Figure:
@@ -44,7 +45,7 @@ def method_comparison(table: pd.DataFrame) -> Figure:
 
     table: as schemas.ABLATION. Drawn of it: velocity_error (relative, squared) with its bounds;
     all_correct (share of images that the judge reads as asked for, shown in %); latency_ratio
-    (teacher = 1); parameter_fraction (teacher = 1) in the title. Rows are of group and order.
+    (teacher = 1); parameter_fraction (teacher = 1) in the title. Rows go by group, then order.
     """
     table = table[(table["group"] != "schedule") & table["state"].isin(STATES)]
     methods = table[table["group"] != "teacher"].drop_duplicates("method").sort_values("order")

@@ -15,12 +15,18 @@ TINY = 1e-12  # the teacher's own error is zero, which has no logarithm
 def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Mean over seeds of each method and state, with a 95 % interval: mean, low, high, seeds.
 
-    Of logarithms for velocity_error, whose mean is then the geometric one. Student's t over seeds:
-    how far two trainings of one selection lie apart is taken to be alike for all methods, and
-    pooled over those with several seeds (per state), so that one seed has an interval too. Where
-    the seed decides the selection as well, the method's own spread counts. For velocity_error the
-    bootstrap over prompts comes on top; the two are independent, so their squares add. A share's
-    interval ends at 0 and 1.
+    The mean of velocity_error is geometric, and its interval is computed on logarithms. Student's t
+    gives the interval over seeds. Its standard deviation is taken to be the same for all methods,
+    and pooled (per state) over those with several seeds, so that a method with one seed has an
+    interval too. A method whose seeds chose different blocks has its own standard deviation. For
+    velocity_error the bootstrap over prompts is added; the two are independent, so their squares
+    add. A share's interval is clipped to 0 and 1.
+
+    Args:
+        table: as schemas.ABLATION.
+
+    Returns:
+        Columns mean, low, high and seeds, indexed by (method, state).
     """
     log = column == "velocity_error"
     scaled = table[column].astype(float)
@@ -50,9 +56,9 @@ def summary(table: pd.DataFrame, column: str) -> pd.DataFrame:
 def ratio(table: pd.DataFrame, method: str, other: str, state: str) -> tuple[float, float, float]:
     """A method's velocity error over another's, with a 95 % interval: value, low, high.
 
-    Prompt by prompt: both are measured on the same calls, so what a prompt adds to the error of all
-    methods is no part of the interval, as it is of `summary`'s. Geometric means over seeds; the
-    bootstrap over prompts and the spread over seeds (as in `summary`) add as squares.
+    Both are compared prompt by prompt, on the same calls, so that prompts which are hard for all
+    methods do not widen the interval, as they do in `summary`. Geometric means over seeds; the
+    squares of the bootstrap over prompts and of the spread over seeds (as in `summary`) add.
     """
     table = table[table["state"] == state]
     table = table.assign(scaled=np.log(np.maximum(table["velocity_error"], TINY)))
@@ -64,7 +70,7 @@ def ratio(table: pd.DataFrame, method: str, other: str, state: str) -> tuple[flo
         variance += deviation**2 / len(seeds)
         freedoms.append(freedom)
         sums.append(np.array([json.loads(text) for text in seeds["by_prompt"]]))
-    # Seeds of one method -> mean over them of log errors, of each resample of the prompts.
+    # Log errors of each of the two methods, [seeds, resamples], on resampled prompts.
     prompts = sums[0].shape[-1]
     draws = np.random.default_rng(0).integers(prompts, size=(RESAMPLES, prompts))
     one, two = (

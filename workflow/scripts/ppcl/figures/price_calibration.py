@@ -25,8 +25,8 @@ def price_calibration(table: pd.DataFrame) -> Figure:
     One panel per price, both axes logarithmic; one point per interval, text run or FFN.
 
     table: as schemas.CALIBRATION. The prices are columns of PRICES: cost_cka (1 - CKA), cost_probe
-    and cost_untrained (velocity errors: relative, squared); the error is `trained` (likewise). One
-    that is not positive (of an FFN that nothing reads, or CKA of 1) is drawn below the smallest
+    and cost_untrained (velocity errors: relative, squared); the error is `trained` (likewise). A
+    value that is not positive (an FFN that nothing reads, or CKA of 1) is drawn below the smallest
     positive one, and ranked as it is.
     """
     prices = {column: words for column, words in PRICES.items() if table[column].notna().any()}

@@ -184,7 +184,7 @@ def budget_errors(points: pd.DataFrame, metrics: pd.DataFrame, finetuned: list[s
 def _reach(points: pd.DataFrame, column: str) -> np.ndarray | None:
     """How far the intervals of a column reach below and above it, [2, rows]; None without any.
 
-    Where there is none, because it would be over one prompt or round, it reaches nowhere."""
+    An interval that is missing, since there is one prompt or round alone, has a reach of 0."""
     if f"{column}_low" not in points:
         return None
     below = points[column] - points[f"{column}_low"]
@@ -193,7 +193,8 @@ def _reach(points: pd.DataFrame, column: str) -> np.ndarray | None:
 
 
 def _point(ax: Axes, x: pd.Series, y: pd.Series, colour: str, marker: str) -> None:
-    """One variant: a marker and its intervals; a bound that is missing or beyond draws no bar."""
+    """One variant: a marker and its intervals; a bound that is missing, or on the other side of the
+    value, draws no bar."""
 
     def bar(cell: pd.Series) -> np.ndarray:
         reach = np.array([[cell["value"] - cell["ci_low"]], [cell["ci_high"] - cell["value"]]])

@@ -59,7 +59,7 @@ def sample_images(table: pd.DataFrame, metrics: pd.DataFrame, rows: int = PROMPT
     figure.set_layout_engine(None)
     for line, prompt in enumerate(prompts):
         text = first.loc[first["prompt_index"] == prompt, "prompt"].iloc[0]
-        # SVG has no room for control characters, nor for what is no character.
+        # SVG can't hold control characters and other unprintable ones.
         text = "".join(c if c.isprintable() or c.isspace() else "\ufffd" for c in text)
         text = textwrap.fill(text, 27, max_lines=5, placeholder=" …")
         label = style.axes_at(figure, 0.1, top + line * down, left, side, frameon=False)

@@ -233,7 +233,7 @@ def shade(ax: Axes, spans: Iterable[tuple[int, int]], colour: str = SELECTED) ->
 
 
 def log_axis(ax: Axes, name: str = "y") -> None:
-    """A logarithmic axis with a few plain labels, drawn after the data: 0.02, 500, 10⁶.
+    """A logarithmic axis with a few plain labels: 0.02, 500, 10⁶. Call it when the data is drawn.
 
     Data without a positive value, such as errors that are all 0, keep a linear one.
     """

@@ -101,7 +101,7 @@ def _kind(source: str) -> str:
 
 
 def _told(units: pd.DataFrame) -> str:
-    """How many of what, in words."""
+    """How many units of each kind, in words."""
     counts = units["kind"].value_counts().to_dict()
     if "ffn" in counts:
         counts["ffn"] = int(_streams(units[units["kind"] == "ffn"]).map(len).sum())
@@ -123,7 +123,7 @@ def taken_by_smallest(measured: pd.DataFrame, units: pd.DataFrame) -> pd.DataFra
         measured: as schemas.WIDTH_MEASURED.
         units: as schemas.VARIANT_UNITS.
 
-    Returns columns `selected` and `verdict` besides; the latter empty, as nobody judged.
+    Returns `measured` with two more columns: `selected`, and `verdict`, empty in all rows.
     """
     saved = units.groupby("variant")["saved_parameters"].sum()
     own = units[units["variant"] == saved.idxmax()] if len(saved) else units
