@@ -70,7 +70,7 @@ _CKA = {"reference": "end", "streams": "image", "estimator": "plain", "normalise
 
 
 def _cka(label: str, **similarity) -> Method:
-    """CKA measured in another way: it shows with Eq. 5 and CKA as the cost, where CKA alone decides."""
+    """CKA measured in another way, where CKA alone decides: with Eq. 5 and CKA as the cost."""
     return _choice(f"CKA: {label}", _TREND | {"similarity": _CKA | similarity})
 
 

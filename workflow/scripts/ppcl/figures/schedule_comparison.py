@@ -21,8 +21,8 @@ def schedule_comparison(table: pd.DataFrame) -> Figure:
     table = table[table["group"] == "schedule"].copy()
     if table.empty:
         return style.message("Schedules", "The table holds no schedules.")
-    # In every run, the k-th row of state `part` in this order is the budget that saves k / n of what
-    # all students save.
+    # In every run, the k-th row of state `part` in this order is the budget that saves k / n of
+    # what all students save.
     table = table.sort_values(["order", "seed", "state", "removed_parameters"])
     part = table.groupby(["method", "seed", "state"]).cumcount() + 1
     last = part[table["state"] == "part"].max()
