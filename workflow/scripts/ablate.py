@@ -13,8 +13,8 @@
         --output results/digits/ablation/runs/joint-0.parquet
 
 --method is the JSON of `methods.job`, so that a run depends on its own entry alone. Killed at any
-point, the same command goes on from the last checkpoint in --state. A finished run leaves its rows
-there, and not the weights: there are as many runs as methods and seeds. Runs in one process.
+point, the same command goes on from the last checkpoint in --state. A finished run keeps its rows
+there and deletes its weights: there is a run for every method and seed. Runs in one process.
 """
 
 import json
@@ -69,7 +69,13 @@ def main() -> None:
 def train_and_measure(
     args, settings: Settings, job: dict, shared: dict, identity: str
 ) -> list[dict]:
-    """The rows of the run; arguments as in `main`."""
+    """The rows of the run.
+
+    Args:
+        job: the method's entry (`methods.job`).
+        shared: paths of the artifacts SHARED, by name.
+        identity: of the run, for what a killed one has left.
+    """
     accelerator = processes.accelerator(settings.device, settings.distill.mixed_precision)
     # Everything is trained here, which needs the whole teacher on the device.
     reader = calls.Reader(args.calls)

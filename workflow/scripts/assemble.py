@@ -37,7 +37,7 @@ def take_weights(model: nn.Module, path: Path, chosen: sets.Set, refits: str) ->
 
 
 def refuse_other(args: argparse.Namespace, count: int, predicted: int) -> None:
-    """Raises UserError if the model has other parameters than were foretold."""
+    """Raises UserError unless the model has as many parameters as the file of sets predicts."""
     if count != predicted:
         raise UserError(
             f"variant {args.variant} has {count:,} parameters, but {args.sets} foretells "
@@ -61,7 +61,7 @@ def command_line() -> argparse.Namespace:
 def main() -> None:
     args = command_line()
     settings = config.load(args.config)
-    assembly.variant(settings, args.variant)  # which must be there
+    assembly.variant(settings, args.variant)  # raises for a name that the config lacks
     written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
@@ -82,7 +82,7 @@ def main() -> None:
     complete.refuse_incomplete(model, f"variant {args.variant}")
     example = reader.batch(reader.buckets[0][:2])
     card = {
-        # As the config has it.
+        # Its entry as the config's file has it.
         "variant": next(v for v in settings.given["variants"] if v["name"] == args.variant),
         **sets.entry(chosen),
         "finetuned": bool(args.finetuned),

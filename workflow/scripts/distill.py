@@ -39,8 +39,9 @@ def main() -> None:
     for student in taught.values():
         student.train().to(device)
     start = stage.selection.facts["start"]
-    # Of a block of its own, the teacher shows it.
-    same = start in ("first", "solved")  # up to the attention
+    # A borrowing student's map learns the text that the attention of its whole start block gets.
+    # The teacher shows it where this block is the teacher's own; else a frozen copy does.
+    same = start in ("first", "solved")  # `solved` changes nothing before the attention
     borrowing = [] if same else [part for part in taught if part.borrows]
     uncut = students.uncut(students.start(context.transformer, borrowing, start))
     for block in uncut.values():

@@ -12,8 +12,8 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
     digit_accuracy, digit_color_accuracy, background_color_accuracy, all_correct
                           share of pictures that show what the prompt states (judge: digits)
     judge_digit_accuracy  the judge's own, on real digits it was not fitted on (teacher's rows only)
-    psnr (dB), ssim       to the teacher's picture of the same prompt and seed (none of the teacher)
-                          and of a video, SSIM is the mean over its frames
+    psnr (dB), ssim       to the teacher's picture of the same prompt and seed (variants alone);
+                          of a video, SSIM is the mean over its frames
     velocity_error        ||v - v_t||^2 / ||v_t||^2 over held-out recorded calls, v_t the teacher's
                           recorded answer; velocity_error_sigma_0.00_0.25 ...: by noise level
     digit_accuracy_difference ...
@@ -74,7 +74,7 @@ def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[d
 
 
 def refuse_unjudged(rows: list[dict], path: str) -> None:
-    """Stops early where the judge would have nothing to compare with."""
+    """Raises UserError if a prompt does not state a digit and colours that the judge knows."""
     for number, row in enumerate(rows):
         for name in prompts.JUDGE_COLUMNS:
             known = range(10) if name == "digit" else COLORS
@@ -87,7 +87,10 @@ def refuse_unjudged(rows: list[dict], path: str) -> None:
 
 
 def read_pictures(judge: Judge | None, part: Path) -> list[str]:
-    """JSON of what the judge reads in each picture of a part; empty without a judge."""
+    """JSON of what the judge reads in each picture of a part; empty texts without a judge.
+
+    Raises UserError if the pictures are not of the judge's size.
+    """
     column = tables.read(part, schemas.IMAGES, columns=schemas.IMAGES.names).column("png")
     if judge is None:
         return [""] * len(column)
@@ -141,9 +144,10 @@ def make_pictures(
 def compare_pictures(
     parts: dict[str, list[Path]], readings: dict[Path, list[str]], rows: list[dict], sink
 ) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Writes all pictures to `sink` and yields per model: 0 or 1 per fact, and PICTURE_METRICS.
+    """Writes all pictures to `sink`, and yields for each model its name and a row per picture:
+    prompt_index; with a judge, 1 or 0 for each fact; for a variant, PICTURE_METRICS.
 
-    One part of two models is in memory at a time.
+    Only one part, of the model and of the teacher, is in memory at a time.
     """
     for model, of_model in parts.items():
         scores = []
@@ -192,7 +196,7 @@ def judge_accuracy(judge: Judge, resamples: int, seed: int) -> Estimate:
 
 
 def estimated(compared: Iterable[tuple[str, pd.DataFrame]], resamples: int, seed: int) -> Estimates:
-    """Metrics of each model's pictures; of a variant's, their differences to the teacher's, too.
+    """Metrics of each model's pictures and, for a variant, their differences to the teacher's.
 
     compared: as of `compare_pictures`, the teacher first.
     """

@@ -38,7 +38,7 @@ def main() -> None:
         __doc__, "config", "state", reads=("calls",), writes=("tokens", "moments", "conditioning")
     )
     parser.add_argument(
-        "--no-moments", action="store_true", help="sum up none of them: nothing is probed"
+        "--no-moments", action="store_true", help="write no sums: no probes are to be fitted"
     )
     args = parser.parse_args()
     settings = config.load(args.config)

@@ -14,7 +14,7 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --output results/digits/finetune/p50.safetensors --log-table results/digits/finetune/p50.parquet
 
 Killed at any point, the same command resumes from the last checkpoint in --state and ends
-with the same weights. With finetune.sharding: fsdp every process keeps a share of them.
+with the same weights. With finetune.sharding: fsdp every process holds a share of the weights.
 """
 
 from pathlib import Path
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def train(context: Context, options: FinetuneSettings, state: State) -> list[dict]:
-    """Trains the model, in place; the log."""
+    """Trains the model in place; returns the rows of its log."""
     model = context.transformer
     losses = distillation.output_distillation(
         context, lambda _step: model, "transformer", options, in_float32=True
@@ -91,8 +91,9 @@ def train(context: Context, options: FinetuneSettings, state: State) -> list[dic
 
 
 def variant_model(teacher: TeacherSettings, files: Files, chosen: Set) -> nn.Module:
-    """The model of a set, on the CPU; what it has of the teacher is its own when this is done."""
-    # The record has the teacher's answers, so it never runs, nor is on the device.
+    """The model of a set, on the CPU. The teacher that it shares modules with was loaded for it
+    alone, so that all of them may be trained."""
+    # The teacher's answers are recorded: it neither runs nor goes to the device.
     transformer = pipelines.load_transformer(
         teacher.replace(offload="none"), torch.device("cpu"), gradients=True
     )

@@ -37,7 +37,8 @@ log = logging.getLogger(__name__)
 
 
 def detected(args: argparse.Namespace) -> tuple[dict, dict[Matrix, int] | None]:
-    """The selection that the run's tables hold, as `weightless.selection` takes it, and ranks."""
+    """The selection in the run's tables, as arguments of `weightless.selection`; and the ranks by
+    matrix, None without a table of candidates."""
     selected: dict = {}
     ranks = None
     if args.intervals:
@@ -60,7 +61,7 @@ def detected(args: argparse.Namespace) -> tuple[dict, dict[Matrix, int] | None]:
 
 
 def latent_scale(teacher: TeacherSettings) -> int | None:
-    """Pixels per latent of a local teacher's autoencoder, if its config tells."""
+    """Pixels per latent, along a side, of a local teacher's autoencoder; None if unknown."""
     file = Path(teacher.path, teacher.subfolder or "", "vae", "config.json")
     try:
         vae = untrusted.json_object(file)
@@ -125,7 +126,8 @@ def main() -> None:
     )
     tables.write(args.table, table[schemas.FORECAST.names], schemas.FORECAST, stamp)
     needs = job_limits.resources(made, every, works)
-    # By what Snakemake hands over it can tell whether the limits are those of its config.
+    # Snakemake hands the config over as JSON. By its digest it can tell later whether the limits
+    # are those of its config.
     of = {"config": provenance.digest(args.config)} if args.config[0] == "{" else {}
     texts.write_sealed(args.resources, needs | of)
     print(forecast_text.of(table))

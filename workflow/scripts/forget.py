@@ -2,9 +2,9 @@
 
     python workflow/scripts/forget.py results/digits/state/distill
 
-A stage's folder stays when its program ends: Snakemake deletes the outputs of a job that it has not
-recorded yet, as when it is killed itself, and the stage then makes them again at once. The first
-command of a stage that reads the outputs is this: it would not have been started before.
+A stage's folder stays when its program ends. If Snakemake is killed before it has recorded the
+outputs, it deletes them later, and the stage makes them again at once from this folder. So this
+program is the first command of the next stage, which starts only when the outputs are recorded.
 """
 
 from pathlib import Path

@@ -8,8 +8,8 @@
         --candidates results/digits/width/candidates.parquet
 
 Reads of the config: intervals, similarity.streams, width (enabled, cka_floor and the lists),
-modulation (enabled and the lists), and variants for the smallest budgets of those that trained
-students may be in: what is trained for them, larger ones use as well. Needs no torch.
+modulation (enabled and the lists), and the smallest budgets of the variants that may have trained
+students: larger budgets use what is trained for these as well. Needs no torch.
 """
 
 from pathlib import Path

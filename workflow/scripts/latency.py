@@ -62,8 +62,12 @@ def blocks_by_list(sequence: Sequence[blocks.Block]) -> list[list[int]]:
 def least_seconds(
     runs: Mapping[str, Callable[[], object]], most: int, device: torch.device, table: Path
 ) -> dict[str, float]:
-    """The least time of each run, by name, in seconds; most: rounds. Warns, with the name of the
-    table to delete, if times still fell."""
+    """The least time of each run, by name, in seconds. Warns if times still fell at the end.
+
+    Args:
+        most: number of rounds, at most.
+        table: the file that the warning says to delete.
+    """
     with torch.no_grad():
         seconds, settled = latencies.least_times(timing.timed_rounds(runs, most, device))
     if not settled:

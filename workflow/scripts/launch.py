@@ -4,7 +4,7 @@ launch.py --processes auto --threads 2 SCRIPT ARGUMENTS...
 
 What `torchrun --standalone` does, with three differences: a program that stops with an error ends
 with its own message rather than with the launcher's traceback; `auto` means the cores that
-Snakemake gave to the job; and what the processes end with is what counts, not what came meanwhile.
+Snakemake gave to the job; and the processes' exit codes decide, not a signal that came meanwhile.
 (`accelerate launch` needs MPI to start several processes on a CPU.) Inside, accelerate.Accelerator
 finds the processes. SIGTERM goes on to the processes, which have half a minute to end by themselves
 (ppcl/runtime/stopping.py). Several processes take a GPU each, all at once, before they start
@@ -67,7 +67,7 @@ def main() -> None:
     command = [sys.executable, "-u", options.script, *options.arguments]
     if processes > 1 and options.device in ("auto", "cuda"):
         gpus.take(processes)
-    # It takes seconds until the program can handle it; until then it must not be lost.
+    # The program can handle SIGTERM only after seconds; blocked, it waits until then.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     if processes == 1:
         os.execv(sys.executable, command)
@@ -82,10 +82,11 @@ def together(command: list[str], processes: int) -> int:
     When one fails, or SIGTERM comes, the others are sent SIGTERM, and SIGKILL after GRACE seconds.
 
     Returns:
-        0 if all of them ended so, whatever came meanwhile; stopping.EXIT_CODE after SIGTERM; else
-        the code of the first that failed, which has said why; 1, and says it, if by a signal.
+        0 if all of them ended with 0, even if SIGTERM came meanwhile; stopping.EXIT_CODE if one
+        failed and SIGTERM came; else the code of the first that failed, which has said why. If a
+        signal ended it, 1, after this function has said so.
     """
-    # Where they find each other. Any free port, which nobody can take before they get there.
+    # Where the processes find each other: any free port, held from now on so that nobody takes it.
     door = socket.create_server(("127.0.0.1", 0), backlog=processes)
     shared = {
         "MASTER_ADDR": "127.0.0.1",
@@ -104,7 +105,7 @@ def together(command: list[str], processes: int) -> int:
             started.append(subprocess.Popen(command, env=mine, preexec_fn=last))
         stopping.ignore()  # what the processes make of it decides
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-        # torch is imported here while they import it: who is early waits at the door.
+        # torch is imported here while the processes import it; an early one waits for the store.
         from torch.distributed import TCPStore
 
         host, port = door.getsockname()
@@ -112,9 +113,9 @@ def together(command: list[str], processes: int) -> int:
             host, port, is_master=True, wait_for_workers=False, master_listen_fd=door.detach()
         )
         code = _wait(started)
-        del store  # which had to be there until now
+        del store  # which the processes used until now
         return code
-    except KeyboardInterrupt:  # which a terminal sends to all
+    except KeyboardInterrupt:  # a terminal sends SIGINT to all processes
         return 128 + signal.SIGINT
     finally:
         for process in started:

@@ -28,10 +28,10 @@ from ppcl.transformer import blocks
 
 
 def read_block_map(path: Path, count: int) -> list[list[int]]:
-    """Of every block of a pruned model, the teacher's blocks that it stands for.
+    """For every block of a pruned model, the teacher's blocks that it stands for.
 
     Raises:
-        UserError: the file is missing, or tells something else than of `count` blocks.
+        UserError: the file is missing, or not a block map of `count` blocks.
     """
     try:
         block_map = json.loads(path.read_text(encoding="utf-8"))
@@ -55,7 +55,7 @@ def command_line() -> argparse.Namespace:
         model="folder of a pruned pipeline",
         lora="file of a LoRA of the teacher",
     )
-    parser.add_argument("--component", default="transformer", help="of it, the pruned one")
+    parser.add_argument("--component", default="transformer", help="the pipeline's pruned part")
     parser.add_argument("--dtype", default="float32", help="number format of its weights")
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--merged", type=Path, help="output: a pipeline folder")

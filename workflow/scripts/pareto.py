@@ -14,13 +14,13 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --subsets-unit-costs results/digits/subsets/unit_costs.parquet \
     --points results/digits/pareto/points.parquet
 
-For `pareto.budgets` sizes, evenly spaced from the smallest variant's to the teacher's, the cheapest
-set of all closed forms and trained units, whatever the config requires, goes into the teacher, its
-units from the stage that serves it best on calls to choose by. Velocity errors are of held-out
-calls that chose nothing, and shared out over the processes; times are measured in rounds, all
-models in turn, in one process while the others wait. Reads of the config: seed, device, teacher,
-pareto, choose, variants, what is forbidden (intervals, width, modulation), and of evaluate
-velocity_rows, batch_size, bootstrap and latency_repeats.
+There are `pareto.budgets` sizes, evenly spaced from the smallest variant's to the teacher's. For
+each, the cheapest set of closed forms and trained units goes into the teacher; what the config
+requires is ignored. The stages that its units are from are chosen as in `choose`, on the same
+calls, but no unit is tried singly. Velocity errors are measured on other held-out calls, shared out
+over the processes; times, in rounds of all models in turn, in one process while the others wait.
+Reads of the config: seed, device, teacher, pareto, choose, variants, what is forbidden (intervals,
+width, modulation), and of evaluate velocity_rows, batch_size, bootstrap and latency_repeats.
 """
 
 import argparse
@@ -60,7 +60,7 @@ def command_line() -> argparse.Namespace:
 def variants_of(budgets: Iterable[float], train: bool) -> list[Variant]:
     """A variant of each budget, a share of the parameters."""
     return [
-        # Upwards, so that rounding does not leave the smallest budget out of reach.
+        # A little more, so that rounding does not leave the smallest budget out of reach.
         Variant(f"budget {number}", {"fraction": min(1.0, float(budget) + 1e-9)}, train, 0)
         for number, budget in enumerate(budgets)
     ]
@@ -76,7 +76,7 @@ def main() -> None:
     workshop = variants.Workshop(teacher, files, device=device)
     offer = offers.offered(settings, blocks.sizes(teacher), files.prices, selection, written.alone)
     offer = replace(offer, required=constraints.NOTHING)
-    # Without 1 itself, which is the teacher.
+    # The end point 1 is left out: it is the teacher.
     smallest = min(written.parameters.values()) / blocks.parameter_count(teacher)
     budgets = np.linspace(smallest, 1, settings.pareto.budgets, endpoint=False)
     every = variants_of(budgets, any(variant.train for variant in settings.variants))
@@ -90,7 +90,7 @@ def main() -> None:
     else:
         decided = choosing.as_last_trained(offer, asked, measure)
     chosen = {name: one.choice for name, one in decided.items()}
-    # Kept, or each budget would hold copies of its own.
+    # All are kept in memory, so that budgets share blocks instead of each holding its own copies.
     kept = [one.set for one in chosen.values()]
     made = {name: workshop.model(choice.set, kept)[0] for name, choice in chosen.items()}
     transformers = {TEACHER: teacher} | made

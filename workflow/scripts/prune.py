@@ -7,11 +7,11 @@
         --selection results/digits/prune/selection.json \
         --students results/digits/prune/students.safetensors
 
-The file holds the units of the selection that are trained: all with intervals, and kept blocks
-whose least-squares maps cost more than width.floor of all of it; training could only harm the
-others, which it lists as closed. Of them it names those that distill trains: with width.schedule:
-staged these are the depth students alone, whole blocks still. Narrow blocks start from least
-squares on recorded calls.
+selection.json lists the units of the selection that are trained: all with intervals, and kept
+blocks whose least-squares maps cost at least the share width.floor of what the whole selection
+costs, or were not measured. The others are listed as closed: training could only harm them. It also
+names the units that distill trains: with width.schedule: staged the depth students alone, as whole
+blocks; else all that are trained. Narrow blocks start from least squares on recorded calls.
 """
 
 from ppcl import program, provenance

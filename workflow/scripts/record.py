@@ -32,7 +32,7 @@ if TYPE_CHECKING:  # ppcl has to come first: it puts off what diffusers imports 
 
 
 class Recording(NamedTuple):
-    """A resolved teacher, its pipeline and transformer, and this process of those that record."""
+    """A resolved teacher, its pipeline and transformer, and the processes that record together."""
 
     teacher: TeacherSettings
     pipe: "DiffusionPipeline"
@@ -62,17 +62,23 @@ def choose_samples(rows: list[dict], settings: RecordSettings, seed: int) -> lis
 def record_parts(
     context: Recording, parts: list[Path], batches: list[list[dict]], settings: Settings
 ) -> None:
-    """Records every batch into its part, but those that are there; processes take them in turns."""
+    """Records every batch whose part is missing; processes take batches in turns.
+
+    After the first one, the family's claims are verified, and an export is rehearsed.
+
+    Args:
+        parts: the file of each batch.
+    """
     pipe, transformer, accelerator = context.pipe, context.transformer, context.accelerator
     folder = parts[0].parent
-    # The first one has more to do. Of the rest, the largest first: prompts of unlike length make
-    # batches of very unlike size.
+    # First the batch with the checks, which take time; then the largest first: prompts of unlike
+    # length make batches of very unlike size.
     order = [0, *sorted(range(1, len(batches)), key=lambda number: -len(batches[number]))]
     bar = tqdm(
         total=len(batches), desc="recording", unit="batch", disable=not accelerator.is_main_process
     )
     for turn in processes.in_turns(accelerator, len(order), folder):
-        bar.update(turn - bar.n)  # others have those that were skipped
+        bar.update(turn - bar.n)  # other processes took the turns in between
         part, batch = parts[order[turn]], batches[order[turn]]
         if not part.exists():
             recorded = recording.record_batch(

@@ -7,11 +7,11 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --state results/digits/state/sensitivity \
     --table results/digits/sensitivity/intervals.parquet
 
-CKA of probes sees how linear a run is, not how much the output depends on it. A student that has
-only its start weights does: the error it leaves ranks runs as the error after training does. Reads
-of the config: seed, device, teacher, sensitivity, and prune for the start weights, with width's
-calls to fit on if those are solved. A killed run goes on with the runs of blocks that are not
-measured yet.
+CKA of probes shows how linear a run is, not how much the output depends on it. The velocity error
+with a student that has only its start weights shows both: it ranks runs as the error after training
+does. Reads of the config: seed, device, teacher, sensitivity, prune for the start weights and, with
+prune.start: solved, the keys of width that say how they are fitted. A killed run goes on with the
+runs of blocks that are not measured yet.
 """
 
 from pathlib import Path

@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def cka_rows(stream: str, draws: np.ndarray) -> tuple[pd.DataFrame, float]:
-    """Rows of cka.parquet for one stream, and its noise level, from [1 + draws, first, last]."""
+    """Rows of cka.parquet for one stream, and the noise level of Delta's rise.
+
+    draws: CKA [1 + resamples, first, last]; the first is of all prompts.
+    """
     delta = cka_draws.differences(draws)
     (low, high), (delta_low, delta_high) = cka_draws.limits(draws), cka_draws.limits(delta)
     first, last = np.nonzero(np.isfinite(draws[0]))
@@ -53,7 +56,7 @@ def cka_rows(stream: str, draws: np.ndarray) -> tuple[pd.DataFrame, float]:
 
 
 def block_rows(stream: str, blocks: list[int], values: np.ndarray) -> pd.DataFrame:
-    """Rows of blocks.parquet: all ordered pairs."""
+    """Rows of blocks.parquet for one stream, from CKA of all ordered pairs [blocks, blocks]."""
     return pd.DataFrame(
         {
             "stream": stream,
@@ -73,7 +76,9 @@ def compare(
 ) -> tuple[np.ndarray, pd.DataFrame]:
     """CKA of the runs of one stream [1 + draws, first, last], and its rows of blocks.parquet.
 
-    fitted: its probes, by block. wanted: the device, if it has room.
+    Args:
+        fitted: its probes, by block; None for a block without the stream.
+        wanted: the device to compute on, if it has room; else it is the CPU.
     """
     chosen = settings.similarity
     how: dict[str, Any] = {key: getattr(chosen, key) for key in ("estimator", "normalise_tokens")}

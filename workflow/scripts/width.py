@@ -9,12 +9,12 @@ Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_nod
     --state results/digits/state/width --table results/digits/width/measured.parquet \
     --maps results/digits/width/maps.safetensors
 
-Candidates are, with width.enabled, the FFNs, image and text each for itself, and with --blocks the
-runs of blocks whose text outputs are alike (CKA); and, with --conditioning, every modulation matrix
-at every rank on offer. Linear maps are fitted by least squares on recorded calls, products of low
-rank to what matrices got there; each is judged on held-out calls, and put into the teacher alone:
-the velocity error is what selection counts. Reads of the config: seed, device, teacher, width,
-modulation. A killed run goes on with what is not fitted and not measured yet.
+Candidates are, with width.enabled, each image FFN and each text FFN and, with --blocks, the runs of
+blocks whose text outputs are alike (CKA); with --conditioning, every modulation matrix at every
+rank on offer. Linear maps are fitted by least squares on recorded calls, low-rank products to the
+inputs of the matrices, summed by `extract`. The fit of each is judged on held-out calls; then each
+is put into the teacher alone, and selection adds up the velocity errors. Reads of the config: seed,
+device, teacher, width, modulation. A killed run goes on with what is not fitted or measured yet.
 """
 
 import json
