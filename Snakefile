@@ -111,6 +111,6 @@ rule interval_plots:
 
 onsuccess:
     forget_taken(workflow.dag.jobs)
-    # It is left out by --until, --omit-from and --batch, which may leave no metrics.
+    # `all` is left out by --until, --omit-from and --batch, which may leave no metrics.
     if any(job.rule.name == "all" and workflow.dag.finished(job) for job in workflow.dag.jobs):
         logger.info(f"\n{summary('text')}\n")

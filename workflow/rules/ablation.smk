@@ -3,9 +3,11 @@
 # in:  shared artifacts of the run: calls, tokens, what modulations get, probes, CKA, what intervals
 #      and widths cost, and block times
 # out: ablation/runs/<method>-<number>.parquet, one run each; ablation/results.parquet, all of them;
-#      ablation/tables.md, for a reader; ablation/calibration.parquet, prices against errors after training; plots/ablation/
+#      ablation/tables.md, for a reader; ablation/calibration.parquet, prices against errors after
+#      training; plots/ablation/
 #
-# In parts: with ablation.methods only these run, and are put together; what has been run stays.
+# It may run in parts: with ablation.methods, only these methods run, and are put together; runs of
+# others stay.
 #
 # A job uses one core. A small teacher's runs on a CPU go as many at once as there are cores; else one
 # at a time, or as many as `--resources gpu=<n>` says. A run depends on its own entry of the table

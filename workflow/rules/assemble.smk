@@ -11,7 +11,7 @@ rule assemble:
         script=program("assemble.py"),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        sets=set_of,  # which tells what of the next it needs, too
+        sets=set_of,  # it holds the digest of the refitted maps that it uses, hence `ancient`
         refits=ancient(result("variants/maps.safetensors")),
         finetuned=lambda wildcards: [
             result(f"finetune/{name}.safetensors")

@@ -4,8 +4,8 @@
 # out: activations/tokens.parquet, a sample of tokens at every block boundary;
 #      activations/moments.safetensors, the sums that the probes are solved from (none unless
 #      blocks are compared);
-#      activations/conditioning.safetensors, those that low-rank modulations are (none unless
-#      modulation.enabled)
+#      activations/conditioning.safetensors, the sums that low-rank modulations are fitted to (none
+#      unless modulation.enabled)
 
 
 rule extract:

@@ -14,7 +14,7 @@ rule finetune:
         **model_files(),
         teacher=teacher_files(),
         calls=result("record/calls.parquet"),
-        sets=set_of,  # which tells what of the next it needs, too
+        sets=set_of,  # it holds the digest of the refitted maps that it uses, hence `ancient`
         refits=ancient(result("variants/maps.safetensors")),
     output:
         weights=result("finetune/{variant}.safetensors"),

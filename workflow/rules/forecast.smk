@@ -1,7 +1,8 @@
 # What a run needs: sizes, memory and disk, from the transformer's config alone, without weights.
 #
 # in:  a config.json of the transformer; the selection and the recorded calls, where they exist
-# out: forecast/forecast.parquet and a printed table; forecast/resources.json, from which jobs have their limits
+# out: forecast/forecast.parquet and a printed table; forecast/resources.json, from which jobs have
+#      their limits
 #
 # A target of its own (forecast), for which nothing else is made.
 

@@ -1,8 +1,9 @@
 # Candidate intervals (Eq. 5), and the selection of depth and width under the config's budgets.
 #
-# in:  record/blocks.parquet, similarity/cka.parquet, and as the config asks sensitivity/intervals.parquet (intervals.cost:
-#      velocity), probes/probes.parquet (influence), width/measured.parquet (width.enabled, modulation.enabled), latency/blocks.parquet
-#      (latency budgets)
+# in:  record/blocks.parquet, similarity/cka.parquet, and as the config asks
+#      sensitivity/intervals.parquet (intervals.cost: velocity), probes/probes.parquet (influence),
+#      width/measured.parquet (width.enabled, modulation.enabled), latency/blocks.parquet (latency
+#      budgets)
 # out: intervals/intervals.parquet and, with closed forms, width/candidates.parquet: each candidate
 #      with the reason for or against it
 

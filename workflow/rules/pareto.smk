@@ -1,4 +1,5 @@
-# What the budgets between would get, required choices aside, without further training.
+# What budgets between the smallest variant and the teacher would get, without further training.
+# Choices that the config requires are ignored.
 #
 # in:  what choose.smk takes, and variants/sets.json
 # out: pareto/points.parquet, quality, size and speed at evenly spaced budgets

@@ -1,5 +1,5 @@
-# Figures, from parquet files alone, as SVG (embedded in the report) and PNG. What there is to draw,
-# from which tables and when, says ppcl/figures/catalogue.py.
+# Figures, from parquet files alone, as SVG (embedded in the report) and PNG. The catalogue,
+# ppcl/figures/catalogue.py, says what there is to draw, from which tables and when.
 #
 # in:  the tables that a figure shows
 # out: plots/intervals, plots/training and plots/quality

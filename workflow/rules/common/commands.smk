@@ -32,8 +32,9 @@ def command(*options, group="", launched=False, taken=False, first=True):
     Each option names the place of its value in the rule: "input.calls" is `--calls {input.calls}`, and
     "output=output.students" is `--output {output.students}`. What holds braces goes as it is.
 
-    group: the part of the program, before its options. launched: started in several processes, by
-    `input.launcher`. taken: after `params.taken`, which see. first: else its log is added to.
+    group: the program's subcommand. launched: it is started in several processes, by
+    `input.launcher`. taken: the command `params.taken` comes before it (see `taken`). first:
+    whether it begins the log; else it adds to it.
     """
     words = ["{params.taken}python"] if taken else ["python"]
     if launched:
@@ -53,17 +54,19 @@ def launched(name):
 
 
 def taken(*stages):
-    """First command of a job that reads what stages made: what they kept to resume from goes.
+    """The first command of a job that reads outputs of stages: it deletes what they kept to resume
+    from.
 
-    Not of stages whose outputs the job does without: they may be at work, or half done."""
+    No stage whose outputs the job does without belongs here: it may be at work, or half done."""
     states = " ".join(result(f"state/{stage}") for stage in stages)
     return f"python {program('forget.py')} {states}; " if states else ""
 
 
 def forget_taken(jobs):
-    """At the end of a run that succeeded, and so has recorded all outputs of these jobs.
+    """Deletes what these jobs kept to resume from, at the end of a run that succeeded, when all
+    outputs are recorded.
 
-    Not with --touch, which takes missing outputs for success, too."""
+    Not with --touch, which succeeds even if outputs are missing."""
     for job in () if workflow.touch else jobs:
         if job.params.get("state"):
             whole.forget(Path(job.params.state))

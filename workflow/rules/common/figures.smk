@@ -25,12 +25,12 @@ def figure_names(group):
 
 
 def figure_keys(group):
-    """The config's keys that drawing them depends on."""
+    """The config's keys that drawing a group's figures depends on."""
     return sorted({key for entry in figures(group) for key in entry.keys})
 
 
 def figure_tables(group):
-    """For a rule's input: their tables, by name; of some, each fine-tuned variant has one."""
+    """For a rule's input: tables of a group's figures, by name; of some, one per fine-tuned variant."""
     names = {name for entry in figures(group) for name in entry.tables}
     paths = {name: result(path) for name, path in TABLES.items() if name in names}
     return {
@@ -44,7 +44,7 @@ def figure_tables(group):
 
 
 def figure_files(group):
-    """For a rule's output: they as SVG, which the report shows, and as PNG."""
+    """For a rule's output: a group's figures as SVG, which the report shows, and as PNG."""
     files = {}
     for entry in figures(group):
         files[entry.name] = report(
@@ -69,15 +69,15 @@ def interval_plots_only():
 
 
 def reporting():
-    """Whether a report is made, rather than anything run; of the command line, as in `targets`."""
+    """Whether the command line asks for a report (read from the arguments, as in `targets`)."""
     return workflow.is_main_process and any(word.startswith("--report") for word in sys.argv[1:])
 
 
 def reported():
-    """What makes the table that a report opens with: of a run that is there, unless it is made
-    first (--report-after-run)."""
+    """A function that returns the table at the top of a report. It reads the results now or, with
+    --report-after-run, when it is called after the run."""
     if not targets() <= {"all"}:
-        return str  # which is empty
+        return str  # of nothing: an empty text
     if "--report-after-run" in sys.argv[1:]:
         return lambda: summary("rst")
     table = summary("rst")

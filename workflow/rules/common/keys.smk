@@ -7,7 +7,7 @@ from ppcl.teacher import teacher_identity
 # Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
 WIDTH_FITS = ["width.fit_rows", "width.batch_size", "width.ridge"]
 WIDTH_PRICES = [*WIDTH_FITS, "width.rows", "width.longest", "width.cka_floor"]
-# And what is required and forbidden, that stages which search read.
+# Keys that say what is required and forbidden, for stages that search for sets.
 CONSTRAINTS = [
     "intervals.enabled",
     "intervals.require",
@@ -65,20 +65,20 @@ def subset_for_smallest_budgets(*keys):
 
 
 def subset_for_budgets(*keys):
-    """As subset, with the variants without what is done with them after sets were chosen."""
+    """As subset, with all variants, but only the keys that the choice of their sets depends on."""
     budgets = configuration.budgets(config["variants"])
     return as_it_is(configuration.subset({**config, "variants": budgets}, "variants", *keys))
 
 
 def distill_keys():
-    """The keys of `distill`, for stages that train as it does; how it shares and keeps is its own."""
+    """The keys of `distill` for stages that train as it does: all but those of shards and cache."""
     own = ("shards", "cache_inputs")
     return [f"distill.{key}" for key in config["distill"] if key not in own]
 
 
 def teacher_stamp():
-    """For params: what tells this teacher from any other. One that mv or rsync has put in its place
-    may be older than what was made with the other, which Snakemake does not take for a change."""
+    """For params: what tells this teacher from any other. Where mv or rsync puts another teacher in
+    its place, its files may be older than the results, and Snakemake would see no change."""
     return teacher_identity.fingerprint(settings().teacher)
 
 

@@ -12,7 +12,7 @@ from snakemake.settings.types import DeploymentMethod
 
 # Relative where possible: Snakemake remembers inputs by path, and a moved folder should not rerun.
 SCRIPTS = Path(os.path.relpath(Path(workflow.current_basedir) / "../../scripts"))
-# Their paths are words of every command.
+# Paths of programs stand unquoted in every command.
 if shlex.quote(str(SCRIPTS)) != str(SCRIPTS):
     sys.exit(
         f"error: the workflow's folder, {SCRIPTS.parents[1]}, has spaces or signs in its name that a "

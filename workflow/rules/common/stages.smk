@@ -130,7 +130,7 @@ def distill_shards(ending):
 
 
 def model_files():
-    """For inputs: what stages make models of, by the names of MODELS."""
+    """For inputs: the files that stages make models from, by the names of MODELS."""
     return {
         "maps": widths("maps.safetensors"),
         "conditioning": conditioning(),
@@ -140,7 +140,7 @@ def model_files():
 
 
 def price_files():
-    """For inputs: what stages search for sets by, by the names of PRICES."""
+    """For inputs: the files with what a search for sets goes by, by the names of PRICES."""
     return {
         "selection": selection(),
         "width": widths("measured.parquet"),
@@ -150,8 +150,8 @@ def price_files():
 
 
 def set_of(wildcards):
-    """What one variant is made of. It may have stayed the same where `choose` has run for others:
-    what follows is decided once that is known, since only then is the file compared."""
+    """For inputs: what one variant is made of. `choose` may run for other variants and leave this
+    file as it was, so the jobs after it are decided only once `choose` is done."""
     checkpoints.choose.get()
     return result(f"variants/sets/{wildcards.variant}.json")
 
@@ -215,7 +215,7 @@ def ablation_runs(names, seeds=None):
 
 
 def compared_methods():
-    """Names of the methods that this part of the ablation is of."""
+    """Names of the methods that are compared: those of ablation.methods, or all."""
     try:
         return methods.wanted(settings().ablation)
     except UserError as error:
@@ -228,8 +228,8 @@ def known_ablation_runs():
 
 
 def more_ablation_runs(wildcards):
-    """Tables of further runs, of the rivals that did best once each has been run; none in a part of
-    the ablation without all of them."""
+    """Tables of further runs, of the rivals that do best in their first ones; none if
+    ablation.methods leaves out a rival."""
     if not set(methods.of_group("rival")) <= set(compared_methods()):
         return []
     best = texts.read_sealed(checkpoints.rank_rivals.get().output.best)["best"]
