@@ -5,8 +5,8 @@
 #
 # Only with distill.shards other than 1. How many jobs there are is known once there is a selection.
 # A job runs the teacher up to the last block that its students need and, where the teacher's
-# streams are kept (ppcl/training/input_cache.py), only from the first one; jobs are balanced by that
-# (ppcl/training/shards.py). Checkpoints and streams live in state/distill-<shard>, as in
+# streams are kept (ppcl/training/input_cache.py), only from the first one; jobs are balanced by
+# that (ppcl/training/shards.py). Checkpoints and streams live in state/distill-<shard>, as in
 # distill.smk. Jobs that run at the same time on one machine take different GPUs
 # (ppcl/runtime/gpus.py), and wait if there are not enough.
 

@@ -30,7 +30,7 @@ def figure_keys(group):
 
 
 def figure_tables(group):
-    """For a rule's input: tables of a group's figures, by name; of some, one per fine-tuned variant."""
+    """For a rule's input: a group's tables, by name; of some, each fine-tuned variant has one."""
     names = {name for entry in figures(group) for name in entry.tables}
     paths = {name: result(path) for name, path in TABLES.items() if name in names}
     return {
