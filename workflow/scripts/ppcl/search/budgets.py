@@ -7,7 +7,7 @@ from ppcl.settings import Variant
 
 
 def needed(budget: Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
-    """What has to go for a budget: measure (parameters, blocks or latency) -> how much of it.
+    """What has to go for a budget: parameters, blocks or latency (s per call) -> how much of it.
 
     Args:
         budget: of a variant.

@@ -37,7 +37,7 @@ class Obstacle(NamedTuple):
 def usable_intervals(
     priced: Mapping[Ends, Interval], required: Named, limits: Limits
 ) -> dict[Ends, float]:
-    """The cost of every interval that selection may use; 0 for a required one without any.
+    """The cost of every interval that selection may use; 0 for a required one without a cost (NaN).
 
     The limits do not hold for what is required.
     """
@@ -51,7 +51,7 @@ def usable_intervals(
 def usable_linear_maps(
     rows: Iterable[ClosedForm], required: Named, limits: Limits
 ) -> tuple[dict[Ends, float], dict[Ffn, float]]:
-    """The same of text runs and of linear FFNs."""
+    """As `usable_intervals`: costs of text runs, and of linear FFNs."""
     runs: dict[Ends, float] = {}
     ffns: dict[Ffn, float] = {}
     for row in rows:
@@ -93,8 +93,8 @@ def interval_obstacle(interval: Interval, limits: Limits) -> Obstacle | None:
 
 
 def closed_form_obstacle(row: ClosedForm, limits: Limits) -> Obstacle | None:
-    """What rules out a text run, a linear FFN or a rank, or None. Protected blocks keep all but
-    their modulations."""
+    """What rules out a text run, a linear FFN or a rank, or None. Of protected blocks, only the
+    modulations may be pruned."""
     forbidden = limits.forbidden
     if row.kind == "modulation":
         if row.first in forbidden.ranks:

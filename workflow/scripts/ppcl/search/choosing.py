@@ -1,9 +1,9 @@
 """Which set each variant is: the cheapest within its budget, then the best sources of its units.
 
 Units and ranks come from one exact search per variant (ppcl.search.selection) over everything that
-is priced. Which of its students a unit takes is measured in the set in which it is used, since they
-differ in how they stand each other's errors: those of `distill` know the teacher alone, those of
-`subsets` each other. Needs no torch.
+is priced. The source of each trained unit is chosen by the measured error of whole sets, since
+students differ in how well they tolerate each other's errors: those of `distill` know the teacher
+alone, those of `subsets` were trained together. Needs no torch.
 """
 
 import math
@@ -22,7 +22,7 @@ class Choice:
     """A set for a variant.
 
     Attributes:
-        cost: what its members cost alone, each at its best: what the search minimises.
+        cost: sum of what its members cost alone, each at its best; the search minimises it.
         saved: measure -> how much of it goes.
         error: of the whole set, measured.
     """
@@ -35,7 +35,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Decided:
-    """What a variant is, and all that was measured for it: in words -> the choice."""
+    """The choice for a variant; and all that were measured for it, by their names in words."""
 
     choice: Choice
     tried: Mapping[str, Choice]
@@ -48,7 +48,7 @@ def search(offer: Offer, wanted: Variant) -> Choice:
     costs more.
 
     Args:
-        wanted: the variant's mapping in the config: name, budget and train.
+        wanted: the variant, as in the config.
 
     Raises:
         UserError: nothing that may be used meets the budget.
@@ -96,7 +96,7 @@ def decide(
     measured and that it may be, so that a larger budget has no larger error.
 
     Args:
-        asked: variant -> its mapping in the config, and what `search` found for it.
+        asked: name -> the variant, as in the config, and what `search` found for it.
         flips: whether single units are tried.
     """
     return settle(offer, asked, trials(offer, asked, measure, flips))
@@ -105,10 +105,10 @@ def decide(
 def trials(
     offer: Offer, asked: Mapping[str, tuple[Variant, Choice]], measure: Measure, flips: bool = True
 ) -> dict[str, dict[str, Choice]]:
-    """What `decide` tries for each variant, by what it is in words."""
+    """What `decide` tries: name of a variant -> what is tried, in words -> the measured choice."""
     free = {name: _free(offer, choice.set, wanted) for name, (wanted, choice) in asked.items()}
     begun = {name: _whole_stages(asked[name][1].set, units) for name, units in free.items()}
-    # All at once, as processes share out what is asked for at a time.
+    # In one call, as the processes share out the sets of a call.
     errors = iter(measure([one for sets in begun.values() for one in sets.values()]))
     tried = {
         name: {
@@ -127,12 +127,12 @@ def settle(
     asked: Mapping[str, tuple[Variant, Choice]],
     tried: Mapping[str, Mapping[str, Choice]],
 ) -> dict[str, Decided]:
-    """The best of all that was tried that each variant may be."""
+    """For each variant the best of all sets, tried for any variant, that it may be (`meets`)."""
     pool = [(name, choice) for name, choices in tried.items() for choice in choices.values()]
     decided = {}
     for name, (wanted, _) in asked.items():
         allowed = [pair for pair in pool if meets(pair[1], offer, wanted)]
-        # Of equally good ones its own.
+        # Among sets of equal error, the variant's own.
         of, best = min(allowed, key=lambda pair: (pair[1].error, pair[0] != name))
         borrowed = {} if of == name else {f"the set of {of}": best}
         decided[name] = Decided(best, {**tried[name], **borrowed})
@@ -174,8 +174,8 @@ def _whole_stages(start: Set, free: Mapping[str, list[str]]) -> dict[str, Set]:
 
 
 def _flip(tried: dict[str, Choice], free: Mapping[str, list[str]], measure: Measure) -> None:
-    """Adds sets to those that a variant has tried: the best, with one unit after the other from its
-    other sources."""
+    """For one unit after the other, measures the best set so far with the unit's other sources, and
+    adds these sets to `tried`."""
     for name, sources in free.items():
         best = min(tried.values(), key=lambda choice: choice.error)
         others = [source for source in sources if source != best.set.sources[name]]

@@ -3,8 +3,8 @@
 Kornblith et al. 2019; debiased by HSIC_1, Song et al. 2012, here in feature space: O(n d^2) for n
 tokens of d channels, no n x n matrix. float64 throughout, on any device that has it.
 
-Sides may be many at a time, [pairs, n, d]: of small ones, a product takes less time than the call
-that asks for it.
+Most functions take one side, [n, d], or many at a time, [pairs, n, d]: with small sides, a call
+takes longer than its product, so one call makes many products.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ NOT_FINITE = (
     "the held-out tokens hold NaN or infinity, so CKA is undefined. Set teacher.dtype to bfloat16 "
     "or float32 (of probes: raise probe.ridge), delete activations/ and rerun."
 )
-# Products go by in slabs of that many bytes: on a CPU few enough to stay in its cache.
+# Products are made in slabs of at most so many bytes: on a CPU few enough to stay in its cache.
 SLAB_BYTES = 128 * 2**20
 CPU_SLAB_BYTES = 8 * 2**20
 
@@ -54,7 +54,8 @@ def resamples(
 ) -> Resamples:
     """Draw `draws` resamples of at most 32 groups of prompts; `prompts` [n] is each token's prompt.
 
-    every: the prompts of all streams, if a stream may lack some: the same draws pick the same ones.
+    every: each token's prompt in all streams, if a stream may lack some prompts. Draws of different
+    streams then pick the same prompts.
 
     Whole prompts are drawn, since tokens of one image are not independent. "plain" draws the groups
     with replacement. "debiased" draws half of them without: a token that is drawn twice meets
@@ -118,7 +119,7 @@ def slab_bytes(device: torch.device) -> int:
 
 
 def pairs_at_once(tokens: int, channels: int, groups: int, device: torch.device) -> int:
-    """How many pairs of sides [tokens, channels] go by at a time, at least one.
+    """How many pairs of sides [tokens, channels] are computed at a time, at least one.
 
     So many that none of their tensors is larger than a slab: tokens [n, d], tokens on sums [n, g],
     products [g, d, d], and products with sums [g, g, g].
@@ -274,9 +275,10 @@ def _gram_of_products(x: Side, y: Side) -> Tensor:
 def ratio(
     cross: np.ndarray, own_x: np.ndarray, own_y: np.ndarray, names: Sequence[str]
 ) -> np.ndarray:
-    """CKA [..., 1 + draws] of such HSICs; rounding may leave it a hair above 1.
+    """CKA from HSICs: cross / sqrt(own_x own_y), all [..., 1 + draws]; at most 1.
 
-    names: of the pairs, in order. Raises UserError, which begins with a pair's name, if a side of
+    cross: of the two sides of a pair; own_x, own_y: of each side with itself. names: of the pairs,
+    in order. Raises UserError, which begins with a pair's name, if a side of
     it does not vary.
     """
     own_x, own_y = np.broadcast_arrays(own_x, own_y)
@@ -286,7 +288,7 @@ def ratio(
             f"{names[int(still.argmax())]}: a side does not vary over the held-out tokens, so CKA "
             "is undefined. Record more prompts (record.samples, record.heldout_fraction)."
         )
-    # A resample can, rarely, hold tokens that do not vary; it then says nothing: the estimate.
+    # A resample can, rarely, hold tokens that do not vary; the estimate then takes its place.
     defined = (own_x > 0) & (own_y > 0)
     scale = np.sqrt(np.where(defined, own_x * own_y, 1))
     estimate = cross[..., :1] / scale[..., :1]

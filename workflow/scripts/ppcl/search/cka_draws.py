@@ -47,8 +47,8 @@ def mean_of_streams(draws: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def with_joint(draws: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The streams' [1 + draws, first, last] where blocks that have one joint sequence count for
-    image and for text, and the streams' mean."""
+    """Streams' CKA [1 + draws, first, last], with a `mean` over the given streams; blocks that have
+    one joint sequence now count for image and for text."""
     completed = dict(draws)
     if JOINT in draws:
         for stream in (IMAGE, TEXT):

@@ -1,8 +1,8 @@
-"""Integer programs: of columns that are taken or not, the cheapest that gain enough.
+"""Integer programs: which columns to take, so that they gain enough at the least total cost.
 
-Solved by HiGHS through `scipy.optimize.milp`, whose tolerances are absolute, 1e-6: costs are scaled
-by what the answer costs, and gains by what is needed, so that they are relative to it. Of columns
-that cost the same, fewer are taken, and among as many always the same ones. Needs no torch.
+Solved by HiGHS through `scipy.optimize.milp`. Its tolerances are absolute, 1e-6, so costs are
+scaled by the cost of the answer, and gains by what is needed. Of answers at the same cost, one with
+fewer columns is preferred, and it is always the same one. Needs no torch.
 """
 
 import math
@@ -13,22 +13,22 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-# What the answer costs, and what is needed, once they are scaled.
+# The cost of the answer, and each need, after scaling.
 SCALE = 1e5
-# Added to the scaled cost of a column, up to twice as much, so that no two answers cost the same.
+# Once to twice this is added to each column's scaled cost, so that no two answers cost the same.
 TIE = 2e-5
-# What is found may cost so much more than the answer, relatively, while the scale is looked for.
+# Relative gap to the least cost that a solution may have while the scale is looked for.
 ROUGH = 0.1
 # Relative; for the rounding of sums.
 ROUNDING = 1e-12
 
-# Coefficients of some columns, of which the sum over those taken is at most `most`.
+# (column -> coefficient, limit): the coefficients of the columns taken add up to at most the limit.
 Row = tuple[Mapping[int, float], float]
 
 
 @dataclass(frozen=True)
 class Taken:
-    """Numbers of the columns taken, in order, their cost, and the least that any answer costs."""
+    """Numbers of the columns taken, ascending; their cost; a lower bound of the least cost."""
 
     columns: tuple[int, ...]
     cost: float
@@ -50,7 +50,7 @@ def cheapest(
         needs: in every measure; above zero.
         implied: numbers of columns that the rows decide, given the others; they break no ties.
 
-    None if there are none.
+    None if no columns do. Raises RuntimeError if the solver stops without an answer.
     """
     every, gained = np.array(costs, float), np.array(gains, float).reshape(len(costs), len(needs))
     if not len(every):
@@ -62,7 +62,7 @@ def cheapest(
     # Another number for each column, and a rather different one for its neighbours.
     ties = TIE * (1 + np.arange(len(every)) * (math.sqrt(5) - 1) / 2 % 1)
     ties[list(implied)] = 0
-    # The answer costs no more than any that is enough: what costs more by itself is left out.
+    # No column of the answer costs more than a whole solution: such columns are not offered.
     dearest, gap = every.max(), ROUGH
     while True:
         scale = SCALE / dearest if dearest > 0 else 1.0
@@ -72,7 +72,7 @@ def cheapest(
         taken, low = solution
         cost = math.fsum(every[taken])
         if not all(map(enough, gained[taken].sum(axis=0), needs)):
-            # Within the tolerance, but not enough: this one alone is cut off.
+            # Enough within the solver's tolerance alone: a row excludes this very solution.
             cut = {i: 1.0 if i in set(taken) else -1.0 for i in range(len(every))}
             rows.append((cut, len(taken) - 1))
         elif gap:

@@ -1,4 +1,4 @@
-"""What an interval costs: the catalogue of the config's intervals.cost, of which selection adds up.
+"""What an interval costs: a function per value of intervals.cost. Selection adds these costs up.
 
 Costs are float64 [first, last], as in ppcl.search.intervals; NaN where nobody measured one, which
 selection leaves out. Needs no torch.
@@ -36,7 +36,7 @@ class CostInputs:
 
 
 def velocity(given: CostInputs) -> np.ndarray:
-    """The velocity error with an untrained student, less what training mends."""
+    """The velocity error with an untrained student, times the share that training leaves."""
     return given.training_leaves * measured.costs(given.sensitivity, given.depth)
 
 

@@ -48,7 +48,7 @@ class Measurements:
     Attributes:
         cka, costs: of every run of blocks [first, last]; NaN where nobody measured it.
         tolerance: rise of Delta that ends a search of Eq. 5.
-        closed: the closed forms, required text runs that nobody measured among them.
+        closed: the closed forms, with those required text runs that nobody measured.
         weights: what each candidate saves, by measure: parameters, blocks, and latency if limited.
         totals: of the whole teacher, as `budgets.needed` takes them.
     """
@@ -64,7 +64,7 @@ class Measurements:
 
 @dataclass(frozen=True)
 class Segmentation:
-    """Intervals: the chain of Eq. 5, and by their ends all that selection may choose from."""
+    """The intervals of Eq. 5's chain; and, by ends, all intervals that selection may choose."""
 
     chain: list[Interval]
     priced: dict[Ends, Interval]
@@ -131,7 +131,7 @@ def tolerance(settings: Settings, cka_table: Path) -> float:
     """The rise of Delta that ends a search of Eq. 5.
 
     Raises:
-        UserError: it is to be the noise of resamples, and there are none.
+        UserError: intervals.tolerance is bootstrap, but CKA was computed without resamples.
     """
     wanted = settings.intervals.tolerance
     facts = measured.facts(cka_table, "delta_noise", "bootstrap")
@@ -171,7 +171,7 @@ def segmentation(settings: Settings, known: Measurements, required: Named) -> Se
 
 
 def limits(settings: Settings, depth: int) -> tuple[Limits, Limits]:
-    """What the config rules out: of intervals, and of closed forms."""
+    """What the config rules out: among intervals, and among closed forms."""
     _, forbidden = constraints.of_config(settings, depth)
     protected = constraints.protected(settings, depth)
     floors = settings.intervals.cka_floor, settings.width.cka_floor

@@ -1,8 +1,8 @@
 """Which runs of blocks one student block each may replace: Eq. 5.
 
-Eq. 5 finds where a run of probes stops to follow the teacher; it leaves no gap, so what it finds
-are candidates, of which ppcl.search.selection picks. An interval is [first, last], inclusive, of at
-least two blocks; one student replaces it, so last - first blocks go.
+Eq. 5 finds where a run of probes stops following the teacher. Its intervals leave no gap, so they
+are only candidates, of which ppcl.search.selection picks. An interval is [first, last], inclusive,
+of at least two blocks; one student replaces it, so last - first blocks go.
 
 `cka`, `delta` and `costs` are float64 [first, last] as in ppcl.search.similarity: first = u + 1,
 last = k. A cost is the measured velocity error with an untrained student, 1 - cka, or the influence
@@ -57,7 +57,7 @@ def spans(depth: int, seams: Iterable[int] = (), kept: Collection[int] = ()) -> 
 
 
 def trend_end(delta: np.ndarray, first: int, stop: int, tolerance: float = 0.0) -> int:
-    """v of Eq. 5 for a search whose first replaced block is `first` = u + 1; `stop` if none.
+    """v of Eq. 5 for a search from block `first` = u + 1 on; `stop` if Delta never rises.
 
         v = min { k-1 in [u+2, stop] : Delta(u, k) > Delta(u, k-1) + tolerance }
 
@@ -73,10 +73,10 @@ def trend_end(delta: np.ndarray, first: int, stop: int, tolerance: float = 0.0) 
 def trend_chain(
     cka: np.ndarray, runs: Iterable[range], tolerance: float = 0.0
 ) -> list[tuple[int, int]]:
-    """The paper's intervals, as (first, last): Eq. 5 from the first block of every run, each search
-    after the last.
+    """The paper's intervals, as (first, last), by Eq. 5.
 
-    A single block that is left over at the end of a run is no interval.
+    The first search starts at the first block of a run, each further one after the interval before.
+    A single block that is left over at the end of a run is no interval. cka: [first, last].
     """
     delta, chain = differences(cka), []
     for run in runs:
@@ -103,7 +103,7 @@ def candidates(
 ) -> list[tuple[int, int]]:
     """What selection may choose from.
 
-    "trend": the chain of Eq. 5 and every interval inside one of its own. A run that Eq. 5 calls
+    "trend": the intervals of Eq. 5's chain and all intervals inside them. A run that Eq. 5 calls
     continuous is continuous in its parts, so a part of it, or several disjoint ones, may be used
     when the whole removes too much. "optimal": every interval inside `runs`.
     """
@@ -112,10 +112,10 @@ def candidates(
 
 
 def by_influence(influences: np.ndarray) -> np.ndarray:
-    """Costs [first, last] from the influence of every block [depth]: the sum over those that go.
+    """Costs [first, last] from the influence of every block [depth]: its sum over first + 1..last.
 
-    ShortGPT (arXiv 2403.03853) removes the blocks of least influence; the student stands for the
-    block before them as well.
+    ShortGPT (arXiv 2403.03853) removes the blocks of least influence; here the student stands for
+    block `first` as well, whose influence does not count.
     """
     depth = len(influences)
     costs = np.full((depth, depth), np.nan)

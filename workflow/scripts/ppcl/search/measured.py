@@ -48,7 +48,8 @@ def costs(path: Path | None, depth: int) -> np.ndarray:
 
 def influences(path: Path | None, stream: str, depth: int) -> np.ndarray:
     """Block influence of every block [depth] in one stream (NaN where it passes none), as the probe
-    stage measured it. Blocks of a joint sequence count for image and text; `mean` is of streams."""
+    stage measured it. Blocks of a joint sequence count for image and text; `mean` takes the mean
+    over streams."""
     if path is None:
         raise UserError("intervals.cost is influence: name the probes' table, --probes")
     table = tables.read(path, schemas.PROBES).to_pandas()
@@ -171,7 +172,7 @@ def closed(
 
 def timing(path: Path, depth: int) -> tuple[Weights, float]:
     """Seconds per call that can be saved, and those of the whole transformer, as `latency` timed
-    them. What a text run adds where it closes counts as nothing."""
+    them. The map at the end of a text run counts as 0 s."""
     table = tables.read(path, schemas.LATENCY).to_pandas()
     check_depth(path, table["block"], depth)
     seconds = {(row.part, row.block): row.seconds for row in table.itertuples()}

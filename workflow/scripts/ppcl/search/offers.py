@@ -41,9 +41,8 @@ class Offer:
     Attributes:
         closed: the price of every closed form: runs, ffns and ranks. No intervals, no units.
         units: trained ones, by name.
-        errors: of each, source -> velocity error of the teacher with it alone; every source that
-            there is.
-        weights: what everything saves; `units` among it.
+        errors: by name of a unit, each source -> velocity error of the teacher with it alone.
+        weights: measure -> what each closed form and each unit saves.
         facts: transformer_parameters, blocks, and transformer_seconds for latency.
         required: what the config asks for.
     """
@@ -56,7 +55,7 @@ class Offer:
     required: constraints.Named = constraints.NOTHING
 
     def sources(self, name: str, train: bool = True) -> dict[str, float]:
-        """Where a unit can be from, with its error; without training, it is untrained."""
+        """The sources of a unit, each with its error; without `train`, no trained ones."""
         return {
             source: error
             for source, error in self.errors.get(name, {}).items()
@@ -64,8 +63,8 @@ class Offer:
         }
 
     def trained(self, chosen: Set) -> dict[str, str]:
-        """The trained units of a set, and where each is from. Closed forms that other variants take
-        on the same blocks may have the same name, and are other units."""
+        """Those units of a set that are in `units`: name -> source. A closed form on the same
+        blocks may have the same name, but is another unit."""
         return {
             member.unit.name: member.source
             for member in chosen.members
@@ -78,7 +77,7 @@ class Offer:
         return min(errors, key=errors.__getitem__)
 
     def parameters_left(self, saved: Mapping[str, float]) -> int:
-        """Parameters of a model that saves this in every measure."""
+        """Parameters of a transformer that saves this: measure -> amount."""
         return round(self.facts["transformer_parameters"] - saved["parameters"])
 
 
@@ -136,7 +135,7 @@ def offered(
 
 
 def _refuse_unpriced(required: constraints.Named, closed: Choices, units: Iterable[Unit]) -> None:
-    """Raises UserError for what is required, but nothing on offer has it."""
+    """Raises UserError if something is required that neither a closed form nor a unit offers."""
     units = list(units)
     lists = (
         ("width.text", "runs", closed.runs, "width.longest or width.cka_floor leave it out"),

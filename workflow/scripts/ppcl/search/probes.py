@@ -195,9 +195,9 @@ def residual_fit(probe: Probe, x: np.ndarray, y: np.ndarray) -> Fit:
 
 
 def cosines(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Cosine of every token of x [n, d] with that of y, float64 [n].
+    """Cosine of every token of x [n, d] with the same token of y [n, d], float64 [n].
 
-    Two zero tokens agree; one zero token against another that is not does not.
+    1 for two zero tokens; 0 if only one of the two is zero.
     """
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)

@@ -9,12 +9,17 @@ from ppcl.pruning.units import Matrix, Modulation, Unit
 
 @dataclass(frozen=True)
 class Weights:
-    """What is saved in one measure, each per block unless it says otherwise.
+    """What is saved in one measure.
 
-    block: if the block goes. text: if its text stream is borrowed. output: what a run that closes
-    with it adds. source: what the first block of a run saves beside that, if the run reaches
-    `Choices.unread`. ffn: (block, stream) -> if that FFN is linear. ranks: (matrix, rank, sixths of
-    its outputs that are kept) -> if it has that rank. units: by name, of whole trained units.
+    Attributes:
+        block: of each block, what is saved if it goes.
+        text: of each block, what is saved if it borrows its text stream.
+        output: of each block, what a text run that ends there adds by the map at its end.
+        ffn: (block, stream) -> what that FFN saves if it is linear.
+        ranks: (matrix, rank, sixths of its outputs that are kept) -> what that rank saves.
+        units: name -> what that trained unit saves as a whole.
+        source: first block of a text run -> what it saves if the run ends at `Choices.unread`; such
+            a run has no map at its end.
     """
 
     block: Sequence[float]
@@ -51,7 +56,7 @@ def saved(
 
 
 def sixths_left(unit: Unit, modulation: Modulation, unread: int | None) -> int:
-    """Sixths of a modulation matrix's outputs that a trained unit keeps."""
+    """Sixths of a modulation matrix's outputs that a trained unit keeps: 0 if the matrix goes."""
     new_block = next(
         (new_block for new_block in unit.new_blocks if new_block.first == modulation.block), None
     )

@@ -3,13 +3,14 @@
 Depth intervals and text runs are [first, last], inclusive. A text run (Eq. 8) holds kept blocks and
 whole intervals, and at least two of them: the first keeps its text stream, the later ones borrow
 it. An FFN (Eq. 9) becomes linear in a block that is kept or that starts an interval; a borrowed
-text stream has none. A modulation matrix becomes a product of low rank; a linear FFN leaves half of
-it, a borrower no text matrix, and the source of a run after which nothing reads text a third of its
-own. What was trained goes in as whole units, of which ranks alone may still be chosen. The cost of
-a set is the sum of its members' costs, and whatever counts (parameters, blocks, seconds) adds up as
-well: an integer program (ppcl.search.integer_programs), in which every member is a column and every
-exclusion a row. All budgets of a config are met at once, in several measures if need be. PPCL,
-arXiv 2511.16156, stages 1.2 and 2. Needs no torch.
+text stream has none. A modulation matrix becomes a product of low rank. Some of its outputs may be
+gone by then: with a linear FFN a part of them stays (most often half), a block that borrows its
+text stream has no text matrix, and the first block of a run after which nothing reads text keeps a
+third of it. Trained students go in as whole units, of which only the ranks are still chosen. The
+cost of a set is the sum of its members' costs, and what is saved (parameters, blocks, seconds) adds
+up as well: an integer program (ppcl.search.integer_programs), in which every member is a column and
+every exclusion a row. All budgets of a config are met at once, in several measures if need be.
+PPCL, arXiv 2511.16156, stages 1.2 and 2. Needs no torch.
 """
 
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ class Choices:
     """What may be given up, and the cost of each; no cost is negative.
 
     ranks: of each modulation matrix, the cost of every rank on offer. units: trained ones, by name,
-    with their cost; they keep everything else off their blocks but ranks. modulations: the matrices
+    with their cost; on their blocks nothing else can be chosen but ranks. modulations: the matrices
     of `ranks`. unread: the block after which nothing reads the text stream, if there is one.
     """
 
@@ -101,8 +102,8 @@ def select(
     )
 
 
-# Names of columns: (kind, what), where a rank is (matrix, rank, sixths of its outputs kept), and
-# `borrows` is a block whose text stream is borrowed, which the runs and intervals taken decide.
+# Names of columns: (kind, item). The item of `rank` is (matrix, rank, sixths of its outputs kept).
+# `borrows` says that a block borrows its text stream: the runs and intervals taken decide that.
 Column = tuple[str, Any]
 
 
@@ -172,8 +173,8 @@ class _Columns:
         return alone[kind].get(item, 0)
 
     def _by_block(self, depth: int) -> tuple[list[list[int]], ...]:
-        """Of each block: columns of the units that hold it, of the intervals with which it goes,
-        of the runs that hold it, and of the runs that start there and reach the unread end."""
+        """For each block, columns of: units that hold it; intervals that remove it; runs that hold
+        it; runs that start at it and end at `Choices.unread`."""
         lists: list[list[list[int]]] = [[[] for _ in range(depth)] for _ in range(4)]
         holding, going, runs, ending = lists
         for number, (kind, item, _) in enumerate(self.every):
@@ -224,13 +225,13 @@ class _Columns:
                 self._at_most_one([self.number["run", ends], self.number["interval", ends]])
 
     def _textless(self, block: int) -> list[int]:
-        """Columns with which what would follow a block's text attention is gone: it borrows its
-        text, or lends it up to the unread end."""
+        """Columns that remove what follows a block's text attention: it borrows its text stream, or
+        is the first of a run that ends at `Choices.unread`."""
         borrows = self.number.get(("borrows", block))
         return [*([] if borrows is None else [borrows]), *self.ending[block]]
 
     def _borrow(self, block: int) -> None:
-        """A block borrows if a run holds it after the run's first, unless it goes."""
+        """A block borrows if it is in a run, not as its first, and no interval removes it."""
         borrows, going = self.number["borrows", block], self.going[block]
         lent = [n for n in self.runs[block] if self.every[n][1][0] < block]
         self._only_with([borrows], lent)
@@ -265,7 +266,7 @@ class _Columns:
                 self._only_with(ranks[sixths], by_sixths[sixths])
         less = [n for sixths, numbers in by_sixths.items() if sixths < 6 for n in numbers]
         self._at_most_one([*less, *ranks[6]])
-        if required:  # one of them, unless its text stream is borrowed
+        if required:  # one of the ranks, unless the block borrows its text stream
             kept = [n for n in by_sixths[0] if n not in self.going[block]]
             kept = [n for n in kept if self.every[n][0] != "unit" or self._keeps(n, block)]
             self._at_least_one([*kept, *(n for columns in ranks.values() for n in columns)])
@@ -280,7 +281,7 @@ class _Columns:
         self.rows.append((dict.fromkeys(columns, -1.0), -1.0))
 
     def _require(self, required: Named) -> None:
-        """What is required is in, by itself or in a unit."""
+        """Whatever is required is taken, by itself or in a unit."""
         units = [(self.number["unit", name], u) for name, (u, _) in self.choices.units.items()]
         holding: dict[Column, list[int]] = {
             **{("interval", ends): [] for ends in required.intervals},

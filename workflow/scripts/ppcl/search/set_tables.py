@@ -17,7 +17,7 @@ from ppcl.transformer.family import IMAGE, TEXT
 
 
 def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
-    """A variant's rows of units.parquet; what they save adds up to what the variant does."""
+    """A variant's rows of units.parquet; their savings add up to the variant's."""
     units = []
     for member in choice.set.members:
         unit = member.unit
@@ -77,7 +77,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
 
 
 def _closed(unit: Unit) -> Iterable[tuple[str, tuple]]:
-    """The text run and the linear FFNs of a unit of kept blocks."""
+    """(kind, item) of the text run and of each linear FFN of a unit of kept blocks."""
     if len(unit.new_blocks) > 1:
         yield "text", (unit.first, unit.last)
     for new_block in unit.new_blocks:

@@ -6,20 +6,19 @@ from dataclasses import asdict, dataclass, replace
 from ppcl import provenance
 from ppcl.pruning.units import Matrix, Unit, new_block_of
 
-# Least squares; start weights; and the stages that train, in their order.
+# Sources of a unit's weights: least squares; start weights, untrained.
 CLOSED, START = "closed", "start"
 
-
+# The stages that train it, in their order.
 TRAINED = ("distill", "narrow", "subsets")
 
-
-# And the name of a variant: least squares once more, in its set.
+# Followed by a variant's name: least squares, fitted once more in that variant's set.
 REFIT = "refit-"
 
 
 @dataclass(frozen=True)
 class Member:
-    """A unit of a set, and where its blocks are from."""
+    """A unit of a set, and the source of its weights."""
 
     unit: Unit
     source: str
@@ -29,8 +28,8 @@ class Member:
 class Set:
     """What is plugged into the teacher: units in order of depth, and ranks of modulations.
 
-    No two units overlap. A rank is that of the block's own matrix, or of the one of the student
-    that starts at this block.
+    No two units overlap. A rank belongs to a matrix of the teacher's block or, if a student starts
+    at this block, to the student's.
     """
 
     members: tuple[Member, ...] = ()
@@ -42,13 +41,13 @@ class Set:
 
     @property
     def sources(self) -> dict[str, str]:
-        """By unit."""
+        """Name of a unit -> source."""
         return {member.unit.name: member.source for member in self.members}
 
     @property
     def first(self) -> int:
-        """The first block that differs from the teacher; the number of blocks, if it is behind all
-        of them."""
+        """The first block that differs from the teacher; the number of blocks if only the last
+        AdaLN does; 0 for an empty set."""
         starts = [unit.first for unit in self.units] + [matrix[0] for matrix, _ in self.ranks]
         return min(starts, default=0)
 
@@ -69,7 +68,7 @@ class Set:
 
 
 def refitted(chosen: Set, variant: str) -> Set:
-    """A set whose linear FFNs by least squares are fitted once more, in it."""
+    """The same set, but with linear FFNs of least squares fitted once more, in this set."""
     return chosen.having(
         {
             member.unit.name: f"{REFIT}{variant}"
@@ -96,17 +95,17 @@ def entry(chosen: Set) -> dict:
 
 
 def of_entry(stored: Mapping) -> Set:
-    """The set of which `entry` made this.
+    """The set that `entry` turned into JSON.
 
     Raises:
-        ValueError, LookupError, TypeError: it is of something else.
+        ValueError, LookupError, TypeError: this is not the JSON of a set.
     """
     members = []
     for one in stored["units"]:
         unit = Unit(tuple(map(new_block_of, one["new_blocks"])))
         source = one["source"]
         if source not in (CLOSED, START, *TRAINED) and not source.startswith(REFIT):
-            raise ValueError(f"unit {unit.name} is from nowhere")
+            raise ValueError(f"unit {unit.name} has the unknown source {source!r}")
         members.append(Member(unit, source))
     ranks = tuple(((int(block), str(path)), int(rank)) for block, path, rank in stored["ranks"])
     return Set(tuple(members), ranks)

@@ -30,8 +30,8 @@ def write(path: Path, offer: Offer, choices: Mapping[str, Choice], stamp: Mappin
 def write_one(path: Path, offer: Offer, choice: Choice, refits: str) -> None:
     """Writes sets/<variant>.json: what this one is built from, and nothing that is measured.
 
-    While the variant stays the same, so does the file, to the byte, and what is made from it (a
-    fine-tune) is not made again because other variants, or times, changed.
+    The file changes only with its variant. So what is made from it (a fine-tune) is not made again
+    when other variants, or measured times, change.
 
     refits: digest of its maps that were fitted once more.
     """
@@ -48,7 +48,7 @@ class Written:
 
     Attributes:
         sets: of every variant.
-        parameters: of each, what its model has.
+        parameters: of every variant's transformer.
         alone: by trained unit, source -> velocity error of the teacher with it alone.
         facts: of every variant, what the file says of it.
     """
@@ -75,7 +75,7 @@ def read(path: Path) -> Written:
     """What `write` or `write_one` wrote.
 
     Raises:
-        UserError: it is missing, or something else.
+        UserError: the file can't be read, or is neither.
     """
     content = texts.read_sealed(path)
     try:

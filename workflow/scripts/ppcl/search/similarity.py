@@ -74,10 +74,10 @@ def heldout(
 def memory(
     shape: tuple[int, int], depth: int, options: SimilaritySettings, device: torch.device = CPU
 ) -> int:
-    """The most bytes of `surrogate_cka`, or of `block_cka`, for `depth` boundaries, tokens [n, d].
+    """The most bytes that `surrogate_cka` or `block_cka` needs, for `depth` boundaries.
 
-    options: the config's `similarity`. device: where it is computed, as that decides how many pairs
-    go by at a time.
+    shape: [n, d] of the tokens at a boundary. options: the config's `similarity`. device: where it
+    is computed, as that decides how many pairs are computed at a time.
     """
     tokens, channels = shape
     one, rank = tokens * channels, min(shape)
@@ -139,7 +139,7 @@ def surrogate_cka(
         if probe is None:
             here = None
             continue
-        if here is None:  # runs begin that end before the next block without probe
+        if here is None:  # the first of a row of blocks that have probes
             here, began = _ordered(read, last, plan, stream, device), last
             length = sum(1 for _ in takewhile(lambda p: p is not None, probes[last:]))
             running = kind(length, here, normalise_tokens, plan, estimator)
@@ -165,9 +165,9 @@ def surrogate_cka(
 
 
 class _Composed:
-    """Surrogates as maps of their starts, for the plain estimator without resamples.
+    """Surrogates as maps of their start tokens, for the plain estimator without resamples.
 
-    most: how many there may be. tokens [n, d]: of the first one's start.
+    most: how many surrogates there may be. tokens [n, d]: the start tokens of the first one.
     """
 
     def __init__(
@@ -213,9 +213,9 @@ def _square(matrices: Tensor) -> np.ndarray:
 
 
 class _Materialised:
-    """Surrogates as their tokens, centred unless each is to be normalised first.
+    """Surrogates as their tokens, which are centred here unless they are to be normalised first.
 
-    most: how many there may be. tokens [n, d]: of the first one's start.
+    most: how many surrogates there may be. tokens [n, d]: the start tokens of the first one.
     """
 
     def __init__(self, most: int, tokens: Tensor, normalise: bool, plan: Resamples, estimator: str):
@@ -276,7 +276,7 @@ def block_cka(
     stream: str = "?",
     device: torch.device = CPU,
 ) -> np.ndarray:
-    """Heat map: CKA between the outputs of every two of `blocks`, float64 [len(blocks)] * 2.
+    """Heat map: CKA between the outputs of every two of `blocks`, float64 [blocks, blocks].
 
     read(boundary) as in `surrogate_cka`; the output of block b is boundary b + 1. Symmetric with a
     unit diagonal. Only row 0 of `plan` is used (no resampling). Memory: len(blocks) n d float64.

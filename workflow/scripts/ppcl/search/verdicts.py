@@ -1,5 +1,5 @@
 """Why each candidate was selected or not: a verdict, of `schemas.Verdict`, for programs, and a
-sentence for people. What comes of it are the rows of the tables that selection writes."""
+sentence for people; and with these, the rows of the tables that selection writes."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -117,7 +117,7 @@ def closed_form_rows(
 
 
 def _selected(wanted: bool, key: str, cost: float, decision: Decision) -> Judged:
-    """Of something that is selected; wanted: it is required, by the list of this key."""
+    """On a selected candidate. wanted: whether the list `require` of this key names it."""
     if wanted:
         free = "; not measured, so it counts as free" * math.isnan(cost)
         return Verdict.REQUIRED, f"required by {key}.require" + free
@@ -129,7 +129,7 @@ def _selected(wanted: bool, key: str, cost: float, decision: Decision) -> Judged
 
 
 def _interval_left(ends: Ends, selection: Selection) -> Judged:
-    """Of an interval that may be used, but was not selected."""
+    """On an interval that may be used, but was not selected."""
     if rivals := [shown(it) for it in selection.intervals if overlap(it, ends)]:
         return _costlier(rivals)
     if cut := [
@@ -140,7 +140,7 @@ def _interval_left(ends: Ends, selection: Selection) -> Judged:
 
 
 def _left(row: ClosedForm, selection: Selection, closed: ClosedForms) -> Judged:
-    """Of a closed form that may be used, but was not selected."""
+    """On a closed form that may be used, but was not selected."""
     if row.kind == "text":
         return _run_left(row, selection)
     if row.kind == "ffn":
@@ -183,8 +183,8 @@ def _costlier(rivals: Sequence[str]) -> Judged:
 
 
 def _gone(block: int, text: bool, selection: Selection) -> Judged | None:
-    """Of something that a block does not have any more; None if it still does. text: of its text
-    stream."""
+    """On a part of a block that is gone with the block or, if `text`, with its text stream; None if
+    the part is still there."""
     for first, last in selection.intervals:
         if first < block <= last:
             reason = f"goes with its block in the selected interval [{first},{last}]"
