@@ -30,7 +30,7 @@ class Verdict(StrEnum):
 
 
 RULED_OUT = frozenset({Verdict.FORBIDDEN, Verdict.PROTECTED, Verdict.LOW_CKA, Verdict.UNMEASURED})
-"""Verdicts on what selection may not use, whatever it costs."""
+"""Verdicts on candidates that selection may not use, whatever they cost."""
 
 _VERDICT = column(
     "verdict",
@@ -47,7 +47,7 @@ _CKA_STREAM = column("stream", pa.string(), "`image`, `text`, `joint` (counts fo
 
 
 def tokens(width: int) -> pa.Schema:
-    """The token sample for streams of `width` channels (row order is equal in every boundary)."""
+    """The token sample for streams of `width` channels; all boundaries have one order of rows."""
     return pa.schema(
         [
             column("boundary", pa.int32(), "b: the input of block b; M: the last block's output"),
@@ -482,7 +482,7 @@ PROVENANCE = {
     },
     "latency/blocks.parquet": {"transformer_seconds": "time per call of the whole transformer"},
 }
-"""What is not per row: facts in a table's provenance, besides where the table comes from."""
+"""Facts of a whole table, kept in its provenance beside those that every table has."""
 
 ARTIFACTS = {
     "forecast/forecast.parquet": "sizes, memory and disk that a run needs (target `forecast`)",

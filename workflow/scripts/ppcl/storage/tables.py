@@ -32,10 +32,7 @@ class Writer:
         self.groups = 0
 
     def write(self, table: pa.Table | pd.DataFrame) -> None:
-        """Cast `table` to the schema, refuse missing or non-finite values, and append it.
-
-        Raises UserError naming the file, the column and the first offending row.
-        """
+        """Casts `table` to the schema and appends it as a row group. Raises as `conform` does."""
         table = conform(table, self._schema, self._path, first_row=self._rows)
         self._sink.write_table(table, row_group_size=max(1, len(table)))
         self._rows += len(table)
@@ -84,7 +81,7 @@ def write(
     schema: pa.Schema,
     provenance: dict[str, str],
 ) -> None:
-    """Write a whole table as one row group, atomically. Raises UserError as Writer.write does."""
+    """Writes a whole table as one row group, atomically. Raises as `conform` does."""
     with writer(path, schema, provenance) as sink:
         sink.write(table)
 
@@ -181,7 +178,8 @@ def read(
         where: a column and values: only rows with one of them are kept, and only row groups that
             have such rows are read, one at a time.
 
-    Raises UserError if the file is missing or truncated, or lacks a column or its type.
+    Raises UserError if the file is missing, truncated or changed, or if a column of the schema is
+    missing or has another type.
     """
     file = File(path)
     table = file.read(columns) if where is None else _rows_where(file, columns, *where)
@@ -193,7 +191,7 @@ def read(
 
 
 def require(path: str | Path, stored: pa.Schema, schema: pa.Schema) -> None:
-    """Raises UserError if a file's schema lacks a column of another one, or its type."""
+    """Raises UserError if the schema `stored` in a file lacks a column of `schema`, or its type."""
     for field in schema:
         if field.name not in stored.names:
             raise UserError(f"{path}: column '{field.name}' is missing; {_REMAKE}")
@@ -221,7 +219,16 @@ def provenance(path: str | Path) -> dict[str, str]:
 def conform(
     table: pa.Table | pd.DataFrame, schema: pa.Schema, path: str | Path, first_row: int = 0
 ) -> pa.Table:
-    """`table` cast to `schema`. Raises UserError for missing columns and values, NaN and inf."""
+    """`table` cast to `schema`, its columns in the schema's order.
+
+    Args:
+        path: the file, for messages.
+        first_row: number of the table's first row in that file.
+
+    Raises:
+        UserError: a null, NaN or infinity in a column that does not allow it; names the first row.
+        ValueError: a column is missing, or is not in the schema.
+    """
     if isinstance(table, pd.DataFrame):
         # Column by column with from_pandas=False: otherwise NaN would silently become null.
         table = pa.table(
@@ -254,7 +261,7 @@ _REMAKE = "delete it and rerun: snakemake makes it again"
 
 
 def _seal(path: Path, room: bytes) -> None:
-    """Puts digests in the places that a new file keeps for them."""
+    """Writes the digests and the seal into a new file's footer, where `writer` left `room`."""
     with open(path, "rb+") as file:
         footer = _footer(file.fileno())
         metadata = pq.read_metadata(path)
@@ -266,7 +273,7 @@ def _seal(path: Path, room: bytes) -> None:
         if 32 * len(chunks) != len(room):
             raise ValueError(f"{path}: row groups without rows, or columns with several parts")
         file.seek(-8 - len(footer), os.SEEK_END)
-        # The last such text: what the table itself holds comes before.
+        # The last such text: texts of the table itself come before.
         start = footer.rindex(room)
         footer = footer[:start] + "".join(chunks).encode() + footer[start + len(room) :]
         file.write(seals.seal(footer))

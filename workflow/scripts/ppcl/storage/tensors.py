@@ -1,4 +1,4 @@
-"""Reading and writing safetensors: whole or not at all, with provenance, and as they were written.
+"""Reading and writing safetensors: whole or not at all, with provenance, refused if changed.
 
 The header's metadata holds the digest of the tensors' bytes and a seal of the header itself.
 """
@@ -35,7 +35,7 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
 
 
 def join(path: str | Path, sources: Iterable[Path], metadata: Mapping[str, str]) -> None:
-    """Writes the tensors of several files of `write` to one, none of them in memory.
+    """Writes the tensors of several files, made by `write`, to one file, without loading them.
 
     Args:
         sources: no two of them with a tensor of the same name.
@@ -57,7 +57,7 @@ def join(path: str | Path, sources: Iterable[Path], metadata: Mapping[str, str])
         size = max((entry["data_offsets"][1] for entry in entries.values()), default=size)
         regions.append((source, len(header)))
     text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors lie where their types may
+    text += b" " * (-len(text) % 8)  # aligns the data after the header
     with whole.writing(path) as temporary:
         with open(temporary, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
@@ -82,8 +82,8 @@ def _seal(path: Path) -> None:
 
 
 def _whole_and_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, each all of its storage, which safetensors asks for; copied only if
-    that is not so."""
+    """The tensors on the CPU, each with a storage of its own that it fills, as safetensors asks
+    for; copied only where that is not so."""
     copies, taken = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -120,10 +120,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def opened(path: str | Path, check: bool = True) -> tuple[safetensors.safe_open, dict[str, str]]:
-    """A file to read piece by piece, which nobody may replace meanwhile, and its metadata.
+    """A file that is open to read tensor by tensor, and its metadata. Nobody may replace the file
+    meanwhile.
 
     Args:
-        check: that all of it is what was written; else only its header.
+        check: whether to check the tensors' digest, too, and not the header alone.
 
     Raises:
         UserError: as `read`.
@@ -145,7 +146,7 @@ def _identity(path: str | Path) -> tuple | None:
 
 
 def _checked(path: Path, whole: bool) -> dict[str, str]:
-    """The metadata of a file whose header, and if `whole` whose data, is what was written."""
+    """The metadata, once the header, and the data if `whole`, are checked. Raises as `read`."""
     if not path.is_file():
         raise UserError(f"{path} does not exist. Run the stage that writes it.")
     try:
@@ -164,7 +165,7 @@ def _checked(path: Path, whole: bool) -> dict[str, str]:
 
 
 def _parts(file: int, whole: bool = True) -> tuple[bytes, str]:
-    """A file's header, with its length in front, and the digest of the rest."""
+    """A file's header, with its length in front; the digest of the rest, empty unless `whole`."""
     size = os.fstat(file).st_size
     length = int.from_bytes(os.pread(file, 8, 0), "little")
     if size < 8 or 8 + length > size:

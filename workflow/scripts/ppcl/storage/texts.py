@@ -1,4 +1,4 @@
-"""Writing text files whole or not at all, and JSON that knows whether it was changed."""
+"""Writing text files whole or not at all, and JSON with a seal that shows if it was changed."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def read_sealed(path: str | Path) -> dict:
     """What `write_sealed` wrote.
 
     Raises:
-        UserError: the file is missing, or another.
+        UserError: the file can't be read, or is not what `write_sealed` wrote.
     """
     try:
         content = Path(path).read_bytes()

@@ -15,7 +15,7 @@ from ppcl.errors import UserError
 
 JSON_LIMIT = 32 << 20  # bytes; an index of 100,000 weights has about 12 MiB
 HEADER_LIMIT = 100_000_000  # bytes; the format's own
-DEPTH = 64  # of objects and lists in each other
+DEPTH = 64  # levels of objects and lists
 DIMENSIONS = 64  # torch's own
 BITS = {
     "BOOL": 8,
@@ -55,7 +55,7 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     header = _parsed(_head(path, 8 + length, whole=False)[0][8:], path)
     about = header.pop("__metadata__", {})
     if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
-        raise _broken(path, "its __metadata__ is not of texts")
+        raise _broken(path, "its __metadata__ holds other values than texts")
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: _begin(item[1], path)):
         bits = BITS.get(entry.get("dtype")) if isinstance(entry.get("dtype"), str) else None
@@ -93,7 +93,7 @@ def _broken(path: Path, reason: str) -> UserError:
 
 
 def _head(path: Path, limit: int, whole: bool = True) -> tuple[bytes, int]:
-    """The first bytes of a regular file, and its size; `whole`: it may have no more.
+    """The first bytes of a regular file, and its size; `whole` refuses a file with more bytes.
 
     Nothing else is opened: a pipe would wait for a writer, and a device may do anything.
     """
@@ -121,8 +121,8 @@ def _parsed(content: bytes, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON ({error}); restore the file") from error
     if not isinstance(value, dict) or _deep(value):
         raise UserError(
-            f"{path}: not valid JSON of this kind: it should be one object, with at most {DEPTH} "
-            "others in each other; restore the file"
+            f"{path}: not valid JSON of this kind: it should be one object, nested at most {DEPTH} "
+            "levels deep; restore the file"
         )
     return value
 

@@ -1,11 +1,11 @@
 """Files and folders that appear whole or not at all, whatever ends the program that writes them.
 
-Each is written in a folder of its own, its part, and put in its place when it is done and on the
-disk. What a killed program left there, and what libraries left beside it, goes when the next one
-writes the same file. A writer holds a lock, which the system takes back when the process is gone,
-on whatever node of a cluster that was. Where nodes do not see each other's locks, a part goes only
-on the machine that it is of. Modes are those that the system gives to new files, whatever made
-them.
+Each is written in a temporary folder of its own, called its part. Once it is complete and on the
+disk, it is moved to its place, and the part is removed. The next program that writes the same file
+removes the parts of killed programs. A writer locks its part; the system frees the lock when the
+process ends, on whatever node of a cluster. Where nodes do not see each other's locks, a part is
+removed only by the machine that made it. Modes are those that the system gives to new files, even
+if a library set others.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from ppcl import errors
 
 
 def _machine() -> str:
-    """What tells machines, and containers on one, apart: only here do process ids mean anything."""
+    """An id of this machine, or of this container on it: process ids mean something only here."""
     try:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
@@ -35,7 +35,7 @@ def _machine() -> str:
 
 _MACHINE = _machine()
 _mine: set[str] = set()  # names of the parts that this process writes at the moment
-_LOCK = ".lock"  # in every part, if it can be had
+_LOCK = ".lock"  # in every part, where the disk has locks
 # Filesystems on which a lock (of POSIX, which NFS servers share with their clients) is seen by all
 # who can write there: those of one kernel, and those that carry locks from node to node.
 _ONE_KERNEL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay"}
@@ -45,7 +45,7 @@ _NOT_CARRIED = {"nolock", "local_lock=all", "local_lock=posix", "localflock"}  #
 
 @contextlib.contextmanager
 def writing(path: str | Path, folder: bool = False) -> Iterator[Path]:
-    """Yields an empty file or folder to write to; it gets its name, `path`, afterwards.
+    """Yields the path of an empty file or `folder` to write to; it is moved to `path` in the end.
 
     Raises:
         UserError: the disk is full, fails, or may not be written to.
@@ -72,13 +72,13 @@ def writing(path: str | Path, folder: bool = False) -> Iterator[Path]:
         own = str(getattr(error, "filename", None) or temporary)
         trouble = errors.trouble(error, path)
         if trouble and own.startswith(str(part)):
-            trouble = trouble.replace(own, str(path), 1)  # a name that tells nobody anything
+            trouble = trouble.replace(own, str(path), 1)  # the temporary name helps nobody
         if trouble is None:
             raise
         raise errors.UserError(trouble) from error
     finally:
         if lock is not None:
-            os.close(lock)  # first: NFS keeps what is open
+            os.close(lock)  # first: NFS does not remove open files
         _remove(part)
         _mine.discard(name)
 
@@ -97,9 +97,9 @@ def forget(folder: Path) -> None:
 
 
 def _begin(part: Path) -> int | None:
-    """Makes a part, whose parent may be forgotten by another run at any moment, and locks it.
+    """Makes and locks a part, again if another run removes the parent folder in between.
 
-    Returns the lock's file, to be closed in the end; None where there are no locks.
+    Returns the lock's open file, to be closed in the end; None where there are no locks.
     """
     left = 100
     while True:
@@ -158,12 +158,12 @@ def _settle_file(path: Path, mode: int) -> None:
 
 
 def _set_mode(path: Path, mode: int) -> None:
-    if stat.S_IMODE(path.stat().st_mode) != mode:  # some disks know no others
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # some disks can't change modes
         os.chmod(path, mode)
 
 
 def _sync_folder(path: Path) -> None:
-    """So that names are on the disk, too."""
+    """Waits until the names in a folder are on the disk, too."""
     with contextlib.suppress(FileNotFoundError):  # another run may forget the folder
         opened = os.open(path, os.O_RDONLY)
         try:
@@ -247,7 +247,7 @@ def _locks_are_seen_by_all(folder: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """As far as that is possible: whatever is in the way of it has been told, or will be."""
+    """Removes a file or folder as far as possible: what prevents it is reported elsewhere."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
