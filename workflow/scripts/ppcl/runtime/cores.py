@@ -1,10 +1,10 @@
 """How many CPU cores a job has, and how many threads its work is worth.
 
-Threads that compute one product together wait for each other after each. Measured on two cores,
-blocks of 64 and 128 channels run at 0.5 to 1.0 of one thread's speed with two, whether they wait
-busily or not, and at 1.2 to 1.5 of it from 256 channels and a thousand tokens on; beside another
-busy process the small ones lose far more. So models of small matrices get one thread, and their
-stages use the other cores by more processes, or leave them to other stages.
+Threads that share a matrix product wait for each other after every product. Measured on two cores:
+with two threads, blocks of 64 and 128 channels run at 0.5 to 1.0 times the speed of one thread,
+whether the threads wait busily or not; from 256 channels and a thousand tokens on, at 1.2 to 1.5
+times. Beside another busy process the small blocks lose far more. So models of small matrices get
+one thread, and their stages use the other cores by more processes, or leave them to other stages.
 
 Imports nothing heavy, so that Snakefiles can.
 """
@@ -17,17 +17,17 @@ from pathlib import Path
 
 from ppcl.runtime.endings import GROUPS, OWN, read
 
-# Elements of a typical weight matrix from which threads are worth it: between those of 128 and of
-# 256 channels.
+# Elements of a typical weight matrix from which several threads are faster: blocks of 128 channels
+# have smaller ones, blocks of 256 channels larger ones.
 WORTH = 1 << 17
 # More processes than this help no stage.
 MOST = 8
 
 
 def available() -> int:
-    """Cores that this process may use, at least 1: no more than its affinity, the quotas of its
+    """Cores that this process may use, at least 1: the least of its CPU affinity, the quotas of its
     control groups (a container's, a batch job's), and OMP_NUM_THREADS, which Snakemake sets to the
-    threads of a job, allow."""
+    threads of a job."""
     try:
         allowed = len(os.sched_getaffinity(0))
     except AttributeError:  # neither macOS nor Windows has it

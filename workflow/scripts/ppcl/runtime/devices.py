@@ -46,8 +46,8 @@ def dtype(name: str) -> torch.dtype:
 
 
 def use_threads(weights: Iterable[torch.Tensor], device: torch.device) -> bool:
-    """Has torch compute with as many threads as models of such weights on the CPU are worth
-    (cores.py), and no more than this process has cores. Whether they are worth several."""
+    """On the CPU, sets torch's threads for a model with these weights: all cores of this process
+    if `cores.worth_threads`, else one. Returns whether several are; False on other devices."""
     if device.type != "cpu":
         return False
     several = cores.worth_threads(weight.shape for weight in weights)
@@ -69,8 +69,7 @@ def statistics_device(device: torch.device) -> torch.device:
 
 
 def to_main_memory(x: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU; from CUDA it is on its way, and there when the device has done all that it
-    was asked for before."""
+    """A copy on the CPU. From CUDA it is asynchronous: it has its values after `synchronise`."""
     return x.to("cpu", non_blocking=x.device.type == "cuda", copy=True)
 
 
@@ -83,7 +82,7 @@ def random_states(device: torch.device) -> list[torch.Tensor]:
 
 
 def set_random_states(device: torch.device, states: Iterable[torch.Tensor]) -> None:
-    """Undoes what was drawn since `random_states`."""
+    """Sets torch's global random states to what `random_states` returned."""
     first, *rest = states
     torch.set_rng_state(first)
     for state in rest:
@@ -97,7 +96,8 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Peak bytes: of tensors on CUDA; of the whole process, since it started, elsewhere."""
+    """Bytes: on CUDA the peak of tensors since `reset_peak_memory`; on MPS what the driver holds
+    now; on the CPU the peak of the whole process since it started."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if device.type == "mps":
@@ -147,7 +147,7 @@ def offload(setting: str, sizes: Mapping[str, int], device: torch.device) -> str
 
 
 class _Move:
-    """A hook that brings a block's weights to the device, or back to where they rest.
+    """A hook that brings a block's weights to `device`; if that is None, back to where they rest.
 
     diffusers' own group offloading replaces `forward` of the whole transformer, so that a shallow
     copy with other blocks (`blocks.assembled`) would run the original; and its prefetching expects
@@ -180,10 +180,11 @@ class _Stay:
 
 
 def stream(transformer: nn.Module, block_modules: Iterable[nn.Module], device: torch.device):
-    """Keeps blocks in CPU memory, each on the device only while it runs; the rest stays there.
+    """Keeps blocks in CPU memory, and each on the device only while it runs; all other weights of
+    the transformer stay on the device.
 
-    In place. Without gradients only: autograd would find the weights gone. Blocks may run in any
-    order, and deep copies of them are not streamed.
+    In place. For calls without gradients only: autograd would find the weights gone. Blocks may run
+    in any order, and deep copies of them are not streamed.
     """
     block_modules = list(block_modules)
     inside = {t for m in block_modules for t in (*m.parameters(), *m.buffers())}
@@ -232,11 +233,10 @@ def of_16_bits(module: nn.Module) -> bool:
 def in_float32(transformer: nn.Module, block_modules: Iterable[nn.Module]) -> Iterator[None]:
     """Has a model compute in float32 with the weights that it has, without gradients.
 
-    One block's weights are in float32 at a time, so that a model needs no second memory. Streamed
-    blocks are, too. Its calls must be of float32 (`calls.Batch.to_float32`). On CUDA, products are
-    of TensorFloat-32: weights of 16 bits lose nothing by that, activations what they have beyond 10
-    bits of mantissa, and float32 would take 8 times as long or more. Does nothing to a model that
-    is in float32 already.
+    Blocks, streamed ones too, are converted one at a time, so that the model does not need its
+    memory twice. Its calls must be float32 (`calls.Batch.to_float32`). On CUDA, matrix products use
+    TensorFloat-32: weights of 16 bits lose nothing by that, activations keep 10 bits of mantissa;
+    float32 would take 8 times as long or more. Does nothing to a model that is in float32 already.
     """
     if not of_16_bits(transformer):
         yield
@@ -266,7 +266,7 @@ def in_float32(transformer: nn.Module, block_modules: Iterable[nn.Module]) -> It
 
 
 class _Compiled:
-    """What the class of a compiled block has before the block's own class."""
+    """A base class that the class of a compiled block has before the block's own class."""
 
     def __deepcopy__(self, memo: dict) -> nn.Module:
         # A student starts as a copy of a block; it is trained, and stays as it was written.
@@ -289,10 +289,10 @@ def uncompiled(module: nn.Module) -> type[nn.Module]:
 def compile_blocks(block_modules: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Has blocks run as compiled code. In place; deep copies of them are not compiled.
 
-    Blocks of one class share their code, so that is made once for all of them, and again for sizes
-    that change. Hooks of a block itself run as ever, outside of it. A block with hooks on what is
-    inside (`inside_block.taps`) runs uncompiled: compiled code would pass over hooks that came
-    after it.
+    Blocks of one class share their code: it is compiled once for all of them, and again for sizes
+    that change. Hooks of a block itself run as ever, outside of the compiled code. A block with
+    hooks on modules inside it (`inside_block.taps`) runs uncompiled: compiled code would ignore
+    hooks that were added after compilation. The call raises UserError if compilation fails.
 
     Args:
         backend: of torch.compile.

@@ -1,6 +1,6 @@
-"""What to say of a program that a signal ended, which it can't say itself.
+"""The message about a program that a signal ended, since the program can't print one itself.
 
-endings.py CODE    prints it for a shell's exit code, 128 and the signal's number
+endings.py CODE    prints it; CODE is the shell's exit code, 128 + the signal's number
 """
 
 import re
@@ -41,7 +41,10 @@ def explain(number: int, who: str = "the program") -> str:
 
 
 def _memory() -> str:
-    """What this job's cgroup, of either kind, counts of ends for lack of memory."""
+    """How many of this job's processes the kernel ended for lack of memory, in words.
+
+    From its cgroup, of version 1 or 2; empty if it counts none.
+    """
     own = dict(re.findall(r"^\d+:(|memory):(/.*)$", read(OWN), re.M))
     unified = [GROUPS / own.get("", "/")[1:] / "memory.events", GROUPS / "memory.events"]
     older = GROUPS / "memory"

@@ -22,8 +22,8 @@ from pathlib import Path
 COMMON = Path("/tmp") if os.path.isdir("/tmp") else Path(tempfile.gettempdir())
 FOLDER = COMMON / f"ppcl-gpus-{os.getuid()}"
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-HELD = "PPCL_GPUS"  # for the processes that a taker starts: files of the locks, which they share
-RANK = "LOCAL_RANK"  # of one of several processes, which counts what all of them see
+HELD = "PPCL_GPUS"  # lock files of the GPUs taken, for the processes that this one starts
+RANK = "LOCAL_RANK"  # of one of several processes: which of the GPUs that all see is its own
 SCHEDULERS = ("SLURM_JOB_ID", "PBS_JOBID", "LSB_JOBID", "FLUX_JOB_ID", "OAR_JOB_ID", "COBALT_JOBID")
 PATIENCE = 1  # seconds between looks
 
@@ -34,7 +34,7 @@ _held: list[int] = []  # open files, whose locks end with this process
 
 
 def possible() -> bool:
-    """Whether this machine may have a GPU that torch can use; libraries take seconds to say so."""
+    """Whether this machine may have a GPU that torch can use. To ask torch would take seconds."""
     if not sys.platform.startswith("linux"):
         return True
     # Some machines make the files of NVIDIA's driver when it is first used.
@@ -42,12 +42,13 @@ def possible() -> bool:
 
 
 def take(count: int = 1) -> None:
-    """Takes so many GPUs for this process and those that it starts; waits until they are free.
+    """Takes `count` GPUs for this process and those that it starts; waits until they are free.
 
-    To be called before CUDA looks for devices. Of CUDA_VISIBLE_DEVICES, if it is set, a part is
-    taken; if there are no more than are needed, all. Those that a scheduler gave a job are its own.
-    Nothing happens where there is no GPU (or none that nvidia-smi lists), a second time, or in one
-    of several processes whose launcher took none: each uses the one of its rank among all.
+    To be called before CUDA looks for devices. Takes from CUDA_VISIBLE_DEVICES if that is set, and
+    all GPUs if there are no more than `count`. Where a scheduler gave the job no more than `count`,
+    they are its own, and need no locks. Does nothing where there is no GPU (or none that nvidia-smi
+    lists), when called again, and in one of several processes whose launcher took no GPUs: each
+    process uses the GPU of its rank.
     """
     if _held:
         return
@@ -79,9 +80,9 @@ def take(count: int = 1) -> None:
 
 
 def listed() -> list[list[str]]:
-    """Names (uuid) of this machine's GPUs in their order: each one's own, then those of its parts.
+    """UUIDs of this machine's GPUs, in their order: of each its own, then those of its MIG parts.
 
-    By nvidia-smi, which unlike CUDA can be asked without fixing what this process sees.
+    From nvidia-smi: to ask CUDA would fix which devices this process sees.
     """
     try:
         listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True).stdout
@@ -97,7 +98,7 @@ def listed() -> list[list[str]]:
 
 
 def usable(given: str | None, gpus: list[list[str]]) -> dict[str, str]:
-    """What may be taken: name for CUDA_VISIBLE_DEVICES -> full name, by which it is locked.
+    """What may be taken: name for CUDA_VISIBLE_DEVICES -> full name, by which the GPU is locked.
 
     Args:
         given: CUDA_VISIBLE_DEVICES: numbers, or names and beginnings of names; None for all.
@@ -114,14 +115,14 @@ def usable(given: str | None, gpus: list[list[str]]) -> dict[str, str]:
             alike = [one for gpu in gpus for one in gpu if one.startswith(name)]
             full = alike[0] if len(alike) == 1 else name
         else:
-            break  # as CUDA does
+            break  # CUDA, too, ignores an unknown name and all after it
         if full not in names.values():
             names[name] = full
     return names
 
 
 def _wait(names: dict[str, str], count: int) -> dict[str, str]:
-    """Locks the first `count` of the GPUs that are free, and returns these; waits for others."""
+    """Waits until `count` GPUs are free, locks the first of these, and returns their `names`."""
     FOLDER.mkdir(mode=0o700, exist_ok=True)
     if FOLDER.lstat().st_uid != os.getuid():
         raise PermissionError(errno.EPERM, "it is another user's")
@@ -163,7 +164,7 @@ def _wait(names: dict[str, str], count: int) -> dict[str, str]:
 
 @contextmanager
 def _alone() -> Iterator[None]:
-    """Only one program at a time looks for free GPUs, or two could wait for each other's."""
+    """One program at a time looks for GPUs: two could each hold what the other waits for."""
     file = _open(FOLDER / "looking.lock")
     try:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -21,8 +21,8 @@ def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
     Raises:
         UserError: the device that the config asks for is not there.
     """
-    surroundings.forget()  # accelerate reads some of them here
-    # The main process measures and writes alone at the end; the others must have the patience.
+    surroundings.forget()  # accelerate reads some of these variables here
+    # The main process measures and writes alone at the end; the others must not time out.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=1))
     return Accelerator(
         cpu=devices.choose(setting).type == "cpu",
@@ -32,10 +32,10 @@ def accelerator(setting: str, mixed_precision: str = "no") -> Accelerator:
 
 
 def of_main(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
-    """The main process's values, for all, on the CPU.
+    """The main process's `values`, on the CPU; every process gets them.
 
-    What processes read of a shared disk can change between their looks at it, as when two runs of
-    one config are at work; what they do next must be decided by one of them.
+    A shared disk can change between one process's look at it and another's, as when two runs of one
+    config are at work; so one process must decide what all of them do next.
     """
     if accelerator.num_processes == 1:
         return values
@@ -45,8 +45,8 @@ def of_main(accelerator: Accelerator, values: torch.Tensor) -> torch.Tensor:
 def in_turns(accelerator: Accelerator, count: int, folder: Path) -> Iterator[int]:
     """Numbers from 0 to `count` - 1, each for one process only: whoever is free takes the next.
 
-    To be called by all processes, which wait for each other at the end. What is long comes first,
-    or one process ends late.
+    To be called by all processes, which wait for each other at the end. The lowest numbers should
+    be the longest work, or one process ends late.
 
     Args:
         folder: on a disk that all processes share; it exists. Turns are files in it.

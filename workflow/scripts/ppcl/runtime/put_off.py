@@ -1,4 +1,4 @@
-"""Modules that are imported when something of them is used, though a library asks for them before.
+"""Lazy imports: modules that a library imports early, but that load when a name in them is used.
 
 A quarter of diffusers' schedulers import scipy.stats for a distribution that one of their options
 needs; it takes longer than all of diffusers itself. Until something asks for a name in it, an empty
@@ -14,11 +14,11 @@ import threading
 from types import ModuleType
 
 PUT_OFF = ("scipy.stats",)
-_alone = threading.Lock()  # not while the module is imported: Python has locks for that
+_alone = threading.Lock()  # for the removal of the stand-in alone: Python locks imports itself
 
 
 class _Empty(ModuleType):
-    """Stands for a module until a name is looked up that it does not have: all but where it is."""
+    """Stands for a module until a name in it is looked up; it only knows where the module is."""
 
     def __getattr__(self, name: str):
         if "_made" not in self.__dict__:  # Python asks while it makes the module
@@ -31,7 +31,7 @@ class _Empty(ModuleType):
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds what is put off before Python does."""
+    """Finds modules that are put off before Python does."""
 
     left = set(PUT_OFF)
 
@@ -41,7 +41,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         spec = importlib.machinery.PathFinder.find_spec(name, path, target)
         if spec is None:
             return None
-        # No place to look for modules in it: whoever wants one imports it.
+        # Without __path__: the import of a submodule looks that up, and so loads the module.
         return importlib.util.spec_from_file_location(name, spec.origin, loader=self)
 
     def create_module(self, spec):
@@ -55,6 +55,6 @@ _finder = _Finder()
 
 
 def start() -> None:
-    """From now on; what is imported already stays."""
+    """Puts off PUT_OFF from now on; a module that is imported already stays."""
     if _finder not in sys.meta_path:
         sys.meta_path.insert(0, _finder)

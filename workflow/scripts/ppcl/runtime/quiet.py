@@ -1,6 +1,6 @@
-"""What libraries say that no user can act on, by name; all else that they say is shown.
+"""Silences messages of libraries that no user can act on, each by name; all others are shown.
 
-Not here: weights that are missing or new, prompts that are cut, requests without a token.
+Shown are, for one, weights that are missing or new, prompts that are cut, requests without a token.
 """
 
 import logging
@@ -12,7 +12,7 @@ from collections.abc import Callable
 # Logger -> beginnings of its messages.
 MESSAGES = {
     "diffusers.pipelines.pipeline_utils": (
-        r"self\.\w+=None of type <class 'NoneType'> cannot be saved",  # copied: assembly.export
+        r"self\.\w+=None of type <class 'NoneType'> cannot be saved",  # assembly.export copies them
         r"Keyword arguments \{.*\} are not expected by",  # components that were left out
     ),
     "diffusers.guiders.guider_utils": (r"Guiders are currently an experimental feature",),
@@ -35,14 +35,14 @@ LIBRARIES = r"(accelerate|diffusers|huggingface_hub|torch|transformers)(\.|$)"
 
 
 def start() -> None:
-    """Leaves these out from now on, in every program: to be called before libraries are loaded."""
+    """Silences them from now on, in every program: to be called before libraries are loaded."""
     for name, beginnings in MESSAGES.items():
         logging.getLogger(name).addFilter(_without(re.compile("|".join(beginnings))))
     for beginning in WARNINGS:
         warnings.filterwarnings("ignore", beginning)
-    # One library's use of another, or of its own past.
+    # Deprecated parts of a library that itself or another library still uses.
     warnings.filterwarnings("ignore", category=FutureWarning, module=LIBRARIES)
-    # Tokenizers say after a fork that they do what this asks for.
+    # Without it, tokenizers turn their parallelism off after a fork, and warn that they do.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

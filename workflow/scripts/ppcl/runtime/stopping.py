@@ -1,16 +1,21 @@
 """SIGTERM, with which a scheduler warns before it kills: keep what can be kept, then exit code 75.
 
-Exit code 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again. Trainings
-write a checkpoint at the end of the step that they are in; programs whose results come in parts
-finish the part that they are writing, and lose the one that they are making, which can take a large
-teacher minutes; extraction, whose checkpoint can be larger than what may be written meanwhile,
-falls back on its last one; all others have nothing to keep and end at once. All that a program
-reads or writes is whole before and after, so ending anywhere is safe; this only saves time. A
-program that has begun to write its outputs goes on and ends as if nothing had been: what it keeps
-to resume from stays until another stage reads them (forget.py).
+Exit code 75 is EX_TEMPFAIL of sysexits.h: nothing is wrong, run the same command again. What a
+program keeps when it is warned:
 
-launch.py can handle the signal from its first moment and keeps it for its programs until they can.
-One that is started without it, and has not imported its modules yet, ends by the signal itself.
+- A training writes a checkpoint at the end of its current step.
+- A program whose results come in parts finishes the part that it is writing. It loses the part that
+  it is computing, which can take minutes with a large teacher.
+- Extraction keeps its last checkpoint: a new one may be too large to be written in time.
+- All others have nothing to keep and end at once.
+
+Files are whole or absent, so a program may end anywhere; keeping something only saves time. Once a
+program has begun to write its outputs, it ignores the warning. Its state to resume from stays until
+another stage reads those outputs (forget.py).
+
+launch.py handles the signal from its start, and blocks it for its programs until they can handle
+it. A program that is started without launch.py, and is still importing its modules, is ended by the
+signal itself.
 """
 
 import os
@@ -21,16 +26,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_CODE = 75
-"""What a program ends with that was warned; a profile may submit such a job again."""
+"""The exit code after a warning; a profile of Snakemake may submit such a job again."""
 
 _state = {"warned": False, "busy": 0, "worker": False, "done": False}
 
 
 def heed(worker: bool = False):
-    """From now on SIGTERM ends this process as told above; returns what it did before.
+    """From now on SIGTERM ends this process as told above. Returns the previous handler.
 
     Args:
-        worker: the process belongs to a pool, which would send a SystemExit to its parent instead.
+        worker: whether the process belongs to a pool. It then ends by `os._exit`, since the pool
+            would send a SystemExit to its parent.
     """
     _state.update(warned=False, busy=0, worker=worker, done=False)
 
@@ -47,7 +53,7 @@ def heed(worker: bool = False):
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """As `heed`, but only within (and in a thread that may handle signals)."""
+    """As `heed`, but only within this context. Does nothing in threads but the main one."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -65,7 +71,7 @@ def warned() -> bool:
 
 
 def end() -> None:
-    """Ends the process with the exit code that says so."""
+    """Ends the process with EXIT_CODE."""
     if _state["worker"]:
         os._exit(EXIT_CODE)
     sys.exit(EXIT_CODE)
@@ -93,8 +99,8 @@ def ignore() -> None:
 
 
 def done() -> None:
-    """How the program ends is decided: SIGTERM does nothing even after `heeded`.
+    """To be called when the program's exit code is decided: after `heeded`, SIGTERM is ignored.
 
-    The interpreter takes seconds to go, and what dies of a signal then has failed.
+    The interpreter takes seconds to exit, and a signal then would turn success into failure.
     """
     _state["done"] = True

@@ -3,10 +3,10 @@
 accelerate launch, torchrun, mpirun and srun leave theirs in the shells that they start, and
 accelerate, torch and diffusers read them as they are imported: precision, accumulation, sharding,
 attention, and how many processes there are. What a run computes is in its config, so all of ppcl's
-programs forget them. Left alone is where programs run, how fast and with what memory
-(CUDA_VISIBLE_DEVICES, *_NUM_THREADS, NCCL_*, PYTORCH_*, TORCH_*), where files are (HF_*), what is
-printed, and what makes computing more exact or repeatable. `accelerate config` writes a file that
-accelerate launch alone reads.
+programs remove them. Kept are the variables that say where programs run, how fast and with what
+memory (CUDA_VISIBLE_DEVICES, *_NUM_THREADS, NCCL_*, PYTORCH_*, TORCH_*), where files are (HF_*),
+what is printed, and those that make computing more exact or repeatable. The file that `accelerate
+config` writes does no harm: accelerate launch alone reads it.
 """
 
 import logging
@@ -15,15 +15,15 @@ import os
 log = logging.getLogger(__name__)
 
 _LAUNCHERS = ("ACCELERATE_", "FSDP_", "PARALLELISM_CONFIG_", "MEGATRON_LM_", "FORK_LAUNCHED")
-# Of processes that share a work: torchrun's and accelerate's, and those of three kinds of MPI.
+# Set for each of several processes: by torchrun and accelerate, and by three kinds of MPI.
 _RANKS = {
     *(f"{of}{what}" for of in ("", "LOCAL_", "GROUP_", "ROLE_") for what in ("RANK", "WORLD_SIZE")),
     *("NODE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
 }
 _RANKED = ("TORCHELASTIC_", "PMI_", "OMPI_COMM_WORLD_", "MV2_COMM_WORLD_", "MPI_LOCAL")
-# Somebody may have set these with intent, and is told.
+# Somebody may have set these with intent, so their removal is logged.
 _NUMBERS = (
-    "DIFFUSERS_ATTN_BACKEND",  # another kernel, for stages that saw it alone
+    "DIFFUSERS_ATTN_BACKEND",  # another attention kernel, in those stages that see it
     "NVIDIA_TF32_OVERRIDE",
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
     "CUBLAS_EMULATE_SINGLE_PRECISION",
@@ -36,7 +36,7 @@ RUN = "TORCHELASTIC_RUN_ID"
 
 
 def forget() -> None:
-    """Removes them from this process's environment, and so from its children's.
+    """Removes these variables from this process's environment, and so from its children's.
 
     A process that torchrun or launch.py has just started keeps what tells it its place.
     """
@@ -58,7 +58,7 @@ def forget_ranks() -> None:
 
 
 def _is_one_of_several() -> bool:
-    """Whether torchrun's variables are for this process, not left from one further up."""
+    """Whether torchrun's variables were set for this process, not inherited from its parent."""
     run = os.environ.get(RUN)
     if run is None:
         return False
