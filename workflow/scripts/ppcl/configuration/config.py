@@ -24,8 +24,8 @@ from ppcl.teacher.prompts import once
 
 SCHEMA_PATH = Path(__file__).resolve().parents[3] / "schemas" / "config.schema.yaml"
 LONGEST = 100_000
-# Keys of intervals that may be left to us -> what with closed forms, and what for depth alone, did
-# best in the ablation (docs/ablation).
+# Keys of `intervals` that may be `auto` -> the value with closed forms, and the value for depth
+# pruning alone: those that did best in the ablation (docs/ablation).
 AUTO = {"cost": ("velocity", "influence"), "segmentation": ("trend", "optimal")}
 # Names in results/ that no run can have, in small letters.
 TAKEN = {"readme.md": "a file of the workflow", "teacher": "the folder of the target train_teacher"}
@@ -34,7 +34,7 @@ TAKEN = {"readme.md": "a file of the workflow", "teacher": "the folder of the ta
 @functools.cache
 def schema() -> dict:
     """The JSON schema of the configuration."""
-    # In C where there is: every job, and every start of Snakemake, reads it first.
+    # The loader in C, if there is one: every job and every start of Snakemake reads the schema.
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     return yaml.load(SCHEMA_PATH.read_text(encoding="utf-8"), loader)
 
@@ -66,7 +66,7 @@ def load(source: str) -> Settings:
 
 
 def refuse_surprises(files: Iterable[str | Path]) -> None:
-    """Reads config files that somebody else has read before, who lets the last of two keys win.
+    """Reads again what Snakemake has read, which silently takes the last of two equal keys.
 
     Raises UserError as `strict_yaml.read` does.
     """
@@ -77,7 +77,8 @@ def refuse_surprises(files: Iterable[str | Path]) -> None:
 def complete(config: dict, source: str) -> dict:
     """A copy of `config` with every default filled in, validated against the schema.
 
-    Files and folders that exist get one spelling: stages run again when a text changes.
+    Paths of files and folders that exist are spelled in one way, since stages run again when the
+    text of a value changes.
 
     `source` names the config in messages. Raises UserError for the first invalid key.
     """
@@ -90,7 +91,7 @@ def complete(config: dict, source: str) -> dict:
             f"{source}: holds a value that is no text, number, list or mapping ({error}); put "
             "dates in quotes, and use finite numbers"
         ) from error
-    # Programs get their keys on the command line, and the kernel takes 128 KiB for it.
+    # Programs get their keys as one argument, for which the kernel takes 128 KiB at most.
     if len(shlex.quote(json.dumps(plain))) > LONGEST:
         raise UserError(
             f"{source}: is longer than a command line may be ({LONGEST} characters as JSON); "
@@ -158,16 +159,16 @@ def _places(filled: dict) -> None:
 
 
 def _in_real_folder(path: str) -> str:
-    """Of a file that is a link, its own place: what it names, such as pictures, lies beside it."""
+    """A path with links resolved in its folder alone: pictures that a file names lie beside it."""
     folder, name = os.path.split(path)
     return os.path.join(os.path.realpath(folder), name)
 
 
 def _spelled(path: str, full: Callable[[str], str]) -> str:
-    """The full path, or the relative one if it leads down from here, for whole folders get moved.
+    """`full(path)`, relative to the working folder if it is inside, so that both can be moved.
 
-    As it is if there is no such file (a name on the Hub looks like a relative path), or if the full
-    one could not stand in a config.
+    Unchanged if there is no such file (a name on the Hub looks like a relative path), or if the
+    full path has braces, which the schema forbids.
     """
     if not os.path.exists(path) or set("{}") & set(spelled := full(path)):
         return path
@@ -191,13 +192,13 @@ def subset(config: dict, *keys: str) -> str:
 
 
 def budgets(variants: Iterable[Mapping]) -> list[dict]:
-    """The variants without what is done with them later: what the choice of sets depends on."""
+    """Name, budget and train of each variant: all of it that the choice of sets depends on."""
     return [{key: v[key] for key in ("name", "budget", "train")} for v in variants]
 
 
 def tightest(variants: Sequence[Variant]) -> list[dict]:
-    """The smallest limit of each kind, as one variant each: what the selection depends on. Those of
-    variants that trained students may be in; of all, if there are none such."""
+    """One variant per kind of budget, with the smallest limit of that kind: what the selection
+    depends on. Only variants with `train` count, if there are any."""
     least: dict[str, float] = {}
     for variant in [v for v in variants if v.train] or variants:
         for kind, value in variant.budget.items():
@@ -238,13 +239,13 @@ def _fill(value: Any, node: dict) -> Any:
 
 
 def _decided(config: dict) -> dict:
-    """The config with the search for intervals decided where it is left to us, by AUTO."""
+    """A copy of the config in which values of AUTO stand for every `auto` of the intervals."""
     decided = copy.deepcopy(config)
     try:
         alone = not (decided["width"]["enabled"] or decided["modulation"]["enabled"])
         for key, (mixed, depth_alone) in AUTO.items():
             if decided["intervals"][key] == "auto":
                 decided["intervals"][key] = depth_alone if alone else mixed
-    except (KeyError, TypeError):  # which the validator tells
+    except (KeyError, TypeError):  # the validator reports it
         pass
     return decided

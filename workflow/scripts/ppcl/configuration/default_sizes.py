@@ -28,12 +28,17 @@ class _Part:
 
 
 def default_sizes(pipeline: str, folder: Path) -> dict[str, int]:
-    """Height, width and frames that a stock pipeline takes if its call gives none, as far as
-    `height = height or <expression>` in its source and the configs of its parts tell.
+    """Default height and width in pixels, and num_frames, of a call of a stock pipeline.
+
+    From statements such as `height = height or <expression>` in its source, and the configs of its
+    components. Sizes that these do not tell are left out.
 
     Args:
         pipeline: name of the class.
         folder: of the pipeline.
+
+    Raises:
+        UserError: the config of a component is not a JSON object.
     """
     source = signatures.source(pipeline)
     if source is None:
@@ -63,7 +68,7 @@ def default_sizes(pipeline: str, folder: Path) -> dict[str, int]:
 
 
 def _worked_out(node: ast.expr, names: dict[str, Any]) -> Any:
-    """An expression of diffusers' own source, in numbers and configs; None if it takes more."""
+    """The value of an expression in diffusers' source; None if it needs more than `names`."""
     plain = (ast.Lambda, ast.Await, ast.Yield, ast.NamedExpr)
     if any(isinstance(inner, plain) for inner in ast.walk(node)):
         return None
@@ -79,7 +84,7 @@ def _worked_out(node: ast.expr, names: dict[str, Any]) -> Any:
 
 
 def component_config(path: Path) -> dict:
-    """A config of a component; UserError if it is none."""
+    """The config of a component. Raises UserError if it is missing or is not a JSON object."""
     try:
         return untrusted.json_object(path)
     except FileNotFoundError as error:

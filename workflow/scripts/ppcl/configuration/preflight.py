@@ -88,7 +88,7 @@ def check(settings: Settings, source: str = "config") -> None:
 
 
 def least_fraction(settings: Settings, source: str) -> float:
-    """The share of a local teacher's transformer that the fewest students leave; 0 on the Hub."""
+    """The least share of a local teacher's parameters that pruning can leave; 0 on the Hub."""
     blocks, total = _parameters(settings.teacher)
     return _least(settings, blocks, total, source)[1] / total if blocks else 0.0
 
@@ -108,7 +108,7 @@ def _check_renoising(settings: Settings, source: str) -> None:
 
 
 def _check_start(settings: Settings, source: str) -> None:
-    """Raises UserError if a local teacher's blocks can't be refitted and are to be."""
+    """Raises UserError if prune.start is solved, but a local teacher's blocks can't be refitted."""
     teacher = settings.teacher
     if settings.prune.start != "solved" or hub.is_name(teacher.path):
         return
@@ -201,7 +201,7 @@ def _check_optimizers(settings: Settings, source: str) -> None:
 
 
 def _check_offload(settings: Settings, source: str) -> None:
-    """Raises UserError if gradients would pass through a teacher whose weights come and go."""
+    """Raises UserError if gradients would have to pass through a streamed teacher."""
     trained = settings.trains and settings.subsets.steps
     if settings.teacher.offload == "stream" and trained:
         raise UserError(
@@ -268,7 +268,7 @@ def _check_teacher(teacher: TeacherSettings, source: str) -> None:
 def _block(weight: str, lists: str) -> tuple[str, int] | None:
     """List and number of the block that a weight is of; None if it is of no block.
 
-    lists: a pattern of their names.
+    lists: regular expression of the names of the block lists.
     """
     match = re.match(rf"({lists})\.([0-9]{{1,6}})\.", weight)
     return (match[1], int(match[2])) if match else None
@@ -296,12 +296,15 @@ def _parameters(teacher: TeacherSettings) -> tuple[list[int], int]:
 
 
 def _least(settings: Settings, blocks: list[int], total: int, source: str) -> tuple[int, int]:
-    """The fewest blocks and parameters that pruning can leave.
+    """The fewest blocks and parameters that pruning can leave: a lower bound.
 
-    As few students as may be in place of all unprotected blocks: one, or with measured costs one
-    for every sensitivity.longest blocks (or as many as a required interval has). Narrow blocks
-    count as nothing with width.enabled or modulation.enabled, since how much of them stays is not
-    known here; all stay without intervals.enabled.
+    All unprotected blocks become as few students as possible: one, or with measured costs one for
+    every sensitivity.longest blocks (or for the longest required interval, if that is longer).
+    Without intervals.enabled they all stay. How much of a narrow block stays is not known here, so
+    it counts as 0 parameters: with width.enabled, each unprotected block; with modulation.enabled,
+    every block.
+
+    Raises UserError if fewer than two blocks are unprotected.
     """
     intervals = settings.intervals
     protected = intervals.protect_first + intervals.protect_last

@@ -30,7 +30,7 @@ def check(settings: Settings, source: str) -> None:
             _check_judged(rows, settings.evaluate.prompts, source)
         _warn_of_repeats(used[stage], key)
     _check_split(used["record"], settings.record, source)
-    # What only blanks tell apart is the same prompt to a reader.
+    # Prompts that differ in blanks at their ends alone are the same prompt to a reader.
     recorded = {prompt.strip() for prompt in used["record"]}
     if shared := sorted(recorded & {prompt.strip() for prompt in used["evaluate"]}):
         raise UserError(
@@ -46,10 +46,10 @@ def check(settings: Settings, source: str) -> None:
 
 
 def _check_digits(settings: Settings, source: str) -> None:
-    """Raises UserError if another teacher than the embedded one would get its prompts; warns if
-    that is one that may know them, or if the judge of its pictures is all that is left of it."""
+    """Raises UserError if prompts of the embedded teacher would go to another teacher. Only warns
+    if that teacher has the same tokenizer, or if the embedded teacher's judge alone is used."""
     own = schema()["properties"]["teacher"]["properties"]["path"]["default"]
-    # Where Snakemake runs, or where the workflow is.
+    # Relative to where Snakemake runs, or to where the workflow is.
     homes = [Path(own).resolve(), (SCHEMA_PATH.parents[2] / own).resolve()]
     teacher = Path(settings.teacher.path)
     if teacher.resolve() in homes:
@@ -86,7 +86,7 @@ def _same_vocabulary(teacher: TeacherSettings, homes: list[Path]) -> bool:
 
 
 def _check_judged(rows: list[dict[str, str]], path: str, source: str) -> None:
-    """Raises UserError if a prompt does not state what the judge compares with."""
+    """Raises UserError if a prompt lacks a value that the judge compares with."""
     for number, row in enumerate(rows, start=1):
         missing = [column for column in JUDGE_COLUMNS if not row.get(column)]
         if missing:

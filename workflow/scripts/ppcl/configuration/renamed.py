@@ -1,11 +1,11 @@
-"""Keys that configs had once, and those that say the same now: an old one is refused by name."""
+"""Old keys of configs and their new names: a config with an old key is refused."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from ppcl.errors import UserError
 
-# Dotted keys.
+# Old dotted key -> new dotted key.
 OLD_KEYS = {
     "plan": "forecast",
     "intervals.pin": "intervals.require",

@@ -13,7 +13,7 @@ from ppcl.teacher import arguments, hub, signatures
 from ppcl.transformer.family import Family
 from ppcl.transformer.registry import family_of
 
-# Budgets of variants, with training and without.
+# Budgets of the two variants; the key says whether nothing is trained.
 BUDGETS = {False: (0.7, 0.55), True: (0.75, 0.65)}
 
 
@@ -25,17 +25,18 @@ def write(
     evaluation: str | None = None,
     free: bool = False,
 ) -> None:
-    """Writes a config for a teacher, which has passed the checks made before a run.
+    """Writes a config for a teacher; the config passes the checks that are made before a run.
 
     Args:
         teacher: as the config's `teacher`, without dtype and offload.
-        run: its name; None takes the file's.
+        output: the config file, .yaml or .yml.
+        run: name of the run; None takes the file's, without its ending.
         calibration, evaluation: prompts files; None takes those of the repository.
         free: nothing is trained: closed forms alone.
 
     Raises:
-        UserError: there is such a file; the teacher is none, or can't be pruned; its pipeline needs
-            pictures, and no prompts with pictures are given.
+        UserError: `output` exists or has another ending; the teacher is no pipeline, or can't be
+            pruned; its pipeline needs pictures, and not both prompts files are given.
     """
     if output.suffix not in (".yaml", ".yml"):
         raise UserError(f"--output: {output} is to be a config file; let it end in .yaml")
@@ -44,11 +45,11 @@ def write(
     path = os.path.expanduser(teacher["path"])
     teacher = teacher | {"path": path.rstrip("/") if hub.is_name(path.rstrip("/")) else path}
     given = teacher, run or output.stem, calibration, evaluation, free
-    config.complete({"run": given[1], "teacher": teacher}, str(output))  # names that can't be
+    config.complete({"run": given[1], "teacher": teacher}, str(output))  # bad names
     text = made(*given)
     settings = Settings.of(config.complete(yaml.safe_load(text), str(output)))
     least = preflight.least_fraction(settings, str(output))
-    if least > BUDGETS[free][-1] - 0.05:  # most of this model is in nothing that can go
+    if least > BUDGETS[free][-1] - 0.05:  # BUDGETS are out of reach, or nearly
         text = made(*given, budgets=[round(least + (1 - least) * part, 3) for part in (0.6, 0.3)])
         settings = Settings.of(config.complete(yaml.safe_load(text), str(output)))
     preflight.check(settings, str(output))
@@ -71,7 +72,8 @@ def made(
     """The text of a config for a teacher. Raises UserError as `write` does.
 
     Args:
-        budgets: of a variant that is not fine-tuned, and of one that is; without training, of two.
+        budgets: of the variants `plugged` and `tuned`, or of `large` and `small` if `free`; None
+            takes BUDGETS.
     """
     budgets = budgets or BUDGETS[free]
     source = TeacherSettings.of(teacher)
@@ -133,7 +135,7 @@ def _depths(family: Family | None, shape: Mapping) -> list[int]:
 
 
 def _folder(teacher: TeacherSettings) -> Path:
-    """The pipeline's folder, of which its configs are here; on the Hub, they are fetched."""
+    """The pipeline's folder; for a teacher on the Hub, one with its configs, which are fetched."""
     path, subfolder = teacher.path, teacher.subfolder or ""
     if not hub.is_name(path):
         return hub.folder(teacher, "--teacher")

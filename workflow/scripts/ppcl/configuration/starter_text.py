@@ -18,8 +18,8 @@ from ppcl.transformer.registry import fixed_states
 Lines = list[tuple[str, str]]
 
 PROMPTS = config.SCHEMA_PATH.parents[2] / "resources" / "prompts"
-# Channels of a token from which on a model is trained as the presets are; those below SMALL as the
-# embedded teacher is.
+# Channels of a token. From LARGE on, a model is trained with the presets' learning rates; below
+# SMALL, with the schema's defaults.
 LARGE, SMALL = 1024, 128
 _CHOICE = {
     False: "Prompts, variants and steps are yours to choose.",
@@ -88,7 +88,7 @@ def text(
         run: name of the run.
         prompts: files for calibration and evaluation; None takes the repository's.
         free: nothing is trained: closed forms alone.
-        budgets: of a variant that is not fine-tuned, and of one that is; without training, of two.
+        budgets: of the variants `plugged` and `tuned`, or of `large` and `small` if `free`.
     """
     calibration, evaluation = prompts
     ready = not calibration or not evaluation
@@ -177,7 +177,7 @@ def _record(model: Model, calibration: str | None, ready: bool, free: bool) -> L
 
 
 def _search(model: Model, free: bool) -> Lines:
-    """The sections of what is looked for and measured before anything is trained."""
+    """The sections of the stages that search and measure, before anything is trained."""
     narrow, low_rank = model.closed_forms
     width, rows = model.width, 64 if free else 512 if model.video else 1024
     lines = [
@@ -228,7 +228,7 @@ def _search(model: Model, free: bool) -> Lines:
 
 
 def _training(width: int) -> Lines:
-    """The sections of what trains; those of a small model are the defaults."""
+    """The sections of the stages that train; none for a small model, which takes the defaults."""
     if width < SMALL:
         return []
     rates = RATES[LARGE if width >= LARGE else SMALL]
@@ -250,7 +250,7 @@ def _training(width: int) -> Lines:
             *([("  heldout_rows: 64", "calls that judge every new block")] if steps else []),
         ]
     once: Lines = []
-    for left, right in lines:  # what has been said need not be said again
+    for left, right in lines:  # each comment once
         once.append((left, "" if right in [said for _, said in once] else right))
     return [*once, ("", "")]
 
@@ -287,7 +287,7 @@ def _evaluate(model: Model, evaluation: str | None, ready: bool, free: bool) -> 
 
 
 def _per_call(each: int, width: int, rows: int) -> int:
-    """Tokens per call, so that there are so many per channel."""
+    """Tokens per call, so that `rows` calls give `each` tokens per channel; at least 4."""
     return max(4, math.ceil(each * width / rows))
 
 
