@@ -16,7 +16,13 @@ class UserError(Exception):
 
 
 def warn_of_fewer(key: str, asked: int, there: int, what: str) -> None:
-    """Warns, once, if there is less than a key of the config asks for."""
+    """Warns once if there is less of something than the config asks for.
+
+    Args:
+        key: the dotted key that asks for it.
+        asked, there: how many it asks for, and how many there are.
+        what: what is counted, in the plural, such as "recorded calls to fit on".
+    """
     if there < asked:
         warn_once(
             f"{key} asks for {asked}, and there are {there} {what}: all are taken. record.samples, "
@@ -38,7 +44,7 @@ _DISK = {
     errno.EFBIG: "raise the limit of a file's size (ulimit -f, or the disk's own) and rerun",
     errno.EROFS: "use a disk that can be written to, or mount this one so, and rerun",
 }
-# Of these an error behind the error tells nothing: programs try such things, and go on.
+# These count in the error itself, not in its causes: programs try such things, fail and go on.
 _FILES = {
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM), "give yourself the right to it (chmod, chown) and rerun"
@@ -55,12 +61,12 @@ _NUMBER = re.compile(r"(?:\(os error |\[[Ee]rrno )(\d+)")
 
 
 def trouble(error: BaseException, path: str | Path | None = None) -> str | None:
-    """What to say of an error if a disk, a folder or a limit of the system is the cause, else None.
+    """The message for an error that a disk, a folder or a limit of the system caused, else None.
 
-    Arrow raises OSError; safetensors and shutil have the system's number in their text alone.
+    Arrow raises OSError; safetensors and shutil give the system's errno in their text alone.
 
     Args:
-        path: the file that was at work, for errors that name none.
+        path: the file that was read or written, to be named if the error names none.
     """
     for cause in _causes(error):
         number = _number(cause)
@@ -74,7 +80,7 @@ def trouble(error: BaseException, path: str | Path | None = None) -> str | None:
 
 
 def _number(error: BaseException) -> int | None:
-    """The system's number of an error."""
+    """The errno of an error, or None if it has none."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
     named = _NUMBER.search(str(error))
@@ -82,7 +88,7 @@ def _number(error: BaseException) -> int | None:
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those behind it."""
+    """An error, then the errors that caused it."""
     seen: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in seen:
@@ -92,6 +98,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def disk_is_full(error: BaseException) -> bool:
-    """Whether a write failed for lack of room, or of the right to more of it."""
+    """Whether a full disk, a quota or the limit of a file's size made a write fail."""
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return any(_number(cause) in full for cause in _causes(error))

@@ -9,7 +9,7 @@ from ppcl import provenance
 from ppcl.errors import UserError, trouble
 from ppcl.runtime import collector, stopping
 
-# Options of many programs: name -> what it takes, what the help says.
+# Options of many programs: name -> type of the value, help text.
 SHARED: dict[str, tuple[type, str]] = {
     "config": (str, "config file, or inline JSON"),
     "state": (Path, "folder that a killed run resumes from"),
@@ -71,9 +71,9 @@ def parser(
     Args:
         description: the program's docstring, which --help shows as it is.
         shared: names of options in SHARED, all required.
-        reads, may_read, writes: names of the files that it needs, takes if they are given, and
-            makes. Underscores are dashes on the command line.
-        files: what is no file of FILES, or another one here: its name -> what the help says.
+        reads, may_read, writes: names of its required inputs, its optional inputs and its outputs.
+            Underscores are dashes on the command line.
+        files: name -> help text, for files that are not in FILES or are described otherwise there.
     """
     made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -90,7 +90,7 @@ def add_options(
     writes: Iterable[str] = (),
     **files: str,
 ) -> None:
-    """Adds options to a command line, or to that of a subcommand; arguments as of `parser`."""
+    """Adds options to the parser `made`, perhaps a subcommand's; else arguments as in `parser`."""
     for name in shared:
         kind, text = SHARED[name]
         made.add_argument(_option(name), type=kind, required=True, help=text)
@@ -111,10 +111,11 @@ def _option(name: str) -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main` as a program.
+    """Calls `main` as a program.
 
-    A UserError, and what a disk or the system is to blame for, becomes one `error:` line and exit
-    code 2; a program that SIGTERM ended has the exit code `stopping.EXIT_CODE`.
+    A UserError, or an error that a disk or the system caused (`errors.trouble`), becomes one
+    `error:` line and exit code 2; a program that SIGTERM ended has the exit code
+    `stopping.EXIT_CODE`.
     """
     collector.work()
     provenance.commit()
@@ -129,7 +130,7 @@ def run(main: Callable[[], None]) -> None:
             message = str(error) if isinstance(error, UserError) else trouble(error)
             if message is None:
                 raise
-            # A line of its own: an open progress bar has ended none, and would come once more.
+            # An open progress bar has not ended its line, and would be drawn again at the end.
             bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
             for bar in list(getattr(bars, "_instances", ())):
                 bar.close()

@@ -44,7 +44,8 @@ def stamp(settings: Mapping[str, Any], **counts: object) -> dict[str, str]:
 def commit() -> str:
     """The commit of this source tree, with "-dirty" for uncommitted changes, or "unknown".
 
-    Programs ask once when they start: what is committed meanwhile did not make their results.
+    Programs ask when they start, and the answer is kept: a commit that is made while they run is
+    not the code that made their results.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
@@ -65,7 +66,7 @@ def digest(value: Any) -> str:
 
 
 def stamps(paths: Iterable[str]) -> list[tuple]:
-    """Names, sizes and times of files, for digests."""
+    """Path, size in bytes and time of change in nanoseconds of each file, for digests."""
     return [(path, Path(path).stat().st_size, Path(path).stat().st_mtime_ns) for path in paths]
 
 
@@ -74,8 +75,8 @@ def code_digest(script: str | Path) -> str:
 
     Snakemake notices an edited script, but not an edited module; rules put this in their params.
     Imports are read from the source without running it, so nothing (no torch) is imported. The
-    packages around a module count, too: Python runs their `__init__.py` first. Not followed, as
-    nothing here does so: names that are put together when the program runs, `-m`, and scripts that
+    packages around a module count, too: Python runs their `__init__.py` first. Not followed, since
+    no script does so: module names that are put together at run time, `python -m`, and scripts that
     import or start each other.
 
     Raises:
@@ -120,7 +121,7 @@ def _files(base: str, names: tuple[str, ...], library: dict[str, str], by: str) 
     paths = []
     for name in names or ("",):
         module = f"{base}.{name}" if f"{base}.{name}" in library else base
-        # What is no module of a package would be a name of its __init__.py, which has none.
+        # A name that is no module would have to be defined in __init__.py; no package does that.
         if module not in library or (module == base and name and _is_package(library[base])):
             what = f"from {base} import {name}" if name else f"import {base}"
             raise ModuleNotFoundError(f"{by}: `{what}` leads to no file of the library")
@@ -134,7 +135,7 @@ def _is_package(file: str) -> bool:
     return file.endswith("/__init__.py")
 
 
-@functools.cache  # by content: most modules are of most stages, and every rule asks
+@functools.cache  # by content: most stages use most modules, and every rule asks
 def _imported(
     source: bytes, file: str
 ) -> tuple[tuple[tuple[str, tuple[str, ...]], ...], frozenset[str]]:
@@ -144,7 +145,7 @@ def _imported(
     """
     started = {f"/{name}.py" for name in re.findall(r"(\w+)\.py[\"']", source.decode())}
     imports: list[tuple[str, tuple[str, ...]]] = []
-    # Imports are statements: expressions, nine nodes of ten, need no look.
+    # Imports are statements, so expressions, nine of ten nodes, are skipped.
     queue: list[ast.AST] = [ast.parse(source, filename=file)]
     while queue:
         node = queue.pop()

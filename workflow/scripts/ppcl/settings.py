@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, get_type_hints
 
 from ppcl.errors import UserError
 
-Ends = Sequence[int]  # [first, last] block of an interval, both in it
+Ends = Sequence[int]  # [first, last] block of an interval, inclusive
 
 
 @dataclass(frozen=True)
 class Section:
     """Some keys of a config, as attributes.
 
-    A program gets those keys alone that its rule hands over (and so tracks for reruns). A top-level
-    key that it was not given is no default: reading it raises UserError. Below those that it was
-    given, `config.load` fills in defaults.
+    A program gets only the keys that its rule hands over (and so tracks for reruns). A top-level
+    key that it was not given has no default: reading it raises UserError. Below the keys that it
+    was given, `config.load` fills in defaults.
     """
 
     @classmethod
@@ -46,7 +46,7 @@ class Section:
             object.__setattr__(made, key, self._typed(key, value))
         return made
 
-    if not TYPE_CHECKING:  # a checker shall see that an attribute is misspelled
+    if not TYPE_CHECKING:  # else a type checker would accept misspelled attributes
 
         def __getattr__(self, key: str) -> Any:
             if key not in {each.name for each in dataclasses.fields(self)}:
@@ -65,7 +65,8 @@ def _tuples(value: Any) -> Any:
 class TeacherSettings(Section):
     """Where the teacher is and how it is loaded.
 
-    fingerprint: no key of the config, but what `teacher_identity.resolved` tells a folder by.
+    fingerprint: not a key of the config. `teacher_identity.resolved` sets it for a local folder,
+    to tell this teacher from any other.
     """
 
     path: str
@@ -93,17 +94,17 @@ class TeacherSettings(Section):
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
-        """As of any section; keys that most teachers leave out have the schema's defaults."""
+        """As `Section.of`, but keys that most teachers leave out get the schema's defaults."""
         return super().of({**cls._PLAIN, **values})
 
 
 @dataclass(frozen=True)
 class ForecastSettings(Section):
-    """What a forecast of memory, sizes and time goes by."""
+    """What a forecast of memory, sizes and time is computed from."""
 
     transformer_config: str | None
     gpus: tuple[float, ...]  # GiB
-    tflops: float | None
+    tflops: float | None  # TFLOP/s of one GPU
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class IntervalsSettings(Section):
 
 @dataclass(frozen=True)
 class Choices(Section):
-    """What has to be pruned of a kind of candidates, and what may not be."""
+    """Which candidates of one kind have to be pruned, and which may not be."""
 
     require: tuple[Any, ...]
     forbid: tuple[Any, ...]
@@ -232,7 +233,7 @@ class DistillSettings(TrainingSettings):
     relative_weight: float
     outliers: float
     heldout_rows: int
-    mode: Literal["independent", "sequential", "chain"]  # chain: of the ablation alone
+    mode: Literal["independent", "sequential", "chain"]  # chain: in the ablation alone
     shards: int | Literal["auto"]
     cache_inputs: Literal["auto", "always", "never"]
     linear_weight: float
@@ -259,8 +260,9 @@ class FinetuneSettings(TrainingSettings):
 class Variant(Section):
     """A pruned model to make.
 
-    budget: what it is limited to, by kind: fraction (of parameters), parameters, blocks, latency
-        (of the teacher's). A bare number in a config is a fraction.
+    budget: kind -> upper limit. Kinds: fraction (of the teacher's transformer parameters),
+        parameters, blocks (numbers of them), latency (as a fraction of the teacher's). A bare
+        number in a config is a fraction of parameters.
     """
 
     name: str
@@ -371,18 +373,18 @@ class Settings(Section):
 
     @property
     def compares(self) -> bool:
-        """Whether blocks are compared with each other: for intervals, or a floor of text runs."""
+        """Whether blocks are compared by CKA: for intervals, or for the CKA floor of text runs."""
         runs = self.width.enabled and self.width.longest > 1 and self.width.cka_floor > 0
         return self.intervals.enabled or runs
 
     @property
     def searches_by_cost(self) -> bool:
-        """Whether intervals are searched for by what they cost, measured before."""
+        """Whether the search for intervals uses measured costs: velocity errors."""
         return self.intervals.enabled and self.intervals.cost == "velocity"
 
     @property
     def trains(self) -> bool:
-        """Whether students are trained: those of intervals, for variants that want any."""
+        """Whether students of intervals are trained: some variant has `train`."""
         return self.intervals.enabled and any(variant.train for variant in self.variants)
 
     @property
@@ -392,12 +394,12 @@ class Settings(Section):
 
     @property
     def staged(self) -> bool:
-        """Whether students are trained whole first, and narrowed then."""
+        """Whether students are trained at full width first, and narrowed afterwards."""
         return self.trains and self.width.enabled and self.width.schedule == "staged"
 
     @property
     def narrowing(self) -> DistillSettings:
-        """The training of students that were narrowed: as distill, with steps of its own."""
+        """The training of narrowed students: as `distill`, but with the steps of `width`."""
         return self.distill.replace(steps=self.width.steps)
 
     @property
