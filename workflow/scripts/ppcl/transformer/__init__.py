@@ -1,4 +1,4 @@
-"""What a transformer is here: its family's entry in the registry, or what its source tells of it,
-its blocks as one sequence, and its recorded calls. It knows no pipeline. May import errors and
-storage; every package above may import it.
+"""What is known of a transformer: its family (an entry in the registry, or what inspection of its
+source finds), its blocks as one sequence, and its recorded calls. Nothing here knows of pipelines.
+May import errors and storage; every package above may import it.
 """

@@ -1,6 +1,6 @@
 """record/blocks.parquet: what stages that do not load the teacher need to know of its blocks.
 
-Needs no torch; `blocks.facts` finds it all out from a transformer.
+Needs no torch. `blocks.facts` makes the facts from a transformer.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,11 @@ class BlockFacts:
 
     Attributes:
         lists: of each block, the transformer's attribute whose list it is in.
-        seams: blocks at which a run of like blocks begins (`blocks.seams`), the first among them.
-        untouchable: block that the family forbids to prune -> the reason.
-        parameters: that go with each block (`blocks.parameters_of_blocks`).
-        transformer_parameters: of the whole transformer.
+        seams: first block of each run of like blocks (`blocks.seams`); block 0 is always one.
+        untouchable: number of a block that the family forbids to prune -> the reason.
+        parameters: of each block, how many parameters go if it is removed
+            (`blocks.parameters_of_blocks`).
+        transformer_parameters: number of parameters of the whole transformer.
     """
 
     lists: list[str]
@@ -37,7 +38,7 @@ class BlockFacts:
 
 
 def write(path: Path, facts: BlockFacts, provenance: dict[str, str]) -> None:
-    """Writes the table; the transformer's parameters are in its provenance."""
+    """Writes the table; the transformer's number of parameters goes into the file's provenance."""
     every = range(len(facts))
     table = pd.DataFrame(
         {
@@ -53,10 +54,10 @@ def write(path: Path, facts: BlockFacts, provenance: dict[str, str]) -> None:
 
 
 def read(path: Path) -> BlockFacts:
-    """The facts of a table.
+    """Reads what `write` wrote.
 
     Raises:
-        UserError: it is no such table.
+        UserError: the file holds something else.
     """
     table = tables.read(path, schemas.BLOCK_FACTS).to_pandas()
     try:

@@ -25,7 +25,7 @@ Streams = dict[str, Tensor]
 
 
 class _Enough(Exception):
-    """Ends a forward pass early: what was wanted has been seen."""
+    """Ends a forward pass early, once the last wanted block has been seen."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class Block:
 
     @property
     def width(self) -> Width:
-        """What can be narrowed in this block: a last one may lack what the others have."""
+        """What can be narrowed in this block. The last block of a list may lack parts that the
+        others have."""
         listed = self.list.width or Width({})
 
         def has(path: str) -> bool:
@@ -77,21 +78,23 @@ class Block:
 
 
 def signature_arguments(module: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """A module call's arguments by name.
+    """A module call's arguments by name, without self.
 
-    Those of its class: whoever puts a function in place of its `forward` may take any.
+    The names are those of the class's `forward`. The module itself may have a function in its place
+    that takes any arguments, such as an offloading hook's.
     """
     bound = _signature(type(module).forward).bind(module, *args, **kwargs).arguments
     return dict(list(bound.items())[1:])
 
 
-# There are few, asked for at every block of every step; to find one takes as long as a small layer.
+# There are few signatures, and one is needed at every block of every step. Finding one takes as
+# long as a small layer.
 _signature = functools.lru_cache(maxsize=64)(inspect.signature)
 
 
 def family(transformer: nn.Module) -> Family:
-    """The registry entry of a transformer, or what inspection finds of a class without one; a
-    subclass of a registered class is of that family.
+    """The registry entry of a transformer's class or of one of its base classes; the result of
+    inspection if there is none.
 
     Raises:
         UserError: its class can't be pruned; says why.
@@ -112,8 +115,9 @@ def block_sequence(transformer: nn.Module) -> list[Block]:
 
 
 def seams(transformer: nn.Module) -> list[int]:
-    """Index of the first block of every run of blocks that one could stand for all of, the same
-    list and the same weights' shapes; no interval may cross one."""
+    """Number of the first block of every run of like blocks: blocks of one list whose weights have
+    the same names and shapes. No interval may reach over a seam, since one student could not stand
+    for blocks of both sides."""
     every = block_sequence(transformer)
     kinds = [(b.list.attribute, _shapes(b.module)) for b in every]
     return [i for i, kind in enumerate(kinds) if i == 0 or kind != kinds[i - 1]]
@@ -124,17 +128,19 @@ def _shapes(module: nn.Module) -> list[tuple]:
 
 
 def answer(transformer: nn.Module, arguments: dict[str, Any]) -> Tensor:
-    """What a transformer answers to a call, [batch, ...]; some give a list of the samples'."""
+    """A transformer's output for a call as one tensor [batch, ...], the velocity or noise
+    prediction."""
     return stacked(transformer(**arguments)[0])
 
 
 def stacked(output: Tensor | list[Tensor]) -> Tensor:
-    """One tensor of what a transformer gives for a batch."""
+    """A transformer's output as one tensor [batch, ...]; some return a list with a tensor per
+    sample."""
     return output if isinstance(output, Tensor) else torch.stack(list(output))
 
 
 def untouchable(transformer: nn.Module) -> dict[int, str]:
-    """Blocks that the family forbids to prune, with the reason."""
+    """Number of each block that the family forbids to prune -> the reason."""
     reasons, every = {}, block_sequence(transformer)
     for (attribute, position), reason in family(transformer).untouchable.items():
         members = [b.index for b in every if b.list.attribute == attribute]
@@ -150,13 +156,14 @@ def watch(
     stop_after: int | None = None,
     stop_before: int | None = None,
 ):
-    """Shows the calls of blocks while a transformer runs; yields a function that runs it.
+    """Watches the calls of blocks; yields run(transformer, arguments), which runs the transformer
+    and returns its output, or None if the forward pass was stopped early.
 
     Args:
-        before: gets each block with the bound arguments of its call.
-        after: gets each block with the streams that it returned.
-        stop_after: the block after which the forward pass ends early. Its caller gets None.
-        stop_before: the block at whose call it ends.
+        before: is called before each block, with the block and its arguments by name.
+        after: is called after each block, with the block and the streams that it returned.
+        stop_after: number of the block after which the forward pass ends early.
+        stop_before: number of the block before which it ends early.
     """
     handles = []
 
@@ -197,7 +204,7 @@ def token_masks(family: Family, arguments: dict[str, Any], streams: Streams) -> 
 
     Args:
         arguments: of the transformer's call.
-        streams: those wanted, [batch, tokens, channels] each.
+        streams: the streams for which masks are wanted, [batch, tokens, channels] each.
     """
     masks = {
         stream: family.masks[stream](arguments, value.shape[1])
@@ -219,8 +226,8 @@ def assembled(
         students: (first, last) of an interval, inclusive -> the module that replaces it.
 
     Returns:
-        The assembled transformer, and the block map: for every new block, the old ones it stands
-        for.
+        The assembled transformer, and the block map: for every block of it, the numbers of the old
+        blocks for which it stands.
     """
     first = {interval[0]: interval for interval in students}
     inside = {i for u, v in students for i in range(u + 1, v + 1)}
@@ -262,7 +269,7 @@ def assembled(
 
 
 class PassThroughBlock(nn.Module):
-    """Stands for a block, and gives its streams back as they are."""
+    """Stands in for a block, and returns the streams that it gets unchanged."""
 
     def __init__(self, block: Block):
         super().__init__()
@@ -275,15 +282,15 @@ class PassThroughBlock(nn.Module):
 
 
 def emptied(transformer: nn.Module, kept: Collection[int] = ()) -> nn.Module:
-    """A transformer of as many blocks, of which only those of these numbers do anything: what is
-    around the blocks computes as ever. It shares all else with the original."""
+    """A transformer with as many blocks, of which only those with the `kept` numbers compute; the
+    others return their streams unchanged. All other modules are the original's."""
     every = block_sequence(transformer)
     passing = {(b.index, b.index): PassThroughBlock(b) for b in every if b.index not in kept}
     return assembled(transformer, passing)[0]
 
 
 def sizes(transformer: nn.Module) -> dict[str, int]:
-    """What budgets count: transformer_parameters, and blocks."""
+    """What budgets count: the numbers of transformer_parameters and of blocks."""
     depth = len(block_sequence(transformer))
     return {"transformer_parameters": parameter_count(transformer), "blocks": depth}
 
@@ -294,7 +301,8 @@ def parameter_count(module: nn.Module) -> int:
 
 
 def parameters_of_blocks(transformer: nn.Module) -> list[int]:
-    """Parameters that go with each block: its own, and its companions' (`Family.companions`)."""
+    """Of each block, how many parameters go if it is removed: its own and those of its companions
+    (`Family.companions`)."""
     sequence = block_sequence(transformer)
     beside = [getattr(transformer, name) for name in family(transformer).companions]
     return [

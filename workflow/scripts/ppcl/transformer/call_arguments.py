@@ -1,8 +1,9 @@
-"""A call's arguments, sorted: tensors to columns, and what is no tensor to JSON, and back.
+"""Splits a call's arguments into tensors, for columns, and JSON for all else, and joins them again.
 
-The JSON of a row has an entry per argument: `{"all": value}`, or `{"each": value}` where it is this
-sample's entry of a list. In a value, `{"tuple": [...]}` and `{"mapping": {...}}` are containers,
-and `{"tensor": name}` stands for a tensor that a column holds (`call_columns`).
+The JSON of a row has an entry per argument: `{"all": value}` if all samples share the value, or
+`{"each": value}` if the argument is a list with an entry per sample, and this is the row's. In a
+value, `{"tuple": [...]}` and `{"mapping": {...}}` are containers, and `{"tensor": name}` stands for
+a tensor that a column holds (`call_columns`).
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -17,7 +18,7 @@ from ppcl.transformer.call_columns import Held, inside, outermost
 
 @dataclass
 class Samples:
-    """An argument's tensors, one per sample, and how they are part of it (`CallColumn`)."""
+    """An argument as one tensor per sample, and how these form the argument (`CallColumn`)."""
 
     tensors: list[Tensor]
     held: Held = Held.STACKED
@@ -26,12 +27,13 @@ class Samples:
 
 @dataclass
 class Arguments:
-    """A call's arguments, sorted.
+    """A call's arguments, split. Tensors inside tuples, lists and mappings have dotted names, as
+    `call_columns.inside` makes them.
 
     Attributes:
         cut: argument -> its samples' tensors.
         whole: argument -> a tensor that all samples share.
-        other: per sample, JSON of what is no tensor, with the places of nested tensors.
+        other: per sample, the JSON of all else, with `{"tensor": name}` in place of nested tensors.
     """
 
     cut: dict[str, Samples]
@@ -45,14 +47,19 @@ def split(
     shared: tuple[str, ...] = (),
     batch_dims: Mapping[str, int] | None = None,
 ) -> Arguments:
-    """Sorts a call's arguments into those of each sample and those that all share.
+    """Splits a call's arguments into those of each sample and those that all samples share.
 
-    A tensor whose batch dimension is as long as the batch is cut into samples unless the family
-    calls it shared; a list as long as the batch is cut as well, be it of tensors; tensors in
-    tuples, lists and mappings are taken out of them; None and `return_dict` are dropped.
+    A tensor whose batch dimension is as long as the batch is cut into samples, and so is a list as
+    long as the batch, unless the family calls the argument shared. Tensors are taken out of tuples,
+    lists and mappings. Arguments that are None, and `return_dict`, are dropped.
+
+    Args:
+        batch: number of samples.
+        shared: arguments without a batch dimension (`Family.shared`).
+        batch_dims: argument -> its batch dimension, if not the first (`Family.batch_dims`).
 
     Raises:
-        UserError: an argument holds something else than tensors, texts and numbers.
+        UserError: an argument holds anything but tensors, texts, numbers, booleans and None.
     """
     parts = Arguments({}, {}, [{} for _ in range(batch)])
     dims = batch_dims or {}
@@ -85,10 +92,14 @@ def split(
 
 
 def encode(value: Any, path: str, keep: Callable[[str, Tensor], None] | None) -> Any:
-    """JSON that keeps tuples apart from lists; tensors go to `keep`, by their place.
+    """A value as JSON in which tuples and lists differ.
+
+    Args:
+        path: name of the argument, or of the place inside it (`call_columns.inside`).
+        keep: is called with the path and value of every tensor inside; None: tensors are refused.
 
     Raises:
-        UserError: there is something else than tensors, texts and numbers.
+        UserError: the value holds anything but tensors, texts, numbers, booleans and None.
     """
     if isinstance(value, Tensor) and keep is not None:
         keep(path, value)
@@ -107,11 +118,11 @@ def encode(value: Any, path: str, keep: Callable[[str, Tensor], None] | None) ->
 
 
 def joined(other: list[dict], tensors: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a batch.
+    """The arguments of a batch, by name; undoes `split`.
 
     Args:
-        other: the samples' JSON.
-        tensors: argument -> its tensors, joined.
+        other: the JSON of each sample.
+        tensors: argument, or place inside it -> the batch's tensor (`CallColumn.joined`).
     """
     left = dict(tensors)
     arguments: dict[str, Any] = {}
@@ -124,7 +135,7 @@ def joined(other: list[dict], tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def decode(value: Any, tensors: dict[str, Any]) -> Any:
-    """The value again; its tensors are taken out of `tensors`."""
+    """The value that `encode` made this of; its tensors are popped from `tensors`."""
     if isinstance(value, list):
         return [decode(v, tensors) for v in value]
     if isinstance(value, dict):
@@ -137,12 +148,20 @@ def decode(value: Any, tensors: dict[str, Any]) -> Any:
 
 
 def batched_by(other: dict) -> dict:
-    """What of a row's JSON the other rows of its batch must have too."""
+    """The part of a row's JSON that must be equal in all rows of a batch."""
     return {name: value if "all" in value else "each" for name, value in other.items()}
 
 
 def check(encoded: dict, held: Collection[str]) -> None:
-    """ValueError and the like unless it is JSON of `split`, with tensors that are held."""
+    """Checks the JSON of a row.
+
+    Args:
+        held: names of the tensors that the row's columns hold.
+
+    Raises:
+        ValueError, TypeError, AttributeError: `split` can't have made it, or it names a tensor that
+            is not held.
+    """
 
     def check_value(value: Any) -> None:
         if isinstance(value, list):

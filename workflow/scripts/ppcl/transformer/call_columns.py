@@ -1,7 +1,7 @@
 """Names of the tensor columns in calls.parquet: a small language, which `CallColumn` owns.
 
 calls.parquet has a column for each tensor that the transformer gets, and one for its output. The
-column's name says how rows become that tensor again:
+column's name says how a batch of rows becomes that tensor again:
 
     name      = [ mark ] argument [ "@" dimension ] "/" [ shape ] "/" dtype
     mark      = "=" | "*"
@@ -14,12 +14,12 @@ column's name says how rows become that tensor again:
     hidden_states/16x4/bfloat16   the samples' [16, 4], stacked: [batch, 16, 4]
     timestep//float32             a number per sample: [batch]
     =img_ids/16x3/float32         one tensor [16, 3] for all samples, which the first row holds
-    *cap_feats/7x32/float32       a list of the samples' tensors
-    layers@1/2x5/float32          stacked along dimension 1: [2, batch, 5]
-    rotary.0/16x8/float32         the first in the tuple, list or mapping `rotary`
+    *cap_feats/7x32/float32       a list with a tensor [7, 32] per sample
+    layers@1/2x5/float32          the samples' [2, 5], stacked along dimension 1: [2, batch, 5]
+    rotary.0/16x8/float32         entry 0 of the tuple, list or mapping `rotary`
 
 The shape is part of the name because a prompt's length varies: a row fills the column of its shape,
-and leaves the others null.
+and is null in the same argument's columns of other shapes.
 """
 
 import re
@@ -31,7 +31,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-# Arrow has no bfloat16 and its booleans are bits: both are stored as integers of the same bytes.
+# Arrow has no bfloat16, and its booleans are single bits: columns of both hold integers of the same
+# bytes.
 _STORED_AS = {torch.bfloat16: torch.int16, torch.bool: torch.uint8}
 _ARROW = {
     torch.float32: pa.float32(),
@@ -53,7 +54,11 @@ _NAME = re.compile(
 
 
 class Held(StrEnum):
-    """How a column holds an argument; the value is the mark before its name."""
+    """How a column holds an argument; the value is the mark at the beginning of the column's name.
+
+    STACKED: the argument is the samples' tensors, stacked. SHARED: it is one tensor for all
+    samples. LISTED: it is the list of the samples' tensors.
+    """
 
     STACKED = ""
     SHARED = "="
@@ -65,14 +70,15 @@ class CallColumn:
     """A tensor column of calls.parquet.
 
     Attributes:
-        argument: the transformer's argument, and with dots the place inside it; or `output`.
+        argument: name of the transformer's argument, followed by dots and keys for an entry inside
+            it; or `output`.
         shape: of one sample's tensor; of the whole tensor if it is shared.
         dtype: of the tensor; the file may hold integers of the same bytes.
         held: how the rows become the argument.
-        batch_dim: the dimension of the argument that is the batch, if its rows are stacked.
+        batch_dim: the argument's batch dimension; 0 unless its rows are stacked.
 
     Raises:
-        ValueError: no column can have such a name.
+        ValueError: no column can hold such a tensor; says why.
     """
 
     argument: str
@@ -95,10 +101,10 @@ class CallColumn:
 
     @classmethod
     def parse(cls, name: str) -> "CallColumn":
-        """The column of a name.
+        """The column that has this name.
 
         Raises:
-            ValueError: the name is not of this language.
+            ValueError: the name does not follow the grammar above.
         """
         matched = _NAME.fullmatch(name)
         if matched is None or matched["dtype"] not in _DTYPES:
@@ -113,7 +119,7 @@ class CallColumn:
 
     @property
     def name(self) -> str:
-        """The column's name; `parse` is the way back."""
+        """The column's name, from which `parse` makes the column again."""
         argument = f"{self.argument}@{self.batch_dim}" if self.batch_dim else self.argument
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.held}{argument}/{'x'.join(map(str, self.shape))}/{dtype}"
@@ -131,14 +137,14 @@ class CallColumn:
             raise ValueError(f"column '{field.name}' is {kind}")
 
     def to_arrow(self, tensor: Tensor) -> pa.Array:
-        """Rows of the file from a tensor [rows, *shape] of this dtype, on the CPU."""
+        """A tensor [rows, *shape] of this dtype, on the CPU, as rows of the file."""
         stored = tensor.view(_STORED_AS[self.dtype]) if self.dtype in _STORED_AS else tensor
         flat = pa.array(stored.contiguous().numpy().ravel())
         storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(self.shape, dtype=int)))
         return pa.ExtensionArray.from_storage(self.arrow_type, storage)
 
     def to_torch(self, rows: pa.Array) -> Tensor:
-        """The tensor [rows, *shape] of rows of the file, none of them null."""
+        """Rows of the file, none of them null, as a tensor [rows, *shape] of this dtype."""
         values = torch.from_numpy(rows.storage.flatten().to_numpy(zero_copy_only=False).copy())
         return values.view(self.dtype).reshape(len(rows), *self.shape)
 
@@ -159,5 +165,5 @@ def inside(argument: str, key: int | str) -> str:
 
 
 def outermost(argument: str) -> str:
-    """The transformer's argument that a name, perhaps of an entry inside it, belongs to."""
+    """The transformer's argument of a name that `inside` may have made."""
     return argument.partition(".")[0]

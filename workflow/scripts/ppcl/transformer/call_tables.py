@@ -1,7 +1,7 @@
 """Recorded calls as tables, and the file that holds them, calls.parquet.
 
 A row is one sample of one call: its tensors, its other arguments, the transformer's answer (the
-velocity or noise prediction), and where in the sampling it happened.
+velocity or noise prediction), and the denoising step, guidance branch and noise level of the call.
 """
 
 import json
@@ -29,13 +29,15 @@ def to_tables(
     shared: tuple[str, ...] = (),
     batch_dims: Mapping[str, int] | None = None,
 ) -> list[pa.Table]:
-    """A batched call as tables, one row per sample; samples of other shapes have another table.
+    """A batched call as tables, one row per sample; samples with tensors of the same shapes are in
+    one table.
 
     Args:
+        arguments: of the transformer, by name.
         output: the transformer's answer [batch, ...].
-        rows: the columns of schemas.CALLS but `arguments`, a value per sample each.
+        rows: column of schemas.CALLS -> a value per sample, for all columns but `arguments`.
         shared: arguments that have no batch dimension.
-        batch_dims: argument -> the dimension that is its batch, if not the first.
+        batch_dims: argument -> its batch dimension, if not the first.
 
     Raises:
         UserError: an argument can't be stored, or holds NaN or infinity.
@@ -64,7 +66,11 @@ def to_tables(
 
 
 def _column(argument: str, rows: Tensor, held: Held, batch_dim: int = 0) -> CallColumn:
-    """The column for the rows of an argument, [rows, ...]."""
+    """The column for an argument's values [rows, ...].
+
+    Raises:
+        UserError: they hold NaN or infinity, or no column can hold them.
+    """
     if rows.is_floating_point() and not torch.isfinite(rows).all():
         raise UserError(
             f"the transformer's '{argument}' holds NaN or infinity while recording; the teacher is "
@@ -84,9 +90,12 @@ def write(
     every: Iterable[pa.Table],
     provenance: dict[str, str],
 ) -> None:
-    """Writes calls to one file, a row group each; the file has the tensor columns of all schemas.
+    """Writes calls.parquet, with a row group per table.
 
-    A row that lacks a tensor column gets null there.
+    Args:
+        file_schemas: of all tables. The file has the tensor columns of each; a table that lacks one
+            gets nulls there.
+        every: the tables, each with all columns of schemas.CALLS.
     """
     extra = {
         field.name: pa.field(field.name, field.type, metadata={b"nan": b"allowed"})

@@ -1,7 +1,7 @@
 """The transformer's own calls, read from calls.parquet in batches that can be replayed.
 
-Replaying a batch needs neither text encoder nor scheduler, and works for any family. What a row is,
-and how it is written: `call_tables`.
+Replaying a batch needs neither text encoder nor scheduler, and works for any family. `call_tables`
+says what a row holds, and writes the file.
 """
 
 import hashlib
@@ -34,8 +34,9 @@ class Batch:
     Attributes:
         arguments: keyword arguments of the transformer, batched.
         output: the transformer's recorded answer [batch, ...].
-        rows: per sample: sample, prompt, step, branch, sigma, timestep, kind, heldout.
-        numbers: the samples' row numbers in the file.
+        rows: column of schemas.CALLS, such as step or timestep -> its values [batch]; without
+            `arguments`.
+        numbers: the samples' row numbers in the file, [batch].
     """
 
     arguments: dict[str, Any]
@@ -47,17 +48,17 @@ class Batch:
         return len(self.output)
 
     def to_float32(self) -> "Batch":
-        """The batch for a float32 model, whatever the dtype of the teacher that was recorded."""
+        """The batch with all floating-point tensors in float32."""
         arguments = tree_map(as_float32, self.arguments)
         return Batch(arguments, self.output.float(), self.rows, self.numbers)
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch with its tensors on a device; copies to CUDA of what is `pinned` go on while
-        the caller does."""
+        """The batch with its tensors on a device. From a `pinned` batch, copies to CUDA are
+        asynchronous."""
         return self._each(lambda value: value.to(device, non_blocking=device.type == "cuda"))
 
     def pinned(self, device: torch.device) -> "Batch":
-        """The batch in memory from which a copy to that device needs no waiting."""
+        """The batch in page-locked memory if the device is CUDA, else as it is."""
         return self._each(Tensor.pin_memory) if device.type == "cuda" else self
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
@@ -70,13 +71,13 @@ class Batch:
 class Ahead:
     """Batches by number, each made while the one before it is in use.
 
-    Whoever asks for number n has n + 1 made in a thread, which ends with that; an error in it is
-    raised to whom asks for n + 1. Any other number is made at once, as after a resume. (torch's
-    DataLoader would need a process for it, with decoded row groups of its own.)
+    A call with number n returns batch n and starts a thread that makes batch n + 1. If that fails,
+    the call with n + 1 raises the error. A call with any other number, as after a resume, makes its
+    batch at once. (torch's DataLoader would need a process, with decoded row groups of its own.)
 
     Args:
-        make: the batch of a number.
-        count: of batches, if there is a last one.
+        make: number -> batch.
+        count: number of batches; None if there is no last one.
     """
 
     def __init__(self, make: Callable[[int], Batch], count: int | None = None):
@@ -112,7 +113,8 @@ class Ahead:
 
 
 def refuse_zeros(power: float) -> None:
-    """Raises UserError if errors relative to recorded answers of such a squared norm are none."""
+    """Raises UserError if `power`, the squared norm of recorded answers, is no positive number, so
+    that errors can't be relative to it."""
     if not power > 0:
         raise UserError(
             "calls.parquet: recorded answers are all zero: no error relative to them is defined; "
@@ -132,12 +134,16 @@ class Reader:
 
     Args:
         path: calls.parquet.
-        memory: bytes of decoded row groups to keep; a set that fits is read from disk once.
+        memory: bytes of decoded row groups to keep; if all fit, each is read from disk once.
 
     Attributes:
-        index: per row, in file order: sample, step, branch, sigma, timestep, kind, heldout, ...
-        buckets: rows that can be batched together (same tensor shapes, same shared arguments).
+        index: column of schemas.CALLS -> its values [rows], in file order.
+        buckets: groups of row numbers; rows of one group have the same tensor shapes and shared
+            arguments, so that they can be in one batch.
         provenance: the file's.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds no recorded calls.
     """
 
     def __init__(self, path: str | Path, memory: int = 4 << 30):
@@ -170,7 +176,12 @@ class Reader:
         return int(self._first[-1])
 
     def rows(self, heldout: bool | None = None, kinds: tuple[str, ...] = ()) -> np.ndarray:
-        """Row numbers of one split (None: both) and, if given, of some kinds."""
+        """Row numbers, in file order.
+
+        Args:
+            heldout: True for held-out rows, False for rows to fit on; None for both.
+            kinds: `pipeline` or `renoised`; empty for both.
+        """
         keep = np.ones(len(self), bool)
         if heldout is not None:
             keep &= self.index["heldout"] == heldout
@@ -179,9 +190,11 @@ class Reader:
         return np.flatnonzero(keep)
 
     def heldout_rows(self, purpose: str) -> np.ndarray:
-        """Held-out rows to `select` by, or to `report` on: every other prompt each.
+        """Row numbers of the held-out calls to `select` by, or to `report` on: held-out prompts go
+        to the two purposes in turn.
 
-        What chose the intervals and students would flatter them if it also judged the result.
+        Errors on the calls that selected intervals and students would flatter these. If one prompt
+        alone is held out, both purposes get it, with a warning.
         """
         rows = self.rows(heldout=True)
         prompts = self.index["prompt"][rows]
@@ -198,13 +211,13 @@ class Reader:
     def sample_heldout(
         self, purpose: str, count: int, seed: int, key: str | None = None
     ) -> np.ndarray:
-        """Up to `count` random ones of `heldout_rows(purpose)`; the same for the same seed.
+        """Up to `count` random rows of `heldout_rows(purpose)`; the same for the same seed.
 
-        One comes from each of `count` groups of neighbouring timesteps, by which errors differ
-        most: so few rows tell as much as twice as many that are drawn without that.
+        The rows are stratified by timestep, by which errors differ most: one comes from each of
+        `count` groups of neighbouring timesteps. A plain draw needs twice as many to tell as much.
 
         Args:
-            key: of the config, that asks for so many: there is a warning if there are fewer.
+            key: the config key that sets `count`; with it, there is a warning if rows are fewer.
         """
         rows = self.heldout_rows(purpose)
         if key:
@@ -217,9 +230,10 @@ class Reader:
         return np.array([rng.choice(group) for group in np.array_split(by_time, count)])
 
     def draw(self, rows: np.ndarray, size: int, seed: tuple[int, ...]) -> np.ndarray:
-        """`size` random rows that fit in one batch; a pure function of its arguments.
+        """`size` random rows of one bucket; a pure function of its arguments.
 
-        The bucket is drawn in proportion to its share of `rows`, so every row is equally likely.
+        The bucket is drawn in proportion to its share of `rows`, so every row is equally likely. A
+        bucket with fewer than `size` rows is drawn from with replacement.
         """
         rng = np.random.default_rng(seed)
         bucket = self._bucket_of[rng.choice(rows)]
@@ -241,7 +255,8 @@ class Reader:
         present one is in use.
 
         Args:
-            device: where they will be needed (`Batch.pinned`); they are on the CPU.
+            device: where they will be used (`Batch.pinned`). The batches themselves are on the
+                CPU.
         """
         every = self.in_batches(rows, size)[start:]
         ahead = Ahead(lambda number: self.batch(every[number]).pinned(device), len(every))
@@ -259,7 +274,7 @@ class Reader:
         columns = {name: self._columns[name] for name in picked}
         joined = {column.argument: column.joined(picked[n]) for n, column in columns.items()}
         output = joined.pop(OUTPUT)
-        assert isinstance(output, Tensor), "the output is stacked, as `call_tables.table` has it"
+        assert isinstance(output, Tensor), "the output is stacked (`call_tables.to_tables`)"
         texts = [self.index["arguments"][row] for row in rows]
         once = {text: json.loads(text) for text in set(texts)}
         arguments = call_arguments.joined([once[text] for text in texts], joined)
@@ -267,7 +282,8 @@ class Reader:
         return Batch(arguments | {"return_dict": False}, output, meta, np.asarray(rows))
 
     def _group(self, group: int) -> dict[str, Tensor]:
-        """Decoded tensor columns of a row group (least recently used ones are forgotten)."""
+        """Decoded tensor columns of a row group, [rows, ...] each, [1, ...] if shared; the groups
+        used least recently are dropped from memory."""
         if group in self._groups:
             self._groups.move_to_end(group)
             return self._groups[group]
@@ -288,7 +304,7 @@ class Reader:
         return self._columns[name].held is Held.SHARED
 
     def _present(self, group: int) -> list[str]:
-        """Tensor columns of a row group that hold values (a group is one call: all rows alike)."""
+        """Tensor columns that hold values in a row group (a group is one call: all rows alike)."""
         metadata = self._file.metadata.row_group(group)
         names = set()
         for i in range(metadata.num_columns):
@@ -300,7 +316,7 @@ class Reader:
 
     def _find_buckets(self) -> list[np.ndarray]:
         numbers: dict[tuple, int] = {}
-        alike: dict[tuple, str] = {}  # by columns and text, of which most rows have the same
+        alike: dict[tuple, str] = {}  # by (columns, text): most rows repeat an earlier pair
         self._bucket_of = np.empty(len(self), dtype=np.int64)
         for group in range(len(self._file)):
             columns = tuple(self._present(group))
@@ -321,7 +337,7 @@ class Reader:
         return [np.flatnonzero(self._bucket_of == number) for number in range(len(numbers))]
 
     def _shared_values(self, group: int, columns: tuple[str, ...]) -> str:
-        """The values of a row group's shared tensors, which one batch can hold only once."""
+        """Digest of the shared tensors of a row group, which have one value in a batch."""
         names = [name for name in columns if self._shared(name)]
         if not names:
             return ""

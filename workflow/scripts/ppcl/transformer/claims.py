@@ -13,13 +13,17 @@ from ppcl.transformer.blocks import Block, Streams
 
 @torch.no_grad()
 def verify(transformer: nn.Module, arguments: dict[str, Any]) -> None:
-    """Checks the registry's claims on one real call: what a block returns as a stream is what the
-    next block of its list gets as that stream, to the bit, at its real tokens; and whatever else a
-    block gets, all blocks of its list get.
+    """Checks the registry's claims on one real call. Every stream that a block returns must reach
+    the next block of its list unchanged, bit by bit at real tokens. All other tensors that a block
+    gets must be the same for all blocks of its list.
+
+    Args:
+        arguments: of the transformer's call, by name.
 
     Raises:
-        UserError: a stream is missing, changes its shape, or comes back in another place; or
-            blocks get something each of its own, which would be another's after pruning.
+        UserError: a stream is missing, changes its shape, or is not where the registry says in what
+            the block returns; or a block gets another tensor as an argument than the first block of
+            its list: after pruning, a block would get the tensor that is meant for another.
     """
     returned: Streams = {}
     others: dict[str, dict[str, Any]] = {}

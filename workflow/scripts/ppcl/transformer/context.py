@@ -1,4 +1,4 @@
-"""What the work of a stage is done with: the teacher, its recorded calls, the processes."""
+"""What all functions of a stage work with: the teacher, its recorded calls, the processes."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +15,10 @@ class Context:
     """What the functions of a stage share.
 
     Attributes:
-        transformer: the recorded teacher's, frozen, on the device unless it is offloaded; of a
+        transformer: the recorded teacher's, frozen, on the device unless it is offloaded; in
             fine-tuning, the model that is trained.
         reader: the teacher's recorded calls.
-        seed: of whatever is drawn at random.
+        seed: decides all random numbers of the stage.
         accelerator: the processes that work together, this one among them.
     """
 
@@ -39,12 +39,13 @@ class State:
 
     Attributes:
         folder: for the files, on a disk that the processes share.
-        identity: digest of what decides them. A file that carries another one is not used.
+        identity: digest of everything that decides their contents. A file with another identity is
+            not used.
     """
 
     folder: Path
     identity: str
 
     def within(self, name: str) -> "State":
-        """The same in a folder of its own in this one."""
+        """A state of the same identity in the subfolder `name`."""
         return State(self.folder / name, self.identity)

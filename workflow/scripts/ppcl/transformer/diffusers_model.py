@@ -1,5 +1,5 @@
-"""What every transformer has as a model of diffusers, which torch's Module does not tell a type
-checker: those here are Modules, as are the blocks and the models in their place.
+"""What every transformer has as a diffusers model, for the type checker: functions here pass
+transformers around as torch Modules, whose type does not have these members.
 """
 
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ class DiffusersModel(Protocol):
 
 
 def class_of(made_by: type[nn.Module]) -> type[DiffusersModel]:
-    """A transformer's class, likewise."""
+    """A transformer's class, typed as the class of a diffusers model."""
     return cast(type[DiffusersModel], made_by)
 
 
 def of(transformer: nn.Module) -> DiffusersModel:
-    """A transformer, as what it is beside a Module."""
+    """A transformer, typed as a diffusers model."""
     return cast(DiffusersModel, transformer)

@@ -1,9 +1,9 @@
-"""Transformer classes without an entry in the family registry: what their source tells.
+"""Inspection: makes the family of a transformer class that has no entry in the registry.
 
-A class that diffusers brings tomorrow is read like those of today: its block lists by their place
-in the forward, its streams by the blocks' signatures and return statements (where these do not
-tell, by diffusers' own registry of blocks), the depth by the config. What a block does must not
-depend on its number. `claims.verify` then checks all of it numerically, before anything long runs.
+The order of the block lists is read from the class's forward, the streams from the blocks'
+signatures and return statements (or, if these do not tell, from diffusers' own registry of blocks),
+and the depth keys from the config. A class is refused if what a block does depends on its number.
+`claims.verify` then checks the result numerically, before anything long runs.
 """
 
 import ast
@@ -27,14 +27,15 @@ _BESIDE = (
     "text_",
     "txt_",
     "audio_",
-)  # in names of lists that prepare what is no picture
+)  # in names of lists whose blocks do not carry the picture
 
 
 def inspected(transformer: nn.Module) -> Family:
     """The family of a transformer whose class has no entry, by inspection; warns once per class.
 
     Raises:
-        UserError: the source does not tell, or tells that blocks can't be removed; says why.
+        UserError: the source does not tell enough, or shows that blocks can't be removed; says
+            why.
     """
     return _inspected(_Shape.of(transformer))
 
@@ -51,7 +52,7 @@ def _inspected(shape: "_Shape") -> Family:
     lists = [_block_list(name, *listed) for listed in ordered]
     if (
         TEXT in lists[0].inputs
-    ):  # where texts came beside, they are in the one sequence that follows
+    ):  # a later list with one sequence holds the text tokens in it, beside the image tokens
         lists = [b if TEXT in b.inputs else _joint(b) for b in lists]
     log.warning(
         "%s has no entry in the family registry; inspection found %s. Every claim is checked on a "
@@ -63,8 +64,8 @@ def _inspected(shape: "_Shape") -> Family:
 
 
 class _Shape:
-    """What inspection needs of a transformer: its class, and (list, depth key, block class) of all
-    lists of blocks. Equal for transformers of one kind, so that each is inspected once."""
+    """What inspection needs of a transformer: its class, and (attribute, depth key, block class) of
+    each block list. Two transformers with equal shapes need one inspection."""
 
     def __init__(self, made_by: type[nn.Module], lists: tuple[tuple[str, str, type], ...]):
         self.made_by, self.lists = made_by, lists
@@ -92,7 +93,8 @@ class _Shape:
 
 
 def _depth_key(transformer: nn.Module, attribute: str, length: int) -> str | None:
-    """The config key that tells a list's length: by its value, then by its name."""
+    """The config key that holds a list's length, or None. If several do, one is preferred that has
+    `single` in its name exactly if the list's name has it."""
     keys = [
         key
         for key, value in diffusers_model.of(transformer).config.items()
@@ -120,7 +122,8 @@ def _joint(listed: BlockList) -> BlockList:
 
 
 def _known_order(block: type) -> tuple[str, ...] | None:
-    """The streams that a block returns, by diffusers' own registry, which is private."""
+    """The streams that a block returns, in order, by diffusers' own (private) registry of blocks;
+    None if the registry does not have the block."""
     try:
         from diffusers.hooks._helpers import TransformerBlockRegistry
 
@@ -136,7 +139,8 @@ def _known_order(block: type) -> tuple[str, ...] | None:
 
 
 def _returned(block: type[nn.Module]) -> tuple[str, ...] | None:
-    """The streams in a block's return statements, which must agree."""
+    """The streams that a block returns, in order: a single value is the image stream, values of a
+    tuple are known by their names. None if return statements differ, or a name is not known."""
     orders: set[tuple[str, ...]] = set()
     for node in ast.walk(ast.parse(_source(block.forward))):
         if isinstance(node, ast.Return) and node.value is not None:
@@ -151,7 +155,7 @@ def _returned(block: type[nn.Module]) -> tuple[str, ...] | None:
 
 
 def _numbered(made_by: type[nn.Module], attributes: list[str]) -> str | None:
-    """Why blocks can't be renumbered: something but the order of their list tells them apart."""
+    """Why blocks can't be renumbered: the source treats a block by its number. None if it does not."""
     named = [f"self.{attribute}" for attribute in attributes]
     whole = ast.parse(_source(made_by)).body[0]
     for node in ast.walk(whole):
@@ -186,7 +190,7 @@ def _numbered(made_by: type[nn.Module], attributes: list[str]) -> str | None:
 
 
 def _counts(loop: ast.For) -> bool:
-    """Whether a loop adds one to anything, or changes a list, beside residuals of a ControlNet."""
+    """Whether a loop adds one to anything, or appends to, pops from or inserts into a list."""
     for node in ast.walk(loop):
         adds = isinstance(node, (ast.AugAssign, ast.BinOp)) and isinstance(node.op, ast.Add)
         if adds and any(_one(side) for side in ast.iter_child_nodes(node)):
@@ -202,7 +206,8 @@ def _one(node: ast.AST) -> bool:
 
 
 def _reads(statements: Sequence[ast.AST], name: str) -> bool:
-    """Whether statements read a name, beside residuals of a ControlNet and checkpointing."""
+    """Whether statements read a name. Uses of it for a ControlNet's residuals and in conditions on
+    gradient checkpointing do not count."""
     for statement in statements:
         first_line = ast.unparse(statement).split("\n")[0]
         if "controlnet" in first_line:

@@ -1,8 +1,7 @@
 """One call of a transformer as its pipeline would make it, as tensors on the meta device.
 
-For plans: what a call costs follows from its shapes, and those from the resolution that the config
-asks for. A family that does not say how its pipeline calls it (`Family.pipeline`) can still be
-planned from a recorded call (`recorded`).
+Forecasts need it: what a call costs follows from its shapes, and these follow from the resolution
+in the config. For a family without `Family.pipeline`, a recorded call does instead (`recorded`).
 """
 
 from collections.abc import Callable, Mapping
@@ -21,10 +20,11 @@ from ppcl.transformer.family import Pipeline, Size
 def made(
     pipeline: Pipeline, config: Mapping[str, Any], size: Size, batch: int, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """The arguments of a transformer's call, on the meta device.
+    """The arguments of a transformer's call, by name; tensors are on the meta device.
 
     Args:
         config: the transformer's.
+        batch: number of samples.
         dtype: the transformer's.
     """
 
@@ -36,10 +36,12 @@ def made(
 
 
 def size_of(usual: Size, asked: Mapping[str, Any], scale: int | None = None) -> Size:
-    """The size that the config's `pipeline` asks for; what it leaves out is as usual.
+    """The size of a call.
 
     Args:
-        scale: the autoencoder's, if known.
+        usual: the default for what the config leaves out.
+        asked: the config's `pipeline` mapping.
+        scale: the autoencoder's pixels per latent along one side, if known.
     """
     keys = {
         "height": "height",
@@ -52,14 +54,23 @@ def size_of(usual: Size, asked: Mapping[str, Any], scale: int | None = None) -> 
 
 
 def guided(pipeline: Pipeline, asked: Mapping[str, Any]) -> bool:
-    """Whether the pipeline asks for both branches of guidance."""
+    """Whether the pipeline calls the transformer for both branches of classifier-free guidance.
+
+    Args:
+        asked: the config's `pipeline` mapping.
+    """
     name, usual = pipeline.guidance
     strong = asked.get(name, usual) > 1
     return strong and not (pipeline.negative and asked.get("negative_prompt") is None)
 
 
 def recorded(path: Path) -> Callable[[int, torch.dtype], dict[str, Any]]:
-    """The largest recorded call of a run, for any batch; on the meta device."""
+    """A function (batch, dtype) -> arguments of the largest recorded call, with tensors on the meta
+    device; calls count as large by the bytes of their arguments.
+
+    Args:
+        path: calls.parquet.
+    """
     reader = calls.Reader(path)
     largest = max((bucket[0] for bucket in reader.buckets), key=lambda row: _bytes(reader, row))
 

@@ -1,12 +1,12 @@
-"""The family registry: all that is known about a transformer class, one short entry each.
+"""The family registry: one short entry per transformer class, with all that is known about it.
 
 No other module asks which model it works on. An entry names the block lists in the order in which
 data flows through them, and which argument and which output of a block is which stream.
 `claims.verify` checks the claims numerically before anything long runs. A class without an entry is
-inspected (discovery.py), unless it is among those that are known not to work: REFUSED.
+inspected (discovery.py), unless it is in `REFUSED`, the classes that are known not to work.
 
-A table of data, and so it may be long. What an entry can say is in `family`, what it says in code
-is in `family_functions`; `registry` looks entries up.
+This is a table of data, and so it may be long. `family` describes the fields of an entry,
+`family_functions` holds the functions that entries name, and `registry` looks entries up.
 """
 
 from ppcl.transformer import family_functions as functions
@@ -30,7 +30,7 @@ IMAGE_TEXT, TEXT_IMAGE = (IMAGE, TEXT), (TEXT, IMAGE)
 DOUBLE = ("transformer_blocks", "num_layers")
 SINGLE = ("single_transformer_blocks", "num_single_layers")
 
-# Blocks whose norms, AdaLayerNormZero, hold their own modulation.
+# For blocks with AdaLayerNormZero norms, which hold the Linear of their modulation.
 _ZERO_FFN = {
     IMAGE: FeedForward("norm2", "ff", "norm1.linear"),
     TEXT: FeedForward("norm2_context", "ff_context", "norm1_context.linear"),
@@ -53,8 +53,9 @@ _SINGLE_MODULATIONS = ("norm.linear",)
 _LAST = "norm_out.linear"
 _FFN = FeedForward("norm2", "ff")
 
-# What `Family.gated` says of many classes: of blocks with two streams, with one that attends to
-# itself and then to texts, and with one linear for both branches.
+# Values of `Family.gated` that many classes share, in this order: for blocks with two streams; for
+# blocks with one stream that have self-attention, then cross-attention to the text; for blocks in
+# which one Linear projects the outputs of attention and FFN together.
 _GATED = (("attn.to_out.0", "attn.to_add_out"), ("ff.net.2", "ff_context.net.2"))
 _GATED_TWICE = (("attn2.to_out.0",), ("ff.net.2",))
 _GATED_ONCE = (("proj_out",),)

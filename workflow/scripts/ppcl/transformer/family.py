@@ -1,23 +1,25 @@
-"""What a family's entry in the registry can say of a transformer class; the entries: `families`."""
+"""The fields of an entry in the family registry. The entries themselves are in `families`."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# `joint`: text and image tokens in one sequence, where the blocks before have two. Where all blocks
-# have one sequence it is called `image`, text tokens or not.
+# `joint`: text and image tokens in one sequence, in blocks that follow blocks with two streams. If
+# all blocks of a transformer have one sequence, it is called `image`, even if it holds text tokens.
 IMAGE, TEXT, JOINT = "image", "text", "joint"
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """Paths in a block of a stream's last step, h + gate * ffn(modulated(norm(h))).
+    """Paths, within a block, of the modules that compute h + gate * ffn(modulated(norm(h))) from a
+    stream after attention, h.
 
     Attributes:
-        norm: gets the stream after attention, h.
-        modulation: a Linear of whose outputs the FFN uses some alone; None if there is no such.
-        parts: from and to which of that Linear's parts, each as wide as the stream.
-        after: a norm of what the FFN returns; None if there is none with weights.
+        norm: the norm of h.
+        modulation: the Linear whose output holds the scale, the gate and, in most classes, the
+            shift that the FFN alone uses; None if there is no such Linear.
+        parts: where these begin and end in the Linear's output, in units of the stream's width.
+        after: the norm of the FFN's output; None if there is none, or it has no weights.
     """
 
     norm: str
@@ -29,17 +31,19 @@ class FeedForward:
 
 @dataclass(frozen=True)
 class TextPath:
-    """Paths in a block of the text stream's way through the attention.
+    """Paths, within a block, of the modules that take the text stream through the attention.
 
     Attributes:
-        norm: makes the attention's text input from the stream, with `modulation` or by itself.
-        modulation: gives that norm's shift and scale, and all gates; None if the norm does.
-        extras: values that the norm returns beside its result: gates, shifts and scales.
-        attention, argument: the attention, and its argument that gets that input.
-        query: the projection of the attention's text queries, and their norm, which may be None.
+        norm: makes the attention's text input z (Eq. 8) from the text stream.
+        modulation: makes the shift and scale of that norm, and all gates of the text stream; None
+            if the norm itself makes them.
+        extras: how many values (gates, shifts, scales) the norm returns beside z.
+        attention, argument: the attention, and the name of its argument that gets z.
+        query: the projection that makes the text queries, and the norm of these queries. The
+            attention may have None in place of that norm.
         output: the projection of the attention's text output.
-        keywords: the block's argument whose items it hands to the attention.
-        others: further modules that get these items.
+        keywords: the block's argument that holds a mapping of further arguments for the attention.
+        others: further modules that get this mapping's items.
     """
 
     norm: str
@@ -58,8 +62,9 @@ class Width:
     """What can be narrowed in the blocks of a list.
 
     Attributes:
-        ffn: stream -> its FFN, which can become a linear map.
-        text: None if there is no text stream that blocks could share.
+        ffn: stream -> its FFN, which can become a linear map (Eq. 9).
+        text: how the text stream, which blocks can share (Eq. 8), passes the attention; None if
+            there is no text stream, or it can't be shared.
     """
 
     ffn: dict[str, FeedForward]
@@ -72,7 +77,8 @@ class BlockList:
 
     Attributes:
         attribute: the ModuleList's name on the transformer.
-        depth_key: the config key that holds the list's length, so that a pruned model reloads.
+        depth_key: the key of the transformer's config that holds the list's length. A pruned model
+            has its new length there, so that it can be loaded again.
         inputs: stream -> the block argument that carries it.
         outputs: streams in the order in which the block returns them.
         width: what can be narrowed; None if nothing can.
@@ -88,7 +94,8 @@ class BlockList:
     modulations: tuple[str, ...] = ()
 
     def layout(self) -> dict:
-        """Where its blocks' parts are, as `narrow.narrow` wants it: JSON, for exported code."""
+        """The paths in its blocks, as `narrow.narrow` takes them: values that JSON has too, since
+        exported code holds them."""
         width = self.width or Width({})
         text = width.text and asdict(width.text) | {"stream": self.inputs[TEXT]}
         return {
@@ -98,18 +105,19 @@ class BlockList:
         }
 
 
-# A mask of a stream's real tokens [batch, tokens], True or 1, from the transformer's arguments and
-# the stream's number of tokens; None if all are real.
+# From the transformer's arguments and a stream's number of tokens: a mask [batch, tokens], True or
+# 1 at real tokens, False or 0 at padding; None if all tokens are real.
 Mask = Callable[[dict[str, Any], int], Any]
 
 
 @dataclass(frozen=True)
 class Size:
-    """What decides the shapes of a call.
+    """What decides the shapes of the tensors in a call.
 
     Attributes:
-        height, width: of the picture, in pixels. frames: of the video; 1 for a picture.
-        text_tokens: of the longest prompt that the pipeline takes.
+        height, width: of the picture, in pixels.
+        frames: number of frames of the video; 1 for a picture.
+        text_tokens: number of tokens of the longest prompt that the pipeline takes.
         scale: pixels of the picture per latent, along one side.
     """
 
@@ -120,23 +128,26 @@ class Size:
     scale: int = 8
 
 
-# An empty tensor of a shape: `tensor(batch, 3)` of the transformer's dtype, or
-# `tensor(batch, 3, dtype="int64")`.
+# Makes an empty tensor: `tensor(batch, 3)` is [batch, 3] of the transformer's dtype, and
+# `tensor(batch, 3, dtype="int64")` is [batch, 3] of that dtype.
 NewTensor = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How the stock pipeline of a class calls it, if the config says no more: for plans, as long
-    as no call is recorded.
+    """How the stock pipeline of a transformer class calls the transformer by default. Forecasts
+    need it before any call is recorded.
 
     Attributes:
-        size: its usual one.
-        steps: denoising steps.
-        guidance: the argument above 1 of which both branches are asked for, and its default.
-        negative: without a negative prompt it asks for one branch, however high the guidance.
-        joined: both branches are one call of twice the batch, not two calls.
-        arguments: (config, size, batch, tensor) -> arguments of the transformer.
+        size: its default size.
+        steps: its default number of denoising steps.
+        guidance: the pipeline's argument that sets the strength of classifier-free guidance, and
+            its default. Above 1, the pipeline calls the transformer for both branches.
+        negative: whether the second branch also needs a negative prompt: without one, the pipeline
+            asks for one branch, whatever the strength.
+        joined: whether both branches are one call with twice the batch, instead of two calls.
+        arguments: (the transformer's config, size, batch, `NewTensor`) -> the arguments of one call
+            of the transformer, by name.
     """
 
     size: Size
@@ -153,31 +164,39 @@ class Family:
 
     Attributes:
         lists: its block lists in data-flow order.
-        masks: stream -> what tells its real tokens from padding.
+        masks: stream -> the mask of its real tokens (`Mask`), for streams that may have padding.
         shared: tensor arguments of the transformer that have no batch dimension.
         batch_dims: argument -> the dimension of its tensor that is the batch, if not the first.
         untouchable: (block list, index from either end) -> why that block can't be pruned.
         unread: streams that nothing reads after the last block.
-        state, time: arguments with the latents and the timestep, for fresh noise.
-        index_keys: config keys that list numbers of blocks.
-        numbered: arguments that list numbers of blocks, which pruning would turn into others.
-        per_block: config keys that list a value per block, over all lists.
-        companions: ModuleLists that hold a module per block, over all lists, and then others.
-        texts: tokenizers of its pipelines whose tokens are the text that it gets, not only a
-            summary of it.
-        framed: the text that such a tokenizer gets, up to the end of the prompt, and how many of
-            its tokens don't count against the limit, where that is not the prompt and none: from
-            the pipeline, the settings of its call, the tokenizer and the prompt.
-        apart: of a pipeline and a prompt, a number; prompts with different ones can't be in one
-            batch.
+        state, time: the transformer's arguments with the latents and with the timestep, which are
+            replaced to ask the teacher about fresh noise.
+        index_keys: config keys whose value is a list of block numbers.
+        numbered: the transformer's arguments that are lists of block numbers. A call that uses one
+            is refused, since pruning renumbers the blocks.
+        per_block: config keys whose value is a list with an entry per block, over all block lists.
+        companions: ModuleLists of the transformer with a module per block, over all block lists;
+            further modules may follow.
+        texts: tokenizers of its pipelines whose text reaches the transformer token by token, not
+            only as a summary such as a pooled embedding.
+        framed: for pipelines that put a prompt into a template: (pipeline, settings of its call,
+            tokenizer, prompt) -> the text that such a tokenizer gets, up to the end of the prompt,
+            and how many of its tokens don't count against the limit. None: the text is the prompt,
+            and all of its tokens count.
+        apart: (pipeline, prompt) -> a number; prompts with different numbers can't be in one batch.
+            None: any prompts can.
         fixed: why finished pictures can't be noised again for it; empty if they can.
-        last_modulation: path in the transformer of the Linear of its last AdaLN; empty without.
-        guidance: what pipelines give it for a guidance of 1, where it gets that as a number.
-        gated: block list -> paths in a block of Linears whose outputs streams take up element by
-            element, times a gate or as they are. Those together that depend on none of each other;
-            they come in the order in which they run, and nothing else of the block follows them.
+        last_modulation: path in the transformer of the Linear of its last AdaLN; empty if it has
+            none.
+        guidance: the number that pipelines give the transformer for a guidance of 1, if it takes
+            guidance as an argument.
+        gated: block list -> groups of paths, within a block, of the Linears whose output a stream
+            adds element by element, times a gate or as it is. Linears of one group do not depend
+            on each other. Groups come in the order in which they run, and nothing in the block but
+            a gate and the sum follows the last (`closed_forms.solved` refits them).
         limits: what else a user should know, for the table in the docs.
-        pipeline: how its stock pipeline calls it; None: plans wait for recorded calls.
+        pipeline: how its stock pipeline calls it by default; None if that is not known, so that
+            forecasts need recorded calls.
     """
 
     lists: tuple[BlockList, ...]
@@ -203,7 +222,7 @@ class Family:
     pipeline: Pipeline | None = None
 
     def layouts(self) -> dict[str, dict]:
-        """Name of each block list -> its layout."""
+        """Name of each block list -> its layout (`BlockList.layout`)."""
         return {blocks.attribute: blocks.layout() for blocks in self.lists}
 
 

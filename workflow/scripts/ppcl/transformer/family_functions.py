@@ -1,5 +1,6 @@
-"""What entries of the registry say in code: masks of real tokens, the text around a prompt, and the
-arguments that a stock pipeline gives its transformer. Needs no torch: tensors bring their methods.
+"""Functions that entries of the registry name: masks of real tokens, the text around a prompt, and
+the arguments that a stock pipeline gives its transformer. They import no torch and use only methods
+of the tensors that they get.
 """
 
 import sys
@@ -12,7 +13,7 @@ from ppcl.transformer.family import Mask, NewTensor, Size
 
 
 def marked(argument: str) -> Mask:
-    """The tokens that an argument of the transformer marks."""
+    """The mask that the transformer gets itself, as this argument."""
     return lambda arguments, tokens: arguments.get(argument)
 
 
@@ -23,7 +24,7 @@ def _first(counts, tokens: int):
 
 
 def lumina_mask(arguments: dict, tokens: int):
-    # Each sample's text, without padding, then its image; then padding.
+    # Each sample: its text without padding, then its image, then padding.
     text = arguments["encoder_attention_mask"].bool().sum(1)
     return _first(text + tokens - text.max(), tokens)
 
@@ -38,14 +39,16 @@ def hunyuan_image_mask(arguments: dict, tokens: int):
 
 
 def z_image_mask(arguments: dict, tokens: int):
-    # Image and text, each filled up to a multiple of 32 with tokens that count, then padding.
+    # Each sample: its image and its text, each filled up to a multiple of 32 with tokens that count
+    # as real, then padding.
     texts = [-(-len(text) // 32) * 32 for text in arguments["cap_feats"]]
     counts = arguments["t"].double().new_tensor(texts).long()  # bfloat16 can't hold them
     return _first(counts + tokens - counts.max(), tokens)
 
 
 def hidream_mask(arguments: dict, tokens: int):
-    # The last ones are a layer of the text encoder, which every block gets anew.
+    # The last tokens are a layer of the text encoder. Every block gets its own, so they are no part
+    # of the stream.
     states = arguments["encoder_hidden_states_llama3"]
     nothing = states[0, :, 0, 0].bool().long() * 0  # bfloat16 can't hold the counts
     return _first(nothing + tokens - states.shape[2], tokens)
@@ -66,19 +69,21 @@ def spoken(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
         spoken = [{"role": r, "content": [{"type": "text", "text": t}]} for r, t in said]
     whole = tokenizer.apply_chat_template(spoken, tokenize=False)
     before, _, _ = whole.rpartition(prompt)
-    # That pipeline leaves it to the template to begin the text with a token of its own.
+    # With a system message, the template itself begins the text with a special token; the one that
+    # the tokenizer adds when tokens are counted (`prompt_tokens.count`) comes on top.
     return before + prompt, int(instructed)
 
 
 def filled(pipe, settings, tokenizer, prompt: str) -> tuple[str, int]:
     if type(pipe).__name__.startswith("QwenImageEdit"):
-        return "", 0  # reads the prompt with its picture, however long they are
+        return "", 0  # it reads prompt and picture together, however long they are
     before = pipe.prompt_template_encode.partition("{}")[0]
     return before + prompt, pipe.prompt_template_encode_start_idx
 
 
 def lettered(pipe, prompt: str) -> int:
-    # One guider serves a whole batch: another one if any of its prompts has words in quotes.
+    # One guider serves a whole batch, and which one depends on whether any prompt of the batch has
+    # words in quotes.
     for base in type(pipe).__mro__:
         if quoted := getattr(sys.modules[base.__module__], "extract_glyph_text", None):
             return int(quoted(prompt) is not None)

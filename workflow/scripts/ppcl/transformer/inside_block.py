@@ -1,4 +1,4 @@
-"""What passes inside a stock block, between its parts."""
+"""The tensors inside a stock block that linear maps replace, seen while the block runs."""
 
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +11,15 @@ from ppcl.transformer.blocks import Block, Streams
 
 
 class _Reached(Exception):
-    """Ends a block early: what was wanted has been seen."""
+    """Ends a block's forward early, once the wanted tensor has been seen."""
 
 
 @contextmanager
 def taps(block: Block):
-    """Shows what passes inside a stock block while it runs; yields a mapping that fills then.
+    """Yields a mapping that is filled whenever the stock block runs within the context.
 
-    Keys: `text/input`, what its attention gets as text (z_p of Eq. 8), and `ffn/<stream>`, the
-    stream after attention (what l_q of Eq. 9 maps).
+    Keys: `text/input`, the text input of its attention (z_p of Eq. 8), and `ffn/<stream>`, the
+    stream after attention (the input of l_q in Eq. 9); each [batch, tokens, channels].
     """
     seen: Streams = {}
     handles, width = [], block.width
@@ -46,7 +46,15 @@ def taps(block: Block):
 
 @torch.no_grad()
 def text_input(block: Block, bound: dict[str, Any]) -> Tensor:
-    """What a stock block's attention gets as text, z_p of Eq. 8; the block runs no further."""
+    """The text input of a stock block's attention, z_p of Eq. 8, [batch, tokens, channels]. The
+    block runs no further than that.
+
+    Args:
+        bound: the block's arguments, by name.
+
+    Raises:
+        ValueError: the block has no text stream.
+    """
 
     def stop(*_call) -> None:
         raise _Reached

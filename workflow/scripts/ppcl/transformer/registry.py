@@ -1,4 +1,4 @@
-"""How the family registry is asked, by the names of classes."""
+"""Looks transformer and pipeline classes up in the family registry, by their names."""
 
 import re
 from collections.abc import Mapping
@@ -8,15 +8,16 @@ from ppcl.errors import UserError
 from ppcl.transformer.families import FAMILIES, REFUSED
 from ppcl.transformer.family import Family
 
-# Words in the names of pipelines that give a transformer more than the latents that it denoises.
+# Words in the names of pipelines that give the transformer pictures or frames beside the latents
+# that it denoises.
 _MORE_THAN_LATENTS = (
     r"Edit|Kontext|Fill|Control(?!Net)|ImageToVideo|I2V|Condition|Layered|Refiner|VisualCloze"
     r"|Framepack"
 )
 _GIVEN_MORE = "its transformer gets pictures, or frames that are there already, beside the latents"
 
-# Names that published indexes still have -> the key of the component's config that tells the
-# class, and the classes.
+# Old class names that published model_index.json files still hold -> the key of the component's
+# config whose value tells the present class, and value -> present class.
 _SPLIT = {
     "Transformer2DModel": (
         "norm_type",
@@ -29,12 +30,17 @@ _SPLIT = {
 
 
 def was_split(class_name: str) -> bool:
-    """Whether diffusers has made several classes of this one, which `today` tells apart."""
+    """Whether diffusers has split this class into several (`today` says which one is meant)."""
     return class_name in _SPLIT
 
 
 def today(class_name: str, config: Mapping[str, Any]) -> str:
-    """The name that diffusers has now for a class of an index, from its component's config."""
+    """The present diffusers name of a class that a model_index.json names.
+
+    Args:
+        class_name: as the index has it.
+        config: of the component.
+    """
     key, classes = _SPLIT.get(class_name, ("", {}))
     value = config.get(key)
     return classes.get(value, class_name) if isinstance(value, str) else class_name
@@ -44,7 +50,7 @@ def family_of(class_name: str) -> Family | None:
     """The registry entry of a transformer class; None if it has none and must be inspected.
 
     Raises:
-        UserError: the class is known not to work; says why.
+        UserError: the class is known not to work (`REFUSED`); says why.
     """
     if class_name in REFUSED:
         raise UserError(
@@ -56,7 +62,7 @@ def family_of(class_name: str) -> Family | None:
 
 def fixed_states(transformer: str, pipeline: str) -> str:
     """Why finished pictures of a pipeline can't be noised again for its transformer, so that the
-    config's record.renoised_per_sample must be 0; empty if they can, as far as the names tell.
+    config's record.renoised_per_sample must be 0; empty if the class names tell no reason.
 
     Args:
         transformer, pipeline: names of their classes.
