@@ -1,7 +1,7 @@
 """What extraction keeps of the teacher's activations: moments for probes, tokens for CKA.
 
-Boundary b is the input of block b, boundary M the output of the last block, so the output of block
-i is boundary i + 1.
+Of M blocks, boundary b is the input of block b, and boundary M the output of the last block. So the
+output of block i is boundary i + 1.
 """
 
 from collections.abc import Mapping
@@ -21,16 +21,20 @@ from ppcl.transformer.context import Context, State
 
 
 class Moments:
-    """Sums over tokens that determine every probe (Eq. 1): X^T X, X^T Y and their companions.
+    """Sums over tokens that determine every probe (Eq. 1).
 
-    X is a block's input and Y = T_i(X) - X its residual; float64 [d, d] per block and stream.
+    With X [n, d] a block's input and Y = T_i(X) - X its residual: `x_x`, X^T X [d, d]; `x_y`, X^T Y
+    [d, d]; `x_sum` and `y_sum` [d]; `y_y`, the squared norm of Y [1]; `count`, n [1]. All float64.
     Memory does not depend on the number of tokens added.
 
     Args:
-        device: where the products are made and, unless they are apart, the sums are.
-        apart: the sums are in main memory, as a GPU has better use for what may be half as much as
-            the teacher. Tokens wait there too until they are as many as channels: a product
-            [d, d] has a long way, and comes once for d tokens.
+        device: where the products are made. The sums are there too, unless `apart`.
+        apart: keeps the sums in main memory, since they may be half as large as the teacher. Every
+            product [d, d] is then copied from the device. Tokens therefore wait in main memory
+            until there are at least d, so that there is one product for all of them.
+
+    Attributes:
+        sums: `<stream>.<block>.<name>` -> a sum, with names as above.
     """
 
     def __init__(self, device: torch.device, apart: bool = False):
@@ -39,15 +43,16 @@ class Moments:
         self.sums: dict[str, Tensor] = {}
 
     def put(self, sums: Mapping[str, Tensor]) -> None:
-        """Starts from these sums."""
+        """Replaces the sums by copies of these, to go on from a checkpoint."""
         rest = torch.device("cpu") if self._apart else self._device
-        # Copies: what was read from a file may lie at any address, and then rounds in another way.
+        # Copies, since tensors from a file may be unaligned, and sums then round in another way.
         self.sums = {name: value.to(rest, copy=True) for name, value in sums.items()}
 
     def add(self, stream: str, block: int | str, x: Tensor, after: Tensor) -> None:
-        """Adds tokens, on the device or on their way (see `settle`).
+        """Adds tokens of a stream. If `apart`, they are copied to main memory and wait (`settle`).
 
-        x, after [tokens, d]: before and after the block, of any float dtype.
+        Args:
+            x, after: [tokens, d], before and after the block; of any float dtype.
         """
         if self._apart:
             x, after = (devices.to_main_memory(t) for t in (x, after))
@@ -56,9 +61,10 @@ class Moments:
             self._sum(stream, block, x, after)
 
     def settle(self, everything: bool = False) -> None:
-        """Sums up what waits: where that is enough, or `everything`.
+        """Adds waiting tokens to the sums: those of each block and stream that has at least d, or
+        `everything`.
 
-        The device must have done what it was asked for: until then tokens are not all there.
+        Synchronise the device before: copies of tokens to main memory may still be under way.
         """
         for key, parts in self._waiting.items():
             if parts and (everything or sum(len(x) for x, _ in parts) >= parts[0][0].shape[1]):
@@ -79,7 +85,7 @@ class Moments:
         for name, value in parts.items():
             key, value = f"{stream}.{block}.{name}", value.to(rest)
             self.sums[key] = self.sums[key] + value if key in self.sums else value
-        for name, other in (("x_x", x), ("x_y", y)):  # in place: a batch has few tokens for d x d
+        for name, other in (("x_x", x), ("x_y", y)):  # in place, without a second [d, d] sum
             key = f"{stream}.{block}.{name}"
             if key not in self.sums:
                 self.sums[key] = (x.T @ other).to(rest)
@@ -103,21 +109,21 @@ def collect(
 
     Args:
         rows: row numbers of the calls to replay, of both splits.
-        settings: batch_size; moment_tokens and sample_tokens per row and stream;
-            checkpoint_every so many rows.
-        state: where the token sample is kept, and a checkpoint, from which a killed run goes on.
-        progress: a bar, which is told how many rows are done.
-        modulations: sums up what modulation matrices get, of rows of the fit split.
-        sums: whether there shall be moments.
+        settings: uses batch_size; moment_tokens and sample_tokens, per row and stream;
+            checkpoint_every, rows between checkpoints.
+        state: where the token sample and a checkpoint are kept. A killed run goes on from there.
+        progress: a tqdm bar that counts rows.
+        modulations: gets the inputs of modulation matrices, of rows to fit on.
+        sums: whether to sum up moments.
 
     Returns:
-        The moments (rows of the fit split only), and per stream the sample: `value`, a
-        `token_store.Store` [boundaries, n, d], the number of its `first` boundary, and n-vectors
-        `prompt`, `step`, `timestep`, `token`, `heldout`.
+        The moments (of rows to fit on), and stream -> its sample: `value`, a `token_store.Store`
+        [boundaries, n, d] float32; `first`, the number of its first boundary; and [n] each,
+        `prompt`, `step`, `timestep`, `token` (position in the sequence) and `heldout`.
 
     Raises:
-        UserError: an activation is NaN or infinite; says the block and the stream. Or there is no
-            token to fit on, no room for the sample, or what a killed run left is damaged.
+        UserError: an activation is NaN or infinite (says the block and the stream), no token is
+            left to fit on, the disk has no room, or the files of a killed run are damaged.
     """
     device, size = context.device, settings.batch_size
     sample = token_store.resume(state.folder, state.identity)
@@ -139,7 +145,7 @@ def collect(
         tokens = CallTokens(context, settings, recorded, moments.add if sums else None)
         _replay(context.transformer, recorded.to(device).arguments, tokens, modulations)
         modulations.take(~recorded.rows["heldout"])
-        tokens.refuse_nonfinite()  # reads flags, so the device has done all that it was asked for
+        tokens.refuse_nonfinite()  # reads flags from the device, and so synchronises it
         moments.settle()
         modulations.settle()
         tokens.put_into(sample, len(rows) * settings.sample_tokens)
@@ -153,7 +159,7 @@ def collect(
     modulations.sum_up(everything=True)
     to_fit = sums and not context.reader.index["heldout"][rows].all()
     _refuse_padding_alone(sample, moments, to_fit)
-    if sample.batches > resumed:  # what is made of it may be lost
+    if sample.batches > resumed:  # a run killed before it writes its results goes on from here
         save()
     return moments, {
         stream: sample.joined(stream) | {"first": sample.first[stream], "value": store}
@@ -167,7 +173,7 @@ def _replay(
     tokens: CallTokens,
     modulations: modulation_inputs.Sums,
 ) -> None:
-    """Runs one call, no further than to what is wanted of it."""
+    """Runs one call. It ends after the last block, unless the last AdaLN is watched too."""
     sequence = blocks.block_sequence(transformer)
     watched = blocks.watch(
         sequence,
@@ -180,7 +186,7 @@ def _replay(
 
 
 def _refuse_padding_alone(sample: token_store.Kept, moments: Moments, to_fit: bool) -> None:
-    """Raises UserError if a stream had no real token, or none `to_fit` probes on."""
+    """Raises UserError if a stream had no real token, or, if `to_fit`, none in rows to fit on."""
     fitted = {name.split(".")[0] for name in moments.sums}
     for stream, store in sample.stores.items():
         boundaries, tokens, _ = store.shape

@@ -22,13 +22,18 @@ def pick_tokens(
     rows: np.ndarray,
     seed: int,
 ) -> list[np.ndarray]:
-    """Positions of random real tokens of every sample: `count`, or all where there are fewer.
+    """Positions of random real tokens, an array per sample: `count`, or all if there are fewer.
 
-    The choice depends on the sample and its row number, not on how rows were batched.
+    The choice depends on the seed and the row number, not on how rows were batched.
+
+    Args:
+        masks: stream -> mask [batch, tokens] of real tokens (`blocks.token_masks`).
+        shape: batch, tokens of the stream.
+        rows: row numbers of the samples, [batch].
     """
     batch, length = shape
     mask = masks[stream].cpu().numpy() if stream in masks else np.ones((batch, length), bool)
-    # In random order, so that a part of them is random too.
+    # In random order, so that the first of them are a random choice too.
     return [
         np.random.default_rng((seed, int(row))).permutation(np.flatnonzero(m))[:count]
         for row, m in zip(rows, mask, strict=True)
@@ -36,10 +41,14 @@ def pick_tokens(
 
 
 class Places:
-    """Some tokens of every sample of a batch, in the samples' order.
+    """The places of n chosen tokens in a batch, sample by sample.
 
     Args:
-        chosen: positions of each sample's.
+        chosen: positions of the chosen tokens, an array per sample.
+        device: of the streams from which the tokens are taken.
+
+    Attributes:
+        samples, tokens: [n], of each token, its sample and its position there.
     """
 
     def __init__(self, chosen: list[np.ndarray], device: torch.device):
@@ -48,20 +57,20 @@ class Places:
         self._where = tuple(torch.from_numpy(w).to(device) for w in (self.samples, self.tokens))
 
     def of(self, x: Tensor) -> Tensor:
-        """These tokens of a stream [batch, tokens, d]: [n, d]."""
+        """The tokens [n, d] at these places in a stream [batch, tokens, d]."""
         return x[self._where]
 
 
 class CallTokens:
-    """Some tokens of a call, before and after every block that it goes through.
+    """Collects some tokens of one call, before and after every block.
 
     `before_block` and `after_block` are for `blocks.watch`.
 
     Args:
         settings: moment_tokens and sample_tokens per row and stream.
-        recorded: the call as it was read: the device need not be asked for its masks.
-        add_moments: takes stream, block, and tokens [n, d] of rows to fit on before and after the
-            block (`Moments.add`); None: nobody wants them.
+        recorded: the call, on the CPU: masks are read without waiting for the device.
+        add_moments: is called with stream, block number, and the tokens [n, d] of rows to fit on,
+            before and after the block (`Moments.add`); None if moments are not wanted.
     """
 
     def __init__(
@@ -74,23 +83,24 @@ class CallTokens:
         self._family, self._device = blocks.family(context.transformer), context.device
         self._seed, self._settings = context.seed, settings
         self._recorded, self._add_moments = recorded, add_moments
-        # By stream: places of tokens for moments, of rows to fit on, and for the sample; padding
-        # [batch, tokens]; how many tokens there are; the first block that gets it.
+        # By stream: places of the tokens for moments (of rows to fit on), and of those for the
+        # sample; padding [batch, tokens]; number of tokens; number of the first block that gets it.
         self._moment_places: dict[str, Places] = {}
         self._sample_places: dict[str, Places] = {}
         self._padding: blocks.Streams = {}
         self._lengths: dict[str, int] = {}
         self._first: dict[str, int] = {}
-        # Tokens for moments before the present block, and for the sample at each boundary so far.
+        # By stream: tokens for moments before the present block; tokens for the sample at each
+        # boundary so far. By block and stream: whether all real tokens are finite.
         self._before: blocks.Streams = {}
         self._sampled: dict[str, list[Tensor]] = {}
         self._finite: dict[tuple[int, str], Tensor] = {}
 
     def before_block(self, block: blocks.Block, bound: dict[str, Any]) -> None:
-        """Keeps what a block gets.
+        """Keeps tokens of a block's input.
 
         Raises:
-            UserError: a stream has another number of tokens than before.
+            UserError: a stream has another number of tokens than in earlier blocks.
         """
         self._before.clear()
         for stream, x in block.inputs(bound).items():
@@ -105,7 +115,7 @@ class CallTokens:
             self._before[stream] = self._moment_places[stream].of(x)
 
     def _choose(self, block: blocks.Block, stream: str, x: Tensor) -> None:
-        """Chooses tokens of a stream [batch, tokens, d], when its first block gets it."""
+        """Chooses the places of tokens, at the first block that gets a stream x [batch, tokens, d]."""
         recorded, settings = self._recorded, self._settings
         masks = blocks.token_masks(self._family, recorded.arguments, {stream: x})
         chosen = pick_tokens(
@@ -122,7 +132,7 @@ class CallTokens:
         self._first[stream], self._lengths[stream] = block.index, x.shape[1]
 
     def after_block(self, block: blocks.Block, returned: blocks.Streams) -> None:
-        """Keeps what a block returns."""
+        """Keeps tokens of a block's output, and whether it is finite."""
         for stream, out in returned.items():
             sound = torch.isfinite(out).all(-1)
             if stream in self._padding:
@@ -134,10 +144,10 @@ class CallTokens:
                 self._add_moments(stream, block.index, before, after)
 
     def refuse_nonfinite(self) -> None:
-        """Reads the call's flags, by block and stream in data-flow order.
+        """Reads the flags of the call from the device, and so waits for it.
 
         Raises:
-            UserError: a real token was NaN or infinite.
+            UserError: a real token is NaN or infinite; names the first block and stream.
         """
         broken = ~_on_host(torch.stack(list(self._finite.values())))
         if broken.any():
@@ -148,7 +158,11 @@ class CallTokens:
             )
 
     def put_into(self, sample: token_store.Kept, most: int) -> None:
-        """Adds the sampled tokens; most: that there can be of a stream in all calls."""
+        """Adds this call's tokens to the sample.
+
+        Args:
+            most: upper bound of a stream's sampled tokens in all calls together.
+        """
         rows = self._recorded.rows
         per_row = {
             "prompt": rows["prompt_index"],
@@ -165,5 +179,5 @@ class CallTokens:
 
 
 def _on_host(x: Tensor) -> np.ndarray:
-    """A copy from the device, for which all that it was asked for must be done: one a call."""
+    """A copy on the CPU, made after waiting for the device; so there should be few of them."""
     return x.cpu().numpy()

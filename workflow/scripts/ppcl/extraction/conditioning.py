@@ -1,6 +1,7 @@
-"""What modulation (AdaLN) matrices get: moments of their inputs, from which low-rank maps are made.
+"""Moments of the inputs of modulation (AdaLN) matrices, from which low-rank maps are made.
 
-Kept in activations/conditioning.safetensors, one entry for all matrices that get the same.
+They are kept in activations/conditioning.safetensors. Matrices that get the same inputs share an
+entry there.
 """
 
 import json
@@ -18,12 +19,12 @@ from ppcl.storage import seals, tensors
 
 @dataclass(frozen=True)
 class Moments:
-    """Sums over samples x [d] of what a matrix gets; float64, on the CPU.
+    """Sums over the inputs x [d] of a matrix; float64, on the CPU.
 
     Attributes:
-        count: of samples, or their weights' sum.
-        sum: [d], of x.
-        outer: [d, d], of x x^T.
+        count: number of inputs, or the sum of their weights.
+        sum: [d], the sum of x.
+        outer: [d, d], the sum of x x^T.
     """
 
     count: float
@@ -34,16 +35,16 @@ class Moments:
         return Moments(self.count + other.count, self.sum + other.sum, self.outer + other.outer)
 
     def weighted(self, weight: float) -> "Moments":
-        """Of the same samples, each of them counting `weight` times."""
+        """The moments of the same inputs, each counted `weight` times."""
         return Moments(weight * self.count, weight * self.sum, weight * self.outer)
 
 
 class Conditioning:
-    """Moments of what every modulation matrix of a transformer gets.
+    """Moments of the inputs of a transformer's modulation matrices.
 
     Args:
-        entries: of matrices that get the same, one.
-        places: the place of each matrix's among them.
+        entries: the moments. Matrices that get the same inputs share an entry.
+        places: matrix -> the index of its entry.
     """
 
     def __init__(self, entries: Sequence[Moments], places: Mapping[Matrix, int]):
@@ -53,10 +54,10 @@ class Conditioning:
         return matrix in self.places
 
     def of(self, matrix: Matrix) -> Moments:
-        """Those of one matrix.
+        """The moments of one matrix.
 
         Raises:
-            UserError: nothing was summed up for it.
+            UserError: there are none.
         """
         if matrix not in self.places:
             block, path = matrix
@@ -67,7 +68,7 @@ class Conditioning:
         return self.entries[self.places[matrix]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """`<entry>.count`, `.sum` and `.outer`."""
+        """Of every entry, float64: `<index>.count` [1], `<index>.sum` [d], `<index>.outer` [d, d]."""
         by_name: dict[str, Tensor] = {}
         for place, entry in enumerate(self.entries):
             by_name[f"{place}.count"] = torch.tensor([entry.count], dtype=torch.float64)
@@ -75,12 +76,16 @@ class Conditioning:
         return by_name
 
     def described(self) -> str:
-        """Whose the entries are, as JSON."""
+        """The matrices and the indices of their entries, as JSON: a list of [block, path, index]."""
         return json.dumps([[*matrix, place] for matrix, place in self.places.items()])
 
     @classmethod
     def stored(cls, held: Mapping[str, Tensor], described: str) -> "Conditioning":
-        """What gave these `tensors` and was `described` so."""
+        """The conditioning of which `tensors` made `held`, and `described` made `described`.
+
+        Raises:
+            LookupError, ValueError, TypeError: they are of something else.
+        """
         places = {(block, path): place for block, path, place in json.loads(described)}
         entries = [
             Moments(held[f"{n}.count"].item(), held[f"{n}.sum"], held[f"{n}.outer"])
@@ -99,7 +104,7 @@ def read(path: Path) -> Conditioning:
     """Reads what `write` wrote.
 
     Raises:
-        UserError: as `tensors.read`; or it holds something else.
+        UserError: as `tensors.read`, or the file holds something else.
     """
     held, metadata = tensors.read(path)
     try:

@@ -1,7 +1,7 @@
-"""Sums up what modulation matrices get: of recorded calls, and of a dense grid of timesteps.
+"""Sums up the inputs of modulation matrices over recorded calls and a dense grid of timesteps.
 
-Recorded calls alone may hold ten timesteps. Maps fitted on them would be exact there and wrong for
-a user with another number of steps, another shift or another guidance.
+Recorded calls alone may hold ten timesteps. Maps fitted to these alone would be exact there, and
+wrong for a user with another number of steps, another shift or another guidance.
 """
 
 import contextlib
@@ -20,31 +20,32 @@ from ppcl.settings import ModulationSettings
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context
 
-# What schedulers of diffusers count up to, unless their configs say otherwise.
+# The highest timestep of diffusers' schedulers, unless their configs say otherwise.
 TIMESTEPS = 1000
-# The weight of recorded calls beside the grid.
+# The share of recorded calls in the total weight of recorded calls and grid.
 RECORDED = 1 / 32
 
 
 class Sums:
-    """Sums up what matrices get while a transformer runs.
+    """Sums up the inputs of matrices while a transformer runs.
 
-    Matrices share an entry for as long as they get the same in every call, to the bit; that is
-    found by comparing. Memory does not depend on the number of calls.
+    Matrices share an entry as long as their inputs are equal, bit by bit. Inputs are compared in
+    every call, or in the first only if blocks are compiled. For each call: run the transformer
+    within `watching`, `take`, synchronise the device, `settle`.
 
     Args:
-        matrices: block, or the number of blocks for the last AdaLN, and path.
+        matrices: the matrices to watch (`units.Matrix`).
         device: where products are made; sums are in main memory.
 
     Attributes:
-        sums: those so far.
+        sums: the sums so far.
     """
 
     def __init__(self, transformer: nn.Module, matrices: Iterable[Matrix], device: torch.device):
         self._device = devices.statistics_device(device)
         self._sequence = blocks.block_sequence(transformer)
         self._linears = {matrix: self._linear(transformer, matrix) for matrix in matrices}
-        # A compiled block with a hook inside runs as it was written.
+        # A compiled block runs uncompiled while a hook is inside, so few should have one.
         kinds = [type(block.module) for block in self._sequence]
         self._compiled = kinds != [devices.uncompiled(block.module) for block in self._sequence]
         self.put(Conditioning([], {}))
@@ -62,24 +63,24 @@ class Sums:
 
     @property
     def leaders(self) -> dict[int, Matrix]:
-        """Of every entry, the first of its matrices."""
+        """Index of each entry -> the first matrix that has it."""
         leaders: dict[int, Matrix] = {}
         for matrix, place in self.sums.places.items():
             leaders.setdefault(place, matrix)
         return leaders
 
     def put(self, sums: Conditioning) -> None:
-        """Starts from these sums."""
-        # Copies: what was read from a file may lie at any address, and then rounds in another way.
+        """Replaces the sums by copies of these, to go on from a checkpoint."""
+        # Copies, since tensors from a file may be unaligned, and sums then round in another way.
         self.sums = Conditioning([entry.weighted(1) for entry in sums.entries], sums.places)
         self._fresh = not sums.places
-        if self._fresh and self._linears:  # all get the same until they are seen to differ
+        if self._fresh and self._linears:  # one entry for all matrices, until their inputs differ
             self.sums = Conditioning([_nothing()], dict.fromkeys(self._linears, 0))
         self._waiting: list[list[Tensor]] = [[] for _ in self.sums.entries]
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Within, the transformer may be called once; then come `take` and `settle`."""
+        """Within this context the transformer may be called once."""
         self._seen: dict[Matrix, list[Tensor]] = {}
         handles = []
         few = self._compiled and not self._fresh
@@ -97,9 +98,13 @@ class Sums:
                 handle.remove()
 
     def take(self, fit: np.ndarray) -> None:
-        """Sends for what the call gave, without waiting for the device.
+        """Starts copying the call's inputs to main memory, without waiting for the device.
 
-        fit: which of the call's samples [batch] count.
+        Args:
+            fit: bool [batch], whether each of the call's samples counts.
+
+        Raises:
+            UserError: the number of inputs is no multiple of the batch.
         """
         leaders = self.leaders
         self._fit = fit
@@ -113,9 +118,9 @@ class Sums:
         self._flags = devices.to_main_memory(torch.stack(asked)) if asked else torch.ones(1)
 
     def settle(self) -> None:
-        """Adds what `take` sent for, and sums up where enough waits.
+        """Queues the inputs that `take` copies, and sums up queues that are long enough.
 
-        The device must have done what it was asked for.
+        Synchronise the device before: copies may still be under way.
         """
         if not (self._alike and self._flags.all()):
             self._part()
@@ -125,7 +130,7 @@ class Sums:
         self.sum_up()
 
     def _part(self) -> None:
-        """Gives matrices that got something else than the first of their entry another one."""
+        """Splits entries whose matrices had different inputs in this call."""
         together: dict[int, list[Matrix]] = {}
         for matrix in self._seen:
             together.setdefault(self.sums.places[matrix], []).append(matrix)
@@ -143,10 +148,10 @@ class Sums:
             together = others
 
     def _rows(self, seen: list[Tensor]) -> list[Tensor]:
-        """What a matrix got for samples to fit on, [n, d] each, on its way to main memory."""
+        """A matrix's inputs in samples that count, [n, d] each, on their way to main memory."""
         taken = []
         for x in seen:
-            # A transformer may have several conditionings a sample, one after the other.
+            # There may be several conditionings per sample: [repeats * batch, d].
             repeats, rest = divmod(len(x), len(self._fit))
             if rest:
                 raise UserError(
@@ -154,14 +159,14 @@ class Sums:
                     "samples, so whose they are is unclear; set modulation.enabled to false"
                 )
             chosen = torch.from_numpy(np.flatnonzero(np.tile(self._fit, repeats)))
-            # A conditioning of every token, or frame, is as many samples.
+            # If every token or frame has its own conditioning, each counts as an input.
             rows = x[chosen.to(x.device, non_blocking=True)].flatten(0, -2)
             taken.append(devices.to_main_memory(rows))
         return taken
 
     def sum_up(self, everything: bool = False) -> None:
-        """Sums up what waits: of entries with d samples, as a product [d, d] has a long way to main
-        memory; or `everything`."""
+        """Adds queued inputs to the sums: of entries with at least d in the queue, so that a product
+        [d, d] is copied to main memory once for d inputs; or `everything`."""
         for place, waiting in enumerate(self._waiting):
             if waiting and (everything or sum(map(len, waiting)) >= waiting[0].shape[1]):
                 x = torch.cat(waiting).to(self._device).double()  # MPS casts to no float64
@@ -171,7 +176,7 @@ class Sums:
                 self.sums.entries[place] = before + more if before.count else more
 
     def result(self) -> Conditioning:
-        """The sums, without matrices that got nothing."""
+        """The sums, without matrices that had no input."""
         kept = [place for place, entry in enumerate(self.sums.entries) if entry.count]
         numbers = {place: number for number, place in enumerate(kept)}
         places = {m: numbers[p] for m, p in self.sums.places.items() if p in numbers}
@@ -183,7 +188,8 @@ def _nothing() -> Moments:
 
 
 def _same(one: list[Tensor], other: list[Tensor]) -> Tensor | bool:
-    """Whether two matrices got the same; a boolean on the device where it had to look."""
+    """Whether two matrices had equal inputs. A bool if that is known without comparing values, else
+    a boolean tensor on the device."""
     if [x.shape for x in one] != [x.shape for x in other]:
         return False
     pairs = [(x, y) for x, y in zip(one, other, strict=True) if x is not y]
@@ -201,20 +207,24 @@ def with_grid(
     settings: ModulationSettings,
     size: int,
 ) -> Conditioning:
-    """Sums of recorded calls, and of a grid: timesteps evenly spaced over the scheduler's whole
-    range, each with the text of a recorded call and, where the transformer gets guidance as a
-    number, with one of evenly spaced guidances.
+    """Weighted sums over recorded calls and over a grid of calls. The grid's timesteps are evenly
+    spaced over the scheduler's whole range. Each comes with the text of a recorded call and, if the
+    transformer takes guidance as an argument, with one of evenly spaced guidances.
 
-    Recorded calls weigh RECORDED of both, however many they are. By their numbers, thousands of
-    calls at ten timesteps would drown the grid, and even at equal weights a map spends its rank on
-    these ten: with the embedded teacher's 10 steps and rank 8, maps were 4.5 times as wrong at 50
-    steps and a shift of 3. The grid does not drown them: it has their texts, and a timestep close
-    to each of theirs; their own weight stands for whatever else a pipeline does.
+    Recorded calls have the share RECORDED of the total weight, whatever their number. If all calls
+    counted alike, thousands of them at ten timesteps would outweigh the grid. Even with half of the
+    weight, they make a map spend its rank on these ten: with the embedded teacher's 10 steps and
+    rank 8, errors at 50 steps and a shift of 3 were 4.5 times as large. A small share is enough,
+    since the grid has the texts of recorded calls and a timestep close to each of theirs. The share
+    covers whatever else a pipeline does.
+
+    Without a grid in the config, or if `time_map` gives None, `recorded` is returned.
 
     Args:
-        rows: calls whose texts are taken.
+        recorded: the sums over recorded calls.
+        rows: numbers of the calls whose texts the grid gets.
         settings: the config's `modulation`.
-        size: samples in a call.
+        size: batch size.
 
     Raises:
         UserError: as `Sums`.
@@ -266,10 +276,18 @@ def with_grid(
 def time_map(
     reader: calls.Reader, rows: np.ndarray, argument: str
 ) -> tuple[tuple[float, float], float] | None:
-    """What a pipeline makes of the scheduler's timestep for the transformer, slope and offset, and
-    the highest timestep, all from recorded calls; None if it makes something else of it.
+    """How a pipeline maps the scheduler's timestep t to the transformer's argument, slope * t +
+    offset, told from recorded calls.
 
-    Some pass it as it is, others divide it by the highest, and some count the other way round.
+    Some pipelines pass t as it is, others divide it by the highest timestep, and some count the
+    other way round.
+
+    Args:
+        rows: numbers of recorded calls.
+        argument: the transformer's argument with the timestep.
+
+    Returns:
+        ((slope, offset), highest timestep); None, with a warning, if it is none of these maps.
     """
     rows = rows[np.isfinite(reader.index["timestep"][rows])]
     if not len(rows):
@@ -313,7 +331,8 @@ def _unknown(reader: calls.Reader) -> None:
 
 
 def _filled(like: Tensor, values: np.ndarray) -> Tensor:
-    """An argument with these values of the samples: of the first, where samples share one."""
+    """An argument of the shape, dtype and device of `like`, with a value per sample, or the first
+    value if samples share one."""
     argument = torch.from_numpy(values)
     if not like.ndim or len(like) != len(argument):
         argument = argument[:1]

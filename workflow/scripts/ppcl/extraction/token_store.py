@@ -1,4 +1,6 @@
-"""What extraction has so far, on disk: memory does not grow with it, and a killed run goes on."""
+"""The state of an extraction, on disk: so memory does not grow with the number of tokens, and a
+killed run goes on from its checkpoint.
+"""
 
 import contextlib
 import hashlib
@@ -23,17 +25,18 @@ CHECKPOINT = "checkpoint.safetensors"
 class Store:
     """Tokens of a stream at all boundaries, [boundaries, n, d] float32, in a file.
 
-    Tokens are added a call at a time and read a boundary at a time. What is read is compared with
-    the digest of what was added. A file that is there is written over: two runs of one config write
-    the same.
+    Tokens are added a call at a time and read a boundary at a time. Tokens that are read are
+    compared with a digest of the tokens that were added. An existing file is overwritten: two runs
+    of one config write the same.
 
     Args:
-        shape: boundaries, the most tokens that there can be, channels.
-        length, digest: what a killed run left: as many tokens of every boundary, and their
-            `digest`. Raises UserError if that is not so.
+        shape: number of boundaries, upper bound of n, d.
+        length, digest: number of tokens n that a killed run left in the file, and their `digest`.
+            Without a length the store starts empty.
 
     Raises:
-        UserError, here and in all methods: the disk is full or fails.
+        UserError: the disk is full or fails (all methods too), or the file does not hold the tokens
+            that the digest is of.
     """
 
     def __init__(self, path: Path, shape: tuple[int, int, int], length: int = 0, digest: str = ""):
@@ -77,11 +80,12 @@ class Store:
         return value
 
     def digest(self) -> str:
-        """SHA-256 of the boundaries' own, in order."""
+        """SHA-256 (hex) of the SHA-256 digests of all boundaries, in order."""
         return hashlib.sha256(b"".join(hasher.digest() for hasher in self._hashes)).hexdigest()
 
     def kept(self) -> dict:
-        """What a checkpoint says of it, when all that was added is on the disk."""
+        """The entry of this store in a checkpoint (shape, length, digest), after all tokens have
+        been flushed to the disk."""
         with self._disk():
             os.fsync(self._file.fileno())
         return {"shape": self._most, "length": self._length, "digest": self.digest()}
@@ -120,15 +124,16 @@ def _bytes(values: np.ndarray) -> memoryview:
 
 @dataclass
 class Kept:
-    """Where an extraction is.
+    """The state of an extraction.
 
     Attributes:
-        folder: for its files.
-        batches: how many are done.
-        sums: of `activations.Moments`.
-        conditioning: of `modulation_inputs.Sums`.
-        stores, about, first: by stream: its tokens; vectors with an entry per token, as lists of
-            parts; the number of its first boundary.
+        folder: of its files.
+        batches: number of batches done.
+        sums: those of `activations.Moments`.
+        conditioning: the sums of `modulation_inputs.Sums`.
+        stores: stream -> its tokens.
+        about: stream -> a mapping per batch: name (such as `step`) -> a value per token, [n].
+        first: stream -> the number of its first boundary.
     """
 
     folder: Path
@@ -142,7 +147,14 @@ class Kept:
     def add(
         self, stream: str, values: np.ndarray, about: dict[str, np.ndarray], first: int, most: int
     ) -> None:
-        """Adds a call's tokens [boundaries, tokens, d]; most: that there can be in all calls."""
+        """Adds a call's tokens.
+
+        Args:
+            values: [boundaries, tokens, d] float32.
+            about: name -> a value per token, [tokens].
+            first: number of the stream's first boundary.
+            most: upper bound of the stream's tokens in all calls together.
+        """
         if stream not in self.stores:
             shape = len(values), most, values.shape[2]
             self.stores[stream] = Store(self.folder / f"{stream}.tokens", shape)
@@ -151,7 +163,7 @@ class Kept:
         self.about.setdefault(stream, []).append(about)
 
     def joined(self, stream: str) -> dict[str, np.ndarray]:
-        """The vectors of a stream."""
+        """Name -> a value per token [n], over all batches, for a stream."""
         parts = self.about[stream]
         return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -170,7 +182,7 @@ class Kept:
 
 
 def resume(folder: Path, identity: str) -> Kept:
-    """What a killed run of this identity kept in a folder, or nothing yet.
+    """The state that a killed run of this identity left in a folder; an empty one if there is none.
 
     Raises:
         UserError: a file there is not what was written.

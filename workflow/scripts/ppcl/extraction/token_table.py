@@ -1,6 +1,6 @@
 """tokens.parquet, the sample of tokens that extraction keeps of every boundary.
 
-Boundary b is the input of block b, boundary M the output of the last block.
+Of M blocks, boundary b is the input of block b, and boundary M the output of the last block.
 """
 
 import json
@@ -14,9 +14,14 @@ from ppcl.storage import schemas, seals, tables
 
 
 def write_sample(path: Path, samples: dict[str, dict], provenance: dict[str, str]) -> None:
-    """Writes tokens.parquet: a row group per boundary and stream, tokens in one order in all.
+    """Writes tokens.parquet: a row group per boundary and stream. A stream's tokens have the same
+    order at all boundaries.
 
-    Streams of fewer channels than others are filled up with zeros; the metadata has their widths.
+    Tokens of streams with fewer channels than the widest are filled up with zeros; the file's
+    metadata has the number of channels of each stream.
+
+    Args:
+        samples: stream -> its sample, as `activations.collect` returns it.
     """
     widths = {stream: s["value"].shape[-1] for stream, s in samples.items()}
     widest = max(widths.values())
@@ -41,8 +46,11 @@ class TokenReader:
 
     Attributes:
         streams: names, in file order.
-        boundaries: their number, M + 1.
+        boundaries: number of boundaries of the teacher, M + 1.
         provenance: the file's.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds no tokens.
     """
 
     def __init__(self, path: str | Path):
@@ -74,16 +82,16 @@ class TokenReader:
             raise UserError(f"{path}: holds no tokens ({error!r}); {seals.REMAKE}") from error
 
     def values(self, boundary: int, stream: str) -> np.ndarray:
-        """Tokens [n, d], float32."""
+        """The tokens of a stream at a boundary, [n, d] float32."""
         column = self._column(boundary, stream, "value").combine_chunks()
         return column.to_numpy_ndarray()[:, : self._widths[stream]]
 
     def heldout(self, stream: str) -> np.ndarray:
-        """Which tokens [n] come from prompts that no probe was fitted on."""
+        """Whether each token is of a held-out prompt, on which no probe was fitted; bool [n]."""
         return self._column(self._first[stream], stream, "heldout").to_numpy(zero_copy_only=False)
 
     def prompts(self, stream: str) -> np.ndarray:
-        """Prompt index [n] of every token."""
+        """Index of each token's prompt, [n]."""
         return self._column(self._first[stream], stream, "prompt").to_numpy()
 
     def _column(self, boundary: int, stream: str, name: str):

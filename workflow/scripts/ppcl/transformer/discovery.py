@@ -155,7 +155,8 @@ def _returned(block: type[nn.Module]) -> tuple[str, ...] | None:
 
 
 def _numbered(made_by: type[nn.Module], attributes: list[str]) -> str | None:
-    """Why blocks can't be renumbered: the source treats a block by its number. None if it does not."""
+    """Why blocks can't be renumbered: the source treats a block by its number. None if it does
+    not."""
     named = [f"self.{attribute}" for attribute in attributes]
     whole = ast.parse(_source(made_by)).body[0]
     for node in ast.walk(whole):
