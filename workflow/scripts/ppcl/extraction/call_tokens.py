@@ -115,7 +115,7 @@ class CallTokens:
             self._before[stream] = self._moment_places[stream].of(x)
 
     def _choose(self, block: blocks.Block, stream: str, x: Tensor) -> None:
-        """Chooses the places of tokens, at the first block that gets a stream x [batch, tokens, d]."""
+        """Chooses tokens of a stream x [batch, tokens, d], at the first block that gets it."""
         recorded, settings = self._recorded, self._settings
         masks = blocks.token_masks(self._family, recorded.arguments, {stream: x})
         chosen = pick_tokens(

@@ -68,7 +68,7 @@ class Conditioning:
         return self.entries[self.places[matrix]]
 
     def tensors(self) -> dict[str, Tensor]:
-        """Of every entry, float64: `<index>.count` [1], `<index>.sum` [d], `<index>.outer` [d, d]."""
+        """`<index>.count` [1], `<index>.sum` [d], `<index>.outer` [d, d] of each entry; float64."""
         by_name: dict[str, Tensor] = {}
         for place, entry in enumerate(self.entries):
             by_name[f"{place}.count"] = torch.tensor([entry.count], dtype=torch.float64)
@@ -76,7 +76,7 @@ class Conditioning:
         return by_name
 
     def described(self) -> str:
-        """The matrices and the indices of their entries, as JSON: a list of [block, path, index]."""
+        """The matrices and the indices of their entries: JSON, a list of [block, path, index]."""
         return json.dumps([[*matrix, place] for matrix, place in self.places.items()])
 
     @classmethod

@@ -165,8 +165,8 @@ class Sums:
         return taken
 
     def sum_up(self, everything: bool = False) -> None:
-        """Adds queued inputs to the sums: of entries with at least d in the queue, so that a product
-        [d, d] is copied to main memory once for d inputs; or `everything`."""
+        """Adds queued inputs to the sums: of entries with at least d in the queue, so that there is
+        one product [d, d] to copy to main memory per d inputs; or `everything`."""
         for place, waiting in enumerate(self._waiting):
             if waiting and (everything or sum(map(len, waiting)) >= waiting[0].shape[1]):
                 x = torch.cat(waiting).to(self._device).double()  # MPS casts to no float64

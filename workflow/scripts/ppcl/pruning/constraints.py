@@ -19,7 +19,14 @@ Ffn = tuple[int, str]
 
 @dataclass(frozen=True)
 class Named:
-    """What a config's require or forbid lists name; ranks: blocks, as `units.Modulation.block`."""
+    """What the `require` lists, or the `forbid` lists, of a config name.
+
+    Attributes:
+        intervals: (first, last) of intervals.
+        runs: (first, last) of text runs.
+        ffns: (block, stream) of FFNs that become linear.
+        ranks: blocks whose modulations become low-rank, numbered as in `units.Modulation.block`.
+    """
 
     intervals: frozenset[Ends] = frozenset()
     runs: frozenset[Ends] = frozenset()
@@ -31,12 +38,15 @@ NOTHING = Named()
 
 
 def of_config(settings: Settings, depth: int | None = None) -> tuple[Named, Named]:
-    """What the config requires, and what it forbids; only of what is enabled.
+    """What the config requires, and what it forbids. Lists of sections that are not enabled count
+    as empty.
 
-    depth: blocks of the teacher, if known.
+    Args:
+        depth: number of blocks of the teacher, if known.
 
-    Raises UserError, naming the key, for what is required and contradicts another such choice, what
-    is forbidden or the protected blocks, and for blocks that the teacher lacks.
+    Raises:
+        UserError: a required item contradicts another required one, is forbidden, or holds a
+            protected block; or the teacher lacks a block that a list names. Names the config key.
     """
     required, forbidden = (_named(settings, verb, depth) for verb in ("require", "forbid"))
     for key, one, other in _listed(required, forbidden):
@@ -77,7 +87,8 @@ def of_config(settings: Settings, depth: int | None = None) -> tuple[Named, Name
 
 
 def protected(settings: Settings, depth: int | None) -> set[int]:
-    """Blocks that intervals.protect_first and protect_last keep as they are."""
+    """Numbers of the blocks that intervals.protect_first and protect_last keep as they are; without
+    a `depth`, those of protect_first alone."""
     first, last = settings.intervals.protect_first, settings.intervals.protect_last
     return {*range(first)} | (set() if depth is None else {*range(max(0, depth - last), depth)})
 
@@ -87,14 +98,15 @@ class Prunable:
     """What can be pruned of a teacher.
 
     Attributes:
-        seams: first block of each block list.
+        seams: first block of each run of like blocks (`blocks.seams`).
         untouchable: blocks that can't be pruned.
-        unseen: blocks without the CKA that decides, so that no interval may hold them.
-        ffns: the FFNs that were measured.
-        text_saved: per block, parameters of the text stream that a borrower drops.
-        modulated: blocks with modulations of which a rank was measured, as
+        unseen: blocks without CKA in the stream that decides (similarity.streams), so that no
+            interval may hold them.
+        ffns: (block, stream) of the FFNs that were measured.
+        text_saved: per block, how many parameters it saves if it borrows its text stream.
+        modulated: blocks with a modulation of which a rank was measured, numbered as in
             `units.Modulation.block`.
-        unread: the block after which nothing reads the text stream, if there is one.
+        unread: the block after which nothing reads the text stream; None if there is none.
     """
 
     seams: Collection[int]
@@ -140,7 +152,7 @@ def check(required: Named, teacher: Prunable) -> None:
 
 
 def holds(unit: Unit, named: Named) -> bool:
-    """Whether a unit holds anything of what is named, ranks of modulations aside."""
+    """Whether a unit holds any of the named intervals, text runs or FFNs."""
     ffns = {
         (new_block.first, stream)
         for new_block in unit.new_blocks
@@ -171,7 +183,7 @@ def _named(settings: Settings, verb: str, depth: int | None) -> Named:
                 raise UserError(
                     f"{key}.{verb}: {shown(item)} has to be [first, last] with last > first"
                 )
-            # One number more stands for the modulation after the last block.
+            # The number of blocks, as if it were a block, stands for the last AdaLN.
             more = key == "modulation"
             if depth is not None and max(blocks) >= depth + more:
                 raise UserError(
@@ -189,7 +201,7 @@ def _named(settings: Settings, verb: str, depth: int | None) -> Named:
 
 
 def _listed(one: Named, other: Named) -> Iterator[tuple[str, frozenset, frozenset]]:
-    """The config key of each kind, and what the two name there."""
+    """For each kind of item: its config key, and the items of `one` and of `other`."""
     yield "intervals", one.intervals, other.intervals
     yield "width.text", one.runs, other.runs
     for stream in (IMAGE, TEXT):
@@ -218,7 +230,7 @@ def _check_required_ffns(required: Named) -> None:
 
 
 def _blocks(item: Ends | Ffn | int) -> range:
-    """The blocks that an interval, a text run, an FFN or a modulation is about."""
+    """The blocks of an interval or a text run, or the one block of an FFN or a modulation."""
     first, last = (item, item) if isinstance(item, int) else item
     return range(first, (first if isinstance(last, str) else last) + 1)
 

@@ -1,4 +1,4 @@
-"""The file in which `prune` leaves the selection: its units, and what each saves."""
+"""selection.json, which `prune` writes: the units of the selection, and what each saves."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -12,7 +12,12 @@ from ppcl.storage import texts
 def unit_entry(
     unit: Unit, saved_parameters: int, saved_seconds: float, required: bool = False
 ) -> dict:
-    """A unit as selection.json holds it."""
+    """A unit's entry in selection.json.
+
+    Args:
+        saved_seconds: per call of the transformer; NaN if no times were measured.
+        required: whether the config requires any of it.
+    """
     return {
         "name": unit.name,
         "removed_blocks": unit.removed_blocks,
@@ -28,10 +33,12 @@ class SelectionFile:
     """selection.json.
 
     Attributes:
-        units: what is trained of the selection.
-        distilled: what distill trains of it.
-        closed: what is not, since its least-squares maps cost next to nothing.
-        facts: the file's content; its `units` and `distilled` tell what each saves.
+        units: the units that are trained.
+        distilled: the units that `distill` trains.
+        closed: the units that are not trained, since they cost little as least squares makes them
+            (width.floor).
+        facts: the file's content. Its lists `units`, `distilled` and `closed` hold an entry per
+            unit (`unit_entry`).
     """
 
     units: list[Unit]
@@ -41,7 +48,7 @@ class SelectionFile:
 
     @property
     def required(self) -> set[str]:
-        """Names of the units that every variant has, as far as they are trained."""
+        """Names of the trained units that the config requires, so that every variant has them."""
         return {entry["name"] for entry in self.facts["units"] if entry["required"]}
 
 
@@ -49,7 +56,7 @@ def read(path: Path) -> SelectionFile:
     """The selection that `prune` wrote.
 
     Raises:
-        UserError: it is missing, or not a whole one.
+        UserError: the file is missing, or not a whole selection.
     """
     facts = texts.read_sealed(path)
     try:

@@ -1,4 +1,4 @@
-"""Students: the new blocks of a selection. Their start weights, their types and their file."""
+"""Students, the modules of a selection's new blocks: their start weights, dtypes and file."""
 
 import copy
 from collections.abc import Iterable, Mapping
@@ -41,10 +41,13 @@ def start_weights(modules: list[nn.Module], how: str) -> dict[str, Tensor]:
 
 
 def start(transformer: nn.Module, new_blocks: Iterable[NewBlock], how: str) -> Students:
-    """A whole block of the teacher's kind for each, with its start weights, float32, on the CPU.
+    """A student for each new block, with its start weights; float32, on the CPU.
 
-    They are not narrow yet: `width.narrowed` makes the narrow ones, whose linear maps need
-    activations to start from.
+    They are whole blocks, as the teacher's. `linear_map_fits.narrowed` makes narrow ones, whose
+    linear maps are fitted to activations.
+
+    Args:
+        how: as in `start_weights`.
     """
     sequence = blocks.block_sequence(transformer)
     students = {}
@@ -57,7 +60,8 @@ def start(transformer: nn.Module, new_blocks: Iterable[NewBlock], how: str) -> S
 
 
 def whole(transformer: nn.Module, new_blocks: Iterable[NewBlock], distilled: Students) -> Students:
-    """A whole block for each: distilled students, and copies of the teacher's kept blocks."""
+    """A whole block for each new block: its distilled student, or else a float32 copy, on the CPU,
+    of the teacher's block."""
     trained = {new_block.ends: student for new_block, student in distilled.items()}
     kept = start(
         transformer,
@@ -71,8 +75,8 @@ def whole(transformer: nn.Module, new_blocks: Iterable[NewBlock], distilled: Stu
 
 
 def uncut(wholes: Students) -> Students:
-    """Frozen copies of the whole blocks of intervals that will borrow their text: their maps stand
-    for what the attention of these blocks gets as text."""
+    """Frozen copies of the whole students of intervals that will borrow their text. The text input
+    of the attention in such a copy is what the student's linear map is fitted to (Eq. 8)."""
     return {
         new_block: copy.deepcopy(student).requires_grad_(False)
         for new_block, student in wholes.items()
@@ -81,7 +85,7 @@ def uncut(wholes: Students) -> Students:
 
 
 def shaped(transformer: nn.Module, new_block: NewBlock, student: nn.Module) -> nn.Module:
-    """The whole block, made as narrow as the new block is; new linear maps are zero. In place."""
+    """Makes a whole student as narrow as its new block; the new linear maps are zero. In place."""
     if new_block.narrow:
         layout = blocks.block_sequence(transformer)[new_block.first].list.layout()
         role = {} if new_block.text == "own" else {"text": new_block.text}
@@ -90,9 +94,9 @@ def shaped(transformer: nn.Module, new_block: NewBlock, student: nn.Module) -> n
 
 
 def as_teacher(transformer: nn.Module, new_block: NewBlock, student: nn.Module) -> nn.Module:
-    """A student as a model holds it, in place: every weight in the type that the teacher's weight
-    of its name has, new ones in the type that they are loaded in. Some classes keep norms or tables
-    in float32."""
+    """Gives a student the dtypes that it has in an assembled model, in place: a weight gets the
+    dtype of the teacher's weight of the same name, a new one the dtype in which diffusers loads it.
+    Some classes keep norms or tables in float32."""
     cast(student, _types_in_model(transformer, new_block, student))
     return student
 
@@ -102,10 +106,11 @@ def plugged(
 ) -> tuple[nn.Module, Students, list[list[int]]]:
     """A variant's model, as its export holds it: the teacher with students in place of its blocks.
 
-    Students that are not `as_teacher` yet are copied, and stay what they are.
+    Students that do not have the dtypes of `as_teacher` yet are copied, and not changed.
 
     Returns:
-        The model, the students as they run there, and the block map of `blocks.assembled`.
+        The model, the students in it (copies where they were copied), and the block map of
+        `blocks.assembled`.
     """
     held = {}
     for new_block, student in students.items():
@@ -119,12 +124,16 @@ def plugged(
 
 
 def types(module: nn.Module) -> dict[str, torch.dtype]:
-    """Of a module's floating-point parameters and buffers, by name."""
+    """Name -> dtype, of a module's floating-point parameters and buffers."""
     return {name: tensor.dtype for name, tensor in _floats(module)}
 
 
 def cast(module: nn.Module, wanted: Mapping[str, torch.dtype]) -> nn.Module:
-    """A module with its `types` changed to these, in place."""
+    """Changes a module's dtypes, in place.
+
+    Args:
+        wanted: name -> dtype, for all that `types` names.
+    """
     for name, tensor in _floats(module):
         tensor.data = tensor.data.to(wanted[name])
     return module
@@ -145,7 +154,7 @@ def _types_in_model(
         else:
             own = (
                 own or diffusers_model.of(transformer).dtype
-            )  # once: it looks at every module for it
+            )  # asked once, since `dtype` searches all modules
             wanted[name] = own
     return wanted
 
@@ -156,16 +165,17 @@ def _floats(module: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def save(path: Path, students: Students, metadata: dict[str, str]) -> None:
-    """Writes all students to one file, parameters named `<new block>/<parameter>`."""
+    """Writes all students to one safetensors file, as `<new block>/<parameter>`, such as
+    `03-05/attn.to_q.weight`."""
     state = {f"{p.name}/{k}": v for p, m in students.items() for k, v in m.state_dict().items()}
     tensors.write(path, state, metadata)
 
 
 def load(path: Path, transformer: nn.Module, new_blocks: Iterable[NewBlock]) -> Students:
-    """Reads students, each in its new block's shape, made from the teacher's block at its start.
+    """Reads students; float32, on the CPU, trainable, each as narrow as its new block.
 
     Raises:
-        UserError: the file lacks a new block, or holds other shapes, or NaN.
+        UserError: the file lacks a new block, or holds other shapes, NaN or infinity.
     """
     state, _ = tensors.read(path)
     sequence, students = blocks.block_sequence(transformer), {}

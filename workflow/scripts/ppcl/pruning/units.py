@@ -1,7 +1,7 @@
-"""What pruning does to a model, in words that need no torch: new blocks, and the units they form.
+"""What pruning does to a model, described without torch: new blocks, and the units they form.
 
-A unit is what is plugged into the teacher together or not at all; units never overlap, so every set
-of them is a model.
+A unit is one or more new blocks that are plugged into the teacher together or not at all. Units
+never overlap, so every set of them gives a model.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,11 +18,15 @@ class NewBlock:
 
     Attributes:
         linear_ffn: streams whose FFN is a residual linear map (Eq. 9).
-        text: its role in a text run (Eq. 8). `own`: none; `source`: it keeps its text stream and
-            lends it; `lend`: it keeps of it what it lends, as nothing reads text after the run;
-            `borrow`: it has none of its own; `close`: nor has it, and it ends the run, which makes
-            a text stream for the blocks that follow.
-        source: ends of the new block that it borrows from.
+        text: its role in a text run (Eq. 8).
+            `own`: it is in no text run.
+            `source`: it begins the run; it keeps its text stream and lends it.
+            `lend`: it begins a run after which nothing reads text; it keeps only the part of its
+            text stream that it lends.
+            `borrow`: it has no text stream of its own.
+            `close`: as `borrow`, and it ends the run, with a linear map that makes the text stream
+            for the blocks that follow.
+        source: (first, last) of the new block from which it borrows; None if it does not.
     """
 
     first: int
@@ -33,7 +37,7 @@ class NewBlock:
 
     @property
     def name(self) -> str:
-        """Such as 03-05; the key of its weights in files and logs."""
+        """First and last block, such as 03-05. Weights have this key in files and logs."""
         return f"{self.first:02d}-{self.last:02d}"
 
     @property
@@ -42,7 +46,7 @@ class NewBlock:
 
     @property
     def lends(self) -> bool:
-        """Whether others borrow its text stream."""
+        """Whether other new blocks borrow its text stream."""
         return self.text in ("source", "lend")
 
     @property
@@ -57,16 +61,17 @@ class NewBlock:
 
 
 def new_block_of(entry: Mapping) -> NewBlock:
-    """The new block of which `dataclasses.asdict` made this, perhaps by way of JSON.
+    """The new block of which `dataclasses.asdict` made this mapping, perhaps read back from JSON.
 
     Raises:
-        ValueError, LookupError, TypeError: it is of something else.
+        ValueError, LookupError, TypeError: the mapping is of something else.
     """
     source = entry["source"] and tuple(entry["source"])
     return NewBlock(**{**entry, "linear_ffn": tuple(entry["linear_ffn"]), "source": source})
 
 
-# A modulation matrix: its block, or the number of blocks for the last AdaLN, and its path in there.
+# A modulation matrix: (number of its block, path in the block), or, for the last AdaLN, (number of
+# blocks, path in the transformer).
 Matrix = tuple[int, str]
 
 
@@ -77,11 +82,12 @@ class Modulation:
     Attributes:
         block: number of its block; the number of blocks for the model's last AdaLN.
         path: in the block, or in the transformer for the last AdaLN.
-        inputs, outputs: channels.
+        inputs, outputs: number of input and output channels.
         bias: whether it has one; as a product of low rank it always has.
-        ffn: the stream whose linear FFN leaves only some of it; empty if none does.
-        left: how many sixths that are.
-        text: whether it goes where the text stream is borrowed.
+        ffn: the stream whose FFN, if it becomes linear, drops some of the outputs; empty if no FFN
+            does.
+        left: how many sixths of the outputs are left then.
+        text: whether the matrix is dropped in a block that borrows its text stream.
     """
 
     block: int
@@ -99,25 +105,27 @@ class Modulation:
 
     @property
     def shares(self) -> list[int]:
-        """How many sixths of it there can be: in the source of a run that ends where nothing reads
-        text, with a linear FFN, and else."""
+        """How many sixths of the outputs can be kept, ascending: 2 in a new block of role `lend`,
+        `left` with a linear FFN, else all 6."""
         return sorted({2, self.left, 6})
 
     def parameters(self, rank: int | None = None, sixths: int = 6) -> int:
-        """Of the matrix, or of its product of low rank, with so many sixths of its outputs kept."""
+        """Number of parameters of the matrix (rank None) or of its product of low rank, bias
+        included, with so many sixths of the outputs kept."""
         outputs = self.outputs * sixths // 6
         if rank is None:
             return outputs * (self.inputs + self.bias)
         return rank * (self.inputs + outputs) + outputs
 
     def saved(self, rank: int, sixths: int = 6) -> int:
-        """Parameters that a rank saves, with so many sixths of the outputs kept either way."""
+        """Number of parameters that a rank saves, with so many sixths of the outputs kept with and
+        without it."""
         return self.parameters(sixths=sixths) - self.parameters(rank, sixths)
 
 
 @dataclass(frozen=True)
 class Unit:
-    """New blocks in a row that go in together: one alone, or those of a text run."""
+    """New blocks that are plugged in together: a single one, or all of a text run, in order."""
 
     new_blocks: tuple[NewBlock, ...]
 
@@ -145,19 +153,20 @@ def units_of(
     linear: Iterable[tuple[int, str]] = (),
     unread_after: int | None = None,
 ) -> list[Unit]:
-    """The units that a selection means, in order of depth.
+    """The units of a selection, in order of depth.
 
     Args:
         intervals: (first, last) of depth students; disjoint.
         runs: (first, last) of text runs; disjoint, and none cuts an interval.
         linear: (block, stream) of FFNs that become linear; the block is kept or starts an interval.
-            A borrowed text stream has no FFN, nor has one that nothing reads, so there its entry
-            says nothing.
-        unread_after: the block after which nothing reads the text stream, if there is one: a run
-            that ends there makes no text stream, and its source none but what it lends.
+            Text FFNs of new blocks in the roles `lend`, `borrow` and `close` are ignored, since
+            these blocks have none.
+        unread_after: the block after which nothing reads the text stream, if there is one. In a run
+            that ends there, the first new block is `lend` instead of `source`, and the last is
+            `borrow` instead of `close`.
 
     Raises:
-        ValueError: a run of one new block, which would lend its text to nobody.
+        ValueError: a text run has a single new block, which would lend its text to none.
     """
     intervals = sorted(intervals)
     ffns: dict[int, set[str]] = {}
