@@ -1,6 +1,6 @@
 """Which values an argument of a pipeline's call takes, as far as its annotation and name tell.
 
-Reads neither torch nor diffusers, so that Snakefiles can import it.
+Imports neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import json
@@ -28,7 +28,7 @@ def goes_with_prompt(parameter: Parameter | None) -> bool:
 
 
 def refuse_value(parameter: Parameter, value: Any) -> None:
-    """Raises UserError if the config's value is none that the argument takes."""
+    """Raises UserError if the argument does not take the config's value."""
     key, kinds = f"pipeline.{parameter.name}", kinds_of(parameter)
     shown = json.dumps(value, default=str)
     if parameter.name == _NUMBERED and value:
@@ -101,7 +101,7 @@ def _fits(value: Any, kinds: list[str]) -> bool:
 
 
 def _lists_alone(parameter: Parameter, value: Any) -> bool:
-    """Whether a value is no list, and its type is only that of a list's entries."""
+    """Whether a value is given alone where the argument takes only a list of such values."""
     if isinstance(value, list) or not _fits(value, kinds_of(parameter)):
         return False
     outer, count = _plain(parameter), 1
@@ -120,12 +120,13 @@ def _number(text: str) -> float | None:
 
 
 def _plain(parameter: Parameter) -> str:
-    """An annotation with today's names: `list[str]` for `typing.List[str]`."""
+    """The annotation in present syntax: `list[str]` for `typing.List[str]`."""
     return re.sub(r"typing\.", "", parameter.annotation).replace("List[", "list[")
 
 
 def kinds_of(parameter: Parameter) -> list[str]:
-    """The types of an annotation that a config can hold, in order; none if it names others too."""
+    """The types in an annotation, in order, if a config can hold all of them but tensors; else an
+    empty list. With a dict, whose entries may be anything, only `list` and `dict` are named."""
     named = re.findall(r"[A-Za-z_][\w.]*", _plain(parameter).replace("Dict[", "dict["))
     if "dict" in named:
         return ["list", "dict"] if "list" in named else ["dict"]  # of whatever

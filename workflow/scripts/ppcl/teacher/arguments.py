@@ -1,7 +1,7 @@
-"""The config's `pipeline` mapping against the signature of the pipeline's call.
+"""Checks the config's `pipeline` mapping against the signature of the pipeline's call, before any
+weight is loaded.
 
-Reads neither torch nor diffusers, so that Snakefiles can import it: what can't work is refused
-before any weight is loaded.
+Imports neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import difflib
@@ -14,7 +14,7 @@ from ppcl.settings import Settings, TeacherSettings
 from ppcl.teacher import argument_values, hub, prompts, signatures
 from ppcl.teacher.signatures import Parameter, Signature
 
-# What a call gets from the workflow, and where a person sets it.
+# Arguments that the workflow gives to a call -> why, or where the user can set them.
 OURS = {
     "prompt": "from the prompts files (record.prompts, evaluate.prompts)",
     "image": "name the picture of every prompt in a column 'image' of the prompts file (.csv)",
@@ -29,8 +29,7 @@ OURS = {
 }
 _NEEDED = ("prompt", "generator", "output_type")
 
-# Pictures that a pipeline can't do without, and neither more nor fewer, where annotations that say
-# the same elsewhere say otherwise.
+# Pipeline -> exactly the pictures that it needs, for pipelines whose annotations are misleading.
 PICTURES = {
     "Flux2KleinInpaintPipeline": ("image", "mask_image"),
     "Flux2KleinKVPipeline": (),
@@ -48,8 +47,9 @@ PICTURES = {
     "QwenImageLayeredPipeline": ("image",),
     "ZImageOmniPipeline": (),
 }
-# Words in the name of a pipeline that uses the transformer of the pipeline without them as it is.
-# Not `Control` alone and `Fill`: their transformers take the picture as further channels.
+# If a pipeline's name has one of these words, it uses the same transformer as the pipeline whose
+# name lacks the word. `Control` alone and `Fill` are not among them: the transformers of such
+# pipelines take the picture as further channels.
 _VARIATIONS = r"ControlNet|Inpaint(ing)?|Img2Img|VideoToVideo|PAG"
 
 
@@ -60,7 +60,7 @@ def check(settings: Settings, source: str) -> None:
         UserError: see `refuse_call`; names the config.
     """
     if hub.is_name(settings.teacher.path):
-        return  # the programs do it once its index is there
+        return  # the programs check it, once they have downloaded its index
     for stage in ("record", "evaluate"):
         rows = prompts.read(getattr(settings, stage).prompts, f"{source}: {stage}.prompts")
         try:
@@ -70,14 +70,15 @@ def check(settings: Settings, source: str) -> None:
 
 
 def before_loading(teacher: TeacherSettings, settings: Mapping, rows: list[dict], key: str) -> None:
-    """What can be refused once a teacher's index is there, of all its files.
+    """Checks a call of the teacher's pipeline, for which only model_index.json must be there.
 
-    A pipeline with code of its own is left to `refuse_call` after loading.
+    A pipeline with code of its own is checked by `refuse_call` after loading.
 
     Args:
         teacher: the config's `teacher` mapping.
         settings: the config's `pipeline` mapping.
-        rows: of the prompts file that the config's `key` names.
+        rows: of the prompts file.
+        key: the config key that names the prompts file, for messages.
 
     Raises:
         UserError: see `refuse_call`.
@@ -93,11 +94,12 @@ def refuse_call(name: str, signature: Signature, settings: Mapping[str, Any]) ->
     """Checks that a pipeline can be called with a prompt, a seed and the config's settings.
 
     Args:
-        name: of the pipeline's class, for messages and for what its annotations don't say.
+        name: of the pipeline's class, for messages and for PICTURES.
+        settings: the config's `pipeline` mapping.
 
     Raises:
-        UserError: a key that the call does not have, or that isn't the config's to set; a value
-            that can't be; something that the call needs and that nothing here can give it.
+        UserError: a key is no argument of the call, or not for the config to set; the argument does
+            not take the value; or the call needs an argument that nothing here can give.
     """
     given = {k for k in signature.parameters if argument_values.given_by_config(signature, k)}
     known = given - OURS.keys()
@@ -125,11 +127,12 @@ def refuse_pictures(name: str, signature: Signature, pictures: bool, key: str) -
     """Checks that there are pictures if a pipeline needs them, and none if it takes none.
 
     Args:
-        pictures: the prompts have some.
-        key: of the config, that names the prompts file.
+        name: of the pipeline's class.
+        pictures: whether the prompts name pictures.
+        key: the config key that names the prompts file, for messages.
 
     Raises:
-        UserError: otherwise.
+        UserError: a picture is missing, or the pipeline takes none.
     """
     if pictures and "image" not in signature.parameters:
         raise UserError(
@@ -144,8 +147,8 @@ def refuse_pictures(name: str, signature: Signature, pictures: bool, key: str) -
 
 
 def for_batch(signature: Signature, settings: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The settings for a call with `count` prompts: what goes with each prompt is there as often,
-    and YAML's 4.0 is a whole number where one is needed.
+    """The settings for a call with `count` prompts: values that go with each prompt are repeated as
+    often, and a float such as YAML's 4.0 becomes an integer if the argument needs one.
 
     Raises:
         UserError: a list has a value per prompt, but for another number of prompts.
@@ -164,8 +167,8 @@ def _whole(parameter: Parameter | None, value: Any) -> Any:
 
 
 def _refuse_lists(signature: Signature, settings: Mapping[str, Any]) -> None:
-    """Which prompts come together follows from their lengths and the batch size of a stage: a list
-    can't follow them."""
+    """Raises UserError for lists with a value per prompt: batches follow from the prompts' lengths
+    and a stage's batch size, so values would go to other prompts than meant."""
     for key, value in settings.items():
         several = isinstance(value, list) and any(other != value[0] for other in value[1:])
         if several and argument_values.goes_with_prompt(signature.parameters[key]):
@@ -214,7 +217,8 @@ def _refuse_key(name: str, signature: Signature, key: str, known: Collection[str
 
 
 def _needed(name: str, signature: Signature) -> list[str]:
-    """What a pipeline can't do without: a picture's annotation without None means that too."""
+    """Names of the arguments that a pipeline's call needs: those without a default, and pictures
+    whose annotation does not allow None."""
 
     def needed(parameter: Parameter) -> bool:
         if parameter.required:
@@ -228,7 +232,7 @@ def _needed(name: str, signature: Signature) -> list[str]:
 
 
 def _instead(name: str) -> str:
-    """Which pipeline of the same transformer can be recorded, if there is one."""
+    """For messages: the advice to use another pipeline, of the same transformer if there is one."""
     plain = re.sub(_VARIATIONS, "", name)
     signature = signatures.of(plain)
     if plain == name or signature is None or set(_needed(plain, signature)) - {"image", "prompt"}:

@@ -1,7 +1,8 @@
-"""Whether a model has all of its weights, and its files no others: by the loaders' own account.
+"""Checks that a model got all of its weights, and that its files hold no others.
 
-Loaders only warn: they draw missing weights at random, and drop those that a config has no place
-for. Their accounts follow their own rules of ties, renamed keys and weights that may be absent.
+Loaders only warn: they draw missing weights at random, and drop weights for which the config has no
+place. The check reads the loader's own account (`output_loading_info`), which knows tied weights,
+renamed keys and weights that may be absent.
 """
 
 import weakref
@@ -20,17 +21,18 @@ from ppcl.teacher import weights
 from ppcl.teacher.weights import Header
 
 SHOWN = 3  # weights that a message names
-SAMPLED = 64  # values of each weight that tell whether it is changed after it was loaded
+SAMPLED = 64  # values of each weight that are compared to see if it changed after loading
 _loaded: weakref.WeakKeyDictionary[torch.nn.Module, dict[str, torch.Tensor]]
 _loaded = weakref.WeakKeyDictionary()
 
 
 @contextmanager
 def accounts() -> Iterator[list[tuple[torch.nn.Module, Mapping[str, Any]]]]:
-    """While it lasts, every model that is loaded is listed with its loader's account.
+    """Yields a list, to which every model that is loaded within the context is added, with its
+    loader's account (`output_loading_info`).
 
-    `DiffusionPipeline.from_pretrained` loads its components by their own `from_pretrained`, and
-    asks them for none.
+    `DiffusionPipeline.from_pretrained` calls `from_pretrained` of its components without asking for
+    their accounts.
     """
     told: list[tuple[torch.nn.Module, Mapping[str, Any]]] = []
     bases = {
@@ -47,7 +49,7 @@ def accounts() -> Iterator[list[tuple[torch.nn.Module, Mapping[str, Any]]]]:
 
 
 def _telling(base: type, stock: classmethod, told: list) -> classmethod:
-    """A class's `from_pretrained` that also keeps the account."""
+    """A `from_pretrained` for `base` that also adds the model and its account to `told`."""
     # transformers' own refusal of a wrong shape names no weight; diffusers' does.
     more = {"ignore_mismatched_sizes": True} if base is transformers.PreTrainedModel else {}
 
@@ -67,13 +69,13 @@ def _telling(base: type, stock: classmethod, told: list) -> classmethod:
 
 
 def _samples(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Some values of every weight, on the CPU."""
+    """Name -> some values of that weight, evenly spaced, on the CPU."""
     every = {n: p.detach().flatten() for n, p in model.named_parameters() if not p.is_meta}
     return {n: p[:: max(1, len(p) // SAMPLED)].to("cpu", copy=True) for n, p in every.items()}
 
 
 def changed(model: torch.nn.Module) -> list[str]:
-    """Weights of a pipeline's model that are not what they were when it was loaded; a pipeline with
+    """Names of a model's weights that have changed since `accounts` saw it load. A pipeline with
     code of its own may have fused an adapter with them."""
     now = _samples(model)
     return [
@@ -94,10 +96,11 @@ def check(
     Args:
         account: of its loader (`output_loading_info`).
         folder: of the component.
-        files: of `weights.check`.
+        files: the component's files and headers, from `weights.check`.
 
     Raises:
-        UserError: weights are missing, left over, of another shape, or no numbers.
+        UserError: weights are missing, left over, of another shape, not stored as real numbers, or
+            NaN or infinite.
     """
     where = next(iter(files)) if len(files) == 1 else folder
     config = folder / weights.CONFIG
@@ -113,7 +116,7 @@ def check(
             f"{list(asked)} by its config.json ({len(wrong)} of other shapes); restore the "
             "weights, or the config that they were saved with"
         )
-    # Quantised weights are stored as integers, with numbers of their own, which loaders use up.
+    # Quantised weights are stored as integers, beside scales, which no place in the model has.
     if getattr(model, "hf_quantizer", None) is None:
         left = account["unexpected_keys"]
         if odd := _of_no_other(model, left, config):
@@ -128,10 +131,15 @@ def check(
 
 
 def _of_no_other(model: torch.nn.Module, names: Collection[str], config: Path) -> list[str]:
-    """Of weights without a place in a model, those that are of no other part of a larger one.
+    """Unexpected weights that the other parts of a larger model do not explain, sorted.
 
-    A text encoder is often the inner part of the model that its config names: head, decoder or the
-    tower of pictures lie in the same file. A part that the encoder has itself is none of those.
+    A text encoder is often one part of the model that its config names, and the file also holds the
+    head, the decoder or the vision tower. Weights of these are explained; those under the name of a
+    part that the encoder has itself are not.
+
+    Args:
+        names: of all unexpected weights.
+        config: the component's config.json.
     """
     made_of = untrusted.json_object(config).get("architectures")
     larger = isinstance(made_of, list) and type(model).__name__ not in made_of
@@ -146,8 +154,8 @@ def _of_no_other(model: torch.nn.Module, names: Collection[str], config: Path) -
 def _refuse_integers(
     model: torch.nn.Module, files: Mapping[Path, Header], left: Collection[str]
 ) -> None:
-    """Raises UserError if a weight is stored as anything but real numbers, which loaders convert
-    as if it were: quantised by other means than they know."""
+    """Raises UserError if a weight is stored as anything but real numbers, such as integers of a
+    quantisation that loaders do not know: they would convert it as if it held the values."""
     buffers = {name.split(".")[-1] for name, _ in model.named_buffers()}
     for file, header in files.items():
         for name, entry in header.items():
@@ -160,14 +168,14 @@ def _refuse_integers(
 
 
 def _some(names: Collection[str]) -> str:
-    """The first of some weights, and how many there are."""
+    """For messages: how many weights these are, and the names of the first."""
     shown = ", ".join(repr(str(name))[:200] for name in sorted(names)[:SHOWN])
     more = ", ..." if len(names) > SHOWN else ""
     return f"{len(names)} weight{'s' * (len(names) > 1)} ({shown}{more})"
 
 
 def refuse_incomplete(module: torch.nn.Module, where: str) -> None:
-    """Refuses a model that has a place without a weight, or a weight that is no number.
+    """Refuses a model with a missing weight, or with a weight that is not finite.
 
     Raises:
         UserError: a parameter or buffer is missing; a parameter holds NaN or infinity.

@@ -1,6 +1,6 @@
 """Where a teacher's files are: in a local folder, or in the local cache of the Hub.
 
-Imports nothing heavy, so that Snakefiles can.
+Imports nothing heavy, so that Snakefiles can import it.
 """
 
 import os
@@ -17,7 +17,7 @@ from ppcl.transformer import registry
 
 PATIENCE = 10  # seconds to wait for the Hub
 INDEX = "model_index.json"
-TEXT_LIMIT = 256 << 20  # bytes of a tokenizer or a config; the largest known have 33 MiB
+TEXT_LIMIT = 256 << 20  # most bytes of a tokenizer's or config's file; the largest known has 33 MiB
 _TEXT = re.compile(r"\.(json|jsonl|txt|model|jinja|spm|vocab|tiktoken)$")
 
 
@@ -41,11 +41,11 @@ def folder(
     """The pipeline's folder on this machine; a repository on the Hub is downloaded, if need be.
 
     A token is taken from HF_TOKEN or from `hf auth login`. Without a network, or with
-    HF_HUB_OFFLINE=1, what the local cache holds is used.
+    HF_HUB_OFFLINE=1, the local cache is used.
 
     Args:
         teacher: the config's `teacher` mapping: path, revision, variant, subfolder, ...
-        key: what names the folder in messages.
+        key: the config key that names the folder, for messages.
         only: components to download; None for all.
         without: components not to download.
 
@@ -95,7 +95,7 @@ def folder(
 
 
 def commit(teacher: TeacherSettings) -> str:
-    """The commit of a repository on the Hub to which its revision, a branch or tag, leads now.
+    """The commit (hash) to which the revision of a teacher on the Hub, a branch or tag, leads now.
 
     Raises:
         UserError: as `folder`.
@@ -130,12 +130,13 @@ def wanted(
     without: Collection[str],
     teacher: TeacherSettings,
 ) -> list[str]:
-    """Which files of a repository to download: of every component, one set of weights; code only
-    where it is trusted.
+    """Which files of a repository to download: one set of weights per component, its configs and
+    tokenizers, and code only if `teacher.trust_remote_code`.
 
     Args:
-        names: all files of the repository.
-        prefix: of the pipeline's files, empty or ending with a slash.
+        names: paths of all files of the repository.
+        prefix: folder of the pipeline in it, empty or ending with a slash.
+        only, without: as in `folder`.
     """
     chosen: list[str] = []
     beside: dict[str, list[str]] = {}
@@ -158,10 +159,10 @@ def wanted(
 
 
 def read_index(path: Path, key: str = "teacher.path") -> dict:
-    """model_index.json of a pipeline's folder, with the names that diffusers has now for classes.
+    """model_index.json of a pipeline's folder, with the present diffusers names of classes.
 
     Raises:
-        UserError: it is missing, not JSON, or names what can't be a component.
+        UserError: it is missing, not JSON, or has an entry that can't be a component.
     """
     try:
         index = untrusted.json_object(path / INDEX)
@@ -171,7 +172,7 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
             "save_pretrained wrote, or set teacher.subfolder to where it is"
         ) from error
     for name, value in index.items():
-        # Names become paths.
+        # Names become parts of paths.
         if not (name.isascii() and name.isidentifier() and len(name) <= 100):
             raise UserError(
                 f"{path / INDEX}: {name[:100]!r} can't be the name of a component; restore the file"
@@ -188,13 +189,13 @@ def read_index(path: Path, key: str = "teacher.path") -> dict:
 
 
 def parts(folder: Path, key: str = "teacher.path") -> dict[str, tuple[str, str]]:
-    """Components of a pipeline's folder -> what each is made as: library, class."""
+    """Name of each component in a pipeline's folder -> (library, class)."""
     named = read_index(folder, key).items()
     return {k: tuple(v) for k, v in named if not k.startswith("_") and _is_named(v)}
 
 
 def _is_entry(name: str, value: Any) -> bool:
-    """Whether a value of an index is a component's, or that of an option of the pipeline."""
+    """Whether an entry of an index can be a component's, or an option of the pipeline."""
     if name == "_class_name":  # of a pipeline with code of its own: module and class
         return isinstance(value, str) or _is_named(value)
     if name.startswith("_") or not isinstance(value, list):
@@ -215,8 +216,8 @@ def _is_named(value: Any) -> bool:
 
 
 def files(folder: Path, name: str) -> list[str]:
-    """A component's files by their paths in the pipeline's folder: those that a download would
-    take, and no code."""
+    """Paths, within a pipeline's folder, of the component's files that a download would take; no
+    code, and the weights of no variant."""
     present = []
     for place, folders, names in os.walk(folder / name):
         folders[:] = [f for f in folders if not f.startswith(".")]
@@ -226,8 +227,8 @@ def files(folder: Path, name: str) -> list[str]:
 
 
 def leaves(folder: Path, path: Path) -> bool:
-    """Whether a path in a pipeline's folder leads, by a link, out of it; the blobs of the Hub's
-    cache are where its files are."""
+    """Whether a path in a pipeline's folder leads, by a link, out of it. In the Hub's cache, the
+    blobs, to which the links of a snapshot lead, count as inside."""
     roots, whole = [folder.resolve()], folder.absolute()
     for snapshots in (*whole.parents, *roots[0].parents):
         if snapshots.name == "snapshots":
@@ -237,15 +238,15 @@ def leaves(folder: Path, path: Path) -> bool:
 
 
 def refuse_strange(folder: Path, key: str = "teacher.path") -> None:
-    """Raises UserError if a component's folder holds what none should: a link to a folder, a file
-    of text that is a link to somewhere else (it might be anything of yours, and would be exported),
-    or is larger than any (it is read as a whole), or something that is no file, such as a pipe.
+    """Raises UserError if a component's folder holds a link to a folder; anything but files and
+    folders, such as a pipe; a text file larger than TEXT_LIMIT (it would be read as a whole); or a
+    link to a file elsewhere (it might be a private file, and would be exported).
 
-    That a component's whole folder, or a file of weights, is a link is common, and no harm.
+    A component's folder as a whole, and files of weights, may be links, as is common.
     """
     for name in parts(folder, key):
         if not (folder / name).is_dir():
-            continue  # which is told, with the fix, where its weights are checked
+            continue  # `weights.check` refuses it, and says what to do
         base = (folder / name).resolve()
         for place, folders, names in os.walk(folder / name):
             for path in (Path(place, entry) for entry in (*folders, *names) if entry[0] != "."):

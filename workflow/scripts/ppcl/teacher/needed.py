@@ -1,7 +1,7 @@
-"""Packages and components that some teachers need and others don't: diffusers and transformers
-tell their lack late, or in other words.
+"""Checks for packages and components that only some teachers need. diffusers and transformers
+report a missing one late, or not by its name.
 
-Imports nothing heavy, so that Snakefiles can.
+Imports nothing heavy, so that Snakefiles can import it.
 """
 
 from collections.abc import Collection
@@ -24,15 +24,15 @@ _BY_CLASS = {
 def refuse_missing(folder: Path, parts: dict[str, tuple[str, str]], key: str) -> None:
     """Checks that the packages are installed that a pipeline and its components need.
 
-    Nothing is checked where transformers isn't installed, as where Snakemake runs the programs in
-    an environment of their own.
+    Nothing is checked if transformers isn't installed: then Snakemake runs the programs in an
+    environment of their own.
 
     Args:
-        parts: components that are loaded -> library, class.
-        key: what names the folder in messages.
+        parts: components that are loaded -> (library, class).
+        key: the config key that names the folder, for messages.
 
     Raises:
-        UserError: one is missing; names it, and what needs it.
+        UserError: a package is missing; names it, and the component that needs it.
     """
     if find_spec("transformers") is None:
         return
@@ -54,11 +54,11 @@ def refuse_incomplete(folder: Path, names: Collection[str], key: str) -> None:
     """Checks that a pipeline of diffusers has all components that its class can't do without.
 
     Args:
-        names: of its components, those that are left out for now among them.
-        key: what names the folder in messages.
+        names: of its components, including those that are not loaded now.
+        key: the config key that names the folder, for messages.
 
     Raises:
-        UserError: one is missing, as Llama is in HiDream's published folders.
+        UserError: a component is missing, as Llama is in HiDream's published folders.
     """
     pipeline = hub.read_index(folder, key).get("_class_name")
     wanted = signatures.components(pipeline) if isinstance(pipeline, str) else ()
@@ -75,7 +75,7 @@ def refuse_incomplete(folder: Path, names: Collection[str], key: str) -> None:
 def _of(part: Path, made_as: str) -> list[str]:
     if made_as in _BY_CLASS:
         return [_BY_CLASS[made_as]]
-    # T5's tokenizers of several families are published as nothing but a model of sentencepiece.
+    # Several families publish their T5 tokenizer as a sentencepiece model alone.
     alone = (part / "spiece.model").is_file() and not (part / "tokenizer.json").is_file()
     return ["sentencepiece", "protobuf"] if alone else []
 

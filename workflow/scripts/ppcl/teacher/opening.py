@@ -1,4 +1,4 @@
-"""The opening of the stages that work with the recorded teacher."""
+"""How stages that work with the recorded teacher begin."""
 
 from ppcl.runtime import processes
 from ppcl.settings import Settings
@@ -14,15 +14,16 @@ def opened(
     gradients: bool = False,
     compiled: bool = False,
 ) -> Context:
-    """The processes of a stage, and on their device the teacher whose calls were recorded.
+    """The context of a stage: its processes and, loaded, the teacher whose calls were recorded.
 
     Args:
-        settings: seed, device, teacher.
-        mixed_precision: as of a training's settings.
-        gradients, compiled: as of `pipelines.load_transformer`.
+        settings: uses seed, device and teacher.
+        reader: the recorded calls, whose provenance says which teacher was asked.
+        mixed_precision: as in a training's settings.
+        gradients, compiled: as in `pipelines.load_transformer`.
 
     Raises:
-        UserError: the teacher is not there any more or can't be loaded, or the device is not there.
+        UserError: that teacher is gone, changed, or can't be loaded; or there is no such device.
     """
     accelerator = processes.accelerator(settings.device, mixed_precision)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)

@@ -31,7 +31,7 @@ from ppcl.teacher.needed import refuse_incomplete, refuse_missing
 from ppcl.transformer import blocks
 from ppcl.transformer.registry import family_of
 
-# Modules of diffusers that check what a call of a pipeline is given.
+# Modules of diffusers that check the arguments of a pipeline's call.
 _CHECKING = (
     "diffusers.image_processor",
     "diffusers.pipelines.",
@@ -69,10 +69,10 @@ def load(
     Args:
         teacher: the config's `teacher` mapping.
         without: components that are not needed and not loaded, such as `text_encoder`.
-        key: what names the folder in messages, for a pipeline that is not the teacher.
+        key: the config key that names the folder, for messages.
 
     Raises:
-        UserError: not a pipeline, not reachable, damaged weights, or a family we can't prune.
+        UserError: it is no pipeline, can't be reached, has damaged weights or can't be pruned.
     """
     path, folder = teacher.path, hub.folder(teacher, key, without=without)
     if teacher.trust_remote_code:
@@ -105,7 +105,7 @@ def load(
     devices.use_threads((w for module in modules.values() for w in module.parameters()), device)
     for name, module in modules.items():
         account = next((account for model, account in told if model is module), None)
-        if account is None:  # of a class with a loader of its own
+        if account is None:  # its class has a loader of its own
             complete.refuse_incomplete(module, str(folder / name))
         else:
             complete.check(module, account, folder / name, files.get(name, {}))
@@ -117,7 +117,7 @@ def load(
     if how == "model":
         try:
             pipe.enable_model_cpu_offload(device=device)
-        except ValueError as error:  # of a pipeline that does not say in which order it uses them
+        except ValueError as error:  # the pipeline does not say in which order it uses them
             raise UserError(
                 f"teacher.offload: model does not work with {type(pipe).__name__} ({error}); set "
                 "it to none or stream"
@@ -132,7 +132,7 @@ def load(
 
 
 def stream_leaves(module: torch.nn.Module, device: torch.device) -> None:
-    """As `devices.stream` for any module, layer by layer: stock group offloading. In place."""
+    """Streams any module to the device layer by layer (stock group offloading). In place."""
     apply_group_offloading(
         module,
         onload_device=device,
@@ -153,9 +153,9 @@ def load_transformer(
     Nothing else of the pipeline is read, or downloaded.
 
     Args:
-        gradients: it will be trained, or gradients will pass through it: autograd needs its
-            weights where they were, so it can't be streamed.
-        compiled: compile its blocks if the config's `teacher.compile` says so. Not where it is
+        gradients: whether it will be trained, or gradients will pass through it. Then it can't be
+            streamed, since autograd needs its weights to stay where they are.
+        compiled: compile its blocks if the config's `teacher.compile` says so; False where it is
             timed, or compared with models that aren't compiled.
 
     Raises:
@@ -168,7 +168,7 @@ def load_transformer(
     if name not in parts:
         raise UserError(f"{key}: {path} has no {name}; set teacher.component to one that it has")
     library, made_as = parts[name]
-    if not hub.is_name(path):  # of which only this component may be here
+    if not hub.is_name(path):  # of one on the Hub, other components may not be downloaded
         weights.check_variant(folder, parts, teacher.variant, key)
     files = weights.check(folder, {name: parts[name]}, teacher.variant, key, name)[name]
     if library == "diffusers":
@@ -213,7 +213,7 @@ def load_transformer(
 
 
 def transformer_size(teacher: TeacherSettings) -> int:
-    """Bytes of the transformer's weights in the dtype that it runs in, read from their headers."""
+    """Bytes of the transformer's weights in the dtype in which it runs, from the files' headers."""
     name = hub.component(teacher)
     folder = hub.folder(teacher, only=(name,))
     library, _ = hub.parts(folder)[name]
@@ -244,7 +244,7 @@ def sample_prompts(rows: list[dict], samples: int, seed: int) -> list[tuple[int,
 
 
 def samples(rows: list[dict], count: int, seed: int) -> list[dict]:
-    """As `sample_prompts`: sample, prompt_index, prompt, seed; and image, if rows have one."""
+    """`sample_prompts` as mappings: sample, prompt_index, prompt, seed; image, if rows have it."""
     return [
         {"sample": number, "prompt_index": index, "prompt": prompt, "seed": noise}
         | {key: rows[index][key] for key in ("image",) if key in rows[index]}
@@ -253,10 +253,9 @@ def samples(rows: list[dict], count: int, seed: int) -> list[dict]:
 
 
 def in_batches(pipe: DiffusionPipeline, items: list[dict], size: int) -> list[list[dict]]:
-    """Items of like prompt length together: less padding, which costs time and needs a mask.
-
-    Items with a picture are batches of their own: how a pipeline spreads one picture over several
-    prompts, or whether it can, differs.
+    """Items in batches of equal prompt length, so that no prompt is padded: padding costs time and
+    needs a mask. An item with a picture is a batch of its own, since pipelines differ in whether
+    and how they take one picture for several prompts.
 
     Args:
         items: each with its `prompt` and its number, `sample`, which orders items of one length.
@@ -286,11 +285,11 @@ def run(
     `negative_prompt`, is repeated for the batch.
 
     Args:
-        images: path of the picture of every prompt (all the same), or None, for pipelines that
-            take one besides the prompt.
+        settings: the config's `pipeline` mapping.
+        images: path of each prompt's picture (all the same), or None if prompts have none.
 
     Raises:
-        UserError: a key of the settings is no argument of this pipeline, or it refuses a value; a
+        UserError: a setting is no argument of this pipeline, or the pipeline refuses its value; a
             picture can't be read, the pipeline takes none, or it needs one.
     """
     signature, name = signatures.of_class(type(pipe)), type(pipe).__name__
@@ -307,7 +306,7 @@ def run(
             call: Any = pipe  # each class has a __call__ of its own, their base has none
             return call(prompt=list(prompts), generator=generators, **given, **more)
     except Exception as error:
-        # Of some pipelines nothing tells whether they can do without a picture.
+        # Some pipelines do not tell whether they can do without a picture: this may be why.
         missed = isinstance(error, (TypeError, ValueError, AttributeError, UnboundLocalError))
         missed = missed and not pictures and "image" in signature.parameters
         missed = missed and name not in arguments.PICTURES
@@ -324,8 +323,8 @@ def run(
 
 
 def _refused_by(pipe: DiffusionPipeline, error: Exception) -> bool:
-    """Whether a pipeline, or its scheduler, has raised an error on purpose, as checks of what they
-    are given do; not one of its models, which get what the pipeline made of it."""
+    """Whether a `raise` statement in the code of the pipeline, its scheduler or its processors made
+    this error, as their checks of arguments do, and not one of its models."""
     place = error.__traceback__
     while place is not None and place.tb_next is not None:
         place = place.tb_next

@@ -1,4 +1,4 @@
-"""Which tokens a pipeline makes of a prompt, how many, and how many of them it reads."""
+"""How many tokens a pipeline makes of a prompt, and how many of them it reads."""
 
 import inspect
 import logging
@@ -16,20 +16,20 @@ from ppcl.transformer.family import Family
 
 log = logging.getLogger(__name__)
 
-# Spaces, line breaks, digits, marks, letters with and without accents, other scripts.
+# A text with spaces, line breaks, digits, punctuation, accents and another script.
 _SAMPLE = "A photo of 2 cats, it's 10:30.\nÜber Paris: 猫"
 
 
 def as_published(pipe: DiffusionPipeline, folder: Path) -> None:
     """Replaces tokenizers that make other tokens than their tokenizer.json says, and logs which.
 
-    transformers 5 makes some classes anew from the file's words alone. LlamaTokenizer, which
-    HunyuanVideo's pipelines name, then takes words of bytes for those of sentencepiece and drops
-    every space. The text encoder was trained with what the file says.
+    transformers 5 builds tokenizers of some classes from the vocabulary of that file alone. So
+    LlamaTokenizer, which HunyuanVideo's pipelines name, takes a byte-level vocabulary for one of
+    sentencepiece and drops every space. The text encoder was trained with the whole file's tokens.
 
     Args:
-        pipe: just loaded.
-        folder: that it was loaded from.
+        pipe: the pipeline, just loaded; changed in place.
+        folder: the folder from which it was loaded.
     """
     for name, part in pipe.components.items():
         tokenizer = getattr(part, "tokenizer", None) or part
@@ -66,11 +66,8 @@ def family(pipe: DiffusionPipeline) -> Family | None:
 
 
 def readers(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The tokenizers whose tokens are the text that the transformer gets: name -> tokenizer, or
-    the processor that has one.
-
-    Those that the family names, as far as the pipeline has them; of other families all.
-    """
+    """Name -> tokenizer, or processor with one, for those whose text reaches the transformer token
+    by token: those in `Family.texts` that the pipeline has, or all if it has none of them."""
     parts = {
         name: part
         for name, part in pipe.components.items()
@@ -82,7 +79,7 @@ def readers(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def count(reader: Any, text: str) -> int:
-    """Tokens of a text, those that begin and end it among them, without padding and uncut.
+    """Number of tokens of a text, including special tokens, without padding and truncation.
 
     Args:
         reader: a tokenizer, or a processor of texts and pictures.
@@ -90,7 +87,7 @@ def count(reader: Any, text: str) -> int:
     tokenizer = getattr(reader, "tokenizer", None) or reader
     takes = inspect.signature(type(tokenizer).__call__).parameters
     given = {"text": text} if "text" in takes else {}
-    # Else a tokenizer says that the text is too long for its model.
+    # Without this, a tokenizer warns of texts that are too long for its model.
     quiet = {"verbose": False} if "verbose" in takes else {}
     tokens = tokenizer(*([] if given else [text]), **given, **quiet)["input_ids"]
     if hasattr(tokens, "shape"):
@@ -99,11 +96,11 @@ def count(reader: Any, text: str) -> int:
 
 
 def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int, ...]]:
-    """Prompt -> what has to be equal in a batch, so that none of its prompts is padded, nor gets
-    what another one asks for.
+    """Prompt -> numbers that must be equal for all prompts of a batch: its number of tokens by each
+    tokenizer, and `Family.apart`. So no prompt is padded, or treated as another one asks.
 
-    The same for all where a stock pipeline pads every prompt to one length without a mask. The
-    number of characters where there is no tokenizer.
+    They are equal for all prompts if a stock pipeline pads every prompt to one length without a
+    mask. Without a tokenizer, the number of characters counts.
     """
     known, stock = family(pipe), type(pipe).__module__.startswith("diffusers.")
     if stock and known is not None and not known.masks:
@@ -118,7 +115,7 @@ def lengths(pipe: DiffusionPipeline, prompts: list[str]) -> dict[str, tuple[int,
 
 
 def cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping) -> dict[str, int]:
-    """Prompts that the transformer gets only the beginning of -> their tokens.
+    """Prompt -> number of its tokens, for prompts of which the transformer gets only the beginning.
 
     A prompt that one of several tokenizers takes as a whole is not cut.
 
@@ -138,7 +135,7 @@ def warn_of_cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping, 
     """Logs how many prompts are cut, and one of them; nothing if none is.
 
     Args:
-        key: of the config, that names the prompts file.
+        key: the config key that names the prompts file, for the message.
     """
     short = cut(pipe, prompts, settings)
     if not short:
@@ -161,8 +158,8 @@ def warn_of_cut(pipe: DiffusionPipeline, prompts: list[str], settings: Mapping, 
 
 
 def hush(pipe: DiffusionPipeline) -> None:
-    """Silences what diffusers and transformers say of cut prompts in every batch: `warn_of_cut`
-    has said it once, where it matters."""
+    """Silences the warnings of cut prompts that diffusers and transformers log for every batch.
+    `warn_of_cut` logs one for all."""
     modules = {base.__module__ for base in type(pipe).__mro__}
     for name in (*modules, "transformers.tokenization_utils_base"):
         logging.getLogger(name).addFilter(_says_something_else)
@@ -178,7 +175,7 @@ def _says_something_else(record: logging.LogRecord) -> bool:
 def _over(
     pipe: DiffusionPipeline, name: str, reader: Any, prompt: str, settings: Mapping
 ) -> int | None:
-    """The tokens of what a tokenizer gets for a prompt, if it cuts it; else None."""
+    """Number of tokens of the text that a tokenizer gets for a prompt; None if it is not cut."""
     own = settings.get(name.replace("tokenizer", "prompt")) if name != "tokenizer" else None
     text, spare, known = own if isinstance(own, str) else prompt, 0, family(pipe)
     if known is not None and known.framed is not None:
@@ -188,16 +185,16 @@ def _over(
 
 
 def _limit(pipe: DiffusionPipeline, name: str, reader: Any, settings: Mapping) -> float:
-    """How many tokens the pipeline reads of what a tokenizer gets."""
+    """Largest number of a tokenizer's tokens that the pipeline reads; infinity if there is none."""
     tokenizer = getattr(reader, "tokenizer", None) or reader
     own = getattr(tokenizer, "model_max_length", None) or math.inf
     parameter = signatures.of_class(type(pipe)).parameters.get("max_sequence_length")
     default = parameter.default if parameter is not None else None
     asked = settings.get("max_sequence_length") or default
-    # HunyuanImage has no such argument, but attributes.
+    # HunyuanImage has no such argument, but attributes like tokenizer_max_length.
     asked = asked or getattr(pipe, f"{name}_max_length", None)
     config = getattr(getattr(pipe, name.replace("tokenizer", "text_encoder"), None), "config", None)
     config = getattr(config, "text_config", None) or config
     places = getattr(config, "max_position_embeddings", None)
-    # CLIP can't read on behind its last place, whatever is asked for; T5 has no places.
+    # CLIP can't read beyond its last position, whatever is asked for; T5 has no such limit.
     return min(asked or own, own if places else math.inf, places or math.inf)

@@ -1,7 +1,7 @@
-"""Prompts files, as the stages and the checks before them read them. No torch.
+"""Reads prompts files, for the stages and for the checks before them. Imports no torch.
 
-A file is read exactly as it stands, or refused with the line. Text files are UTF-8, with lines that
-end in a newline, or in a carriage return and a newline: no other character ends one.
+A file is read exactly as it stands, or refused with the number of the line. Text files are UTF-8,
+and a newline, or a carriage return and a newline, ends a line: no other character does.
 """
 
 import csv
@@ -20,16 +20,20 @@ FORMATS = ".txt (one prompt per line), .csv, .tsv, .jsonl or .parquet"
 
 
 def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
-    """The rows of a prompts file: each has `prompt`, tables keep their other columns too, as text.
+    """The rows of a prompts file, column -> text. Each has `prompt`; tables keep other columns too.
 
-    The ending says the format. One prompt per line: .txt, or no ending at all; blank lines are
-    skipped, and blanks at both ends of a line dropped. Tables: .csv and .tsv, whose first line
-    names the columns; .jsonl, an object per line; .parquet. There prompts are kept as they are. A
-    column `image` names a picture for pipelines that take one, relative to the file's folder or to
-    the working directory; rows hold the path that was found.
+    The file's ending decides its format. With .txt, or without an ending, a line is a prompt: blank
+    lines are skipped, and blanks at both ends of a line dropped. Tables are .csv and .tsv, whose
+    first line names the columns; .jsonl, with an object per line; and .parquet. Prompts in tables
+    are kept as they are. A column `image` names a picture for pipelines that take one, relative to
+    the file's folder or to the working directory; the row holds the path at which it exists.
 
-    Raises UserError if the file is missing, empty, of another format or not whole, says in which
-    line; or if a picture is missing.
+    Args:
+        key: the config key that names the file, for messages.
+
+    Raises:
+        UserError: the file is missing, empty, damaged or of another format (says in which line); or
+            a picture is missing.
     """
     path, ending = Path(path), Path(path).suffix.lower()
     if ending not in _READERS:
@@ -63,19 +67,20 @@ def pictures(rows: list[dict[str, str]]) -> list[str]:
 
 
 def heldout_count(prompts: int, fraction: float) -> int:
-    """How many of so many different prompts are kept from every fit: two, one to select by and one
-    to report on, or more, but never so many that none is left to fit on."""
+    """How many of so many different prompts are held out from every fit: their fraction, but at
+    least two (one to select by and one to report on), and never all, so that one is left to fit
+    on."""
     return min(max(2, round(prompts * fraction)), prompts - 1)
 
 
 def shown(text: Any) -> str:
-    """A text for messages: in quotes, on one line, not long."""
+    """A value for messages: in quotes, on one line, cut to at most 70 characters."""
     quoted = repr(text)
     return quoted if len(quoted) <= 70 else f"{quoted[:60]}...{quoted[-1]}"
 
 
 def _regular(path: Path, key: str) -> bytes:
-    """All bytes of a regular file."""
+    """All bytes of a file; UserError if it is no regular file, or can't be read."""
     try:
         if path.exists() and not path.is_file():
             raise UserError(f"{key}: {path} is no regular file; set the key to a prompts file")
@@ -87,7 +92,7 @@ def _regular(path: Path, key: str) -> bytes:
 
 
 def _lines(path: Path, key: str) -> list[str]:
-    """The lines of a text file, without their ends."""
+    """The lines of a text file, without their line ends; UserError if it is not plain UTF-8."""
     content = _regular(path, key)
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise UserError(f"{key}: {path} is UTF-16; save the file as UTF-8")
@@ -137,7 +142,7 @@ def _is_json(text: str) -> bool:
 
 
 def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
-    """A reader of (place, row) of a table whose columns are separated so."""
+    """A reader for tables with this delimiter, which yields (place, row)."""
 
     def rows(path: Path, key: str) -> Iterator[tuple[str, dict]]:
         lines = _lines(path, key)
@@ -182,7 +187,11 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
 
 
 def _check_names(names: list[str], where: str, line: str) -> None:
-    """Raises UserError unless they are names of columns, with `prompt`."""
+    """Raises UserError if the names of columns lack `prompt`, or have one twice.
+
+    Args:
+        line: the file's first line, for the message.
+    """
     if "prompt" not in names:
         parts = [part.strip(' "') for part in re.split(r"[,;\t|]", line)]
         fix = "name it in the first line"
@@ -215,7 +224,7 @@ def _read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict]]:
 
 
 def once(pairs: list[tuple[str, Any]], where: str) -> dict:
-    """A mapping of JSON; UserError if it has a key twice, of which one would be lost."""
+    """The mapping of a JSON object's (key, value) pairs; UserError if it has a key twice."""
     mapping = dict(pairs)
     if len(mapping) < len(pairs):
         names = [name for name, _ in pairs]
@@ -261,7 +270,7 @@ def _plain(value: Any, where: str) -> str:
 
 
 def _picture(name: Any, file: Path, where: str) -> str:
-    """Where a picture is; UserError if nowhere."""
+    """The path of the picture that a prompts file names; UserError if there is none."""
     if not isinstance(name, str) or not name.strip():
         raise UserError(
             f"{where}: has no image (but {shown(name)}); name one in every row, or drop the column"

@@ -1,4 +1,4 @@
-"""Runs the stock pipeline and records what it asks of the transformer."""
+"""Runs the stock pipeline and records its calls of the transformer."""
 
 import contextlib
 import inspect
@@ -22,9 +22,10 @@ class _Recorder:
     """Hooks a transformer and a scheduler for one run of a pipeline, and collects the calls.
 
     Attributes:
-        calls: arguments, output, step, branch and level of every call.
-        latents: after each step.
-        step: steps taken so far.
+        calls: of every call, a mapping: arguments (by name), output [batch, ...], step, branch (how
+            many calls came before in this step) and level (`steps.Level`).
+        latents: number of a step -> the latents after it.
+        step: number of steps taken so far.
     """
 
     def __init__(self, pipe: DiffusionPipeline, transformer: nn.Module):
@@ -42,7 +43,7 @@ class _Recorder:
             branch = sum(call["step"] == self.step for call in self.calls)
             here = {"step": self.step, "branch": branch, "level": None}
             given = blocks.signature_arguments(module, args, kwargs)
-            # The pipeline may go on to compute in place.
+            # Clones, since the pipeline may change these tensors in place later.
             here["arguments"] = given | {k: _copied(given[k]) for k in changing if k in given}
             here["output"] = output.clone()
             self.calls.append(here)
@@ -62,7 +63,7 @@ class _Recorder:
 
     def _take(self, scheduler: Any, step: steps.Step, given: dict[str, Any]) -> Any:
         returned, level = steps.taken(scheduler, step, given)
-        if scheduler is self._scheduler:  # not a copy, of which a pipeline may have several
+        if scheduler is self._scheduler:  # steps of the pipeline's copies of it do not count
             self._end(level)
             self._counted = True
         return returned
@@ -82,10 +83,10 @@ class _Recorder:
         return {}
 
     def callback(self, pipe: DiffusionPipeline) -> dict[str, Any]:
-        """Arguments of a pipeline's call that let it tell the end of each step.
+        """Arguments of a pipeline's call that have it call `end_of_step`.
 
         Raises:
-            UserError: it can't.
+            UserError: it takes no callback.
         """
         call: Any = pipe  # each class has a __call__ of its own, their base has none
         known = inspect.signature(call.__call__).parameters
@@ -98,8 +99,8 @@ class _Recorder:
 
             return {"callback": old, "callback_steps": 1}
         raise UserError(
-            f"{type(pipe).__name__} can't be recorded: it tells nobody when a step ends "
-            "(callback_on_step_end)"
+            f"{type(pipe).__name__} can't be recorded: its call takes no callback for the end of a "
+            "step (callback_on_step_end)"
         )
 
 
@@ -116,22 +117,25 @@ def record_batch(
     seed: int,
     replayed: bool = True,
 ) -> list[pa.Table]:
-    """Every transformer call of one batch of samples, one table per call.
+    """Runs the pipeline for one batch of samples, and returns all calls of the transformer as
+    tables (`call_tables.to_tables`).
 
     Args:
         transformer: the component of the pipeline whose calls are recorded.
-        samples: per sample: sample, prompt_index, prompt, seed, heldout; and image, a picture's
-            path, if the prompts have one.
+        samples: per sample, a mapping: sample, prompt_index, prompt, seed, heldout; and image, the
+            path of its picture, if prompts have one.
         settings: the config's `pipeline` mapping.
-        renoised: fresh states per sample and branch: the pipeline's final latent, noised again at a
-            sigma drawn uniformly between the schedule's ends, and the teacher's answer to it.
+        renoised: number of fresh states to add, per sample and branch, with the teacher's answers.
+            A fresh state is the pipeline's final latents, noised again at a sigma drawn uniformly
+            between the lowest and the highest of the pipeline's calls.
         seed: of the fresh noise.
-        replayed: replay all calls of the pipeline on the transformer alone, and compare
-            (`replays.compare`); costs as much as the calls did. Once for a pipeline is enough.
+        replayed: replay all calls on the transformer alone, and compare (`replays.compare`). This
+            takes as long as the calls did; once per pipeline is enough.
 
     Raises:
-        UserError: the pipeline has no step callback, its states can't be renoised, it changes the
-            transformer's answers from outside, or one of them is all zero.
+        UserError: the pipeline has no step callback, denoises in several rounds, or never calls
+            this transformer; its states can't be renoised; something in it changes the
+            transformer's answers; or an answer is all zero.
     """
     prompts, seeds = [s["prompt"] for s in samples], [s["seed"] for s in samples]
     images = [s["image"] for s in samples] if "image" in samples[0] else None
@@ -160,8 +164,8 @@ def record_batch(
         )
     if not tables:
         raise UserError(
-            f"{type(pipe).__name__} never called its transformer teacher.component; with these "
-            "pipeline settings there is nothing to record"
+            f"{type(pipe).__name__} never called the transformer that teacher.component names; "
+            "with these pipeline settings there is nothing to record"
         )
     if replayed:
         replays.compare(pipe, transformer, recorder.calls)
@@ -194,7 +198,8 @@ def _tables(arguments, output, samples, place, family: Family) -> list[pa.Table]
 
 @torch.no_grad()
 def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa.Table]:
-    """x = (1 - sigma) x_0 + sigma noise, the interpolation that flow matching trains on."""
+    """Calls at fresh states x = (1 - sigma) x_0 + sigma noise, the interpolation of flow matching,
+    with x_0 the final latents. All other arguments are those of the first step after step 0."""
     schedule = getattr(pipe, "scheduler", None)
     config: Mapping[str, Any] = getattr(schedule, "config", {})
     flow = "FlowMatch" in type(schedule).__name__ or config.get("use_flow_sigmas")
@@ -207,8 +212,8 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
     if recorder.step < 2:
         raise UserError(
             "record.renoised_per_sample: one denoising step does not show how this pipeline hands "
-            "its latents to the transformer; set it to 0, or pipeline.num_inference_steps to 2 (of "
-            "a picture's, pipeline.strength higher)"
+            "its latents to the transformer; set it to 0, or pipeline.num_inference_steps to 2 (if "
+            "it starts from a picture, raise pipeline.strength)"
         )
     later = [call["step"] for call in recorder.calls if call["step"] > 0]
     second = [call for call in recorder.calls if later and call["step"] == min(later)]
@@ -218,7 +223,8 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
             "only, which does not show how it hands over its latents; set it to 0"
         )
     before, clean = (recorder.latents.get(n) for n in (min(later) - 1, recorder.step - 1))
-    # Of two transformers, each knows its own noise levels; of a picture, the later ones are used.
+    # Only levels of this transformer's own calls: a pipeline may have a second transformer for the
+    # others, or, if it starts from a picture, skip the first ones.
     called = [call["level"].sigma for call in recorder.calls]
     if before is None or clean is None or not np.isfinite(called).all():
         raise UserError(
@@ -273,9 +279,13 @@ def _renoise(pipe, recorder, samples, renoised, seed, family: Family) -> list[pa
 
 
 def _timestep_scale(recorded: list[dict[str, Any]], family: Family, schedule) -> float:
-    """What a pipeline multiplies the scheduler's timestep by: some pass it as it is, others sigma.
+    """The factor by which a pipeline multiplies the scheduler's timestep for the transformer: 1, or
+    1 / num_train_timesteps for pipelines that pass sigma.
 
-    In bfloat16 the quotient is off by up to 1 %, so it says only which of the two.
+    In bfloat16 the quotient of both is off by up to 1 %, so it only tells which of the two it is.
+
+    Raises:
+        UserError: it is neither.
     """
     call = max(recorded, key=lambda call: abs(call["level"].timestep))
     given, timestep = call["arguments"][family.time].flatten()[0].item(), call["level"].timestep

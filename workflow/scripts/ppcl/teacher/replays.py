@@ -1,8 +1,8 @@
-"""Whether a transformer's recorded answers are those of a transformer that is loaded alone.
+"""Checks that the transformer gives the recorded answers also without its pipeline.
 
-Later stages take the recorded answers for the teacher's and replay the calls on its transformer
-alone. A guider that has blocks skipped, another attention processor, a hook, a cache or an adapter
-would change what was recorded, and nothing that is recorded would show it.
+Later stages load the transformer alone, replay the calls on it, and expect the recorded answers. In
+the pipeline, a guider that skips blocks, another attention processor, a hook, a cache or an adapter
+may have changed these answers, and the recorded arguments would not show it.
 """
 
 from collections.abc import Iterable
@@ -23,14 +23,15 @@ from ppcl.transformer import blocks, diffusers_model
 
 
 def alone(transformer: nn.Module, device: torch.device) -> nn.Module:
-    """The transformer as stock diffusers makes it of its config, with the same weights.
+    """The transformer as stock diffusers makes it of its config, without anything that the pipeline
+    has attached.
 
-    It shares their memory, and runs as the other does: compiled, or streamed to the device.
+    It shares the original's weights, and is compiled or streamed to the device as the original is.
 
     Raises:
         UserError: it has other weights than its class makes of its config.
     """
-    # As from_pretrained does; the random state is put back, since layers may draw some numbers.
+    # As from_pretrained does. The random state is restored, since making layers may draw numbers.
     states = devices.random_states(torch.device("cpu"))
     with no_init_weights(), accelerate.init_empty_weights():
         stock = diffusers_model.of(transformer)
@@ -45,7 +46,7 @@ def alone(transformer: nn.Module, device: torch.device) -> nn.Module:
             "fuse the adapter and save the pipeline, and give that as teacher.path"
         )
     if hook := getattr(transformer, "_hf_hook", None):
-        hook.pre_forward(transformer)  # brings a model to the device that rests on the CPU
+        hook.pre_forward(transformer)  # brings an offloaded transformer to the device
     for name, parameter in own.items():
         path, _, leaf = name.rpartition(".")
         shared = nn.Parameter(parameter.detach(), requires_grad=False)
@@ -57,7 +58,7 @@ def alone(transformer: nn.Module, device: torch.device) -> nn.Module:
     listed = [[b.module for b in blocks.block_sequence(m)] for m in (transformer, made)]
     for block, new in zip(*listed, strict=True):
         if type(block) is not type(new) and devices.uncompiled(block) is type(new):
-            new.__class__ = type(block)  # compiled code is the class's
+            new.__class__ = type(block)  # compiled code belongs to the class
     if any(t.device.type != device.type for t in (*made.parameters(), *made.buffers())):
         devices.stream(made, listed[1], device)
     return made.eval()
@@ -67,14 +68,14 @@ def alone(transformer: nn.Module, device: torch.device) -> nn.Module:
 def compare(
     pipe: DiffusionPipeline, transformer: nn.Module, recorded: Iterable[dict[str, Any]]
 ) -> None:
-    """Replays calls on the transformer alone.
+    """Replays calls on the transformer alone, and compares the answers with the recorded ones.
 
     Args:
-        recorded: arguments, output, step and branch of every call.
+        recorded: the calls, as `recording._Recorder.calls`.
 
     Raises:
-        UserError: an answer is another one; names the branches, and what hangs on the model. Or
-            its weights are not those that were loaded.
+        UserError: an answer differs (names the branches, and what the pipeline has attached to the
+            transformer), or the pipeline has changed the transformer's weights.
     """
     if fused := complete.changed(transformer):
         raise UserError(
@@ -87,7 +88,7 @@ def compare(
     device = recorded[0]["output"].device
     bare = alone(transformer, device)
     kinds = {p.dtype for p in transformer.parameters() if p.is_floating_point()}
-    # The same sums of the same numbers: a rounding at the most.
+    # Both compute the same sums of the same numbers, so they may differ by rounding alone.
     allowed = max([1e-4, *(torch.finfo(kind).eps for kind in kinds)])
     worst: dict[int, tuple[float, dict]] = {}
     for call in recorded:
@@ -95,11 +96,11 @@ def compare(
             gap = distance(_again(bare, call), call["output"])
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, TypeError) as error:  # of weights that a hook keeps in another dtype
+        except (RuntimeError, TypeError) as error:  # a hook may keep weights in another dtype
             raise UserError(
-                f"{type(pipe).__name__}: its transformer alone, as in all later stages, does not "
-                f"bear the calls of the pipeline ({error}); the pipeline has "
-                f"{', '.join(hanging(pipe, transformer, bare)) or 'nothing that hangs on it'}"
+                f"{type(pipe).__name__}: its transformer alone, as in all later stages, fails on "
+                f"the calls of the pipeline ({error}); the pipeline has attached to it: "
+                f"{', '.join(hanging(pipe, transformer, bare)) or 'nothing that is known'}"
             ) from error
         if not gap <= max(allowed, worst.get(call["branch"], (0.0, None))[0]):
             worst[call["branch"]] = gap, call
@@ -111,11 +112,11 @@ def compare(
     )
     _, call = next(iter(worst.values()))
     if distance(_again(bare, call), _again(bare, call)) > allowed:
-        reason = "alone, too, it answers with other numbers each time, so it draws random ones"
+        reason = "alone, too, its answers to one call differ, so it draws random numbers"
     elif culprits := hanging(pipe, transformer, bare):
         reason = f"the pipeline has {', '.join(culprits)}"
     else:
-        reason = "nothing is found that hangs on it, so its own code keeps a state between calls"
+        reason = "nothing is attached to it, so its own code keeps a state between calls"
     raise UserError(
         f"{type(pipe).__name__}: its transformer's recorded answers are not those that it gives "
         f"to the same calls alone, as in all later stages ({told}); {reason}. Leave that out of "
@@ -128,7 +129,8 @@ def _again(bare: nn.Module, call: dict[str, Any]) -> Tensor:
 
 
 def distance(one: Tensor, other: Tensor) -> float:
-    """|one - other| / |other| of the sample where it is largest; one of both where other is 0."""
+    """The largest |one - other| / |other| of a sample, for outputs [batch, ...]. Of a sample whose
+    `other` is 0, it is 0 or infinity; infinity if the shapes differ."""
     one, other = (x.detach().float().flatten(1) for x in (one, other))
     if one.shape != other.shape:
         return float("inf")
@@ -137,7 +139,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def hanging(pipe: DiffusionPipeline, transformer: nn.Module, bare: nn.Module) -> list[str]:
-    """What of a pipeline may change its transformer's answers from outside of a call's arguments.
+    """Descriptions of what a pipeline has attached to its transformer that may change the answers.
 
     Args:
         bare: the transformer alone.

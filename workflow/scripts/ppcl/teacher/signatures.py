@@ -1,5 +1,5 @@
-"""What diffusers' pipelines take, read from its source text: neither torch nor diffusers is
-imported, so that Snakefiles can."""
+"""The arguments of diffusers' pipelines, read from diffusers' source text. Imports neither torch
+nor diffusers, so that Snakefiles can import it."""
 
 import ast
 import inspect
@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-# Of defaults such as 1024**2.
+# In defaults such as 1024**2.
 _OPERATORS = {ast.Mult: operator.mul, ast.Pow: operator.pow}
 _OPTIONAL = "_optional_components"  # of a pipeline class
 
@@ -34,11 +34,11 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """Of a pipeline's `__call__`.
+    """The signature of a pipeline's `__call__`.
 
     Attributes:
         parameters: name -> parameter, in order, without self.
-        open: it takes other keywords too (**kwargs).
+        open: whether it takes other keywords too (**kwargs).
     """
 
     parameters: dict[str, Parameter]
@@ -47,12 +47,12 @@ class Signature:
 
 @cache
 def of(name: str, file: Path | None = None) -> Signature | None:
-    """The signature of a pipeline class of diffusers, by the name that model_index.json has.
+    """The signature of a pipeline class of diffusers; None if diffusers has no such class (the
+    pipeline has code of its own), or is not installed.
 
     Args:
+        name: of the class, as model_index.json has it.
         file: see `_lineage`.
-
-    None if diffusers has no such class (a pipeline with code of its own), or is not installed.
     """
     signatures = (_method(made, "__call__", place) for made, place in _lineage(name, file))
     return next((signature for signature in signatures if signature), None)
@@ -78,13 +78,13 @@ def of_class(made: type) -> Signature:
 
 
 def source(name: str) -> ast.ClassDef | None:
-    """The source of a class of diffusers; None as of `of`."""
+    """The source of a class of diffusers; None when `of` gives None."""
     return next((made for made, _ in _lineage(name)), None)
 
 
 def components(name: str) -> tuple[str, ...]:
-    """What a pipeline class of diffusers can't be made without, by the names that model_index.json
-    has; nothing where `of` gives None."""
+    """Names, as in model_index.json, of the components that a pipeline class of diffusers can't be
+    made without; empty when `of` gives None."""
     lineage = [*_lineage(name)]
     optional: list[str] = []
     for made, _ in lineage:
@@ -97,10 +97,10 @@ def components(name: str) -> tuple[str, ...]:
 
 
 def _lineage(name: str, file: Path | None = None) -> Iterator[tuple[ast.ClassDef, Path]]:
-    """A class and the classes that it is made from, those of diffusers, with their files.
+    """A class and its base classes, as far as diffusers defines them, with their files.
 
     Args:
-        file: the module that has or imports the class; without it diffusers itself.
+        file: the module that defines or imports the class; None: diffusers' own `__init__`.
     """
     if file is None:
         spec = find_spec("diffusers")
@@ -123,7 +123,7 @@ def _method(made: ast.ClassDef, name: str, file: Path) -> Signature | None:
 
 
 def _definition(name: str, file: Path) -> tuple[ast.ClassDef, Path] | None:
-    """A class and the file that defines it, along the imports of `file`."""
+    """A class and the file that defines it; imports are followed from `file`."""
     for node in _nodes(file):
         if isinstance(node, ast.ClassDef) and node.name == name:
             return node, file
@@ -143,7 +143,7 @@ def _definition(name: str, file: Path) -> tuple[ast.ClassDef, Path] | None:
 
 @cache
 def _nodes(file: Path) -> list[ast.AST]:
-    """The classes and imports of a module, those under a condition too, and its constants."""
+    """The classes, imports and assignments at the top of a module, also those under if and try."""
     wanted: list[ast.AST] = []
     waiting: list[ast.AST] = list(ast.parse(file.read_text(encoding="utf-8")).body)
     while waiting:

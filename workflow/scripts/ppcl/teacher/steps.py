@@ -1,4 +1,4 @@
-"""The denoising steps of a pipeline: at which noise level each is, and whose noise it draws."""
+"""The denoising steps of a pipeline: the noise level of each, and the seeds of its random noise."""
 
 import functools
 import inspect
@@ -18,7 +18,8 @@ Step = Callable[..., Any]
 
 
 class Level(NamedTuple):
-    """Where a denoising step is: its timestep, and its sigma; NaN where there is none."""
+    """The noise level of a denoising step: timestep and sigma, as its scheduler counts them; NaN if
+    unknown."""
 
     timestep: float
     sigma: float
@@ -26,10 +27,11 @@ class Level(NamedTuple):
 
 @contextmanager
 def around(scheduler: Any, wrap: Callable[[Any, Step, dict[str, Any]], Any]) -> Iterator[None]:
-    """Within, `scheduler.step(...)` is `wrap(scheduler, step, arguments by name)`.
+    """Within this context, `scheduler.step(...)` calls `wrap(scheduler, step, arguments by name)`,
+    with `step` the scheduler's own method.
 
-    So it is for all schedulers of this class: pipelines copy theirs, for the sound of a video or
-    for its frames.
+    This holds for all schedulers of the same class, since pipelines may copy theirs, for the sound
+    of a video or for its frames.
     """
     kind = type(scheduler)
     own, plain = vars(kind).get("step"), getattr(kind, "step", None)
@@ -55,16 +57,18 @@ def around(scheduler: Any, wrap: Callable[[Any, Step, dict[str, Any]], Any]) -> 
 
 
 def taken(scheduler: Any, step: Step, given: dict[str, Any]) -> tuple[Any, Level]:
-    """Takes a step, and says at which noise level it was.
+    """Takes a step; returns what the scheduler returned, and the step's noise level.
 
-    The scheduler's own count says so: a pipeline that starts from a picture starts in the middle,
-    and one whose scheduler is of second order comes to a level twice, or to one in between.
+    The level follows from the scheduler's own `step_index`. Counting calls would be wrong: a
+    pipeline that starts from a picture starts in the middle of the schedule, and a second-order
+    scheduler takes two steps at one level, or one between two levels.
     """
     timestep, place = given.get("timestep", float("nan")), getattr(scheduler, "step_index", None)
     sigmas, between = getattr(scheduler, "sigmas", None), None
     second = getattr(scheduler, "state_in_first_order", True) is False
     if second and any(hasattr(scheduler, name) for name in ("sigmas_interpol", "mid_point_sigma")):
-        # Between two levels; each class counts in its own way, but shows it as it scales a state.
+        # Between two levels. Classes count these in their own ways, but all scale the model's input
+        # by 1 / sqrt(sigma^2 + 1), which gives sigma.
         one = torch.ones((), dtype=torch.float64)
         between = (scheduler.scale_model_input(one, timestep) ** -2 - 1) ** 0.5
     returned = step(**given)
@@ -74,15 +78,16 @@ def taken(scheduler: Any, step: Step, given: dict[str, Any]) -> tuple[Any, Level
     sigma: Any = float("nan")
     if sigmas is not None and place is not None and place < len(sigmas):
         sigma = sigmas[place]
-    several = isinstance(timestep, Tensor) and timestep.numel() != 1  # of every token, or frame
-    if several or "timestep" not in given:  # or by another name, in a scheduler of one's own
+    several = isinstance(timestep, Tensor) and timestep.numel() != 1  # one per token or frame
+    if several or "timestep" not in given:  # a custom scheduler may have another name for it
         inside = place is not None and place < len(scheduler.timesteps)
         timestep = scheduler.timesteps[place] if inside else float("nan")
     return returned, Level(float(timestep), float(sigma if between is None else between))
 
 
 def told(scheduler: Any, timestep: Any) -> Level:
-    """The noise level of a step that a pipeline tells of, but takes without its scheduler."""
+    """The noise level of a step that the pipeline reports by its callback, but takes without its
+    scheduler."""
     place, sigmas = _found(scheduler, timestep), getattr(scheduler, "sigmas", None)
     sigma = float("nan")
     if sigmas is not None and place is not None and place < len(sigmas):
@@ -92,7 +97,7 @@ def told(scheduler: Any, timestep: Any) -> Level:
 
 
 def _found(scheduler: Any, timestep: Any) -> int | None:
-    """The place of a timestep in the schedule, if it is there once."""
+    """The index of a timestep in the schedule; None unless it is there exactly once."""
     every = getattr(scheduler, "timesteps", None)  # a pipeline may have no scheduler
     if every is None or (isinstance(timestep, Tensor) and timestep.numel() != 1):
         return None
@@ -105,17 +110,18 @@ def _found(scheduler: Any, timestep: Any) -> int | None:
 def seeded(
     pipe: DiffusionPipeline, generators: list[torch.Generator], seeds: Sequence[int]
 ) -> Iterator[None]:
-    """Within, all noise is that of the pictures' seeds, also what is drawn while denoising.
+    """Within this context the pictures' seeds decide all random numbers, also those drawn while
+    denoising.
 
-    A scheduler that draws noise gets the pictures' generators, whether or not the pipeline passes
-    them on. Whatever draws from torch's global state instead gets a state that the seed decides, if
-    there is one picture only.
+    A scheduler that draws noise gets the pictures' generators, even if the pipeline does not pass
+    them on. torch's global random state, for everything else that draws, follows from the seeds;
+    with several pictures in the batch, drawing from it is an error.
 
     Args:
-        generators, seeds: one per picture; a generator is of its seed.
+        generators, seeds: one per picture; each generator was seeded with its seed.
 
     Raises:
-        UserError: numbers were drawn that no one picture's seed decides.
+        UserError: numbers were drawn from the global state for a batch of several pictures.
     """
 
     def step(scheduler: Any, plain: Step, given: dict[str, Any]) -> Any:
@@ -128,7 +134,7 @@ def seeded(
 
     device = pipe._execution_device
     states = devices.random_states(device)
-    # Not the seed itself, whose stream is the noise that the picture starts from.
+    # Not the seed itself: it would repeat the noise from which the picture starts.
     torch.manual_seed(int(np.random.SeedSequence([1, *seeds]).generate_state(1)[0]))
     fresh = devices.random_states(device)
     try:

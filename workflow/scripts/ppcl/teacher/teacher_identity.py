@@ -1,8 +1,8 @@
-"""Which teacher it is, so that what began with one does not go on with another.
+"""Which teacher it is, so that a run that began with one does not go on with another.
 
 A folder can be replaced in place, by mv, rsync, or a link that moves, and a branch on the Hub moves
 whenever somebody pushes. `record` notes which teacher it has asked, and later stages load that one
-or stop. Imports nothing heavy, so that Snakefiles can.
+or stop. Imports nothing heavy, so that Snakefiles can import it.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from ppcl.settings import TeacherSettings
 from ppcl.teacher import hub
 
 _SAMPLE = 1 << 16  # bytes
-_MARKS = {True: "revision", False: "fingerprint"}  # of one on the Hub, or in a folder
+_MARKS = {True: "revision", False: "fingerprint"}  # by whether the teacher is on the Hub
 
 
 def files(teacher: TeacherSettings) -> list[Path]:
     """What a local teacher consists of: its index, its code, and its components' files, sorted.
 
-    Links are followed. Hidden files are somebody else's (.git, .cache, .snakemake_timestamp). Of a
-    name on the Hub, or where there is no pipeline, nothing.
+    Links are followed. Hidden files belong to other tools (.git, .cache, .snakemake_timestamp) and
+    are left out. Empty for a name on the Hub, or if there is no pipeline.
     """
     folder = Path(teacher.path, teacher.subfolder or "")
     try:
         index = hub.read_index(folder)
     except UserError:
-        return []  # which is told where the teacher is loaded, or checked before a run
+        return []  # loading, and the checks before a run, report it
     paths = [folder / hub.INDEX, *folder.glob("[!.]*.py")]
     for name, made_as in index.items():
         if isinstance(made_as, list):
@@ -39,7 +39,7 @@ def files(teacher: TeacherSettings) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    """All that is no hidden file in a folder; a link that leads back to where it is is left out."""
+    """All files below a folder but hidden ones. A folder that links lead to again is read once."""
     paths, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(place)
@@ -53,9 +53,9 @@ def _below(folder: Path) -> list[Path]:
 
 
 def fingerprint(teacher: TeacherSettings) -> str:
-    """Digest of the names, sizes and times of a local teacher's files, and of samples of what they
-    hold, wherever its folder is (weights are too large to read). Empty for a name on the Hub, whose
-    commit tells."""
+    """Digest of a local teacher's files: their paths in its folder, sizes, times, and samples of
+    their contents (weights are too large to read). Empty for a name on the Hub, where the commit
+    identifies the teacher."""
     if hub.is_name(teacher.path):
         return ""
     folder = Path(teacher.path, teacher.subfolder or "")
@@ -64,10 +64,10 @@ def fingerprint(teacher: TeacherSettings) -> str:
 
 
 def _looks(path: Path) -> tuple[int, int, str]:
-    """Size, time, and digest of the beginning, middle and end: teachers of one shape have one size,
-    and whoever unpacks or copies may set one time for all."""
+    """Size, modification time (ns), and digest of the beginning, middle and end of a file. Teachers
+    of one architecture have equal sizes, and unpacking or copying may set one time for all."""
     seen, read = path.stat(), hashlib.sha256()
-    # What may not be read is told where the teacher is loaded.
+    # Loading the teacher reports a file that may not be read.
     with contextlib.suppress(PermissionError), path.open("rb") as file:
         for place in sorted({0, seen.st_size // 2, max(0, seen.st_size - _SAMPLE)}):
             file.seek(place)
@@ -76,8 +76,8 @@ def _looks(path: Path) -> tuple[int, int, str]:
 
 
 def resolved(teacher: TeacherSettings) -> TeacherSettings:
-    """The config's `teacher` mapping, with what tells this teacher from any other: the commit as
-    its `revision`, or its `fingerprint`.
+    """The config's `teacher` mapping, with what identifies the teacher: the commit as `revision`
+    for one on the Hub, else its `fingerprint`.
 
     Raises:
         UserError: it is on the Hub, which can't be reached.
@@ -88,7 +88,7 @@ def resolved(teacher: TeacherSettings) -> TeacherSettings:
 
 
 def note(teacher: TeacherSettings) -> dict[str, str]:
-    """Of a `resolved` teacher, for the provenance of calls.parquet."""
+    """What identifies a `resolved` teacher, for the provenance of calls.parquet."""
     name = _MARKS[hub.is_name(teacher.path)]
     return {f"teacher_{name}": getattr(teacher, name)}
 
@@ -97,11 +97,11 @@ def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSetti
     """The config's `teacher` mapping, `resolved` to the one whose calls were recorded.
 
     Args:
-        noted: the provenance of calls.parquet. Calls without a note of their teacher are taken to
-            be of the present one.
+        noted: the provenance of calls.parquet. Without a `note` in it, the calls are taken to be
+            the present teacher's.
 
     Raises:
-        UserError: it is not there any more.
+        UserError: that teacher is gone, or was changed.
     """
     on_hub = hub.is_name(teacher.path)
     name, other = _MARKS[on_hub], _MARKS[not on_hub]
@@ -114,9 +114,9 @@ def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSetti
 
 
 def refuse_changed(teacher: TeacherSettings) -> None:
-    """Raises UserError if a `resolved` teacher's folder holds another one by now."""
+    """Raises UserError if a `resolved` teacher's files have changed since."""
     known = teacher.fingerprint
-    # Without files it is no teacher at all, which loading it says better.
+    # A folder without files is no teacher at all; loading it reports that better.
     if known and files(teacher) and known != fingerprint(teacher):
         _refuse(teacher)
 

@@ -1,5 +1,5 @@
-"""Code that lies in a pipeline's folder: it runs only where it is trusted, in a place of this
-process's own, and goes along with an export that needs it."""
+"""Code in a pipeline's folder. It runs only if the user trusts it, from a copy of this process's
+own, and an export that needs it gets it too."""
 
 import functools
 import inspect
@@ -24,16 +24,16 @@ from ppcl.teacher import hub
 from ppcl.transformer.registry import family_of
 
 transformers.dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0  # it would ask at the terminal
-_COPIES = "diffusers_modules."  # how the names of modules begin that diffusers made of such code
+_COPIES = "diffusers_modules."  # diffusers' copies of such code are modules with this prefix
 _SUFFIXES = {".py", ".pyc", ".pyd", ".so", ".dll", ".dylib"}
 
 
 def own_modules() -> None:
-    """From now on this process copies the code that it loads to a folder of its own, which goes
-    when the process ends.
+    """Has this process copy the code that it loads to a folder of its own, which is deleted when
+    the process ends.
 
-    By default all processes of a machine share one, under HF_HOME: there they read what another
-    one is writing, and it may not be writable.
+    By default all processes of a machine share a folder under HF_HOME. There, one may read a file
+    that another is writing, and the folder may not be writable.
     """
     place = _place(os.getpid())  # a fork starts anew
     dynamic_modules_utils.HF_MODULES_CACHE = place
@@ -64,15 +64,15 @@ def class_beside(folder: Path, part: str) -> type:
 
 
 def bring(pipe: DiffusionPipeline, folder: Path) -> bool:
-    """Puts the code of a pipeline that was loaded with it into its saved folder, where the folder's
-    index then finds it.
+    """Puts the code with which a pipeline was loaded into its saved folder, and names it in the
+    folder's index.
 
     Returns:
-        Whether there is code in the folder: what ran in this process, since the user trusts it, or
-        the text of `pruned_class`. All of it is that to the letter.
+        Whether the folder then holds code. All of it is, byte for byte, code that ran in this
+        process since the user trusts it, or the text of `pruned_class`.
 
     Raises:
-        UserError: there is other code.
+        UserError: the folder holds other code.
     """
     index = hub.read_index(folder)
     named = {"": type(pipe)} | {k: type(v) for k, v in pipe.components.items() if v is not None}
@@ -96,8 +96,8 @@ def bring(pipe: DiffusionPipeline, folder: Path) -> bool:
 
 
 def refuse_narrowing(transformer: nn.Module) -> None:
-    """Raises UserError for a class of the teacher's own: the code of narrow blocks that an export
-    brings builds on diffusers' classes alone."""
+    """Raises UserError if the transformer's class is not one of diffusers: the code of narrow
+    blocks that comes with an export derives from diffusers' classes alone."""
     made_by = getattr(type(transformer), "stock", type(transformer))
     if getattr(diffusers, made_by.__name__, None) is not made_by:
         raise UserError(
@@ -107,12 +107,13 @@ def refuse_narrowing(transformer: nn.Module) -> None:
 
 
 def _needed(origin: Path) -> Iterator[Path]:
-    """Files that a module imports relatively, directly or not."""
+    """Files that a module imports by relative imports, directly or indirectly."""
     return map(Path, dynamic_modules_utils.get_relative_import_files(str(origin)))
 
 
 def _narrow_text(made_by: type, stock: type[nn.Module]) -> bytes:
-    """The code of a class of `pruned_class`: what it was loaded from, or what this one writes."""
+    """The code of a class that `pruned_class` made: the file from which it was loaded, or, if it
+    was made in this process, the text that `pruned_class` writes."""
     loaded = getattr(sys.modules.get(made_by.__module__), "__file__", None)
     if loaded:
         return Path(loaded).read_bytes()

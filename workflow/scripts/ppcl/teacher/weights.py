@@ -1,6 +1,6 @@
 """Which files hold a component's weights, chosen as diffusers and transformers choose them.
 
-Imports nothing heavy, so that Snakefiles can.
+Imports nothing heavy, so that Snakefiles can import it.
 """
 
 import re
@@ -23,7 +23,7 @@ Header = dict[str, dict[str, Any]]
 
 
 def names_in(folder: Path) -> set[str]:
-    """Names of what a folder holds; UserError if it can't be looked into."""
+    """Names of a folder's entries; UserError if it can't be read."""
     try:
         return {path.name for path in folder.iterdir()}
     except OSError as error:
@@ -31,20 +31,25 @@ def names_in(folder: Path) -> set[str]:
 
 
 def variant_of(names: Collection[str], variant: str | None) -> str | None:
-    """The variant, if one of a component's files is of it; else None, for the plain ones."""
+    """The variant in which a component is loaded: `variant` if one of its files is of it, else
+    None, for files without a variant in their names.
+
+    Args:
+        names: the files of the component.
+        variant: the config's `teacher.variant`, such as fp16.
+    """
     marks = (name.split(".")[1] for name in names if "." in name)
     return variant if variant and any(mark.startswith(variant) for mark in marks) else None
 
 
 def first(names: Collection[str], stem: str, variant: str | None) -> str | None:
-    """The file that loading begins with, weights or the index of shards; None if there is none.
-
-    Where both are there, transformers reads the weights and diffusers the shards.
+    """The file with which loading begins, the weights or the index of their shards; None if there
+    is none. If there are both, transformers reads the single file and diffusers the shards.
 
     Args:
         names: the files of a component.
         stem: how the library names weights, a value of STEMS.
-        variant: of `variant_of`.
+        variant: as `variant_of` gives it.
     """
     mark = f".{variant}" if variant else ""
     single, index = f"{stem}{mark}.safetensors", f"{stem}.safetensors.index{mark}.json"
@@ -55,8 +60,8 @@ def first(names: Collection[str], stem: str, variant: str | None) -> str | None:
 
 
 def wanted(names: Collection[str], variant: str | None) -> list[str]:
-    """Which weights of a component's files on the Hub to download: those that will be read."""
-    names = [name for name in names if ".safetensors" in name]  # no other ones are read here
+    """Which of a component's files on the Hub are weights that loading will read."""
+    names = [name for name in names if ".safetensors" in name]  # other formats are not read here
     variant, files = variant_of(names, variant), []
     mark = re.escape(f".{variant}") if variant else ""
     for stem in STEMS.values():
@@ -71,12 +76,13 @@ def wanted(names: Collection[str], variant: str | None) -> list[str]:
 
 
 def headers(folder: Path, library: str, variant: str | None) -> dict[Path, Header]:
-    """Header of every file that holds weights of a component; empty if it has no such files.
+    """File -> its header, for the files that hold a component's weights; empty if there are none.
 
     Args:
         folder: the component's.
-        library: of its class, by the pipeline's index; one of any other name is code beside the
-            weights, which names them as either library does.
+        library: of its class, by the pipeline's index. Any name not in STEMS is a module beside the
+            weights, whose files may be named as either library does.
+        variant: the config's `teacher.variant`.
 
     Raises:
         UserError: a file is damaged, or an index and its shards contradict each other.
@@ -131,15 +137,20 @@ def check(
     key: str,
     pruned: str,
 ) -> dict[str, dict[Path, Header]]:
-    """The headers of all weights of a pipeline's components, before any of them is loaded.
+    """Checks the components of a pipeline before any of them is loaded.
 
     Args:
-        parts: components, and library and class of each, as `hub.parts` gives them.
-        key: what names the folder in messages.
+        folder: the pipeline's.
+        parts: component -> (library, class), as `hub.parts` gives them.
+        variant: the config's `teacher.variant`.
+        key: the config key that names the folder, for messages.
         pruned: the component that is pruned.
 
+    Returns:
+        Component -> its `headers`, for components with weights.
+
     Raises:
-        UserError: a component is not there, or its weights can't be read here.
+        UserError: a component is missing, or its weights can't be read here.
     """
     by_part = {}
     for name, (library, made_as) in parts.items():
@@ -147,7 +158,7 @@ def check(
         if not part.is_dir():
             raise UserError(f"{key}: {part} is not there; restore the {name}'s folder")
         names = names_in(part)
-        if "model_index.json" in names:  # it would be loaded by rules of its own, pickles included
+        if "model_index.json" in names:  # its loading follows other rules, which allow pickles
             raise UserError(
                 f"{key}: {part / 'model_index.json'}: the {name} is a pipeline in the pipeline, "
                 "whose weights can't be checked; remove that file, or load the whole and save it "
