@@ -112,7 +112,7 @@ def test_random_answers_are_refused(tiny_teacher, monkeypatch):
         return tuple(x + torch.rand_like(x) for x in plain(*args, **kwargs))
 
     monkeypatch.setattr(kind, "forward", functools.wraps(plain)(random))
-    with pytest.raises(UserError, match="it draws random ones"):
+    with pytest.raises(UserError, match="it draws random numbers"):
         recording.record_batch(pipe, pipe.transformer, SAMPLES[:1], tiny.SETTINGS, 0, seed=0)
 
 
