@@ -40,7 +40,7 @@ def refuse_other(args: argparse.Namespace, count: int, predicted: int) -> None:
     """Raises UserError unless the model has as many parameters as the file of sets predicts."""
     if count != predicted:
         raise UserError(
-            f"variant {args.variant} has {count:,} parameters, but {args.sets} foretells "
+            f"variant {args.variant} has {count:,} parameters, but {args.sets} expects "
             f"{predicted:,}: it is of other files; delete it and rerun"
         )
 

@@ -128,7 +128,7 @@ class Workshop:
         if ranks:
             if self._conditioning is None:
                 raise UserError(
-                    "sets.json has modulations of low rank, but nothing tells what they get: name "
+                    "sets.json has modulations of low rank, which are fitted on their inputs: name "
                     "activations/conditioning.safetensors, --conditioning"
                 )
             model = modulation.low_rank(model, block_map, ranks, self._conditioning)

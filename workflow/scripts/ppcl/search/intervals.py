@@ -44,8 +44,10 @@ class Interval:
 def spans(depth: int, seams: Iterable[int] = (), kept: Collection[int] = ()) -> list[range]:
     """Maximal runs of blocks in which an interval may lie.
 
-    seams: first block of each block list; an interval cannot reach over one, since the lists' block
-    classes differ. kept: blocks that no interval may touch.
+    Args:
+        seams: first block of each run of like blocks. No interval reaches over one, since one block
+            can't stand for blocks of two classes.
+        kept: blocks that no interval may touch.
     """
     runs, seams, first = [], set(seams), 0
     for block in range(depth + 1):

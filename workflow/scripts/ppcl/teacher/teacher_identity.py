@@ -76,8 +76,8 @@ def _looks(path: Path) -> tuple[int, int, str]:
 
 
 def resolved(teacher: TeacherSettings) -> TeacherSettings:
-    """The config's `teacher` mapping, with what identifies the teacher: the commit as `revision`
-    for one on the Hub, else its `fingerprint`.
+    """The settings with what identifies the teacher: the commit as `revision` for one on the Hub,
+    else its `fingerprint`.
 
     Raises:
         UserError: it is on the Hub, which can't be reached.
@@ -94,7 +94,7 @@ def note(teacher: TeacherSettings) -> dict[str, str]:
 
 
 def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSettings:
-    """The config's `teacher` mapping, `resolved` to the one whose calls were recorded.
+    """The settings, `resolved` to the teacher whose calls were recorded.
 
     Args:
         noted: the provenance of calls.parquet. Without a `note` in it, the calls are taken to be
