@@ -45,6 +45,7 @@ WITHOUT = {
     "sensitivity": OTHER | {"skimage"},
     "similarity": MODELS | OTHER | {"skimage", "scipy"},
     "subsets": OTHER | {"skimage"},
+    "to_single_file": OTHER | {"skimage"},
     "train_teacher": COMPILER | {"matplotlib", "skimage"},
     "width": OTHER | {"skimage"},
 }

@@ -3,22 +3,27 @@
 The header's metadata holds the digest of the tensors' bytes and a seal of the header itself.
 """
 
+import io
 import json
 import os
-import shutil
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import safetensors
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from ppcl import errors
 from ppcl.errors import UserError
-from ppcl.storage import seals, whole
+from ppcl.storage import seals, untrusted, whole
 
 _DATA = "data.sha256"
 _NO_DIGEST = "0" * 64
+_FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_PIECE = 16 << 20  # bytes that are copied at once
 
 
 def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -34,6 +39,79 @@ def write(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         _seal(temporary)
 
 
+@dataclass(frozen=True)
+class Region:
+    """Bytes `start` to `stop`, exclusive, of a file."""
+
+    path: Path
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor as it lies in files: its dtype, as safetensors names it, its shape, and its bytes'
+    regions in order."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    regions: tuple[Region, ...]
+
+
+def gather(path: str | Path, stored: Mapping[str, Stored], metadata: Mapping[str, str]) -> None:
+    """Writes tensors that lie in other files to one file, without loading them.
+
+    Raises:
+        UserError: the disk is full, fails, or may not be written to; a file can't be read.
+        ValueError: as `write`.
+    """
+    content: dict[str, dict] = {"__metadata__": _unsealed(path, metadata)}
+    end = 0
+    # As safetensors itself does: the widest numbers first, so that all are aligned.
+    ordered = dict(sorted(stored.items(), key=lambda each: -untrusted.BITS[each[1].dtype]))
+    for name, tensor in ordered.items():
+        begin, end = end, end + sum(region.stop - region.start for region in tensor.regions)
+        about = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": [begin, end]}
+        content[name] = about
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # aligns the data after the header
+    with whole.writing(path) as temporary:
+        with open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in ordered.values():
+                for region in tensor.regions:
+                    _copy(region, file)
+        _seal(temporary)
+
+
+def load(name: str, stored: Stored) -> Tensor:
+    """Reads a tensor of floating-point numbers from the files in which it lies, in its own dtype.
+
+    Raises:
+        UserError: a file can't be read, or it is of other numbers.
+    """
+    if stored.dtype not in _FLOATS:
+        raise UserError(f"{stored.regions[0].path}: {name!r} is of {stored.dtype}, no floats")
+    data = io.BytesIO()
+    for region in stored.regions:
+        _copy(region, data)
+    if not data.tell():
+        return torch.empty(stored.shape, dtype=_FLOATS[stored.dtype])
+    return torch.frombuffer(data.getbuffer(), dtype=_FLOATS[stored.dtype]).view(stored.shape)
+
+
+def _copy(region: Region, file: BinaryIO) -> None:
+    with open(region.path, "rb") as source:
+        source.seek(region.start)
+        left = region.stop - region.start
+        while left:
+            piece = source.read(min(left, _PIECE))
+            if not piece:
+                raise UserError(f"{region.path} became shorter while it was read; rerun")
+            file.write(piece)
+            left -= len(piece)
+
+
 def join(path: str | Path, sources: Iterable[Path], metadata: Mapping[str, str]) -> None:
     """Writes the tensors of several files, made by `write`, to one file, without loading them.
 
@@ -43,29 +121,17 @@ def join(path: str | Path, sources: Iterable[Path], metadata: Mapping[str, str])
     Raises:
         UserError: as `write` and `read`.
     """
-    content: dict[str, dict] = {"__metadata__": _unsealed(path, metadata)}
-    regions, size = [], 0
-    for source in sources:
-        _checked(Path(source), whole=True)
+    stored = {}
+    for source in map(Path, sources):
+        _checked(source, whole=True)
         with open(source, "rb") as file:
             header, _ = _parts(file.fileno(), whole=False)
         entries = json.loads(header[8:])
         del entries["__metadata__"]
-        for entry in entries.values():
-            entry["data_offsets"] = [offset + size for offset in entry["data_offsets"]]
-        content |= entries
-        size = max((entry["data_offsets"][1] for entry in entries.values()), default=size)
-        regions.append((source, len(header)))
-    text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # aligns the data after the header
-    with whole.writing(path) as temporary:
-        with open(temporary, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for source, start in regions:
-                with open(source, "rb") as part:
-                    part.seek(start)
-                    shutil.copyfileobj(part, file)
-        _seal(temporary)
+        for name, entry in sorted(entries.items(), key=lambda each: each[1]["data_offsets"]):
+            begin, end = (len(header) + offset for offset in entry["data_offsets"])
+            stored[name] = Stored(entry["dtype"], entry["shape"], (Region(source, begin, end),))
+    gather(path, stored, metadata)
 
 
 def _unsealed(path: str | Path, metadata: Mapping[str, str]) -> dict[str, str]:

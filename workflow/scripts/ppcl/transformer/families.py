@@ -10,6 +10,7 @@ This is a table of data, and so it may be long. `family` describes the fields of
 """
 
 from ppcl.transformer import family_functions as functions
+from ppcl.transformer import original_files
 from ppcl.transformer.family import (
     IMAGE,
     JOINT,
@@ -106,6 +107,7 @@ FAMILIES: dict[str, Family] = {
             joined=False,
             arguments=functions.qwen_image,
         ),
+        original=original_files.QWEN_IMAGE,
     ),
     "FluxTransformer2DModel": Family(
         lists=(
@@ -125,6 +127,7 @@ FAMILIES: dict[str, Family] = {
             joined=False,
             arguments=functions.flux,
         ),
+        original=original_files.FLUX,
     ),
     "Flux2Transformer2DModel": Family(
         lists=(
@@ -137,6 +140,7 @@ FAMILIES: dict[str, Family] = {
         ),
         framed=functions.spoken,
         limits="one modulation serves all blocks, so text streams can't be shared",
+        original=original_files.FLUX_2,
     ),
     "SD3Transformer2DModel": Family(
         lists=(dual(TEXT_IMAGE, *DOUBLE, _ZERO, _ZERO_MODULATIONS),),
@@ -158,13 +162,17 @@ FAMILIES: dict[str, Family] = {
             joined=True,
             arguments=functions.sd3,
         ),
+        original=original_files.SD3,
     ),
     "PixArtTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
         fixed=_NO_FLOW,
         gated={DOUBLE[0]: _GATED_TWICE},
     ),
-    "SanaTransformer2DModel": Family(lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),)),
+    "SanaTransformer2DModel": Family(
+        lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
+        original=original_files.SANA,
+    ),
     "Lumina2Transformer2DModel": Family(
         lists=(
             single(
@@ -186,6 +194,7 @@ FAMILIES: dict[str, Family] = {
         framed=functions.instructed,
         fixed=_OWN_TIME,
         limits="the refiners, two blocks each, stay",
+        original=original_files.LUMINA_2,
     ),
     "ZImageTransformer2DModel": Family(
         lists=(
@@ -211,6 +220,7 @@ FAMILIES: dict[str, Family] = {
         framed=functions.spoken,
         fixed=_OWN_TIME,
         limits="the refiners, two blocks each, stay",
+        original=original_files.Z_IMAGE,
     ),
     "HunyuanImageTransformer2DModel": Family(
         lists=(
@@ -252,6 +262,7 @@ FAMILIES: dict[str, Family] = {
         companions=("caption_projection",),
         texts=("tokenizer_3", "tokenizer_4"),
         limits="FFNs are mixtures of experts, which stay",
+        original=original_files.HIDREAM,
     ),
     "WanTransformer3DModel": Family(
         lists=(single(IMAGE, "blocks", "num_layers", Width({IMAGE: FeedForward("norm3", "ffn")})),),
@@ -265,6 +276,7 @@ FAMILIES: dict[str, Family] = {
             joined=False,
             arguments=functions.wan,
         ),
+        original=original_files.WAN,
     ),
     "HunyuanVideoTransformer3DModel": Family(
         lists=(
@@ -277,10 +289,12 @@ FAMILIES: dict[str, Family] = {
         guidance=1000.0,
         limits="the attention gets no keywords, so text streams can't be shared",
         gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
+        original=original_files.HUNYUAN_VIDEO,
     ),
     "LTXVideoTransformer3DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
         gated={DOUBLE[0]: _GATED_TWICE},
+        original=original_files.LTX,
     ),
     "CogVideoXTransformer3DModel": Family(
         lists=(dual(IMAGE_TEXT, *DOUBLE, modulations=("norm1.linear", "norm2.linear")),),
@@ -313,6 +327,7 @@ FAMILIES: dict[str, Family] = {
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
         },
         unread=(TEXT,),
+        original=original_files.MOCHI,
     ),
 }
 

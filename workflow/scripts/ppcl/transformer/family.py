@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ppcl.transformer.original_files import OriginalFiles
+
 # `joint`: text and image tokens in one sequence, in blocks that follow blocks with two streams. If
 # all blocks of a transformer have one sequence, it is called `image`, even if it holds text tokens.
 IMAGE, TEXT, JOINT = "image", "text", "joint"
@@ -197,6 +199,8 @@ class Family:
         limits: what else a user should know, for the table in the docs.
         pipeline: how its stock pipeline calls it by default; None if that is not known, so that
             forecasts need recorded calls.
+        original: the files that its authors publish and other programs read; None if nothing is
+            known of them, or diffusers does not read them.
     """
 
     lists: tuple[BlockList, ...]
@@ -220,6 +224,7 @@ class Family:
     gated: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     limits: str = ""
     pipeline: Pipeline | None = None
+    original: OriginalFiles | None = None
 
     def layouts(self) -> dict[str, dict]:
         """Name of each block list -> its layout (`BlockList.layout`)."""

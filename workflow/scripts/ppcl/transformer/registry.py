@@ -7,6 +7,7 @@ from typing import Any
 from ppcl.errors import UserError
 from ppcl.transformer.families import FAMILIES, REFUSED
 from ppcl.transformer.family import Family
+from ppcl.transformer.original_files import OriginalFiles
 
 # Words in the names of pipelines that give the transformer pictures or frames beside the latents
 # that it denoises.
@@ -58,6 +59,24 @@ def family_of(class_name: str) -> Family | None:
             f"{REFUSED[class_name]}. Supported: {', '.join(sorted(FAMILIES))}"
         )
     return FAMILIES.get(class_name)
+
+
+def original_files(class_name: str) -> OriginalFiles | None:
+    """What is known of a class's files outside of diffusers; None if nothing is."""
+    family = FAMILIES.get(class_name)
+    return family.original if family else None
+
+
+def with_original_files() -> list[str]:
+    """The classes of which something is known."""
+    return [name for name, family in FAMILIES.items() if family.original]
+
+
+def depth_keys(class_name: str) -> list[tuple[str, str]]:
+    """A class's lists of blocks, and the keys of its config that hold their lengths; none of a
+    class without an entry."""
+    family = FAMILIES.get(class_name)
+    return [(blocks.attribute, blocks.depth_key) for blocks in family.lists] if family else []
 
 
 def fixed_states(transformer: str, pipeline: str) -> str:
