@@ -24,7 +24,7 @@ WITHOUT = {
     "calibrate": COMPILER | {"matplotlib"},
     "choose": OTHER | {"skimage"},
     "distill": OTHER | {"skimage"},
-    "evaluate": COMPILER | {"matplotlib"},
+    "evaluate": COMPILER | JUDGE | {"matplotlib"},
     "extract": OTHER | {"skimage"},
     "finetune": OTHER | {"skimage"},
     "forget": TORCH | FIGURES | {"numpy", "pandas", "pyarrow"},

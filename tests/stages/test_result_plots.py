@@ -123,7 +123,8 @@ def images_table(judged: bool = True, prompts: int = 8, side: int = 32) -> pd.Da
             Image.fromarray(pixels).save(buffer, "png")
             correct = name == "teacher" or bool(rng.random() > 0.15)
             read = {"digit": index if correct else 8, "digit_color": ink}
-            read |= {"background_color": paper, "correct": correct}
+            read |= {"background_color": paper, "text": f"{read['digit']} {ink} on {paper}"}
+            read |= {"correct": correct}
             text_read = json.dumps(read) if judged else ""
             rows.append([name, text[index % 2], 7, buffer.getvalue(), text_read, index, 1])
     return pd.DataFrame(rows, columns=schemas.IMAGES.names)

@@ -306,7 +306,9 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
     assert set(by_model["teacher"].index) == {1_000_000_000 + i for i in range(5)}
     assert by_model["same"].equals(by_model["teacher"])
     assert not by_model["short"].equals(by_model["teacher"])
-    assert json.loads(images["read"][0]).keys() == {"digit", "digit_color", "background_color"}
+    read = json.loads(images["read"][0])
+    assert read.keys() == {"digit", "digit_color", "background_color", "text", "correct"}
+    right = [json.loads(text)["correct"] for text in images["read"][images["variant"] == "short"]]
 
     table = tables.read(folder / "metrics.parquet", schemas.METRICS).to_pandas()
     value = table.set_index(["variant", "metric"])["value"]
@@ -321,6 +323,7 @@ def test_evaluate_resumes_after_a_kill_and_compares(world):
     assert value["teacher", "judge_digit_accuracy"] >= 0.98
     assert not {"psnr", "digit_accuracy_difference"} & set(value["teacher"].index)
     assert value["same", "all_correct_difference"] == 0
+    assert value["short", "all_correct"] == np.mean(right)
     fall = value["short", "digit_accuracy"] - value["teacher", "digit_accuracy"]
     assert value["short", "digit_accuracy_difference"] == pytest.approx(fall)
     # A block less of five leaves the others' modulation whole, and what is around the blocks.

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 from docutils.core import publish_doctree
 
+from ppcl import judges
 from ppcl.evaluation import summary
 from ppcl.storage import schemas, tables
 
@@ -29,7 +30,7 @@ def metrics(tmp_path):
             values |= {"latency_seconds": s, "latency_ratio": ratio}
             values |= {"parameter_fraction_without_modulation": rest}
             if judged and falls:
-                named = [f"{name}_difference" for name in summary.ACCURACIES]
+                named = [f"{name}_difference" for name in judges.facts()]
                 values |= dict(zip(named, falls, strict=True))
             values |= {"psnr": psnr} if psnr else {}
             for metric, value in values.items():
@@ -59,7 +60,7 @@ def test_rows_tell_size_speed_error_and_the_largest_loss(metrics):
 
 
 def test_a_loss_of_nothing_has_no_sign_of_loss():
-    same = {f"{name}_difference": (-0.0, math.nan, math.nan) for name in summary.ACCURACIES}
+    same = {f"{name}_difference": (-0.0, math.nan, math.nan) for name in judges.facts()}
     assert summary._worst(same) == "digit +0.0 points"
 
 

@@ -9,14 +9,15 @@
 Pictures are made in parallel processes, one batch at a time; a killed run goes on with the batches
 that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: over rounds):
 
-    digit_accuracy, digit_color_accuracy, background_color_accuracy, all_correct
-                          share of pictures that show what the prompt states (judge: digits)
-    judge_digit_accuracy  the judge's own, on real digits it was not fitted on (teacher's rows only)
+    <fact>_accuracy, all_correct
+                          share of pictures in which evaluate.judge reads what the prompt states
+                          (digits: digit_accuracy, digit_color_accuracy, background_color_accuracy)
+    judge_..._accuracy    the judge's own, on pictures it was not fitted on (teacher's rows only)
     psnr (dB), ssim       to the teacher's picture of the same prompt and seed (variants alone);
                           of a video, SSIM is the mean over its frames
     velocity_error        ||v - v_t||^2 / ||v_t||^2 over held-out recorded calls, v_t the teacher's
                           recorded answer; velocity_error_sigma_0.00_0.25 ...: by noise level
-    digit_accuracy_difference ...
+    <fact>_accuracy_difference ...
                           the variant's less the teacher's, over the same prompts and seeds
     parameters, parameter_fraction
                           of the transformer, and over the teacher's
@@ -29,22 +30,17 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from tqdm import tqdm
 
-from ppcl import program, provenance
+from ppcl import judges, program, provenance
 from ppcl.configuration import config
-from ppcl.digits.handwriting import COLORS, SIZE, digits
-from ppcl.digits.judge import Judge
 from ppcl.errors import UserError
-from ppcl.evaluation import generation, measuring, metrics, model_folders, workers
+from ppcl.evaluation import generation, judging, making, measuring, metrics, model_folders, workers
 from ppcl.evaluation.metrics import TEACHER, Estimate, Estimates
 from ppcl.evaluation.model_folders import Model
 from ppcl.runtime import devices, stopping
@@ -73,76 +69,8 @@ def choose_samples(rows: list[dict], count: int, reader: calls.Reader) -> list[d
     return samples
 
 
-def refuse_unjudged(rows: list[dict], path: str) -> None:
-    """Raises UserError if a prompt does not state a digit and colours that the judge knows."""
-    for number, row in enumerate(rows):
-        for name in prompts.JUDGE_COLUMNS:
-            known = range(10) if name == "digit" else COLORS
-            if row.get(name) not in [str(value) for value in known]:
-                raise UserError(
-                    f"evaluate.judge is digits, but prompt {number} of {path} has {name} "
-                    f"'{row.get(name)}'; it must be one of {', '.join(map(str, known))} "
-                    "(or set evaluate.judge: none)"
-                )
-
-
-def read_pictures(judge: Judge | None, part: Path) -> list[str]:
-    """JSON of what the judge reads in each picture of a part; empty texts without a judge.
-
-    Raises UserError if the pictures are not of the judge's size.
-    """
-    column = tables.read(part, schemas.IMAGES, columns=schemas.IMAGES.names).column("png")
-    if judge is None:
-        return [""] * len(column)
-    pictures = [generation.from_png(data) for data in column.to_pylist()]
-    if pictures[0].shape != (SIZE, SIZE, 3):
-        height, width = pictures[0].shape[:2]
-        raise UserError(
-            f"evaluate.judge: digits reads pictures of {SIZE} x {SIZE} pixels, these "
-            f"have {width} x {height}; set evaluate.judge: none, or pipeline.height and width"
-        )
-    return [json.dumps(read) for read in judge.read(np.stack(pictures) / metrics.LARGEST)]
-
-
-def make_pictures(
-    models: list[Model],
-    samples: list[dict],
-    settings: Settings,
-    device: torch.device,
-    state: Path,
-    judge: Judge | None,
-) -> tuple[dict[str, list[Path]], dict[Path, list[str]]]:
-    """Every model's pictures: (model -> parts, in one order; part -> readings)."""
-    options = settings.evaluate
-    parts: dict[str, list[Path]] = {}
-    readings: dict[Path, list[str]] = {}
-    with workers.pool(workers.process_count(settings.processes, device)) as pool:
-        batches = pool.submit(
-            generation.plan_batches,
-            models[0],
-            device,
-            settings.pipeline,
-            samples,
-            options.batch_size,
-        ).result()
-        tasks = {}
-        for model in models:
-            folder = state / f"{model.name}-{model.digest()[:16]}"
-            parts[model.name] = [folder / f"{n:05d}.parquet" for n in range(len(batches))]
-            for part, batch in zip(parts[model.name], batches, strict=True):
-                task = pool.submit(
-                    generation.generate, model, device, settings.pipeline, batch, part
-                )
-                tasks[task] = part
-        bar = tqdm(as_completed(tasks), total=len(tasks), desc="generating", unit="batch")
-        for task in bar:
-            task.result()
-            readings[tasks[task]] = read_pictures(judge, tasks[task])
-    return parts, readings
-
-
 def compare_pictures(
-    parts: dict[str, list[Path]], readings: dict[Path, list[str]], rows: list[dict], sink
+    parts: dict[str, list[Path]], judged: judging.Judged, sink
 ) -> Iterator[tuple[str, pd.DataFrame]]:
     """Writes all pictures to `sink`, and yields for each model its name and a row per picture:
     prompt_index; with a judge, 1 or 0 for each fact; for a variant, PICTURE_METRICS.
@@ -153,15 +81,10 @@ def compare_pictures(
         scores = []
         for part, of_teacher in zip(of_model, parts[TEACHER], strict=True):
             table = tables.read(part, schemas.IMAGES).to_pandas()
-            table["read"] = readings[part]
+            table["read"] = judged.readings[part]
             sink.write(table)
             score = table[["prompt_index"]].copy()
-            if table["read"].all():
-                read = pd.DataFrame([json.loads(text) for text in table["read"]]).astype(str)
-                for name in prompts.JUDGE_COLUMNS:
-                    stated = [rows[index][name] for index in table["prompt_index"]]
-                    score[f"{name}_accuracy"] = (read[name] == stated).astype(float)
-                score["all_correct"] = score.drop(columns="prompt_index").min(axis=1)
+            score = score.assign(**judged.scores(part, table["prompt_index"].tolist()))
             if model != TEACHER:
                 reference = tables.read(of_teacher, schemas.IMAGES).column("png").to_pylist()
                 likenesses = [
@@ -186,13 +109,6 @@ def measure_memory(
             model.name: {"peak_memory_bytes": Estimate(float(task.result()))}
             for model, task in zip(models, tasks, strict=True)
         }
-
-
-def judge_accuracy(judge: Judge, resamples: int, seed: int) -> Estimate:
-    """The judge's own accuracy on real digits that it was not fitted on."""
-    count = len(digits("test")[1])
-    right = round(judge.accuracy_on_real_digits()["digit"] * count)
-    return metrics.mean(np.arange(count) < right, np.arange(count), resamples, seed)
 
 
 def estimated(compared: Iterable[tuple[str, pd.DataFrame]], resamples: int, seed: int) -> Estimates:
@@ -248,8 +164,7 @@ def main() -> None:
 
     rows = prompts.read(options.prompts, "evaluate.prompts")
     arguments.before_loading(settings.teacher, settings.pipeline, rows, "evaluate.prompts")
-    if options.judge == "digits":
-        refuse_unjudged(rows, options.prompts)
+    judges.refuse_unknown_facts(options.judge, rows, options.prompts)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
     models = model_folders.models(teacher, args.models)
@@ -259,25 +174,24 @@ def main() -> None:
     samples = choose_samples(rows, options.samples, reader)
     timed = reader.draw(reader.heldout_rows("report"), options.batch_size, (seed,))
 
-    judge = Judge() if options.judge == "digits" else None
+    judged = judging.Judged(options.judge, rows)
     processes = workers.process_count(settings.processes, device)
     memory = measure_memory(models, device, args.calls, timed, processes)
     state = args.state / identity_of(settings, rows, samples, device)[:16]
-    parts, readings = make_pictures(models, samples, settings, device, state, judge)
+    key = "evaluate.prompts"
+    parts = making.pictures(models, samples, settings, device, state, key, judged.read)
     together = model_folders.side_by_side(models, device)
     transformers = {model.name: model.transformer(device) for model in together}
     measured = measuring.measure_transformers(transformers, reader, timed, settings, device)
 
     stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows))
     with tables.writer(args.images, schemas.IMAGES, stamp) as sink:
-        compared = compare_pictures(parts, readings, rows, sink)
+        compared = compare_pictures(parts, judged, sink)
         estimates = estimated(compared, options.bootstrap, seed)
         model_folders.refuse_changed(models, digests)
     for name, of_pictures in estimates.items():
         of_pictures |= measured[name] | memory[name]
-    if judge is not None:
-        accuracy = judge_accuracy(judge, options.bootstrap, seed)
-        estimates[TEACHER]["judge_digit_accuracy"] = accuracy
+    estimates[TEACHER] |= judged.tested(options.bootstrap, seed)
     stopping.ignore()
     tables.write(args.metrics, pd.DataFrame(metrics.rows(estimates)), schemas.METRICS, stamp)
 

@@ -11,12 +11,12 @@ import numpy as np
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from ppcl import judges
 from ppcl.ablation import method_training, phases, schedules
 from ppcl.ablation.material import Chosen, Material
 from ppcl.closed_forms import (
     modulation,
 )
-from ppcl.digits.judge import Judge
 from ppcl.evaluation import generation, metrics, timing, velocities
 from ppcl.evaluation.metrics import TEACHER
 from ppcl.extraction import conditioning
@@ -30,7 +30,7 @@ from ppcl.transformer import blocks, diffusers_model
 from ppcl.transformer.context import Context, State
 
 BUDGETS = 8  # sizes at which students are measured that are to serve every budget
-ACCURACIES = tuple(f"{name}_accuracy" for name in prompts.JUDGE_COLUMNS) + ("all_correct",)
+JUDGE = judges.JUDGES["digits"]  # the only one with columns in the ablation's table
 ENDS = "velocity_error_low", "velocity_error_high"
 # Each for a model without, then one with low-rank modulations: the states before and after the
 # fine-tune, and the name of the fine-tune's phase.
@@ -150,12 +150,12 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) ->
     Column `right` is JSON with 1 or 0 for each picture: whether it shows all. {} without a judge.
     """
     options = settings.evaluate
-    if options.judge != "digits":
+    if judges.named(options.judge) is not JUDGE:
         return {}
     rows = prompts.read(options.prompts, "evaluate.prompts")
     items = pipelines.samples(rows, settings.ablation.samples, generation.FIRST_SEED)
-    judge, teacher = Judge(), pipelines.denoiser(pipe, settings.teacher)
-    right: list[list[float]] = []
+    reader, teacher = JUDGE.load(), pipelines.denoiser(pipe, settings.teacher)
+    right: list[dict[str, np.ndarray]] = []
     pipe.register_modules(transformer=model)
     try:
         for batch in pipelines.in_batches(pipe, items, options.batch_size):
@@ -163,14 +163,15 @@ def accuracies(pipe: DiffusionPipeline, model: nn.Module, settings: Settings) ->
             made = pipelines.run(pipe, texts_, seeds, settings.pipeline, output_type="np")
             # As 8-bit pictures, which is what the evaluation judges.
             pictures = (np.asarray(made.images) * 255).round() / 255
-            for item, read in zip(batch, judge.read(pictures), strict=True):
-                stated = rows[item["prompt_index"]]
-                facts = [str(read[key]) == stated[key] for key in prompts.JUDGE_COLUMNS]
-                right.append([*facts, all(facts)])
+            stated = [rows[item["prompt_index"]] for item in batch]
+            right.append(
+                judges.scores(JUDGE, judges.readings(JUDGE, reader, pictures, stated), stated)
+            )
     finally:
         pipe.register_modules(transformer=teacher)
-    shares = dict(zip(ACCURACIES, np.mean(right, axis=0).tolist(), strict=True))
-    return shares | {"right": json.dumps([int(facts[-1]) for facts in right])}
+    scores = {metric: np.concatenate([of[metric] for of in right]) for metric in JUDGE.labels}
+    shares = {metric: float(values.mean()) for metric, values in scores.items()}
+    return shares | {"right": json.dumps([int(value) for value in scores["all_correct"]])}
 
 
 def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chosen) -> list[dict]:
@@ -180,7 +181,7 @@ def run(material: Material, pipe: DiffusionPipeline, job: Mapping, chosen: Chose
     extra = material.settings.ablation.finetune_steps
     intervals = json.dumps(sorted(chosen.starts))
     common = {"method": job["name"], "seed": material.context.seed, "intervals": intervals}
-    common |= dict.fromkeys((*ACCURACIES, *ENDS), math.nan) | {"right": "[]"}
+    common |= dict.fromkeys((*JUDGE.labels, *ENDS), math.nan) | {"right": "[]"}
     common |= {"removed_blocks": sum(last - first for first, last in chosen.starts)}
     common |= {"text_runs": json.dumps(chosen.runs), "linear_ffns": json.dumps(chosen.ffns)}
     if not chosen.starts and not chosen.runs and not chosen.ffns:

@@ -7,11 +7,12 @@ import logging
 import os
 from pathlib import Path
 
+from ppcl import judges
 from ppcl.configuration.config import SCHEMA_PATH, schema
 from ppcl.errors import UserError
-from ppcl.settings import RecordSettings, Settings, TeacherSettings
+from ppcl.settings import EvaluateSettings, RecordSettings, Settings, TeacherSettings
 from ppcl.teacher import hub
-from ppcl.teacher.prompts import JUDGE_COLUMNS, heldout_count, read, shown
+from ppcl.teacher.prompts import heldout_count, read, shown
 
 log = logging.getLogger(__name__)
 STAGES = ("record", "evaluate")
@@ -26,8 +27,8 @@ def check(settings: Settings, source: str) -> None:
         key = f"{source}: {stage}.prompts"
         rows = read(getattr(settings, stage).prompts, key)
         used[stage] = [row["prompt"] for row in rows[: getattr(settings, stage).samples]]
-        if stage == "evaluate" and settings.evaluate.judge == "digits":
-            _check_judged(rows, settings.evaluate.prompts, source)
+        if stage == "evaluate":
+            _check_judged(rows, settings.evaluate, source)
         _warn_of_repeats(used[stage], key)
     _check_split(used["record"], settings.record, source)
     # Prompts that differ in blanks at their ends alone are the same prompt to a reader.
@@ -85,16 +86,12 @@ def _same_vocabulary(teacher: TeacherSettings, homes: list[Path]) -> bool:
     )
 
 
-def _check_judged(rows: list[dict[str, str]], path: str, source: str) -> None:
+def _check_judged(rows: list[dict[str, str]], options: EvaluateSettings, source: str) -> None:
     """Raises UserError if a prompt lacks a value that the judge compares with."""
-    for number, row in enumerate(rows, start=1):
-        missing = [column for column in JUDGE_COLUMNS if not row.get(column)]
-        if missing:
-            where = "has no column" if number == 1 else f"has for prompt {number} no"
-            raise UserError(
-                f"{source}: evaluate.judge is 'digits', but {path} {where} "
-                f"{', '.join(missing)}; add it or set evaluate.judge: none"
-            )
+    try:
+        judges.refuse_without_facts(options.judge, rows, options.prompts)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def _warn_of_repeats(prompts: list[str], key: str) -> None:

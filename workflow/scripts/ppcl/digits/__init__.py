@@ -1,4 +1,4 @@
 """The embedded teacher: pictures of coloured digits with captions, a judge that reads them, and the
-training of a tiny stock pipeline on them. May import settings; the ablation, train_teacher.py and
-evaluate.py may import it.
+training of a tiny stock pipeline on them. May import settings; the judges and
+train_teacher.py may import it.
 """

@@ -29,13 +29,13 @@ def _pipeline(model: Model, device: torch.device) -> DiffusionPipeline:
 
 
 def plan_batches(
-    model: Model, device: torch.device, settings: Mapping, items: list[dict], size: int
+    model: Model, device: torch.device, settings: Mapping, items: list[dict], size: int, key: str
 ) -> list[list[dict]]:
     """`pipelines.in_batches` as a worker's task, so that only workers load the pipeline. Warns of
-    prompts that are cut."""
+    prompts that are cut, of the file that the config's `key` names."""
     pipe = _pipeline(model, device)
     texts = [item["prompt"] for item in items]
-    prompt_tokens.warn_of_cut(pipe, texts, settings, "evaluate.prompts")
+    prompt_tokens.warn_of_cut(pipe, texts, settings, key)
     return pipelines.in_batches(pipe, items, size)
 
 

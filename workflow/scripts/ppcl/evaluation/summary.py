@@ -9,14 +9,10 @@ import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 
+from ppcl import judges
 from ppcl.storage import schemas, tables
 
 TEACHER = "teacher"
-ACCURACIES = {
-    "digit_accuracy": "digit",
-    "digit_color_accuracy": "digit colour",
-    "background_color_accuracy": "background",
-}
 COLUMNS = (
     *("variant", "parameters", "without modulation", "latency", "error", "PSNR"),
     *("worst metric", "folder"),
@@ -110,7 +106,7 @@ def _worst(of: Mapping[str, tuple[float, float, float]]) -> str:
     """
     falls = {
         label: of[f"{metric}_difference"]
-        for metric, label in ACCURACIES.items()
+        for metric, label in judges.facts().items()
         if f"{metric}_difference" in of
     }
     if not falls:

@@ -24,8 +24,6 @@ PRELOADED = [
     "jsonschema",
     "pandas",
     "skimage.metrics._structural_similarity",
-    "sklearn.datasets",
-    "sklearn.svm",
 ]
 
 

@@ -9,17 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from ppcl import judges
 from ppcl.figures import labelling, style
 from ppcl.figures.style import TEACHER
 
 DARK = "#444444"
-
-ACCURACIES = {
-    "digit_accuracy": "digit right",
-    "digit_color_accuracy": "digit colour right",
-    "background_color_accuracy": "background right",
-    "all_correct": "all three right",
-}
 
 FIDELITIES = {
     "psnr": "PSNR to the teacher's\nimage (dB)",
@@ -41,12 +35,12 @@ def quality_against_cost(metrics: pd.DataFrame) -> Figure:
     Shows the judged accuracies where the table has them, else the fidelity to the teacher's
     images and velocities.
 
-    metrics: as schemas.METRICS: value, ci_low and ci_high of ACCURACIES (shares, shown in %) or
-    FIDELITIES (PSNR in dB; SSIM; velocity error: relative, squared) as y; of COSTS (teacher = 1)
-    as x.
+    metrics: as schemas.METRICS: value, ci_low and ci_high of a judge's accuracies (shares, shown
+    in %) or of FIDELITIES (PSNR in dB; SSIM; velocity error: relative, squared) as y; of COSTS
+    (teacher = 1) as x.
     """
     present = set(metrics["metric"])
-    qualities = {m: label for m, label in ACCURACIES.items() if m in present}
+    qualities = {m: label for m, label in judges.labels().items() if m in present}
     judged = bool(qualities)
     qualities = qualities or {m: label for m, label in FIDELITIES.items() if m in present}
     costs = {m: label for m, label in COSTS.items() if m in present}

@@ -408,7 +408,11 @@ IMAGES = pa.schema(
         column("prompt", pa.string(), "text of the prompt"),
         column("seed", pa.int64(), "seed of the image's noise"),
         column("png", pa.binary(), "the image, PNG bytes"),
-        column("read", pa.string(), "JSON of what the judge read; empty without a judge"),
+        column(
+            "read",
+            pa.string(),
+            "JSON of what the judge read, in words (`text`), and if right (`correct`)",
+        ),
         column("prompt_index", pa.int32(), "row of the prompts file"),
         column("frames", pa.int32(), "of a video, one below the other in the image; else 1"),
     ]

@@ -14,8 +14,6 @@ from typing import Any
 
 from ppcl.errors import UserError
 
-JUDGE_COLUMNS = ("digit", "digit_color", "background_color")
-"""What the judge `digits` needs to know of every evaluation prompt."""
 FORMATS = ".txt (one prompt per line), .csv, .tsv, .jsonl or .parquet"
 
 
