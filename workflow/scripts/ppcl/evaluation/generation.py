@@ -29,7 +29,12 @@ def _pipeline(model: Model, device: torch.device) -> DiffusionPipeline:
 
 
 def plan_batches(
-    model: Model, device: torch.device, settings: Mapping, items: list[dict], size: int, key: str
+    model: Model,
+    device: torch.device,
+    settings: Mapping,
+    items: list[dict],
+    size: int,
+    key: str = "evaluate.prompts",
 ) -> list[list[dict]]:
     """`pipelines.in_batches` as a worker's task, so that only workers load the pipeline. Warns of
     prompts that are cut, of the file that the config's `key` names."""
