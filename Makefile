@@ -23,7 +23,7 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/snakemake --lint
 
-# Renews the tables of config/README.md, results/README.md, docs/families.md and environment.yml.
+# Renews the tables of config/README.md, results/README.md, docs/ and environment.yml.
 tables: $(READY)
 	$(BIN)/python tools/readme_tables.py
 

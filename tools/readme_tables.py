@@ -4,13 +4,15 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "workflow" / "scripts"))
+sys.path[:0] = [str(ROOT / "workflow" / "scripts"), str(ROOT / "tests")]
 
 from ppcl.configuration import config, schema_words  # noqa: E402  (the path has to be set first)
 from ppcl.storage import schemas  # noqa: E402  (the path has to be set first)
 from ppcl.transformer import family_table  # noqa: E402  (the path has to be set first)
+from support import stock_features  # noqa: E402  (the path has to be set first)
 
 MARKS = {".md": "<!-- made by: make tables -->\n", ".yml": "      # made by: make tables\n"}
+END = "<!-- the end of what make tables made -->\n"  # where something follows
 
 
 def pins() -> str:
@@ -23,14 +25,17 @@ TABLES = {
     "config/README.md": lambda: schema_words.table(config.schema()),
     "results/README.md": schemas.table,
     "docs/families.md": family_table.table,
+    "docs/after-pruning.md": stock_features.table,
     "environment.yml": pins,
 }
 
 
 def renewed(name: str) -> str:
-    """The text that a file should have: its own up to the mark, then the table."""
+    """The text that a file should have: its own up to the mark, the table, and what follows END."""
     mark = MARKS[Path(name).suffix]
-    return (ROOT / name).read_text(encoding="utf-8").split(mark)[0] + f"{mark}\n{TABLES[name]()}"
+    before, _, after = (ROOT / name).read_text(encoding="utf-8").partition(mark)
+    _, end, rest = after.partition(END)
+    return f"{before}{mark}\n{TABLES[name]()}" + (f"\n{end}{rest}" if end else "")
 
 
 if __name__ == "__main__":

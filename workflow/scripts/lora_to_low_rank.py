@@ -12,38 +12,18 @@ of each modulation's change is lost. Blocks are renumbered as block_map.json tel
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 
 from ppcl import program
 from ppcl.errors import UserError
-from ppcl.export import assembly, lora
+from ppcl.export import assembly, block_maps, lora
 from ppcl.extraction import conditioning
 from ppcl.settings import TeacherSettings
 from ppcl.storage import tensors, whole
 from ppcl.teacher import hub, pipelines
 from ppcl.transformer import blocks
-
-
-def read_block_map(path: Path, count: int) -> list[list[int]]:
-    """For every block of a pruned model, the teacher's blocks that it stands for.
-
-    Raises:
-        UserError: the file is missing, or not a block map of `count` blocks.
-    """
-    try:
-        block_map = json.loads(path.read_text(encoding="utf-8"))
-        every = [block for members in block_map for block in members]
-        ordered = every == [*range(len(every))] and all(block_map)
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise UserError(
-            f"{path} can't be read ({error}); name the folder of a pruned pipeline, --model"
-        ) from error
-    if not ordered or len(block_map) != count:
-        raise UserError(f"{path} is not of the {count} blocks beside it; export the model again")
-    return block_map
 
 
 def command_line() -> argparse.Namespace:
@@ -83,8 +63,8 @@ def main() -> None:
     )
     pipe = pipelines.load(source, torch.device("cpu"), key="--model")
     model = pipelines.denoiser(pipe, source)
-    map_file = args.model / args.component / "block_map.json"
-    block_map = read_block_map(map_file, len(blocks.block_sequence(model)))
+    count = len(blocks.block_sequence(model))
+    block_map = block_maps.read(args.model / args.component, count)
     layers = lora.read(type(pipe), args.lora, args.component)
     if args.merged:
         gone = lora.merge(model, block_map, layers)

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -76,9 +77,11 @@ def export(
         UserError: the reloaded model misses weights or answers differently. Nothing is left behind.
     """
     transformer = with_code(transformer)
+    _remember(transformer, pruned_class.CARD, card)
     with whole.writing(folder, folder=True) as temporary:
         trusted = save(teacher, transformer, block_map, temporary)
         prove(temporary, transformer, call, teacher.component, trusted)
+        (temporary / teacher.component / CARD).unlink(missing_ok=True)  # it has no digests
         files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
         texts.write_sealed(temporary / CARD, card | {"files": files})
 
@@ -102,6 +105,7 @@ def save(
     copy_file: as for `copy_missing`.
     """
     pipe, component = teacher.pipe, teacher.component
+    _remember(transformer, pruned_class.BLOCK_MAP, block_map)
     pipe.register_modules(**{component: transformer})
     pipe.save_pretrained(folder)
     if teacher.source is not None:
@@ -110,6 +114,12 @@ def save(
     _forget_paths(folder)
     texts.write_json(folder / component / "block_map.json", block_map)
     return trusted
+
+
+def _remember(transformer: Any, key: str, value: Any) -> None:
+    """Puts a private key into a transformer's config, which stock classes load and save silently:
+    files beside weights are lost by downloads and by `save_pretrained`."""
+    transformer.register_to_config(**{key: value})
 
 
 def verify(folder: Path) -> None:

@@ -13,11 +13,10 @@ A modulation (AdaLN) matrix of low rank is a product, `up(down(x))`. The Linear 
 AdaLN can be one, too; there the module that holds it counts as the block.
 
 This file needs nothing but torch and diffusers, for its text travels beside exported weights, with
-that of narrow_layers.py and of pruned_class.py, which tells how.
+that of narrow_layers.py, block_class.py and pruned_class.py, which tells how.
 """
 
 import functools
-import inspect
 import json
 from collections.abc import Mapping
 from typing import Any, cast
@@ -25,6 +24,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ppcl.pruning.block_class import CAPTURE, block_class
 from ppcl.pruning.narrow_layers import (
     Borrowed,
     LowRank,
@@ -37,8 +37,6 @@ from ppcl.pruning.narrow_layers import (
     same,
     zero_linear,
 )
-
-_CAPTURE = "ppcl_capture"
 
 
 class _Narrow(nn.Module):
@@ -97,7 +95,7 @@ def narrow(block: nn.Module, layout: dict, spec: dict) -> nn.Module:
     if role == "close":
         paths["text/output"] = "text_output.linear"
     made.map_paths = paths
-    block.__class__ = _narrowed(stock, role, tuple(streams), json.dumps(layout))
+    block.__class__ = block_class(stock, role, tuple(streams), json.dumps(layout))
     if left := {path: rank for path, rank in before.get("ranks", {}).items() if held(block, path)}:
         made.narrowed["ranks"] = left
     return lower(block, ranks)
@@ -254,57 +252,59 @@ def width_of(ffn: nn.Module) -> int:
 
 
 def _capture(argument: str, _attention: nn.Module, args: tuple, kwargs: dict):
-    taken = kwargs.pop(_CAPTURE)
+    taken = kwargs.pop(CAPTURE)
     taken.append(kwargs[argument])
     return args, kwargs
 
 
 def _ignore(_module: nn.Module, args: tuple, kwargs: dict):
-    kwargs.pop(_CAPTURE, None)
+    kwargs.pop(CAPTURE, None)
     return args, kwargs
-
-
-@functools.cache
-def _narrowed(base: type, role: str, linear: tuple[str, ...], layout: str) -> type:
-    """A subclass, by the same name, of a block's class: adds its linear FFNs' maps; in a text run,
-    its text stream is a carry.
-
-    A subclass, since hooks on the block should see what passes between blocks; by the same name,
-    since diffusers finds the blocks to compile and not to split by name.
-    """
-    kind: type[nn.Module] = base  # as its cache would not take it
-    stock, where = kind.forward, json.loads(layout)
-    names = list(inspect.signature(stock).parameters)[1:]
-    streams, text = where["outputs"], where["text"]
-
-    @functools.wraps(stock)
-    def forward(self, *args, **kwargs):
-        given = dict(zip(names, args, strict=False)) | kwargs  # checkpointing gives positions
-        taken: list[Tensor] = []  # local, so that recomputed and compiled calls have their own
-        if role in ("source", "lend"):
-            keywords = text["keywords"]
-            given[keywords] = (given.get(keywords) or {}) | {_CAPTURE: taken}
-        elif role != "own":
-            carry = given[text["stream"]]
-            own, attended = carry.chunk(2, dim=-1)
-            given |= {text["stream"]: attended}
-        returned = stock(self, **given)
-        outputs = list(returned) if isinstance(returned, tuple) else [returned]
-        for stream in linear:
-            place = streams.index(stream)
-            outputs[place] = outputs[place] + self.linear_ffn[stream](outputs[place])
-        if role in ("source", "lend"):
-            place = streams.index("text")
-            outputs[place] = torch.cat([outputs[place], taken[0]], dim=-1)
-        elif role != "own":
-            outputs[streams.index("text")] = self.text_output(own) if role == "close" else carry
-        return tuple(outputs) if isinstance(returned, tuple) else outputs[0]
-
-    body = {"forward": forward, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return type(base.__name__, (base,), body)
 
 
 def specs(transformer: nn.Module) -> dict[str, dict]:
     """Path of every narrow block in a transformer -> its spec."""
     modules = transformer.named_modules()
     return {path: module.narrowed for path, module in modules if hasattr(module, "narrowed")}
+
+
+def stock_state(block: nn.Module) -> dict[str, Tensor]:
+    """The weights of a block that its stock class has, too, in the shapes that they have there.
+
+    Products of low rank are multiplied out. What is cut out of a modulation is zeros: with its gate
+    shut, an FFN that is a linear map here does nothing there. Maps have no place there.
+    """
+    if not spec_of(block):
+        return block.state_dict()
+    made_of: Any = getattr(block, "made_of", None)  # of `block_class`
+    layout = json.loads(made_of[3]) if made_of else {"ffn": {}}
+    ffns = [parts["modulation"] for parts in layout["ffn"].values() if parts["modulation"]]
+    new = ("linear_ffn.", *(f"{path}." for path in getattr(block, "map_paths", {}).values()))
+    state = {key: x for key, x in block.state_dict().items() if not key.startswith(new)}
+    for path in dict.fromkeys([*ffns, *spec_of(block).get("ranks", {})]):
+        place = held(block, path)
+        if not place:
+            continue
+        rows = matrix(block, place)
+        whole = {"weight": rows.up.weight @ rows.down.weight if is_low_rank(rows) else rows.weight}
+        bias = rows.up.bias if is_low_rank(rows) else rows.bias
+        whole |= {} if bias is None else {"bias": bias}
+        state = {key: x for key, x in state.items() if not key.startswith(f"{place}.")}
+        holder = block.get_submodule(place.rpartition(".")[0])
+        opened: list[Any] = [m for m in holder.children() if type(m).__name__ == Open.__name__]
+        for name, x in whole.items():
+            for cut in opened if isinstance(holder, nn.Sequential) else ():
+                zeros = x.new_zeros(cut.width, *x.shape[1:])
+                x = torch.cat([x[: cut.at], zeros, x[cut.at :]])
+            state[f"{path}.{name}"] = x.detach()
+    return state
+
+
+def stock_shapes(blocks: nn.ModuleList, state: dict, prefix: str, _metadata: dict) -> None:
+    """A hook: the state of a list of blocks alone is that of stock ones, as `from_transformer` of
+    ControlNets reads it; as part of a model's it is the blocks' own."""
+    if prefix:
+        return
+    state.clear()
+    for number, block in enumerate(blocks):
+        state.update({f"{number}.{key}": x for key, x in stock_state(block).items()})

@@ -1,7 +1,7 @@
 """What narrow blocks have in place of parts of stock ones; see narrow.py.
 
-This file, narrow.py and pruned_class.py, in that order, travel as one beside exported weights, so
-they need nothing but torch and diffusers.
+This file, block_class.py, narrow.py and pruned_class.py, in that order, travel as one beside
+exported weights, so they need nothing but torch and diffusers.
 """
 
 from collections.abc import Callable

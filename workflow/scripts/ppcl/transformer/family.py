@@ -227,8 +227,11 @@ class Family:
     original: OriginalFiles | None = None
 
     def layouts(self) -> dict[str, dict]:
-        """Name of each block list -> its layout (`BlockList.layout`)."""
-        return {blocks.attribute: blocks.layout() for blocks in self.lists}
+        """Name of each block list -> its layout (`BlockList.layout`); in that of the last,
+        `text_unread`: nothing reads the text stream behind it."""
+        made = {blocks.attribute: blocks.layout() for blocks in self.lists}
+        made[self.lists[-1].attribute]["text_unread"] = TEXT in self.unread
+        return made
 
 
 def single(
