@@ -19,6 +19,7 @@ def settings_of(teacher, **changed):
         "seed": 0,
         "device": "cpu",
         "teacher": {"path": str(teacher)},
+        "pipeline": {},
         "intervals": {},
         "prune": {"start": "first"},
         "width": width | {"schedule": "staged"},

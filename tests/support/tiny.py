@@ -202,6 +202,7 @@ def pruned(
         "seed": 0,
         "device": "cpu",
         "teacher": {"path": str(teacher)},
+        "pipeline": {},
         "intervals": {},
         "prune": {"start": "first"},
         "width": {},

@@ -9,12 +9,13 @@ import pytest
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.settings import DistillSettings, Section, Settings, TeacherSettings, Variant
+from ppcl.settings import DistillSettings, LoraSettings, Section, Settings, TeacherSettings, Variant
 
 # Attributes that are no keys of the config, by class.
 OWN = {
     "Settings": {"given"},
     "TeacherSettings": {"fingerprint"},
+    "LoraSettings": {"fingerprint"},
     "DistillSettings": {"linear_weight"},
     "FinetuneSettings": {"steps"},  # each variant's own
 }
@@ -58,6 +59,10 @@ SECTIONS = {
     for kind, node in [
         *sections(),
         (Variant, config.schema()["properties"]["variants"]["items"]["properties"]),
+        (
+            LoraSettings,
+            config.schema()["properties"]["teacher"]["properties"]["loras"]["items"]["properties"],
+        ),
     ]
 }
 
@@ -73,7 +78,7 @@ def test_sections_and_schema_have_the_same_types(name):
     kind, node = SECTIONS[name]
     hints = get_type_hints(kind)
     for key, allowed in node.items():
-        if "properties" in allowed or key in ("pipeline", "budget"):
+        if "properties" in allowed or key in ("pipeline", "budget", "scheduler"):
             continue
         if allowed.get("type") == "array":
             assert get_origin(hints[key]) is tuple, key
@@ -85,7 +90,11 @@ def test_sections_and_schema_have_the_same_types(name):
 def test_teachers_have_the_schemas_defaults():
     node = config.schema()["properties"]["teacher"]["properties"]
     plain = {key: value["default"] for key, value in node.items() if key != "path"}
-    assert vars(TeacherSettings.of({"path": "x"})) == {"path": "x", "fingerprint": None} | plain
+    plain |= {"path": "x", "fingerprint": None, "loras": ()}
+    assert vars(TeacherSettings.of({"path": "x"})) == plain
+    node = node["loras"]["items"]["properties"]
+    plain = {key: value["default"] for key, value in node.items() if key != "path"}
+    assert vars(LoraSettings.of({"path": "x"})) == {"path": "x", "fingerprint": None} | plain
 
 
 def test_a_config_as_sections():

@@ -31,7 +31,9 @@ rule assemble:
         mem_mb=memory(16000),
         runtime=30,
     params:
-        config=lambda wildcards: subset_for_variant(wildcards.variant, "seed", "teacher"),
+        config=lambda wildcards: subset_for_variant(
+            wildcards.variant, "seed", "teacher", "pipeline"
+        ),
         files=optional(*MODELS, "refits", "finetuned"),
         taken=lambda wildcards, input: taken(
             "choose", *([f"finetune-{wildcards.variant}"] if input.finetuned else [])

@@ -12,7 +12,9 @@
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +25,9 @@ from ppcl.errors import UserError
 from ppcl.export import assembly, variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.search import sets, sets_file
-from ppcl.storage import tensors
-from ppcl.teacher import complete, hub, pipelines, teacher_identity
+from ppcl.settings import TeacherSettings
+from ppcl.storage import seals, tensors
+from ppcl.teacher import complete, hub, lora_files, pipelines, teacher_identity
 from ppcl.transformer import blocks, calls
 
 
@@ -43,6 +46,21 @@ def refuse_other(args: argparse.Namespace, count: int, predicted: int) -> None:
             f"variant {args.variant} has {count:,} parameters, but {args.sets} expects "
             f"{predicted:,}: it is of other files; delete it and rerun"
         )
+
+
+def pruned_for(teacher: TeacherSettings, call: Mapping[str, Any]) -> dict[str, Any]:
+    """For the card: the LoRAs that the weights hold, the keys of the scheduler's config that are
+    not the original teacher's, and the arguments of the calls that were recorded.
+
+    teacher: as `teacher_identity.recorded` gives it.
+    """
+    loras = [
+        {key: getattr(lora, key) for key in ("path", "weight_name", "revision", "scale")}
+        | {"component": lora_files.component(lora, teacher)}
+        | {"sha256": seals.file_digest(lora_files.file(lora))}
+        for lora in teacher.loras
+    ]
+    return {"loras": loras, "scheduler": dict(teacher.scheduler), "pipeline": dict(call)}
 
 
 def command_line() -> argparse.Namespace:
@@ -88,6 +106,7 @@ def main() -> None:
         "finetuned": bool(args.finetuned),
         "parameters": count,
         "parameter_fraction": count / blocks.parameter_count(transformer),
+        **pruned_for(teacher, settings.pipeline),
         "provenance": provenance.stamp(settings.given),
     }
     assembly.export(

@@ -79,7 +79,7 @@ def distill_keys():
 def teacher_stamp():
     """For params: what tells this teacher from any other. Where mv or rsync puts another teacher in
     its place, its files may be older than the results, and Snakemake would see no change."""
-    return teacher_identity.fingerprint(settings().teacher)
+    return teacher_identity.stamp(settings().teacher)
 
 
 def prompts_stamp(stage):

@@ -62,9 +62,39 @@ def _tuples(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
+class LoraSettings(Section):
+    """A LoRA that is fused into the teacher's weights when they are loaded.
+
+    fingerprint: not a key of the config. `teacher_identity.resolved` sets it for a local file, to
+    tell this LoRA from any other.
+    """
+
+    path: str
+    weight_name: str | None
+    revision: str | None
+    scale: float
+    component: str | None  # None: the component that is pruned
+    fingerprint: str | None
+
+    _PLAIN: ClassVar[Mapping[str, Any]] = {
+        "weight_name": None,
+        "revision": None,
+        "scale": 1.0,
+        "component": None,
+        "fingerprint": None,
+    }
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """As `Section.of`, but all keys but the path have the schema's defaults."""
+        return super().of({**cls._PLAIN, **values})
+
+
+@dataclass(frozen=True)
 class TeacherSettings(Section):
     """Where the teacher is and how it is loaded.
 
+    scheduler: keys of its scheduler's config that are changed.
     fingerprint: not a key of the config. `teacher_identity.resolved` sets it for a local folder,
     to tell this teacher from any other.
     """
@@ -74,6 +104,8 @@ class TeacherSettings(Section):
     variant: str | None
     subfolder: str | None
     component: str
+    loras: tuple[LoraSettings, ...]
+    scheduler: Mapping[str, Any]
     dtype: Literal["float32", "bfloat16", "float16"]
     offload: Literal["none", "model", "stream", "auto"]
     compile: bool
@@ -85,6 +117,8 @@ class TeacherSettings(Section):
         "variant": None,
         "subfolder": None,
         "component": "transformer",
+        "loras": (),
+        "scheduler": {},
         "dtype": "float32",
         "offload": "none",
         "compile": False,
@@ -96,6 +130,12 @@ class TeacherSettings(Section):
     def of(cls, values: Mapping[str, Any]) -> Self:
         """As `Section.of`, but keys that most teachers leave out get the schema's defaults."""
         return super().of({**cls._PLAIN, **values})
+
+    @classmethod
+    def _typed(cls, key: str, value: Any) -> Any:
+        if key == "loras":
+            return tuple(e if isinstance(e, LoraSettings) else LoraSettings.of(e) for e in value)
+        return dict(value) if key == "scheduler" else super()._typed(key, value)
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,8 @@ def _places(filled: dict) -> None:
         if teacher["subfolder"] and os.path.isdir(f"{folder}/{teacher['subfolder']}"):
             folder, teacher["subfolder"] = f"{folder}/{teacher['subfolder']}", None
         teacher["path"] = _spelled(folder, os.path.realpath)
+    for lora in teacher["loras"]:
+        lora["path"] = _spelled(os.path.expanduser(lora["path"]), _in_real_folder)
     for section, key in (
         ("record", "prompts"),
         ("evaluate", "prompts"),

@@ -15,7 +15,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import constraints
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, untrusted
-from ppcl.teacher import arguments, hub, needed, weights
+from ppcl.teacher import arguments, hub, lora_files, needed, schedulers, weights
 from ppcl.transformer.registry import family_of, fixed_states
 
 
@@ -250,6 +250,9 @@ def _check_teacher(teacher: TeacherSettings, source: str) -> None:
                 "teacher.trust_remote_code: true"
             )
     weights.check_variant(folder, parts, teacher.variant, source)
+    lora_files.check(teacher, folder, source)
+    if teacher.scheduler:
+        schedulers.check(teacher, folder, f"{source}: ")
     key = f"{source}: teacher.path"
     held = weights.check(folder, parts, teacher.variant, key, component)[component]
     needed.refuse_missing(folder, parts, key)

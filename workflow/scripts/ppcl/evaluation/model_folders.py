@@ -3,6 +3,7 @@
 All are loaded as stock diffusers loads them.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +34,9 @@ class Model:
 
     def digest(self) -> str:
         """Changes when a file of the model's folder does (by size and time; weights are large)."""
-        return provenance.digest([vars(self.source), teacher_identity.fingerprint(self.source)])
+        return provenance.digest(
+            [dataclasses.asdict(self.source), teacher_identity.stamp(self.source)]
+        )
 
     def pipeline(self, device: torch.device) -> DiffusionPipeline:
         """The whole pipeline. Raises UserError if it can't be loaded."""
@@ -64,7 +67,9 @@ def models(teacher: TeacherSettings, folders: list[Path]) -> list[Model]:
             variant=None,
             subfolder=None,
             trust_remote_code=own_code or teacher.trust_remote_code,
-            fingerprint=None,  # which is the teacher's
+            fingerprint=None,  # which is the teacher's, as are those below, which exports hold
+            loras=(),
+            scheduler={},
         )
         models.append(Model(folder.name, source))
     return models

@@ -22,6 +22,7 @@ from ppcl.planning import footprint, weightless
 from ppcl.pruning.units import Matrix, Unit, new_blocks_of, units_of
 from ppcl.runtime import devices
 from ppcl.settings import Settings
+from ppcl.teacher import arguments
 from ppcl.training import shards
 from ppcl.transformer import blocks, calls, example_calls
 from ppcl.transformer.family import Pipeline
@@ -228,7 +229,7 @@ class Planner:
         if self.pipeline is None:
             return None
         asked, options = self.settings.pipeline, self.settings.record
-        steps = asked.get("num_inference_steps", self.pipeline.steps)
+        steps = arguments.steps_asked(asked, self.pipeline.steps)
         branches = 2 if example_calls.guided(self.pipeline, asked) else 1
         return options.samples * branches * (steps + options.renoised_per_sample)
 

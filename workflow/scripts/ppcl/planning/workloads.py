@@ -23,6 +23,7 @@ from ppcl.settings import (
     TrainingSettings,
     WidthSettings,
 )
+from ppcl.teacher import arguments
 from ppcl.transformer import blocks, example_calls
 from ppcl.transformer.family import Pipeline
 
@@ -241,7 +242,7 @@ def _pipeline(planner: Planner) -> Pipeline:
 
 def steps_of(planner: Planner) -> int:
     """Calls of the transformer for one picture."""
-    steps = planner.settings.pipeline.get("num_inference_steps", _pipeline(planner).steps)
+    steps = arguments.steps_asked(planner.settings.pipeline, _pipeline(planner).steps)
     return steps * branches_of(planner)
 
 

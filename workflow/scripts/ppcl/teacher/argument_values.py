@@ -27,9 +27,12 @@ def goes_with_prompt(parameter: Parameter | None) -> bool:
     return "list" in kinds and f"list[{kinds[0]}]" in _plain(parameter)
 
 
-def refuse_value(parameter: Parameter, value: Any) -> None:
-    """Raises UserError if the argument does not take the config's value."""
-    key, kinds = f"pipeline.{parameter.name}", kinds_of(parameter)
+def refuse_value(parameter: Parameter, value: Any, section: str = "pipeline") -> None:
+    """Raises UserError if the argument does not take the config's value.
+
+    section: of the config, which has the argument's name as a key; for messages.
+    """
+    key, kinds = f"{section}.{parameter.name}", kinds_of(parameter)
     shown = json.dumps(value, default=str)
     if parameter.name == _NUMBERED and value:
         raise UserError(

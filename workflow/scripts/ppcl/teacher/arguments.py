@@ -5,7 +5,9 @@ Imports neither torch nor diffusers, so that Snakefiles can import it.
 """
 
 import difflib
+import dis
 import re
+import sys
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,6 +29,7 @@ OURS = {
     "callback_on_step_end": "recording counts the steps with it",
     "callback_on_step_end_tensor_inputs": "recording reads the latents from it",
 }
+_SCHEDULES = ("sigmas", "timesteps")  # of a call, in place of a number of steps
 _NEEDED = ("prompt", "generator", "output_type")
 
 # Pipeline -> exactly the pictures that it needs, for pipelines whose annotations are misleading.
@@ -47,6 +50,13 @@ PICTURES = {
     "QwenImageLayeredPipeline": ("image",),
     "ZImageOmniPipeline": (),
 }
+# Modules of diffusers that check the arguments of a pipeline's call.
+_CHECKING = (
+    "diffusers.image_processor",
+    "diffusers.pipelines.",
+    "diffusers.schedulers.",
+    "diffusers.video_processor",
+)
 # If a pipeline's name has one of these words, it uses the same transformer as the pipeline whose
 # name lacks the word. `Control` alone and `Fill` are not among them: the transformers of such
 # pipelines take the picture as further channels.
@@ -117,10 +127,41 @@ def refuse_call(name: str, signature: Signature, settings: Mapping[str, Any]) ->
             )
         if key in known and key not in settings:
             raise UserError(f"pipeline.{key}: {name} can't do without it; set it")
+    _refuse_steps(settings)
     for key, value in settings.items():
         _refuse_key(name, signature, key, known)
         if (parameter := signature.parameters.get(key)) is not None:
             argument_values.refuse_value(parameter, value)
+
+
+def steps_asked(settings: Mapping[str, Any], default: int) -> int:
+    """Denoising steps that a call takes: as many as it is given sigmas or timesteps.
+
+    Args:
+        settings: the config's `pipeline` mapping.
+        default: the pipeline's own number of steps.
+    """
+    for key in _SCHEDULES:
+        if isinstance(given := settings.get(key), list):
+            return len(given)
+    return int(settings.get("num_inference_steps", default))
+
+
+def _refuse_steps(settings: Mapping[str, Any]) -> None:
+    """Raises UserError if a call is given two schedules, or two numbers of steps: pipelines would
+    silently take one."""
+    given = [key for key in _SCHEDULES if settings.get(key) is not None]
+    if len(given) > 1:
+        raise UserError(
+            f"pipeline.{given[0]} and pipeline.{given[1]} both give a schedule; leave one out"
+        )
+    count = settings.get("num_inference_steps")
+    for key in given:
+        if isinstance(settings[key], list) and count is not None and count != len(settings[key]):
+            raise UserError(
+                f"pipeline.num_inference_steps is {count}, but pipeline.{key} has "
+                f"{len(settings[key])} values, a step for each; set it to that, or leave it out"
+            )
 
 
 def refuse_pictures(name: str, signature: Signature, pictures: bool, key: str) -> None:
@@ -159,6 +200,20 @@ def for_batch(signature: Signature, settings: Mapping[str, Any], count: int) -> 
         else _whole(signature.parameters.get(key), value)
         for key, value in settings.items()
     }
+
+
+def refused_by(pipeline: type, error: BaseException) -> bool:
+    """Whether a `raise` statement in the code of a pipeline, its scheduler or its processors made
+    this error, as their checks of arguments do, and not one of its models."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None:
+        return False
+    code = place.tb_frame.f_code
+    stock = place.tb_frame.f_globals.get("__name__", "").startswith(_CHECKING)
+    its_own = code.co_filename == getattr(sys.modules[pipeline.__module__], "__file__", None)
+    return (stock or its_own) and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _whole(parameter: Parameter | None, value: Any) -> Any:

@@ -100,11 +100,38 @@ def commit(teacher: TeacherSettings) -> str:
     Raises:
         UserError: as `folder`.
     """
-    place = folder(teacher, only=())
+    return commit_of(folder(teacher, only=()), "teacher.path")
+
+
+def commit_of(place: Path, key: str) -> str:
+    """The commit (hash) whose snapshot in the Hub's cache a file or folder belongs to."""
     for part in reversed(range(1, len(place.parts))):
         if place.parts[part - 1] == "snapshots":
             return place.parts[part]
-    raise UserError(f"teacher.path: {place} is not in a cache of the Hub; set HF_HOME to one")
+    raise UserError(f"{key}: {place} is not in a cache of the Hub; set HF_HOME to one")
+
+
+def file(path: str, name: str, revision: str | None, key: str) -> Path:
+    """One file of a repository on the Hub, on this machine; it is downloaded, if need be.
+
+    Args:
+        path: the repository (owner/name). name: of the file in it.
+        key: the config key that names it, for messages.
+
+    Raises:
+        UserError: there is no such repository, revision or file, or it can't be reached.
+    """
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(path, name, revision=revision, etag_timeout=PATIENCE))
+    except Exception as error:  # all kinds of missing files and broken connections
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{key}: {name} of {path} at revision {revision or 'main'} is not to be had from the "
+            f"Hub or its cache on this machine ({reason}); check these names, set HF_TOKEN if the "
+            "repository is gated, or download the file and give its path"
+        ) from error
 
 
 def _cached(path: str, revision: str | None, prefix: str, key: str, error: Exception) -> Path:

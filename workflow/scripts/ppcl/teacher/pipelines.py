@@ -1,9 +1,7 @@
 """Loading stock pipelines and transformers, and running them on prompts."""
 
-import dis
 import json
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,7 +18,9 @@ from ppcl.teacher import (
     arguments,
     complete,
     hub,
+    loras,
     prompt_tokens,
+    schedulers,
     signatures,
     steps,
     teacher_identity,
@@ -30,14 +30,6 @@ from ppcl.teacher import (
 from ppcl.teacher.needed import refuse_incomplete, refuse_missing
 from ppcl.transformer import blocks
 from ppcl.transformer.registry import family_of
-
-# Modules of diffusers that check the arguments of a pipeline's call.
-_CHECKING = (
-    "diffusers.image_processor",
-    "diffusers.pipelines.",
-    "diffusers.schedulers.",
-    "diffusers.video_processor",
-)
 
 
 def denoiser(pipe: DiffusionPipeline, teacher: TeacherSettings) -> torch.nn.Module:
@@ -91,8 +83,10 @@ def load(
                 dtype=devices.dtype(teacher.dtype),
                 trust_remote_code=teacher.trust_remote_code,
                 use_safetensors=True,
-                **dict.fromkeys(without),
+                **dict.fromkeys(without) | schedulers.changed(teacher, folder),
             )
+    except UserError:
+        raise
     except Exception as error:  # diffusers raises many kinds; all mean "can't load this folder"
         raise UserError(
             f"{key}: {path} can't be loaded as a diffusers pipeline: {error}"
@@ -109,6 +103,7 @@ def load(
             complete.refuse_incomplete(module, str(folder / name))
         else:
             complete.check(module, account, folder / name, files.get(name, {}))
+    loras.fuse(teacher, folder, modules)
     pipe.set_progress_bar_config(disable=True)
     sizes = {name: devices.size(module) for name, module in modules.items()}
     how = devices.offload(teacher.offload, sizes, device)
@@ -150,7 +145,7 @@ def load_transformer(
 ) -> torch.nn.Module:
     """The teacher's transformer alone, frozen and in evaluation mode; arguments as in `load`.
 
-    Nothing else of the pipeline is read, or downloaded.
+    Its LoRAs are fused. Nothing else of the pipeline is read, or downloaded.
 
     Args:
         gradients: whether it will be trained, or gradients will pass through it. Then it can't be
@@ -195,6 +190,7 @@ def load_transformer(
     blocks.family(transformer)
     devices.use_threads(transformer.parameters(), device)
     complete.check(transformer, account, folder / name, files)
+    loras.fuse(teacher, folder, {name: transformer})
     teacher_identity.refuse_changed(teacher)
     transformer.requires_grad_(False).eval()
     if compiled and teacher.compile:
@@ -310,7 +306,7 @@ def run(
         missed = isinstance(error, (TypeError, ValueError, AttributeError, UnboundLocalError))
         missed = missed and not pictures and "image" in signature.parameters
         missed = missed and name not in arguments.PICTURES
-        if not missed and not _refused_by(pipe, error):
+        if not missed and not arguments.refused_by(type(pipe), error):
             raise
         hint = (
             " It takes a picture besides the prompt, and got none: name the picture of every "
@@ -320,20 +316,6 @@ def run(
             f"config section 'pipeline': {name} can't work with {json.dumps(settings)}: "
             f"{error}.{hint if missed else ''}"
         ) from error
-
-
-def _refused_by(pipe: DiffusionPipeline, error: Exception) -> bool:
-    """Whether a `raise` statement in the code of the pipeline, its scheduler or its processors made
-    this error, as their checks of arguments do, and not one of its models."""
-    place = error.__traceback__
-    while place is not None and place.tb_next is not None:
-        place = place.tb_next
-    if place is None:
-        return False
-    code = place.tb_frame.f_code
-    stock = place.tb_frame.f_globals.get("__name__", "").startswith(_CHECKING)
-    its_own = code.co_filename == getattr(sys.modules[type(pipe).__module__], "__file__", None)
-    return (stock or its_own) and code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def _picture(images: Sequence[str | None]) -> Image.Image:

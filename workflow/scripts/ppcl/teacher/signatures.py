@@ -34,7 +34,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Signature:
-    """The signature of a pipeline's `__call__`.
+    """The signature of a pipeline's `__call__`, or of another function.
 
     Attributes:
         parameters: name -> parameter, in order, without self.
@@ -55,6 +55,13 @@ def of(name: str, file: Path | None = None) -> Signature | None:
         file: see `_lineage`.
     """
     signatures = (_method(made, "__call__", place) for made, place in _lineage(name, file))
+    return next((signature for signature in signatures if signature), None)
+
+
+@cache
+def of_init(name: str) -> Signature | None:
+    """The signature of the `__init__` of a class of diffusers; None if there is no such class."""
+    signatures = (_method(made, "__init__", place) for made, place in _lineage(name))
     return next((signature for signature in signatures if signature), None)
 
 
@@ -85,14 +92,12 @@ def source(name: str) -> ast.ClassDef | None:
 def components(name: str) -> tuple[str, ...]:
     """Names, as in model_index.json, of the components that a pipeline class of diffusers can't be
     made without; empty when `of` gives None."""
-    lineage = [*_lineage(name)]
     optional: list[str] = []
-    for made, _ in lineage:
+    for made, _ in _lineage(name):
         for node in made.body:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == _OPTIONAL:
                 optional += ast.literal_eval(node.value)
-    inits = (_method(made, "__init__", place) for made, place in lineage)
-    init = next((signature for signature in inits if signature), Signature({}))
+    init = of_init(name) or Signature({})
     return tuple(k for k, p in init.parameters.items() if p.required and k not in optional)
 
 

@@ -7,21 +7,32 @@ or stop. Imports nothing heavy, so that Snakefiles can import it.
 
 import contextlib
 import hashlib
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from ppcl import provenance
 from ppcl.errors import UserError
-from ppcl.settings import TeacherSettings
-from ppcl.teacher import hub
+from ppcl.settings import LoraSettings, TeacherSettings
+from ppcl.teacher import hub, lora_files
 
 _SAMPLE = 1 << 16  # bytes
 _MARKS = {True: "revision", False: "fingerprint"}  # by whether the teacher is on the Hub
+_LORAS = "teacher_loras"
+_AGAIN = (
+    "or rerun the workflow, which records the present one and makes all that follows again (a "
+    "stage's program alone can't: delete record/calls.parquet first)"
+)
 
 
 def files(teacher: TeacherSettings) -> list[Path]:
-    """What a local teacher consists of: its index, its code, and its components' files, sorted.
+    """What of a teacher is on this disk: its pipeline, and the LoRAs that are fused into it."""
+    return pipeline_files(teacher) + sorted(lora_files.local(teacher))
+
+
+def pipeline_files(teacher: TeacherSettings) -> list[Path]:
+    """What a local pipeline consists of: its index, its code, and its components' files, sorted.
 
     Links are followed. Hidden files belong to other tools (.git, .cache, .snakemake_timestamp) and
     are left out. Empty for a name on the Hub, or if there is no pipeline.
@@ -53,14 +64,21 @@ def _below(folder: Path) -> list[Path]:
 
 
 def fingerprint(teacher: TeacherSettings) -> str:
-    """Digest of a local teacher's files: their paths in its folder, sizes, times, and samples of
+    """Digest of a local pipeline's files: their paths in its folder, sizes, times, and samples of
     their contents (weights are too large to read). Empty for a name on the Hub, where the commit
     identifies the teacher."""
     if hub.is_name(teacher.path):
         return ""
     folder = Path(teacher.path, teacher.subfolder or "")
-    named = ((path.relative_to(folder).as_posix(), path) for path in files(teacher))
+    named = ((path.relative_to(folder).as_posix(), path) for path in pipeline_files(teacher))
     return provenance.digest([(name, *_looks(path)) for name, path in named])
+
+
+def stamp(teacher: TeacherSettings) -> str:
+    """Digest of all that is on this disk of a teacher, its LoRAs too; empty if nothing is."""
+    if not teacher.loras:
+        return fingerprint(teacher)
+    return provenance.digest([fingerprint(teacher), *map(_looks, lora_files.local(teacher))])
 
 
 def _looks(path: Path) -> tuple[int, int, str]:
@@ -76,21 +94,38 @@ def _looks(path: Path) -> tuple[int, int, str]:
 
 
 def resolved(teacher: TeacherSettings) -> TeacherSettings:
-    """The settings with what identifies the teacher: the commit as `revision` for one on the Hub,
-    else its `fingerprint`.
+    """The settings with what identifies the teacher and each of its LoRAs: the commit as `revision`
+    for one on the Hub, else its `fingerprint`.
 
     Raises:
-        UserError: it is on the Hub, which can't be reached.
+        UserError: one is on the Hub, which can't be reached; or a LoRA can't be read.
     """
+    teacher = teacher.replace(loras=tuple(map(_resolved_lora, teacher.loras)))
     if hub.is_name(teacher.path):
         return teacher.replace(revision=hub.commit(teacher))
     return teacher.replace(fingerprint=fingerprint(teacher))
 
 
+def _resolved_lora(lora: LoraSettings) -> LoraSettings:
+    path = lora_files.file(lora)
+    if lora_files.on_hub(lora):
+        return lora.replace(revision=hub.commit_of(path, lora_files.KEY))
+    return lora.replace(fingerprint=provenance.digest(_looks(path)))
+
+
 def note(teacher: TeacherSettings) -> dict[str, str]:
     """What identifies a `resolved` teacher, for the provenance of calls.parquet."""
     name = _MARKS[hub.is_name(teacher.path)]
-    return {f"teacher_{name}": getattr(teacher, name)}
+    noted = {f"teacher_{name}": getattr(teacher, name)}
+    if teacher.loras:
+        noted[_LORAS] = json.dumps(list(map(_noted_lora, teacher.loras)))
+    return noted
+
+
+def _noted_lora(lora: LoraSettings) -> list:
+    """What identifies a LoRA of a `resolved` teacher, and its use."""
+    name = _MARKS[lora_files.on_hub(lora)]
+    return [name, getattr(lora, name), lora.scale, lora.component]
 
 
 def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSettings:
@@ -109,22 +144,44 @@ def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSetti
         _refuse(teacher)
     if f"teacher_{name}" in noted:
         teacher = teacher.replace(**{name: noted[f"teacher_{name}"]})
+        known = json.loads(noted.get(_LORAS, "[]"))
+        if len(known) != len(teacher.loras):
+            _refuse_loras(f"{len(known)} of them were fused then, and {len(teacher.loras)} now")
+        pairs = zip(teacher.loras, known, strict=True)
+        teacher = teacher.replace(loras=tuple(_recorded_lora(*pair) for pair in pairs))
     refuse_changed(teacher)
     return teacher
+
+
+def _recorded_lora(lora: LoraSettings, known: list) -> LoraSettings:
+    name, mark, *use = known
+    if use != [lora.scale, lora.component] or name != _MARKS[lora_files.on_hub(lora)]:
+        _refuse_loras(f"{lora.path} has another place, scale or component now")
+    return lora.replace(**{name: mark})
 
 
 def refuse_changed(teacher: TeacherSettings) -> None:
     """Raises UserError if a `resolved` teacher's files have changed since."""
     known = teacher.fingerprint
     # A folder without files is no teacher at all; loading it reports that better.
-    if known and files(teacher) and known != fingerprint(teacher):
+    if known and pipeline_files(teacher) and known != fingerprint(teacher):
         _refuse(teacher)
+    for lora in teacher.loras:
+        known = lora.fingerprint
+        if known and known != provenance.digest(_looks(lora_files.file(lora))):
+            _refuse_loras(f"{lora.path} has another size, time or contents now")
 
 
 def _refuse(teacher: TeacherSettings) -> None:
     raise UserError(
         f"teacher.path: {teacher.path} was changed since its calls were recorded, or began to "
         "be: its files have other names, sizes, times or contents. Put the teacher back as it was, "
-        "or rerun the workflow, which records the present one and makes all that follows again (a "
-        "stage's program alone can't: delete record/calls.parquet first)"
+        + _AGAIN
+    )
+
+
+def _refuse_loras(what: str) -> None:
+    raise UserError(
+        f"{lora_files.KEY}: they are others than when the teacher's calls were recorded: {what}. "
+        f"Put them back as they were, {_AGAIN}"
     )

@@ -288,7 +288,7 @@ def identity(script: Path, settings: Settings, inputs: Sequence[Path], **more: A
     for path in inputs:
         with open(path, "rb") as file:
             contents.append(hashlib.file_digest(file, "sha256").hexdigest())
-    teacher = teacher_identity.fingerprint(settings.teacher)
+    teacher = teacher_identity.stamp(settings.teacher)
     return provenance.digest(
         [provenance.code_digest(script), {**settings.given, **more}, teacher, contents]
     )
