@@ -80,6 +80,7 @@ if targets() != {"forecast"} and not interval_plots_only():
     include: "workflow/rules/assemble.smk"
     include: "workflow/rules/pareto.smk"
     include: "workflow/rules/evaluate.smk"
+    include: "workflow/rules/describe.smk"
     include: "workflow/rules/ablation.smk"
     include: "workflow/rules/train_teacher.smk"
 
@@ -95,6 +96,7 @@ rule all:
     input:
         artifacts=artifacts(),
         models=models(),
+        cards=cards(),
         plots=plots("intervals", "training", "quality"),
 
 

@@ -25,7 +25,7 @@ READ_FIRST = {
 }
 # Read by people, and by Snakemake (test_dag.py).
 ENDS = {"forecast.parquet", "figures", "resources.json", "measured.parquet"}
-RUN = [stage for stage in STAGES if stage.program != "evaluate"]
+RUN = [stage for stage in STAGES if stage.program not in ("evaluate", "describe")]
 # What stages read with other configs, in groups of figures, and as shards.
 TABLES = {
     "metrics.parquet": schemas.METRICS,

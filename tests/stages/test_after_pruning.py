@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from support import ROOT, pruned
+from support import ROOT, pruned, published
 
 PAGE = ROOT / "docs" / "after-pruning.md"
 RUN = {"python": [sys.executable, "-c"], "sh": ["bash", "-euo", "pipefail", "-c"]}
@@ -38,7 +38,9 @@ def workplace(tmp_path_factory) -> Path:
 
 
 # What a section's code needs besides, by its heading: a function that puts it into the workplace.
-NEEDS: dict[str, Callable[[Path], None]] = {}
+NEEDS: dict[str, Callable[[Path], object]] = {
+    "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
+}
 
 
 @pytest.mark.parametrize("heading", blocks())

@@ -23,6 +23,7 @@ WITHOUT = {
     "assemble": OTHER | {"skimage"},
     "calibrate": COMPILER | {"matplotlib"},
     "choose": OTHER | {"skimage"},
+    "describe": TORCH | JUDGE | {"skimage"},
     "distill": OTHER | {"skimage"},
     "evaluate": COMPILER | JUDGE | {"matplotlib"},
     "extract": OTHER | {"skimage"},

@@ -29,6 +29,7 @@ STAGES = {
     "assemble",
     "pareto",
     "evaluate",
+    "describe",
     "plot_intervals",
     "plot_training",
     "plot_quality",

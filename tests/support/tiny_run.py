@@ -168,6 +168,17 @@ STAGES = [
         {"metrics": "metrics.parquet", "images": "images.parquet"},
         state=True,
     ),
+    Stage(
+        "describe",
+        {
+            "model": "small",
+            "units": "units.parquet",
+            "metrics": "metrics.parquet",
+            "images": "images.parquet",
+        },
+        {"card": "card"},
+        more={"variant": "small"},
+    ),
 ]
 NAMED = {stage.program: stage for stage in STAGES}
 # Of other configs and targets, after the others.

@@ -107,6 +107,7 @@ def main() -> None:
         "parameters": count,
         "parameter_fraction": count / blocks.parameter_count(transformer),
         **pruned_for(teacher, settings.pipeline),
+        "teacher": teacher_identity.named(recorded),
         "provenance": provenance.stamp(settings.given),
     }
     assembly.export(

@@ -2,6 +2,7 @@
 # run does without.
 
 from ppcl.ablation import methods
+from ppcl.publishing import teacher_card as teacher_cards
 from ppcl.storage import schemas, texts
 from ppcl.teacher import prompts, teacher_identity
 
@@ -159,6 +160,17 @@ def set_of(wildcards):
 def models():
     """Folders of all assembled pipelines."""
     return [result(f"models/{name}") for name in variants()]
+
+
+def cards():
+    """Folders of all variants' model cards."""
+    return [result(f"cards/{name}") for name in variants()]
+
+
+def teacher_card():
+    """The teacher's own model card, if it is on this machine: the variants' licence is its."""
+    path = teacher_cards.find(settings().teacher)
+    return [str(path)] if path and not set("{}") & set(str(path)) else []
 
 
 def forecast_inputs():

@@ -53,6 +53,8 @@ FILES = {
     "points": "pareto/points.parquet",
     "metrics": "evaluation/metrics.parquet",
     "images": "evaluation/images.parquet",
+    "model": "models/<variant>/, which gets the card, too",
+    "card": "cards/<variant>/",
     "results": "ablation/results.parquet",
     "calibration": "ablation/calibration.parquet",
 }

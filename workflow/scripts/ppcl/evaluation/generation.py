@@ -10,12 +10,15 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from ppcl.evaluation.metrics import TEACHER
 from ppcl.evaluation.model_folders import Model, broken
 from ppcl.runtime import stopping
 from ppcl.storage import schemas, tables
 from ppcl.teacher import pipelines, prompt_tokens
 
 FIRST_SEED = 1_000_000_000  # of pictures; far from record's, which count up from the config's
+
+SOURCE_SIDE = 512  # pixels, of a given picture as it is kept
 
 _loaded: dict[str, tuple[Model, DiffusionPipeline]] = {}
 
@@ -74,9 +77,20 @@ def generate(
         "read": [""] * len(batch),
         "prompt_index": [item["prompt_index"] for item in batch],
         "frames": [frames] * len(batch),
+        "source": [_source(path) if model.name == TEACHER else b"" for path in given],
     }
     with stopping.part():
         tables.write(part, pa.table(columns), schemas.IMAGES, {})
+
+
+def _source(path: str | None) -> bytes:
+    """PNG bytes of the picture that a prompt names, made small enough for a figure; empty if it
+    names none."""
+    if path is None:
+        return b""
+    picture = Image.open(path).convert("RGB")
+    picture.thumbnail((SOURCE_SIDE, SOURCE_SIDE))
+    return to_png(np.asarray(picture))
 
 
 def stacked(made) -> tuple[np.ndarray, int]:

@@ -164,20 +164,23 @@ def save(figure: Figure, stem: Path, description: str = "") -> list[Path]:
     The same figure gives the same bytes: no dates, fixed identifiers. `description` is stored in
     the metadata of both files. Returns the paths written.
     """
-    metadata = {
-        "svg": {"Title": stem.name, "Description": description, "Date": None},
-        "png": {"Title": stem.name, "Description": description},
-    }
     written = []
+    for suffix in ("svg", "png"):
+        path = stem.with_name(f"{stem.name}.{suffix}")
+        texts.write(path, as_bytes(figure, suffix, stem.name, description))
+        written.append(path)
+    return written
+
+
+def as_bytes(figure: Figure, kind: str, title: str, description: str = "") -> bytes:
+    """A figure as a file of a kind, `svg` or `png`, with its metadata; see `save`."""
+    stamps = {"Title": title, "Description": description}
+    buffer = io.BytesIO()
     with matplotlib.rc_context(RC):
         freeze(figure)
-        for suffix, stamps in metadata.items():
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format=suffix, dpi=150, metadata=stamps)
-            path = stem.with_name(f"{stem.name}.{suffix}")
-            texts.write(path, buffer.getvalue())
-            written.append(path)
-    return written
+        undated = {"Date": None} if kind == "svg" else {}
+        figure.savefig(buffer, format=kind, dpi=150, metadata=stamps | undated)
+    return buffer.getvalue()
 
 
 @styled

@@ -415,6 +415,12 @@ IMAGES = pa.schema(
         ),
         column("prompt_index", pa.int32(), "row of the prompts file"),
         column("frames", pa.int32(), "of a video, one below the other in the image; else 1"),
+        column(
+            "source",
+            pa.binary(),
+            "of the teacher's rows: the picture that the prompt names, PNG bytes, at most 512 "
+            "pixels a side; else empty",
+        ),
     ]
 )
 
@@ -532,6 +538,7 @@ ARTIFACTS = {
     "ablation/calibration.parquet": "which price foretells an error (target `ablation` only)",
     "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
     "evaluation/images.parquet": "every image behind the metrics",
+    "cards/<variant>/": "its model card with pictures, which is put into `models/<variant>/`",
     "plots/intervals/": "`search`, `heatmap`, `probes`, `width` and `modulation` (if enabled), "
     "each .svg and .png",
     "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",

@@ -1,4 +1,4 @@
-"""Checked readers of files that others made: JSON, and the headers of safetensors files.
+"""Checked readers of files that others made: texts, JSON, and the headers of safetensors files.
 
 Whatever such a file holds, it is read in bounded time and memory, or refused with its name.
 """
@@ -38,6 +38,22 @@ def json_object(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file, about which the caller knows more.
     """
     return _parsed(_head(path, JSON_LIMIT)[0], path)
+
+
+def text(path: Path, limit: int) -> str:
+    """What a text file holds.
+
+    Args:
+        limit: most bytes that it may have.
+
+    Raises:
+        UserError: not a regular file, larger than `limit`, or not UTF-8.
+        FileNotFoundError: there is no such file, about which the caller knows more.
+    """
+    try:
+        return _head(path, limit)[0].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from error
 
 
 def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:

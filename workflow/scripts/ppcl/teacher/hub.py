@@ -17,6 +17,7 @@ from ppcl.transformer import registry
 
 PATIENCE = 10  # seconds to wait for the Hub
 INDEX = "model_index.json"
+CARD = "README.md"
 TEXT_LIMIT = 256 << 20  # most bytes of a tokenizer's or config's file; the largest known has 33 MiB
 _TEXT = re.compile(r"\.(json|jsonl|txt|model|jinja|spm|vocab|tiktoken)$")
 
@@ -167,6 +168,8 @@ def wanted(
     """
     chosen: list[str] = []
     beside: dict[str, list[str]] = {}
+    # Its card, which a variant's card takes the licence from, is at the top.
+    card = [CARD] if CARD in names else []
     for name in (n.removeprefix(prefix) for n in names if n.startswith(prefix)):
         part, _, file = name.partition("/")
         if not file:
@@ -182,7 +185,7 @@ def wanted(
             chosen.append(name)
     for part, files in beside.items():
         chosen += [f"{part}/{file}" for file in weights.wanted(files, teacher.variant)]
-    return [prefix + name for name in chosen]
+    return [prefix + name for name in chosen] + card
 
 
 def read_index(path: Path, key: str = "teacher.path") -> dict:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -111,6 +112,30 @@ def _resolved_lora(lora: LoraSettings) -> LoraSettings:
     if lora_files.on_hub(lora):
         return lora.replace(revision=hub.commit_of(path, lora_files.KEY))
     return lora.replace(fingerprint=provenance.digest(_looks(path)))
+
+
+def named(teacher: TeacherSettings) -> dict[str, str | None]:
+    """What a `resolved` teacher is called in public, without a path of this machine.
+
+    Returns:
+        `name`: owner/name on the Hub, also of a folder that is a snapshot in the Hub's cache; of
+        any other folder its last part. `repository`: that name if it is one on the Hub, else None.
+        `revision`: the commit, or None. `fingerprint`: of a folder, else None.
+    """
+    place = Path(os.path.abspath(teacher.path))
+    cached = re.search(r"/models--([\w.-]+?)--([\w.-]+)/snapshots/(\w+)(/|$)", place.as_posix())
+    if hub.is_name(teacher.path):
+        repository, revision = teacher.path, teacher.revision
+    elif cached:
+        repository, revision = f"{cached[1]}/{cached[2]}", cached[3]
+    else:
+        repository, revision = None, None
+    return {
+        "name": repository or place.name,
+        "repository": repository,
+        "revision": revision,
+        "fingerprint": teacher.fingerprint,
+    }
 
 
 def note(teacher: TeacherSettings) -> dict[str, str]:
