@@ -17,7 +17,7 @@ from ppcl.storage import schemas, seals, tables, tensors, texts
 from ppcl.transformer import calls
 from support import ROOT, tiny, tiny_run
 from support.artifacts import content
-from support.tiny_run import NAMED, SELECTION, STAGES, Stage
+from support.tiny_run import BLOCK_FACTS, NAMED, SELECTION, STAGES, Stage
 
 READ_FIRST = {
     "calls.parquet": ("prompt", "heldout", "arguments"),
@@ -37,6 +37,7 @@ LATENCY = {"latency": "latency.parquet"}
 LOGS = {"distill_log": "distill-log.parquet", "subsets_log": "subsets-log.parquet"}
 QUALITY = {"metrics": "metrics.parquet", "images": "images.parquet", "points": "points.parquet"}
 QUALITY |= {"units": "units.parquet", "measured": "width.parquet"}
+QUALITY |= BLOCK_FACTS
 JOINED = {"logs": "distill-log.parquet", "costs": "distill-unit_costs.parquet"}
 MORE = [
     Stage("intervals", NAMED["intervals"].reads | LATENCY, NAMED["intervals"].writes),

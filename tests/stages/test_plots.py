@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,21 +15,29 @@ import pytest
 
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.figures import catalogue, labelling, style
+from ppcl.figures import catalogue, labelling, seams, style
 from ppcl.figures.block_measures import block_similarity, probe_quality
 from ppcl.figures.candidates import selected_spans
 from ppcl.figures.interval_search import interval_search
 from ppcl.figures.linear_maps import linear_map_costs
 from ppcl.figures.modulation import modulation_costs
 from ppcl.figures.run_tables import TABLES
-from ppcl.figures.variant_composition import taken_by_smallest
+from ppcl.figures.variant_composition import taken_by_smallest, variant_composition
 from ppcl.pruning import constraints
 from ppcl.search.candidates import Limits, closed_form_obstacle
 from ppcl.search.measured import ClosedForm
 from ppcl.storage import schemas, tables
 from ppcl.storage.schemas import Verdict
 from support import ROOT, SCRIPTS
-from support.plotting import draw, search_tables, svg_text, variant_units, width_table, write
+from support.plotting import (
+    block_facts,
+    draw,
+    search_tables,
+    svg_text,
+    variant_units,
+    width_table,
+    write,
+)
 
 INTERVALS_CONFIG = json.dumps(
     {"similarity": {"streams": "mean"}, "width": {}, "modulation": {"enabled": True}}
@@ -43,11 +52,14 @@ def run(*arguments, code: int = 0) -> subprocess.CompletedProcess:
     return done
 
 
-def interval_arguments(folder: Path, data: dict[str, pd.DataFrame], output: Path) -> list:
+def interval_arguments(
+    folder: Path, data: dict[str, pd.DataFrame], output: Path, seam: int | None = None
+) -> list:
     inputs = [x for name, table in data.items() for x in (f"--{name}", write(folder, name, table))]
     blocks = len(data["probes"]["block"].unique())
     width = write(folder, "width-candidates", width_table(data["intervals"], blocks), blocks)
     inputs += ["--candidates", width]
+    inputs += ["--block-facts", write(folder, "block-facts", block_facts(blocks, seam), blocks)]
     return ["intervals", "--config", INTERVALS_CONFIG, *inputs, "--output", output]
 
 
@@ -271,12 +283,87 @@ def test_without_intervals_the_smallest_variant_tells_what_was_taken():
 def test_a_run_without_depth_pruning_has_figures_of_its_closed_forms(tmp_path):
     table = width_table(search_tables(24, 6)["intervals"], 24)
     width = write(tmp_path, "width-candidates", table)
-    draw(
-        "intervals", "--config", INTERVALS_CONFIG, "--candidates", width, "--output", tmp_path / "a"
-    )
+    inputs = [
+        "--candidates",
+        width,
+        "--block-facts",
+        write(tmp_path, "block-facts", block_facts(24)),
+    ]
+    draw("intervals", "--config", INTERVALS_CONFIG, *inputs, "--output", tmp_path / "a")
     assert {path.stem for path in (tmp_path / "a").iterdir()} == {"width", "modulation"}
     depth = svg_text(tmp_path / "a/width.svg").split("\n")
     assert "selected depth interval" not in depth
+
+
+def test_where_another_kind_of_blocks_begins_is_marked_and_named_in_every_figure(tmp_path):
+    draw(*interval_arguments(tmp_path, search_tables(57, 8), tmp_path, seam=19))
+    two = ["transformer_blocks", "single_transformer_blocks"]
+    for name in ("search", "heatmap", "probes", "width", "modulation"):
+        lines = svg_text(tmp_path / f"{name}.svg").split("\n")
+        for kind in two:
+            assert any(re.search(rf"\b{kind}$", line) for line in lines), (name, kind)
+    draw(*interval_arguments(tmp_path, search_tables(24, 6), tmp_path / "one"))
+    for name in ("search", "heatmap", "probes", "width", "modulation"):
+        assert "transformer_blocks" not in svg_text(tmp_path / f"one/{name}.svg")
+
+
+def seam_lines(ax, axis: str = "x") -> list[float]:
+    """Where lines of seams cross an axis."""
+    data = [np.asarray(getattr(line, f"get_{axis}data")()) for line in ax.lines]
+    return [values[0] for values in data if len(values) == 2 and values[0] == values[1] == 18.5]
+
+
+def test_a_seam_lies_between_the_kinds_on_all_axes_that_reach_over_it():
+    kinds = seams.runs(block_facts(57, 19))
+    assert kinds == [
+        seams.Run(0, 18, "transformer_blocks"),
+        seams.Run(19, 56, "single_transformer_blocks"),
+    ]
+    assert seams.runs(block_facts(24)) == [seams.Run(0, 23, "transformer_blocks")]
+    data, units = search_tables(57, 8), variant_units()
+    width = width_table(data["intervals"], 57)
+    probes = probe_quality(data["probes"], data["intervals"], kinds)
+    heatmap = block_similarity(data["blocks"], data["intervals"], kinds)
+    strips = variant_composition(units, ["p55", "p70"], 57, kinds)
+    for figure in (
+        probes,
+        strips,
+        linear_map_costs(width, data["intervals"], 57, kinds),
+        modulation_costs(width, 57, kinds),
+    ):
+        assert all(seam_lines(ax) for ax in figure.axes)
+    for ax in heatmap.axes[:-1]:
+        assert seam_lines(ax) and seam_lines(ax, "y")
+    search = interval_search(data["cka"], data["intervals"], "mean", kinds)
+    for ax in search.axes:
+        low, high = ax.get_xlim()
+        assert bool(seam_lines(ax)) == (low < 18.5 < high)
+    assert not any(seam_lines(ax) for ax in probe_quality(data["probes"], data["intervals"]).axes)
+
+
+def test_axes_of_one_kind_alone_say_which_and_narrow_ones_leave_names_out():
+    kinds = seams.runs(block_facts(57, 19))
+    facts = block_facts(57, 19).assign(list="blocks")
+    for limits, runs, words in (
+        ((18.6, 56.5), kinds, ["block: single_transformer_blocks"]),
+        ((-0.5, 56.5), kinds, ["transformer_blocks", "block: single_transformer_blocks"]),
+        ((-0.5, 56.5), seams.runs(facts), ["blocks", "block: blocks, another kind"]),
+        ((16.5, 56.5), kinds, ["block: single_transformer_blocks"]),
+        ((-0.5, 56.5), [], ["block"]),
+    ):
+        ax = style.axes_at(style.new_figure("title", 3), 1, 1, 7, 1)
+        ax.set_xlim(limits)
+        seams.name_blocks(ax, runs)
+        assert [t.get_text() for t in ax.texts] + [ax.get_xlabel()] * (not ax.texts) == words
+
+
+def test_a_box_outside_a_stream_that_only_later_blocks_have_is_not_drawn():
+    data = search_tables(24, 6)
+    later = data["blocks"].query("block_a > 8 and block_b > 8")
+    spans = selected_spans(data["intervals"])
+    figure = block_similarity(later, data["intervals"])
+    inside = [span for span in spans if span[0] > 8]
+    assert len(figure.axes[0].patches) == len(inside) < len(spans)
 
 
 def test_a_stream_that_the_table_lacks_and_a_missing_file_are_named(tmp_path):
@@ -316,7 +403,9 @@ def test_tables_from_before_there_were_verdicts_are_refused_with_what_to_do(tmp_
     path, fields = tmp_path / "candidates.parquet", list(schemas.WIDTH_CANDIDATES)
     older = pa.schema([field for field in fields if field.name != "verdict"])
     tables.write(path, table[older.names], older, {"blocks": "24"})
+    facts = write(tmp_path, "block-facts", block_facts(24))
     arguments = ["--config", INTERVALS_CONFIG, "--candidates", path, "--output", tmp_path / "a"]
+    arguments += ["--block-facts", facts]
     again = rf"{path}: column 'verdict' is missing; delete it and rerun: snakemake makes it again"
     with pytest.raises(UserError, match=again):
         draw("intervals", *arguments)

@@ -15,7 +15,15 @@ from ppcl.figures.candidates import selected_spans
 from ppcl.figures.price_calibration import price_calibration, rank_correlation
 from ppcl.figures.training_curves import velocity_errors
 from ppcl.storage import schemas
-from support.plotting import calibration_table, draw, search_tables, svg_text, variant_units, write
+from support.plotting import (
+    block_facts,
+    calibration_table,
+    draw,
+    search_tables,
+    svg_text,
+    variant_units,
+    write,
+)
 
 TRAINING_CONFIG = json.dumps(
     {
@@ -126,7 +134,7 @@ def images_table(judged: bool = True, prompts: int = 8, side: int = 32) -> pd.Da
             read |= {"background_color": paper, "text": f"{read['digit']} {ink} on {paper}"}
             read |= {"correct": correct}
             text_read = json.dumps(read) if judged else ""
-            rows.append([name, text[index % 2], 7, buffer.getvalue(), text_read, index, 1])
+            rows.append([name, text[index % 2], 7, buffer.getvalue(), text_read, index, 1, b""])
     return pd.DataFrame(rows, columns=schemas.IMAGES.names)
 
 
@@ -161,7 +169,9 @@ def test_quality_plots(tmp_path, judged):
     pictures = write(tmp_path, "images", images_table(judged))
     points = write(tmp_path, "points", points_table())
     units = write(tmp_path, "variant-units", variant_units())
+    facts = write(tmp_path, "block-facts", block_facts(24))
     inputs = ["--metrics", metrics, "--images", pictures, "--points", points, "--units", units]
+    inputs += ["--block-facts", facts]
     tuned = [{"name": "p55", "budget": 0.55, "finetune_steps": 5}, {"name": "p70", "budget": 0.7}]
     settings = json.dumps({"variants": tuned})
     draw("quality", "--config", settings, *inputs, "--output", tmp_path)
@@ -197,6 +207,41 @@ def test_small_pictures_are_enlarged_by_repeating_pixels():
     Image.fromarray(pixels).save(buffer, "png")
     enlarged = sample_images._pixels(buffer.getvalue())
     np.testing.assert_array_equal(enlarged, pixels.repeat(8, 0).repeat(8, 1))
+
+
+def film(frames: int = 9, side: int = 32) -> bytes:
+    """A video whose frames, one below the other, grow brighter."""
+    column = np.repeat(np.linspace(0, 255, frames).astype(np.uint8), side)
+    buffer = io.BytesIO()
+    Image.fromarray(np.tile(column[:, None, None], (1, side, 3))).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def test_of_a_video_the_first_a_middle_and_the_last_frame_are_drawn_side_by_side():
+    pixels = sample_images._pixels(film(), 9)
+    gap = (pixels.shape[1] - 3 * 256) // 2
+    assert pixels.shape[0] == 256 and gap >= 4
+    for number, value in enumerate((0, 127, 255)):
+        assert (pixels[:, number * (256 + gap) :][:, :256] == value).all()
+    assert sample_images._pixels(film(2), 2).shape[1] == 2 * 256 + gap
+    table = images_table(judged=False, prompts=2).assign(png=film(), frames=9)
+    figure = sample_images.sample_images(table, metrics_table())
+    assert any("3 frames, from first to last" in text.get_text() for text in figure.texts)
+    box = figure.axes[1].get_position()
+    width, height = figure.get_size_inches() * (box.width, box.height)
+    assert width / height == pytest.approx(3, rel=0.02)
+
+
+def test_pictures_that_prompts_name_stand_before_what_was_made_of_them():
+    table = images_table(judged=False, prompts=2)
+    table["source"] = [film(1) if name == "teacher" else b"" for name in table["variant"]]
+    figure = sample_images.sample_images(table, metrics_table())
+    titles = [ax.get_title() for ax in figure.axes if ax.get_title()]
+    assert titles[0].strip() == "given" and titles[1].startswith("teacher")
+    (given,) = figure.axes[1].get_images()
+    np.testing.assert_array_equal(given.get_array(), sample_images._pixels(film(1)))
+    plain = sample_images.sample_images(images_table(judged=False, prompts=2), metrics_table())
+    assert len(figure.axes) - len(plain.axes) == 2
 
 
 def test_names_of_crowded_points_do_not_overlap():

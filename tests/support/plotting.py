@@ -162,6 +162,16 @@ def variant_units() -> pd.DataFrame:
     return pd.DataFrame(rows, columns=schemas.VARIANT_UNITS.names)
 
 
+def block_facts(blocks: int, seam: int | None = None) -> pd.DataFrame:
+    """Blocks of one kind or, from `seam` on, of two, as FLUX has them."""
+    every = range(blocks)
+    two = [seam is not None and block >= seam for block in every]
+    names = ["single_transformer_blocks" if second else "transformer_blocks" for second in two]
+    begins = [block in (0, seam) for block in every]
+    rows = [every, names, begins, [""] * blocks, [100] * blocks]
+    return pd.DataFrame(dict(zip(schemas.BLOCK_FACTS.names, rows, strict=True)))
+
+
 def calibration_table(seed: int = 0) -> pd.DataFrame:
     """Prices of which the untrained student's foretells most, and CKA least."""
     rng = np.random.default_rng(seed)

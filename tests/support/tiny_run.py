@@ -119,7 +119,8 @@ STAGES = [
     ),
     Stage(
         "plot",
-        {
+        BLOCK_FACTS
+        | {
             "cka": "cka.parquet",
             "blocks": "blocks.parquet",
             "probes": "probes.parquet",

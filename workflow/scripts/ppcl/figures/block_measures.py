@@ -1,6 +1,7 @@
 """What the blocks of a teacher are like: CKA between their outputs, and how linear each is."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -9,19 +10,22 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 
-from ppcl.figures import labelling, style
+from ppcl.figures import labelling, seams, style
 from ppcl.figures.candidates import selected_spans
 from ppcl.figures.style import MINUS
 
 
 @style.styled
-def block_similarity(blocks: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
+def block_similarity(
+    blocks: pd.DataFrame, intervals: pd.DataFrame, kinds: Sequence[seams.Run] = ()
+) -> Figure:
     """Linear CKA between the outputs of every two blocks, one map per stream, selection boxed.
 
     Args:
         blocks: as schemas.BLOCKS: cka (0 to 1, as colour) of block_a (x) and block_b (y), by
             stream.
         intervals: as schemas.INTERVALS: the selected ones are the boxes.
+        kinds: runs of like blocks (`seams.runs`), between which lines are drawn.
     """
     streams = style.streams(blocks)
     left, gap, top, bar = 0.5, 0.4, 0.85, 0.8
@@ -52,16 +56,18 @@ def block_similarity(blocks: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
             interpolation="nearest",
         )
         for begin, end in selected_spans(intervals):
-            if end <= last:
+            if first <= begin and end <= last:
                 size = end - begin + 1
                 box = Rectangle((begin - 0.5, begin - 0.5), size, size, clip_on=False)
                 box.set(fill=False, edgecolor="white", linewidth=1.2)
                 box.set_path_effects([withStroke(linewidth=2.8, foreground="black")])
                 ax.add_patch(box)
         ax.set_title(f"{stream} stream", y=1.01, pad=0)
-        ax.set_xlabel("block")
-        ax.set_ylabel("block" if number == 0 else "")
         ax.locator_params(integer=True, nbins=10)
+        for axis in "xy":
+            seams.mark(ax, kinds, axis)
+        seams.name_blocks(ax, kinds)
+        ax.set_ylabel("block" if number == 0 else "")
         ax.spines[:].set_visible(False)
     scale = style.axes_at(figure, width + 0.12, top + 0.1 * side, 0.14, 0.8 * side)
     figure.colorbar(image, cax=scale, label="linear CKA").outline.set_linewidth(0.5)
@@ -69,13 +75,16 @@ def block_similarity(blocks: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
 
 
 @style.styled
-def probe_quality(table: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
+def probe_quality(
+    table: pd.DataFrame, intervals: pd.DataFrame, kinds: Sequence[seams.Run] = ()
+) -> Figure:
     """How linear each block is: R² and cosine of its probe on held-out tokens, and conditioning.
 
     Args:
         table: as schemas.PROBES: r2_heldout, cosine_heldout and condition_number (no units) over
             block, one curve per stream.
         intervals: as schemas.INTERVALS: the selected ones are shaded.
+        kinds: runs of like blocks (`seams.runs`), between which lines are drawn.
     """
     share = (table["r2_heldout"] > 0.5).mean()
     figure = style.new_figure(
@@ -106,10 +115,11 @@ def probe_quality(table: pd.DataFrame, intervals: pd.DataFrame) -> Figure:
             _floor(ax, table, column, -0.5)
         if column == "condition_number":
             style.log_axis(ax)
-            ax.set_xlabel("block")
+            seams.name_blocks(ax, kinds)
         else:
             ax.tick_params(labelbottom=False)
         style.shade(ax, selected_spans(intervals))
+        seams.mark(ax, kinds)
         labelling.label_ends(ax, ends)
         ax.set_ylabel(label)
         ax.yaxis.set_label_coords(-0.55 / (style.WIDTH - 1.5), 0.5)

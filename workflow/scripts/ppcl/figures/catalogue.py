@@ -16,6 +16,8 @@ from ppcl.settings import Settings
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from ppcl.figures import seams
+
 GROUPS = {  # name, folder below plots/, and argument of plot.py -> what it shows
     "intervals": "the search for intervals: what went, and why",
     "training": "loss curves, of what was trained",
@@ -48,35 +50,43 @@ class Entry:
     keys: tuple[str, ...] = ()
 
 
+def _kinds(run: RunTables) -> list[seams.Run]:
+    """Runs of like blocks, for axes that number blocks."""
+    from ppcl.figures import seams
+
+    return seams.runs(run.table("block_facts"))
+
+
 def _search(run: RunTables) -> Figure:
     from ppcl.figures.interval_search import interval_search
 
     stream = run.settings.similarity.streams
-    return interval_search(run.table("cka"), run.intervals, stream)
+    return interval_search(run.table("cka"), run.intervals, stream, _kinds(run))
 
 
 def _heatmap(run: RunTables) -> Figure:
     from ppcl.figures.block_measures import block_similarity
 
-    return block_similarity(run.table("blocks"), run.intervals)
+    return block_similarity(run.table("blocks"), run.intervals, _kinds(run))
 
 
 def _probes(run: RunTables) -> Figure:
     from ppcl.figures.block_measures import probe_quality
 
-    return probe_quality(run.table("probes"), run.intervals)
+    return probe_quality(run.table("probes"), run.intervals, _kinds(run))
 
 
 def _width(run: RunTables) -> Figure:
     from ppcl.figures.linear_maps import linear_map_costs
 
-    return linear_map_costs(run.table("candidates"), run.intervals, run.depth("candidates"))
+    blocks = run.depth("candidates")
+    return linear_map_costs(run.table("candidates"), run.intervals, blocks, _kinds(run))
 
 
 def _modulation(run: RunTables) -> Figure:
     from ppcl.figures.modulation import modulation_costs
 
-    return modulation_costs(run.table("candidates"), run.depth("candidates"))
+    return modulation_costs(run.table("candidates"), run.depth("candidates"), _kinds(run))
 
 
 def _width_of_variants(run: RunTables) -> Figure:
@@ -84,7 +94,7 @@ def _width_of_variants(run: RunTables) -> Figure:
     from ppcl.figures.variant_composition import taken_by_smallest
 
     taken = taken_by_smallest(run.table("measured"), run.table("units"))
-    return linear_map_costs(taken, run.intervals, run.depth("units"))
+    return linear_map_costs(taken, run.intervals, run.depth("units"), _kinds(run))
 
 
 def _modulation_of_variants(run: RunTables) -> Figure:
@@ -92,7 +102,7 @@ def _modulation_of_variants(run: RunTables) -> Figure:
     from ppcl.figures.variant_composition import taken_by_smallest
 
     taken = taken_by_smallest(run.table("measured"), run.table("units"))
-    return modulation_costs(taken, run.depth("units"))
+    return modulation_costs(taken, run.depth("units"), _kinds(run))
 
 
 def _distill(run: RunTables) -> Figure:
@@ -118,7 +128,8 @@ def _finetune(run: RunTables) -> Figure:
 def _sets(run: RunTables) -> Figure:
     from ppcl.figures.variant_composition import variant_composition
 
-    return variant_composition(run.table("units"), run.variants, run.depth("units"))
+    blocks = run.depth("units")
+    return variant_composition(run.table("units"), run.variants, blocks, _kinds(run))
 
 
 def _pareto(run: RunTables) -> Figure:
@@ -183,18 +194,32 @@ FIGURES = (
         "intervals",
         "search",
         "Search for intervals",
-        ("cka", "intervals"),
+        ("cka", "intervals", "block_facts"),
         _search,
         _searched,
         keys=("similarity.streams",),
     ),
-    Entry("intervals", "heatmap", "CKA between blocks", ("blocks",), _heatmap, _compared),
-    Entry("intervals", "probes", "Probe error along depth", ("probes",), _probes, _compared),
+    Entry(
+        "intervals",
+        "heatmap",
+        "CKA between blocks",
+        ("blocks", "block_facts"),
+        _heatmap,
+        _compared,
+    ),
+    Entry(
+        "intervals",
+        "probes",
+        "Probe error along depth",
+        ("probes", "block_facts"),
+        _probes,
+        _compared,
+    ),
     Entry(
         "intervals",
         "width",
         "Linear FFNs and text runs",
-        ("candidates",),
+        ("candidates", "block_facts"),
         _width,
         lambda settings: settings.width.enabled and settings.intervals.enabled,
     ),
@@ -202,7 +227,7 @@ FIGURES = (
         "intervals",
         "modulation",
         "Low-rank modulation",
-        ("candidates",),
+        ("candidates", "block_facts"),
         _modulation,
         lambda settings: settings.modulation.enabled and settings.intervals.enabled,
     ),
@@ -236,7 +261,7 @@ FIGURES = (
         "quality",
         "sets",
         "What each variant is made of",
-        ("units",),
+        ("units", "block_facts"),
         _sets,
         keys=("variants",),
     ),
@@ -244,7 +269,7 @@ FIGURES = (
         "quality",
         "width",
         "Linear FFNs and text runs",
-        ("units", "measured"),
+        ("units", "measured", "block_facts"),
         _width_of_variants,
         lambda settings: settings.width.enabled and not settings.intervals.enabled,
     ),
@@ -252,7 +277,7 @@ FIGURES = (
         "quality",
         "modulation",
         "Low-rank modulation",
-        ("units", "measured"),
+        ("units", "measured", "block_facts"),
         _modulation_of_variants,
         lambda settings: settings.modulation.enabled and not settings.intervals.enabled,
     ),

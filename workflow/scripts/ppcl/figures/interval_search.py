@@ -1,6 +1,7 @@
 """The search for intervals, by Eq. 3 to 5: CKA and its fall along every search."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
 from ppcl.errors import UserError
-from ppcl.figures import style
+from ppcl.figures import seams, style
 from ppcl.figures.candidates import selected_spans
 from ppcl.figures.style import MINUS
 
@@ -26,7 +27,9 @@ _STREAM_WORDS = {
 
 
 @style.styled
-def interval_search(cka: pd.DataFrame, intervals: pd.DataFrame, stream: str) -> Figure:
+def interval_search(
+    cka: pd.DataFrame, intervals: pd.DataFrame, stream: str, kinds: Sequence[seams.Run] = ()
+) -> Figure:
     """CKA (Eq. 3) and its fall (Eq. 4) against k for every search of Eq. 5's chain.
 
     A search starts at the last kept block u and ends at v, dashed: it found the interval u+1..v,
@@ -38,6 +41,7 @@ def interval_search(cka: pd.DataFrame, intervals: pd.DataFrame, stream: str) -> 
             bootstrap bounds, for every start (u).
         intervals: as schemas.INTERVALS: first, last, selected, source and tolerance.
         stream: the stream that was searched, as in the config's similarity.streams.
+        kinds: runs of like blocks (`seams.runs`), between which lines are drawn.
 
     Raises:
         UserError: the table does not hold the stream, or no rows of an interval's search.
@@ -82,6 +86,7 @@ def interval_search(cka: pd.DataFrame, intervals: pd.DataFrame, stream: str) -> 
         for ax in (upper, lower):
             style.shade(ax, [span], style.CANDIDATE)
             style.shade(ax, _overlaps(selected, span))
+            seams.mark(ax, kinds)
         upper.set_title(f"{number + 1}:  {style.blocks_name(*span)}", y=1.04, pad=0)
         if column == 0:
             upper.set_ylabel("CKA(u, k)")
@@ -101,7 +106,8 @@ def interval_search(cka: pd.DataFrame, intervals: pd.DataFrame, stream: str) -> 
     }
     strip = style.axes_at(figure, 1.2, bottom + 0.05, style.WIDTH - 1.3, 0.56)
     style.strip(strip, bars, blocks)
-    strip.set_xlabel("block", labelpad=1)
+    seams.mark(strip, kinds)
+    seams.name_blocks(strip, kinds, labelpad=1)
     style.legend_at(figure, 0.8, _search_legend(table, stream), fontsize=7.5)
     return figure
 

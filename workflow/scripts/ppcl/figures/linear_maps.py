@@ -1,5 +1,6 @@
 """What linear FFNs (Eq. 9) and text runs (Eq. 8) cost, and which were taken."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -10,14 +11,19 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from ppcl.figures import style
+from ppcl.figures import seams, style
 from ppcl.figures.candidates import KINDS, selected_spans
 from ppcl.figures.style import MINUS
 from ppcl.storage.schemas import RULED_OUT
 
 
 @style.styled
-def linear_map_costs(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: int) -> Figure:
+def linear_map_costs(
+    candidates: pd.DataFrame,
+    intervals: pd.DataFrame,
+    blocks: int,
+    kinds_of_blocks: Sequence[seams.Run] = (),
+) -> Figure:
     """What every linear FFN and text run costs along the depth, what went, and the model it makes.
 
     The kinds share one error axis, as selection compares them. It ends at most five decades below
@@ -32,6 +38,7 @@ def linear_map_costs(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: 
             kind and stream; selected; verdict, of schemas.RULED_OUT or not.
         intervals: as schemas.INTERVALS: the selected ones are shaded.
         blocks: the teacher's number of blocks; not all need have candidates.
+        kinds_of_blocks: runs of like blocks (`seams.runs`), between which lines are drawn.
     """
     candidates = candidates[candidates["kind"] != "modulation"]  # which have a figure of their own
     ffn = candidates["kind"] == "ffn"
@@ -88,12 +95,14 @@ def linear_map_costs(candidates: pd.DataFrame, intervals: pd.DataFrame, blocks: 
     for ax, label in zip(figure.axes, labels, strict=True):
         style.shade(ax, spans)
         style.block_ticks(ax, blocks)
+        seams.mark(ax, kinds_of_blocks)
         ax.tick_params(labelbottom=False)
         ax.set_ylabel(label)
         ax.yaxis.set_label_coords(-0.55 / across, 0.5)
     strip = style.axes_at(figure, left, bottom, across, strip_height)
     style.strip(strip, _narrow_model(picked, spans, kinds), blocks)
-    strip.set_xlabel("block", labelpad=1)
+    seams.mark(strip, kinds_of_blocks)
+    seams.name_blocks(strip, kinds_of_blocks, labelpad=1)
     style.legend_at(figure, 0.79 if unmeasured else 0.62, _width_legend(table, floor, spans, runs))
     return figure
 

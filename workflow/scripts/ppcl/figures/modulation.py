@@ -11,11 +11,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from ppcl.figures import style
+from ppcl.figures import seams, style
 
 
 @style.styled
-def modulation_costs(candidates: pd.DataFrame, blocks: int) -> Figure:
+def modulation_costs(
+    candidates: pd.DataFrame, blocks: int, kinds: Sequence[seams.Run] = ()
+) -> Figure:
     """What each modulation matrix costs at every rank on offer, along the depth; what was chosen.
 
     One panel per matrix of a block; the last AdaLN stands after the last block. Below, the ranks
@@ -26,6 +28,7 @@ def modulation_costs(candidates: pd.DataFrame, blocks: int) -> Figure:
             velocity_error (relative, squared) over first (block) by path and rank; selected ones
             are full.
         blocks: the teacher's number of blocks.
+        kinds: runs of like blocks (`seams.runs`), between which lines are drawn.
     """
     table = candidates[candidates["kind"] == "modulation"]
     title = "Low-rank modulation"
@@ -76,6 +79,7 @@ def modulation_costs(candidates: pd.DataFrame, blocks: int) -> Figure:
                 ax.plot(row.first, value, "o", mew=0.9, **mark)
         ax.set_title(" and ".join(members), pad=4, parse_math=False)
         style.block_ticks(ax, width)
+        seams.mark(ax, kinds)
         ax.tick_params(labelbottom=False)
         ax.set_ylabel("velocity\nerror")
         ax.yaxis.set_label_coords(-0.55 / across, 0.5)
@@ -91,7 +95,8 @@ def modulation_costs(candidates: pd.DataFrame, blocks: int) -> Figure:
         ]
     style.strip(strip, bars, width)
     name_last_column(strip, blocks, beyond)
-    strip.set_xlabel("block; in its cell the rank taken", labelpad=1)
+    seams.mark(strip, kinds)
+    seams.name_blocks(strip, kinds, "block; in its cell the rank taken", labelpad=1)
     handles = [
         Line2D([], [], color=looks[rank], marker="o", lw=0.7, label=f"rank {rank}")
         for rank in ranks

@@ -11,6 +11,7 @@ from ppcl.settings import Settings
 from ppcl.storage import schemas, tables
 
 TABLES = {  # name, and option of plot.py -> file below results/<run>/, as in schemas.TABLES
+    "block_facts": "record/blocks.parquet",
     "cka": "similarity/cka.parquet",
     "blocks": "similarity/blocks.parquet",
     "probes": "probes/probes.parquet",

@@ -7,7 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from ppcl.figures import style
+from ppcl.figures import seams, style
 from ppcl.figures.modulation import name_last_column, short_path
 
 # Where a unit is from, as in schemas.VARIANT_UNITS -> colour and words.
@@ -22,7 +22,9 @@ SOURCES = {
 
 
 @style.styled
-def variant_composition(units: pd.DataFrame, names: Sequence[str], blocks: int) -> Figure:
+def variant_composition(
+    units: pd.DataFrame, names: Sequence[str], blocks: int, kinds: Sequence[seams.Run] = ()
+) -> Figure:
     """What every variant is made of along the depth, and the stage that each part is from.
 
     One strip of the depth per variant, with a row per kind of unit, coloured by its stage.
@@ -32,6 +34,7 @@ def variant_composition(units: pd.DataFrame, names: Sequence[str], blocks: int) 
             what a variant has in place of the teacher's own, and source.
         names: all variants in the order of the config, also those that keep everything.
         blocks: the teacher's number of blocks.
+        kinds: runs of like blocks (`seams.runs`), between which lines are drawn.
     """
     beyond = [path for path in units.loc[units["first"] == blocks, "path"].unique() if path]
     width = blocks + bool(beyond)
@@ -51,8 +54,11 @@ def variant_composition(units: pd.DataFrame, names: Sequence[str], blocks: int) 
         style.strip(ax, bars or {"": []}, width)
         name_last_column(ax, blocks, beyond)
         ax.tick_params(labelsize=7)
+        seams.mark(ax, kinds)
         ax.set_title(f"{name}: {_told(own)}", pad=3, parse_math=False)
         top += row * max(1, len(bars)) + gap
+    if len(kinds) > 1:
+        seams.name_blocks(ax, kinds, labelpad=0)
     there = [source for source in SOURCES if (units["source"].map(_kind) == source).any()]
     handles = [Patch(fc=SOURCES[s][0], ec="#444444", lw=0.8, label=SOURCES[s][1]) for s in there]
     if handles:
