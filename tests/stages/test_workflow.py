@@ -9,7 +9,7 @@ import pytest
 from ppcl.storage import schemas, tables
 from support import ROOT
 from support.dry_runs import counts, run, settings_of_jobs
-from support.plotting import search_tables, width_table
+from support.plotting import block_facts, search_tables, width_table
 
 # Without training, and without depth pruning.
 TRAINING = {"distill", "subsets", "plot_training"}
@@ -293,6 +293,8 @@ def test_interval_plots_need_nothing_but_their_tables(snakemake, tmp_path):
     table = width_table(search_tables(12, 3)["intervals"], 12)
     candidates = work / "results/digits/width/candidates.parquet"
     tables.write(candidates, table, schemas.WIDTH_CANDIDATES, {"blocks": "12"})
+    facts = work / "results/digits/record/blocks.parquet"
+    tables.write(facts, block_facts(12), schemas.BLOCK_FACTS, {})
     blocked = tmp_path / "blocked/torch"
     blocked.mkdir(parents=True)
     (blocked / "__init__.py").write_text("raise ImportError('torch was imported')")
