@@ -251,8 +251,8 @@ def test_one_set_of_weights_is_downloaded():
     marked += [f"b/{own}.safetensors.index.fp16.json"]
     other = ["t/pytorch_model.bin", "t/model.fp16.bin", f"b/{own}.safetensors", "b/x.safetensors"]
     other += [f"t/model{shard}.safetensors", "t/model.safetensors.index.json", "p/model.bin"]
-    files = ["model_index.json", "b/config.json", "p/vocab.txt"]
-    names = [*plain, *marked, *other, *files, "x.py", "b/y.py", "README.md", "b/m.onnx"]
+    files = ["model_index.json", "README.md", "b/config.json", "p/vocab.txt"]
+    names = [*plain, *marked, *other, *files, "x.py", "b/y.py", "b/README.md", "b/m.onnx"]
     source = tiny.source(NAME)
     pick = lambda **more: hub.wanted(names, "", None, (), source.replace(**more))  # noqa: E731
     assert sorted(pick()) == sorted([*plain, *files])
