@@ -55,7 +55,8 @@ def pruned_for(teacher: TeacherSettings, call: Mapping[str, Any]) -> dict[str, A
     teacher: as `teacher_identity.recorded` gives it.
     """
     loras = [
-        {key: getattr(lora, key) for key in ("path", "weight_name", "revision", "scale")}
+        {"path": lora.path if lora_files.on_hub(lora) else Path(lora.path).name}  # no private one
+        | {key: getattr(lora, key) for key in ("weight_name", "revision", "scale")}
         | {"component": lora_files.component(lora, teacher)}
         | {"sha256": seals.file_digest(lora_files.file(lora))}
         for lora in teacher.loras

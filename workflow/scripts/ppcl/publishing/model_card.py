@@ -145,12 +145,16 @@ def _opening(about: Described) -> str:
         f"Licence: not known, since {about.teacher.refused}. The teacher's holds for this model "
         "too; name it in the front matter before you publish this."
     )
-    base = (
-        "The teacher was a folder; if it is on the Hub, name it in the front matter: `base_model`."
+    base = "\n\nThe teacher was a folder; if it is on the Hub, name it as `base_model` above."
+    base *= not about.of_teacher("repository")
+    fused = ", ".join(
+        f"{markdown.code(lora['path'])} (scale {lora['scale']:g})"
+        for lora in about.pruning.get("loras") or ()
     )
+    base += f"\n\nFused into the weights before anything else: LoRA {fused}." * bool(fused)
     return (
         f"{_teacher(about)}, pruned by PPCL ([paper]({PAPER})){size}: a complete pipeline for "
-        f"diffusers.\n\n{known or unknown}" + f"\n\n{base}" * (not about.of_teacher("repository"))
+        f"diffusers.\n\n{known or unknown}{base}"
     )
 
 
