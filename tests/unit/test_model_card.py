@@ -92,11 +92,11 @@ def test_what_does_not_hold_for_a_variant_is_not_said():
     local = dict.fromkeys(HUB) | {"name": "my`teacher"}
     text = str(model_card.card(described(named=local)))
     assert "base_model:" not in text and "name it as `base_model` above" in text
+    assert "`` my`teacher ``, pruned" in text
     fused = {"path": "speed.safetensors", "scale": 1.0}
     pruning = {"teacher": HUB, "provenance": {}, "loras": [fused]}
     text = str(model_card.card(described(pruning=pruning)))
     assert "LoRA `speed.safetensors` (scale 1)" in text
-    assert "`` my`teacher ``, pruned" in text
     empty = str(model_card.card(described(pictures=pictures(()), metrics=metrics().iloc[:0])))
     assert "## Pictures" not in empty and "## How good" not in empty and "## Size" not in empty
 
