@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
+from PIL import Image
 
 from support import ROOT, pruned, published
 
@@ -37,8 +39,18 @@ def workplace(tmp_path_factory) -> Path:
     return place
 
 
+def sketch(place: Path) -> None:
+    """A ControlNet of the teacher, and a picture."""
+    teacher = QwenImageTransformer2DModel.from_pretrained(pruned.TEACHER, subfolder="transformer")
+    shape = {"num_attention_heads": 2, "attention_head_dim": 32}
+    made = QwenImageControlNetModel.from_transformer(teacher, num_layers=5, **shape)
+    made.save_pretrained(place / "sketch")
+    Image.new("RGB", (32, 32), "white").save(place / "seven.png")
+
+
 # What a section's code needs besides, by its heading: a function that puts it into the workplace.
 NEEDS: dict[str, Callable[[Path], object]] = {
+    "ControlNets of the teacher": sketch,
     "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
 }
 

@@ -43,6 +43,7 @@ WITHOUT = {
     "probe": MODELS | OTHER | {"skimage", "scipy"},
     "prune": OTHER | {"skimage"},
     "record": OTHER | {"skimage"},
+    "remap_controlnet": OTHER | {"skimage"},
     "sensitivity": OTHER | {"skimage"},
     "similarity": MODELS | OTHER | {"skimage", "scipy"},
     "subsets": OTHER | {"skimage"},

@@ -15,6 +15,7 @@ from ppcl.transformer.family import (
     IMAGE,
     JOINT,
     TEXT,
+    Control,
     Family,
     FeedForward,
     Pipeline,
@@ -99,6 +100,7 @@ FAMILIES: dict[str, Family] = {
                 ("img_mlp.net.2", "txt_mlp.net.2"),
             )
         },
+        control=Control("QwenImageControlNetModel", {DOUBLE[0]: ("num_layers", functions.strided)}),
         pipeline=Pipeline(
             size=Size(1024, 1024, 1, 512),
             steps=50,
@@ -119,6 +121,13 @@ FAMILIES: dict[str, Family] = {
         last_modulation=_LAST,
         texts=("tokenizer_2",),
         gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
+        control=Control(
+            "FluxControlNetModel",
+            {
+                DOUBLE[0]: ("num_layers", functions.repeated),
+                SINGLE[0]: ("num_single_layers", functions.strided),
+            },
+        ),
         pipeline=Pipeline(
             size=Size(1024, 1024, 1, 512),
             steps=28,
@@ -154,6 +163,7 @@ FAMILIES: dict[str, Family] = {
         limits="no skip-layer guidance, which names blocks by number; intervals don't cross from "
         "blocks with two attentions to others",
         gated={DOUBLE[0]: _GATED},
+        control=Control("SD3ControlNetModel", {DOUBLE[0]: ("num_layers", functions.stretched)}),
         pipeline=Pipeline(
             size=Size(1024, 1024, 1, 256),
             steps=28,
@@ -172,6 +182,7 @@ FAMILIES: dict[str, Family] = {
     "SanaTransformer2DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
         original=original_files.SANA,
+        control=Control("SanaControlNetModel", {DOUBLE[0]: ("num_layers", functions.after_first)}),
     ),
     "Lumina2Transformer2DModel": Family(
         lists=(
@@ -219,6 +230,9 @@ FAMILIES: dict[str, Family] = {
         time="t",
         framed=functions.spoken,
         fixed=_OWN_TIME,
+        control=Control(
+            "ZImageControlNetModel", {"layers": ("control_layers_places", functions.listed)}
+        ),
         limits="the refiners, two blocks each, stay",
         original=original_files.Z_IMAGE,
     ),

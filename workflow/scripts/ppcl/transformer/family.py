@@ -160,6 +160,27 @@ class Pipeline:
     arguments: Callable[[Mapping[str, Any], Size, int, NewTensor], dict[str, Any]]
 
 
+# (block, blocks, samples, config) -> the key of the sample that is added after a block, counted
+# within its list of `blocks` blocks; None if none is. `samples` is how many samples the ControlNet
+# gives for this list, and `config` is the ControlNet's.
+Stride = Callable[[int, int, int, Mapping[str, Any]], "int | None"]
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a transformer adds to its image stream after its blocks: samples of a stock ControlNet.
+
+    Attributes:
+        model: the ControlNet's class in diffusers.
+        lists: block list -> the key of the ControlNet's config that says how many samples it gives
+            for this list, or lists the blocks that get one; and which sample a block gets. In the
+            order in which the ControlNet returns them.
+    """
+
+    model: str
+    lists: dict[str, tuple[str, Stride]]
+
+
 @dataclass(frozen=True)
 class Family:
     """A transformer class.
@@ -197,6 +218,7 @@ class Family:
             on each other. Groups come in the order in which they run, and nothing in the block but
             a gate and the sum follows the last (`closed_forms.solved` refits them).
         limits: what else a user should know, for the table in the docs.
+        control: the ControlNet of diffusers for it; None if there is none.
         pipeline: how its stock pipeline calls it by default; None if that is not known, so that
             forecasts need recorded calls.
         original: the files that its authors publish and other programs read; None if nothing is
@@ -223,6 +245,7 @@ class Family:
     guidance: float = 1.0
     gated: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     limits: str = ""
+    control: Control | None = None
     pipeline: Pipeline | None = None
     original: OriginalFiles | None = None
 

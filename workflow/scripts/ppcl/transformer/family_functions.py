@@ -1,8 +1,9 @@
-"""Functions that entries of the registry name: masks of real tokens, the text around a prompt, and
-the arguments that a stock pipeline gives its transformer. They import no torch and use only methods
-of the tensors that they get.
+"""Functions that entries of the registry name: masks of real tokens, the text around a prompt, the
+samples of ControlNets, and the arguments that a stock pipeline gives its transformer. They import
+no torch and use only methods of the tensors that they get.
 """
 
+import math
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -88,6 +89,32 @@ def lettered(pipe, prompt: str) -> int:
         if quoted := getattr(sys.modules[base.__module__], "extract_glyph_text", None):
             return int(quoted(prompt) is not None)
     return 0
+
+
+# ---- samples of ControlNets: as `Stride`
+
+
+def strided(block: int, blocks: int, samples: int, config: Mapping) -> int:
+    return block // math.ceil(blocks / samples)
+
+
+def repeated(block: int, blocks: int, samples: int, config: Mapping) -> int:
+    # Pipelines repeat the samples of a ControlNet that encodes its picture itself (of XLabs).
+    if config.get("conditioning_embedding_channels") is not None:
+        return block % samples
+    return strided(block, blocks, samples, config)
+
+
+def stretched(block: int, blocks: int, samples: int, config: Mapping) -> int:
+    return int(block / (blocks / samples))
+
+
+def after_first(block: int, blocks: int, samples: int, config: Mapping) -> int | None:
+    return block - 1 if 0 < block <= samples else None
+
+
+def listed(block: int, blocks: int, samples: int, config: Mapping) -> int | None:
+    return block if block in config["control_layers_places"] else None
 
 
 # ---- calls: (config, size, batch, tensor) -> arguments, as `Pipeline.arguments`

@@ -8,8 +8,8 @@ def table() -> str:
     """The registry as Markdown: what works on which class, and what does not and why."""
     lines = [
         "| transformer class | blocks, in order of data flow | streams | width "
-        "| low-rank modulation | limits |",
-        "|---|---|---|---|---|---|",
+        "| low-rank modulation | ControlNet | limits |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, family in sorted(FAMILIES.items()):
         lists = [f"`{listed.attribute}` (`{listed.depth_key}`)" for listed in family.lists]
@@ -18,7 +18,8 @@ def table() -> str:
         limits += [family.limits] if family.limits else []
         limits += [f"{family.fixed}: record.renoised_per_sample must be 0"] if family.fixed else []
         cells = [f"`{name}`", " + ".join(lists), "; ".join(streams)]
-        cells += [_width_words(family), _modulation_words(family), "; ".join(limits)]
+        cells += [_width_words(family), _modulation_words(family)]
+        cells += [f"`{family.control.model}`" if family.control else "none", "; ".join(limits)]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| refused | because |", "|---|---|"]
     lines += [f"| `{name}` | {why} |" for name, why in sorted(REFUSED.items())]
