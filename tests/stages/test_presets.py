@@ -32,7 +32,11 @@ SIZES = {
 }
 # Presets without training -> the architecture, and GB of the text encoders, of which each model has
 # a copy: Qwen2.5-VL 7B, and T5-XXL with CLIP, in bf16.
-FREE = {"qwen-image-free": ("qwen-image", 16.6), "flux1-dev-free": ("flux1-dev", 9.8)}
+FREE = {
+    "qwen-image-free": ("qwen-image", 16.6),
+    "qwen-image-lightning": ("qwen-image", 16.6),
+    "flux1-dev-free": ("flux1-dev", 9.8),
+}
 EVERY = [*SIZES, *FREE]
 # Steps of 40 in which the pipeline calls the first transformer of Wan 2.2, at the least: it does as
 # long as the noise level is above 0.875, which is longer the larger the scheduler's flow_shift.
@@ -98,6 +102,20 @@ def test_calls_of_the_pipeline_fit_its_signature(name):
     settings = loaded(name)
     made_by = next(v for k, v in known.items() if settings.teacher.path.startswith(k))
     assert set(settings.pipeline) <= set(inspect.signature(made_by.__call__).parameters)
+
+
+def test_lightning_has_the_levels_of_its_card():
+    """shared/cases has the same of a recorded pipeline."""
+    import diffusers
+
+    keys = loaded("qwen-image-lightning").teacher.scheduler
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(
+        {"shift_terminal": 0.02, "base_shift": 0.5, "max_shift": 0.9} | dict(keys)
+    )
+    for mu in (scheduler.config.base_shift, scheduler.config.max_shift):
+        scheduler.set_timesteps(sigmas=[1, 0.75, 0.5, 0.25], mu=mu)
+        wanted = [3 / (3 + 1 / s - 1) for s in (1, 0.75, 0.5, 0.25)]
+        assert scheduler.sigmas.tolist()[:4] == pytest.approx(wanted)
 
 
 @pytest.mark.parametrize("name", SIZES)

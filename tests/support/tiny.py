@@ -190,7 +190,7 @@ def stage(name: str, settings: dict, *group: str, **paths) -> None:
 
 def pruned(
     folder: Path,
-    teacher: Path,
+    teacher: Path | dict,
     recorded: Path,
     ffns: tuple[tuple[int, str], ...] = (),
     runs: tuple[tuple[int, int], ...] = ((0, 1), (3, 4)),
@@ -201,7 +201,7 @@ def pruned(
     settings = {
         "seed": 0,
         "device": "cpu",
-        "teacher": {"path": str(teacher)},
+        "teacher": teacher if isinstance(teacher, dict) else {"path": str(teacher)},
         "pipeline": {},
         "intervals": {},
         "prune": {"start": "first"},

@@ -19,14 +19,9 @@ from ppcl.teacher import arguments, lora_files, pipelines, recording, teacher_id
 from ppcl.transformer import blocks
 from support import loras, tiny, zoo_images, zoo_videos
 from support.hub_cache import NAME, put
+from support.schedules import LIGHTNING
 
 CPU = torch.device("cpu")
-LIGHTNING = {  # as Qwen-Image-Lightning's card has it
-    "base_shift": math.log(3),
-    "max_shift": math.log(3),
-    "shift_terminal": None,
-    "use_dynamic_shifting": True,
-}
 
 
 @pytest.fixture(scope="module")

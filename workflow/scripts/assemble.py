@@ -26,7 +26,7 @@ from ppcl.export import assembly, variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.search import sets, sets_file
 from ppcl.settings import TeacherSettings
-from ppcl.storage import seals, tensors
+from ppcl.storage import tensors
 from ppcl.teacher import complete, hub, lora_files, pipelines, teacher_identity
 from ppcl.transformer import blocks, calls
 
@@ -58,7 +58,7 @@ def pruned_for(teacher: TeacherSettings, call: Mapping[str, Any]) -> dict[str, A
         {"path": lora.path if lora_files.on_hub(lora) else Path(lora.path).name}  # no private one
         | {key: getattr(lora, key) for key in ("weight_name", "revision", "scale")}
         | {"component": lora_files.component(lora, teacher)}
-        | {"sha256": seals.file_digest(lora_files.file(lora))}
+        | {"sha256": lora_files.digest(lora)}
         for lora in teacher.loras
     ]
     return {"loras": loras, "scheduler": dict(teacher.scheduler), "pipeline": dict(call)}

@@ -74,6 +74,12 @@ def _samples(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p[:: max(1, len(p) // SAMPLED)].to("cpu", copy=True) for n, p in every.items()}
 
 
+def as_loaded(model: torch.nn.Module) -> None:
+    """Takes a model's present weights as those that were loaded: what else every stage does to
+    them after loading is done."""
+    _loaded[model] = _samples(model)
+
+
 def changed(model: torch.nn.Module) -> list[str]:
     """Names of a model's weights that have changed since `accounts` saw it load. A pipeline with
     code of its own may have fused an adapter with them."""

@@ -3,6 +3,7 @@
 Imports nothing heavy, so that Snakefiles can import it.
 """
 
+import hashlib
 import re
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def file(lora: LoraSettings) -> Path:
         path = _local(lora)
     refuse(path)
     return path
+
+
+def digest(lora: LoraSettings) -> str:
+    """SHA-256 (hex) of a LoRA's file, as the Hub shows it. Raises UserError as `file` does."""
+    with open(file(lora), "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _local(lora: LoraSettings) -> Path:

@@ -46,6 +46,7 @@ def fuse(teacher: TeacherSettings, folder: Path, modules: Mapping[str, nn.Module
         lora_files.refuse_component(lora, teacher, parts, folder)
         if name in modules:
             _fuse_one(getattr(diffusers, str(made_as)), modules[name], lora)
+            complete.as_loaded(modules[name])
 
 
 def _fuse_one(made_by: type, module: nn.Module, lora: LoraSettings) -> None:

@@ -1,0 +1,68 @@
+"""A teacher with a LoRA and a scheduler of its own, from its recording to a pipeline folder."""
+
+import hashlib
+import json
+
+import torch
+from diffusers import DiffusionPipeline
+
+from ppcl.teacher import pipelines
+from ppcl.transformer import calls
+from support import loras, tiny
+from support.schedules import LIGHTNING
+
+
+def test_the_exported_pipeline_is_the_few_step_model(tmp_path):
+    teacher = tiny.pipeline(tmp_path / "teacher", blocks=5)
+    lora = loras.save(DiffusionPipeline.from_pretrained(teacher), tmp_path / "four.safetensors")
+    source = {"path": str(teacher), "loras": [{"path": str(lora)}], "scheduler": LIGHTNING}
+    (tmp_path / "p.txt").write_text("a red 1 on blue\na blue 2 on red\n")
+    call = {"height": 32, "width": 32, "num_inference_steps": 4, "true_cfg_scale": 1.0}
+    settings = {
+        "seed": 0,
+        "device": "cpu",
+        "teacher": source,
+        "pipeline": call,
+        "record": {
+            "prompts": str(tmp_path / "p.txt"),
+            "samples": 2,
+            "batch_size": 2,
+            "renoised_per_sample": 1,
+            "heldout_fraction": 0.5,
+        },
+    }
+    made = {"calls": tmp_path / "calls.parquet", "block_facts": tmp_path / "blocks.parquet"}
+    tiny.stage("record", settings, **made, state=tmp_path / "state")
+    reader = calls.Reader(made["calls"])
+    levels = sorted(set(reader.index["sigma"][reader.rows(kinds=("pipeline",))].tolist()))
+    assert len(levels) == 4 and levels[0] == torch.tensor(0.5).item()  # 3 / (3 + 1 / .25 - 1)
+
+    of_run, given = tiny.pruned(
+        tmp_path, source, made["calls"], pipeline=call, runs=((0, 1), (3, 4))
+    )
+    sets = tiny.chosen(tmp_path / "sets.json", given["selection"], "start")
+    tiny.stage(
+        "assemble",
+        of_run,
+        calls=made["calls"],
+        sets=sets,
+        start=given["students"],
+        variant="p70",
+        output=tmp_path / "p70",
+    )
+    card = json.loads((tmp_path / "p70/pruning.json").read_text())
+    (noted,) = card["loras"]
+    assert noted["sha256"] == hashlib.sha256(lora.read_bytes()).hexdigest()
+    assert (noted["scale"], noted["component"]) == (1.0, "transformer")
+    assert (card["scheduler"], card["pipeline"]) == (LIGHTNING, call)
+
+    pipe = DiffusionPipeline.from_pretrained(tmp_path / "p70")
+    whole = pipelines.load(tiny.source(teacher).replace(**source), torch.device("cpu"))
+    kept, old = pipe.transformer.transformer_blocks[1], whole.transformer.transformer_blocks[2]
+    for name, weight in old.state_dict().items():
+        assert torch.equal(kept.state_dict()[name], weight), name
+    bare = DiffusionPipeline.from_pretrained(teacher).transformer.transformer_blocks[2]
+    assert not torch.equal(bare.attn.to_q.weight, kept.attn.to_q.weight)
+    for each in (pipe, whole):
+        each(prompt="a red 1 on blue", output_type="latent", **call)
+    assert torch.equal(pipe.scheduler.sigmas, whole.scheduler.sigmas)
