@@ -39,6 +39,15 @@ def workplace(tmp_path_factory) -> Path:
     return place
 
 
+def own_pictures(place: Path) -> None:
+    """Two of somebody's own, and the recipe."""
+    (place / "docs").symlink_to(ROOT / "docs")
+    (place / "mine").mkdir()
+    for number, colour in enumerate(("red", "green")):
+        Image.new("RGB", (32, 32), colour).save(place / "mine" / f"{number}.png")
+        (place / "mine" / f"{number}.txt").write_text(f"a {colour} seven on {colour}")
+
+
 def sketch(place: Path) -> None:
     """A ControlNet of the teacher, and a picture."""
     teacher = QwenImageTransformer2DModel.from_pretrained(pruned.TEACHER, subfolder="transformer")
@@ -52,6 +61,8 @@ def sketch(place: Path) -> None:
 NEEDS: dict[str, Callable[[Path], object]] = {
     "ControlNets of the teacher": sketch,
     "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
+    "Make a GGUF file": lambda place: pytest.importorskip("gguf"),
+    "Train a LoRA on it": own_pictures,
 }
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from ppcl.errors import UserError
 from ppcl.export import original_format, single_file
 from ppcl.storage import texts
+from ppcl.storage.tensors import metadata
 from ppcl.transformer import registry
 from ppcl.transformer.original_files import SAME, OriginalFiles
 from support import SCRIPTS, original_sizes, pruned, zoo_images, zoo_videos
@@ -230,6 +231,7 @@ def test_a_variant_as_one_file(folders, tmp_path, call):
     file = tmp_path / "b16.safetensors"
     assert "525 tensors" in call("--model", folders["depth"], "--output", file)
     config = str(folders["depth"] / "transformer")
+    assert metadata(file) == {"format": "pt"}
     read = diffusers.QwenImageTransformer2DModel.from_single_file(str(file), config=config)
     own = diffusers.QwenImageTransformer2DModel.from_pretrained(config)
     assert own.config.num_layers == 16
@@ -268,6 +270,14 @@ def test_a_config_of_another_depth_is_refused(tmp_path, call):
     config.write_text(config.read_text().replace('"num_layers": 3', '"num_layers": 4'))
     told = call("--model", folder, "--output", tmp_path / "a.safetensors")
     assert "numbered [0, 1, 2], but its config says num_layers 4" in told
+
+
+def test_a_class_whose_blocks_comfyui_does_not_count_is_told(tmp_path, call):
+    folder = saved(
+        tmp_path / "model", "SD3Transformer2DModel", tiny("SD3Transformer2DModel")["pruned"]
+    )
+    told = call("--model", folder, "--output", tmp_path / "a.safetensors")
+    assert "ComfyUI makes a fixed number of blocks of a SD3Transformer2DModel" in told
 
 
 def test_parts_of_several_dtypes_are_refused(tmp_path):

@@ -48,6 +48,11 @@ def main() -> None:
     else:
         single_file.write(args.output, transformer)
     print(f"{args.output}: {len(transformer.tensors)} tensors")
+    if told := transformer.files.fixed_depth:
+        print(
+            f"ComfyUI makes a fixed number of blocks of a {transformer.made_as} ({told}); if this "
+            "one has fewer, it can't load the file, but diffusers can"
+        )
 
 
 if __name__ == "__main__":

@@ -26,12 +26,15 @@ class OriginalFiles:
         kept: parts of names of matrices that a quantised GGUF file holds unquantised (its
             tools/lcpp.patch; of Qwen-Image, which that doesn't have, what embeds and what ends).
         precise: parts of names of tensors that are stored in float32 (its tools/convert.py).
+        fixed_depth: how many blocks ComfyUI makes of the class, where it doesn't count those of the
+            file (its model_detection.py); empty if it counts them.
     """
 
     names: tuple[str, ...]
     gguf: str = ""
     kept: tuple[str, ...] = ()
     precise: tuple[str, ...] = ()
+    fixed_depth: str = ""
 
 
 _BOTH = "{weight,bias}"
@@ -92,6 +95,7 @@ SD3 = OriginalFiles(
         *("final_layer.", "time_text_embed.", "context_embedder.", "t_embedder.", "y_embedder."),
         *("x_embedder.", "proj_out.weight", "pos_embed"),
     ),
+    fixed_depth="one per 64 channels",
 )
 
 SANA = OriginalFiles(
@@ -151,6 +155,7 @@ HIDREAM = OriginalFiles(
         "caption_projection.",
     ),
     precise=(".ff_i.gate.weight",),
+    fixed_depth="16 and 32",
 )
 
 WAN = OriginalFiles(
