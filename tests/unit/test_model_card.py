@@ -1,10 +1,12 @@
 """Model cards: what strangers wrote stays data, the Hub's client reads them, their code runs."""
 
+import io
 import json
 import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -14,7 +16,7 @@ from PIL import Image
 
 from ppcl.errors import UserError
 from ppcl.export import assembly
-from ppcl.publishing import folder, markdown, measured, model_card, removed, teacher_card
+from ppcl.publishing import films, folder, markdown, measured, model_card, removed, teacher_card
 from ppcl.publishing.model_card import Described
 from ppcl.publishing.teacher_card import TeacherCard
 from ppcl.settings import Settings, TeacherSettings
@@ -102,17 +104,64 @@ def test_what_does_not_hold_for_a_variant_is_not_said():
 
 
 def test_videos_and_edits_have_their_task_and_their_code():
-    film, edit = pictures(frames=3), pictures(source=b"png")
-    card = str(model_card.card(described(pictures=film, videos=("videos/0.mp4",))))
+    moving_pictures, edit = pictures(frames=3), pictures(source=b"png")
+    moving = described(pictures=moving_pictures, videos=("videos/0.mp4",), frames_per_second=16)
+    card = str(model_card.card(moving))
     assert "pipeline_tag: text-to-video" in card and "export_to_video(pipe(" in card
+    assert 'frames[0], "video.mp4", fps=16)' in card
     assert '<video controls loop muted playsinline src="videos/0.mp4">' in card
     card = str(model_card.card(described(pictures=edit)))
     assert "pipeline_tag: image-to-image" in card and "image=picture" in card
-    told = described(teacher=TeacherCard(task="image-to-video"), pictures=film)
+    told = described(teacher=TeacherCard(task="image-to-video"), pictures=moving_pictures)
     assert "pipeline_tag: image-to-video" in str(model_card.card(told))
 
 
 EVIL = 'x"`](http://evil) <script> | # \n---\nlicense: mit\n---\n```\n@all www.evil.org ‮'
+
+
+def film(values: list[int], side: int = 32) -> bytes:
+    """Frames of one brightness each, one below the other."""
+    column = np.repeat(np.array(values, np.uint8), side)[:, None, None]
+    sink = io.BytesIO()
+    Image.fromarray(np.tile(column, (1, side, 3))).save(sink, "PNG")
+    return sink.getvalue()
+
+
+def test_videos_are_written_side_by_side_frame_by_frame_at_their_rate(tmp_path):
+    imageio = pytest.importorskip("imageio.v2")
+    pytest.importorskip(films.ENCODER)
+    table = pictures(frames=5)
+    table["png"] = [film([0, 60, 120, 180, 240])] * 2 + [film([240] * 5)] * 4
+    assert films.write(table, "p50", tmp_path, 8) == ("videos/0.mp4", "videos/1.mp4")
+    with imageio.get_reader(tmp_path / "videos/1.mp4") as reader:
+        assert reader.get_meta_data()["fps"] == 8
+        shown = [np.asarray(frame) for frame in reader]
+    assert [frame.shape for frame in shown] == [(32, 80, 3)] * 5
+    for frame, value in zip(shown, (0, 60, 120, 180, 240), strict=True):
+        assert abs(frame[8:24, 8:24].mean() - value) < 6  # the teacher; mp4 is not exact
+        assert abs(frame[8:24, 56:72].mean() - 240) < 6
+
+
+def test_without_an_encoder_or_a_film_there_is_no_video(tmp_path, monkeypatch):
+    assert films.write(pictures(), "p50", tmp_path, 8) == ()
+    monkeypatch.setattr(films, "ENCODER", "no_such_module")
+    assert films.write(pictures(frames=5), "p50", tmp_path, 8) == () == tuple(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "rate"),
+    [
+        ("WanTransformer3DModel", {}, 16),
+        ("PrunedLTXVideoTransformer3DModel", {}, 24),
+        ("LTXVideoTransformer3DModel", {"frame_rate": 30}, 30),
+        ("LTXVideoTransformer3DModel", {"frame_rate": "fast"}, 24),
+        ("MyOwnTransformer", {}, 16),
+    ],
+)
+def test_videos_are_shown_as_fast_as_their_family_is(tmp_path, name, call, rate):
+    index = {"_class_name": "P", "transformer": ["diffusers", name]}
+    texts.write_json(tmp_path / "model_index.json", index)
+    assert films.frames_per_second(tmp_path, "transformer", call) == rate
 
 
 def test_names_and_prompts_of_others_form_nothing():

@@ -5,11 +5,14 @@
         --metrics results/digits/evaluation/metrics.parquet \
         --images results/digits/evaluation/images.parquet --card results/digits/cards/p50
 
-What is written to --card is also put into --model: README.md with pictures beside it. A README.md
-there that somebody has edited stays as it is. The licence is that of the teacher's own card.
+What is written to --card is also put into --model: README.md with pictures beside it and, of a
+pipeline that makes videos, an mp4 for each of a few prompts (by imageio-ffmpeg, if it is there). A
+README.md there that somebody has edited stays as it is. The licence is that of the teacher's card.
 """
 
 import argparse
+import dataclasses
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -18,7 +21,7 @@ import pandas as pd
 from ppcl import program
 from ppcl.configuration import config
 from ppcl.figures import sample_images, style
-from ppcl.publishing import folder, measured, model_card, teacher_card
+from ppcl.publishing import films, folder, measured, model_card, teacher_card
 from ppcl.publishing.model_card import Described
 from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, whole
@@ -54,6 +57,7 @@ def described(args: argparse.Namespace, settings: Settings) -> Described:
         prompts,
         int(tables.provenance(args.units)["blocks"]),
         folder.code(args.model),
+        films.frames_per_second(args.model, settings.teacher.component, dict(settings.pipeline)),
     )
 
 
@@ -63,6 +67,8 @@ def write(about: Described, output: Path) -> None:
         about.pictures, about.metrics[about.metrics["variant"].isin(about.pictures["variant"])]
     )
     with whole.writing(output, folder=True) as made:
+        videos = films.write(about.pictures, about.variant, made, about.frames_per_second)
+        about = dataclasses.replace(about, videos=videos)
         (made / hub.CARD).write_text(str(model_card.card(about)), encoding="utf-8")
         (made / model_card.PICTURES).write_bytes(style.as_bytes(figure, "png", about.name))
         if about.teacher.licence_file:
@@ -84,6 +90,8 @@ def main() -> None:
     facts = {"metrics": measured.figures(about.metrics, about.variant)}
     if not folder.complete(args.model, args.card, facts):
         print(f"{args.model / hub.CARD} was edited, so it stays; the new one is in {args.card}")
+    if about.moving and not importlib.util.find_spec(films.ENCODER):
+        print("no mp4 on the card, frames alone: pip install imageio-ffmpeg, delete --card, rerun")
     if about.teacher.refused:
         print(f"no licence on the card: {about.teacher.refused}")
 

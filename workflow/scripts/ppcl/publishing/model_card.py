@@ -35,6 +35,7 @@ class Described:
         prompts: how many prompts it was evaluated on.
         blocks: the teacher's number of blocks.
         code: files in its folder that loading it runs.
+        frames_per_second: of its videos.
         videos: names of videos, in the card's folder.
     """
 
@@ -48,6 +49,7 @@ class Described:
     prompts: int
     blocks: int
     code: tuple[str, ...] = ()
+    frames_per_second: int = 0
     videos: tuple[str, ...] = ()
 
     @property
@@ -205,7 +207,7 @@ def _example(about: Described) -> str:
         imports.append(f"from diffusers.utils import {', '.join(sorted(helpers))}")
     made = f"pipe(\n    {f',{chr(10)}    '.join(words)},\n)"
     end = (
-        f'export_to_video({made}.frames[0], "video.mp4")'
+        f'export_to_video({made}.frames[0], "video.mp4", fps={about.frames_per_second})'
         if about.moving
         else f'{made}.images[0].save("image.png")'
     )

@@ -247,6 +247,7 @@ FAMILIES: dict[str, Family] = {
         framed=functions.filled,
         apart=functions.lettered,
         guidance=1000.0,
+        frames_per_second=15,
         limits="the attention gets no keywords, so text streams can't be shared",
         gated={DOUBLE[0]: _GATED, SINGLE[0]: _GATED_ONCE},
     ),
@@ -307,6 +308,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "LTXVideoTransformer3DModel": Family(
         lists=(single(IMAGE, *DOUBLE, Width({IMAGE: _FFN})),),
+        frames_per_second=24,
         gated={DOUBLE[0]: _GATED_TWICE},
         original=original_files.LTX,
     ),
@@ -316,6 +318,7 @@ FAMILIES: dict[str, Family] = {
         shared=("image_rotary_emb",),
         unread=(TEXT,),
         fixed=_NO_FLOW,
+        frames_per_second=8,
         limits="one FFN serves both streams, so it stays",
     ),
     "MochiTransformer3DModel": Family(
@@ -341,6 +344,7 @@ FAMILIES: dict[str, Family] = {
             ("transformer_blocks", -1): "the last block has no text output (context_pre_only)"
         },
         unread=(TEXT,),
+        frames_per_second=30,
         original=original_files.MOCHI,
     ),
 }

@@ -217,6 +217,7 @@ class Family:
             adds element by element, times a gate or as it is. Linears of one group do not depend
             on each other. Groups come in the order in which they run, and nothing in the block but
             a gate and the sum follows the last (`closed_forms.solved` refits them).
+        frames_per_second: of its videos, as its authors and diffusers' examples show them.
         limits: what else a user should know, for the table in the docs.
         control: the ControlNet of diffusers for it; None if there is none.
         pipeline: how its stock pipeline calls it by default; None if that is not known, so that
@@ -244,6 +245,7 @@ class Family:
     last_modulation: str = ""
     guidance: float = 1.0
     gated: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    frames_per_second: int = 16
     limits: str = ""
     control: Control | None = None
     pipeline: Pipeline | None = None
