@@ -664,3 +664,67 @@ def test_what_works_on_a_teacher_works_on_its_variants():
         if r.kinds != KINDS
     }
     assert own == {("subfolder", "narrow"), ("stock_class", "narrow"), ("keeps_files", "depth")}
+
+
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        {0: {"text": "source"}, 1: {"text": "close"}},  # the last block is stock
+        {3: {"text": "source"}, 4: {"text": "close", "linear_ffn": ["image"]}},
+        {0: {"text": "source"}, 1: {"text": "close"}, 3: {"text": "lend"}, 4: {"text": "borrow"}},
+        {0: {"text": "source"}, 1: {"text": "close"}, 3: {"text": "source"}, 4: {"text": "close"}},
+        {0: {"text": "lend"}} | {number: {"text": "borrow"} for number in range(1, 5)},
+    ],
+)
+def test_first_block_cache_wherever_text_runs_begin_and_end(narrowed):
+    """It subtracts the first block's text stream, which may be a carry, from the last's; and what
+    is made of one model is made of it again when it is loaded, copied or pickled."""
+    specimen = zoo_images.SPECIMENS["qwen-image"]
+    pipe = specimen.make(5)
+    call = call_of(pipe, specimen.settings)
+    model, _ = pruned.model(pipe.transformer, narrowed=narrowed)
+    with torch.no_grad():
+        before = model(**call)[0]
+        model = assembly.with_code(model)
+        one = Subject("qwen", "narrow", Path(), {}, call, before, model)
+        for made in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            one.check(made)
+        again = type(model).from_config(model.config)
+        again.load_state_dict(model.state_dict())
+        one.check(again.eval())
+    one.transformer = again
+    first_block_cache(one, None)
+    mag_cache(one, None)
+
+
+def test_products_of_low_rank_are_multiplied_out_for_stock_blocks():
+    """And rows of zeros take the place of what a linear FFN has cut out of one."""
+    model = zoo_images.SPECIMENS["qwen-image"].make(2).transformer
+    spec = {"linear_ffn": ["image"], "ranks": {"img_mod.1": 3, "txt_mod.1": 2}}
+    block = narrow.narrow(
+        model.transformer_blocks[0], blocks.family(model).layouts()["transformer_blocks"], spec
+    )
+    torch.manual_seed(0)
+    for parameter in block.parameters():
+        torch.nn.init.normal_(parameter)
+    state, stock = narrow.stock_state(block), model.transformer_blocks[1].state_dict()
+    assert {key: x.shape for key, x in state.items()} == {
+        key: x.shape for key, x in stock.items() if "img_mlp" not in key
+    }
+    width = stock["img_mod.1.weight"].shape[1]
+    kept = block.img_mod[1]
+    product = torch.cat([kept.up.weight @ kept.down.weight, torch.zeros(3 * width, width)])
+    torch.testing.assert_close(state["img_mod.1.weight"], product)
+    assert state["img_mod.1.bias"][3 * width :].count_nonzero() == 0
+    text = block.txt_mod[1]
+    torch.testing.assert_close(state["txt_mod.1.weight"], text.up.weight @ text.down.weight)
+
+
+@pytest.mark.usefixtures("modules")
+def test_loading_twice_gives_one_class(subject):
+    """Though diffusers runs the code anew: what was loaded before can be pickled still."""
+    one = subject("flux", "narrow")
+    first, second = one.pipe().transformer, one.pipe().transformer
+    assert type(first) is type(second)
+    assert type(first.transformer_blocks[1]) is type(second.transformer_blocks[1])
+    one.unchanged(pickle.loads(pickle.dumps(first)))

@@ -10,7 +10,6 @@ import functools
 import importlib
 import inspect
 import json
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -22,23 +21,7 @@ except ImportError:  # another diffusers: all but its caches and layer skip work
     hooks = None  # type: ignore[assignment]
 
 CAPTURE = "ppcl_capture"
-# Classes by what they are made from: whatever diffusers loads twice is of one class, though it runs
-# an exported module anew each time.
-_MADE: dict[tuple, type] = globals().get("_MADE", {})
 _DOUBLED = ("source", "lend")  # roles that make a carry of the text stream
-
-
-def made_once(make: Callable[..., type]) -> Callable[..., type]:
-    """Makes a function return the same class for the same arguments."""
-
-    @functools.wraps(make)
-    def made(*of) -> type:
-        key = (make.__name__, *of)
-        if key not in _MADE:
-            _MADE[key] = make(*of)
-        return _MADE[key]
-
-    return made
 
 
 def empty(module: str, maker: str, *of) -> Any:
@@ -47,17 +30,16 @@ def empty(module: str, maker: str, *of) -> Any:
     return kind.__new__(kind)
 
 
-def reduced(instance: nn.Module, maker: Callable, *of) -> tuple:
+def reduced(instance: nn.Module, maker: Any, *of) -> tuple:
     """What `__reduce_ex__` returns for an instance of a class that a function makes.
 
     Pickle finds functions by name, but classes that are made here only by what made them.
     """
-    where = importlib.import_module(__name__)  # run anew since, perhaps, and so another `empty`
     state = cast(Any, instance).__getstate__()
-    return where.empty, (maker.__module__, maker.__name__, *of), state
+    return empty, (maker.__module__, maker.__name__, *of), state
 
 
-@made_once
+@functools.cache
 def block_class(
     base: type, role: str, linear: tuple[str, ...], layout: str, last_text: str = ""
 ) -> type:

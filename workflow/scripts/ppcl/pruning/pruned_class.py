@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import nn
 
-from ppcl.pruning.block_class import made_once, match_ends, reduced
+from ppcl.pruning.block_class import match_ends, reduced
 from ppcl.pruning.narrow import narrow, specs, stock_shapes
 from ppcl.pruning.narrow_layers import drop, nothing, zero_linear
 
@@ -71,7 +71,7 @@ def pruned(base: type[nn.Module], layouts: dict[str, dict]) -> type[nn.Module]:
     return pruned_as(base, json.dumps(layouts))
 
 
-@made_once
+@functools.cache
 def pruned_as(base: type[nn.Module], written: str) -> type[nn.Module]:
     """`pruned`, of layouts as JSON."""
     layouts: dict[str, dict] = json.loads(written)
@@ -206,6 +206,10 @@ Pruned{name} = pruned(
     {name},
     {where.replace(chr(10), chr(10) + "    ")},
 )
+# diffusers runs this module anew at every load, but models that were loaded before have what the
+# first run made, and so should all others.
+_FIRST = globals().get("_FIRST") or dict(globals())
+globals().update(_FIRST)
 # Here pipelines look the class and ModelMixin up when they are given the transformer.
 sys.modules[Pruned{name}.__module__] = sys.modules[__name__]
 """
