@@ -68,12 +68,14 @@ def pruned(base: type[nn.Module], layouts: dict[str, dict]) -> type[nn.Module]:
         base: a class of diffusers.
         layouts: name of each list of blocks -> the layout of its blocks.
     """
-    return pruned_as(base, json.dumps(layouts))
+    stock: type = base  # as its cache would not take it
+    return pruned_as(stock, json.dumps(layouts))
 
 
 @functools.cache
-def pruned_as(base: type[nn.Module], written: str) -> type[nn.Module]:
+def pruned_as(stock: type, written: str) -> type[nn.Module]:
     """`pruned`, of layouts as JSON."""
+    base: type[nn.Module] = stock
     layouts: dict[str, dict] = json.loads(written)
     as_saved: Any = base  # Module does not say what else diffusers' classes have
 
@@ -93,9 +95,9 @@ def pruned_as(base: type[nn.Module], written: str) -> type[nn.Module]:
         _settle(self, layouts)
 
     # diffusers takes from this signature which keys of a config are the class's own.
-    stock = inspect.signature(base.__init__)
+    own = inspect.signature(base.__init__)
     key = inspect.Parameter("narrow_blocks", inspect.Parameter.KEYWORD_ONLY, default=None)
-    every = stock.replace(parameters=[*stock.parameters.values(), key])
+    every = own.replace(parameters=[*own.parameters.values(), key])
     init.__signature__ = every  # type: ignore[attr-defined]  # what inspect.signature looks at
 
     name, module = f"Pruned{base.__name__}", module_name(base, layouts)
