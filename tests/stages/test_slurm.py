@@ -332,7 +332,7 @@ def test_jobs_ask_for_what_their_rules_say(site):
     assert names - gpus == {
         "rule_probe",
         "rule_choice_intervals_plot_intervals",
-        *(f"rule_assemble_wildcards_{variant}" for variant in ("p55", "p85")),
+        *(f"rule_{n}_wildcards_{v}" for n in ("assemble", "describe") for v in ("p55", "p85")),
         *(f"rule_plot_{figures}" for figures in ("training", "quality")),
     }
     limits = {job["Comment"]: job["TimeLimit"] for job in jobs}
