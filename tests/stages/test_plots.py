@@ -28,7 +28,9 @@ from ppcl.search.candidates import Limits, closed_form_obstacle
 from ppcl.search.measured import ClosedForm
 from ppcl.storage import schemas, tables
 from ppcl.storage.schemas import Verdict
-from support import ROOT, SCRIPTS
+from ppcl.transformer import block_facts as recorded
+from ppcl.transformer import blocks
+from support import ROOT, SCRIPTS, zoo_images
 from support.plotting import (
     block_facts,
     draw,
@@ -339,6 +341,15 @@ def test_a_seam_lies_between_the_kinds_on_all_axes_that_reach_over_it():
         low, high = ax.get_xlim()
         assert bool(seam_lines(ax)) == (low < 18.5 < high)
     assert not any(seam_lines(ax) for ax in probe_quality(data["probes"], data["intervals"]).axes)
+
+
+def test_fluxs_seam_comes_from_what_record_says_of_its_blocks(tmp_path):
+    transformer = zoo_images.SPECIMENS["flux"].make(3).transformer
+    recorded.write(tmp_path / "blocks.parquet", blocks.facts(transformer), {})
+    table = tables.read(tmp_path / "blocks.parquet", schemas.BLOCK_FACTS).to_pandas()
+    names = ("transformer_blocks", "single_transformer_blocks")
+    ends = ((0, 2), (3, 5))
+    assert seams.runs(table) == [seams.Run(*e, n) for e, n in zip(ends, names, strict=True)]
 
 
 def test_axes_of_one_kind_alone_say_which_and_narrow_ones_leave_names_out():

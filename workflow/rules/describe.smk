@@ -23,7 +23,7 @@ rule describe:
         ENVIRONMENT
     threads: 1
     resources:
-        mem_mb=2000,
+        mem_mb=8000,  # videos of several models
         runtime=30,
     params:
         config=subset("teacher", "pipeline", "record.samples"),
