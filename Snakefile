@@ -27,6 +27,7 @@ include: "workflow/rules/common/figures.smk"
 
 
 validate()
+refuse_without_cuda()
 FORECAST = forecast()
 if reporting():
     config["summary"] = reported()
@@ -78,6 +79,10 @@ if targets() != {"forecast"} and not interval_plots_only():
     include: "workflow/rules/choose.smk"
     include: "workflow/rules/finetune.smk"
     include: "workflow/rules/assemble.smk"
+
+    if quantised():
+
+        include: "workflow/rules/quantise.smk"
     include: "workflow/rules/pareto.smk"
     include: "workflow/rules/evaluate.smk"
     include: "workflow/rules/describe.smk"

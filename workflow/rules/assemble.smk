@@ -20,6 +20,8 @@ rule assemble:
         ],
     output:
         model=directory(result("models/{variant}")),
+    wildcard_constraints:
+        variant="|".join(map(re.escape, pruned())),
     log:
         result("logs/assemble-{variant}.log"),
     benchmark:
@@ -28,6 +30,7 @@ rule assemble:
         ENVIRONMENT
     threads: 1  # several variants at once
     resources:
+        gpu=gpu_to_quantise,
         mem_mb=memory(16000),
         runtime=30,
     params:

@@ -20,7 +20,7 @@ checkpoint choose:
         calls=result("record/calls.parquet"),
     output:
         sets=result("variants/sets.json"),
-        each=[result(f"variants/sets/{name}.json") for name in variants()],
+        each=[result(f"variants/sets/{name}.json") for name in pruned()],
         units=result("variants/units.parquet"),
         measured=result("variants/measured.parquet"),
         refits=result("variants/maps.safetensors"),

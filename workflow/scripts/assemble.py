@@ -22,7 +22,7 @@ from torch import nn
 from ppcl import program, provenance
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.export import assembly, variant_files, variants
+from ppcl.export import assembly, quantising, variant_files, variants
 from ppcl.export.variant_files import Files
 from ppcl.search import sets, sets_file
 from ppcl.settings import TeacherSettings
@@ -80,7 +80,9 @@ def command_line() -> argparse.Namespace:
 def main() -> None:
     args = command_line()
     settings = config.load(args.config)
-    assembly.variant(settings, args.variant)  # raises for a name that the config lacks
+    quantise = assembly.variant(settings, args.variant).quantise
+    if quantise:
+        quantising.refuse_missing(quantise)
     written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
@@ -118,6 +120,7 @@ def main() -> None:
         args.output,
         card,
         example.arguments,
+        quantise,
     )
 
 

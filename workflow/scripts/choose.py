@@ -94,7 +94,7 @@ def main() -> None:
 
 def refuse_unknown(each: Sequence[Path], settings: Settings) -> None:
     """Raises UserError for a file that is named after no variant."""
-    names = [variant.name for variant in settings.variants]
+    names = [variant.name for variant in settings.pruned]
     if unknown := [path for path in each if path.stem not in names]:
         raise UserError(f"--each: {unknown[0]} is named after no variant: {', '.join(names)}")
 

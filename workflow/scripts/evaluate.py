@@ -21,6 +21,9 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
                           the variant's less the teacher's, over the same prompts and seeds
     parameters, parameter_fraction
                           of the transformer, and over the teacher's
+    stored_bytes, stored_fraction
+                          of the transformer's weights as stored, quantised ones too, and over the
+                          teacher's as they run
     modulation_parameters, parameter_fraction_without_modulation
                           of its modulation matrices, and of all else over the teacher's
     latency_seconds, latency_ratio

@@ -79,7 +79,7 @@ def main() -> None:
     # The end point 1 is left out: it is the teacher.
     smallest = min(written.parameters.values()) / blocks.parameter_count(teacher)
     budgets = np.linspace(smallest, 1, settings.pareto.budgets, endpoint=False)
-    every = variants_of(budgets, any(variant.train for variant in settings.variants))
+    every = variants_of(budgets, any(variant.train for variant in settings.pruned))
     asked = {one.name: (one, choosing.search(offer, one)) for one in every}
     options, seed = settings.choose, settings.seed
     by = reader.sample_heldout("select", options.rows, seed)

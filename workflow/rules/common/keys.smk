@@ -53,8 +53,10 @@ def subset(*keys):
 
 
 def subset_for_variant(name, *keys):
-    """As subset, with the named variant as the only one: the others' settings do not matter."""
-    chosen = [variant for variant in config["variants"] if variant["name"] == name]
+    """As subset, with the named variant as the only one, and the one that it is a quantised copy of:
+    the others' settings do not matter."""
+    (of,) = [variant.get("of") for variant in config["variants"] if variant["name"] == name]
+    chosen = [variant for variant in config["variants"] if variant["name"] in (name, of)]
     return configuration.subset({**config, "variants": chosen}, "variants", *keys)
 
 

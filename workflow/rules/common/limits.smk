@@ -1,5 +1,6 @@
 # What jobs may take: cores, GPUs, memory, time.
 
+from ppcl.pruning.quantisation import METHODS
 from ppcl.runtime import cores, gpus
 from ppcl.storage import texts
 from ppcl.teacher import hub, weights
@@ -31,6 +32,34 @@ def gpu(wildcards):
     teacher on a CPU, whose stages share the cores. One for a large teacher on this machine's CPU,
     too, so that its stages take turns: memory for several may not be there."""
     return 0 if small_on_cpu() or (on_cpu() and workflow.non_local_exec) else 1
+
+
+def method_of(name):
+    """How a variant is quantised (`quantisation.Method`); None if it is not."""
+    (how,) = [each.get("quantise") for each in config["variants"] if each["name"] == name]
+    return METHODS.get(how)
+
+
+def gpu_to_quantise(wildcards):
+    """For resources, of a job that writes one variant: a GPU for a method that runs there alone."""
+    method = method_of(wildcards.variant)
+    return 1 if method and method.cuda else 0
+
+
+def refuse_without_cuda():
+    """Ends Snakemake where a variant is quantised by what runs on CUDA alone, and there is none; not
+    for targets that make no variants."""
+    others = {"forecast", "train_teacher", "ablation", "interval_plots"}
+    if not workflow.is_main_process or targets() & others:
+        return
+    for name in variants():
+        method = method_of(name)
+        if method and method.cuda and on_cpu():
+            refuse(
+                f"variants: '{name}' is quantised by {method.package}, which diffusers runs on CUDA "
+                "alone, and jobs compute on the CPU here (device, or for want of a GPU); set its "
+                "quantise to int8, or run it where there is a GPU"
+            )
 
 
 @functools.cache

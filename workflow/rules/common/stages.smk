@@ -15,6 +15,16 @@ def variants():
     return [variant["name"] for variant in config["variants"]]
 
 
+def pruned():
+    """Names of the variants that are pruned to a budget."""
+    return [variant["name"] for variant in config["variants"] if "of" not in variant]
+
+
+def quantised():
+    """Names of the variants that are others, quantised, and of these."""
+    return {each["name"]: each["of"] for each in config["variants"] if "of" in each}
+
+
 def finetuned():
     """Names of the variants that are fine-tuned."""
     return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
@@ -213,8 +223,15 @@ def artifacts():
     return plain + [
         result(path.replace("<variant>", name))
         for path in per_variant
-        for name in (finetuned() if path.startswith("finetune/") else variants())
+        for name in per_variant_names(path)
     ]
+
+
+def per_variant_names(path):
+    """Names of the variants that have an artifact of their own at this path."""
+    if path.startswith("finetune/"):
+        return finetuned()
+    return variants() if path.startswith("models/") else pruned()
 
 
 def ablation_runs(names, seeds=None):

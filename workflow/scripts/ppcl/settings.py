@@ -302,13 +302,22 @@ class Variant(Section):
 
     budget: kind -> upper limit. Kinds: fraction (of the teacher's transformer parameters),
         parameters, blocks (numbers of them), latency (as a fraction of the teacher's). A bare
-        number in a config is a fraction of parameters.
+        number in a config is a fraction of parameters. Empty with a parent.
+    parent: the config's key `of`: the variant of which this one is a quantised copy, if it is one.
     """
 
     name: str
     budget: Mapping[str, float]
     train: bool
     finetune_steps: int
+    parent: str | None = None
+    quantise: Literal["int8", "nf4", "bnb-int8"] | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """As of any section; keys that most variants leave out have the schema's defaults."""
+        named = {"parent" if key == "of" else key: value for key, value in values.items()}
+        return super().of({"budget": {}, "parent": None, "quantise": None, **named})
 
     @classmethod
     def _typed(cls, key: str, value: Any) -> Any:
@@ -412,6 +421,11 @@ class Settings(Section):
         return value if key in ("pipeline", "given") else super()._typed(key, value)
 
     @property
+    def pruned(self) -> tuple[Variant, ...]:
+        """The variants that are pruned to a budget; the others are some of these, quantised."""
+        return tuple(variant for variant in self.variants if variant.parent is None)
+
+    @property
     def compares(self) -> bool:
         """Whether blocks are compared by CKA: for intervals, or for the CKA floor of text runs."""
         runs = self.width.enabled and self.width.longest > 1 and self.width.cka_floor > 0
@@ -425,7 +439,7 @@ class Settings(Section):
     @property
     def trains(self) -> bool:
         """Whether students of intervals are trained: some variant has `train`."""
-        return self.intervals.enabled and any(variant.train for variant in self.variants)
+        return self.intervals.enabled and any(variant.train for variant in self.pruned)
 
     @property
     def closed(self) -> bool:

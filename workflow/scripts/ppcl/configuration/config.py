@@ -16,7 +16,7 @@ from typing import Any
 import jsonschema
 import yaml
 
-from ppcl.configuration import renamed, schema_words, strict_yaml
+from ppcl.configuration import renamed, schema_words, strict_yaml, variant_checks
 from ppcl.errors import UserError
 from ppcl.settings import Settings, Variant
 from ppcl.teacher import hub
@@ -113,17 +113,7 @@ def complete(config: dict, source: str) -> dict:
                     f"{source}: 'pipeline.{name}' is {json.dumps(value)}, and has to be a text: "
                     "quote it"
                 )
-    names = [variant["name"] for variant in filled.get("variants", [])]
-    for name in names:
-        if names.count(name) > 1:
-            raise UserError(f"{source}: variants: the name '{name}' is used twice; rename one")
-    for variant in filled.get("variants", []):
-        if variant["finetune_steps"] and not variant["train"]:
-            raise UserError(
-                f"{source}: variants: '{variant['name']}' has train: false, so nothing of it is "
-                f"trained, but finetune_steps is {variant['finetune_steps']}; set that to 0, or "
-                "leave train out"
-            )
+    variant_checks.check(filled.get("variants", []), plain.get("variants", []), source)
     low, high = filled["modulation"]["guidance"]
     if low > high:
         raise UserError(
@@ -194,14 +184,17 @@ def subset(config: dict, *keys: str) -> str:
 
 
 def budgets(variants: Iterable[Mapping]) -> list[dict]:
-    """Name, budget and train of each variant: all of it that the choice of sets depends on."""
-    return [{key: v[key] for key in ("name", "budget", "train")} for v in variants]
+    """Name, budget and train of each variant that is no copy of another: all of it that the choice
+    of sets depends on."""
+    pruned = [variant for variant in variants if "of" not in variant]
+    return [{key: v[key] for key in ("name", "budget", "train")} for v in pruned]
 
 
 def tightest(variants: Sequence[Variant]) -> list[dict]:
     """One variant per kind of budget, with the smallest limit of that kind: what the selection
     depends on. Only variants with `train` count, if there are any."""
     least: dict[str, float] = {}
+    variants = [variant for variant in variants if variant.parent is None]
     for variant in [v for v in variants if v.train] or variants:
         for kind, value in variant.budget.items():
             least[kind] = min(value, least.get(kind, value))

@@ -13,6 +13,7 @@ from pathlib import Path
 from ppcl.configuration import prompt_checks
 from ppcl.errors import UserError
 from ppcl.pruning import constraints
+from ppcl.pruning.quantisation import METHODS
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, untrusted
 from ppcl.teacher import arguments, hub, lora_files, needed, schedulers, weights
@@ -65,6 +66,7 @@ def check(settings: Settings, source: str = "config") -> None:
             "that too (one process is enough), or leave cpu_offload out"
         )
     _check_offload(settings, source)
+    _check_quantised(settings, source)
     kinds = [
         name for name in ("intervals", "width", "modulation") if getattr(settings, name).enabled
     ]
@@ -141,15 +143,15 @@ def _check_budgets(settings: Settings, blocks: list[int], total: int, source: st
         blocks: parameters of every block of a local teacher, in ascending order; empty if unknown.
         total: parameters of its transformer.
     """
-    if not any(_prunes(variant.budget, blocks, total) for variant in settings.variants):
+    given_budgets = [each["budget"] for each in settings.given["variants"] if "of" not in each]
+    if not any(_prunes(variant.budget, blocks, total) for variant in settings.pruned):
         raise UserError(
-            f"{source}: variants: a budget of {settings.given['variants'][0]['budget']} prunes "
-            "nothing; lower one of them"
+            f"{source}: variants: a budget of {given_budgets[0]} prunes nothing; lower one of them"
         )
     if not blocks:
         return
     fewest, least = _least(settings, blocks, total, source)
-    for variant, given in zip(settings.variants, settings.given["variants"], strict=True):
+    for variant, given in zip(settings.pruned, given_budgets, strict=True):
         for kind, value in variant.budget.items():
             left = {"fraction": least / total, "parameters": least, "blocks": fewest}.get(kind, 0)
             if value >= left:
@@ -164,7 +166,7 @@ def _check_budgets(settings: Settings, blocks: list[int], total: int, source: st
                 why = "without depth pruning, the least that closed forms leave is"
                 fix = "set intervals.enabled: true"
             raise UserError(
-                f"{source}: variants: budget {given['budget']} of '{variant.name}' is "
+                f"{source}: variants: budget {given} of '{variant.name}' is "
                 f"impossible: {why} {shown}; choose a larger budget, or {fix}"
             )
 
@@ -197,6 +199,31 @@ def _check_optimizers(settings: Settings, source: str) -> None:
             raise UserError(
                 f"{source}: finetune.optimizer is adamw8bit, which can't take weights that are "
                 "shared out; set finetune.optimizer to adamw, or finetune.sharding to none"
+            )
+
+
+def _check_quantised(settings: Settings, source: str) -> None:
+    """Raises UserError if a variant is quantised by what is not here, or can't run as asked for."""
+    for variant in settings.variants:
+        if variant.quantise is None:
+            continue
+        method, which = METHODS[variant.quantise], f"{source}: variants: '{variant.name}'"
+        if find_spec(method.package) is None:
+            raise UserError(
+                f"{which} has quantise: {variant.quantise}, which needs the package "
+                f"{method.package}; install it (pip install {method.package}=={method.version}), "
+                "or leave quantise out"
+            )
+        if method.cuda and settings.device in ("cpu", "mps"):
+            raise UserError(
+                f"{which} has quantise: {variant.quantise}, which diffusers runs on CUDA alone, but "
+                f"device is {settings.device}; set quantise to int8, or device to cuda"
+            )
+        if settings.teacher.offload != "none":
+            raise UserError(
+                f"{which} has quantise: {variant.quantise}, but teacher.offload is "
+                f"{settings.teacher.offload}, and quantised weights have to stay on the device; "
+                "set teacher.offload to none, or leave quantise out"
             )
 
 

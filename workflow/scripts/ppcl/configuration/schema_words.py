@@ -15,7 +15,7 @@ def table(rules: dict) -> str:
     lines = ["| key | allowed | default | meaning |", "|---|---|---|---|"]
     for key, node in leaves(rules):
         # As YAML, so that a reader can copy it: JSON's 1e-06 would be text there.
-        default = "required"
+        default = "none" if node.get("optional") else "required"
         if "default" in node:
             default = yaml.safe_dump(node["default"], default_flow_style=True, width=10**6)
             default = f"`{default.splitlines()[0]}`"

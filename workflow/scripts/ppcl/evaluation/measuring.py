@@ -13,6 +13,7 @@ from ppcl.closed_forms import modulation
 from ppcl.evaluation import metrics, timing, velocities
 from ppcl.evaluation.metrics import TEACHER, Estimate, Estimates
 from ppcl.evaluation.model_folders import Model
+from ppcl.pruning import quantisable
 from ppcl.runtime import devices
 from ppcl.settings import Settings
 from ppcl.transformer import blocks, calls
@@ -73,10 +74,13 @@ def measure_transformers(
 
 
 def sizes(transformer: nn.Module, teacher: nn.Module) -> dict[str, Estimate]:
-    """Parameters, and their share of the teacher's; the same without modulation matrices, if there
-    are any: making these small saves memory, not time."""
+    """Parameters, and their share of the teacher's; the same of bytes as stored, and of parameters
+    without modulation matrices, if there are any: making these small saves memory, not time."""
     count, whole = blocks.parameter_count(transformer), blocks.parameter_count(teacher)
     sizes = {"parameters": float(count), "parameter_fraction": count / whole}
+    stored = quantisable.stored_bytes(transformer)
+    sizes["stored_bytes"] = float(stored)
+    sizes["stored_fraction"] = stored / quantisable.stored_bytes(teacher)
     if of_whole := modulation.parameter_count(teacher):
         own = modulation.parameter_count(transformer)
         sizes["modulation_parameters"] = float(own)

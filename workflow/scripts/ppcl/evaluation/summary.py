@@ -14,12 +14,13 @@ from ppcl.storage import schemas, tables
 
 TEACHER = "teacher"
 COLUMNS = (
-    *("variant", "parameters", "without modulation", "latency", "error", "PSNR"),
+    *("variant", "parameters", "without modulation", "stored", "latency", "error", "PSNR"),
     *("worst metric", "folder"),
 )
 NOTE = (
     "Parameters of the transformer, those without its modulation (AdaLN) matrices, which take "
-    "memory but no time, and latency of a call, over the teacher's; relative error of the "
+    "memory but no time, bytes of its weights as stored, and latency of a call, over the "
+    "teacher's; relative error of the "
     "velocity; PSNR to the teacher's pictures; the accuracy that fell most, of the same prompts "
     "and seeds, with the 95 % interval of the difference."
 )
@@ -50,6 +51,7 @@ def rows(metrics: str | Path, models: str | Path, teacher: str) -> list[dict[str
             "variant": name,
             "parameters": _share(of, "parameter_fraction", "parameters", _short),
             "without modulation": _share(of, "parameter_fraction_without_modulation"),
+            "stored": _share(of, "stored_fraction", "stored_bytes", _size),
             "latency": _share(of, "latency_ratio", "latency_seconds", lambda s: f"{s:.3g} s"),
             "error": _small(of["velocity_error"]) if "velocity_error" in of else "",
             "PSNR": f"{of['psnr']:.1f} dB" if "psnr" in of else "",
@@ -83,6 +85,14 @@ def _share(of: Mapping[str, float], share: str, measure: str = "", shown=str) ->
     if share not in of:
         return ""
     return f"{of[share]:.2f}" + (f" ({shown(of[measure])})" if measure in of else "")
+
+
+def _size(count: float) -> str:
+    """Bytes in three digits."""
+    for unit_bytes, unit in ((2**30, "GiB"), (2**20, "MiB")):
+        if count >= unit_bytes:
+            return f"{count / unit_bytes:.3g} {unit}"
+    return f"{count / 2**10:.3g} KiB"
 
 
 def _small(error: float) -> str:

@@ -16,13 +16,15 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from ppcl.errors import UserError
-from ppcl.export import reload_gate
+from ppcl.export import quantising, reload_gate
 from ppcl.pruning import narrow, pruned_class
 from ppcl.settings import Settings, Variant
 from ppcl.storage import seals, tensors, texts, untrusted, whole
 from ppcl.teacher import hub, trust
+from ppcl.teacher.weights import STEMS
 from ppcl.transformer import blocks, call_arguments
 from ppcl.transformer.registry import family_of
 
@@ -61,6 +63,7 @@ def export(
     folder: Path,
     card: dict,
     call: dict,
+    quantise: str | None = None,
 ) -> None:
     """Writes a pipeline folder and proves, in a fresh process, that diffusers alone loads it.
 
@@ -72,6 +75,7 @@ def export(
             LoRA and ControlNet files carry the old numbers.
         card: provenance and choices, saved as pruning.json with the digests of all files.
         call: keyword arguments of one transformer call, for the comparison.
+        quantise: how its weights are quantised (quantisation.METHODS), if they are.
 
     Raises:
         UserError: the reloaded model misses weights or answers differently. Nothing is left behind.
@@ -80,10 +84,52 @@ def export(
     _remember(transformer, pruned_class.CARD, card)
     with whole.writing(folder, folder=True) as temporary:
         trusted = save(teacher, transformer, block_map, temporary)
+        if quantise:
+            part = temporary / teacher.component
+            transformer = quantising.quantised(
+                transformer, part, part, quantise, main_dtype(transformer)
+            )
+            forget_paths(temporary)
         prove(temporary, transformer, call, teacher.component, trusted)
-        (temporary / teacher.component / CARD).unlink(missing_ok=True)  # it has no digests
-        files = {name: seals.file_digest(temporary / name) for name in _files(temporary)}
-        texts.write_sealed(temporary / CARD, card | {"files": files})
+        seal(temporary, teacher.component, card | quantising.told(transformer, quantise))
+
+
+def requantise(
+    transformer: nn.Module, source: Path, folder: Path, component: str, call: dict, quantise: str
+) -> None:
+    """Writes an exported folder once more with its transformer's weights quantised, and proves it.
+
+    Args:
+        transformer: of the folder `source`, as `export` or `requantise` takes it.
+        component, call, quantise: as for `export`.
+
+    Raises:
+        UserError: as `export`, or `quantising.quantised`. Nothing is left behind.
+    """
+    card = texts.read_sealed(source / CARD) if (source / CARD).exists() else {}
+    with whole.writing(folder, folder=True) as temporary:
+        for name in _files(source):
+            if name != CARD and not name.startswith(f"{component}/{STEMS['diffusers']}"):
+                (temporary / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source / name, temporary / name)
+        made = quantising.quantised(
+            transformer,
+            source / component,
+            temporary / component,
+            quantise,
+            main_dtype(transformer),
+        )
+        forget_paths(temporary)
+        prove(temporary, made, call, component, bool(trust.code_in(temporary)))
+        card |= quantising.told(made, quantise) | {"of": source.name}
+        seal(temporary, component, card)
+
+
+def seal(folder: Path, component: str, card: dict) -> None:
+    """Writes the card of an export, with digests of all of its files."""
+    (folder / component / CARD).unlink(missing_ok=True)  # it has no digests
+    files = {name: seals.file_digest(folder / name) for name in _files(folder)}
+    texts.write_sealed(folder / CARD, card | {"files": files})
 
 
 def with_code(transformer: nn.Module) -> nn.Module:
@@ -111,7 +157,7 @@ def save(
     if teacher.source is not None:
         copy_missing(teacher.source, folder, pipe, copy_file)
     trusted = trust.bring(pipe, folder)
-    _forget_paths(folder)
+    forget_paths(folder)
     texts.write_json(folder / component / "block_map.json", block_map)
     return trusted
 
@@ -189,7 +235,7 @@ def copy_missing(
     texts.write_json(folder / hub.INDEX, index)
 
 
-def _forget_paths(folder: Path) -> None:
+def forget_paths(folder: Path) -> None:
     """Removes `_name_or_path`, where components were loaded from, from all configs: it is private,
     and another machine has no such path."""
     for path in (folder / hub.INDEX, *folder.glob("*/*config.json")):
@@ -230,21 +276,23 @@ def prove(
     Raises:
         UserError: the answers differ, or weights differ or are missing.
     """
-    held = {"expected": blocks.answer(transformer, call)}
+    device = next(transformer.parameters()).device
+    there = tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, call)
+    held = {"expected": blocks.answer(transformer, there).cpu()}
     about = {
         "arguments": json.dumps(call_arguments.encode(call, "call", held.__setitem__)),
         "component": component,
-        "dtype": str(_main_dtype(transformer)).removeprefix("torch."),
+        "dtype": str(main_dtype(transformer)).removeprefix("torch."),
         "light": json.dumps(list(light)),
         "trusted": json.dumps(own_code(folder, component) if trusted is None else trusted),
         "weights": json.dumps(reload_gate.digests(transformer)),
     }
     probe = folder / ".call.safetensors"
     tensors.write(probe, held, about)
-    gate = Path(__file__).with_name("reload_gate.py")
+    gate, packages = Path(__file__).with_name("reload_gate.py"), quantising.places(transformer)
     with tempfile.TemporaryDirectory() as modules:  # where diffusers copies and compiles code to
         done = subprocess.run(
-            [sys.executable, "-I", str(gate), str(folder), str(probe)],
+            [sys.executable, "-I", str(gate), str(folder), str(probe), *packages],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -258,9 +306,10 @@ def prove(
         )
 
 
-def _main_dtype(module: nn.Module) -> torch.dtype:
-    """The type of most of a module's weights; a class may keep some in float32."""
+def main_dtype(module: nn.Module) -> torch.dtype:
+    """The type of most of a module's weights, but integers; a class may keep some in float32."""
     counts: dict[torch.dtype, int] = {}
     for parameter in module.parameters():
-        counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
+        if parameter.is_floating_point():
+            counts[parameter.dtype] = counts.get(parameter.dtype, 0) + parameter.numel()
     return max(counts, key=counts.__getitem__)

@@ -44,7 +44,7 @@ def decided(
         state: of the files that keep refitted maps, so that a killed run can go on.
     """
     options = settings.choose
-    searched = {v.name: (v, choosing.search(offer, v)) for v in settings.variants}
+    searched = {v.name: (v, choosing.search(offer, v)) for v in settings.pruned}
     if options.source != "measured":
         return choosing.as_last_trained(offer, searched, measure), {}
     tried = choosing.trials(offer, searched, measure)

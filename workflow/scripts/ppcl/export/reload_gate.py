@@ -17,6 +17,7 @@ if __name__ == "__main__":
 
 import torch
 from safetensors import safe_open
+from torch.utils._pytree import tree_map
 
 
 def filled(skeleton, file):
@@ -36,10 +37,21 @@ def digests(module: torch.nn.Module) -> dict[str, str]:
     """Name of every weight -> its type, shape and SHA-256 digest, as one text."""
     weight_digests = {}
     for name, tensor in module.state_dict().items():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        content = hashlib.sha256(flat.numpy()).hexdigest()
-        weight_digests[name] = f"{tensor.dtype} {tuple(tensor.shape)} {content}"
+        content = hashlib.sha256()
+        for part in parts_of(tensor):
+            flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            content.update(flat.numpy())
+        weight_digests[name] = f"{tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}"
     return weight_digests
+
+
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor consists of: itself, or, of a quantised one of torchao, its integers and
+    scales."""
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
 
 
 def check(folder: Path, probe: Path) -> list[str]:
@@ -80,6 +92,8 @@ def check(folder: Path, probe: Path) -> list[str]:
     problems = [f"on meta: {n}" for n, p in transformer.named_parameters() if p.is_meta]
     if problems:
         return problems
+    place = next(transformer.parameters()).device  # some quantised ones run on CUDA alone
+    call = tree_map(lambda v: v.to(place) if isinstance(v, torch.Tensor) else v, call)
     loaded, written = digests(transformer), json.loads(about["weights"])
     problems += [
         f"weights differ: {name}"
@@ -90,6 +104,7 @@ def check(folder: Path, probe: Path) -> list[str]:
         answer = transformer(**call)[0]
     if not isinstance(answer, torch.Tensor):  # some answer with a list, one tensor per sample
         answer = torch.stack(list(answer))
+    answer = answer.cpu()
     # Where weights lie in memory decides the order of some sums, so the last bits may differ.
     allowed = 4 * torch.finfo(dtype).eps
     difference, norm = (answer.double() - expected).norm().item(), expected.norm().item()
@@ -104,6 +119,8 @@ def check(folder: Path, probe: Path) -> list[str]:
 
 
 if __name__ == "__main__":
+    # Where packages are that quantised weights need, if that is nowhere usual.
+    sys.path.extend(sys.argv[3:])
     problems = check(Path(sys.argv[1]), Path(sys.argv[2]))
     gc.freeze()
     sys.exit("\n".join(problems) or 0)

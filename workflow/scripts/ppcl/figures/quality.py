@@ -28,6 +28,18 @@ COSTS = {
 }
 
 
+# Shown where weights are quantised; elsewhere bytes are as parameters.
+STORED = "stored_fraction", "bytes as stored (teacher = 1)"
+
+
+def _quantised(metrics: pd.DataFrame) -> bool:
+    """Whether a variant has fewer bytes than its share of the parameters has."""
+    wide = metrics.pivot_table(index="variant", columns="metric", values="value")
+    if not {STORED[0], "parameter_fraction"} <= set(wide):
+        return False
+    return bool((wide[STORED[0]] < 0.98 * wide["parameter_fraction"]).any())
+
+
 @style.styled
 def quality_against_cost(metrics: pd.DataFrame) -> Figure:
     """Quality against size (left) and latency (right), with bootstrap intervals, teacher included.
@@ -37,13 +49,15 @@ def quality_against_cost(metrics: pd.DataFrame) -> Figure:
 
     metrics: as schemas.METRICS: value, ci_low and ci_high of a judge's accuracies (shares, shown
     in %) or of FIDELITIES (PSNR in dB; SSIM; velocity error: relative, squared) as y; of COSTS
-    (teacher = 1) as x.
+    (teacher = 1) as x, and of STORED where a variant is quantised.
     """
     present = set(metrics["metric"])
     qualities = {m: label for m, label in judges.labels().items() if m in present}
     judged = bool(qualities)
     qualities = qualities or {m: label for m, label in FIDELITIES.items() if m in present}
     costs = {m: label for m, label in COSTS.items() if m in present}
+    if _quantised(metrics):
+        costs = {STORED[0]: STORED[1], **costs}
     if not qualities or not costs:
         return style.message("Quality against cost", "The metrics table holds no such pair.")
     variants = style.by_size(metrics)

@@ -89,7 +89,7 @@ class RunTables:
     @property
     def variants(self) -> list[str]:
         """Names of the config's variants, in its order."""
-        return [variant.name for variant in self.settings.variants]
+        return [variant.name for variant in self.settings.pruned]
 
     def _read(self, name: str, path: Path) -> pd.DataFrame:
         return tables.read(path, schemas.TABLES[TABLES[name]]).to_pandas()

@@ -162,7 +162,7 @@ def _choosing(planner: Planner, flops: Flops) -> Work:
     unit from up to three other stages."""
     settings = planner.settings
     units = len(planner.every or flops[0]) if settings.trains else 0
-    sets = units * (1 + 3 * len(settings.variants)) + len(settings.variants)
+    sets = units * (1 + 3 * len(settings.pruned)) + len(settings.pruned)
     return _prices(planner, flops, [0] * sets, settings.choose)
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ppcl.errors import UserError
 from ppcl.runtime import cores, gpus
@@ -111,9 +112,19 @@ def peak_memory(device: torch.device) -> int:
 ROOM = 0.7  # the share of a device's free memory that weights may take; the rest is activations'
 
 
+def plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """What a tensor consists of: itself, or, of a quantised one of torchao, its integers and
+    scales."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain(getattr(tensor, name))]
+
+
 def size(module: nn.Module) -> int:
     """Bytes of a module's parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
+    every = (*module.parameters(), *module.buffers())
+    return sum(part.numel() * part.element_size() for t in every for part in plain(t))
 
 
 def free_memory(device: torch.device) -> int | None:

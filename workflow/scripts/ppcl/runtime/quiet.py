@@ -24,7 +24,12 @@ MESSAGES = {
     ),
     "huggingface_hub.file_download": (r"Xet Storage is enabled for this repo, but the 'hf_xet'",),
     # Optional packages that are there, and not used here.
-    "torchao": (r"Skipping import of cpp extensions",),
+    "torchao": (r"Skipping import of cpp extensions", r"Failed to load .*\.so"),
+    "torch.utils._pytree": (r"<enum '\w+'> is an Enum subclass",),  # of torchao
+    "diffusers.quantizers.torchao.torchao_quantizer": (
+        r"Unable to import `torchao` Tensor objects",  # of pickled weights, which are not read
+        r"You are trying to set torch_dtype to torch.float\d+ for integer quantization",  # it works
+    ),
     "bitsandbytes.cextension": (r"The installed version of bitsandbytes was compiled without GPU",),
 }
 WARNINGS = (

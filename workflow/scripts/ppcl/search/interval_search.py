@@ -121,7 +121,7 @@ def unmeasured_runs(closed: ClosedForms, required: Named) -> list[ClosedForm]:
 def priced_intervals(settings: Settings, paths: Paths, cka: np.ndarray) -> np.ndarray:
     """What each interval costs [first, last], as intervals.cost has it."""
     chosen, stream = settings.intervals, settings.similarity.streams
-    trained = any(variant.train for variant in settings.variants)
+    trained = any(variant.train for variant in settings.pruned)
     leaves = chosen.training_leaves if trained else 1.0
     given = CostInputs(cka, stream, paths["sensitivity"], paths["probes"], leaves)
     return interval_costs.COSTS[chosen.cost](given)
@@ -192,7 +192,7 @@ def cheapest(
         modulations=closed.modulations,
         unread=closed.unread,
     )
-    needs = budgets.targets(settings.variants, known.totals)
+    needs = budgets.targets(settings.pruned, known.totals)
     return Decision(selection.select(choices, known.weights, needs, required), needs, required)
 
 

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from ppcl.errors import UserError
+from ppcl.runtime import devices
 from ppcl.storage import untrusted
 from ppcl.teacher import weights
 from ppcl.teacher.weights import Header
@@ -70,7 +71,12 @@ def _telling(base: type, stock: classmethod, told: list) -> classmethod:
 
 def _samples(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Name -> some values of that weight, evenly spaced, on the CPU."""
-    every = {n: p.detach().flatten() for n, p in model.named_parameters() if not p.is_meta}
+    every = {
+        f"{name}/{number}" if number else name: part.detach().flatten()
+        for name, parameter in model.named_parameters()
+        for number, part in enumerate(devices.plain(parameter))
+        if not part.is_meta
+    }
     return {n: p[:: max(1, len(p) // SAMPLED)].to("cpu", copy=True) for n, p in every.items()}
 
 
@@ -191,9 +197,10 @@ def refuse_incomplete(module: torch.nn.Module, where: str) -> None:
             raise UserError(
                 f"{where}: the weight '{name}' is missing; its config and files disagree"
             )
-    for name, parameter in module.named_parameters():
+    parts = ((n, part) for n, p in module.named_parameters() for part in devices.plain(p))
+    for name, part in parts:
         # The extremes cost a sixtieth of isfinite's time, and no copy; float8 has neither.
-        if parameter.is_floating_point() and parameter.itemsize > 1 and parameter.numel():
-            extremes = torch.stack(torch.aminmax(parameter.detach()))
+        if part.is_floating_point() and part.itemsize > 1 and part.numel():
+            extremes = torch.stack(torch.aminmax(part.detach()))
             if not torch.isfinite(extremes).all():
                 raise UserError(f"{where}: the weight '{name}' holds NaN or infinity")

@@ -15,6 +15,7 @@ from ppcl.storage import untrusted
 STEMS = {"diffusers": "diffusion_pytorch_model", "transformers": "model"}
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".h5")
 CONFIG = "config.json"
+TEACHER = "teacher.path"
 _WEIGHTLESS = re.compile(
     "(Scheduler|Guidance|Tokenizer(Fast)?|Backend|FeatureExtractor)$|Processor"
 )
@@ -143,7 +144,8 @@ def check(
         folder: the pipeline's.
         parts: component -> (library, class), as `hub.parts` gives them.
         variant: the config's `teacher.variant`.
-        key: the config key that names the folder, for messages.
+        key: the config key that names the folder, for messages; a teacher's ends in TEACHER. Any
+            other pipeline is only run, so its weights may be quantised.
         pruned: the component that is pruned.
 
     Returns:
@@ -171,7 +173,7 @@ def check(
             )
         weightless = name != pruned and _WEIGHTLESS.search(made_as)
         if CONFIG in names and not weightless:
-            _check_config(part / CONFIG, key, name == pruned)
+            _check_config(part / CONFIG, key, name == pruned and key.endswith(TEACHER))
             by_part[name] = _weights(part, names, library, variant, key)
         elif name == pruned or library in STEMS and not weightless:
             raise UserError(f"{key}: {part} has no {CONFIG}; restore the {name}'s folder")

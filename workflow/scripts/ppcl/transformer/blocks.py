@@ -7,6 +7,7 @@ keywords, or positionally under gradient checkpointing, so arguments are bound b
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -296,8 +297,14 @@ def sizes(transformer: nn.Module) -> dict[str, int]:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Number of parameters."""
-    return sum(p.numel() for p in module.parameters())
+    """Number of parameters, of a quantised module as it was before."""
+    return sum(map(_count, module.parameters()))
+
+
+def _count(parameter: nn.Parameter) -> int:
+    # Two weights of 4 bits are one byte of bitsandbytes' tensor, which keeps the shape.
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def parameters_of_blocks(transformer: nn.Module) -> list[int]:
