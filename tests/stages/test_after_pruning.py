@@ -11,7 +11,7 @@ import pytest
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from PIL import Image
 
-from support import ROOT, pruned, published
+from support import ROOT, pruned, published, quantised
 
 PAGE = ROOT / "docs" / "after-pruning.md"
 RUN = {"python": [sys.executable, "-c"], "sh": ["bash", "-euo", "pipefail", "-c"]}
@@ -63,6 +63,7 @@ NEEDS: dict[str, Callable[[Path], object]] = {
     "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
     "Make a GGUF file": lambda place: pytest.importorskip("gguf"),
     "Train a LoRA on it": own_pictures,
+    "Quantise it": quantised.for_the_page,
 }
 
 

@@ -10,10 +10,9 @@ from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
-from ppcl.configuration import prompt_checks
+from ppcl.configuration import prompt_checks, variant_checks
 from ppcl.errors import UserError
 from ppcl.pruning import constraints
-from ppcl.pruning.quantisation import METHODS
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, untrusted
 from ppcl.teacher import arguments, hub, lora_files, needed, schedulers, weights
@@ -66,7 +65,7 @@ def check(settings: Settings, source: str = "config") -> None:
             "that too (one process is enough), or leave cpu_offload out"
         )
     _check_offload(settings, source)
-    _check_quantised(settings, source)
+    variant_checks.check_quantised(settings, source)
     kinds = [
         name for name in ("intervals", "width", "modulation") if getattr(settings, name).enabled
     ]
@@ -199,31 +198,6 @@ def _check_optimizers(settings: Settings, source: str) -> None:
             raise UserError(
                 f"{source}: finetune.optimizer is adamw8bit, which can't take weights that are "
                 "shared out; set finetune.optimizer to adamw, or finetune.sharding to none"
-            )
-
-
-def _check_quantised(settings: Settings, source: str) -> None:
-    """Raises UserError if a variant is quantised by what is not here, or can't run as asked for."""
-    for variant in settings.variants:
-        if variant.quantise is None:
-            continue
-        method, which = METHODS[variant.quantise], f"{source}: variants: '{variant.name}'"
-        if find_spec(method.package) is None:
-            raise UserError(
-                f"{which} has quantise: {variant.quantise}, which needs the package "
-                f"{method.package}; install it (pip install {method.package}=={method.version}), "
-                "or leave quantise out"
-            )
-        if method.cuda and settings.device in ("cpu", "mps"):
-            raise UserError(
-                f"{which} has quantise: {variant.quantise}, which diffusers runs on CUDA alone, but "
-                f"device is {settings.device}; set quantise to int8, or device to cuda"
-            )
-        if settings.teacher.offload != "none":
-            raise UserError(
-                f"{which} has quantise: {variant.quantise}, but teacher.offload is "
-                f"{settings.teacher.offload}, and quantised weights have to stay on the device; "
-                "set teacher.offload to none, or leave quantise out"
             )
 
 

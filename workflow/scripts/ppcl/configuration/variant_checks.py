@@ -1,11 +1,14 @@
-"""Checks of a config's variants, each with the others, that a schema can't make.
+"""Checks of a config's variants that a schema can't make.
 
 Needs no torch.
 """
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 
 from ppcl.errors import UserError
+from ppcl.pruning.quantisation import METHODS
+from ppcl.settings import Settings
 
 # Keys of pruning and training, of which a quantised copy of another variant has none, and what
 # they are where they say nothing.
@@ -71,3 +74,28 @@ def _check_copy(
             f"{where} is of '{of}', which is quantised itself; name the variant that it is made "
             "of as it was before"
         )
+
+
+def check_quantised(settings: Settings, source: str) -> None:
+    """Raises UserError if a variant is quantised by what is not here, or can't run as asked for."""
+    for variant in settings.variants:
+        if variant.quantise is None:
+            continue
+        method, which = METHODS[variant.quantise], f"{source}: variants: '{variant.name}'"
+        if find_spec(method.package) is None:
+            raise UserError(
+                f"{which} has quantise: {variant.quantise}, which needs the package "
+                f"{method.package}; install it (pip install {method.package}=={method.version}), "
+                "or leave quantise out"
+            )
+        if method.cuda and settings.device in ("cpu", "mps"):
+            raise UserError(
+                f"{which} has quantise: {variant.quantise}, which diffusers runs on CUDA alone, "
+                f"but device is {settings.device}; set quantise to int8, or device to cuda"
+            )
+        if settings.teacher.offload != "none":
+            raise UserError(
+                f"{which} has quantise: {variant.quantise}, but teacher.offload is "
+                f"{settings.teacher.offload}, and quantised weights have to stay on the device; "
+                "set teacher.offload to none, or leave quantise out"
+            )

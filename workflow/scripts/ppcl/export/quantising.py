@@ -6,7 +6,6 @@ Of torchao's and bitsandbytes' weights diffusers makes .safetensors files, which
 
 import importlib.metadata
 import importlib.util
-
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast

@@ -40,7 +40,7 @@ def digests(module: torch.nn.Module) -> dict[str, str]:
         content = hashlib.sha256()
         for part in parts_of(tensor):
             flat = part.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            content.update(flat.numpy())
+            content.update(flat.numpy().data)
         weight_digests[name] = f"{tensor.dtype} {tuple(tensor.shape)} {content.hexdigest()}"
     return weight_digests
 

@@ -35,7 +35,8 @@ def in_block(block: nn.Module, modulations: Iterable[str] = ()) -> list[str]:
 
 def names(transformer: nn.Module) -> list[str]:
     """Paths of all Linears of a transformer that are quantised."""
-    path_of, paths = {}, []
+    path_of: dict[nn.Module, str] = {}
+    paths: list[str] = []
     for name, module in transformer.named_modules():
         path_of.setdefault(module, name)
     for block in blocks.block_sequence(transformer):

@@ -31,6 +31,7 @@ MESSAGES = {
         r"You are trying to set torch_dtype to torch.float\d+ for integer quantization",  # it works
     ),
     "bitsandbytes.cextension": (r"The installed version of bitsandbytes was compiled without GPU",),
+    "bitsandbytes.backends.cpu.ops": (r"Failed to load CPU gemm_4bit_forward",),
 }
 WARNINGS = (
     r"In CPU autocast, but the target dtype is not supported",
