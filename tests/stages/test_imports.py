@@ -42,6 +42,7 @@ WITHOUT = {
     "plot": TORCH | JUDGE | {"skimage"},
     "probe": MODELS | OTHER | {"skimage", "scipy"},
     "prune": OTHER | {"skimage"},
+    "quantise": OTHER,
     "record": OTHER | {"skimage"},
     "remap_controlnet": OTHER | {"skimage"},
     "sensitivity": OTHER | {"skimage"},

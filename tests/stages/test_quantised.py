@@ -1,4 +1,4 @@
-"""Quantised variants of stock classes, and the stage that makes them; what needs CUDA runs there."""
+"""Quantised variants of stock classes, and their stage; on CUDA, bitsandbytes, too."""
 
 import json
 import subprocess
@@ -83,6 +83,14 @@ def test_the_stage_writes_a_folder_that_diffusers_alone_loads(tmp_path, tiny_tea
     )
     assert {path.name for path in after - before} == {"pruning.json"} and before <= after
     assert [path.name for path in (tmp_path / "models").iterdir() if path.name[0] == "."] == []
+
+    # The folder as it is now has a card, and is not what was written if a byte of it is another.
+    weights = tmp_path / "models/less/transformer/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    (tmp_path / "models/half").rename(tmp_path / "models/first")
+    (tmp_path / "models/less").rename(tmp_path / "models/half")
+    done = stage(tmp_path, tiny_teacher, tiny_calls)
+    assert done.returncode == 2 and "model.safetensors is not what was written" in done.stderr
 
 
 @pytest.mark.parametrize("method", ["nf4", "bnb-int8"])

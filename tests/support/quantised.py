@@ -4,8 +4,9 @@ it is imported, and `make test` keeps them where other tests don't find them.
     PYTHONPATH=... python tests/support/quantised.py FOLDER
     PYTHONPATH=... python tests/support/quantised.py PIPELINE COPY
 
-The latter quantises one pipeline to int8, without its proof. The former prints JSON: of each model and method, what came of it. Of bitsandbytes, diffusers' check for a GPU
-is left out: the package itself computes on a CPU, too.
+The latter quantises one pipeline to int8, without its proof. The former prints JSON: of each model
+and method, what came of it. Of bitsandbytes, diffusers' check for a GPU is left out: the package
+itself computes on a CPU, too.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Quantised variants in a config, and which weights of a model they are of; nothing is quantised."""
+"""Quantised variants in a config, and which weights of a model they are of."""
 
 import pytest
 from torch import nn
