@@ -99,7 +99,7 @@ def put(given: dict, key: str, value):
         ),
         ("width.ffn.require", [1], ["unknown key 'width.ffn'"]),
         ("width.schedule", "stage", ["did you mean 'staged'"]),
-        ("variants", [{"name": "a"}], ["variants[0]", "'budget' is a required property"]),
+        ("variants", [{"name": "a"}], ["variants: 'a' has no budget; give it one"]),
         ("variants", [{"name": "teacher", "budget": 0.5}], ["'variants[0].name'", "other than"]),
         ("variants", [{"name": "a", "budget": 0.5}] * 2, ["variants", "'a' is used twice"]),
         ("modulation.guidance", [9, 1.5], ["modulation.guidance: [9, 1.5] has to be [low, high]"]),
