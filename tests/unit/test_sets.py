@@ -78,6 +78,13 @@ def searched(offer, *variants):
     return {v.name: (v, choosing.search(offer, v)) for v in variants}
 
 
+def test_the_error_of_a_unit_whose_maps_were_fitted_once_more_is_the_one_before():
+    errors = {"04-04": {sets.CLOSED: 0.25, "distill": 0.5}}
+    offer, one = offered(errors=errors), Set((Member(NARROW, f"{sets.REFIT}v"),))
+    (row,) = set_tables.rows(offer, "v", Choice(one, 0.25, {"parameters": 60}))
+    assert (row["source"], row["velocity_error"]) == ("refit-v", 0.25)
+
+
 def test_larger_budgets_never_cost_more_and_every_row_saves_its_part():
     """What the rows save adds up to what the selection does, ranks of halved matrices included."""
     offer, before = offered(), np.inf

@@ -51,7 +51,7 @@ def described(args: argparse.Namespace, settings: Settings) -> Described:
         pruning,
         teacher_card.read(teacher_card.find(teacher), repository, revision),
         settings,
-        units[units["variant"] == args.variant],
+        units[units["variant"] == pruning.get("of", args.variant)],
         metrics,
         pictures,
         prompts,

@@ -231,7 +231,7 @@ def per_variant_names(path):
     """Names of the variants that have an artifact of their own at this path."""
     if path.startswith("finetune/"):
         return finetuned()
-    return variants() if path.startswith("models/") else pruned()
+    return pruned() if path.startswith("variants/") else variants()
 
 
 def ablation_runs(names, seeds=None):

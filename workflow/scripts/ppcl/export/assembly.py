@@ -107,8 +107,10 @@ def requantise(
         UserError: as `export`, or `quantising.quantised`. Nothing is left behind.
     """
     card = texts.read_sealed(source / CARD) if (source / CARD).exists() else {}
+    # Not its model card, nor its metrics, if it has been described already.
+    card = {key: value for key, value in card.items() if key not in ("card", "metrics", "seal")}
     with whole.writing(folder, folder=True) as temporary:
-        for name in _files(source):
+        for name in card.get("files", _files(source)):
             if name != CARD and not name.startswith(f"{component}/{STEMS['diffusers']}"):
                 (temporary / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(source / name, temporary / name)

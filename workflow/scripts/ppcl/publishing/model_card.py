@@ -248,6 +248,11 @@ def _warnings(about: Described) -> list[str]:
             f"Loading it runs code of this repository ({files}), hence `trust_remote_code=True`: "
             "read it first. Tools that know diffusers' own classes alone may refuse it."
         )
+    if how := about.pruning.get("quantised"):
+        lines.append(
+            f"Its weights are quantised ({how}), which loading needs the package "
+            f"{about.pruning['package']} for."
+        )
     size = [about.settings.pipeline.get(key) for key in ("height", "width")]
     at = f" at {size[0]} x {size[1]} pixels" if all(isinstance(n, int) for n in size) else ""
     lines.append(

@@ -11,7 +11,7 @@ from ppcl.pruning.units import Unit
 from ppcl.search import savings
 from ppcl.search.choosing import Choice, Decided
 from ppcl.search.offers import Offer
-from ppcl.search.sets import CLOSED
+from ppcl.search.sets import CLOSED, REFIT
 from ppcl.storage import schemas
 from ppcl.transformer.family import IMAGE, TEXT
 
@@ -29,7 +29,7 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
             row = {
                 "kind": kind,
                 "stream": " ".join(s for s in (IMAGE, TEXT) if s in streams or kind != "ffn"),
-                "velocity_error": offer.errors[unit.name][member.source],
+                "velocity_error": _error(offer.errors[unit.name], member.source),
                 "required": constraints.holds(unit, offer.required),
             }
             saved = {measure: w.units[unit.name] for measure, w in offer.weights.items()}
@@ -74,6 +74,11 @@ def rows(offer: Offer, name: str, choice: Choice) -> list[dict]:
         blocks = holder.unit.name if holder else f"{block:02d}-{block:02d}"
         units.append(_row(name, blocks, block, block, CLOSED, saved, row))
     return units
+
+
+def _error(errors: Mapping[str, float], source: str) -> float:
+    """Of a unit alone; of maps that were fitted once more in a set, as they were before."""
+    return errors[CLOSED if source.startswith(REFIT) else source]
 
 
 def _closed(unit: Unit) -> Iterable[tuple[str, tuple]]:
