@@ -235,7 +235,7 @@ def _warnings(about: Described) -> list[str]:
             "LoRAs, ControlNets and IP-Adapters for the teacher name its blocks by number, and "
             "would load into the wrong ones here, with a warning at most. "
             "`block_map.json`, beside the transformer's weights, says which of the teacher's "
-            "blocks each block stands for: remap them by it."
+            "blocks each block stands for: remap them by it, as the workflow's `remap_*.py` do."
         )
     if kinds & {"ffn", "text", "modulation"}:
         lines.append(
