@@ -10,6 +10,7 @@ import torch
 from benchmarks import (
     cka,
     extraction,
+    few_steps,
     late,
     material,
     measuring,
@@ -99,3 +100,27 @@ def test_the_program_stores_what_it_prints(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert len(rows) == 3 and all(row["name"] in printed for row in rows)
     assert {row["verdict"] for row in rows} <= {"pass", "fail"}
+
+
+def test_averages_beside_a_training_are_those_that_ema_keeps(tmp_path):
+    def trained(ema: float, beside: bool):
+        torch.manual_seed(0)
+        module, accelerator = torch.nn.Linear(3, 3), few_steps.processes.accelerator("cpu")
+        modules = {"m": module}
+
+        def losses(step):
+            yield "m", (module(torch.full((2, 3), step + 1.0)) - 1).square().mean(), {}
+
+        averaged = few_steps.Averaged(modules, losses)
+        how = few_steps.loop.Optimisation(steps=30, lr=0.1, ema=ema)
+        path = tmp_path / f"{ema}"
+        few_steps.loop.train(modules, averaged if beside else losses, how, accelerator, path, "x")
+        return module, averaged
+
+    module, averaged = trained(0.0, beside=True)
+    averaged.update()
+    kept = {decay: module.weight.clone() for decay in averaged.at_each_decay()}
+    assert torch.equal(kept[0.0], module.weight)
+    for decay in (0.9, 0.99):
+        expected = trained(decay, beside=False)[0].weight
+        assert torch.equal(kept[decay], expected) and not torch.equal(kept[0.0], expected)

@@ -50,8 +50,14 @@ def same(a: torch.nn.Module, b: torch.nn.Module) -> bool:
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("names", [("attention",), ("dora",), ("attention", "rest")])
+@pytest.mark.parametrize(
+    ("names", "dtype"),
+    [
+        (("attention",), "float32"),
+        (("dora",), "float32"),
+        (("attention", "rest"), "bfloat16"),
+    ],
+)
 def test_weights_are_those_of_stock_diffusers_wherever_the_teacher_is_loaded(
     tiny_teacher, files, names, dtype
 ):
