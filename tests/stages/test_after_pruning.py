@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from PIL import Image
+from safetensors.torch import save_file
 
-from support import ROOT, pruned, published, quantised
+from support import ROOT, ip_files, pruned, published, quantised
+from support.zoo_images import SPECIMENS
 
 PAGE = ROOT / "docs" / "after-pruning.md"
 RUN = {"python": [sys.executable, "-c"], "sh": ["bash", "-euo", "pipefail", "-c"]}
@@ -57,9 +59,18 @@ def sketch(place: Path) -> None:
     Image.new("RGB", (32, 32), "white").save(place / "seven.png")
 
 
+def picture_prompts(place: Path) -> None:
+    """A variant of a tiny FLUX, and an IP-adapter of its teacher."""
+    teacher = SPECIMENS["flux"].make(6)
+    save_file(ip_files.flux(teacher.transformer), place / "ip_adapter.safetensors")
+    teacher.save_pretrained(place / "flux")
+    pruned.folder(place / "results/flux/models/b8", merged=((0, 2), (6, 8)), teacher=place / "flux")
+
+
 # What a section's code needs besides, by its heading: a function that puts it into the workplace.
 NEEDS: dict[str, Callable[[Path], object]] = {
     "ControlNets of the teacher": sketch,
+    "IP-adapters of the teacher": picture_prompts,
     "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
     "Make a GGUF file": lambda place: pytest.importorskip("gguf"),
     "Train a LoRA on it": own_pictures,

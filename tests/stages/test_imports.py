@@ -45,6 +45,7 @@ WITHOUT = {
     "quantise": OTHER,
     "record": OTHER | {"skimage"},
     "remap_controlnet": OTHER | {"skimage"},
+    "remap_ip_adapter": OTHER | {"skimage"},
     "sensitivity": OTHER | {"skimage"},
     "similarity": MODELS | OTHER | {"skimage", "scipy"},
     "subsets": OTHER | {"skimage"},

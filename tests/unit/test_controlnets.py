@@ -24,7 +24,7 @@ from PIL import Image
 from torch import nn
 
 from ppcl.errors import UserError
-from ppcl.export import control_class, controlnets
+from ppcl.export import control_class, controlnets, pruned_models
 from ppcl.transformer import blocks
 from ppcl.transformer.families import FAMILIES
 from support import SCRIPTS, pruned, zoo_parts
@@ -228,7 +228,7 @@ def made(tmp_path_factory):
 def remapped(folder, stock, place):
     """A stock ControlNet, written for the variant of a folder and loaded by diffusers alone."""
     stock.save_pretrained(place / "stock")
-    model = controlnets.pruned(folder, "transformer")
+    model = pruned_models.read(folder, "transformer")
     own = controlnets.remap(place / "stock", model, place / "remapped")
     shutil.rmtree(place / "stock")
     return AutoModel.from_pretrained(str(place / "remapped"), trust_remote_code=own)
@@ -344,7 +344,7 @@ def saved(case, made, place, layers):
     """Folders of a stock ControlNet and of the variant."""
     pipe, _, _, folder = made(case)
     controlnet(CASES[case], pipe.transformer, layers).save_pretrained(place, max_shard_size="40KB")
-    return place, controlnets.pruned(folder, "transformer")
+    return place, pruned_models.read(folder, "transformer")
 
 
 def test_weights_stay_as_they_are_and_a_loaded_one_is_saved_with_its_code(made, tmp_path):
@@ -420,7 +420,7 @@ def test_a_narrow_variant_takes_it_as_it_is(tmp_path):
     pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
     stock = controlnet(CASES["qwen-image"], pipe.transformer, {"num_layers": 5})
     stock.save_pretrained(tmp_path / "stock")
-    model = controlnets.pruned(folder, "transformer")
+    model = pruned_models.read(folder, "transformer")
     assert not controlnets.remap(tmp_path / "stock", model, tmp_path / "mine")
     mine = AutoModel.from_pretrained(str(tmp_path / "mine"))
     whole = diffusers.QwenImageControlNetPipeline(**pipe.components, controlnet=mine)

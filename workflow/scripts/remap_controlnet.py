@@ -12,7 +12,7 @@ import argparse
 
 from ppcl import program
 from ppcl.errors import UserError
-from ppcl.export import controlnets
+from ppcl.export import controlnets, pruned_models
 
 
 def command_line() -> argparse.Namespace:
@@ -33,7 +33,7 @@ def main() -> None:
     args = command_line()
     if args.output.exists():
         raise UserError(f"--output: {args.output} is there already; name a new one")
-    model = controlnets.pruned(args.model, args.component)
+    model = pruned_models.read(args.model, args.component)
     if controlnets.remap(args.controlnet, model, args.output):
         print(f"{args.output}: loads with AutoModel.from_pretrained, trust_remote_code=True")
     else:

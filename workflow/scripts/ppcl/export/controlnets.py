@@ -9,59 +9,20 @@ little. `control_class` has the class of such a ControlNet; its weights are thos
 import inspect
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
 
 from ppcl.errors import UserError
-from ppcl.export import assembly, block_maps, control_class
-from ppcl.storage import texts, untrusted, whole
-from ppcl.teacher import hub, weights
+from ppcl.export import control_class, pruned_models
+from ppcl.storage import texts, whole
+from ppcl.teacher import weights
 from ppcl.transformer.families import FAMILIES
-from ppcl.transformer.family import Control, Family, Stride
+from ppcl.transformer.family import Control, Stride
 
 
-@dataclass(frozen=True)
-class Pruned:
-    """What a folder says of a pruned transformer, whose weights stay where they are.
-
-    Attributes:
-        name: of its class in diffusers.
-        family: the entry of this class.
-        config: its config.
-        block_maps: of each of its lists of blocks, counted within the list.
-    """
-
-    name: str
-    family: Family
-    config: Mapping[str, Any]
-    block_maps: dict[str, list[list[int]]]
-
-
-def pruned(folder: Path, component: str) -> Pruned:
-    """The transformer of a pruned pipeline's folder.
-
-    Raises:
-        UserError: a file is missing or damaged, or the class is in no registry.
-    """
-    assembly.verify(folder)
-    made_as = hub.parts(folder, "--model").get(component)
-    if made_as is None:
-        raise UserError(f"--component: {folder} has no {component}")
-    name = made_as[1].removeprefix("Pruned")
-    if name not in FAMILIES:
-        raise UserError(
-            f"--model: {name} is no class of diffusers that takes a ControlNet, as far as is "
-            "known here"
-        )
-    family, config = FAMILIES[name], _config(folder / component, "--model")
-    lists = block_maps.by_list(folder / component, family, config)
-    return Pruned(name, family, config, lists)
-
-
-def remap(controlnet: Path, model: Pruned, output: Path) -> bool:
+def remap(controlnet: Path, model: pruned_models.Pruned, output: Path) -> bool:
     """Writes a ControlNet of the teacher as one for a pruned transformer.
 
     Returns:
@@ -78,7 +39,7 @@ def remap(controlnet: Path, model: Pruned, output: Path) -> bool:
             f"--model: its transformer is a {model.name}, for which diffusers has no ControlNet, "
             f"so its blocks take no samples of any; those of these classes do: {able}"
         )
-    given = _config(controlnet, "--controlnet")
+    given = pruned_models.config(controlnet, "--controlnet")
     made_by = _stock_class(control, given, controlnet)
     config = _defaults(made_by) | given
     if (own := _width(config)) != (wanted := _width(model.config)):
@@ -194,15 +155,6 @@ def _samples(value: Any, key: str, where: Path) -> int:
         f"{where / weights.CONFIG}: {key} is {str(value)[:100]}, which tells no number of samples; "
         "restore the file"
     )
-
-
-def _config(folder: Path, option: str) -> dict[str, Any]:
-    try:
-        return untrusted.json_object(folder / weights.CONFIG)
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(
-            f"{option}: {folder} has no {weights.CONFIG}; name a folder that save_pretrained wrote"
-        ) from error
 
 
 def _stock_class(control: Control, config: Mapping[str, Any], folder: Path) -> Any:

@@ -15,6 +15,7 @@ from ppcl.transformer.family import (
     IMAGE,
     JOINT,
     TEXT,
+    Adapter,
     Control,
     Family,
     FeedForward,
@@ -128,6 +129,7 @@ FAMILIES: dict[str, Family] = {
                 SINGLE[0]: ("num_single_layers", functions.strided),
             },
         ),
+        adapter=Adapter(DOUBLE[0], summed=("to_v_ip", "ip_adapter_double_stream_v_proj")),
         pipeline=Pipeline(
             size=Size(1024, 1024, 1, 512),
             steps=28,
@@ -164,6 +166,7 @@ FAMILIES: dict[str, Family] = {
         "blocks with two attentions to others",
         gated={DOUBLE[0]: _GATED},
         control=Control("SD3ControlNetModel", {DOUBLE[0]: ("num_layers", functions.stretched)}),
+        adapter=Adapter(DOUBLE[0], ("", "dual_attention_layers")),
         pipeline=Pipeline(
             size=Size(1024, 1024, 1, 256),
             steps=28,

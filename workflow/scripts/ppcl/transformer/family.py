@@ -182,6 +182,24 @@ class Control:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """How the weights of an IP-adapter for a transformer are named: in a file, by a number that
+    counts the attentions of one list of blocks.
+
+    Attributes:
+        attribute: the list of blocks.
+        attentions: of each attention of a block, in the order in which they are counted, the key of
+            the transformer's config that lists the blocks that have it; empty if all have.
+        summed: names of the weights that make the values, where the block adds what it reads to its
+            stream as it is; empty where a projection of the block's own is between.
+    """
+
+    attribute: str
+    attentions: tuple[str, ...] = ("",)
+    summed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """A transformer class.
 
@@ -220,6 +238,7 @@ class Family:
         frames_per_second: of its videos, as its authors and diffusers' examples show them.
         limits: what else a user should know, for the table in the docs.
         control: the ControlNet of diffusers for it; None if there is none.
+        adapter: how IP-adapters for it are numbered; None if diffusers loads none.
         pipeline: how its stock pipeline calls it by default; None if that is not known, so that
             forecasts need recorded calls.
         original: the files that its authors publish and other programs read; None if nothing is
@@ -248,6 +267,7 @@ class Family:
     frames_per_second: int = 16
     limits: str = ""
     control: Control | None = None
+    adapter: Adapter | None = None
     pipeline: Pipeline | None = None
     original: OriginalFiles | None = None
 
