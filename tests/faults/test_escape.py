@@ -61,7 +61,8 @@ def test_no_text_of_a_config_reaches_the_shell_of_any_job(snakemake, tmp_path):
     printed = snakemake("-n", "-F", "-p", pipeline={"negative_prompt": evil}, seed=7)
     jobs = settings_of_jobs(printed.replace("\n \\\\ ", " "))
     given = [job["pipeline"]["negative_prompt"] for job in jobs.values() if "pipeline" in job]
-    assert len(given) == 2 + 3 and set(given) == {evil}  # and a card of each variant
+    # record, evaluate, and of each variant its assembly and its card.
+    assert len(given) == 2 + 2 * 3 and set(given) == {evil}
     assert not (tmp_path / "no").exists()
 
 
