@@ -127,6 +127,20 @@ def test_a_block_gets_the_weights_of_those_that_it_stands_for(name, style, tmp_p
     assert apart(got, without) > 1e-2
 
 
+@pytest.mark.parametrize("name", MERGED)
+def test_a_narrow_variant_takes_the_teacher_s_file_as_it_is(name, tmp_path):
+    """With a linear FFN, and with blocks that share or leave out their text stream."""
+    roles = ("source", "borrow", "close")
+    specs = {0: {"linear_ffn": ["image"]}} | {n: {"text": r} for n, r in enumerate(roles, 2)}
+    pipe = SPECIMENS[name].make(DEPTH)
+    save_file(getattr(ip_files, name)(pipe.transformer), tmp_path / "ip.safetensors")
+    whole = parts(pipe, pruned.model(pipe.transformer, narrowed=specs)[0])
+    load(whole, tmp_path / "ip.safetensors")
+    got = call(whole, SPECIMENS[name].settings)
+    whole.set_ip_adapter_scale(0.0)
+    assert apart(call(whole, SPECIMENS[name].settings), got) > 1e-2
+
+
 def apart(a, b):
     """How far two tensors are apart, relative to the second."""
     return float((a - b).norm() / b.norm())
