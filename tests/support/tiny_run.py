@@ -43,6 +43,7 @@ class Stage:
 
 CALLS = {"calls": "calls.parquet"}
 BLOCK_FACTS = {"block_facts": "block-facts.parquet"}
+SIZES = {"sizes": "sizes.parquet"}
 SEARCHED = CALLS | {
     "tokens": "tokens.parquet",
     "conditioning": "conditioning.safetensors",
@@ -62,6 +63,7 @@ STUDENTS = ("distill", "narrow", "subsets")
 MODELS = CALLS | {"maps": "maps.safetensors", "conditioning": "conditioning.safetensors"}
 MODELS |= {"start": "start.safetensors", **{stage: f"{stage}.safetensors" for stage in STUDENTS}}
 PRICES = {"selection": "selection.json", "width": "width.parquet", "latency": "latency.parquet"}
+PRICES |= SIZES
 PRICES |= {f"{stage}_unit_costs": f"{stage}-unit_costs.parquet" for stage in STUDENTS}
 CHOSEN = MODELS | {"sets": "sets.json"}
 TUNED = CHOSEN | {"refits": "refits.safetensors"}
@@ -77,7 +79,7 @@ def _taught(program: str, start: str) -> Stage:
 
 
 STAGES = [
-    Stage("record", {}, CALLS | BLOCK_FACTS, state=True),
+    Stage("record", {}, CALLS | BLOCK_FACTS | SIZES, state=True),
     Stage(
         "extract",
         CALLS,
@@ -108,7 +110,8 @@ STAGES = [
     Stage(
         "intervals",
         BLOCK_FACTS
-        | {"cka": "cka.parquet", "sensitivity": "sensitivity.parquet", "width": "width.parquet"},
+        | {"cka": "cka.parquet", "sensitivity": "sensitivity.parquet", "width": "width.parquet"}
+        | SIZES,
         {"intervals": "intervals.parquet", "candidates": "candidates.parquet"},
     ),
     Stage("latency", CALLS, {"table": "latency.parquet"}),
@@ -262,7 +265,11 @@ def settings(teacher: Path, folder: Path) -> dict:
         "choose": {"rows": 3, "batch_size": 2},
         "finetune": HOW,
         "variants": [
-            {"name": "small", "budget": {"fraction": 0.8, "blocks": 4}, "finetune_steps": 5}
+            {
+                "name": "small",
+                "budget": {"fraction": 0.8, "blocks": 4, "gib": 1},
+                "finetune_steps": 5,
+            }
         ],
         "pareto": {"budgets": 2},
         "evaluate": {

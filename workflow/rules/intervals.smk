@@ -3,7 +3,7 @@
 # in:  record/blocks.parquet, similarity/cka.parquet, and as the config asks
 #      sensitivity/intervals.parquet (intervals.cost: velocity), probes/probes.parquet (influence),
 #      width/measured.parquet (width.enabled, modulation.enabled), latency/blocks.parquet (latency
-#      budgets)
+#      budgets), record/sizes.parquet (budgets of bytes)
 # out: intervals/intervals.parquet and, with closed forms, width/candidates.parquet: each candidate
 #      with the reason for or against it
 
@@ -17,6 +17,7 @@ rule intervals:
         probes=influences(),
         width=widths("measured.parquet"),
         latency=latency(),
+        sizes=sizes(),
     output:
         intervals=result("intervals/intervals.parquet"),
         candidates=candidates(),
@@ -36,7 +37,7 @@ rule intervals:
             "intervals",
             *CONSTRAINTS,
         ),
-        inputs=optional("sensitivity", "probes", "width", "latency"),
+        inputs=optional("sensitivity", "probes", "width", "latency", "sizes"),
         candidates=lambda wildcards, output: (
             f"--candidates {output.candidates}" if output.candidates else ""
         ),

@@ -2,7 +2,8 @@
 #
 # in:  the teacher and the calibration prompts
 # out: record/calls.parquet, every call's arguments, timestep and sigma, for replay;
-#      record/blocks.parquet, what stages that don't load the teacher need to know of its blocks
+#      record/blocks.parquet, what stages that don't load the teacher need to know of its blocks;
+#      record/sizes.parquet, the bytes of their parts
 #
 # Finished batches wait in state/record, which Snakemake does not know of, so that a killed run
 # goes on where it was.
@@ -17,6 +18,7 @@ rule record:
     output:
         calls=result("record/calls.parquet"),
         block_facts=result("record/blocks.parquet"),
+        sizes=result("record/sizes.parquet"),
     log:
         result("logs/record.log"),
     benchmark:
@@ -35,4 +37,6 @@ rule record:
     message:
         "Recording the teacher's calls on {input.prompts}"
     shell:
-        command("output.calls", "output.block_facts", "params.state", launched=True)
+        command(
+            "output.calls", "output.block_facts", "output.sizes", "params.state", launched=True
+        )

@@ -12,6 +12,7 @@
 """
 
 import argparse
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,10 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.export import assembly, quantising, variant_files, variants
 from ppcl.export.variant_files import Files
+from ppcl.pruning import quantisable
+from ppcl.pruning.quantisation import GIB
 from ppcl.search import sets, sets_file
-from ppcl.settings import TeacherSettings
+from ppcl.settings import TeacherSettings, Variant
 from ppcl.storage import tensors
 from ppcl.teacher import complete, hub, lora_files, pipelines, teacher_identity
 from ppcl.transformer import blocks, calls
@@ -64,6 +67,17 @@ def pruned_for(teacher: TeacherSettings, call: Mapping[str, Any]) -> dict[str, A
     return {"loras": loras, "scheduler": dict(teacher.scheduler), "pipeline": dict(call)}
 
 
+def refuse_larger(variant: Variant, model: nn.Module) -> None:
+    """Raises UserError if the model takes more bytes than its budget has, if it has one of them."""
+    stored = quantisable.inventory(model, quantisable.names(model)).stored(variant.quantise)
+    if stored > variant.budget.get("gib", math.inf) * GIB:
+        raise UserError(
+            f"variant {variant.name} takes {stored / GIB:.6g} GiB, more than its budget of "
+            f"{variant.budget['gib']:g}: it is of other files; delete the run's folder variants "
+            "and rerun"
+        )
+
+
 def command_line() -> argparse.Namespace:
     """The options."""
     return program.parser(
@@ -80,7 +94,8 @@ def command_line() -> argparse.Namespace:
 def main() -> None:
     args = command_line()
     settings = config.load(args.config)
-    quantise = assembly.variant(settings, args.variant).quantise
+    variant = assembly.variant(settings, args.variant)
+    quantise = variant.quantise
     if quantise:
         quantising.refuse_missing(quantise)
     written, files = sets_file.read(args.sets), Files.of(args)
@@ -100,6 +115,7 @@ def main() -> None:
         take_weights(model, args.finetuned, chosen, refits)
     count = blocks.parameter_count(model)
     refuse_other(args, count, written.parameters[args.variant])
+    refuse_larger(variant, model)
     complete.refuse_incomplete(model, f"variant {args.variant}")
     example = reader.batch(reader.buckets[0][:2])
     card = {

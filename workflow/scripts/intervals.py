@@ -29,7 +29,7 @@ def main() -> None:
         __doc__,
         "config",
         reads=("block_facts", "cka"),
-        may_read=("sensitivity", "probes", "width", "latency"),
+        may_read=("sensitivity", "probes", "width", "latency", "sizes"),
         writes=("intervals",),
         probes="probes/probes.parquet; with intervals.cost: influence",
     )

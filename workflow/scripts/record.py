@@ -6,9 +6,11 @@ launch.py) share the batches.
 
     python workflow/scripts/record.py --config config/digits.yaml \
         --calls results/digits/record/calls.parquet \
-        --block-facts results/digits/record/blocks.parquet --state results/digits/state/record
+        --block-facts results/digits/record/blocks.parquet \
+        --sizes results/digits/record/sizes.parquet --state results/digits/state/record
 """
 
+import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -19,11 +21,13 @@ from torch import nn
 from tqdm import tqdm
 
 from ppcl import program, provenance
+from ppcl.closed_forms import stored_sizes
 from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.export import rehearsal
 from ppcl.runtime import devices, processes, stopping
 from ppcl.settings import RecordSettings, Settings, TeacherSettings
+from ppcl.storage import schemas, tables
 from ppcl.teacher import arguments, pipelines, prompt_tokens, prompts, recording, teacher_identity
 from ppcl.transformer import block_facts, blocks, call_tables, calls, claims
 
@@ -103,8 +107,15 @@ def record_parts(
     bar.close()
 
 
+def command_line() -> argparse.Namespace:
+    """The options."""
+    parser = program.parser(__doc__, "config", "state", writes=("calls", "block_facts"))
+    parser.add_argument("--sizes", type=Path, help=f"output: {program.FILES['sizes']}")
+    return parser.parse_args()
+
+
 def main() -> None:
-    args = program.parser(__doc__, "config", "state", writes=("calls", "block_facts")).parse_args()
+    args = command_line()
     settings = config.load(args.config)
     rows = prompts.read(settings.record.prompts, "record.prompts")
     arguments.before_loading(settings.teacher, settings.pipeline, rows, "record.prompts")
@@ -135,6 +146,8 @@ def main() -> None:
         stamp = provenance.stamp(settings.given, samples=len(samples), prompts=len(rows)) | noted
         call_tables.merge(parts, args.calls, stamp)
         block_facts.write(args.block_facts, blocks.facts(transformer), stamp)
+        if args.sizes:
+            tables.write(args.sizes, stored_sizes.table(transformer), schemas.SIZES, stamp)
     processes.finish(accelerator)
 
 

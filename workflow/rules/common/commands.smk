@@ -10,6 +10,7 @@ PRICES = [
     "selection",
     "width",
     "latency",
+    "sizes",
     "distill_unit_costs",
     "narrow_unit_costs",
     "subsets_unit_costs",

@@ -114,6 +114,12 @@ def latency():
     return [result("latency/blocks.parquet")] if wanted else []
 
 
+def sizes():
+    """Bytes of the teacher's parts, if a budget is one of bytes."""
+    wanted = settings().limited_bytes
+    return [result("record/sizes.parquet")] if wanted else []
+
+
 def start():
     """The students before any training, if depth is pruned."""
     return [result("prune/students.safetensors")] if depth() else []
@@ -156,6 +162,7 @@ def price_files():
         "selection": selection(),
         "width": widths("measured.parquet"),
         "latency": latency(),
+        "sizes": sizes(),
         **{f"{stage}_unit_costs": taught(stage, "unit_costs.parquet") for stage in TRAINING},
     }
 

@@ -21,6 +21,7 @@ SHARED: dict[str, tuple[type, str]] = {
 FILES = {
     "calls": "record/calls.parquet",
     "block_facts": "record/blocks.parquet",
+    "sizes": "record/sizes.parquet; with a budget of gib",
     "tokens": "activations/tokens.parquet",
     "moments": "activations/moments.safetensors",
     "conditioning": "activations/conditioning.safetensors",

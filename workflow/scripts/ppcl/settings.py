@@ -301,8 +301,9 @@ class Variant(Section):
     """A pruned model to make.
 
     budget: kind -> upper limit. Kinds: fraction (of the teacher's transformer parameters),
-        parameters, blocks (numbers of them), latency (as a fraction of the teacher's). A bare
-        number in a config is a fraction of parameters. Empty with a parent.
+        parameters, blocks (numbers of them), latency (as a fraction of the teacher's), gib (of
+        weights as stored). A bare number in a config is a fraction of parameters. Empty with a
+        parent.
     parent: the config's key `of`: the variant of which this one is a quantised copy, if it is one.
     """
 
@@ -460,3 +461,8 @@ class Settings(Section):
     def limited_latency(self) -> bool:
         """Whether a variant's latency is limited."""
         return any("latency" in variant.budget for variant in self.variants)
+
+    @property
+    def limited_bytes(self) -> bool:
+        """Whether some variant has a budget of bytes."""
+        return any("gib" in variant.budget for variant in self.pruned)

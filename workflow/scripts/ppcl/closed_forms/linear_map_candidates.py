@@ -58,11 +58,11 @@ def saved_parameters(transformer: nn.Module, unit: Unit, sizes: Sequence[int] | 
     for new_block in unit.new_blocks:
         module = sequence[new_block.first].module
         before -= sizes[new_block.first] - blocks.parameter_count(module)  # its companions stay
-        before -= blocks.parameter_count(students.shaped(transformer, new_block, _empty(module)))
+        before -= blocks.parameter_count(students.shaped(transformer, new_block, emptied(module)))
     return before
 
 
-def _empty(module: nn.Module) -> nn.Module:
+def emptied(module: nn.Module) -> nn.Module:
     """A copy on the meta device, made without a copy of the weights on the way."""
     weights = [*module.parameters(), *module.buffers()]
     return copy.deepcopy(module, {id(weight): weight.to("meta") for weight in weights})

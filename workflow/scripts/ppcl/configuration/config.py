@@ -187,21 +187,35 @@ def budgets(variants: Iterable[Mapping]) -> list[dict]:
     """Name, budget and train of each variant that is no copy of another: all of it that the choice
     of sets depends on."""
     pruned = [variant for variant in variants if "of" not in variant]
-    return [{key: v[key] for key in ("name", "budget", "train")} for v in pruned]
+    # How bytes are counted; else quantisation comes after all that is chosen.
+    stored = [{k: v[k] for k in ("quantise",) if k in v and _by_bytes(v)} for v in pruned]
+    kept = ("name", "budget", "train")
+    return [{key: v[key] for key in kept} | s for v, s in zip(pruned, stored, strict=True)]
+
+
+def _by_bytes(variant: Mapping) -> bool:
+    return isinstance(variant["budget"], Mapping) and "gib" in variant["budget"]
 
 
 def tightest(variants: Sequence[Variant]) -> list[dict]:
     """One variant per kind of budget, with the smallest limit of that kind: what the selection
-    depends on. Only variants with `train` count, if there are any."""
-    least: dict[str, float] = {}
+    depends on. Only variants with `train` count, if there are any. Bytes are a kind for each way of
+    quantisation."""
+    least: dict[tuple[str, str], float] = {}
     variants = [variant for variant in variants if variant.parent is None]
     for variant in [v for v in variants if v.train] or variants:
         for kind, value in variant.budget.items():
-            least[kind] = min(value, least.get(kind, value))
-    shared = {"train": any(v.train for v in variants)}
+            which = kind, (variant.quantise or "") if kind == "gib" else ""
+            least[which] = min(value, least.get(which, value))
+    train = any(v.train for v in variants)
     return [
-        {"name": f"smallest-{kind}", "budget": {kind: least[kind]}, **shared}
-        for kind in sorted(least)
+        {
+            "name": f"smallest-{kind}{quantise and f'-{quantise}'}",
+            "budget": {kind: least[kind, quantise]},
+            "train": train,
+            **({"quantise": quantise} if quantise else {}),
+        }
+        for kind, quantise in sorted(least)
     ]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from ppcl.configuration import prompt_checks, variant_checks
 from ppcl.errors import UserError
 from ppcl.pruning import constraints
+from ppcl.pruning.quantisation import DTYPES, GIB, METHODS
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.storage import schemas, untrusted
 from ppcl.teacher import arguments, hub, lora_files, needed, schedulers, weights
@@ -143,7 +144,9 @@ def _check_budgets(settings: Settings, blocks: list[int], total: int, source: st
         total: parameters of its transformer.
     """
     given_budgets = [each["budget"] for each in settings.given["variants"] if "of" not in each]
-    if not any(_prunes(variant.budget, blocks, total) for variant in settings.pruned):
+    size = DTYPES[settings.teacher.dtype]
+    whole = {"parameters": total, "blocks": len(blocks), "gib": size * total / GIB}
+    if not any(_prunes(variant.budget, whole) for variant in settings.pruned):
         raise UserError(
             f"{source}: variants: a budget of {given_budgets[0]} prunes nothing; lower one of them"
         )
@@ -153,10 +156,15 @@ def _check_budgets(settings: Settings, blocks: list[int], total: int, source: st
     for variant, given in zip(settings.pruned, given_budgets, strict=True):
         for kind, value in variant.budget.items():
             left = {"fraction": least / total, "parameters": least, "blocks": fewest}.get(kind, 0)
+            if kind == "gib":  # no less than this, whatever else is stored with the weights
+                method = METHODS.get(variant.quantise or "")
+                left = least * min(method.per_value if method else size, size) / GIB
             if value >= left:
                 continue
             shown = f"{left:.3f} of this teacher's parameters"
-            if kind != "fraction":
+            if kind == "gib":
+                shown = f"{left:.4g} GiB"
+            elif kind != "fraction":
                 shown = f"{left:,} of this teacher's {kind}"
             why = "even the fewest students in place of all unprotected blocks leave"
             longer = "raise sensitivity.longest or " * (settings.intervals.cost == "velocity")
@@ -170,11 +178,10 @@ def _check_budgets(settings: Settings, blocks: list[int], total: int, source: st
             )
 
 
-def _prunes(budget: Mapping[str, float], blocks: list[int], total: int) -> bool:
-    """Whether a budget asks for less than the whole teacher."""
-    whole = {"parameters": total, "blocks": len(blocks)}
+def _prunes(budget: Mapping[str, float], whole: Mapping[str, float]) -> bool:
+    """Whether a budget asks for less than the whole teacher; it may, if that is unknown (0)."""
     return any(
-        value < whole.get(kind, 1) or not blocks and kind in whole for kind, value in budget.items()
+        value < whole.get(kind, 1) or not whole.get(kind, 1) for kind, value in budget.items()
     )
 
 

@@ -14,7 +14,13 @@ from ppcl.search.sets import REFIT, START, TRAINED, Set
 
 # Names, in program.FILES, of what models are made from, and of what sets are chosen by.
 MODEL_FILES = ("maps", "conditioning", START, *TRAINED)
-PRICE_FILES = ("selection", "width", "latency", *(f"{stage}_unit_costs" for stage in TRAINED))
+PRICE_FILES = (
+    "selection",
+    "width",
+    "latency",
+    "sizes",
+    *(f"{stage}_unit_costs" for stage in TRAINED),
+)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Files:
         width, maps: prices of closed forms, and their least-squares maps.
         conditioning: what modulations get.
         latency: measured times.
+        sizes: bytes of the teacher's parts.
         refits: maps that were fitted once more in variants' sets.
         students: of `start` and of each stage that trains, by its name.
         errors: unit_costs.parquet of each stage that trains, by its name.
@@ -34,6 +41,7 @@ class Files:
     maps: Path | None = None
     conditioning: Path | None = None
     latency: Path | None = None
+    sizes: Path | None = None
     refits: Path | None = None
     students: Mapping[str, Path] = field(default_factory=dict)
     errors: Mapping[str, Path] = field(default_factory=dict)
@@ -47,6 +55,7 @@ class Files:
             maps=given.get("maps"),
             conditioning=given.get("conditioning"),
             latency=given.get("latency"),
+            sizes=given.get("sizes"),
             refits=given.get("refits"),
             students={source: given[source] for source in (START, *TRAINED) if source in given},
             errors={
@@ -59,12 +68,12 @@ class Files:
     @property
     def prices(self) -> PriceFiles:
         """The tables that sets are chosen by."""
-        return PriceFiles(self.width, self.latency, self.errors)
+        return PriceFiles(self.width, self.latency, self.errors, self.sizes)
 
     @property
     def every(self) -> list[Path]:
         """All files but the refitted maps, of which each set has its own (`refits_digest`)."""
-        single = (self.width, self.maps, self.conditioning, self.latency)
+        single = (self.width, self.maps, self.conditioning, self.latency, self.sizes)
         return [path for path in (*single, *self.students.values(), *self.errors.values()) if path]
 
     @functools.cached_property

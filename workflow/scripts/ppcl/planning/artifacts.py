@@ -1,10 +1,15 @@
 """How large the files of a run become, uncompressed."""
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from ppcl.planning import weightless
 from ppcl.planning.planner import Planner, bytes_of
+from ppcl.pruning import quantisable
+from ppcl.pruning.quantisation import GIB, METHODS
 from ppcl.pruning.units import Unit, new_blocks_of
+from ppcl.settings import Variant
 from ppcl.training import shards
 from ppcl.transformer import blocks
 from ppcl.transformer.family import TEXT
@@ -38,14 +43,15 @@ def sizes(planner: Planner) -> dict[str, float | None]:
         bytes_by_path["width/maps.safetensors"] = bytes_by_path["state/width/"] = _maps(planner)
     if planner.trains:
         bytes_by_path |= _students(planner)
+    budgets = {variant.name: variant.budget for variant in settings.variants}
     for variant in settings.variants:
-        parameters = _variant_parameters(planner, variant.budget)
+        parameters = _variant_parameters(planner, budgets[variant.parent or variant.name], variant)
         if variant.finetune_steps:
             bytes_by_path[f"finetune/{variant.name}.safetensors"] = 4 * parameters
             options = settings.finetune
             kept = weightless.optimizer_bytes(parameters, options.optimizer, options.ema)
             bytes_by_path[f"state/finetune-{variant.name}/"] = 4 * parameters + kept
-        bytes_by_path[f"models/{variant.name}/"] = planner.dtype.itemsize * parameters
+        bytes_by_path[f"models/{variant.name}/"] = _stored(planner, parameters, variant)
     return bytes_by_path
 
 
@@ -80,15 +86,34 @@ def _students(planner: Planner) -> dict[str, float]:
     return bytes_by_path | _streams(planner, planner.depth if staged else planner.every)
 
 
-def _variant_parameters(planner: Planner, budget: Mapping[str, float]) -> int:
+def _variant_parameters(planner: Planner, budget: Mapping[str, float], variant: Variant) -> int:
     """The most parameters that a variant can have: as many as its budget allows, but no fewer than
     the smallest model has (`Planner.least`)."""
     total, least = blocks.parameter_count(planner.transformer), planner.least
+    method = METHODS.get(variant.quantise or "")
+    size = method.per_value if method else planner.dtype.itemsize
     allowed = [
-        {"fraction": int(value * total), "parameters": int(value)}.get(kind, total)
+        {
+            "fraction": int(value * total),
+            "parameters": int(value),
+            "gib": int(value * GIB / size),
+        }.get(kind, total)
         for kind, value in budget.items()
     ]
     return max(least, min([*allowed, total]))
+
+
+def _stored(planner: Planner, parameters: int, variant: Variant) -> int:
+    """Bytes of a variant's transformer, at most: what goes is of its blocks, and what is stored
+    there as in the teacher's, quantised or not."""
+    if variant.quantise is None:
+        size = planner.dtype.itemsize * parameters
+    else:
+        model = planner.transformer
+        whole = quantisable.inventory(model, quantisable.names(model))
+        matrices = replace(whole, kept=0).stored(variant.quantise)
+        size = whole.kept + math.ceil(matrices * parameters / whole.parameters)
+    return min(size, math.ceil(variant.budget.get("gib", size / GIB) * GIB))
 
 
 def _calls(planner: Planner) -> float | None:

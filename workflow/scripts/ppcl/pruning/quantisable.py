@@ -65,6 +65,12 @@ def inventory(module: nn.Module, quantised: Collection[str]) -> Inventory:
     return total + Inventory(parameters=blocks.parameter_count(module))
 
 
+def of_linear(linear: nn.Linear, quantised: bool) -> Inventory:
+    """What there is to store of one Linear alone."""
+    holder = nn.ModuleDict({"one": linear})
+    return inventory(holder, ["one"] if quantised else ())
+
+
 def stored_bytes(module: nn.Module) -> int:
     """Bytes of a module's weights as they are stored, quantised or not."""
     every = (part for tensor in module.state_dict().values() for part in devices.plain(tensor))

@@ -7,6 +7,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 
+GIB = 2**30
+# Bytes of a weight in each type that a teacher may run in.
+DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
 
 @dataclass(frozen=True)
 class Method:

@@ -3,15 +3,26 @@
 import math
 from collections.abc import Iterable, Mapping
 
+from ppcl.pruning.quantisation import GIB
 from ppcl.settings import Variant
 
 
-def needed(budget: Mapping[str, float], facts: Mapping[str, float]) -> dict[str, float]:
-    """What has to go for a budget: parameters, blocks or latency (s per call) -> how much of it.
+def bytes_measure(quantise: str | None) -> str:
+    """The measure of bytes as stored, quantised in some way or (None) not."""
+    return f"bytes in {quantise}" if quantise else "bytes"
+
+
+def needed(
+    budget: Mapping[str, float], facts: Mapping[str, float], quantise: str | None = None
+) -> dict[str, float]:
+    """What has to go for a budget: parameters, blocks, latency (s per call) or bytes as stored ->
+    how much of it.
 
     Args:
         budget: of a variant.
-        facts: transformer_parameters, blocks, and transformer_seconds for latency.
+        facts: transformer_parameters, blocks, transformer_seconds for latency, and for gib the
+            bytes of the transformer, by `bytes_measure`.
+        quantise: how the variant is quantised, if it is.
     """
     amounts_needed: dict[str, float] = {}
     for kind, value in budget.items():
@@ -21,6 +32,9 @@ def needed(budget: Mapping[str, float], facts: Mapping[str, float]) -> dict[str,
             amount = max(0, facts["blocks"] - value)
         elif kind == "parameters":
             amount = max(0, facts["transformer_parameters"] - value)
+        elif kind == "gib":
+            kind = bytes_measure(quantise)
+            amount = max(0, facts[kind] - value * GIB)
         else:
             kind, amount = "parameters", parameters_needed(facts["transformer_parameters"], value)
         amounts_needed[kind] = max(amount, amounts_needed.get(kind, 0))
@@ -31,7 +45,7 @@ def targets(variants: Iterable[Variant], facts: Mapping[str, float]) -> dict[str
     """Per measure, what has to go for the smallest budget of all variants."""
     largest: dict[str, float] = {}
     for variant in variants:
-        for measure, amount in needed(variant.budget, facts).items():
+        for measure, amount in needed(variant.budget, facts, variant.quantise).items():
             largest[measure] = max(amount, largest.get(measure, 0))
     return largest
 
@@ -46,6 +60,8 @@ def amount(measure: str, value: float) -> str:
     """In words, such as 1,234 parameters."""
     if measure == "latency":
         return f"{1000 * value:.4g} ms per call"
+    if measure.startswith("bytes"):
+        return f"{value / GIB:.4g} GiB{measure.removeprefix('bytes')}"
     return f"{round(value):,} {measure}"
 
 

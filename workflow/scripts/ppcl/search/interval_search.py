@@ -23,6 +23,7 @@ from ppcl.search import (
     measured,
     savings,
     selection,
+    stored,
     verdicts,
 )
 from ppcl.search.candidates import Limits
@@ -49,7 +50,8 @@ class Measurements:
         cka, costs: of every run of blocks [first, last]; NaN where nobody measured it.
         tolerance: rise of Delta that ends a search of Eq. 5.
         closed: the closed forms, with those required text runs that nobody measured.
-        weights: what each candidate saves, by measure: parameters, blocks, and latency if limited.
+        weights: what each candidate saves, by measure: parameters, blocks, and latency and bytes
+            if limited.
         totals: of the whole teacher, as `budgets.needed` takes them.
     """
 
@@ -93,6 +95,10 @@ def measurements(settings: Settings, paths: Paths, required: Named) -> Measureme
         if paths["latency"] is None:
             raise UserError("variants: a budget is a latency: name the block times, --latency")
         weights["latency"], totals["transformer_seconds"] = measured.timing(paths["latency"], depth)
+    stored_weights, stored_totals = stored.measures(
+        settings, paths.get("sizes"), depth, closed.modulations, closed.weights.ranks.keys()
+    )
+    weights, totals = weights | stored_weights, totals | stored_totals
     closed = replace(closed, rows=closed.rows + unmeasured_runs(closed, required))
     costs = priced_intervals(settings, paths, cka)
     return Measurements(

@@ -11,7 +11,7 @@ from ppcl.errors import UserError
 from ppcl.pruning import constraints
 from ppcl.pruning.selection_file import SelectionFile
 from ppcl.pruning.units import Unit
-from ppcl.search import candidates, measured
+from ppcl.search import candidates, measured, stored
 from ppcl.search.candidates import Limits
 from ppcl.search.savings import Weights
 from ppcl.search.selection import Choices
@@ -27,11 +27,13 @@ class PriceFiles:
         width: prices of closed forms.
         latency: measured times.
         unit_costs: of each stage that trains, errors of its units.
+        sizes: record/sizes.parquet, for budgets of bytes.
     """
 
     width: Path | None = None
     latency: Path | None = None
     unit_costs: Mapping[str, Path] = field(default_factory=dict)
+    sizes: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,11 @@ def offered(
         timed, facts["transformer_seconds"] = measured.timing(files.latency, depth)
         seconds = measured.saved_seconds(units.values(), files.latency)
         weights["latency"] = replace(timed, units=dict(zip(units, seconds, strict=True)))
+    ranks = closed.modulations, counted.ranks.keys()
+    saved_bytes, all_bytes = stored.measures(settings, files.sizes, depth, *ranks)
+    for measure, each in saved_bytes.items():
+        weights[measure] = stored.with_units(each, units.values(), closed.unread)
+    facts |= all_bytes
     errors = {name: dict(alone.get(name, {})) for name in units}
     distilled = selection.distilled if selection else ()
     for stage, path in files.unit_costs.items():

@@ -98,6 +98,28 @@ BLOCK_FACTS = pa.schema(
     ]
 )
 
+SIZES = pa.schema(
+    [
+        column("block", pa.int32(), "block; its number for the last AdaLN; -1: the transformer"),
+        column(
+            "part",
+            pa.string(),
+            "what is counted: the whole `transformer`, what goes with a `block`; what is saved if "
+            "its text stream is borrowed (`text`), made again at the end of a run (`text_output`), "
+            "or lent where nothing reads it afterwards (`text_lent`); if its FFN becomes linear "
+            "(`ffn_image`, `ffn_text`); a `modulation` matrix",
+        ),
+        column("path", pa.string(), "of a modulation: where it is in its block; else empty"),
+        column("parameters", pa.int64(), "parameters"),
+        column("kept", pa.int64(), "bytes of weights that quantisation keeps as they are"),
+        column("values", pa.int64(), "weights of matrices that are quantised, if any are"),
+        column("rows", pa.int64(), "their outputs"),
+        column("matrices", pa.int64(), "their number"),
+        column("matrix_bytes", pa.int64(), "bytes of these weights, unquantised"),
+        column("row_bytes", pa.int64(), "bytes of one weight of each output, unquantised"),
+    ]
+)
+
 PROBES = pa.schema(
     [
         column("block", pa.int32(), "block in the order in which data flows, from 0"),
@@ -449,6 +471,7 @@ TABLES = {
     "forecast/forecast.parquet": FORECAST,
     "record/calls.parquet": CALLS,
     "record/blocks.parquet": BLOCK_FACTS,
+    "record/sizes.parquet": SIZES,
     "activations/tokens.parquet": tokens(1),
     "probes/probes.parquet": PROBES,
     "similarity/cka.parquet": CKA,
@@ -498,6 +521,7 @@ ARTIFACTS = {
     "forecast/forecast.parquet": "sizes, memory and disk that a run needs (target `forecast`)",
     "forecast/resources.json": "time limits (min) and memory (MB) of jobs, from that forecast",
     "record/calls.parquet": "the transformer's own calls on the calibration prompts",
+    "record/sizes.parquet": "what there is to store of each part of the teacher's blocks",
     "record/blocks.parquet": "what later stages need to know of the teacher's blocks",
     "activations/tokens.parquet": "a sample of tokens at every block boundary",
     "activations/moments.safetensors": "sums for the probes' least squares, float64, fit prompts",
