@@ -8,7 +8,7 @@ from ppcl.configuration import config
 from ppcl.errors import UserError
 from ppcl.pruning import quantisable
 from ppcl.pruning.quantisation import GIB, METHODS
-from ppcl.search import budgets, savings, stored
+from ppcl.search import budgets, savings, selection, stored
 from ppcl.settings import Settings, Variant
 from ppcl.storage import schemas, tables
 from ppcl.transformer import blocks
@@ -104,6 +104,25 @@ def test_the_choice_depends_on_quantise_where_bytes_are_limited_alone():
     by_bytes = {"name": "a", "budget": {"gib": 1}, **of}
     assert "quantise" in config.budgets([by_bytes])[0]
     assert "quantise" not in config.budgets([by_bytes | {"budget": 0.5}])[0]
+
+
+def test_the_cheapest_set_is_small_enough_in_quantised_bytes(tmp_path):
+    transformer = DiffusionPipeline.from_pretrained(pruned.TEACHER).transformer
+    tables.write(tmp_path / "sizes.parquet", stored_sizes.table(transformer), schemas.SIZES, {})
+    weights, totals = stored.measures(settings("int8"), tmp_path / "sizes.parquet", 24, {}, ())
+    (measure,) = weights
+    limit = 2.5e6 / GIB  # of 4.2e6 bytes
+    needs = budgets.needed({"gib": limit}, totals, "int8")
+    costs = {(first, first + 1): 1.0 + first for first in range(0, 24, 2)}
+    weights["blocks"] = savings.by_blocks(24)
+    chosen = selection.select(selection.Choices(intervals=costs), weights, needs)
+    model, _ = pruned.model(transformer, merged=chosen.intervals)
+    size = quantisable.inventory(model, quantisable.names(model)).stored("int8")
+    assert size == totals[measure] - chosen.saved[measure] <= limit * GIB
+    # Without the last of them it would be too large.
+    model, _ = pruned.model(transformer, merged=chosen.intervals[:-1])
+    less = quantisable.inventory(model, quantisable.names(model)).stored("int8")
+    assert less > limit * GIB and chosen.intervals[0] == (0, 1)
 
 
 def test_bytes_without_their_table_are_refused():
