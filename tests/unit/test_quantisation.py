@@ -1,11 +1,13 @@
 """Quantised variants in a config, and which weights of a model they are of."""
 
+import pandas as pd
 import pytest
 from torch import nn
 
 from ppcl.configuration import config, variant_checks
 from ppcl.errors import UserError
 from ppcl.export import quantising
+from ppcl.figures import quality
 from ppcl.pruning import quantisable
 from ppcl.pruning.quantisation import METHODS, Inventory
 from ppcl.settings import Settings
@@ -82,6 +84,25 @@ def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao", None)
     with pytest.raises(UserError, match="int8 needs the package torchao .*torchao==0.18.0"):
         quantising.refuse_missing("int8")
+
+
+@pytest.mark.parametrize(("stored", "shown"), [(0.5, False), (0.15, True)])
+def test_figures_show_bytes_where_a_variant_is_quantised(stored, shown):
+    columns = ("value", "ci_low", "ci_high", "samples")
+    metrics = pd.DataFrame(
+        [
+            {"variant": name, "metric": metric, **dict.fromkeys(columns, value)}
+            for name, share, of_bytes in (("teacher", 1.0, 1.0), ("half", 0.5, stored))
+            for metric, value in (
+                ("parameter_fraction", share),
+                ("stored_fraction", of_bytes),
+                ("psnr", 20.0),
+            )
+        ]
+    )
+    figure = quality.quality_against_cost(metrics)
+    labels = [ax.get_xlabel() for ax in figure.axes]
+    assert ("bytes as stored (teacher = 1)" in labels) == shown
 
 
 def test_inventories_add_up():

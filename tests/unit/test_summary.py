@@ -33,6 +33,8 @@ def metrics(tmp_path):
                 named = [f"{name}_difference" for name in judges.facts()]
                 values |= dict(zip(named, falls, strict=True))
             values |= {"psnr": psnr} if psnr else {}
+            if variant == "p85":
+                values |= {"stored_bytes": 1.5 * 2**30, "stored_fraction": 0.4}
             for metric, value in values.items():
                 row = dict.fromkeys(schemas.METRICS.names, 0.0)
                 row |= {"variant": variant, "metric": metric, "value": value}
@@ -50,7 +52,7 @@ def test_rows_tell_size_speed_error_and_the_largest_loss(metrics):
     assert shown == [
         list(summary.COLUMNS),
         ["teacher", "1.00 (20.3 B)", "1.00", "1.00 (0.8 s)", "0", "my `teacher`_"],
-        ["p85", "0.84 (17.1 B)", "0.90", "0.92 (0.74 s)", "8.3e-5", "31.2 dB"]
+        ["p85", "0.84 (17.1 B)", "0.90", "0.40 (1.5 GiB)", "0.92 (0.74 s)", "8.3e-5", "31.2 dB"]
         + ["digit -0.4 points (-1.4 to +0.6)", MODELS + "p85"],
         ["p_50*", "0.43 (8.7 K)", "0.60", "0.57 (0.46 s)", "3.1e-3", "22.5 dB"]
         + ["background -10.0 points (-11.0 to -9.0)", MODELS + "p_50*"],
