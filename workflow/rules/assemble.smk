@@ -20,12 +20,12 @@ rule assemble:
         ],
     output:
         model=directory(result("models/{variant}")),
-    wildcard_constraints:
-        variant="|".join(map(re.escape, pruned())),
     log:
         result("logs/assemble-{variant}.log"),
     benchmark:
         result("benchmarks/assemble-{variant}.tsv")
+    wildcard_constraints:
+        variant="|".join(map(re.escape, pruned())),
     conda:
         ENVIRONMENT
     threads: 1  # several variants at once

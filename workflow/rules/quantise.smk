@@ -13,12 +13,12 @@ rule quantise:
         model=lambda wildcards: result(f"models/{quantised()[wildcards.variant]}"),
     output:
         model=directory(result("models/{variant}")),
-    wildcard_constraints:
-        variant="|".join(map(re.escape, quantised())),
     log:
         result("logs/quantise-{variant}.log"),
     benchmark:
         result("benchmarks/quantise-{variant}.tsv")
+    wildcard_constraints:
+        variant="|".join(map(re.escape, quantised())),
     conda:
         ENVIRONMENT
     threads: 1  # several variants at once

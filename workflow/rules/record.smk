@@ -37,6 +37,4 @@ rule record:
     message:
         "Recording the teacher's calls on {input.prompts}"
     shell:
-        command(
-            "output.calls", "output.block_facts", "output.sizes", "params.state", launched=True
-        )
+        command("output.calls", "output.block_facts", "output.sizes", "params.state", launched=True)

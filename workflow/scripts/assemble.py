@@ -95,9 +95,7 @@ def main() -> None:
     args = command_line()
     settings = config.load(args.config)
     variant = assembly.variant(settings, args.variant)
-    quantise = variant.quantise
-    if quantise:
-        quantising.refuse_missing(quantise)
+    quantising.refuse_missing(variant.quantise)
     written, files = sets_file.read(args.sets), Files.of(args)
     chosen = written.of(args.variant)
     refits = files.refits_digest(chosen, written.facts[args.variant].get("refits"))
@@ -129,15 +127,8 @@ def main() -> None:
         "teacher": teacher_identity.named(recorded),
         "provenance": provenance.stamp(settings.given),
     }
-    assembly.export(
-        assembly.TeacherPipeline(pipe, hub.component(teacher), source),
-        model,
-        block_map,
-        args.output,
-        card,
-        example.arguments,
-        quantise,
-    )
+    whole, call = assembly.TeacherPipeline(pipe, hub.component(teacher), source), example.arguments
+    assembly.export(whole, model, block_map, args.output, card, call, variant.quantise)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,10 @@ from ppcl.teacher.weights import STEMS
 from ppcl.transformer import diffusers_model
 
 
-def refuse_missing(method: str) -> None:
-    """Raises UserError if what a method needs is not here."""
+def refuse_missing(method: str | None) -> None:
+    """Raises UserError if what a method needs is not here; None needs nothing."""
+    if method is None:
+        return
     how = METHODS[method]
     try:
         importlib.import_module(how.package)
