@@ -255,6 +255,7 @@ def test_assemble_counts_and_maps(tiny_teacher, tiny_calls, tmp_path, gate_insid
     texts.write_sealed(tmp_path / "selection.json", plan)
     config = {
         "teacher": {"path": str(tiny_teacher)},
+        "pipeline": {},
         "variants": [{"name": "p85", "budget": 1 - size / total}],
     }
     paths = {
