@@ -1,11 +1,15 @@
 """Budgets of bytes: what is foretold of a model's stored weights, and what they are."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 from diffusers import DiffusionPipeline
 
 from ppcl.closed_forms import modulation, stored_sizes
 from ppcl.configuration import config
 from ppcl.errors import UserError
+from ppcl.planning import artifacts
 from ppcl.pruning import quantisable
 from ppcl.pruning.quantisation import GIB, METHODS
 from ppcl.search import budgets, savings, selection, stored
@@ -123,6 +127,22 @@ def test_the_cheapest_set_is_small_enough_in_quantised_bytes(tmp_path):
     model, _ = pruned.model(transformer, merged=chosen.intervals[:-1])
     less = quantisable.inventory(model, quantisable.names(model)).stored("int8")
     assert less > limit * GIB and chosen.intervals[0] == (0, 1)
+
+
+def test_forecasts_of_quantised_variants_are_no_smaller_than_they_are():
+    transformer = DiffusionPipeline.from_pretrained(pruned.TEACHER).transformer
+    planner = SimpleNamespace(transformer=transformer, dtype=torch.float32, least=0)
+    one = {"name": "a", "budget": {"gib": 0.008}, "train": True, "finetune_steps": 0}
+    whole = Variant.of(one)
+    parameters = artifacts._variant_parameters(planner, whole)
+    assert parameters == int(0.008 * GIB / 4)
+    assert artifacts._stored(planner, parameters, whole) == 4 * parameters
+    model, _ = pruned.model(transformer, merged=pruned.MERGED)
+    inventory = quantisable.inventory(model, quantisable.names(model))
+    for method in METHODS:
+        copy = Variant.of({"name": "b", "of": "a", "quantise": method, "train": True})
+        planned = artifacts._stored(planner, inventory.parameters, copy)
+        assert inventory.stored(method) <= planned < 1.2 * inventory.stored(method)
 
 
 def test_bytes_without_their_table_are_refused():

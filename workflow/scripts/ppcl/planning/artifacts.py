@@ -1,7 +1,6 @@
 """How large the files of a run become, uncompressed."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 
 from ppcl.planning import weightless
@@ -43,9 +42,9 @@ def sizes(planner: Planner) -> dict[str, float | None]:
         bytes_by_path["width/maps.safetensors"] = bytes_by_path["state/width/"] = _maps(planner)
     if planner.trains:
         bytes_by_path |= _students(planner)
-    budgets = {variant.name: variant.budget for variant in settings.variants}
+    by_name = {variant.name: variant for variant in settings.variants}
     for variant in settings.variants:
-        parameters = _variant_parameters(planner, budgets[variant.parent or variant.name], variant)
+        parameters = _variant_parameters(planner, by_name[variant.parent or variant.name])
         if variant.finetune_steps:
             bytes_by_path[f"finetune/{variant.name}.safetensors"] = 4 * parameters
             options = settings.finetune
@@ -86,7 +85,7 @@ def _students(planner: Planner) -> dict[str, float]:
     return bytes_by_path | _streams(planner, planner.depth if staged else planner.every)
 
 
-def _variant_parameters(planner: Planner, budget: Mapping[str, float], variant: Variant) -> int:
+def _variant_parameters(planner: Planner, variant: Variant) -> int:
     """The most parameters that a variant can have: as many as its budget allows, but no fewer than
     the smallest model has (`Planner.least`)."""
     total, least = blocks.parameter_count(planner.transformer), planner.least
@@ -98,7 +97,7 @@ def _variant_parameters(planner: Planner, budget: Mapping[str, float], variant: 
             "parameters": int(value),
             "gib": int(value * GIB / size),
         }.get(kind, total)
-        for kind, value in budget.items()
+        for kind, value in variant.budget.items()
     ]
     return max(least, min([*allowed, total]))
 
