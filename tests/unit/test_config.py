@@ -14,7 +14,7 @@ from support import ROOT
 from support.schema_keys import nodes
 from tools.readme_tables import TABLES, renewed
 
-CONFIGS = ("digits", "digits-full", "test")
+CONFIGS = ("digits", "digits-depth", "digits-full", "test")
 
 
 def test_schema_describes_every_key_and_gives_leaves_a_default():

@@ -1,4 +1,4 @@
-"""LoRAs of the teacher in models whose modulation is of low rank: merged exactly, and projected."""
+"""LoRAs of the teacher in pruned models: places, merged exactly, projected, fitted; the program."""
 
 import copy
 import json
@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
-from ppcl.export import assembly, lora
+from ppcl.export import assembly, lora, lora_files, lora_styles
+from ppcl.export.lora_layers import Layer
 from ppcl.extraction import conditioning
 from ppcl.pruning import narrow, pruned_class
 from ppcl.transformer import blocks
@@ -60,6 +61,23 @@ def answer(model, call):
     return model(**call)[0]
 
 
+def read(model, file, pipeline=QwenImagePipeline):
+    return lora_files.read(pipeline, file, "transformer", model).layers
+
+
+def merge(model, block_map, layers):
+    """Merges what has a place; what has none, and why."""
+    places, gone = lora.places(model, block_map, layers)
+    lora.merge(model, {place.path: place.layer for place in places.values()})
+    return gone
+
+
+def project(model, layers, moments):
+    places, gone = lora.places(model, identity(model), layers)
+    assert not gone
+    return lora.projected(model, places, moments)
+
+
 def identity(model):
     return [[block.index] for block in blocks.block_sequence(model)]
 
@@ -71,12 +89,12 @@ def every(model, rank):
 def test_merged_it_is_the_lora_on_the_teacher(stock, adapted, recorded, call):
     """At full rank the only other change is rounding."""
     theirs, file = adapted
-    layers = lora.read(QwenImagePipeline, file, "transformer")
+    layers = read(stock, file)
     assert len(layers) == 4 * 3 + 1 and {layer.scale for layer in layers.values()} == {2.0}
     model = modulation.low_rank(stock, identity(stock), every(stock, WIDTH), recorded)
     model = copy.deepcopy(model)
     before = answer(model, call)
-    assert lora.merge(model, identity(stock), layers) == []
+    assert merge(model, identity(stock), layers) == {}
     expected = answer(theirs, call)
     assert (expected - before).square().mean() > 1e-3
     torch.testing.assert_close(answer(model, call), expected, rtol=1e-3, atol=1e-4)
@@ -84,10 +102,10 @@ def test_merged_it_is_the_lora_on_the_teacher(stock, adapted, recorded, call):
 
 def test_at_low_rank_it_adds_just_what_the_lora_adds(stock, adapted, recorded, call, tmp_path):
     """As peft does beside the same product; and the wider model can be saved and loaded."""
-    layers = lora.read(QwenImagePipeline, adapted[1], "transformer")
+    layers = read(stock, adapted[1])
     made = copy.deepcopy(modulation.low_rank(stock, identity(stock), every(stock, 4), recorded))
     merged = copy.deepcopy(made)
-    lora.merge(merged, identity(stock), layers)
+    merge(merged, identity(stock), layers)
     for path, layer in layers.items():  # by hand
         module = made.get_submodule(path)
 
@@ -109,7 +127,7 @@ def test_at_low_rank_it_adds_just_what_the_lora_adds(stock, adapted, recorded, c
 
 def test_blocks_are_renumbered_and_what_is_gone_is_told(stock, adapted, recorded, call):
     """Blocks 0 and 1 are one, block 2 has linear FFNs, block 3 borrows from it."""
-    layers = lora.read(QwenImagePipeline, adapted[1], "transformer")
+    layers = read(stock, adapted[1])
     made = {(0, 1): copy.deepcopy(stock.transformer_blocks[0])}
     for index, spec in (
         (2, {"linear_ffn": ["image", "text"], "text": "source"}),
@@ -126,11 +144,13 @@ def test_blocks_are_renumbered_and_what_is_gone_is_told(stock, adapted, recorded
         *(f"transformer_blocks.1.{path}" for path in ("img_mod.1", "txt_mod.1", "attn.to_q")),
         "transformer_blocks.3.txt_mod.1",
     }
+    assert "stands for 0 to 1" in gone["transformer_blocks.1.attn.to_q"]
+    assert "was cut out" in gone["transformer_blocks.3.txt_mod.1"]
     assert places["transformer_blocks.3.attn.to_q"].path == "transformer_blocks.2.attn.to_q"
     assert places["transformer_blocks.2.img_mod.1"].layer.b.shape == (3 * WIDTH, 3)
     assert places["transformer_blocks.2.img_mod.1"].matrix == (2, "img_mod.1")
     assert places["norm_out.linear"].matrix == LAST_OF_FOUR
-    assert lora.merge(model, block_map, layers) == gone
+    assert merge(model, block_map, layers) == gone
     assert narrow.specs(model)["transformer_blocks.1"]["ranks"] == {"img_mod.1": 7}
     assert model.transformer_blocks[1].txt_mod[1].weight.shape == (3 * WIDTH, WIDTH)
     assert answer(model, call).isfinite().all()
@@ -143,7 +163,7 @@ def test_what_is_cut_out_of_the_middle_is_cut_out_of_a_layer():
     holder = torch.nn.ModuleDict({"norm": torch.nn.ModuleDict({"linear": linear})})
     narrow._cut_modulation(holder, "norm.linear", 3, 6)
     opened = lora._opened(holder, "norm.linear.0")
-    layer = lora.Layer(torch.randn(2, 4), torch.randn(9, 2), 0.5, torch.randn(9))
+    layer = Layer(torch.randn(2, 4), torch.randn(9, 2), 0.5, torch.randn(9))
     kept, rows = layer.without(opened.at, opened.width), [0, 1, 2, 6, 7, 8]
     assert kept.b.equal(layer.b[rows]) and kept.bias.equal(layer.bias[rows])
     assert linear.weight.shape == (6, 4) and (kept.a is layer.a, kept.scale) == (True, 0.5)
@@ -151,10 +171,10 @@ def test_what_is_cut_out_of_the_middle_is_cut_out_of_a_layer():
 
 def test_projected_it_is_least_squares(stock, adapted, recorded, call, tmp_path):
     """No other LoRA of `up`, with an offset, is nearer on the inputs; the lost share is that."""
-    layers = lora.read(QwenImagePipeline, adapted[1], "transformer")
+    layers = read(stock, adapted[1])
     model = modulation.low_rank(stock, identity(stock), every(stock, 4), recorded)
-    made, lost, gone = lora.projected(model, identity(stock), layers, recorded)
-    assert not gone and set(lost) == {path for path in layers if "to_q" not in path}
+    made, lost = project(model, layers, recorded)
+    assert set(lost) == {path for path in layers if "to_q" not in path}
     path, x = "transformer_blocks.2.img_mod.1", recorded.inputs.double()
     layer, own = layers[path], made[f"{path}.up"]
     wanted = layer.scale * x @ layer.a.double().T @ layer.b.double().T
@@ -168,7 +188,7 @@ def test_projected_it_is_least_squares(stock, adapted, recorded, call, tmp_path)
 
     # diffusers loads the file into the model, and it does the same there.
     twin, hand = copy.deepcopy(model), copy.deepcopy(model)
-    twin.load_lora_adapter(lora.state(made, "transformer"), adapter_name="theirs")
+    twin.load_lora_adapter(lora_styles.in_peft(made), prefix=None, adapter_name="theirs")
     for place, one in made.items():
 
         def add(_module, args, output, one=one):
@@ -180,9 +200,9 @@ def test_projected_it_is_least_squares(stock, adapted, recorded, call, tmp_path)
 
 
 def test_at_full_rank_nothing_is_lost(stock, adapted, recorded, call):
-    layers = lora.read(QwenImagePipeline, adapted[1], "transformer")
+    layers = read(stock, adapted[1])
     model = modulation.low_rank(stock, identity(stock), every(stock, WIDTH), recorded)
-    _, lost, _ = lora.projected(model, identity(stock), layers, recorded)
+    _, lost = project(model, layers, recorded)
     assert max(lost.values()) < 1e-9
 
 
@@ -197,7 +217,7 @@ def test_at_full_rank_nothing_is_lost(stock, adapted, recorded, call):
     ],
 )
 @pytest.mark.parametrize("pipeline", [FluxPipeline, QwenImagePipeline])
-def test_scales_are_read(tmp_path, pipeline, alphas, metadata, scale):
+def test_scales_are_read(stock, tmp_path, pipeline, alphas, metadata, scale):
     """Alphas in the weights, or peft's own notes; all classes turn the former into something."""
     file, name = tmp_path / "a.safetensors", "transformer.transformer_blocks.0.norm1.linear"
     state = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
@@ -208,7 +228,7 @@ def test_scales_are_read(tmp_path, pipeline, alphas, metadata, scale):
         alphas = {f"{name}.alpha": alpha for alpha in alphas.values()}
     notes = {f"transformer.{key}": value for key, value in metadata.items()}
     save_file(state | alphas, file, {"lora_adapter_metadata": json.dumps(notes)} if notes else None)
-    (layer,) = lora.read(pipeline, file, "transformer").values()
+    (layer,) = read(stock, file, pipeline).values()
     assert layer.scale * layer.b.double() @ layer.a.double() == pytest.approx(
         torch.full((8, 8), 2 * scale).double().numpy()
     )
@@ -219,18 +239,15 @@ def test_what_is_no_lora_of_this_model_is_refused(stock, tmp_path):
     name = "transformer.transformer_blocks.0.img_mod.1"
     good = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
     save_file(good, file)
-    layers = lora.read(QwenImagePipeline, file, "transformer")
+    layers = read(stock, file)
     assert layers[name.removeprefix("transformer.")].scale == 1
     with pytest.raises(UserError, match="img_mod.1 is of 8 inputs .* of another model"):
-        lora.merge(copy.deepcopy(stock), identity(stock), layers)
-    save_file(good | {f"{name}.lora_magnitude_vector": torch.ones(8)}, file)
-    with pytest.raises(UserError, match="magnitude_vector' is of no LoRA of linear layers"):
-        lora.read(QwenImagePipeline, file, "transformer")
+        merge(copy.deepcopy(stock), identity(stock), layers)
     save_file({"text_encoder.x.lora_A.weight": torch.ones(2, 8)}, file)
     with pytest.raises(UserError, match="can't be read|no layers of 'transformer'"):
-        lora.read(QwenImagePipeline, file, "transformer")
+        read(stock, file)
     with pytest.raises(UserError, match="none.safetensors does not exist"):
-        lora.read(QwenImagePipeline, tmp_path / "none.safetensors", "transformer")
+        read(stock, tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -245,29 +262,30 @@ def test_what_is_no_lora_of_this_model_is_refused(stock, tmp_path):
         ({}, {"lora_alpha": 1, "alpha_pattern": [1]}),
     ],
 )
-def test_what_is_no_whole_lora_is_one_message(tmp_path, changed, notes):
+def test_what_is_no_whole_lora_is_one_message(stock, tmp_path, changed, notes):
     file, name = tmp_path / "a.safetensors", "transformer.transformer_blocks.0.img_mod.1"
     state = {"lora_A.weight": torch.ones(2, 8), "lora_B.weight": torch.ones(8, 2)} | changed
     state = {f"{name}.{key}": value for key, value in state.items() if value is not None}
     notes = {f"transformer.{key}": value for key, value in (notes or {}).items()}
     save_file(state, file, {"lora_adapter_metadata": json.dumps(notes)} if notes else None)
     with pytest.raises(UserError, match=f"--lora: {file}"):
-        lora.read(QwenImagePipeline, file, "transformer")
+        read(stock, file)
 
 
 def test_a_layer_that_the_model_can_not_have(stock, recorded):
     path = "transformer_blocks.0.img_mod.1"
     numbered = {
-        "transformer_blocks.first.img_mod.1": lora.Layer(torch.ones(1, 1), torch.ones(1, 1))
+        "transformer_blocks.first.img_mod.1": Layer(torch.ones(1, 1), torch.ones(1, 1))
     }
-    assert lora.places(stock, identity(stock), numbered) == ({}, list(numbered))
+    places, gone = lora.places(stock, identity(stock), numbered)
+    assert not places and "do not have" in gone[next(iter(numbered))]
     model = copy.deepcopy(stock)
     linear = model.get_submodule(path)
     linear.bias = None
     outputs, inputs = linear.weight.shape
-    layer = lora.Layer(torch.ones(1, inputs), torch.ones(outputs, 1), bias=torch.ones(outputs))
+    layer = Layer(torch.ones(1, inputs), torch.ones(outputs, 1), bias=torch.ones(outputs))
     with pytest.raises(UserError, match="has a bias, but the model's has none"):
-        lora.merge(model, identity(stock), {path: layer})
+        merge(model, identity(stock), {path: layer})
 
 
 def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, capsys):
@@ -288,10 +306,10 @@ def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, cap
 
     def run(*more):
         given = ["--model", tmp_path / "p", "--lora", tmp_path / "lora.safetensors", *more]
-        monkeypatch.setattr("sys.argv", ["lora_to_low_rank", *map(str, given)])
-        runpy.run_path(str(SCRIPTS / "lora_to_low_rank.py"), run_name="__main__")
+        monkeypatch.setattr("sys.argv", ["remap_lora", *map(str, given)])
+        runpy.run_path(str(SCRIPTS / "remap_lora.py"), run_name="__main__")
 
-    run("--merged", tmp_path / "m")
+    run("--merge", tmp_path / "m")
     index = json.loads((tmp_path / "m/transformer/config.json").read_text())
     assert index["narrow_blocks"]["transformer_blocks.0"]["ranks"] == {
         "img_mod.1": 6,
@@ -299,25 +317,27 @@ def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, cap
     }
     assert assembly.own_code(tmp_path / "m")
     assert (tmp_path / "m/transformer/block_map.json").exists()
-    with pytest.raises(SystemExit):
-        run("--projected", tmp_path / "l.safetensors")
-    assert "needs --conditioning" in capsys.readouterr().err
-    run("--projected", tmp_path / "l.safetensors", "--conditioning", tmp_path / "c")
+    made = tmp_path / "l.safetensors"
+    run("--output", made, "--conditioning", tmp_path / "c")
     told = capsys.readouterr().out
-    assert "% of what it changes is lost" in told and "1 of 1 layers have a place" in told
-    for option in ("merged", "projected"):  # what is there stays
-        with pytest.raises(SystemExit):
-            run(f"--{option}", tmp_path / "p", "--conditioning", tmp_path / "c")
-        assert "is there already; name a new one" in capsys.readouterr().err
-    (tmp_path / "p/transformer/block_map.json").write_text("[[0], [2]]")
-    with pytest.raises(SystemExit):
-        run("--merged", tmp_path / "n")
-    assert "block_map.json is not of the" in capsys.readouterr().err
-    projected = lora.read(QwenImagePipeline, tmp_path / "l.safetensors", "transformer")
+    assert "% of what it changes is lost" in told and "1 layers are in" in told
+    projected = read(stock, made)
     assert projected["transformer_blocks.0.img_mod.1.up"].bias is not None
+    (tmp_path / "p/transformer/block_map.json").write_text("[[0], [2]]")
+    for more, why in (
+        (["--output", tmp_path / "n.safetensors"], "block_map.json is not of the"),
+        (["--output", made], "l.safetensors is there already; name a new one"),
+        (["--merge", tmp_path / "p"], "is there already; name a new one"),
+        (["--output", tmp_path / "n"], "n is not the name of a .safetensors file"),
+        (["--output", tmp_path / "n.safetensors", "--style", "peft"], "a folder for peft"),
+        (["--merge", tmp_path / "n", "--calls", tmp_path / "c"], "go together"),
+    ):
+        with pytest.raises(SystemExit):
+            run(*more)
+        assert why in capsys.readouterr().err
 
 
-def test_nothing_is_unpickled(tmp_path):
+def test_nothing_is_unpickled(stock, tmp_path):
     torch.save({"transformer.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "a.bin")
     with pytest.raises(UserError, match=r"a\.bin is no \.safetensors file"):
-        lora.read(QwenImagePipeline, tmp_path / "a.bin", "transformer")
+        read(stock, tmp_path / "a.bin")

@@ -1,7 +1,9 @@
-"""LoRAs of the teacher, put into a pruned model whose modulation is of low rank.
+"""LoRAs of the teacher, put into a pruned model.
 
-A LoRA adds s B A to a matrix W, with A [p, d] and B [out, p]. Where the pruned model has a product
-up (down x) + bias of rank r in place of W, there are two ways to add it.
+Blocks are renumbered by the block map, and one that stands for several takes the first one's.
+
+On a modulation, a LoRA adds s B A to a matrix W, with A [p, d] and B [out, p]. Where the pruned
+model has a product up (down x) + bias of rank r in place of W, there are two ways to add it.
 
 `merge` makes a product of rank r + p. The LoRA's change stays exact, since A sees x itself:
 
@@ -12,112 +14,25 @@ and covariance C [d, d] of the inputs x, A' fits A x by least squares from down 
 corrects the mean:
 
     A' = A C down^T (down C down^T)^+,   bias of B: s B (A m - A' down m)
+
+With magnitudes (DoRA) the rows of W + s B A are made as long as these say.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeGuard
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from ppcl.closed_forms import modulation
 from ppcl.errors import UserError
+from ppcl.export.lora_layers import Layer
 from ppcl.pruning import narrow
 from ppcl.pruning.narrow_layers import LowRank, Open, is_low_rank
 from ppcl.pruning.units import Matrix
 from ppcl.runtime import devices
 from ppcl.transformer import blocks
-
-
-@dataclass(frozen=True)
-class Layer:
-    """What a LoRA adds to a Linear: scale * (b (a x) + bias).
-
-    a: [p, inputs]. b: [outputs, p]. bias: [outputs], or None.
-    """
-
-    a: Tensor
-    b: Tensor
-    scale: float = 1.0
-    bias: Tensor | None = None
-
-    def without(self, at: int, width: int) -> "Layer":
-        """Without `width` outputs from `at` on, which a linear FFN cuts out of a modulation."""
-        kept = [*range(at), *range(at + width, len(self.b))]
-        bias = None if self.bias is None else self.bias[kept]
-        return Layer(self.a, self.b[kept], self.scale, bias)
-
-
-def read(pipeline: type[DiffusionPipeline], path: Path, component: str) -> dict[str, Layer]:
-    """The layers of a LoRA file by the path of their Linear, in any format that diffusers reads.
-
-    Args:
-        pipeline: class of the teacher's pipeline, which knows its formats.
-        component: the pipeline's component that is pruned; layers of others are left out.
-
-    Raises:
-        UserError: the file can't be read, is more than a LoRA of linear layers, or has no layer of
-            the component.
-    """
-    if not hasattr(pipeline, "lora_state_dict"):
-        raise UserError(f"--lora: diffusers has no LoRAs for {pipeline.__name__}")
-    if path.suffix != ".safetensors":  # diffusers would unpickle it
-        raise UserError(f"--lora: {path} is no .safetensors file; convert it")
-    if not path.is_file():  # diffusers would look for owner/name/file on the Hub
-        raise UserError(f"--lora: {path} does not exist; name a file on this disk")
-    more = {"weight_name": path.name, "use_safetensors": True, "return_lora_metadata": True}
-    if "return_alphas" in inspect.signature(pipeline.lora_state_dict).parameters:
-        more["return_alphas"] = True  # classes without it have put them into the weights
-    try:
-        state, *alphas, about = pipeline.lora_state_dict(str(path.parent), **more)
-    except Exception as error:  # diffusers raises many kinds; all mean "not such a file"
-        raise UserError(f"--lora: {path} can't be read as a LoRA: {error}") from error
-    try:
-        layers = _layers(path, state, (alphas[0] if alphas else None) or {}, about or {}, component)
-    except (LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UserError(f"--lora: {path} can't be read as a LoRA: {error!r}") from error
-    if not layers:
-        raise UserError(f"--lora: {path} has no layers of '{component}'")
-    return layers
-
-
-def _layers(
-    path: Path, state: Mapping[str, Tensor], known: Mapping, about: Mapping, component: str
-) -> dict[str, Layer]:
-    """As `read`, of what diffusers has read: tensors, alphas (`known`), peft's notes (`about`)."""
-    prefix, layers = f"{component}.", {}
-    for key in state:
-        name, is_down, _ = key.partition(".lora_A.weight")
-        if key.startswith(prefix) and not is_down and ".lora_B." not in key:
-            raise UserError(f"--lora: {path}: '{key}' is of no LoRA of linear layers (DoRA?)")
-        if key.startswith(prefix) and is_down:
-            a, b = state[key], state[f"{name}.lora_B.weight"]
-            bias = state.get(f"{name}.lora_B.bias")
-            fits = a.ndim == b.ndim == 2 and len(a) == b.shape[1]
-            if not fits or bias is not None and bias.shape != b.shape[:1]:
-                raise UserError(f"--lora: {path}: '{key}' is of no linear layer")
-            scale = _scale(name, len(a), known, about, component)
-            layers[name.removeprefix(prefix)] = Layer(a, b, scale, bias)
-    return layers
-
-
-def _scale(name: str, rank: int, alphas: Mapping, about: Mapping, component: str) -> float:
-    """The scale of a layer: alpha / rank (rslora: alpha / sqrt(rank)); 1 where alpha is unknown."""
-    if f"{name}.alpha" in alphas:
-        return float(alphas[f"{name}.alpha"]) / rank
-    alpha = about.get(f"{component}.lora_alpha")
-    if alpha is None:
-        return 1.0
-    path = name.removeprefix(f"{component}.")
-    for key, own in (about.get(f"{component}.alpha_pattern") or {}).items():
-        if path == key or path.endswith(f".{key}"):
-            alpha = own
-    return float(alpha) / (rank**0.5 if about.get(f"{component}.use_rslora") else rank)
-
 
 # ---- where its layers go
 
@@ -139,23 +54,28 @@ class Place:
 
 def places(
     model: nn.Module, block_map: list[list[int]], layers: Mapping[str, Layer]
-) -> tuple[dict[str, Place], list[str]]:
-    """Finds the place of every layer in a pruned model.
+) -> tuple[dict[str, Place], dict[str, str]]:
+    """By path in the teacher, the places of layers; and of those that have none, why.
 
-    A block that replaces several has places for the layers of the first of them alone.
-
-    Returns:
-        Path in the teacher -> place; and the paths of the layers that have no place.
+    A block that stands for several has the place of the first of them.
 
     Raises:
-        UserError: a layer has another shape than its Linear, or a bias that the Linear lacks.
+        UserError: a layer has another shape than its Linear, or a bias that this has not.
     """
-    placed, gone = {}, []
+    placed, gone = {}, {}
     for path, layer in layers.items():
         holder, prefix, matrix = _holder(model, block_map, path)
-        inside = _place(holder, matrix[1]) if holder is not None else ""
-        if holder is None or not inside:
-            gone.append(path)
+        if holder is None:
+            gone[path] = prefix
+            continue
+        inside = _place(holder, matrix[1])
+        if not inside:
+            cut = narrow.spec_of(holder)
+            gone[path] = (
+                "was cut out of this block"
+                if cut
+                else f"is no linear layer of a {type(model).__name__}"
+            )
             continue
         module = narrow.matrix(holder, inside)
         shape = _shape(module)
@@ -177,24 +97,27 @@ def places(
 def _holder(
     model: nn.Module, block_map: list[list[int]], path: str
 ) -> tuple[nn.Module | None, str, Matrix]:
-    """The module of a pruned model that a path of the teacher leads into.
-
-    Returns:
-        The block (None if it is gone; the model itself for a path outside of the blocks), the
-        beginning of the block's own path in the model, and the matrix: number of the teacher's
-        block (the number of all blocks for a path outside of them), and the path inside.
-    """
+    """The block that a path of the teacher leads into, or else the model; what its own path begins
+    with; and the number of the teacher's block, and the path in there. None, and why, where no
+    block has a place for it."""
     attribute, _, rest = path.partition(".")
     members = [b for b in blocks.block_sequence(model) if b.list.attribute == attribute]
     if not members:
         return model, "", (block_map[-1][-1] + 1, path)
     number, _, inside = rest.partition(".")
-    if not number.isdecimal():
-        return None, "", (-1, inside)
-    old = block_map[members[0].index][0] + int(number)
-    block = next((b for b in members if block_map[b.index][0] == old), None)
-    if block is None:
-        return None, "", (old, inside)
+    mine = {old for block in members for old in block_map[block.index]}
+    old = min(mine) + int(number) if number.isascii() and number.isdecimal() else -1
+    if old not in mine:
+        return None, f"names a block that the teacher's {attribute} do not have", (old, inside)
+    block = next(b for b in members if old in block_map[b.index])
+    stands_for = block_map[block.index]
+    if stands_for[0] != old:
+        start = min(mine)
+        why = (
+            f"is of a block that is no more: {attribute}.{block.index - members[0].index} stands "
+            f"for {stands_for[0] - start} to {stands_for[-1] - start} and begins as the first one"
+        )
+        return None, why, (old, inside)
     return block.module, f"{attribute}.{block.index - members[0].index}.", (old, inside)
 
 
@@ -230,24 +153,26 @@ def _shape(module: nn.Linear | LowRank) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, block_map: list[list[int]], layers: Mapping[str, Layer]) -> list[str]:
+def merge(model: nn.Module, layers: Mapping[str, Layer]) -> None:
     """Adds a LoRA to a model's weights, in place; products of low rank become wider by its rank.
 
-    Returns:
-        Paths of layers that the model has no place for.
+    layers: by their path in the model, as of `places`.
     """
-    placed, gone = places(model, block_map, layers)
-    for place in placed.values():
-        module, layer = narrow.matrix(model, place.path), place.layer
+    for path, layer in layers.items():
+        module = narrow.matrix(model, path)
         if is_low_rank(module):
-            bias = _widen(model, place.path, module, layer).up.bias
+            module = _widen(model, path, module, layer)
+            rows, weight = module.up, module.up.weight.double() @ module.down.weight.double()
         else:
+            rows = module
             added = layer.scale * (layer.b.double() @ layer.a.double())
-            module.weight.copy_(module.weight.double() + added.to(module.weight.device))
-            bias = module.bias
+            weight = module.weight.double() + added.to(module.weight.device)
+            module.weight.copy_(weight)
+        if layer.magnitude is not None:
+            longer = layer.magnitude.to(weight) / weight.norm(dim=1)
+            rows.weight.copy_(rows.weight.double() * longer[:, None])
         if layer.bias is not None:
-            bias.add_((layer.scale * layer.bias).to(bias))
-    return gone
+            rows.bias.add_((layer.scale * layer.bias).to(rows.bias))
 
 
 def _widen(model: nn.Module, place: str, before: LowRank, layer: Layer) -> LowRank:
@@ -257,7 +182,7 @@ def _widen(model: nn.Module, place: str, before: LowRank, layer: Layer) -> LowRa
     wide.down.weight.copy_(torch.cat([before.down.weight, layer.a.to(like)]))
     wide.up.bias.copy_(before.up.bias)
     model.set_submodule(place, wide)
-    for path, module in model.named_modules():  # a block's spec, saved in the config, has the rank
+    for path, module in model.named_modules():  # whose spec tells its rank, for the config
         for inside in narrow.spec_of(module).get("ranks", {}):
             if f"{path}.{narrow.held(module, inside)}" == place:
                 narrow.set_rank(module, inside, wide.up.in_features)
@@ -270,33 +195,36 @@ def _widen(model: nn.Module, place: str, before: LowRank, layer: Layer) -> LowRa
 @torch.no_grad()
 def projected(
     model: nn.Module,
-    block_map: list[list[int]],
-    layers: Mapping[str, Layer],
-    conditioning: modulation.Conditioning,
-) -> tuple[dict[str, Layer], dict[str, float], list[str]]:
+    placed: Mapping[str, Place],
+    conditioning: modulation.Conditioning | None,
+) -> tuple[dict[str, Layer], dict[str, float]]:
     """A LoRA for the model as it is: of `up` alone where the modulation is a product.
 
-    Args:
-        conditioning: the sums over each modulation's inputs that `extract` wrote.
-
     Returns:
-        Layers by path in the model; for projected layers, by path in the teacher, the share of the
-        mean square of their outputs that is lost (0 to 1); and the paths of layers that the model
-        has no place for.
+        Layers by path in the model; and by path in the teacher, the share of the mean square of a
+        projected layer's outputs that is lost.
 
     Raises:
-        UserError: as `places`, or the sums are of another number of inputs.
+        UserError: a modulation's layer needs the moments of the inputs, and there are none; or it
+            has magnitudes, which a layer of `up` can't have.
     """
-    placed, gone = places(model, block_map, layers)
     made, lost = {}, {}
     for path, place in placed.items():
         module = narrow.matrix(model, place.path)
-        if is_low_rank(module):
-            moments = conditioning.of(place.matrix)
-            made[f"{place.path}.up"], lost[path] = _project(module, place.layer, moments)
-        else:
+        if not is_low_rank(module):
             made[place.path] = place.layer
-    return made, lost, gone
+            continue
+        if place.layer.magnitude is not None or conditioning is None:
+            what = "--conditioning (activations/conditioning.safetensors of the run)"
+            if place.layer.magnitude is not None:
+                what = "another LoRA: magnitudes (DoRA) can't be projected"
+            raise UserError(
+                f"--lora: {path} is of a modulation that has a low rank here, which needs {what}; "
+                "or use --merge, which loses nothing"
+            )
+        moments = conditioning.of(place.matrix)
+        made[f"{place.path}.up"], lost[path] = _project(module, place.layer, moments)
+    return made, lost
 
 
 def _project(module: LowRank, layer: Layer, moments: modulation.Moments) -> tuple[Layer, float]:
@@ -318,15 +246,3 @@ def _project(module: LowRank, layer: Layer, moments: modulation.Moments) -> tupl
     power = (b @ wanted).square().sum() + (b @ (a @ spread.mean)).square().sum()
     share = float(missed / power) if power > 0 else 0.0
     return Layer(a_new.to(layer.a), layer.b, layer.scale, offset.to(layer.b)), share
-
-
-def state(layers: Mapping[str, Layer], component: str) -> dict[str, Tensor]:
-    """Tensors of a LoRA file for `load_lora_weights`; scales are multiplied into B and its bias."""
-    tensors, biased = {}, any(layer.bias is not None for layer in layers.values())
-    for path, layer in layers.items():
-        tensors[f"{component}.{path}.lora_A.weight"] = layer.a
-        tensors[f"{component}.{path}.lora_B.weight"] = layer.scale * layer.b
-        if biased:  # in peft, all layers have a bias, or none
-            bias = layer.bias if layer.bias is not None else layer.b.new_zeros(len(layer.b))
-            tensors[f"{component}.{path}.lora_B.bias"] = layer.scale * bias
-    return tensors

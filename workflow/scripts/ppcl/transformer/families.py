@@ -65,6 +65,40 @@ _GATED_ONCE = (("proj_out",),)
 
 _NO_FLOW = "its schedulers are not flow matching"
 _OWN_TIME = "its pipelines count noise the other way round than their schedulers"
+# What `Family.lora_names` says of them.
+_FLUX_LINEARS = {
+    "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
+    "double_blocks.{}.txt_attn.qkv": tuple(
+        f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"
+    ),
+    "double_blocks.{}.img_attn.proj": ("transformer_blocks.{}.attn.to_out.0",),
+    "double_blocks.{}.txt_attn.proj": ("transformer_blocks.{}.attn.to_add_out",),
+    "double_blocks.{}.img_mlp.0": ("transformer_blocks.{}.ff.net.0.proj",),
+    "double_blocks.{}.img_mlp.2": ("transformer_blocks.{}.ff.net.2",),
+    "double_blocks.{}.txt_mlp.0": ("transformer_blocks.{}.ff_context.net.0.proj",),
+    "double_blocks.{}.txt_mlp.2": ("transformer_blocks.{}.ff_context.net.2",),
+    "double_blocks.{}.img_mod.lin": ("transformer_blocks.{}.norm1.linear",),
+    "double_blocks.{}.txt_mod.lin": ("transformer_blocks.{}.norm1_context.linear",),
+    "single_blocks.{}.linear1": (
+        *(f"single_transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
+        "single_transformer_blocks.{}.proj_mlp",
+    ),
+    "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
+    "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
+}
+_WAN_LINEARS = {
+    **{
+        f"blocks.{{}}.{theirs}.{x}": (f"blocks.{{}}.{ours}.{path}",)
+        for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
+        for x, path in (("q", "to_q"), ("k", "to_k"), ("v", "to_v"), ("o", "to_out.0"))
+    },
+    "blocks.{}.cross_attn.k_img": ("blocks.{}.attn2.add_k_proj",),
+    "blocks.{}.cross_attn.v_img": ("blocks.{}.attn2.add_v_proj",),
+    "blocks.{}.ffn.0": ("blocks.{}.ffn.net.0.proj",),
+    "blocks.{}.ffn.2": ("blocks.{}.ffn.net.2",),
+    "time_projection.1": ("condition_embedder.time_proj",),
+    "head.head": ("proj_out",),
+}
 FAMILIES: dict[str, Family] = {
     "QwenImageTransformer2DModel": Family(
         lists=(
@@ -130,6 +164,7 @@ FAMILIES: dict[str, Family] = {
             },
         ),
         adapter=Adapter(DOUBLE[0], summed=("to_v_ip", "ip_adapter_double_stream_v_proj")),
+        lora_names=_FLUX_LINEARS,
         pipeline=Pipeline(
             size=Size(1024, 1024, 1, 512),
             steps=28,
@@ -286,6 +321,7 @@ FAMILIES: dict[str, Family] = {
         lists=(single(IMAGE, "blocks", "num_layers", Width({IMAGE: FeedForward("norm3", "ffn")})),),
         limits="with two transformers, prune one run after the other (teacher.component)",
         gated={"blocks": (("attn2.to_out.0",), ("ffn.net.2",))},
+        lora_names=_WAN_LINEARS,
         pipeline=Pipeline(
             size=Size(480, 832, 81, 512),
             steps=50,

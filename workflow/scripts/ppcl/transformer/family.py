@@ -236,6 +236,9 @@ class Family:
             on each other. Groups come in the order in which they run, and nothing in the block but
             a gate and the sum follows the last (`closed_forms.solved` refits them).
         frames_per_second: of its videos, as its authors and diffusers' examples show them.
+        lora_names: names of Linears in the code that the weights were published with, {} for the
+            number of a block -> those of diffusers that are this one, side by side along the
+            outputs. For LoRAs; empty where the names are diffusers' own.
         limits: what else a user should know, for the table in the docs.
         control: the ControlNet of diffusers for it; None if there is none.
         adapter: how IP-adapters for it are numbered; None if diffusers loads none.
@@ -265,6 +268,7 @@ class Family:
     guidance: float = 1.0
     gated: dict[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     frames_per_second: int = 16
+    lora_names: dict[str, tuple[str, ...]] = field(default_factory=dict)
     limits: str = ""
     control: Control | None = None
     adapter: Adapter | None = None
