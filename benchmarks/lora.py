@@ -60,6 +60,7 @@ PROMPTS = [
 ]
 INK = "yellow"
 CALL = {"height": 32, "width": 32, "num_inference_steps": 10, "true_cfg_scale": 3.0}
+KINDS = ("random", "trained")
 Layers = dict[str, Layer]
 
 
@@ -74,7 +75,7 @@ def load(folder: Path) -> DiffusionPipeline:
 
 
 def random_lora(pipe: DiffusionPipeline, folder: Path) -> Path:
-    """Matrices of a normal distribution; the adapter stays in the pipeline."""
+    """Matrices of a normal distribution."""
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, init_lora_weights="gaussian")
     pipe.transformer.add_adapter(config)
@@ -331,10 +332,15 @@ def measure(asked: argparse.Namespace, folder: Path) -> pd.DataFrame:
     teacher = load(asked.teacher)
     every, plain = calls_of(teacher), inks.share(teacher)
     velocities = answers(teacher.transformer, every)
-    one = random_lora(teacher, folder / "random")
+    one, two = (folder / name / "pytorch_lora_weights.safetensors" for name in KINDS)
+    if not one.exists():
+        random_lora(load(asked.teacher), one.parent)
+    if not two.exists():
+        trained_lora(load(asked.teacher), two.parent, asked.train_steps, asked.pictures)
+    teacher.load_lora_weights(one.parent, weight_name=one.name)
     effect = answers(teacher.transformer, every) - velocities
-    teacher = load(asked.teacher)
-    two = trained_lora(teacher, folder / "trained", asked.train_steps, asked.pictures)
+    teacher.unload_lora_weights()
+    teacher.load_lora_weights(two.parent, weight_name=two.name)
     reached = inks.share(teacher)
     print(f"yellow ink, teacher: {plain:.3f}, with the trained LoRA {reached:.3f}", flush=True)
     rows = []
@@ -384,7 +390,9 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=300, help="of the trained LoRA")
     parser.add_argument("--pictures", type=int, default=4000, help="that it is trained on")
     parser.add_argument("--samples", type=int, default=200, help="pictures that are judged")
-    parser.add_argument("--loras", type=Path, required=True, help="folder for the two LoRAs")
+    parser.add_argument(
+        "--loras", type=Path, required=True, help="folder for the two LoRAs; those there are used"
+    )
     parser.add_argument("--output", type=Path, help="parquet file for the table")
     asked = parser.parse_args()
     rows = measure(asked, asked.loras)

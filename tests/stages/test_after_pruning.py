@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from support import ROOT, ip_files, pruned, published, quantised
+from support import ROOT, ip_files, pruned, published, quantised, tiny
 from support.zoo_images import SPECIMENS
 
 PAGE = ROOT / "docs" / "after-pruning.md"
@@ -39,6 +40,24 @@ def workplace(tmp_path_factory) -> Path:
     pruned.folder(place / "results/digits-depth/models/b16", merged=pruned.MERGED)
     pruned.folder(place / "results/digits/models/p50", narrowed=pruned.NARROW)
     return place
+
+
+def loras(place: Path) -> None:
+    """Two LoRAs of the teacher, of attention and of modulations, and some recorded calls."""
+    torch.manual_seed(0)
+    for name, path, outputs in (
+        ("style", "attn.to_q", 64),
+        ("modulations", "img_mod.1", 384),
+    ):
+        made = {}
+        for number in range(24):
+            key = f"transformer.transformer_blocks.{number}.{path}"
+            made[f"{key}.lora_A.weight"] = torch.randn(2, 64)
+            made[f"{key}.lora_B.weight"] = 0.01 * torch.randn(outputs, 2)
+        save_file(made, place / f"{name}.safetensors")
+    folder = place / "results/digits-depth/record"
+    folder.mkdir()
+    tiny.record(place / "resources/digits", folder / "calls.parquet", batch=4)
 
 
 def own_pictures(place: Path) -> None:
@@ -70,6 +89,7 @@ def picture_prompts(place: Path) -> None:
 # What a section's code needs besides, by its heading: a function that puts it into the workplace.
 NEEDS: dict[str, Callable[[Path], object]] = {
     "ControlNets of the teacher": sketch,
+    "LoRAs of the teacher": loras,
     "IP-adapters of the teacher": picture_prompts,
     "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
     "Make a GGUF file": lambda place: pytest.importorskip("gguf"),

@@ -1,5 +1,6 @@
 """The benchmarks run and print what they measured; wiring only, no time is judged."""
 
+import argparse
 import functools
 import sys
 
@@ -12,6 +13,7 @@ from benchmarks import (
     extraction,
     few_steps,
     late,
+    lora,
     material,
     measuring,
     options,
@@ -20,6 +22,7 @@ from benchmarks import (
 )
 from benchmarks import run as program
 from ppcl.runtime import devices
+from support import pruned, tiny
 
 TINY = material.SIZES["tiny"]
 
@@ -64,6 +67,30 @@ def test_each_option_is_measured_against_none(in_place, tmp_path):
     assert all(
         ratio.verdict == "reported" and min(ratio.measured, ratio.against) > 0 for ratio in ratios
     )
+
+
+def test_loras_are_put_into_a_variant_in_each_way(tmp_path):
+    """On a variant that nobody trained, with a random LoRA as the trained one, and no pictures."""
+    folder = pruned.folder(tmp_path / "models/b22", merged=[(3, 5)])
+    (tmp_path / "record").mkdir()
+    tiny.record(pruned.TEACHER, tmp_path / "record/calls.parquet", batch=4)
+    asked = argparse.Namespace(
+        run=tmp_path,
+        models=[folder.name],
+        ways=list(lora.WAYS),
+        teacher=pruned.TEACHER,
+        steps=2,
+        samples=2,
+    )
+    for kind in lora.KINDS:
+        lora.random_lora(lora.load(pruned.TEACHER), tmp_path / "loras" / kind)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lora, "Judge", lambda: None)
+        patch.setattr(lora.Inks, "share", lambda _self, pipe: len(pipe.get_list_adapters()))
+        rows = lora.measure(asked, tmp_path / "loras").set_index("way")
+    assert rows.cosine["first"] > max(rows.cosine["numbers"], rows.cosine["sum"])
+    assert all(-1 <= value <= 1 for value in rows.cosine) and rows.trained.tolist() == [1.0] * 5
+    assert "| fit |" in lora.table(rows.reset_index())
 
 
 def test_the_direct_way_gives_the_same_values(tmp_path):

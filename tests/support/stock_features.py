@@ -125,7 +125,7 @@ SECTIONS: dict[str, dict[str, Feature]] = {
             (
                 Refusal(
                     "the class is stock and saves weights and config alone; the row above is "
-                    "what is left, and `lora_to_low_rank.py` reads it",
+                    "what is left, and `remap_lora.py` reads it",
                     "block_map.json",
                     kinds=("depth",),
                 ),

@@ -274,9 +274,7 @@ def test_what_is_no_whole_lora_is_one_message(stock, tmp_path, changed, notes):
 
 def test_a_layer_that_the_model_can_not_have(stock, recorded):
     path = "transformer_blocks.0.img_mod.1"
-    numbered = {
-        "transformer_blocks.first.img_mod.1": Layer(torch.ones(1, 1), torch.ones(1, 1))
-    }
+    numbered = {"transformer_blocks.first.img_mod.1": Layer(torch.ones(1, 1), torch.ones(1, 1))}
     places, gone = lora.places(stock, identity(stock), numbered)
     assert not places and "do not have" in gone[next(iter(numbered))]
     model = copy.deepcopy(stock)

@@ -52,8 +52,12 @@ def command_line() -> argparse.Namespace:
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output", type=Path, help="output: a LoRA file")
     output.add_argument("--merge", type=Path, help="output: a pipeline folder")
-    style = {"choices": list(lora_styles.STYLES), "default": "diffusers"}
-    parser.add_argument("--style", **style, help="names in --output (%(default)s)")
+    parser.add_argument(
+        "--style",
+        choices=list(lora_styles.STYLES),
+        default="diffusers",
+        help="names in --output (%(default)s)",
+    )
     parser.add_argument("--component", default="transformer", help="the pipeline's pruned part")
     parser.add_argument("--dtype", default="float32", help="number format of its weights")
     parser.add_argument("--device", default="auto", help="where to fit: auto, cpu, cuda or mps")
@@ -115,8 +119,8 @@ def report(made: Remapped, args: argparse.Namespace) -> None:
         print(f"{key} {why}")
     if made.errors:
         last = made.errors[-max(1, len(made.errors) // 10) :]
-        share = f"{made.errors[0]:.3f} to {sum(last) / len(last):.3f}"
-        print(f"fitted: the squared error of what it changes went from {share} of it")
+        went = f"{made.errors[0]:.3f} to {sum(last) / len(last):.3f}"
+        print(f"fitted: the squared error of what it changes went from {went} of it")
     print(f"{len(made.file.layers)} layers are in {args.output or args.merge}")
 
 

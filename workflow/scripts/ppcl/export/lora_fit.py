@@ -12,6 +12,7 @@ training play no part.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,7 +91,7 @@ def fit(
 def peft_config(model: nn.Module, layers: Mapping[str, Layer]) -> PeftConfig:
     """What peft has to know of layers beside their matrices; the model is as before."""
     _adapt(model, layers)
-    made: PeftConfig = _adapters(model).peft_config[NAME]
+    made: PeftConfig = getattr(model, "peft_config")[NAME]  # noqa: B009  (peft's own)
     _adapters(model).unload_lora()
     return made
 
@@ -115,15 +116,16 @@ def _orthonormal(layer: Layer) -> Layer:
 
 def _train(context: Context, model: nn.Module, options: FitOptions) -> list[float]:
     model.requires_grad_(False)
-    groups = []
+    groups: list[dict[str, Any]] = []
+    rates: list[float] = []
     for kind in ("lora_A", "lora_B"):
         matrices = [p for name, p in model.named_parameters() if f".{kind}." in name]
         size = torch.cat([p.detach().flatten() for p in matrices]).square().mean().sqrt()
-        rate = options.rate * float(size) * (0.1 if kind == "lora_A" else 1.0)
-        groups.append({"params": [p.requires_grad_() for p in matrices], "lr": rate})
+        rates.append(options.rate * float(size) * (0.1 if kind == "lora_A" else 1.0))
+        groups.append({"params": [p.requires_grad_() for p in matrices], "lr": rates[-1]})
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, [g["lr"] for g in groups], total_steps=options.steps, pct_start=0.1
+        optimizer, rates, total_steps=options.steps, pct_start=0.1
     )
     rows, errors = context.reader.rows(heldout=False), []
     for step in tqdm(range(options.steps), desc="fitting", unit="step", mininterval=2):

@@ -23,11 +23,9 @@ class Layer:
     def without(self, at: int, width: int) -> "Layer":
         """Without so many outputs from `at` on: a linear FFN cuts them out of a modulation."""
         kept = [*range(at), *range(at + width, len(self.b))]
-        rows = {"b": self.b[kept]}
-        for name in ("bias", "magnitude"):
-            value = getattr(self, name)
-            rows[name] = None if value is None else value[kept]
-        return replace(self, **rows)
+        bias = None if self.bias is None else self.bias[kept]
+        magnitude = None if self.magnitude is None else self.magnitude[kept]
+        return replace(self, b=self.b[kept], bias=bias, magnitude=magnitude)
 
     def product(self) -> Tensor:
         """scale * b a [outputs, inputs]."""

@@ -17,6 +17,7 @@ from ppcl.errors import UserError
 from ppcl.export import lora_files
 from ppcl.export.lora_files import MAGNITUDE, PEFT
 from ppcl.export.lora_layers import Layer, LoraFile
+from ppcl.pruning import narrow
 from ppcl.transformer import blocks
 
 ROUNDING = 0.02  # of a layer's largest value; bfloat16 rounds each factor by 0.004
@@ -173,7 +174,7 @@ def _side_by_side(name: str, held: list[Layer | None], paths: list[str], model: 
     a, b = [], []
     for layer, path in zip(held, paths, strict=True):
         if layer is None:
-            outputs = len(model.get_submodule(path).weight)
+            outputs = narrow.linear_at(model, path).out_features
             layer = Layer(torch.zeros(rank, inputs), torch.zeros(outputs, rank))
         more = rank - len(layer.a)
         a.append(nn.functional.pad(layer.a, (0, 0, 0, more)))

@@ -66,7 +66,7 @@ _GATED_ONCE = (("proj_out",),)
 _NO_FLOW = "its schedulers are not flow matching"
 _OWN_TIME = "its pipelines count noise the other way round than their schedulers"
 # What `Family.lora_names` says of them.
-_FLUX_LINEARS = {
+_FLUX_LINEARS: dict[str, tuple[str, ...]] = {
     "double_blocks.{}.img_attn.qkv": tuple(f"transformer_blocks.{{}}.attn.to_{x}" for x in "qkv"),
     "double_blocks.{}.txt_attn.qkv": tuple(
         f"transformer_blocks.{{}}.attn.add_{x}_proj" for x in "qkv"
@@ -86,7 +86,7 @@ _FLUX_LINEARS = {
     "single_blocks.{}.linear2": ("single_transformer_blocks.{}.proj_out",),
     "single_blocks.{}.modulation.lin": ("single_transformer_blocks.{}.norm.linear",),
 }
-_WAN_LINEARS = {
+_WAN_LINEARS: dict[str, tuple[str, ...]] = {
     **{
         f"blocks.{{}}.{theirs}.{x}": (f"blocks.{{}}.{ours}.{path}",)
         for theirs, ours in (("self_attn", "attn1"), ("cross_attn", "attn2"))
