@@ -214,6 +214,7 @@ def test_a_folder_that_cannot_be_looked_at_is_told(snakemake):
     assert "File name too long; shorten the names" in said and "Traceback" not in said
 
 
+VARIANTS = ("p27", "p50", "p70")
 # Several keys at a time, of stages that do not share any: each dry run takes seconds.
 CHANGES = [
     (
@@ -231,7 +232,9 @@ CHANGES = [
     ),
     (
         {"pipeline": {"num_inference_steps": 3}, "sensitivity": {"longest": 3}},
-        {"record", "evaluate", "sensitivity"},
+        # The call is on the card, and in pruning.json.
+        {"record", "evaluate", "sensitivity"}
+        | {f"{stage} {name}" for stage in ("assemble", "describe") for name in VARIANTS},
     ),
     (
         {
@@ -277,7 +280,7 @@ CHANGES = [
 
 def test_changed_key_changes_exactly_the_stages_that_read_it(snakemake):
     before = settings_of_jobs(snakemake("-n", "-F", "-p"))
-    assert len(before) == 21
+    assert len(before) == 24
     for keys, affected in CHANGES:
         after = settings_of_jobs(snakemake("-n", "-F", "-p", **keys))
         assert {name for name in before if before[name] != after.get(name)} == affected, keys
