@@ -31,20 +31,20 @@ class Files:
         width, maps: prices of closed forms, and their least-squares maps.
         conditioning: what modulations get.
         latency: measured times.
-        sizes: bytes of the teacher's parts.
         refits: maps that were fitted once more in variants' sets.
         students: of `start` and of each stage that trains, by its name.
         errors: unit_costs.parquet of each stage that trains, by its name.
+        sizes: bytes of the teacher's parts.
     """
 
     width: Path | None = None
     maps: Path | None = None
     conditioning: Path | None = None
     latency: Path | None = None
-    sizes: Path | None = None
     refits: Path | None = None
     students: Mapping[str, Path] = field(default_factory=dict)
     errors: Mapping[str, Path] = field(default_factory=dict)
+    sizes: Path | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> "Files":
