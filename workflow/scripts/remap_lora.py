@@ -61,7 +61,7 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--component", default="transformer", help="the pipeline's pruned part")
     parser.add_argument("--dtype", default="float32", help="number format of its weights")
     parser.add_argument("--device", default="auto", help="where to fit: auto, cpu, cuda or mps")
-    parser.add_argument("--steps", type=int, default=200, help="of the fit (%(default)s)")
+    parser.add_argument("--steps", type=int, default=400, help="of the fit (%(default)s)")
     return parser.parse_args()
 
 

@@ -39,7 +39,7 @@ class FitOptions:
     rate: of AdamW, in units of the matrices' root mean square.
     """
 
-    steps: int = 200
+    steps: int = 400
     batch_size: int = 16
     rate: float = 0.03
 
