@@ -52,6 +52,7 @@ def test_the_schema_names_the_judges():
 def test_a_judge_of_any_kind_is_read_scored_and_shown(brightness, tmp_path):
     rows = [{"prompt": "a", "light": "yes"}, {"prompt": "b", "light": "no"}]
     column = {"variant": "teacher", "prompt": "a", "seed": 0, "read": "", "frames": 1}
+    column |= {"source": ""}
     pictures = [png(200), png(250)]
     table = pd.DataFrame([column | {"png": p, "prompt_index": i} for i, p in enumerate(pictures)])
     part = tmp_path / "part.parquet"
@@ -89,7 +90,7 @@ def test_a_judge_of_any_kind_is_read_scored_and_shown(brightness, tmp_path):
 
 
 def test_without_a_judge_nothing_is_read(tmp_path):
-    table = pd.DataFrame([["teacher", "a", 0, png(1), "", 0, 1]], columns=schemas.IMAGES.names)
+    table = pd.DataFrame([["teacher", "a", 0, png(1), "", 0, 1, ""]], columns=schemas.IMAGES.names)
     tables.write(tmp_path / "part.parquet", table, schemas.IMAGES, {})
     judged = judging.Judged("none", [{"prompt": "a"}])
     judged.read(tmp_path / "part.parquet")

@@ -268,7 +268,7 @@ def test_another_lora_is_another_teacher(tiny_teacher, files, tmp_path):
     pipelines.load_transformer(known, CPU)
     with pytest.raises(UserError, match="teacher.loras: .*: 1 of them were fused then, and 0 now"):
         teacher_identity.recorded(source(tiny_teacher), noted)
-    with pytest.raises(UserError, match="another place, scale or component now"):
+    with pytest.raises(UserError, match="another place, file, scale or component now"):
         teacher_identity.recorded(source(tiny_teacher, path, scale=0.5), noted)
     path.write_bytes(files["rest"].read_bytes())
     assert teacher_identity.stamp(teacher) != before

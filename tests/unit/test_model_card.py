@@ -232,6 +232,10 @@ def test_the_teachers_licence_is_taken_over_with_its_file(tmp_path):
         "---\nlicense: MIT](http://evil)\n---\n",
         "---\nlicense: !!python/object/apply:os.system ['true']\n---\n",
         "---\nlicense: 2001-99-99\n---\n",
+        "---\nlicense: !!bool x\n---\n",
+        "---\nlicense: !!timestamp x\n---\n",
+        "---\nlicense: !!int ''\n---\n",
+        "---\nlicense_link: https://example.org/licence\n---\n",
         "---\n- a\n---\n",
         "# no front matter\n---\nlicense: mit\n---\n",
         "",
@@ -240,14 +244,19 @@ def test_the_teachers_licence_is_taken_over_with_its_file(tmp_path):
 def test_a_strange_card_gives_no_licence_and_ends_nothing(tmp_path, text):
     card = front(tmp_path, text)
     assert not card.licence and card.refused and "\n" not in card.refused
-    assert "license:" not in str(model_card.card(described(card)))
+    made = str(model_card.card(described(card)))
+    assert "license:" not in made and "Licence: not known" in made
 
 
 def test_links_and_names_that_could_do_harm_are_left_out(tmp_path):
     (tmp_path / "secret").write_text("x")
     (tmp_path / "inside").mkdir()
     (tmp_path / "inside" / "LICENSE").symlink_to(tmp_path / "secret")
+    for name in ("licence.py", "LICENSE.safetensors"):
+        (tmp_path / "inside" / name).write_text("raise SystemExit")
     for link in (
+        "licence.py",
+        "LICENSE.safetensors",
         "javascript:alert(1)",
         "https://x.org/a) [evil](http://evil",
         "../secret",

@@ -154,7 +154,7 @@ def test_what_the_pipeline_itself_refuses_names_the_section(qwen):
     settings = {**tiny.SETTINGS, "max_sequence_length": 2000}
     with pytest.raises(UserError, match="section 'pipeline': QwenImagePipeline .*than 1024"):
         pipelines.run(qwen, ["red"], [0], settings, output_type="latent")
-    settings = {**tiny.SETTINGS, "sigmas": [1.0, 0.5]}
+    settings = {**tiny.SETTINGS, "sigmas": [1.0, 0.5], "num_inference_steps": 2}
 
     class Plain(type(qwen.scheduler)):
         def set_timesteps(self, num_inference_steps=None, device=None, mu=None):

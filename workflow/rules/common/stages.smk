@@ -4,7 +4,7 @@
 from ppcl.ablation import methods
 from ppcl.publishing import teacher_card as teacher_cards
 from ppcl.storage import schemas, texts
-from ppcl.teacher import prompts, teacher_identity
+from ppcl.teacher import hub, prompts, teacher_identity
 
 # Stages that train students, in their order.
 TRAINING = ("distill", "narrow", "subsets")
@@ -185,8 +185,11 @@ def cards():
 
 
 def teacher_card():
-    """The teacher's own model card, if it is on this machine: the variants' licence is its."""
-    path = teacher_cards.find(settings().teacher)
+    """The teacher's own model card, if it is in its folder: the variants' licence is its. That of
+    a teacher on the Hub comes with the download, after jobs are planned; its commit identifies it.
+    """
+    teacher = settings().teacher
+    path = None if hub.is_name(teacher.path) else teacher_cards.find(teacher)
     return [str(path)] if path and not set("{}") & set(str(path)) else []
 
 

@@ -226,7 +226,8 @@ def _folder(teacher: TeacherSettings) -> Path:
 def _check_teacher(teacher: TeacherSettings, source: str) -> None:
     path = teacher.path
     if hub.is_name(path):
-        return  # only the download can check it
+        lora_files.check_local(teacher, source)
+        return  # only the download can check the rest
     folder, component = _folder(teacher), hub.component(teacher)
     if not folder.exists():
         raise UserError(

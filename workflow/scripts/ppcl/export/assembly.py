@@ -129,7 +129,9 @@ def requantise(
 
 def seal(folder: Path, component: str, card: dict) -> None:
     """Writes the card of an export, with digests of all of its files."""
-    (folder / component / CARD).unlink(missing_ok=True)  # it has no digests
+    # Saved beside narrow weights: a card without digests, and the page of the model before.
+    for name in (CARD, hub.CARD):
+        (folder / component / name).unlink(missing_ok=True)
     files = {name: seals.file_digest(folder / name) for name in _files(folder)}
     texts.write_sealed(folder / CARD, card | {"files": files})
 

@@ -15,11 +15,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-try:
-    from diffusers.hooks import _helpers as hooks
-except ImportError:  # another diffusers: all but its caches and layer skip works
-    hooks = None  # type: ignore[assignment]
-
 CAPTURE = "ppcl_capture"
 _DOUBLED = ("source", "lend")  # roles that make a carry of the text stream
 
@@ -128,10 +123,15 @@ def match_ends(first: nn.Module, last: nn.Module, layout: dict) -> None:
 def _register(made: type, base: type, role: str, stream: str | None) -> None:
     """Tells diffusers' registry of blocks what it knows of the stock class."""
     try:
+        # Here, since programs that make no block should not wait for diffusers.
+        from diffusers.hooks import _helpers as hooks
+
         known = hooks.TransformerBlockRegistry.get(base)
         fields = {f.name: getattr(known, f.name) for f in dataclasses.fields(known)}
-    except (AttributeError, TypeError, ValueError):
-        return  # it doesn't know the stock class, or there is no such registry any more
+    except (ImportError, AttributeError, TypeError, ValueError):
+        # It does not know the stock class; or this diffusers has no such registry, and all but its
+        # caches and layer skip works.
+        return
     if role in ("own", "borrow"):
         made_for = type(known)
     else:

@@ -168,7 +168,9 @@ def _save_beside(config: Any, module: str, folder: Path) -> None:
     loaded_from = Path(config.get("_name_or_path") or folder)
     if loaded_from.resolve() == folder.resolve() or not (loaded_from / f"{module}.py").is_file():
         return  # from the teacher, whose card is not that of this model
-    for page in (loaded_from / "README.md", loaded_from.parent / "README.md"):
+    # In the folder above, only a pipeline's page is a card of this model.
+    above = [loaded_from.parent] if (loaded_from.parent / "model_index.json").is_file() else []
+    for page in (place / "README.md" for place in (loaded_from, *above)):
         if page.is_file():
             shutil.copyfile(page, folder / page.name)
             return

@@ -139,7 +139,7 @@ def _opening(about: Described) -> str:
     share = about.pruning.get("parameter_fraction")
     size = f", with {100 * share:.3g} % of the parameters of its transformer" if share else ""
     licence = ", ".join(map(markdown.plain, about.teacher.licence))
-    if about.teacher.licence_link:
+    if licence and about.teacher.licence_link:
         named = markdown.plain(about.teacher.licence_name or licence)
         licence = f"[{named}]({about.teacher.licence_link})"
     known = f"Licence: {licence}, as the teacher's." if licence else ""

@@ -27,7 +27,8 @@ TASKS = (
 _LICENCE = r"[a-z0-9][a-z0-9.+-]{0,62}"
 _LICENCE_NAME = r"[A-Za-z0-9][\w .+-]{0,98}"
 _WEB = r"https://[\w.-]+(/[\w.~%+=&?#@:/-]*)?"
-_LICENCE_FILE = r"(?i)(licen[cs]e|copying|notice)[\w.-]{0,60}"
+# Texts: a file that could be run, or taken for weights, must not reach a variant's folder.
+_LICENCE_FILE = r"(?i)(licen[cs]e|copying|notice)([\w-]{0,60}|[\w.-]{0,56}\.(md|txt|rst|pdf))"
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def read(path: Path | None, repository: str | None, revision: str | None) -> Tea
         return TeacherCard(refused="the teacher has no card here")
     try:
         said = _front_matter(untrusted.text(path, LIMIT))
-    except (UserError, OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+    except Exception as error:  # YAML's constructors raise many kinds, such as KeyError
         reason = "larger or not text" if isinstance(error, UserError) else type(error).__name__
         return TeacherCard(refused=f"the teacher's card can't be read ({reason})")
     given = said.get("license")

@@ -98,6 +98,17 @@ def refuse(path: Path) -> None:
         )
 
 
+def check_local(teacher: TeacherSettings, source: str) -> None:
+    """Raises UserError if a LoRA on this machine is missing or not to be read; `source` names the
+    config in messages."""
+    for lora in teacher.loras:
+        try:
+            if not on_hub(lora):
+                refuse(_local(lora))
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
+
+
 def check(teacher: TeacherSettings, folder: Path, source: str) -> None:
     """Checks the LoRAs of a local teacher as far as their files, and its index, tell.
 
@@ -109,11 +120,10 @@ def check(teacher: TeacherSettings, folder: Path, source: str) -> None:
         UserError: a file is missing or not to be read; the pipeline takes no LoRAs, or has no such
             component.
     """
+    check_local(teacher, source)
     index = hub.read_index(folder)
     for lora in teacher.loras:
         try:
-            if not on_hub(lora):
-                refuse(_local(lora))
             refuse_pipeline(str(index.get("_class_name")))
             refuse_component(lora, teacher, hub.parts(folder), folder)
         except UserError as error:

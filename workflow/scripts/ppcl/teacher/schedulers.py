@@ -54,6 +54,8 @@ def check(teacher: TeacherSettings, folder: Path, source: str = "") -> tuple[str
     key, parts = f"{source}{KEY}", hub.parts(folder)
     if NAME not in parts:
         raise UserError(f"{key}: {folder} has no {NAME}; leave that out")
+    if not (folder / NAME / CONFIG).is_file():
+        raise UserError(f"{key}: {folder / NAME} has no {CONFIG}; restore it, or leave {KEY} out")
     config = untrusted.json_object(folder / NAME / CONFIG)
     name = teacher.scheduler.get(_CLASS, parts[NAME][1])
     known = (

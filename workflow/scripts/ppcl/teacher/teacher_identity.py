@@ -150,7 +150,13 @@ def note(teacher: TeacherSettings) -> dict[str, str]:
 def _noted_lora(lora: LoraSettings) -> list:
     """What identifies a LoRA of a `resolved` teacher, and its use."""
     name = _MARKS[lora_files.on_hub(lora)]
-    return [name, getattr(lora, name), lora.scale, lora.component]
+    return [name, getattr(lora, name), *_use(lora)]
+
+
+def _use(lora: LoraSettings) -> list:
+    """Scale and component; and of one on the Hub, whose commit stands for many files, which."""
+    which = [lora.path, lora.weight_name] if lora_files.on_hub(lora) else []
+    return [lora.scale, lora.component, *which]
 
 
 def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSettings:
@@ -180,8 +186,8 @@ def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSetti
 
 def _recorded_lora(lora: LoraSettings, known: list) -> LoraSettings:
     name, mark, *use = known
-    if use != [lora.scale, lora.component] or name != _MARKS[lora_files.on_hub(lora)]:
-        _refuse_loras(f"{lora.path} has another place, scale or component now")
+    if use != _use(lora) or name != _MARKS[lora_files.on_hub(lora)]:
+        _refuse_loras(f"{lora.path} has another place, file, scale or component now")
     return lora.replace(**{name: mark})
 
 
