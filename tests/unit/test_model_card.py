@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ppcl.errors import UserError
+from ppcl.evaluation import measuring
+from ppcl.evaluation.metrics import higher_is_better
 from ppcl.export import assembly
 from ppcl.publishing import films, folder, markdown, measured, model_card, removed, teacher_card
 from ppcl.publishing.model_card import Described
@@ -343,6 +345,38 @@ def test_again_it_is_the_same_and_an_edited_card_stays(made, capsys):
     (model / "README.md").unlink()
     published.run(options)
     assert (model / "README.md").read_bytes() == before[card]
+
+
+def test_of_every_size_and_time_less_is_better_and_it_has_a_name():
+    transformer = tiny.transformer(blocks=2)
+    measured_sizes = measuring.sizes(transformer, tiny.transformer(blocks=3))
+    for name in (*measured_sizes, "latency_seconds", "latency_ratio", "peak_memory_bytes"):
+        assert not higher_is_better(name), name
+        assert name.startswith(measured._SIZES) and name in measured._WORDS, name
+
+
+def test_a_killed_run_does_not_make_its_card_look_edited(tmp_path, monkeypatch):
+    card, model = tmp_path / "card", tmp_path / "model"
+    for place in (card, model):
+        place.mkdir()
+    (card / "README.md").write_text("one")
+    about = {"teacher": {"name": "a", "repository": None, "revision": None}}
+    texts.write_sealed(model / "pruning.json", about)
+    write, calls = texts.write_sealed, []
+
+    def killed(*of):
+        calls.append(of)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        write(*of)
+
+    monkeypatch.setattr(folder.texts, "write_sealed", killed)
+    with pytest.raises(KeyboardInterrupt):
+        folder.complete(model, card, {})
+    assert (model / "README.md").read_text() == "one"
+    (card / "README.md").write_text("two")
+    assert folder.complete(model, card, {}) and (model / "README.md").read_text() == "two"
+    assert "next_card" not in folder.pruning(model)
 
 
 def test_a_folder_that_assemble_did_not_write_is_refused(tmp_path):

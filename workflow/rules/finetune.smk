@@ -35,6 +35,7 @@ rule finetune:
             "device",
             "teacher",
             "finetune",
+            trained=True,
         ),
         state=lambda wildcards: result(f"state/finetune-{wildcards.variant}"),
         files=optional(*MODELS, "refits"),

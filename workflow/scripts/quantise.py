@@ -6,7 +6,7 @@
 
 For a variant of the config with `of` and `quantise`. Only weights of the transformer's blocks
 change, by stock diffusers, which loads the folder as any other; one recorded call proves that.
-Reads of the config: device, teacher, variants.
+Reads of the config: teacher, variants.
 """
 
 from pathlib import Path

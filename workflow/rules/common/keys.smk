@@ -52,11 +52,14 @@ def subset(*keys):
     return as_it_is(configuration.subset(config, *keys))
 
 
-def subset_for_variant(name, *keys):
+def subset_for_variant(name, *keys, trained=False):
     """As subset, with the named variant as the only one, and the one that it is a quantised copy of:
-    the others' settings do not matter."""
+    the others' settings do not matter. For what trains it, nor does how it is stored in the end.
+    """
     (of,) = [variant.get("of") for variant in config["variants"] if variant["name"] == name]
     chosen = [variant for variant in config["variants"] if variant["name"] in (name, of)]
+    if trained:
+        chosen = [{k: v for k, v in one.items() if k != "quantise"} for one in chosen]
     return configuration.subset({**config, "variants": chosen}, "variants", *keys)
 
 

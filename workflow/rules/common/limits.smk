@@ -48,7 +48,7 @@ def gpu_to_quantise(wildcards):
 
 def refuse_without_cuda():
     """Ends Snakemake where a variant is quantised by what runs on CUDA alone, and there is none; not
-    for targets that make no variants."""
+    for targets named `forecast` and the like, which make no variants."""
     others = {"forecast", "train_teacher", "ablation", "interval_plots"}
     if not workflow.is_main_process or targets() & others:
         return
@@ -58,7 +58,7 @@ def refuse_without_cuda():
             refuse(
                 f"variants: '{name}' is quantised by {method.package}, which diffusers runs on CUDA "
                 "alone, and jobs compute on the CPU here (device, or for want of a GPU); set its "
-                "quantise to int8, or run it where there is a GPU"
+                "quantise to int8, leave the variant out, or run it where there is a GPU"
             )
 
 

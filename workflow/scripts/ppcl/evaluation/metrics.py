@@ -25,6 +25,7 @@ LOWER_IS_BETTER = (
     "modulation_parameters",
     "latency",
     "peak_memory",
+    "stored",
 )
 
 

@@ -29,6 +29,8 @@ from ppcl.transformer import blocks, call_arguments
 from ppcl.transformer.registry import family_of
 
 CARD = "pruning.json"
+# Keys of it that hold for a folder alone and for no copy: its seal, and what `describe` adds.
+NOT_ITS = ("card", "next_card", "metrics", "seal")
 
 
 def variant(settings: Settings, name: str) -> Variant:
@@ -107,8 +109,7 @@ def requantise(
         UserError: as `export`, or `quantising.quantised`. Nothing is left behind.
     """
     card = texts.read_sealed(source / CARD) if (source / CARD).exists() else {}
-    # Not its model card, nor its metrics, if it has been described already.
-    card = {key: value for key, value in card.items() if key not in ("card", "metrics", "seal")}
+    card = {key: value for key, value in card.items() if key not in NOT_ITS}
     with whole.writing(folder, folder=True) as temporary:
         for name in card.get("files", _files(source)):
             if name != CARD and not name.startswith(f"{component}/{STEMS['diffusers']}"):

@@ -15,7 +15,7 @@ DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2}
 @dataclass(frozen=True)
 class Method:
     """A way to store matrices of Linears in fewer bytes; computed is with weights of full precision
-    that are made of them, call by call (weights only).
+    that are made of them, call by call (weights only; bnb-int8 also rounds activations).
 
     Attributes:
         package: what diffusers needs for it. version: the one that is tested.

@@ -47,10 +47,13 @@ def complete(model: Path, card: Path, facts: Mapping[str, Any]) -> bool:
     """
     about = pruning(model)
     before = about.get("card", {}).get(hub.CARD)
+    # A run that was killed between its card and its digests left those that it was about to write.
+    written = {before, about.pop("next_card", {}).get(hub.CARD)}
     there = model / hub.CARD
-    edited = there.is_file() and seals.file_digest(there) != before
+    edited = there.is_file() and seals.file_digest(there) not in written
     files = sorted(path for path in card.rglob("*") if path.is_file() and path.name[0] != ".")
     digests = {path.relative_to(card).as_posix(): seals.file_digest(path) for path in files}
+    texts.write_sealed(model / PRUNING, about | {"next_card": digests})
     for path in files:
         name = path.relative_to(card)
         if not (edited and name.as_posix() == hub.CARD):

@@ -18,11 +18,13 @@ _WORDS = {
     "parameter_fraction": "parameters, of the teacher's",
     "modulation_parameters": "parameters of its modulation",
     "parameter_fraction_without_modulation": "parameters without modulation, of the teacher's",
+    "stored_bytes": "weights of the transformer, as stored",
+    "stored_fraction": "weights as stored, of the teacher's",
     "latency_seconds": "one batch through the transformer",
     "latency_ratio": "time, of the teacher's",
     "peak_memory_bytes": "peak memory of the transformer with one batch",
 }
-_SIZES = ("parameter", "modulation_parameters", "latency", "peak_memory")
+_SIZES = ("parameter", "modulation_parameters", "latency", "peak_memory", "stored")
 _SHARES = re.compile(r"(_accuracy|_fraction|_ratio|_fraction_without_modulation|^all_correct)$")
 _DIFFERENCE = "_difference"
 _HIDDEN = re.compile(r"^velocity_error_sigma_|_difference$")  # in pruning.json alone
