@@ -17,6 +17,7 @@ import diffusers
 import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
+from diffusers.models.attention_dispatch import attention_backend
 from diffusers.training_utils import EMAModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -497,9 +498,11 @@ def offloaded_model(subject: Subject, tmp_path) -> None:
 def attention(subject: Subject, tmp_path) -> None:
     model = subject.model()
     before = dict(model.attn_processors)
-    model.set_attention_backend("_native_math")
-    subject.check(model, rtol=1e-4, atol=1e-5)
-    model.reset_attention_backend()
+    # It sets this process's default too, and resetting leaves that.
+    with attention_backend("native"):
+        model.set_attention_backend("_native_math")
+        subject.check(model, rtol=1e-4, atol=1e-5)
+        model.reset_attention_backend()
     subject.check(model)
     assert all(
         p._attention_backend is None for p in before.values() if hasattr(p, "_attention_backend")
