@@ -59,8 +59,11 @@ def sigterm():
 
 @pytest.fixture(autouse=True, scope="module")
 def code_of_teachers():
-    """Forgets copies of code that came with a teacher: the next file's lie in other folders."""
+    """Forgets copies of code that came with a teacher, and where they lie: the next file's lie in
+    other folders."""
+    before = list(sys.path)
     yield
+    sys.path[:] = before
     for name in [n for n in sys.modules if n.split(".")[0] == "diffusers_modules"]:
         del sys.modules[name]
 
