@@ -38,6 +38,8 @@ report: "workflow/report/workflow.rst"
 
 wildcard_constraints:
     variant="|".join(map(re.escape, variants())),
+    benchmark="|".join(map(re.escape, benchmarks())) or "none",
+    model="|".join(map(re.escape, ["teacher", *variants()])),
 
 
 include: "workflow/rules/plot.smk"
@@ -86,6 +88,11 @@ if targets() != {"forecast"} and not interval_plots_only():
     include: "workflow/rules/pareto.smk"
     include: "workflow/rules/evaluate.smk"
     include: "workflow/rules/describe.smk"
+    include: "workflow/rules/gather_metrics.smk"
+
+    if benchmarks():
+
+        include: "workflow/rules/benchmark_pictures.smk"
     include: "workflow/rules/ablation.smk"
     include: "workflow/rules/train_teacher.smk"
 

@@ -25,9 +25,11 @@ READ_FIRST = {
 }
 # Read by people, and by Snakemake (test_dag.py).
 ENDS = {"forecast.parquet", "figures", "resources.json", "measured.parquet"}
-RUN = [stage for stage in STAGES if stage.program not in ("evaluate", "describe")]
+APART = ("evaluate", "gather_metrics", "describe")
+RUN = [stage for stage in STAGES if stage.program not in APART]
 # What stages read with other configs, in groups of figures, and as shards.
 TABLES = {
+    "measured-metrics.parquet": schemas.METRICS,
     "metrics.parquet": schemas.METRICS,
     "images.parquet": schemas.IMAGES,
     "results.parquet": schemas.ABLATION,
@@ -57,6 +59,7 @@ MORE = [
     Stage(
         "plot", LOGS | {"finetune_logs": "small-log.parquet"}, {"output": "f"}, group=("training",)
     ),
+    Stage("benchmark_pictures", {"model": "small"}, {"manifest": "p50.json"}),
     Stage("plot", QUALITY, {"output": "f"}, group=("quality",)),
     Stage("plot", {"results": "results.parquet"}, {"output": "f"}, group=("ablation",)),
     Stage("plot", {"calibration": "calibration.parquet"}, {"output": "f"}, group=("ablation",)),

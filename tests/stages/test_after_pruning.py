@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
@@ -86,11 +88,22 @@ def picture_prompts(place: Path) -> None:
     pruned.folder(place / "results/flux/models/b8", merged=((0, 2), (6, 8)), teacher=place / "flux")
 
 
+def benchmarked(place: Path) -> None:
+    """A user's copy of a benchmark's prompts, and a config that names it."""
+    prompts = ROOT / "tests/support/benchmarks/geneval/prompts.jsonl"
+    shutil.copyfile(prompts, place / "evaluation_metadata.jsonl")
+    config = yaml.safe_load((ROOT / "config/digits.yaml").read_text(encoding="utf-8"))
+    chosen = {"name": "geneval", "prompts": "evaluation_metadata.jsonl", "images_per_prompt": 4}
+    config["evaluate"]["benchmarks"] = [chosen]
+    (place / "mine.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+
+
 # What a section's code needs besides, by its heading: a function that puts it into the workplace.
 NEEDS: dict[str, Callable[[Path], object]] = {
     "ControlNets of the teacher": sketch,
     "LoRAs of the teacher": loras,
     "IP-adapters of the teacher": picture_prompts,
+    "Score it on the field's benchmarks": benchmarked,
     "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
     "Make a GGUF file": lambda place: pytest.importorskip("gguf"),
     "Train a LoRA on it": own_pictures,

@@ -159,6 +159,7 @@ def test_a_teacher_in_place_of_another_reruns_all_though_it_is_older(finished):
 def test_a_changed_key_reruns_its_stage_and_what_follows(finished):
     results = {"finetune": 1, "assemble": 2, "evaluate": 1, "describe": 2, "plot_quality": 1}
     results |= {"all": 1, "plot_training": 1, "pareto": 1, "choose": 1}
+    results["gather_metrics"] = 1
     assert rerun_by(finished, "subsets: {lr: 0.5}") == results | {"subsets": 1}
     later = {name: 1 for name in ("intervals", "plot_intervals", "prune", "distill", "subsets")}
     assert rerun_by(finished, "intervals: {cost: cka}") == results | later

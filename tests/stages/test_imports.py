@@ -20,6 +20,7 @@ OTHER = {"matplotlib", *JUDGE, *COMPILER, *DISTRIBUTIONS}
 WITHOUT = {
     "ablate": COMPILER | {"matplotlib"},
     "assign_shards": MODELS - {"accelerate"} | OTHER,
+    "benchmark_pictures": COMPILER | JUDGE | {"matplotlib"},
     "assemble": OTHER | {"skimage"},
     "calibrate": COMPILER | {"matplotlib"},
     "choose": OTHER | {"skimage"},
@@ -30,6 +31,7 @@ WITHOUT = {
     "finetune": OTHER | {"skimage"},
     "forget": TORCH | FIGURES | {"numpy", "pandas", "pyarrow"},
     "gather_ablation": TORCH | JUDGE | {"skimage"},
+    "gather_metrics": TORCH | JUDGE | {"matplotlib"},
     "init": TORCH | FIGURES | {"pandas", "scipy"},
     "intervals": TORCH | OTHER | {"skimage"},
     "join_shards": MODELS | OTHER | {"skimage", "scipy"},

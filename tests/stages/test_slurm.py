@@ -331,6 +331,7 @@ def test_jobs_ask_for_what_their_rules_say(site):
     # that do not need each other would be one group that a checkpoint confuses.
     assert names - gpus == {
         "rule_probe",
+        "rule_gather_metrics",
         "rule_choice_intervals_plot_intervals",
         *(f"rule_{n}_wildcards_{v}" for n in ("assemble", "describe") for v in ("p55", "p85")),
         *(f"rule_plot_{figures}" for figures in ("training", "quality")),

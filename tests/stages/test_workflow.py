@@ -29,6 +29,7 @@ STAGES = {
     "assemble",
     "pareto",
     "evaluate",
+    "gather_metrics",
     "describe",
     "plot_intervals",
     "plot_training",
@@ -280,7 +281,7 @@ CHANGES = [
 
 def test_changed_key_changes_exactly_the_stages_that_read_it(snakemake):
     before = settings_of_jobs(snakemake("-n", "-F", "-p"))
-    assert len(before) == 24
+    assert len(before) == 25
     for keys, affected in CHANGES:
         after = settings_of_jobs(snakemake("-n", "-F", "-p", **keys))
         assert {name for name in before if before[name] != after.get(name)} == affected, keys

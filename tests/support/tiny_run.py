@@ -169,8 +169,13 @@ STAGES = [
     Stage(
         "evaluate",
         CALLS | {"models": "small"},
-        {"metrics": "metrics.parquet", "images": "images.parquet"},
+        {"metrics": "measured-metrics.parquet", "images": "images.parquet"},
         state=True,
+    ),
+    Stage(
+        "gather_metrics",
+        {"measured": "measured-metrics.parquet"},
+        {"metrics": "metrics.parquet"},
     ),
     Stage(
         "describe",

@@ -1,9 +1,10 @@
 # Teacher and variants on the same prompts and seeds.
 #
 # in:  the teacher, record/calls.parquet, the evaluation prompts and every models/<variant>/
-# out: evaluation/metrics.parquet, quality, size and speed; evaluation/images.parquet
+# out: evaluation/measured.parquet, quality, size and speed; evaluation/images.parquet
 #
-# Finished batches wait in state/evaluate, as in record.smk.
+# Finished batches wait in state/evaluate, as in record.smk. gather_metrics.smk makes metrics.parquet of
+# it, so that scores of benchmarks, which come later, have nothing measured again.
 
 
 rule evaluate:
@@ -15,7 +16,7 @@ rule evaluate:
         pictures=pictures("evaluate"),
         models=models(),
     output:
-        metrics=result("evaluation/metrics.parquet"),
+        metrics=result("evaluation/measured.parquet"),
         images=result("evaluation/images.parquet"),
     log:
         result("logs/evaluate.log"),
@@ -27,7 +28,7 @@ rule evaluate:
     resources:
         **limits("evaluate", mem_mb=32000, runtime=720),
     params:
-        config=subset("seed", "device", "processes", "teacher", "pipeline", "evaluate"),
+        config=subset("seed", "device", "processes", "teacher", "pipeline", *evaluate_keys()),
         state=result("state/evaluate"),
         teacher=teacher_stamp(),
         prompts=prompts_stamp("evaluate"),

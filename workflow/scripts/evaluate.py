@@ -3,7 +3,7 @@
     python workflow/scripts/evaluate.py --config config/digits.yaml \
         --calls results/digits/record/calls.parquet \
         --models results/digits/models/p50 results/digits/models/p70 \
-        --metrics results/digits/evaluation/metrics.parquet \
+        --metrics results/digits/evaluation/measured.parquet \
         --images results/digits/evaluation/images.parquet --state results/digits/state/evaluate
 
 Pictures are made in parallel processes, one batch at a time; a killed run goes on with the batches
@@ -152,7 +152,12 @@ def identity_of(
 def command_line() -> argparse.Namespace:
     """The options."""
     parser = program.parser(
-        __doc__, "config", "state", reads=("calls",), writes=("metrics", "images")
+        __doc__,
+        "config",
+        "state",
+        reads=("calls",),
+        writes=("metrics", "images"),
+        metrics="evaluation/measured.parquet",
     )
     parser.add_argument(
         "--models", type=Path, nargs="+", required=True, help="input: the variants' folders"

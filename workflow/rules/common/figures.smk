@@ -96,6 +96,7 @@ def summary(form):
 
     try:
         rows = summary_table.rows(metrics, result("models"), config["teacher"]["path"])
+        scores = summary_table.scores(metrics)
     except UserError as error:
         refuse(error)
-    return getattr(summary_table, form)(rows)
+    return getattr(summary_table, form)(rows, scores)

@@ -81,10 +81,28 @@ def distill_keys():
     return [f"distill.{key}" for key in config["distill"] if key not in own]
 
 
+def evaluate_keys():
+    """The keys of `evaluate` that its own stage depends on: all but the benchmarks."""
+    return [f"evaluate.{key}" for key in config["evaluate"] if key != "benchmarks"]
+
+
+def subset_for_benchmark(label):
+    """As subset, with the named benchmark as the only one."""
+    mine = {**config["evaluate"], "benchmarks": [benchmark(label)]}
+    keys = "seed", "device", "processes", "teacher", "pipeline"
+    keys += "evaluate.batch_size", "evaluate.benchmarks"
+    return configuration.subset({**config, "evaluate": mine}, *keys)
+
+
 def teacher_stamp():
     """For params: what tells this teacher from any other. Where mv or rsync puts another teacher in
     its place, its files may be older than the results, and Snakemake would see no change."""
     return teacher_identity.stamp(settings().teacher)
+
+
+def file_stamp(path):
+    """For params, as teacher_stamp: of a file that may not be there."""
+    return digest(stamps([path])) if Path(path).is_file() else ""
 
 
 def prompts_stamp(stage):

@@ -2,6 +2,7 @@
 # run does without.
 
 from ppcl.ablation import methods
+from ppcl.benchmarks import registry
 from ppcl.publishing import teacher_card as teacher_cards
 from ppcl.storage import schemas, texts
 from ppcl.teacher import hub, prompts, teacher_identity
@@ -191,6 +192,41 @@ def teacher_card():
     teacher = settings().teacher
     path = None if hub.is_name(teacher.path) else teacher_cards.find(teacher)
     return [str(path)] if path and not set("{}") & set(str(path)) else []
+
+
+def benchmarks():
+    """What the config says of each benchmark, by the name of its folder."""
+    return {
+        options.label: given
+        for options, given in zip(settings().evaluate.benchmarks, config["evaluate"]["benchmarks"])
+    }
+
+
+def benchmark(label):
+    """What the config says of one benchmark."""
+    return benchmarks()[label]
+
+
+def benchmark_manifests():
+    """The lists of pictures of every model for every benchmark."""
+    return [
+        result(f"evaluation/benchmarks/{label}/{model}.json")
+        for label in benchmarks()
+        for model in ("teacher", *variants())
+    ]
+
+
+def benchmark_scores():
+    """The files with scores of benchmarks that are there."""
+    return [
+        str(path)
+        for label, given in benchmarks().items()
+        for model in ("teacher", *variants())
+        for path in registry.score_files(
+            Path(result(f"evaluation/benchmarks/{label}")), given["name"], given["part"], model
+        )
+        if not set("{}") & set(str(path))
+    ]
 
 
 def forecast_inputs():

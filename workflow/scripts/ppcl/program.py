@@ -53,6 +53,7 @@ FILES = {
     "finetuned": "finetune/<variant>.safetensors",
     "points": "pareto/points.parquet",
     "metrics": "evaluation/metrics.parquet",
+    "manifest": "evaluation/benchmarks/<benchmark>/<model>.json",
     "images": "evaluation/images.parquet",
     "model": "models/<variant>/, which gets the card, too",
     "card": "cards/<variant>/",

@@ -342,6 +342,21 @@ class ParetoSettings(Section):
 
 
 @dataclass(frozen=True)
+class BenchmarkSettings(Section):
+    """A benchmark of the field to make pictures for."""
+
+    name: str
+    part: str | None
+    prompts: str
+    images_per_prompt: int | None
+
+    @property
+    def label(self) -> str:
+        """What its folder and its metrics are called."""
+        return f"{self.name}-{self.part}".lower() if self.part else self.name
+
+
+@dataclass(frozen=True)
 class EvaluateSettings(Section):
     prompts: str
     samples: int
@@ -350,6 +365,14 @@ class EvaluateSettings(Section):
     velocity_rows: int
     bootstrap: int
     latency_repeats: int
+    benchmarks: tuple[BenchmarkSettings, ...]
+
+    @classmethod
+    def _typed(cls, key: str, value: Any) -> Any:
+        if key == "benchmarks":
+            kind = BenchmarkSettings
+            return tuple(each if isinstance(each, kind) else kind.of(each) for each in value)
+        return super()._typed(key, value)
 
 
 @dataclass(frozen=True)

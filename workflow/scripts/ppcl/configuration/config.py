@@ -148,6 +148,9 @@ def _places(filled: dict) -> None:
     ):
         if path := filled[section][key]:
             filled[section][key] = _spelled(os.path.expanduser(path), _in_real_folder)
+    for benchmark in filled["evaluate"]["benchmarks"]:
+        path = os.path.expanduser(benchmark["prompts"])
+        benchmark["prompts"] = _spelled(path, _in_real_folder)
 
 
 def _in_real_folder(path: str) -> str:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from ppcl import judges
+from ppcl.configuration import benchmark_checks
 from ppcl.configuration.config import SCHEMA_PATH, schema
 from ppcl.errors import UserError
 from ppcl.settings import EvaluateSettings, RecordSettings, Settings, TeacherSettings
@@ -38,6 +39,7 @@ def check(settings: Settings, source: str) -> None:
             f"{source}: evaluate.prompts: {shown(shared[0])} is also a calibration prompt "
             "(record.prompts), so results on it would flatter; remove it from one of the two files"
         )
+    benchmark_checks.check(settings, recorded, source)
     if len(set(used["evaluate"])) == 1:
         log.warning(
             "%s: evaluate.prompts: one prompt alone is evaluated, over which there are no "

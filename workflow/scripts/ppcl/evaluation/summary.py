@@ -6,10 +6,11 @@ From evaluation/metrics.parquet alone, without torch.
 import math
 import re
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ppcl import judges
+from ppcl.benchmarks import registry
 from ppcl.storage import schemas, tables
 
 TEACHER = "teacher"
@@ -23,6 +24,10 @@ NOTE = (
     "teacher's; relative error of the "
     "velocity; PSNR to the teacher's pictures; the accuracy that fell most, of the same prompts "
     "and seeds, with the 95 % interval of the difference."
+)
+SCORES_NOTE = (
+    "Scores of benchmarks, as their own scorers measured them; in brackets the 95 % interval of "
+    "the difference to the teacher's, of the same prompts and seeds."
 )
 
 
@@ -62,22 +67,65 @@ def rows(metrics: str | Path, models: str | Path, teacher: str) -> list[dict[str
     ]
 
 
-def text(rows: list[dict[str, str]]) -> str:
-    """As plain text: the names of the columns, a line per row, and what they say."""
-    lines = [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]
-    widths = {name: max(len(line[name]) for line in lines) for name in COLUMNS}
-    shown = ("  ".join(line[name].ljust(widths[name]) for name in COLUMNS) for line in lines)
-    return "\n".join([*(line.rstrip() for line in shown), textwrap.fill(NOTE, 88)])
+def scores(metrics: str | Path) -> list[dict[str, str]]:
+    """A row for each metric of a benchmark, with a cell for each variant, the teacher first: its
+    value and, in brackets, the interval of its difference to the teacher's; [] without any.
+
+    Args:
+        metrics: evaluation/metrics.parquet.
+
+    Raises:
+        UserError: the table can't be read.
+    """
+    table = tables.read(metrics, schemas.METRICS)
+    wanted = (table[key].to_pylist() for key in ("variant", "metric", "value", "ci_low", "ci_high"))
+    cells = {(name, metric): rest for name, metric, *rest in zip(*wanted, strict=True)}
+    shown = registry.of_metrics(metric for _, metric in cells)
+    variants = dict.fromkeys(name for name, metric in cells if metric in shown)
+    made = []
+    for metric in shown:
+        row = {"benchmark": metric}
+        for name in sorted(variants, key=lambda name: name != TEACHER):
+            value, *_ = cells.get((name, metric), [math.nan])
+            row[name] = "" if math.isnan(value) else f"{value:.4g}"
+            _, *ends = cells.get((name, f"{metric}_difference"), [math.nan] * 3)
+            if not any(map(math.isnan, ends)):
+                row[name] += f" ({ends[0]:+.2g} to {ends[1]:+.2g})"
+        made.append(row)
+    return made
 
 
-def rst(rows: list[dict[str, str]]) -> str:
-    """As a table of reStructuredText, and what it says."""
+def text(rows: list[dict[str, str]], scores: Sequence[dict[str, str]] = ()) -> str:
+    """As plain text: the names of the columns, a line per row, and what they say; then the scores
+    of benchmarks, if there are any."""
+    parts = [*_lines(rows, COLUMNS), textwrap.fill(NOTE, 88)]
+    if scores:
+        parts += ["", *_lines(scores, tuple(scores[0])), textwrap.fill(SCORES_NOTE, 88)]
+    return "\n".join(parts)
+
+
+def _lines(rows: Sequence[dict[str, str]], columns: tuple[str, ...]) -> list[str]:
+    lines = [dict(zip(columns, columns, strict=True)), *rows]
+    widths = {name: max(len(line[name]) for line in lines) for name in columns}
+    shown = ("  ".join(line[name].ljust(widths[name]) for name in columns) for line in lines)
+    return [line.rstrip() for line in shown]
+
+
+def rst(rows: list[dict[str, str]], scores: Sequence[dict[str, str]] = ()) -> str:
+    """As a table of reStructuredText, and what it says; then the scores of benchmarks."""
+    parts = [*_list_table(rows, COLUMNS), "", NOTE]
+    if scores:
+        parts += ["", *_list_table(scores, tuple(scores[0])), "", SCORES_NOTE]
+    return "\n".join(parts)
+
+
+def _list_table(rows: Sequence[dict[str, str]], columns: tuple[str, ...]) -> list[str]:
     lines = [".. list-table::", "   :header-rows: 1", ""]
-    for row in [dict(zip(COLUMNS, COLUMNS, strict=True)), *rows]:
-        for name in COLUMNS:
+    for row in [dict(zip(columns, columns, strict=True)), *rows]:
+        for name in columns:
             cell = re.sub(r"([^\w\s.,/-]|_)", r"\\\1", row[name])
-            lines.append(f"   {'*' if name == COLUMNS[0] else ' '} - {cell}".rstrip())
-    return "\n".join([*lines, "", NOTE])
+            lines.append(f"   {'*' if name == columns[0] else ' '} - {cell}".rstrip())
+    return lines
 
 
 def _share(of: Mapping[str, float], share: str, measure: str = "", shown=str) -> str:

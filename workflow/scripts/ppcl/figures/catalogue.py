@@ -145,6 +145,12 @@ def _tradeoff(run: RunTables) -> Figure:
     return quality_against_cost(run.table("metrics"))
 
 
+def _benchmarks(run: RunTables) -> Figure:
+    from ppcl.figures.benchmark_scores import benchmark_scores
+
+    return benchmark_scores(run.table("metrics"))
+
+
 def _images(run: RunTables) -> Figure:
     from ppcl.figures.sample_images import PROMPTS, sample_images
 
@@ -290,6 +296,14 @@ FIGURES = (
         keys=("variants",),
     ),
     Entry("quality", "tradeoff", "Quality against size and latency", ("metrics",), _tradeoff),
+    Entry(
+        "quality",
+        "benchmarks",
+        "Scores of benchmarks",
+        ("metrics",),
+        _benchmarks,
+        lambda settings: bool(settings.evaluate.benchmarks),
+    ),
     Entry("quality", "images", "Images", ("images", "metrics"), _images),
     Entry("ablation", "ablation", "The method against its alternatives", ("results",), _ablation),
     Entry("ablation", "low_rank", "The same with low-rank modulations", ("results",), _low_rank),

@@ -10,6 +10,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from ppcl import judges
+from ppcl.benchmarks import registry
 from ppcl.figures import labelling, style
 from ppcl.figures.style import TEACHER
 
@@ -45,7 +46,7 @@ def quality_against_cost(metrics: pd.DataFrame) -> Figure:
     """Quality against size (left) and latency (right), with bootstrap intervals, teacher included.
 
     Shows the judged accuracies where the table has them, else the fidelity to the teacher's
-    images and velocities.
+    images and velocities; and of each benchmark the score that sums it up.
 
     metrics: as schemas.METRICS: value, ci_low and ci_high of a judge's accuracies (shares, shown
     in %) or of FIDELITIES (PSNR in dB; SSIM; velocity error: relative, squared) as y; of COSTS
@@ -55,6 +56,7 @@ def quality_against_cost(metrics: pd.DataFrame) -> Figure:
     qualities = {m: label for m, label in judges.labels().items() if m in present}
     judged = bool(qualities)
     qualities = qualities or {m: label for m, label in FIDELITIES.items() if m in present}
+    qualities |= {m: m for m in registry.of_metrics(metrics["metric"]) if "/" not in m}
     costs = {m: label for m, label in COSTS.items() if m in present}
     if _quantised(metrics):
         costs = {STORED[0]: STORED[1], **costs}
@@ -94,7 +96,7 @@ def quality_against_cost(metrics: pd.DataFrame) -> Figure:
                     ax.axhline(y["value"], color=style.GREY, lw=0.7, ls=":", zorder=0)
             labels.append((ax, points))
             ax.margins(x=0.14, y=0.18)
-            if judged:
+            if judged and quality in judges.labels():
                 # The axis may reach beyond 100 %, but no share does.
                 ax.yaxis.set_major_formatter(
                     lambda value, _: f"{100 * value:.4g} %" if value < 1 + 1e-9 else ""

@@ -493,6 +493,7 @@ TABLES = {
     "pareto/points.parquet": POINTS,
     "ablation/results.parquet": ABLATION,
     "ablation/calibration.parquet": CALIBRATION,
+    "evaluation/measured.parquet": METRICS,
     "evaluation/metrics.parquet": METRICS,
     "evaluation/images.parquet": IMAGES,
 }
@@ -560,14 +561,16 @@ ARTIFACTS = {
     "ablation/results.parquet": "every method at one size and training (target `ablation` only)",
     "ablation/tables.md": "the same for a reader",
     "ablation/calibration.parquet": "which price foretells an error (target `ablation` only)",
-    "evaluation/metrics.parquet": "quality, size and speed of teacher and variants",
+    "evaluation/measured.parquet": "quality, size and speed, as `evaluate` measured them",
+    "evaluation/benchmarks/": "pictures for benchmarks, and their scores (evaluate.benchmarks)",
+    "evaluation/metrics.parquet": "all metrics of teacher and variants, those of benchmarks too",
     "evaluation/images.parquet": "every image behind the metrics",
     "cards/<variant>/": "its model card with pictures, which is put into `models/<variant>/`",
     "plots/intervals/": "`search`, `heatmap`, `probes`, `width` and `modulation` (if enabled), "
     "each .svg and .png",
     "plots/training/": "`distill`, `subsets`, `finetune`, each .svg and .png",
     "plots/quality/": "`sets`, `pareto`, `tradeoff`, `images`, each .svg and .png; `width` and "
-    "`modulation` of runs that search no intervals",
+    "`modulation` of runs that search no intervals; `benchmarks`, if there are some",
     "plots/ablation/": "`ablation`, `low_rank`, `schedules`, `calibration`, .svg and .png (target "
     "`ablation`)",
     "logs/": "what every stage printed",

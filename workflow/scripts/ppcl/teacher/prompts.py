@@ -89,7 +89,7 @@ def _regular(path: Path, key: str) -> bytes:
         ) from error
 
 
-def _lines(path: Path, key: str) -> list[str]:
+def lines(path: Path, key: str) -> list[str]:
     """The lines of a text file, without their line ends; UserError if it is not plain UTF-8."""
     content = _regular(path, key)
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -119,16 +119,16 @@ def _lines(path: Path, key: str) -> list[str]:
 
 def _read_lines(path: Path, key: str) -> Iterator[tuple[str, dict]]:
     """(place, row) of a file with one prompt per line."""
-    lines = [(n, line.strip(" \t")) for n, line in enumerate(_lines(path, key), start=1)]
-    lines = [(number, line) for number, line in lines if line.strip()]
-    first = lines[0][1] if lines else ""
+    numbered = [(n, line.strip(" \t")) for n, line in enumerate(lines(path, key), start=1)]
+    numbered = [(number, line) for number, line in numbered if line.strip()]
+    first = numbered[0][1] if numbered else ""
     names = [name.strip(' "').lower() for name in re.split(r"[,;\t]", first)]
     if "prompt" in names or first in ("[", "{") or _is_json(first):
         raise UserError(
-            f"{key}: {path}: line {lines[0][0]}, {shown(first)}, is of a table, but the file's "
+            f"{key}: {path}: line {numbered[0][0]}, {shown(first)}, is of a table, but the file's "
             "name makes every line a prompt; let it end in .csv, .tsv or .jsonl, as it is"
         )
-    return ((f"line {number}", {"prompt": line}) for number, line in lines)
+    return ((f"line {number}", {"prompt": line}) for number, line in numbered)
 
 
 def _is_json(text: str) -> bool:
@@ -143,10 +143,10 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
     """A reader for tables with this delimiter, which yields (place, row)."""
 
     def rows(path: Path, key: str) -> Iterator[tuple[str, dict]]:
-        lines = _lines(path, key)
-        if not any(line.strip() for line in lines):
+        of_file = lines(path, key)
+        if not any(line.strip() for line in of_file):
             return
-        reader = csv.reader([f"{line}\n" for line in lines], delimiter=delimiter, strict=True)
+        reader = csv.reader([f"{line}\n" for line in of_file], delimiter=delimiter, strict=True)
         names: list[str] = []
         end = 0
         try:
@@ -157,7 +157,7 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
                     continue
                 if not names:
                     names = [cell.strip() for cell in cells]
-                    _check_names(names, f"{key}: {path}", lines[start - 1])
+                    _check_names(names, f"{key}: {path}", of_file[start - 1])
                     continue
                 place = f"line {start}" if start == end else f"lines {start} to {end}"
                 if len(cells) != len(names):
@@ -175,7 +175,7 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
                 yield place, row | {"prompt": cells[names.index("prompt")]}
         except csv.Error as error:
             if not names:
-                _check_names(lines[0].split(delimiter), f"{key}: {path}", lines[0])
+                _check_names(of_file[0].split(delimiter), f"{key}: {path}", of_file[0])
             raise UserError(
                 f"{key}: {path}: the row that begins in line {end + 1} can't be read ({error}); "
                 "close its double quotes, and write those inside of a quoted prompt twice"
@@ -203,9 +203,9 @@ def _check_names(names: list[str], where: str, line: str) -> None:
             raise UserError(f"{where} has two columns '{name}'; rename or remove one")
 
 
-def _read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+def objects(path: Path, key: str) -> Iterator[tuple[str, dict]]:
     """(place, row) of a file with a JSON object per line."""
-    for number, line in enumerate(_lines(path, key), start=1):
+    for number, line in enumerate(lines(path, key), start=1):
         if not line.strip():
             continue
         where = f"{key}: {path}: line {number}"
@@ -292,6 +292,6 @@ _READERS = {
     ".txt": _read_lines,
     ".csv": _table(","),
     ".tsv": _table("\t"),
-    ".jsonl": _read_jsonl,
+    ".jsonl": objects,
     ".parquet": _read_parquet,
 }

@@ -1,0 +1,52 @@
+"""Where the scorers of the benchmarks look for pictures: functions from a plan to its files."""
+
+import json
+
+from ppcl.benchmarks.benchmark import File, Plan
+
+TEACHER = "teacher"
+
+
+def geneval(plan: Plan) -> list[File]:
+    """<model>/00000/samples/0000.png: its scorer passes over folders whose names are not digits."""
+    return [
+        File(f"{plan.model}/{prompt.key}/samples/{picture:04d}.png", number, (picture,))
+        for number, prompt in enumerate(plan.prompts)
+        for picture in range(plan.count)
+    ]
+
+
+def geneval_texts(plan: Plan) -> dict[str, str]:
+    """What GenEval asks of each prompt, beside its pictures."""
+    return {f"{plan.model}/{p.key}/metadata.jsonl": f"{p.source}\n" for p in plan.prompts}
+
+
+def grids(plan: Plan) -> list[File]:
+    """<model>/<key>.png: all pictures of a prompt in one grid (DPG-Bench)."""
+    pictures = tuple(range(plan.count))
+    return [File(f"{plan.model}/{p.key}.png", n, pictures) for n, p in enumerate(plan.prompts)]
+
+
+def numbered(plan: Plan) -> list[File]:
+    """<model>/<key>_<picture>.png."""
+    return [
+        File(f"{plan.model}/{prompt.key}_{picture}.png", number, (picture,))
+        for number, prompt in enumerate(plan.prompts)
+        for picture in range(plan.count)
+    ]
+
+
+def evalscope_texts(plan: Plan) -> dict[str, str]:
+    """<model>.jsonl: what evalscope scores, with paths from where Snakemake runs. A variant's
+    pictures have the teacher's of the same prompt and seed as reference."""
+    lines = []
+    for file in numbered(plan):
+        prompt = plan.prompts[file.prompt]
+        row = {"id": f"{prompt.key}_{file.pictures[0]}", "prompt": prompt.text}
+        row |= {"category": prompt.group} if prompt.group else {}
+        row["image_path"] = f"{plan.folder}/{file.path}"
+        if plan.model != TEACHER:
+            reference = file.path.replace(plan.model, TEACHER, 1)
+            row["reference_image_path"] = f"{plan.folder}/{reference}"
+        lines.append(f"{json.dumps(row, ensure_ascii=False)}\n")
+    return {f"{plan.model}.jsonl": "".join(lines)}

@@ -1,0 +1,112 @@
+"""Metrics of benchmarks, from the files in which their scorers left scores."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ppcl.benchmarks import benchmark, plans, registry
+from ppcl.benchmarks.benchmark import Measured, Scores
+from ppcl.evaluation import metrics
+from ppcl.evaluation.metrics import TEACHER, Estimate, Estimates
+from ppcl.settings import EvaluateSettings
+
+log = logging.getLogger(__name__)
+
+
+def rows(folder: Path, options: EvaluateSettings, seed: int) -> list[dict]:
+    """Rows of metrics.parquet of all benchmarks, of the models that were scored. Says of the others
+    what is missing, and how it is made.
+
+    Args:
+        folder: evaluation/benchmarks of a run, with a folder for each of `options.benchmarks`.
+        seed: of the bootstrap.
+
+    Raises:
+        UserError: a file with scores is half written, or of other pictures.
+    """
+    made = []
+    for chosen in options.benchmarks:
+        by_model: dict[str, Scores] = {}
+        place = folder / chosen.label
+        manifests = sorted(place.glob("[!.]*.json"))
+        names = tuple(path.stem for path in manifests)
+        for path in sorted(manifests, key=lambda path: (path.stem != TEACHER, path.stem)):
+            plan, files, sides = benchmark.read_manifest(path)
+            found = registry.score_files(place, chosen.name, plan.part, plan.model)
+            if problem := _missing(found, place, files):
+                command = plans.command(plan, chosen.prompts, str(place / "scores"), sides)
+                log.warning("%s: %s %s; to score:\n%s", chosen.label, plan.model, problem, command)
+                continue
+            known = registry.BENCHMARKS[chosen.name]
+            by_model[plan.model] = known.scores(dataclasses.replace(plan, others=names), found)
+        made += _rows(chosen.label, by_model, options.bootstrap, seed)
+    return made
+
+
+def _missing(found: list[Path], place: Path, files: list[str]) -> str:
+    """Why there are no scores that count; empty if there are."""
+    if not found:
+        return "has no scores yet"
+    pictures = [os.stat(place / "pictures" / name).st_mtime for name in files]
+    if min(path.stat().st_mtime for path in found) < max(pictures):
+        return "has scores that are older than its pictures, which are left out"
+    return ""
+
+
+def _rows(label: str, by_model: Mapping[str, Scores], resamples: int, seed: int) -> list[dict]:
+    """Rows of one benchmark; the teacher first, if it was scored."""
+    estimates: Estimates = {TEACHER: {}}
+    higher: dict[str, bool] = {}
+    for model, scores in by_model.items():
+        for name, mine in scores.items():
+            metric = f"{label}/{name}" if name else label
+            higher[metric] = higher[f"{metric}_difference"] = mine.higher_is_better
+            of = estimates.setdefault(model, {})
+            of[metric] = _estimate(mine, resamples, seed)
+            theirs = by_model.get(TEACHER, {}).get(name)
+            if model != TEACHER and theirs is not None:
+                difference = _difference(mine, theirs, resamples, seed)
+                if difference is not None:
+                    of[f"{metric}_difference"] = difference
+    made = metrics.rows(estimates)
+    for row in made:
+        row["higher_is_better"] = higher[row["metric"]]
+    return made
+
+
+def _estimate(measured: Measured, resamples: int, seed: int) -> Estimate:
+    """A metric and its interval over prompts; without scores of prompts, it has no interval."""
+    if not len(measured.scores):
+        return Estimate(float(measured.total or 0.0), samples=1)
+    weights = np.ones(len(measured.scores)) if measured.weights is None else measured.weights
+    made = metrics.ratio(weights * measured.scores, weights, measured.prompts, resamples, seed)
+    if measured.total is None or not made.value:
+        return made
+    scale = measured.total / made.value  # as VBench has some of its metrics in percent
+    return Estimate(measured.total, made.low * scale, made.high * scale, made.samples)
+
+
+def _difference(mine: Measured, theirs: Measured, resamples: int, seed: int) -> Estimate | None:
+    """Of the pictures of the same prompts and seeds, where both were scored."""
+    if not len(mine.scores):
+        fall = float(mine.total or 0.0) - float(theirs.total or 0.0)
+        return Estimate(fall, samples=1) if not len(theirs.scores) else None
+    tables = []
+    for each in (mine, theirs):
+        weights = np.ones(len(each.scores)) if each.weights is None else each.weights
+        columns = {"prompt": each.prompts, "picture": each.pictures}
+        tables.append(pd.DataFrame(columns | {"score": each.scores, "weight": weights}))
+    both = tables[0].merge(tables[1], on=["prompt", "picture"], suffixes=("", "_of_teacher"))
+    if both.empty:
+        return None
+    falls = both["weight"] * (both["score"] - both["score_of_teacher"])
+    made = metrics.ratio(falls, both["weight"], both["prompt"], resamples, seed)
+    scale = 1.0
+    if mine.total is not None:
+        scale = mine.total / _estimate(dataclasses.replace(mine, total=None), 2, seed).value
+    return Estimate(made.value * scale, made.low * scale, made.high * scale, made.samples)
