@@ -27,6 +27,11 @@ DATA = ROOT / "tests" / "support" / "benchmarks"
 CHOSEN = {  # name -> prompts, part, pictures of each
     "geneval": ("prompts.jsonl", None, 2),
     "dpg-bench": ("prompts.csv", None, 4),
+    "longtext-bench": ("prompts.jsonl", "en", 2),
+    "oneig": ("prompts.csv", "EN", 4),
+    "t2i-compbench": ("prompts.txt", "color", 3),
+    "hpsv2": ("prompts.json", "anime", 1),
+    "vbench": ("prompts.json", None, 2),
     "evalscope": ("prompts.csv", None, 2),
 }
 
@@ -68,8 +73,9 @@ def parts(plan: benchmark.Plan, folder: Path, side: int = 16, frames: int = 1) -
 def laid_out(name: str, place: Path, model: str, **changes) -> benchmark.Plan:
     """Makes the pictures of a model, with their manifest."""
     plan = plans.plan(options(name, **changes), model, str(place / "pictures"))
-    made = parts(plan, place.parent / f"parts-{name}-{model}")
-    files, sides = benchmark_pictures.lay_out(plan, made, place / "pictures")
+    frames = 3 if registry.BENCHMARKS[name].videos else 1
+    made = parts(plan, place.parent / f"parts-{name}-{model}", frames=frames)
+    files, sides = benchmark_pictures.lay_out(plan, made, place / "pictures", 8)
     benchmark.write_manifest(place / f"{model}.json", plan, files, sides)
     return plan
 
@@ -121,23 +127,27 @@ def test_patterns_hold_all_that_is_made_and_models_share_their_noise(name, tmp_p
     assert len(set(pictures)) == len(pictures) == len(seeds)
     fewer = {"images_per_prompt": 1}
     few = plans.samples(plans.plan(options(name, **fewer), "p50", "pictures"))
-    assert {item["seed"] for item in few} < set(seeds)
+    assert {item["seed"] for item in few} == set(seeds[:: mine.count])
 
 
 @pytest.mark.parametrize("name", CHOSEN)
 def test_paths_are_those_that_the_scorer_found(name):
     """Its own file with scores names the pictures as it saw them, in our folder."""
+    chosen = options(name)
     files = {
-        file.path
-        for file in registry.BENCHMARKS[name].files(plans.plan(options(name), "p50", "pictures"))
+        file.path for file in registry.BENCHMARKS[name].files(plans.plan(chosen, "p50", "pictures"))
     }
     text = "".join(
-        path.read_text() for path in registry.score_files(DATA / name, name, None, "p50")
+        path.read_text() for path in registry.score_files(DATA / name, name, chosen.part, "p50")
     )
     seen = set(
         re.findall(r"pictures/(p50/[^\"',]+?\.(?:png|jpg|webp|mp4))", text.replace("\\/", "/"))
     )
-    assert seen <= files and len(files - seen) <= (1 if name == "dpg-bench" else 0)
+    if name in ("oneig", "t2i-compbench", "hpsv2"):  # these name prompts, or only the model
+        assert not seen
+    else:
+        missed = {"dpg-bench": 1, "vbench": 1}  # the scorers pass over these
+        assert seen <= files and len(files - seen) == missed.get(name, 0)
 
 
 def test_geneval(scored):
@@ -181,6 +191,89 @@ def test_dpg_bench(scored):
     assert f"entity: {entity['value']}" in text and np.isnan(entity["ci_low"])
     assert made["p50", "dpg-bench_difference"]["samples"] == 8  # the scorer fails on one prompt
     assert "dpg-bench/attribute - color" not in {metric for _, metric in made}
+
+
+def test_longtext_bench(scored):
+    folder = scored("longtext-bench")
+    made = values(folder, options("longtext-bench"))
+    for model in ("teacher", "p50"):
+        row = made[model, "longtext-bench-en"]
+        said = (DATA / "longtext-bench" / f"{model}-scores.txt").read_text()
+        assert f"Text Score: {row['value']:.4f}\n" == said and row["samples"] == 6
+        assert row["ci_low"] <= row["value"] <= row["ci_high"]
+    # Words count, not pictures: 4 of 6, 4 of 6, 1 of 1 and 0 of 1 for instance.
+    lines = (DATA / "longtext-bench/scores/p50/results.jsonl").read_text().splitlines()
+    signs = [row for row in map(json.loads, lines) if "poster" not in row["prompt"]]
+    share = sum(r["match_word_count"] for r in signs) / sum(r["gt_word_count"] for r in signs)
+    assert made["p50", "longtext-bench-en/sign"]["value"] == pytest.approx(share)
+
+
+def test_oneig(scored):
+    folder = scored("oneig")
+    grid = Image.open(folder / "oneig-en/pictures/anime/p50/235.webp")
+    assert grid.size == (32, 32)
+    made = values(folder, options("oneig"))
+    for model in ("teacher", "p50"):
+        for name, column in (
+            ("alignment", "alignment"),
+            ("diversity", "total average"),
+            ("style", "style"),
+            ("reasoning", "reasoning"),
+            ("text", "text score"),
+            ("text/edit_distance", "ED"),
+            ("text/completion", "CR"),
+            ("text/words", "WAC"),
+        ):
+            path = next((DATA / f"oneig/scores/{model}").glob(f"{name.split('/')[0]}_score_*"))
+            total = pd.read_csv(path, index_col=0)[column][model]
+            assert made[model, f"oneig-en/{name}"]["value"] == pytest.approx(total), name
+    alignment = made["p50", "oneig-en/alignment"]
+    assert alignment["samples"] == 4 and alignment["ci_low"] <= alignment["value"]
+    assert made["p50", "oneig-en/diversity"]["samples"] == 7
+    assert made["p50", "oneig-en/style"]["samples"] == 2
+    assert np.isnan(made["p50", "oneig-en/text"]["ci_low"])
+    worse = {metric for (_, metric), row in made.items() if not row["higher_is_better"]}
+    assert worse == {f"oneig-en/text/edit_distance{end}" for end in ("", "_difference")}
+
+
+def test_t2i_compbench(scored):
+    folder = scored("t2i-compbench")
+    place = folder / "t2i-compbench-color/pictures/p50/samples"
+    names = sorted(path.name for path in place.iterdir())
+    assert names[0] == "The black nine was on top of the red card._000006.png"
+    picture = np.asarray(Image.open(place / "a green card and a white zero_000004.png"))
+    assert (picture == (1, 1, 9)).all()
+    made = values(folder, options("t2i-compbench"))
+    for model in ("teacher", "p50"):
+        said = (DATA / "t2i-compbench" / f"{model}-score.txt").read_text()
+        row = made[model, "t2i-compbench-color"]
+        assert row["value"] == pytest.approx(float(said.partition(":")[2])) and row["samples"] == 9
+
+
+def test_hpsv2(scored):
+    made = values(scored("hpsv2"), options("hpsv2"))
+    for model in ("teacher", "p50"):
+        row = made[model, "hpsv2-anime"]
+        said = (DATA / f"hpsv2/scores/{model}.txt").read_text()
+        assert f"{model} anime           {row['value']:.2f} \t" in said and np.isnan(row["ci_low"])
+    fall = made["p50", "hpsv2-anime_difference"]["value"]
+    assert fall == pytest.approx(made["p50", "hpsv2-anime"]["value"] - row["value"] + fall)
+
+
+def test_vbench(scored):
+    imageio = pytest.importorskip("imageio.v2")
+    folder = scored("vbench")
+    with imageio.get_reader(folder / "vbench/pictures/p50/a person is writing-1.mp4") as reader:
+        assert reader.get_meta_data()["fps"] == 8 and sum(1 for _ in reader) == 3
+    made = values(folder, options("vbench"))
+    for model in ("teacher", "p50"):
+        for path in (DATA / f"vbench/scores/{model}").iterdir():
+            for dimension, (total, videos) in json.loads(path.read_text()).items():
+                row = made[model, f"vbench/{dimension}"]
+                assert row["value"] == pytest.approx(total) and row["samples"] == len(videos)
+                assert row["ci_low"] <= row["value"] <= row["ci_high"] or np.isnan(row["ci_low"])
+    assert made["p50", "vbench/color"]["samples"] == 3  # of four: in one it saw no object
+    assert len({metric for _, metric in made}) == 8  # four, and their differences
 
 
 def test_evalscope(scored, caplog):
@@ -228,6 +321,32 @@ def damages():
     yield *geneval, lambda path: path.write_text("[1]\n"), "line 1 is no JSON object"
     yield *geneval, lambda path: path.write_text("[" * 100_000 + "\n"), "line 1 is not whole JSON"
     yield *geneval, lambda path: path.write_text(""), "half written"
+    longtext = ("longtext-bench", "scores/p50/results.jsonl")
+    yield *longtext, text('"match_word_count": 4', '"match_word_count": 7'), "7 of 6 words"
+    yield *longtext, text(', "match_word_count": 4, "gt_word_count": 6', ""), "summary_scores.py"
+    yield *longtext, text("0_0.png", "7_0.png"), "no picture of longtext-bench-en"
+    yield *longtext, lines(lambda all_: all_[:-1]), "1 of 6 have no score"
+    align = "scores/p50/alignment_score_EN_1.csv", "scores/p50/alignment_prompt_score_EN_1.csv"
+    oneig = [("oneig", name) for name in align]
+    yield *oneig[0], text("p50,", "teacher,"), "is not of p50"
+    yield *oneig[0], text("p50,0", "p50,nan"), "no number"
+    yield *oneig[1], text("anime_050,", "anime_999,"), "anime_999 is of no prompt"
+    yield *oneig[1], text("anime_050,", "anime_235,"), "'anime_235' twice"
+    yield *oneig[1], text(",p50", ",teacher"), "is not of p50"
+    yield *oneig[1], lambda path: path.write_bytes(path.read_bytes()[:60] + b"\nanime"), "half wr"
+    compbench = ("t2i-compbench", "pictures/p50/annotation_blip/vqa_result.json")
+    yield *compbench, text('"question_id": 1', '"question_id": 77'), "is of picture 77"
+    yield *compbench, text('"question_id": 1', '"question_id": 0'), "is of picture 0"
+    yield *compbench, lambda path: path.write_text("[]"), "is of 0 pictures, and 9 were made"
+    yield *compbench, lambda path: path.write_text("{}"), "no list"
+    yield "hpsv2", "scores/p50.txt", text("p50 anime", "p51 anime"), "has 0 lines"
+    yield "hpsv2", "scores/p50.txt", lines(lambda all_: [*all_, *all_]), "has 2 lines"
+    vbench = ("vbench", "scores/p50/results_2026-12-01-03_50_00_eval_results.json")
+    yield *vbench, lambda path: path.write_text('{"color": 0.5}'), "'color' has not a total"
+    yield *vbench, lambda path: path.write_text('{"color": [0.5, []]}'), "color has no scores"
+    yield *vbench, text("turns-0.mp4", "turns-7.mp4"), "no picture of vbench"
+    yield *vbench, text("pictures/p50", "pictures/teacher"), "a picture of teacher"
+    yield *vbench, lambda path: path.write_bytes(path.read_bytes()[:99]), "not whole JSON"
     yield *dpg, lines(lambda all_: all_[:-1]), "ends without a score"
     yield *dpg, lines(lambda all_: all_[1:]), "half written"
     yield *dpg, text("DPG-Bench score: ", "DPG-Bench score: 9"), "says that the DPG-Bench score is"
@@ -244,8 +363,9 @@ def damages():
 @pytest.mark.parametrize(("name", "file", "spoil", "said"), [*damages()])
 def test_a_file_that_is_half_written_or_foreign_is_refused_by_name(name, file, spoil, said, scored):
     folder = scored(name)
-    spoil(folder / name / file)
-    with pytest.raises(UserError, match=f"(?s)^{re.escape(str(folder / name / file))}: .*{said}"):
+    path = folder / options(name).label / file
+    spoil(path)
+    with pytest.raises(UserError, match=f"(?s)^{re.escape(str(path))}: .*{said}"):
         values(folder, options(name))
 
 
@@ -297,6 +417,19 @@ BAD_PROMPTS += [
     ("dpg-bench", f"{DPG}a,x,1,0,q\nb,y,1,0,q\na,x,2,0,q\n", "rows of 'a' are apart"),
     ("dpg-bench", f"{DPG}a,x,1,0,q\na,y,2,0,q\n", "'a' has two texts"),
     ("dpg-bench", f"{DPG}a/b,x,1,0,q\n", "would be the name of a file"),
+    ("longtext-bench", '{"prompt": "a", "prompt_id": "../a"}\n', "has to be a number"),
+    ("longtext-bench", '{"prompt": "a", "prompt_id": 1}\n' * 2, "'1' is there twice"),
+    ("oneig", "category,id,prompt_en\nPortrait,1,a\n", "has to have three digits"),
+    ("oneig", "category,id,prompt_en\nportrait,001,a\n", "is none of Anime_Stylization"),
+    ("oneig", "category,id,prompt_cn\nPortrait,001,a\n", "has no column prompt_en"),
+    ("t2i-compbench", "a_b\n", "has an underscore"),
+    ("t2i-compbench", "a/b\n", "would be the name of a file"),
+    ("hpsv2", '{"a": 1}', "holds no list"),
+    ("hpsv2", '["a", 1]', "prompt 1 is 1"),
+    ("hpsv2", '["a"', "is not whole JSON"),
+    ("vbench", "[1]", "entry 0 is no object"),
+    ("vbench", '[{"prompt_en": "a"}]', "has no list 'dimension'"),
+    ("vbench", '[{"prompt_en": "a/b", "dimension": ["color"]}]', "would be the name of a file"),
 ]
 
 
@@ -304,7 +437,9 @@ BAD_PROMPTS += [
 def test_prompts_that_cannot_be_used_are_refused_by_name(name, content, said, tmp_path):
     path = tmp_path / CHOSEN[name][0]
     path.write_text(content)
-    with pytest.raises(UserError, match=rf"^evaluate\.benchmarks: {name}: prompts: .*({said})"):
+    with pytest.raises(
+        UserError, match=rf"^evaluate\.benchmarks: {name}[a-z-]*: prompts: .*({said})"
+    ):
         plans.plan(options(name, prompts=str(path)), "teacher", "pictures")
 
 
@@ -313,6 +448,8 @@ def test_options_that_do_not_suit_a_benchmark_are_refused():
         plans.plan(options("geneval", part="color"), "teacher", "pictures")
     with pytest.raises(UserError, match="takes at most 4; lower it"):
         plans.plan(options("dpg-bench", images_per_prompt=5), "teacher", "pictures")
+    with pytest.raises(UserError, match="set it to one of en, zh"):
+        plans.plan(options("longtext-bench", part=None), "teacher", "pictures")
     with pytest.raises(UserError, match="'gen' is none of geneval"):
         plans.of(BenchmarkSettings.of({"name": "gen"}))
 

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ppcl.errors import UserError
-from ppcl.evaluation import measuring
+from ppcl.evaluation import films, measuring
 from ppcl.evaluation.metrics import higher_is_better
 from ppcl.export import assembly
-from ppcl.publishing import films, folder, markdown, measured, model_card, removed, teacher_card
+from ppcl.publishing import folder, markdown, measured, model_card, removed, teacher_card
 from ppcl.publishing.model_card import Described
 from ppcl.publishing.teacher_card import TeacherCard
 from ppcl.settings import Settings, TeacherSettings

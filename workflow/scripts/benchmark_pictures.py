@@ -19,10 +19,10 @@ from ppcl import program, provenance
 from ppcl.benchmarks import benchmark, plans
 from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.evaluation import benchmark_pictures, making, model_folders, workers
+from ppcl.evaluation import benchmark_pictures, films, making, model_folders, workers
 from ppcl.runtime import devices, stopping
 from ppcl.settings import BenchmarkSettings, Settings
-from ppcl.teacher import teacher_identity
+from ppcl.teacher import hub, teacher_identity
 
 
 def options_of(settings: Settings, label: str) -> BenchmarkSettings:
@@ -74,7 +74,9 @@ def main() -> None:
         lambda part: benchmark_pictures.refuse_unfit(plan, part),
     )
     model_folders.refuse_changed([model], [digest])
-    files, sides = benchmark_pictures.lay_out(plan, parts[model.name], args.pictures)
+    folder = hub.folder(model.source, model.key)
+    rate = films.frames_per_second(folder, settings.teacher.component, dict(settings.pipeline))
+    files, sides = benchmark_pictures.lay_out(plan, parts[model.name], args.pictures, rate)
     stopping.ignore()
     benchmark.write_manifest(args.manifest, plan, files, sides)
     scores = args.pictures.with_name("scores")

@@ -20,8 +20,9 @@ import pandas as pd
 
 from ppcl import program
 from ppcl.configuration import config
+from ppcl.evaluation import films
 from ppcl.figures import sample_images, style
-from ppcl.publishing import films, folder, measured, model_card, teacher_card
+from ppcl.publishing import folder, measured, model_card, teacher_card
 from ppcl.publishing.model_card import Described
 from ppcl.settings import Settings
 from ppcl.storage import schemas, tables, whole

@@ -103,9 +103,11 @@ class Benchmark:
         files: the pictures that its scorer reads.
         scores: (plan, files with scores) -> metrics.
         patterns: of the paths that `files` and `texts` may make for {model}.
-        found: (model, part) -> patterns of the files with its scores, below the benchmark's folder.
-        command: how its scorer is started, with {pictures}, {scores} (the folders), {model},
-            {count}, {side} (of a picture, in pixels), {grid} (columns,rows) and {part}.
+        score_patterns: (model, part) -> patterns of the files with its scores, below the
+            benchmark's folder.
+        command: how its scorer is started, with {pictures}, {scores} (the folders), {prompts}
+            (their file), {model}, {count}, {side} (of a picture, in pixels), {grid}
+            (columns,rows) and {part}.
         count: pictures of a prompt, as its authors have it.
         most: of them at most.
         columns: of a grid; 0: each picture is a file of its own.
@@ -120,7 +122,7 @@ class Benchmark:
     files: Callable[[Plan], list[File]]
     scores: Callable[[Plan, Sequence[Path]], Scores]
     patterns: tuple[str, ...]
-    found: Callable[[str, str], Sequence[str]]
+    score_patterns: Callable[[str, str], Sequence[str]]
     command: str
     count: int
     most: int = 100

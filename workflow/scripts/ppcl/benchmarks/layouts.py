@@ -36,6 +36,46 @@ def numbered(plan: Plan) -> list[File]:
     ]
 
 
+def oneig(plan: Plan) -> list[File]:
+    """<class>/<model>/<id>.webp: all pictures of a prompt in one grid. Its scorers tell a prompt by
+    the first three letters of the name."""
+    pictures = tuple(range(plan.count))
+    return [
+        File(f"{p.group}/{plan.model}/{p.key.removeprefix(p.group + '_')}.webp", n, pictures)
+        for n, p in enumerate(plan.prompts)
+    ]
+
+
+def t2i_compbench(plan: Plan) -> list[File]:
+    """<model>/samples/<prompt>_000000.png, counted through over all prompts: its scorers take the
+    prompt from the name, and sort by the number."""
+    return [
+        File(
+            f"{plan.model}/samples/{prompt.key}_{number * plan.count + picture:06d}.png",
+            number,
+            (picture,),
+        )
+        for number, prompt in enumerate(plan.prompts)
+        for picture in range(plan.count)
+    ]
+
+
+def hpsv2(plan: Plan) -> list[File]:
+    """<model>/<style>/00000.jpg, by the number of the prompt in its file."""
+    return [
+        File(f"{plan.model}/{plan.part}/{p.key}.jpg", n, (0,)) for n, p in enumerate(plan.prompts)
+    ]
+
+
+def vbench(plan: Plan) -> list[File]:
+    """<model>/<prompt>-0.mp4."""
+    return [
+        File(f"{plan.model}/{prompt.key}-{picture}.mp4", number, (picture,))
+        for number, prompt in enumerate(plan.prompts)
+        for picture in range(plan.count)
+    ]
+
+
 def evalscope_texts(plan: Plan) -> dict[str, str]:
     """<model>.jsonl: what evalscope scores, with paths from where Snakemake runs. A variant's
     pictures have the teacher's of the same prompt and seed as reference."""

@@ -1,5 +1,6 @@
 """From what the config says of a benchmark to the pictures that a model makes for it."""
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def refuse_sides(plan: Plan, pipeline: Mapping[str, Any]) -> None:
 
 
 def command(plan: Plan, prompts: str, scores: str, sides: tuple[int, int]) -> str:
-    """How its scorer is started for the pictures of a plan.
+    """How its scorer is started for the pictures of a plan, from the folder of its own code.
 
     Args:
         prompts: the prompts file.
@@ -89,9 +90,9 @@ def command(plan: Plan, prompts: str, scores: str, sides: tuple[int, int]) -> st
     known = BENCHMARKS[plan.benchmark]
     columns = min(known.columns, plan.count) or 1
     return known.command.format(
-        pictures=plan.folder,
-        scores=scores,
-        prompts=prompts,
+        pictures=shlex.quote(str(Path(plan.folder).absolute())),
+        scores=shlex.quote(str(Path(scores).absolute())),
+        prompts=shlex.quote(str(Path(prompts).absolute())),
         model=plan.model,
         count=plan.count,
         side=sides[0],

@@ -69,6 +69,99 @@ def dpg_bench(path: Path, key: str, part: str) -> list[Prompt]:
     return _checked(prompts_made, path, key)
 
 
+def longtext_bench(path: Path, key: str, part: str) -> list[Prompt]:
+    """text_prompts.jsonl, text_prompts_zh.jsonl: a line per prompt; files are named after its
+    prompt_id. The scorer compares with its own copy's `text`."""
+    made = []
+    for place, row in prompts.objects(path, key):
+        where, number = f"{key}: {path}: {place}", row.get("prompt_id")
+        if not isinstance(number, int) or isinstance(number, bool) or number < 0:
+            raise UserError(
+                f"{where}: 'prompt_id' is {shown(number)}, and has to be a number; copy it anew"
+            )
+        group = row.get("category")
+        made.append(Prompt(str(number), _text(row, "prompt", where), str(group or "")))
+    return _checked(made, path, key)
+
+
+# Category of OneIG-Bench.csv -> the folder of its pictures.
+ONEIG = {
+    "Anime_Stylization": "anime",
+    "Portrait": "human",
+    "General_Object": "object",
+    "Text_Rendering": "text",
+    "Knowledge_Reasoning": "reasoning",
+    "Multilingualism": "multilingualism",
+}
+
+
+def oneig(path: Path, key: str, part: str) -> list[Prompt]:
+    """OneIG-Bench.csv, OneIG-Bench-ZH.csv: a row per prompt, with ids that begin anew in each
+    category."""
+    column, made = "prompt_en" if part == "EN" else "prompt_cn", []
+    for place, row in _table(path, key, ("category", "id", column)):
+        where = f"{key}: {path}: {place}"
+        category, number = _text(row, "category", where), _text(row, "id", where)
+        if category not in ONEIG:
+            raise UserError(
+                f"{where}: the category {shown(category)} is none of {', '.join(ONEIG)}; copy the "
+                "file anew"
+            )
+        if not re.fullmatch("[0-9]{3}", number):
+            raise UserError(
+                f"{where}: the id {shown(number)} has to have three digits, by which OneIG's "
+                "scorers tell pictures; copy the file anew"
+            )
+        group = ONEIG[category]
+        made.append(Prompt(f"{group}_{number}", _text(row, column, where), group))
+    return _checked(made, path, key)
+
+
+def t2i_compbench(path: Path, key: str, part: str) -> list[Prompt]:
+    """color_val.txt and the like: a prompt per line, after which files are named. Its scorers cut a
+    name at its first underscore."""
+    made = []
+    for number, line in enumerate(prompts.lines(path, key), start=1):
+        if not line.strip():
+            continue
+        if "_" in line:
+            raise UserError(
+                f"{key}: {path}: line {number}: {shown(line)} has an underscore, at which "
+                "T2I-CompBench's scorers would cut it; write it without"
+            )
+        made.append(Prompt(line.strip(), line.strip()))
+    return _checked(made, path, key)
+
+
+def hpsv2(path: Path, key: str, part: str) -> list[Prompt]:
+    """anime.json and the like: a list of prompts, by whose numbers files are named."""
+    rows = _json_list(path, key)
+    for number, text in enumerate(rows):
+        if not _is_text(text):
+            raise UserError(f"{key}: {path}: prompt {number} is {shown(text)}; copy it anew")
+    return _checked([Prompt(f"{number:05d}", text) for number, text in enumerate(rows)], path, key)
+
+
+def vbench(path: Path, key: str, part: str) -> list[Prompt]:
+    """VBench_full_info.json: prompts, each with the dimensions that are measured on it. Some are
+    there twice, with other dimensions, and some differ in capitals alone."""
+    made: dict[str, set[str]] = {}
+    for number, row in enumerate(_json_list(path, key)):
+        where = f"{key}: {path}: entry {number}"
+        if not isinstance(row, dict):
+            raise UserError(f"{where} is no object; name VBench's VBench_full_info.json")
+        given = row.get("dimension")
+        if not isinstance(given, list) or not all(map(_is_text, given)):
+            raise UserError(f"{where} has no list 'dimension'; name VBench's VBench_full_info.json")
+        made.setdefault(_text(row, "prompt_en", where), set()).update(given)
+    return _checked(
+        [Prompt(text, text, source=" ".join(sorted(given))) for text, given in made.items()],
+        path,
+        key,
+        folded=False,
+    )
+
+
 def any_prompts(path: Path, key: str, part: str) -> list[Prompt]:
     """Any prompts file, as evaluate.prompts may be; of a table also columns `id` and `category`."""
     made = []
@@ -100,6 +193,21 @@ def _table(path: Path, key: str, columns: Iterable[str]) -> list[tuple[str, dict
     return [(f"row {n}", row) for n, row in enumerate(table.to_dict("records"), start=1)]
 
 
+def _json_list(path: Path, key: str) -> list[Any]:
+    """What a JSON file holds, if that is a list."""
+    try:
+        value = json.loads("\n".join(prompts.lines(path, key)))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{key}: {path} is not whole JSON ({error}); copy it anew") from error
+    if not isinstance(value, list):
+        raise UserError(f"{key}: {path} holds no list; name the benchmark's own prompts file")
+    return value
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def _text(row: dict[str, Any], name: str, where: str) -> str:
     value = row.get(name)
     if not isinstance(value, str) or not value.strip():
@@ -107,8 +215,11 @@ def _text(row: dict[str, Any], name: str, where: str) -> str:
     return value
 
 
-def _checked(made: list[Prompt], path: Path, key: str) -> list[Prompt]:
-    """The prompts; UserError if there are none, two have one key, or a key is no name of a file."""
+def _checked(made: list[Prompt], path: Path, key: str, folded: bool = True) -> list[Prompt]:
+    """The prompts; UserError if there are none, two have one key, or a key is no name of a file.
+
+    folded: whether keys that differ in capitals alone count as one, as on some disks.
+    """
     if not made:
         raise UserError(f"{key}: {path} is empty; name the benchmark's own prompts file")
     seen = set()
@@ -122,7 +233,8 @@ def _checked(made: list[Prompt], path: Path, key: str) -> list[Prompt]:
                 f"control characters or half characters, begins with no dot and has at most "
                 f"{NAME_BYTES} bytes; change it, or leave that prompt out"
             )
-        if named.lower() in seen:  # there are disks on which A.png is a.png
+        name = named.lower() if folded else named
+        if name in seen:
             raise UserError(f"{key}: {path}: {shown(named)} is there twice; remove one")
-        seen.add(named.lower())
+        seen.add(name)
     return made

@@ -8,6 +8,34 @@ from pathlib import Path
 from ppcl.benchmarks import layouts, prompt_files, scores
 from ppcl.benchmarks.benchmark import Benchmark
 
+# Part of T2I-CompBench -> folder in which its scorer leaves scores, inside that of the pictures.
+COMPBENCH = {
+    **dict.fromkeys(("color", "shape", "texture"), "annotation_blip"),
+    "spatial": "labels/annotation_obj_detection_2d",
+    "3d_spatial": "labels/annotation_obj_detection_3d",
+    "numeracy": "annotation_num",
+    "non_spatial": "annotation_clip",
+    "complex": "annotation_3_in_1",
+}
+# Its shell scripts set IMAGE_GRIDS and read IMAGE_GRID, so its programs are called without them.
+ONEIG = " && ".join(
+    [
+        *(
+            f"python -m scripts.{name}.{name}_score --mode {{part}} --model_names {{model}} "
+            f"--image_grid {{grid}} --image_dirname {{pictures}}{more}"
+            for name, more in (
+                ("alignment", ""),
+                ("diversity", " --class_items anime human object text reasoning"),
+                ("text", "/text"),
+                ("style", "/anime"),
+                ("reasoning", "/reasoning"),
+            )
+        ),
+        "mkdir -p {scores}/{model}",
+        "mv results/*_score_{part}_*.csv {scores}/{model}/",
+    ]
+)
+
 BENCHMARKS = {
     "geneval": Benchmark(
         about="objects, counts, colours and places (djghosh13/geneval)",
@@ -16,7 +44,7 @@ BENCHMARKS = {
         texts=layouts.geneval_texts,
         patterns=("{model}/*/samples/*.png", "{model}/*/metadata.jsonl"),
         scores=scores.geneval,
-        found=lambda model, part: (f"scores/{model}.jsonl",),
+        score_patterns=lambda model, part: (f"scores/{model}.jsonl",),
         command="python evaluation/evaluate_images.py {pictures}/{model} "
         "--outfile {scores}/{model}.jsonl --model-path <folder of the detector>",
         count=4,
@@ -27,7 +55,7 @@ BENCHMARKS = {
         files=layouts.grids,
         patterns=("{model}/*.png",),
         scores=scores.dpg_bench,
-        found=lambda model, part: (f"scores/{model}.txt",),
+        score_patterns=lambda model, part: (f"scores/{model}.txt",),
         command="accelerate launch dpg_bench/compute_dpg_bench.py "
         "--image-root-path {pictures}/{model} --resolution {side} --pic-num {count} "
         "--csv {prompts} --res-path {scores}/{model}.txt",
@@ -36,6 +64,74 @@ BENCHMARKS = {
         columns=2,
         square=True,
     ),
+    "longtext-bench": Benchmark(
+        about="long texts to be written in the picture (X-Omni-Team/X-Omni, textbench)",
+        prompts=prompt_files.longtext_bench,
+        files=layouts.numbered,
+        patterns=("{model}/*.png",),
+        scores=scores.longtext_bench,
+        score_patterns=lambda model, part: (f"scores/{model}/results.jsonl",),
+        command="torchrun --nproc_per_node 1 evaluate_text_reward.py --mode {part} "
+        "--sample_dir {pictures}/{model} --output_dir {scores}/{model} && "
+        "mv {scores}/{model}/results_chunk0.jsonl {scores}/{model}/results.jsonl && "
+        "python summary_scores.py {scores}/{model}/results.jsonl --mode {part}",
+        count=4,
+        parts=("en", "zh"),
+    ),
+    "oneig": Benchmark(
+        about="alignment, texts, reasoning, style, diversity (OneIG-Bench/OneIG-Benchmark)",
+        prompts=prompt_files.oneig,
+        files=layouts.oneig,
+        patterns=("*/{model}/*.webp",),
+        scores=scores.oneig,
+        score_patterns=lambda model, part: (f"scores/{model}/*_score_{part}_*.csv",),
+        command=ONEIG,
+        count=4,
+        most=9,
+        columns=2,
+        parts=("EN", "ZH"),
+    ),
+    "t2i-compbench": Benchmark(
+        about="attributes, places, numbers and acts of several things (Karine-Huang/T2I-CompBench)",
+        prompts=prompt_files.t2i_compbench,
+        files=layouts.t2i_compbench,
+        patterns=("{model}/samples/*.png",),
+        scores=scores.t2i_compbench,
+        score_patterns=lambda model, part: (
+            f"pictures/{model}/{COMPBENCH.get(part, '')}/vqa_result.json",
+        ),
+        command="<for {part}: BLIP_vqa.py, 2D_spatial_eval.py, 3D_spatial_eval.py, "
+        "numeracy_eval.py, CLIP_similarity.py or, after the first two and the last, 3_in_1.py> "
+        "with {pictures}/{model}/ as --out_dir or --outpath",
+        count=10,
+        parts=tuple(COMPBENCH),
+    ),
+    "hpsv2": Benchmark(
+        about="what people prefer, in four styles (tgxs002/HPSv2)",
+        prompts=prompt_files.hpsv2,
+        files=layouts.hpsv2,
+        patterns=("{model}/*/*.jpg",),
+        scores=scores.hpsv2,
+        score_patterns=lambda model, part: (f"scores/{model}.txt",),
+        command="""python -c "import hpsv2; hpsv2.evaluate('{pictures}/{model}')" """
+        "| tee {scores}/{model}.txt",
+        count=1,
+        most=1,
+        parts=("anime", "concept-art", "paintings", "photo"),
+    ),
+    "vbench": Benchmark(
+        about="videos, in 16 dimensions (Vchitect/VBench)",
+        prompts=prompt_files.vbench,
+        files=layouts.vbench,
+        patterns=("{model}/*.mp4",),
+        scores=scores.vbench,
+        score_patterns=lambda model, part: (f"scores/{model}/*_eval_results.json",),
+        command="python evaluate.py --videos_path {pictures}/{model} "
+        "--output_path {scores}/{model} --full_json_dir {prompts} --dimension <one or several>",
+        count=5,
+        most=5,
+        videos=True,
+    ),
     "evalscope": Benchmark(
         about="CLIPScore, PickScore, HPSv2, ImageReward, LPIPS ... (modelscope/evalscope)",
         prompts=prompt_files.any_prompts,
@@ -43,7 +139,7 @@ BENCHMARKS = {
         texts=layouts.evalscope_texts,
         patterns=("{model}/*.png", "{model}.jsonl"),
         scores=scores.evalscope,
-        found=lambda model, part: (
+        score_patterns=lambda model, part: (
             f"scores/{model}/**/reviews/*/general_t2i_{model}.jsonl",
             f"scores/{model}/**/reports/*/general_t2i.json",
         ),
@@ -61,7 +157,7 @@ def score_files(folder: Path, name: str, part: str | None, model: str) -> list[P
 
     folder: of the benchmark, below evaluation/benchmarks.
     """
-    patterns = BENCHMARKS[name].found(model, part or "") if name in BENCHMARKS else ()
+    patterns = BENCHMARKS[name].score_patterns(model, part or "") if name in BENCHMARKS else ()
     return sorted({path for each in patterns for path in folder.glob(each) if path.is_file()})
 
 

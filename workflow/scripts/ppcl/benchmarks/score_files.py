@@ -1,8 +1,11 @@
 """Reads files in which scorers leave scores, so far as several of them are alike: whatever such a
 file holds, it is read in bounded time and memory, or refused with its name."""
 
+import csv
+import io
 import json
 import math
+from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,37 @@ def number(value: Any, path: Path, place: str) -> float:
     except (ValueError, OverflowError):
         pass
     raise refused(path, f"{place} holds no number but {str(value)[:60]!r}")
+
+
+def table(path: Path) -> dict[str, dict[str, str]]:
+    """Row -> column -> cell of a CSV file, as it stands, whose first column names the rows."""
+    rows = list(csv.reader(io.StringIO(text(path))))
+    width = len(rows[0]) if rows else 0
+    if width < 2 or any(len(row) != width for row in rows):
+        raise refused(path, "is half written, or no table: its rows have not the same length")
+    names = [row[0] for row in rows[1:]]
+    for line in (names, rows[0]):
+        for name, times in Counter(line).items():
+            if times > 1:
+                raise refused(path, f"has {name[:60]!r} twice")
+    return {row[0]: dict(zip(rows[0][1:], row[1:], strict=True)) for row in rows[1:]}
+
+
+def columns(path: Path) -> dict[str, dict[str, str]]:
+    """As `table`, column -> row -> cell."""
+    made: dict[str, dict[str, str]] = {}
+    for row, cells in table(path).items():
+        for column, cell in cells.items():
+            made.setdefault(column, {})[row] = cell
+    return made
+
+
+def numbers(cell: str, path: Path, place: str) -> list[float] | None:
+    """The numbers of a cell: one, or a list of them in brackets; None of an empty cell."""
+    if not cell.strip():
+        return None
+    inside = cell.strip().removeprefix("[").removesuffix("]")
+    return [number(each, path, place) for each in inside.split(",")]
 
 
 class Collected:

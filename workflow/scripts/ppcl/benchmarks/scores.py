@@ -4,6 +4,7 @@ a file that is half written, or of other pictures, with its name."""
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,173 @@ def dpg_bench(plan: Plan, files: Sequence[Path]) -> Scores:
     categories = "\n".join(lines[start:]).partition("L1 category scores:\n")[2]
     for name, value in re.findall(r"^\t(.+): (\S+)$", categories.partition("L2 ")[0], re.M):
         made[name] = Measured(total=score_files.number(value, path, f"the category {name}"))
+    return made
+
+
+def longtext_bench(plan: Plan, files: Sequence[Path]) -> Scores:
+    """A JSON object per picture, with the words of the text and those that were read of them. The
+    score is the share of all words (summary_scores.py), in Chinese of all characters."""
+    path = files[-1]
+    collected, taken = Collected(plan, layouts.numbered(plan), path), []
+    shares, words = [], []
+    for place, row in score_files.json_lines(path):
+        taken.append(collected.file(row.get("image"), place, row.get("prompt")))
+        if "gt_word_count" not in row:
+            raise refused(path, f"{place} has no gt_word_count, which summary_scores.py adds")
+        words.append(score_files.number(row["gt_word_count"], path, place))
+        read = score_files.number(row.get("match_word_count"), path, place)
+        if not 0 <= read <= words[-1] or not words[-1]:
+            raise refused(path, f"{place} says that {read:g} of {words[-1]:g} words were read")
+        shares.append(read / words[-1])
+    collected.finish()
+    made = {"": score_files.measured(taken, shares, weights=np.array(words))}
+    groups = [plan.prompts[file.prompt].group for file in taken]
+    for group in dict.fromkeys(groups):
+        of = [number for number, each in enumerate(groups) if each == group]
+        if group:
+            made[group] = score_files.measured(
+                [taken[n] for n in of],
+                [shares[n] for n in of],
+                weights=np.array([words[n] for n in of]),
+            )
+    return made
+
+
+def oneig(plan: Plan, files: Sequence[Path]) -> Scores:
+    """Two tables per dimension, each with the time in its name: <dimension>_score has the model's
+    totals in a row, <dimension>_prompt_score its scores of prompts in a column. A grid that is all
+    black has none. Of texts, the total is made of three others."""
+    parts = {path: re.fullmatch(rf"(.+_score)_{plan.part}_.+\.csv", path.name) for path in files}
+    newest = score_files.newest(files, {path: part[1] for path, part in parts.items() if part})
+    tables = {part[1]: path for path in newest if (part := parts[path])}
+    numbers = {prompt.key: number for number, prompt in enumerate(plan.prompts)}
+    made: Scores = {}
+    for dimension, about in ONEIG.items():
+        path, of_prompts = (tables.get(f"{dimension}{kind}_score") for kind in ("", "_prompt"))
+        if path is None or of_prompts is None:
+            continue
+        totals = score_files.table(path).get(plan.model)
+        columns = score_files.columns(of_prompts)
+        if totals is None or plan.model not in columns:
+            raise refused(path if totals is None else of_prompts, f"is not of {plan.model}")
+        rows: dict[int, list[float]] = {}
+        for key, cell in columns[plan.model].items():
+            name = f"{about.group}_{key}" if about.group else key
+            values = score_files.numbers(cell, of_prompts, key)
+            if values is None:
+                continue
+            if name not in numbers or len(values) != len(about.metrics):
+                raise refused(of_prompts, f"the row {key} is of no prompt of {plan.label}")
+            rows[numbers[name]] = values
+        if not rows:  # none of its prompts is in the prompts file
+            continue
+        for at, (metric, column) in enumerate(about.metrics.items()):
+            given = score_files.number(totals.get(column), path, column)
+            scores = np.array([values[at] for values in rows.values()])
+            made[metric] = Measured(
+                scores,
+                np.array(list(rows)),
+                np.zeros(len(rows), int),
+                total=given,
+                higher_is_better=metric != "text/edit_distance",
+            )
+        if about.total:
+            given = score_files.number(totals.get(about.total), path, about.total)
+            made[dimension] = Measured(total=given)
+    if not made:
+        raise refused(files[-1], f"tells no scores of {plan.model}, nor do the tables beside it")
+    return made
+
+
+@dataclass(frozen=True)
+class OneigDimension:
+    """A dimension of OneIG.
+
+    Attributes:
+        metrics: name here -> column of the totals, in the order in which scores of prompts have
+            them.
+        group: class of its prompts, if rows do not name it.
+        total: a further column, which is made of the others.
+    """
+
+    metrics: dict[str, str]
+    group: str = ""
+    total: str = ""
+
+
+ONEIG = {
+    "alignment": OneigDimension({"alignment": "alignment"}),
+    "diversity": OneigDimension({"diversity": "total average"}),
+    "style": OneigDimension({"style": "style"}, "anime"),
+    "reasoning": OneigDimension({"reasoning": "reasoning"}, "reasoning"),
+    "text": OneigDimension(
+        {"text/edit_distance": "ED", "text/completion": "CR", "text/words": "WAC"},
+        "text",
+        "text score",
+    ),
+}
+
+
+def t2i_compbench(plan: Plan, files: Sequence[Path]) -> Scores:
+    """A list with an object per picture, by its number; the score is their mean."""
+    path, value = files[-1], score_files.json_value(files[-1])
+    expected = layouts.t2i_compbench(plan)
+    if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
+        raise refused(path, "is no list of scores")
+    scores: dict[int, float] = {}
+    for place, row in enumerate(value):
+        number = row.get("question_id")
+        if not isinstance(number, int) or not 0 <= number < len(expected) or number in scores:
+            raise refused(path, f"entry {place} is of picture {str(number)[:60]}, not of another")
+        scores[number] = score_files.number(row.get("answer"), path, f"entry {place}")
+    if len(scores) != len(expected):
+        raise refused(path, f"is of {len(scores)} pictures, and {len(expected)} were made")
+    taken = [expected[number] for number in scores]
+    return {"": score_files.measured(taken, scores.values())}
+
+
+def hpsv2(plan: Plan, files: Sequence[Path]) -> Scores:
+    """What the scorer printed: a line with model, style, mean and deviation, two digits each. It
+    tells no scores of prompts (evalscope does)."""
+    path = files[-1]
+    line = rf"^{re.escape(plan.model)} {re.escape(plan.part)} +(\S+) *\t"
+    printed = re.findall(line, score_files.text(path), re.M)
+    if len(printed) != 1:
+        raise refused(path, f"has {len(printed)} lines '{plan.model} {plan.part}', and needs one")
+    return {"": Measured(total=score_files.number(printed[0], path, plan.part))}
+
+
+# On which VBench passes over some videos: those without the object, or that are no videos to it.
+_MAY_MISS = ("color", "temporal_flickering")
+
+
+def vbench(plan: Plan, files: Sequence[Path]) -> Scores:
+    """Dimension -> its total, and a list with an object per video. Each dimension counts from the
+    newest file that has it; their totals over dimensions are made by VBench's own leaderboard."""
+    made: Scores = {}
+    for path in sorted(files, key=lambda path: path.name):
+        value = score_files.json_value(path)
+        if not isinstance(value, dict) or not value:
+            raise refused(path, "is no object of dimensions")
+        for dimension, entry in value.items():
+            if (
+                not isinstance(entry, list)
+                or len(entry) != 2
+                or not isinstance(entry[1], list)
+                or not all(isinstance(row, dict) for row in entry[1])
+            ):
+                raise refused(path, f"{dimension[:60]!r} has not a total and a list of videos")
+            total = score_files.number(entry[0], path, dimension)
+            collected, taken, scores = Collected(plan, layouts.vbench(plan), path), [], []
+            for number, row in enumerate(entry[1]):
+                place = f"{dimension}, video {number}"
+                taken.append(collected.file(row.get("video_path"), place))
+                scores.append(score_files.number(row.get("video_results"), path, place))
+            others = {n for n, p in enumerate(plan.prompts) if dimension not in p.source.split()}
+            collected.finish(range(len(plan.prompts)) if dimension in _MAY_MISS else others)
+            if not taken:
+                raise refused(path, f"{dimension} has no scores of videos")
+            made[dimension] = score_files.measured(taken, scores, total=total)
     return made
 
 

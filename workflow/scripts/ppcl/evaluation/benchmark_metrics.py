@@ -37,23 +37,23 @@ def rows(folder: Path, options: EvaluateSettings, seed: int) -> list[dict]:
         names = tuple(path.stem for path in manifests)
         for path in sorted(manifests, key=lambda path: (path.stem != TEACHER, path.stem)):
             plan, files, sides = benchmark.read_manifest(path)
-            found = registry.score_files(place, chosen.name, plan.part, plan.model)
-            if problem := _missing(found, place, files):
+            scored = registry.score_files(place, chosen.name, plan.part, plan.model)
+            if problem := _missing(scored, place, files):
                 command = plans.command(plan, chosen.prompts, str(place / "scores"), sides)
                 log.warning("%s: %s %s; to score:\n%s", chosen.label, plan.model, problem, command)
                 continue
             known = registry.BENCHMARKS[chosen.name]
-            by_model[plan.model] = known.scores(dataclasses.replace(plan, others=names), found)
+            by_model[plan.model] = known.scores(dataclasses.replace(plan, others=names), scored)
         made += _rows(chosen.label, by_model, options.bootstrap, seed)
     return made
 
 
-def _missing(found: list[Path], place: Path, files: list[str]) -> str:
+def _missing(scored: list[Path], place: Path, files: list[str]) -> str:
     """Why there are no scores that count; empty if there are."""
-    if not found:
+    if not scored:
         return "has no scores yet"
     pictures = [os.stat(place / "pictures" / name).st_mtime for name in files]
-    if min(path.stat().st_mtime for path in found) < max(pictures):
+    if min(path.stat().st_mtime for path in scored) < max(pictures):
         return "has scores that are older than its pictures, which are left out"
     return ""
 

@@ -1,6 +1,8 @@
 """Puts a model's pictures for a benchmark where the benchmark's own scorer reads them."""
 
+import importlib.util
 import io
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,15 +13,13 @@ from ppcl.benchmarks import plans
 from ppcl.benchmarks.benchmark import File, Plan
 from ppcl.benchmarks.registry import BENCHMARKS
 from ppcl.errors import UserError
-from ppcl.evaluation import generation
+from ppcl.evaluation import films, generation
 from ppcl.storage import schemas, tables, texts
-
-FRAMES_PER_SECOND = 8  # as VBench's authors write videos
 
 
 def refuse_unfit(plan: Plan, part: Path) -> None:
     """Raises UserError if the pictures of a table (schemas.IMAGES) are not of the kind or shape
-    that the benchmark scores."""
+    that the benchmark scores, or are videos that can't be written."""
     table = tables.read(part, schemas.IMAGES)
     frames = table["frames"][0].as_py()
     if BENCHMARKS[plan.benchmark].videos != (frames > 1):
@@ -28,11 +28,18 @@ def refuse_unfit(plan: Plan, part: Path) -> None:
             f"evaluate.benchmarks: {plan.label} scores {scored}, but this pipeline makes {made}; "
             "leave this benchmark out"
         )
+    if frames > 1 and importlib.util.find_spec(films.ENCODER) is None:
+        raise UserError(
+            f"evaluate.benchmarks: {plan.label}: videos are written by imageio-ffmpeg, which is "
+            "not installed; pip install it"
+        )
     height, width = generation.from_png(table["png"][0].as_py()).shape[:2]
     plans.refuse_sides(plan, {"height": height // frames, "width": width})
 
 
-def lay_out(plan: Plan, parts: list[Path], folder: Path) -> tuple[list[str], tuple[int, int]]:
+def lay_out(
+    plan: Plan, parts: list[Path], folder: Path, rate: int
+) -> tuple[list[str], tuple[int, int]]:
     """Writes all files of a plan below `folder`, each whole or not at all.
 
     A file that is there with the same content stays as it is, so that scores which are newer than
@@ -40,6 +47,7 @@ def lay_out(plan: Plan, parts: list[Path], folder: Path) -> tuple[list[str], tup
 
     Args:
         parts: tables of pictures (schemas.IMAGES).
+        rate: frames per second of videos.
 
     Returns:
         The paths below `folder`, and height and width of a picture.
@@ -48,7 +56,7 @@ def lay_out(plan: Plan, parts: list[Path], folder: Path) -> tuple[list[str], tup
     sides = (0, 0)
     for file, pictures in _complete(files, parts):
         sides = pictures[0].shape[-3:-1]
-        _write(folder / file.path, encoded(file.path, pictures, known.columns))
+        _write(folder / file.path, encoded(file.path, pictures, known.columns, rate))
     other = known.texts(plan)
     for path, content in other.items():
         _write(folder / path, content.encode())
@@ -57,11 +65,15 @@ def lay_out(plan: Plan, parts: list[Path], folder: Path) -> tuple[list[str], tup
     return made, (int(sides[0]), int(sides[1]))
 
 
-def encoded(path: str, pictures: list[np.ndarray], columns: int) -> bytes:
+def encoded(path: str, pictures: list[np.ndarray], columns: int, rate: int) -> bytes:
     """The bytes of a file of one picture, or of several as a grid with so many columns, whose empty
-    places are black; as a picture's ending says, with the settings of the benchmarks' own code."""
+    places are black, or of a video; as its ending says, with the settings of the benchmarks' own
+    code."""
     if path.endswith(".mp4"):
-        return _video(pictures[0])
+        with tempfile.TemporaryDirectory() as place:
+            film = Path(place) / "film.mp4"
+            films.encode([Image.fromarray(frame) for frame in pictures[0]], film, rate)
+            return film.read_bytes()
     picture = grid(pictures, columns) if columns else pictures[0]
     sink = io.BytesIO()
     kind = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}[Path(path).suffix]
@@ -118,8 +130,3 @@ def _remove_others(plan: Plan, made: list[str], folder: Path) -> None:
         for path in list(folder.glob(pattern.format(model=plan.model))):
             if path not in kept and path.is_file():
                 path.unlink()
-
-
-def _video(frames: np.ndarray) -> bytes:
-    """An mp4 file of [frames, height, width, 3]."""
-    raise UserError("evaluate.benchmarks: videos can't be written yet; leave that benchmark out")

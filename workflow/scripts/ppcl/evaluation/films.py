@@ -1,4 +1,4 @@
-"""Videos of teacher and variant side by side, as mp4 by diffusers' own exporter."""
+"""Videos as mp4 files, by diffusers' own exporter: alone, or teacher and variant side by side."""
 
 import importlib.util
 import io
@@ -49,8 +49,6 @@ def write(pictures: pd.DataFrame, variant: str, folder: Path, rate: int) -> tupl
     films = pictures[pictures["frames"] > 1].sort_values("seed")
     if not len(films) or importlib.util.find_spec(ENCODER) is None:
         return ()
-    from diffusers.utils import export_to_video
-
     first = films.drop_duplicates(["variant", "prompt_index"]).set_index("variant")
     names = []
     for number in sorted(set(films["prompt_index"])):
@@ -60,8 +58,22 @@ def write(pictures: pd.DataFrame, variant: str, folder: Path, rate: int) -> tupl
             names.append(f"{FOLDER}/{number}.mp4")
             path = folder / names[-1]
             path.parent.mkdir(exist_ok=True)
-            export_to_video([_beside(*pair) for pair in zip(*both, strict=False)], str(path), rate)
+            encode([_beside(*pair) for pair in zip(*both, strict=False)], path, rate)
     return tuple(names)
+
+
+def encode(frames: list[Image.Image], path: Path, rate: int) -> None:
+    """Writes a video; needs ENCODER. Sides that are odd lose a row or column of pixels.
+
+    Args:
+        rate: frames per second.
+    """
+    from diffusers.utils import export_to_video
+
+    # Its default would blow frames up to sides in multiples of 16.
+    width, height = (side - side % 2 for side in frames[0].size)
+    even = [frame.crop((0, 0, width, height)) for frame in frames]
+    export_to_video(even, str(path), rate, macro_block_size=2)
 
 
 def _frames(row: pd.Series) -> list[np.ndarray]:
