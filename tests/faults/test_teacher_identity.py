@@ -104,6 +104,18 @@ def test_later_stages_load_the_recorded_teacher_or_none(teacher, tmp_path):
     assert teacher_identity.recorded(teacher, {}) == teacher
 
 
+def test_a_teacher_whose_scheduler_was_changed_by_the_config_is_refused(teacher):
+    source = teacher.replace(scheduler={"shift": 3.0, "base_shift": 1})
+    noted = teacher_identity.note(teacher_identity.resolved(source))
+    same = teacher.replace(scheduler={"base_shift": 1, "shift": 3.0})
+    assert teacher_identity.recorded(same, noted).scheduler == source.scheduler
+    for other in ({}, {"shift": 3.0}, {"shift": 2.0, "base_shift": 1}):
+        with pytest.raises(UserError, match=r"^teacher\.scheduler: it is .*\"shift\": 3\.0"):
+            teacher_identity.recorded(teacher.replace(scheduler=other), noted)
+    with pytest.raises(UserError, match=r"^teacher\.scheduler: .* was \{\} when"):
+        teacher_identity.recorded(source, teacher_identity.note(teacher_identity.resolved(teacher)))
+
+
 def test_a_variant_is_not_taken_for_the_teacher(teacher, tmp_path):
     """Evaluation loads both with one section's keys."""
     shutil.copytree(folder(teacher), tmp_path / "p50")

@@ -530,3 +530,12 @@ def run(paths):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["remap_controlnet", *words])
         runpy.run_path(str(SCRIPTS / "remap_controlnet.py"), run_name="__main__")
+
+
+def test_samples_that_are_the_sum_of_none_are_zeros_in_a_list_and_left_out_by_number():
+    samples = [torch.ones(1, 2, 3), torch.full((1, 2, 3), 2.0)]
+    made = control_class.summed(samples, [[0, 1, 1], [], [1]])
+    assert [float(each.mean()) for each in made] == [5.0, 0.0, 2.0]
+    assert made[1].shape == samples[0].shape
+    by_number = control_class.summed(dict(enumerate(samples)), [[], [0]])
+    assert by_number.keys() == {1} and by_number[1] is samples[0]

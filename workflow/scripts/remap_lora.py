@@ -94,7 +94,10 @@ def known(args: argparse.Namespace) -> Given:
         return Given(moments)
     accelerator = processes.accelerator(args.device)
     reader = calls.Reader(args.calls)
-    teacher = teacher_identity.recorded(settings(args, args.teacher), reader.provenance)
+    # It changes nothing in the transformer, and is not asked for here.
+    scheduler = teacher_identity.recorded_scheduler(reader.provenance)
+    source = settings(args, args.teacher, scheduler=scheduler)
+    teacher = teacher_identity.recorded(source, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, key="--teacher")
     context = Context(transformer, reader, 0, accelerator)
     return Given(moments, context, lora_fit.FitOptions(steps=args.steps))

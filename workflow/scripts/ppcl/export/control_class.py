@@ -30,7 +30,7 @@ def summed(samples: Any, sums: list[list[int]]) -> Any:
         samples: tensors [batch, tokens, channels], in a list or by the number of their block; or
             None.
         sums: of each sample to return, the keys of those that it is the sum of. By the number of
-            their block, a block without any gets none.
+            their block, a block without any gets none; in a list, zeros.
     """
     if samples is None:
         return None
@@ -41,7 +41,8 @@ def summed(samples: Any, sums: list[list[int]]) -> Any:
             made[wanted] = sum(terms[1:], terms[0])
     if isinstance(samples, dict):
         return {block: made[tuple(wanted)] for block, wanted in enumerate(sums) if wanted}
-    return [made[tuple(wanted)] for wanted in sums]
+    first = samples[0]  # of a block that gets none, there is zero
+    return [made[tuple(wanted)] if wanted else first.new_zeros(first.shape) for wanted in sums]
 
 
 def counted(wanted: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ppcl import provenance
 from ppcl.errors import UserError
@@ -21,6 +22,7 @@ from ppcl.teacher import hub, lora_files
 _SAMPLE = 1 << 16  # bytes
 _MARKS = {True: "revision", False: "fingerprint"}  # by whether the teacher is on the Hub
 _LORAS = "teacher_loras"
+_SCHEDULER = "teacher_scheduler"
 _AGAIN = (
     "or rerun the workflow, which records the present one and makes all that follows again (a "
     "stage's program alone can't: delete record/calls.parquet first)"
@@ -144,6 +146,8 @@ def note(teacher: TeacherSettings) -> dict[str, str]:
     noted = {f"teacher_{name}": getattr(teacher, name)}
     if teacher.loras:
         noted[_LORAS] = json.dumps(list(map(_noted_lora, teacher.loras)))
+    if teacher.scheduler:
+        noted[_SCHEDULER] = json.dumps(dict(teacher.scheduler), sort_keys=True)
     return noted
 
 
@@ -167,7 +171,7 @@ def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSetti
             the present teacher's.
 
     Raises:
-        UserError: that teacher is gone, or was changed.
+        UserError: that teacher is gone, or was changed, or is used otherwise.
     """
     on_hub = hub.is_name(teacher.path)
     name, other = _MARKS[on_hub], _MARKS[not on_hub]
@@ -180,8 +184,25 @@ def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSetti
             _refuse_loras(f"{len(known)} of them were fused then, and {len(teacher.loras)} now")
         pairs = zip(teacher.loras, known, strict=True)
         teacher = teacher.replace(loras=tuple(_recorded_lora(*pair) for pair in pairs))
+        scheduler = recorded_scheduler(noted)
+        if scheduler != json.loads(json.dumps(dict(teacher.scheduler))):
+            raise UserError(
+                f"teacher.scheduler: it is {json.dumps(dict(teacher.scheduler))}, and was "
+                f"{json.dumps(scheduler)} when the teacher's calls were recorded. Put it back as "
+                f"it was, {_AGAIN}"
+            )
     refuse_changed(teacher)
     return teacher
+
+
+def recorded_scheduler(noted: Mapping[str, str]) -> dict[str, Any]:
+    """`teacher.scheduler` as it was when calls were recorded.
+
+    Args:
+        noted: the provenance of calls.parquet.
+    """
+    made: dict[str, Any] = json.loads(noted.get(_SCHEDULER, "{}"))
+    return made
 
 
 def _recorded_lora(lora: LoraSettings, known: list) -> LoraSettings:
