@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 
 from ppcl.errors import UserError
@@ -216,6 +216,26 @@ def test_peft_reads_its_folder(pipes, tmp_path):
         module = model.get_submodule(path)
         delta = module.get_delta_weight("default")
         torch.testing.assert_close(delta, layer.product())
+
+
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"alpha_pattern": {"to_k": 3}}])
+def test_scales_of_a_folder_of_peft_are_those_beside_it(more, tmp_path):
+    pipe = ZOO["qwen-image"].make(2)
+    config = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q", "to_k"], **more)
+    model = get_peft_model(pipe.transformer, config)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(tmp_path)
+    layers = read(pipe, tmp_path / "adapter_model.safetensors").layers
+    for path, layer in layers.items():
+        module = model.base_model.model.get_submodule(path)
+        torch.testing.assert_close(module.get_delta_weight("default"), layer.product())
+    assert len(layers) == 4
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"LORA"', '"LOHA"'))
+    with pytest.raises(UserError, match=r"adapter_config.json is of LOHA"):
+        read(pipe, tmp_path / "adapter_model.safetensors")
 
 
 def test_text_encoders_keep_their_layers(pipes, tmp_path):

@@ -25,6 +25,7 @@ from ppcl.storage import untrusted
 LARGEST = 16 << 30  # bytes; the LoRAs of rank 256 of a transformer of 20B have half of that
 NOTES = "lora_adapter_metadata"  # diffusers' key for peft's notes
 PEFT = "base_model.model."
+PEFT_CONFIG = "adapter_config.json"
 _ENDS = {".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight"}
 MAGNITUDE = ".lora_magnitude_vector"
 
@@ -111,6 +112,8 @@ def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"--lora: {path} can't be read as a LoRA: {error}") from error
     if not isinstance(notes, dict):
         raise UserError(f"--lora: {path}: its notes ({NOTES}) are no JSON object")
+    if not notes and any(key.startswith(PEFT) for key in tensors):
+        notes = _beside(path)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() and tensor.numel() > 1:
             raise UserError(
@@ -120,6 +123,20 @@ def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if not tensor.float().isfinite().all():
             raise UserError(f"--lora: {path}: '{key[:200]}' holds NaN or infinity; get it again")
     return tensors, notes
+
+
+def _beside(path: Path) -> dict[str, Any]:
+    """Notes of a file of peft's, which has them in another one beside it; none without that."""
+    config = path.parent / PEFT_CONFIG
+    try:
+        told = untrusted.json_object(config)
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        raise UserError(f"--lora: {error}") from error
+    if told.get("peft_type", "LORA") != "LORA":
+        raise UserError(f"--lora: {config} is of {str(told['peft_type'])[:40]}, which is no LoRA")
+    return {"": told}
 
 
 @dataclass
@@ -301,14 +318,19 @@ def _scale(path: str, rank: int, alphas: Mapping, notes: Mapping, prefix: str) -
     """What a layer's product is multiplied with: alpha / rank, 1 where no alpha is known."""
     if path in alphas:
         return float(alphas[path]) / rank
-    alpha = notes.get(f"{prefix}.lora_alpha")
+    of_peft = notes.get("") or {
+        key.removeprefix(f"{prefix}."): value
+        for key, value in notes.items()
+        if key.startswith(f"{prefix}.")
+    }
+    alpha = of_peft.get("lora_alpha")
     if alpha is None:
         return 1.0
-    for key, own in (notes.get(f"{prefix}.alpha_pattern") or {}).items():
+    for key, own in (of_peft.get("alpha_pattern") or {}).items():
         name = key.removeprefix("^")
         if path == name or path.endswith(f".{name}"):
             alpha = own
-    return float(alpha) / (rank**0.5 if notes.get(f"{prefix}.use_rslora") else rank)
+    return float(alpha) / (rank**0.5 if of_peft.get("use_rslora") else rank)
 
 
 def _scaled(others: Mapping[str, Tensor], notes: Mapping) -> dict[str, Tensor]:
