@@ -102,6 +102,7 @@ def scored(tmp_path):
 
 def values(folder: Path, *chosen: BenchmarkSettings) -> dict[tuple[str, str], dict]:
     rows = benchmark_metrics.rows(folder, settings(*chosen), 0)
+    assert all(np.isfinite(row["value"]) for row in rows)
     return {(row["variant"], row["metric"]): row for row in rows}
 
 
@@ -272,6 +273,9 @@ def test_vbench(scored):
                 row = made[model, f"vbench/{dimension}"]
                 assert row["value"] == pytest.approx(total) and row["samples"] == len(videos)
                 assert row["ci_low"] <= row["value"] <= row["ci_high"] or np.isnan(row["ci_low"])
+    fall = made["p50", "vbench/imaging_quality_difference"]
+    both = [made[model, "vbench/imaging_quality"]["value"] for model in ("p50", "teacher")]
+    assert fall["value"] == pytest.approx(both[0] - both[1]) and abs(fall["value"]) < 1
     assert made["p50", "vbench/color"]["samples"] == 3  # of four: in one it saw no object
     assert len({metric for _, metric in made}) == 8  # four, and their differences
 

@@ -87,7 +87,7 @@ def _estimate(measured: Measured, resamples: int, seed: int) -> Estimate:
     made = metrics.ratio(weights * measured.scores, weights, measured.prompts, resamples, seed)
     if measured.total is None or not made.value:
         return made
-    scale = measured.total / made.value  # as VBench has some of its metrics in percent
+    scale = _scale(measured)  # as VBench has some of its metrics in percent
     return Estimate(measured.total, made.low * scale, made.high * scale, made.samples)
 
 
@@ -106,7 +106,15 @@ def _difference(mine: Measured, theirs: Measured, resamples: int, seed: int) -> 
         return None
     falls = both["weight"] * (both["score"] - both["score_of_teacher"])
     made = metrics.ratio(falls, both["weight"], both["prompt"], resamples, seed)
-    scale = 1.0
-    if mine.total is not None:
-        scale = mine.total / _estimate(dataclasses.replace(mine, total=None), 2, seed).value
-    return Estimate(made.value * scale, made.low * scale, made.high * scale, made.samples)
+    if mine.total is None or theirs.total is None:
+        return made
+    fall, scale = mine.total - theirs.total, _scale(mine)
+    low, high = (fall + scale * (each - made.value) for each in (made.low, made.high))
+    return Estimate(fall, low, high, made.samples)
+
+
+def _scale(measured: Measured) -> float:
+    """By what a total is larger than the mean of its scores, as one in percent; 1 of zero."""
+    weights = np.ones(len(measured.scores)) if measured.weights is None else measured.weights
+    mean = float(np.average(measured.scores, weights=weights))
+    return (measured.total or 0.0) / mean if mean else 1.0
