@@ -36,6 +36,7 @@ from ppcl import program
 from ppcl.configuration import config
 from ppcl.digits.judge import Judge
 from ppcl.evaluation import generation, metrics, velocities
+from ppcl.judges import JUDGES
 from ppcl.pruning import students
 from ppcl.pruning.students import Students
 from ppcl.pruning.units import NewBlock, Unit
@@ -207,7 +208,7 @@ def accuracy(made: list[np.ndarray], batches: list[list[dict]]) -> metrics.Estim
     items = [item for batch in batches for item in batch]
     read = Judge().read(np.stack(made) / 255)
     right = [
-        all(str(facts[key]) == stated[item["prompt_index"]][key] for key in prompts.JUDGE_COLUMNS)
+        all(str(facts[key]) == stated[item["prompt_index"]][key] for key in JUDGES["digits"].facts)
         for item, facts in zip(items, read, strict=True)
     ]
     return metrics.mean(right, [item["prompt_index"] for item in items], 1000, 0)

@@ -3,12 +3,14 @@
 import hashlib
 import json
 
+import pyarrow.parquet as pq
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 
 from ppcl.teacher import pipelines
 from ppcl.transformer import calls
-from support import loras, tiny
+from support import ROOT, dry_runs, loras, tiny, tiny_run
 from support.schedules import LIGHTNING
 
 
@@ -66,3 +68,33 @@ def test_the_exported_pipeline_is_the_few_step_model(tmp_path):
     for each in (pipe, whole):
         each(prompt="a red 1 on blue", output_type="latent", **call)
     assert torch.equal(pipe.scheduler.sigmas, whole.scheduler.sigmas)
+
+
+def test_every_stage_takes_a_teacher_with_a_lora(tmp_path, monkeypatch):
+    monkeypatch.setattr("ppcl.export.assembly.prove", lambda *_: None)  # the test above has it
+    teacher = tiny.pipeline(tmp_path / "teacher", blocks=5)
+    lora = loras.save(DiffusionPipeline.from_pretrained(teacher), tmp_path / "four.safetensors")
+    settings = tiny_run.settings(teacher, tmp_path)
+    settings["teacher"] |= {"loras": [{"path": str(lora), "scale": 0.5}], "scheduler": LIGHTNING}
+    settings["pipeline"] |= {"num_inference_steps": 4, "true_cfg_scale": 1.0}
+    for stage in tiny_run.STAGES:
+        if stage.program not in ("plot", "pareto"):
+            tiny.stage(stage.program, settings, *stage.group, **stage.paths(tmp_path))
+    metrics = pq.read_table(tmp_path / "metrics.parquet").to_pandas()
+    of_variant = metrics[metrics["variant"] == "small"]
+    assert {"velocity_error", "psnr", "latency_ratio"} <= set(of_variant["metric"])
+    page = (tmp_path / "card/README.md").read_text(encoding="utf-8")
+    assert "LoRA `four.safetensors` (scale 0.5)" in page and "num_inference_steps=4" in page
+
+
+def test_the_config_of_a_few_step_teacher_resolves(tmp_path):
+    """Its LoRA is made by benchmarks/few_step_lora.py, and stands in here."""
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "resources" / "digits")
+    path = loras.save(pipe, tmp_path / "l.safetensors")
+    (tmp_path / "mine.yaml").write_text(
+        yaml.safe_dump({"teacher": {"loras": [{"path": str(path)}]}})
+    )
+    files = ["--configfile", "config/digits-fast.yaml", tmp_path / "mine.yaml"]
+    printed = dry_runs.run("snakemake", "--nolock", "--cores", "1", "-n", "-F", *files)
+    jobs = dry_runs.counts(printed)
+    assert jobs["assemble"] == 2 and "finetune" not in jobs

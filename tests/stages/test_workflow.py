@@ -5,6 +5,7 @@ import resource
 import shutil
 
 import pytest
+import yaml
 
 from ppcl.storage import schemas, tables
 from support import ROOT
@@ -51,7 +52,13 @@ def test_formatting_and_lint(snakemake):
 
 @pytest.mark.parametrize(
     ("config", "assembled", "finetuned"),
-    [("digits", 3, 1), ("digits-full", 3, 2), ("digits-free", 2, 0), ("test", 2, 1)],
+    [
+        ("digits", 3, 1),
+        ("digits-depth", 3, 1),
+        ("digits-free", 2, 0),
+        ("digits-full", 3, 2),
+        ("test", 2, 1),
+    ],
 )
 def test_dry_run_resolves_every_stage_without_torch(
     snakemake, tmp_path, config, assembled, finetuned
@@ -61,11 +68,16 @@ def test_dry_run_resolves_every_stage_without_torch(
         blocked = tmp_path / "blocked" / package
         blocked.mkdir(parents=True)
         (blocked / "__init__.py").write_text(f"raise ImportError('{package} was imported')")
-    printed = snakemake(
-        "-n", "-F", config=config, variables={"PYTHONPATH": str(tmp_path / "blocked")}
-    )
+    variables, keys = {"PYTHONPATH": str(tmp_path / "blocked")}, {}
+    if config == "digits-depth":  # of the stand-in's 10 blocks, not of 24
+        written = yaml.safe_load((ROOT / "config/digits-depth.yaml").read_text())["variants"]
+        keys["variants"] = [
+            {**entry, "budget": {"blocks": entry["budget"]["blocks"] // 3}} for entry in written
+        ]
+    printed = snakemake("-n", "-F", config=config, variables=variables, **keys)
     jobs = counts(printed)
     free = DEPTH | {"probe", "similarity", "plot_intervals"} if config == "digits-free" else set()
+    free |= {"width"} if config == "digits-depth" else set()
     timed = {"latency"} if config in ("digits", "digits-full") else set()  # by their budgets
     tuned = {"finetune"} if finetuned else set()
     assert jobs.keys() == STAGES - free | {"all"} | tuned | timed

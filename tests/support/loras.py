@@ -25,13 +25,7 @@ def save(
     """
     torch.manual_seed(seed)
     model = getattr(pipe, component)
-    model.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **config))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-            elif "magnitude" in name:
-                parameter.mul_(1.1)
+    _add(model, LoraConfig(r=4, lora_alpha=8, target_modules=list(targets), **config))
     path.parent.mkdir(parents=True, exist_ok=True)
     type(pipe).save_lora_weights(
         path.parent,
@@ -42,3 +36,27 @@ def save(
     model.delete_adapters("default")
     model.unload_lora()
     return path
+
+
+def save_with_text_encoders(pipe: DiffusionPipeline, path: Path, names: tuple[str, ...]) -> Path:
+    """Writes a random LoRA of the transformer and of text encoders, as diffusers' training scripts
+    that train both do."""
+    torch.manual_seed(0)
+    layers = {}
+    for name in ("transformer", *names):
+        model = getattr(pipe, name)
+        targets = ATTENTION if name == "transformer" else ("q_proj", "out_proj", "fc1")
+        _add(model, LoraConfig(r=4, lora_alpha=4, target_modules=list(targets)))
+        layers[f"{name}_lora_layers"] = get_peft_model_state_dict(model, adapter_name="default")
+    type(pipe).save_lora_weights(path.parent, weight_name=path.name, **layers)
+    return path
+
+
+@torch.no_grad()
+def _add(model: torch.nn.Module, config: LoraConfig) -> None:
+    model.add_adapter(config, adapter_name="default")
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(std=0.1)
+        elif "magnitude" in name:
+            parameter.mul_(1.1)

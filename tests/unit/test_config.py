@@ -14,7 +14,7 @@ from support import ROOT
 from support.schema_keys import nodes
 from tools.readme_tables import TABLES, renewed
 
-CONFIGS = ("digits", "digits-depth", "digits-full", "test")
+CONFIGS = ("digits", "digits-depth", "digits-fast", "digits-full", "test")
 
 
 REQUIRED = {  # in every entry of a list

@@ -16,6 +16,7 @@ from ppcl.evaluation import model_folders
 from ppcl.export import assembly
 from ppcl.settings import Settings, TeacherSettings
 from ppcl.teacher import arguments, lora_files, pipelines, recording, teacher_identity
+from ppcl.teacher import loras as fusing
 from ppcl.transformer import blocks
 from support import loras, tiny, zoo_images, zoo_videos
 from support.hub_cache import NAME, put
@@ -145,6 +146,72 @@ def test_other_families_and_a_second_transformer(name, tmp_path):
     assert same(alone, getattr(stock, component))
 
 
+TEXTS = {
+    "flux": ("text_encoder",),
+    "sd3": ("text_encoder", "text_encoder_2"),
+}
+
+
+@pytest.fixture(scope="module", params=TEXTS)
+def spoken(request, tmp_path_factory):
+    """A pipeline's folder, and a LoRA of its transformer and text encoders."""
+    folder, names = tmp_path_factory.mktemp(request.param), TEXTS[request.param]
+    pipe = zoo_images.SPECIMENS[request.param].make(2)
+    pipe.save_pretrained(folder / "teacher")
+    return folder / "teacher", loras.save_with_text_encoders(pipe, folder / "l.safetensors", names)
+
+
+def test_text_encoders_are_those_of_stock_diffusers_and_are_exported(spoken, tmp_path):
+    folder, path = spoken
+    teacher = source(folder, path)
+    stock, bare = (DiffusionPipeline.from_pretrained(folder) for _ in range(2))
+    names = TEXTS["flux" if "Flux" in type(stock).__name__ else "sd3"]
+    stock.load_lora_weights(str(path))
+    stock.fuse_lora(components=["transformer", *names], lora_scale=0.7)
+    stock.unload_lora_weights()
+    made = pipelines.load(teacher, CPU)
+    for name in ("transformer", *names):
+        assert same(getattr(made, name), getattr(stock, name)), name
+        assert not same(getattr(made, name), getattr(bare, name)), name
+    assert same(pipelines.load_transformer(teacher, CPU), stock.transformer)
+    # What an export copies has the teacher's own weights.
+    changed = fusing.text_encoders(teacher, folder)
+    assert changed == set(names) and fusing.text_encoders(source(folder), folder) == set()
+    left_out = assembly.copied(folder, changed)
+    assert left_out and not changed & {*left_out} and changed < {*assembly.copied(folder)}
+    lighter = pipelines.load(teacher, CPU, without=left_out)
+    whole = assembly.TeacherPipeline(lighter, source=folder)
+    assembly.save(whole, lighter.transformer, [[0], [1]], tmp_path / "v")
+    alone = DiffusionPipeline.from_pretrained(tmp_path / "v")
+    for name in ("transformer", *names, *left_out):
+        assert same(getattr(alone, name), getattr(stock, name)), name
+
+
+def test_a_lora_of_text_encoders_alone_is_fused_too(spoken, tmp_path):
+    folder, path = spoken
+    held = {name: v for name, v in load_file(path).items() if not name.startswith("transformer")}
+    save_file(held, tmp_path / "l.safetensors")
+    teacher = source(folder, tmp_path / "l.safetensors")
+    bare = DiffusionPipeline.from_pretrained(folder)
+    made = pipelines.load(teacher, CPU)
+    assert same(pipelines.load_transformer(teacher, CPU), bare.transformer)
+    assert same(made.transformer, bare.transformer)
+    assert not same(made.text_encoder, bare.text_encoder)
+    save_file({name: torch.zeros_like(v) for name, v in held.items()}, tmp_path / "l.safetensors")
+    for load in (pipelines.load_transformer, pipelines.load):
+        with pytest.raises(UserError, match="changes nothing"):
+            load(teacher, CPU)
+
+
+@pytest.mark.parametrize("place", ["text_encoder.nowhere", "text_encoder_3.q_proj"])
+def test_layers_without_a_place_in_text_encoders_are_refused(spoken, tmp_path, place):
+    folder, path = spoken
+    odd = {f"{place}.lora_{x}.weight": torch.ones(4, 4) for x in "AB"}
+    save_file(load_file(path) | odd, tmp_path / "l.safetensors")
+    with pytest.raises(UserError, match=f"teacher.loras: .*(.|\n)*{place}(.|\n)*has no place"):
+        pipelines.load(source(folder, tmp_path / "l.safetensors"), CPU)
+
+
 # ---- what is refused
 
 
@@ -180,7 +247,7 @@ TENSORS = {
     ),
     "of a text encoder too": (
         lambda held: held.update({"text_encoder.q.lora_A.weight": torch.ones(4, 8)}),
-        "only transformers are fused, not text_encoder",
+        "loads LoRAs of its transformer alone, not of text_encoder",
     ),
     "a DoRA of kohya": (
         lambda held: held.update({f"{first(held)}.dora_scale": torch.ones(4)}),

@@ -30,7 +30,7 @@ from ppcl.pruning.quantisation import GIB
 from ppcl.search import sets, sets_file
 from ppcl.settings import TeacherSettings, Variant
 from ppcl.storage import tensors
-from ppcl.teacher import complete, hub, lora_files, pipelines, teacher_identity
+from ppcl.teacher import complete, hub, lora_files, loras, pipelines, teacher_identity
 from ppcl.transformer import blocks, calls
 
 
@@ -104,7 +104,9 @@ def main() -> None:
     teacher = recorded.replace(offload="none")
     source = hub.folder(teacher)
     # What is only copied need not be in memory, unless its files have a variant in their names.
-    copied = () if teacher.variant else assembly.copied(source)
+    copied = (
+        () if teacher.variant else assembly.copied(source, loras.text_encoders(teacher, source))
+    )
     pipe = pipelines.load(teacher, torch.device("cpu"), without=copied)
     transformer = pipelines.denoiser(pipe, teacher)
     model, block_map = variants.Workshop(transformer, files).model(chosen)

@@ -33,6 +33,7 @@ that are missing. Metrics, with 95 % bootstrap intervals over prompts (latency: 
 """
 
 import argparse
+import dataclasses
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -140,7 +141,7 @@ def identity_of(
     """Digest of what decides the pictures."""
     return provenance.digest(
         [
-            vars(settings.teacher),
+            dataclasses.asdict(settings.teacher),
             settings.pipeline,
             [samples, settings.evaluate.batch_size, device.type],
             provenance.stamps(prompts.pictures(rows)),

@@ -193,16 +193,18 @@ def _files(folder: Path) -> list[str]:
     return sorted(path.as_posix() for path in paths if not any(p[0] == "." for p in path.parts))
 
 
-def copied(source: Path) -> tuple[str, ...]:
+def copied(source: Path, changed: Collection[str] = ()) -> tuple[str, ...]:
     """Names of the text encoders in a pipeline's folder that an export copies without loading them.
 
     They are large, and the pipeline's class can be made without them. Left out are text encoders
-    with code of their own, and those with files that are links out of the folder.
+    with code of their own, those with files that are links out of the folder, and those of which
+    other weights are saved than are in the folder (`changed`).
     """
     return tuple(
         name
         for name, (library, _) in hub.parts(source).items()
         if name.startswith("text_encoder")
+        and name not in changed
         and not (source / name / f"{library}.py").exists()
         and not any(hub.leaves(source, source / file) for file in hub.files(source, name))
     )

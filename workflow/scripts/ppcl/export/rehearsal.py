@@ -13,7 +13,7 @@ from ppcl.errors import UserError
 from ppcl.export import assembly
 from ppcl.settings import TeacherSettings
 from ppcl.storage import whole
-from ppcl.teacher import hub
+from ppcl.teacher import hub, loras
 from ppcl.transformer import blocks, diffusers_model
 
 
@@ -41,7 +41,9 @@ def rehearse(
     if done.exists():
         return
     source, component = hub.folder(teacher), hub.component(teacher)
-    left_out = () if teacher.variant else assembly.copied(source)
+    left_out = (
+        () if teacher.variant else assembly.copied(source, loras.text_encoders(teacher, source))
+    )
     try:
         model, block_map = _shortest(transformer, call)
         twins = {  # such as the other expert of Wan 2.2
