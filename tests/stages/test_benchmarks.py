@@ -10,7 +10,9 @@ import torch
 
 from benchmarks import (
     cka,
+    controlnet,
     extraction,
+    few_step_lora,
     few_steps,
     late,
     lora,
@@ -21,7 +23,10 @@ from benchmarks import (
     variants,
 )
 from benchmarks import run as program
+from ppcl.configuration import config
+from ppcl.evaluation import metrics
 from ppcl.runtime import devices
+from ppcl.teacher import pipelines
 from support import pruned, tiny
 
 TINY = material.SIZES["tiny"]
@@ -91,6 +96,42 @@ def test_loras_are_put_into_a_variant_in_each_way(tmp_path):
     assert rows.cosine["first"] > max(rows.cosine["numbers"], rows.cosine["sum"])
     assert all(-1 <= value <= 1 for value in rows.cosine) and rows.trained.tolist() == [1.0] * 5
     assert "| fit |" in lora.table(rows.reset_index())
+
+
+def test_a_controlnet_is_put_onto_a_variant_in_each_way(tmp_path):
+    """On a variant that nobody trained, with a ControlNet of two steps."""
+    folder = pruned.folder(tmp_path / "models/b22", merged=[(3, 5)])
+    asked = argparse.Namespace(
+        run=tmp_path,
+        models=[folder.name],
+        teacher=pruned.TEACHER,
+        controlnet=tmp_path / "sketch",
+        steps=2,
+        pictures=60,
+    )
+    rows = controlnet.measure(asked)
+    again = controlnet.measure(asked)  # with the one that is there
+    assert rows.equals(again) and len(rows) == 1 + 1 + len(controlnet.WAYS)
+    of_ways = rows[rows.model == "b22"].set_index("way")
+    assert of_ways.cosine.between(-1, 1).all() and of_ways.error.nunique() > 1
+    assert "| b22 | sum |" in controlnet.table(rows)
+
+
+def test_a_few_step_lora_is_one_that_the_config_takes(tmp_path, monkeypatch, capsys):
+    accuracy = metrics.Estimate(1.0, 1.0, 1.0, 1)
+    monkeypatch.setattr(few_steps, "accuracy", lambda *_: accuracy)
+    command = ["--steps", "2", "--samples", "2", "--pictures", "2", "--output", str(tmp_path / "l")]
+    monkeypatch.setattr(sys, "argv", ["few_step_lora.py", *command])
+    few_step_lora.main()
+    assert "| four calls with the LoRA |" in capsys.readouterr().out
+    plain = config.load(str(few_step_lora.CONFIG)).teacher
+    (entry,) = plain.loras
+    fused = plain.replace(loras=[entry.replace(path=str(tmp_path / "l"))])
+    first, other = (
+        pipelines.load_transformer(one, torch.device("cpu")).transformer_blocks[0].attn.to_q.weight
+        for one in (fused, plain.replace(loras=()))
+    )
+    assert 0 < (first - other).abs().max() < 0.1
 
 
 def test_the_direct_way_gives_the_same_values(tmp_path):
