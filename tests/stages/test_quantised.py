@@ -10,9 +10,13 @@ from ppcl.storage import texts
 from support import ROOT, SCRIPTS, pruned, quantised
 from support.dry_runs import counts, settings_of_jobs
 
-pytestmark = pytest.mark.skipif(
-    not (quantised.place() / "torchao").is_dir(), reason="make test installs it"
-)
+
+def needs(*packages):
+    """Skips a test without packages that it needs."""
+    missing = [name for name in packages if not (quantised.place() / name).is_dir()]
+    return pytest.mark.skipif(bool(missing), reason=f"make test installs {', '.join(missing)}")
+
+
 CUDA = "import sys, torch; sys.exit(not torch.cuda.is_available())"
 
 
@@ -29,6 +33,7 @@ def made(tmp_path_factory):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@needs("torchao", "bitsandbytes")
 @pytest.mark.parametrize("case", quantised.CASES)
 def test_a_quantised_model_is_as_small_as_foretold_and_loads_to_the_bit(made, case):
     one, (specimen, _, method) = made[case], quantised.CASES[case]
@@ -68,6 +73,7 @@ def stage(folder, teacher, calls, method="int8", device="cpu"):
     )
 
 
+@needs("torchao")
 def test_the_stage_writes_a_folder_that_diffusers_alone_loads(tmp_path, tiny_teacher, tiny_calls):
     """With the reload gate: a process that knows nothing but diffusers and torchao."""
     done = stage(tmp_path, tiny_teacher, tiny_calls)
@@ -93,6 +99,7 @@ def test_the_stage_writes_a_folder_that_diffusers_alone_loads(tmp_path, tiny_tea
     assert done.returncode == 2 and "model.safetensors is not what was written" in done.stderr
 
 
+@needs("bitsandbytes")
 @pytest.mark.parametrize("method", ["nf4", "bnb-int8"])
 def test_bitsandbytes_stage_runs_on_cuda_and_is_refused_elsewhere(
     tmp_path, tiny_teacher, tiny_calls, method
@@ -108,6 +115,7 @@ def test_bitsandbytes_stage_runs_on_cuda_and_is_refused_elsewhere(
         assert not (tmp_path / "models/less").exists()
 
 
+@needs("torchao", "bitsandbytes")
 def test_a_copy_is_a_job_of_its_own_and_changes_nothing_of_the_others(snakemake):
     variables = {"PYTHONPATH": str(quantised.place())}
     copy = {"name": "p70-int8", "of": "p70", "quantise": "int8"}
@@ -132,3 +140,20 @@ def test_a_copy_is_a_job_of_its_own_and_changes_nothing_of_the_others(snakemake)
     said = snakemake("-n", "-F", variants=own, variables=variables, code=1)
     assert "'p50' is quantised by bitsandbytes, which diffusers runs on CUDA" in said
     assert "forecast" in counts(snakemake("-n", "-F", "forecast", variants=own))
+
+
+@needs("bitsandbytes")
+def test_what_runs_on_cuda_alone_is_refused_only_where_it_is_made(snakemake):
+    """And a fine-tuned variant does not train again for another one that is quantised."""
+    tuned = {"name": "p50", "budget": 0.5, "finetune_steps": 2}
+    both = [tuned, {"name": "less", "of": "p50", "quantise": "nf4"}]
+    weights = "results/digits/finetune/p50.safetensors"
+    here = {"variables": {"PYTHONPATH": str(quantised.place())}}
+    options = ("-n", "-F", "-p", weights)
+    before = settings_of_jobs(snakemake(*options, variants=[tuned]))
+    after = settings_of_jobs(
+        snakemake(*options, "results/digits/models/p50", variants=both, **here)
+    )
+    assert before["finetune p50"] == after["finetune p50"] and "assemble p50" in after
+    said = snakemake(*options, "results/digits/cards/p50", variants=both, code=1, **here)
+    assert "'less' is quantised by bitsandbytes, which diffusers runs on CUDA" in said

@@ -213,6 +213,7 @@ def test_at_full_rank_nothing_is_lost(stock, adapted, recorded, call):
         ({"alpha": torch.tensor(3.0)}, {}, 1.5),
         ({}, {"r": 2, "lora_alpha": 4, "alpha_pattern": {}}, 2.0),
         ({}, {"r": 2, "lora_alpha": 4, "alpha_pattern": {"norm1.linear": 8}}, 4.0),
+        ({}, {"r": 2, "lora_alpha": 4, "alpha_pattern": {r"norm\d\.lin.*": 8}}, 4.0),
         ({}, {"r": 2, "lora_alpha": 4, "use_rslora": True}, 4 / 2**0.5),
     ],
 )
@@ -268,6 +269,19 @@ def test_what_is_no_whole_lora_is_one_message(stock, tmp_path, changed, notes):
     state = {f"{name}.{key}": value for key, value in state.items() if value is not None}
     notes = {f"transformer.{key}": value for key, value in (notes or {}).items()}
     save_file(state, file, {"lora_adapter_metadata": json.dumps(notes)} if notes else None)
+    with pytest.raises(UserError, match=f"--lora: {file}"):
+        read(stock, file)
+
+
+@pytest.mark.parametrize(
+    "notes", [{"lora_alpha": "much"}, {"lora_alpha": 1, "alpha_pattern": {"(": 1}}]
+)
+def test_notes_of_a_text_encoder_that_are_wrong_are_one_message(stock, tmp_path, notes):
+    file, name = tmp_path / "a.safetensors", "transformer.transformer_blocks.0.img_mod.1"
+    state = {f"{name}.lora_A.weight": torch.ones(2, 8), f"{name}.lora_B.weight": torch.ones(8, 2)}
+    more = {key.replace(name, "text_encoder.x"): value.clone() for key, value in state.items()}
+    notes = {f"text_encoder.{key}": value for key, value in notes.items()}
+    save_file(state | more, file, {"lora_adapter_metadata": json.dumps(notes)})
     with pytest.raises(UserError, match=f"--lora: {file}"):
         read(stock, file)
 

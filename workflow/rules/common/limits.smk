@@ -46,13 +46,29 @@ def gpu_to_quantise(wildcards):
     return 1 if method and method.cuda else 0
 
 
+# Folders of a run that are made without any pipeline of a variant.
+BEFORE_MODELS = {"activations", "distill", "finetune", "forecast", "intervals", "latency", "probes"}
+BEFORE_MODELS |= {"record", "sensitivity", "similarity", "subsets", "variants", "width"}
+
+
+def asked_for():
+    """Names of the variants whose pipelines the command line may have made: of named files below
+    this run's folder, those that they say; else all."""
+    paths = [Path(os.path.normpath(word)).parts for word in sys.argv[1:]]
+    run = Path(result("")).parts
+    below = [path[len(run) :] for path in paths if path[: len(run)] == run and path != run]
+    names = {path[1] for path in below if path[0] == "models" and len(path) > 1}
+    of_files = all(path[0] in BEFORE_MODELS or path[0] == "models" and path[1:] for path in below)
+    return names & set(variants()) if below and of_files and not targets() else set(variants())
+
+
 def refuse_without_cuda():
     """Ends Snakemake where a variant is quantised by what runs on CUDA alone, and there is none; not
-    for targets named `forecast` and the like, which make no variants."""
+    for targets, such as `forecast` or the files of earlier stages, that do not make it."""
     others = {"forecast", "train_teacher", "ablation", "interval_plots"}
     if not workflow.is_main_process or targets() & others:
         return
-    for name in variants():
+    for name in sorted(asked_for()):
         method = method_of(name)
         if method and method.cuda and on_cpu():
             refuse(

@@ -15,6 +15,7 @@ import safetensors
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import state_dict_utils
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -71,6 +72,7 @@ def read(
     try:
         made = converted(pipeline, prefix, stored, parts)
         layers = layers_of(made, notes, prefix)
+        others = _scaled(made.others, notes)
     except UserError as error:
         raise UserError(f"--lora: {path}: {error}") from error
     except Exception as error:  # diffusers raises many kinds; all mean "not such a file"
@@ -80,7 +82,6 @@ def read(
         more = f"; '{why[0][:200]}' {why[1]}" if why else ""
         raise UserError(f"--lora: {path} has no layers of '{component}'{more}")
     matrices = [tensor for tensor in stored.values() if tensor.ndim > 1]
-    others = _scaled(made.others, notes)
     return LoraFile(layers, others, made.unusable, matrices[0].dtype if matrices else torch.float32)
 
 
@@ -323,13 +324,11 @@ def _scale(path: str, rank: int, alphas: Mapping, notes: Mapping, prefix: str) -
         for key, value in notes.items()
         if key.startswith(f"{prefix}.")
     }
-    alpha = of_peft.get("lora_alpha")
+    alpha: Any = of_peft.get("lora_alpha")
     if alpha is None:
         return 1.0
-    for key, own in (of_peft.get("alpha_pattern") or {}).items():
-        name = key.removeprefix("^")
-        if path == name or path.endswith(f".{name}"):
-            alpha = own
+    patterns = of_peft.get("alpha_pattern") or {}
+    alpha = patterns.get(get_pattern_key(list(patterns), path), alpha)  # regular expressions
     return float(alpha) / (rank**0.5 if of_peft.get("use_rslora") else rank)
 
 
