@@ -79,6 +79,7 @@ if targets() != {"forecast"} and not interval_plots_only():
 
         include: "workflow/rules/subsets.smk"
     include: "workflow/rules/choose.smk"
+    include: "workflow/rules/encode.smk"
     include: "workflow/rules/finetune.smk"
     include: "workflow/rules/assemble.smk"
 

@@ -64,6 +64,8 @@ def loras(place: Path) -> None:
 
 def own_pictures(place: Path) -> None:
     """Two of somebody's own, and the recipe."""
+    if (place / "mine").exists():  # made for another section
+        return
     (place / "docs").symlink_to(ROOT / "docs")
     (place / "mine").mkdir()
     for number, colour in enumerate(("red", "green")):
@@ -107,6 +109,7 @@ NEEDS: dict[str, Callable[[Path], object]] = {
     "Publish it": lambda place: published.describe(place / "results/digits/models/p50"),
     "Make a GGUF file": lambda place: pytest.importorskip("gguf"),
     "Train a LoRA on it": own_pictures,
+    "Your own pictures": own_pictures,
     "Quantise it": quantised.for_the_page,
 }
 

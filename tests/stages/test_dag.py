@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from PIL import Image
 from safetensors import safe_open
 
 from ppcl.storage import schemas, tables, texts
@@ -84,7 +85,7 @@ def weights(path: Path) -> dict[str, bytes]:
 def test_every_file_of_the_contract_is_there_with_its_columns(finished):
     for name, schema in schemas.TABLES.items():
         if name.startswith(
-            ("latency/", "narrow/", "ablation/", "forecast/")
+            ("latency/", "narrow/", "ablation/", "forecast/", "encode/")
         ):  # not with this config and target
             assert not (finished / RUN / name).exists()
             continue
@@ -163,6 +164,29 @@ def test_a_changed_key_reruns_its_stage_and_what_follows(finished):
     assert rerun_by(finished, "subsets: {lr: 0.5}") == results | {"subsets": 1}
     later = {name: 1 for name in ("intervals", "plot_intervals", "prune", "distill", "subsets")}
     assert rerun_by(finished, "intervals: {cost: cka}") == results | later
+
+
+def test_pictures_of_ones_own_train_one_variant_and_nothing_else(finished, tmp_path):
+    """A variant that is added to a finished run, and one that is trained further."""
+    for number, colour in enumerate(("red", "green")):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32), colour).save(tmp_path / f"mine/{number}.png")
+        (tmp_path / f"mine/{number}.txt").write_text(f"a {colour} seven on {colour}")
+    first, second = yaml.safe_load((finished / "config/test.yaml").read_text())["variants"]
+    after = {"evaluate": 1, "gather_metrics": 1, "plot_quality": 1, "plot_training": 1, "all": 1}
+    own = {"encode": 1, "finetune": 1, "assemble": 1, "describe": 2}
+    further = first | {"finetune_steps": 6, "finetune_data": str(tmp_path / "mine")}
+    assert rerun_by(finished, json.dumps({"variants": [further, second]})) == after | own
+    folder = tmp_path / "added"
+    shutil.copytree(finished, folder)
+    added = second | further | {"name": "own", "budget": 0.85}
+    changed = json.dumps({"variants": [first, second, added]})
+    trained = {"record", "extract", "sensitivity", "distill", "subsets"}
+    assert not trained & rerun_by(folder, changed).keys()
+    # Which variants' sets have changed is known once `choose` has run.
+    snakemake(folder, "changed.yaml", "--until", "choose")
+    rerun = rerun_by(folder, changed)
+    assert rerun == after | own | {"describe": 3, "pareto": 1}
 
 
 def test_another_budget_of_one_variant_trains_no_other_again(finished, tmp_path):

@@ -26,6 +26,7 @@ WITHOUT = {
     "choose": OTHER | {"skimage"},
     "describe": TORCH | JUDGE | {"skimage"},
     "distill": OTHER | {"skimage"},
+    "encode": OTHER | {"skimage"},
     "evaluate": COMPILER | JUDGE | {"matplotlib"},
     "extract": OTHER | {"skimage"},
     "finetune": OTHER | {"skimage"},

@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
 from ppcl.ablation import methods
 from support import tiny
 
@@ -38,7 +40,7 @@ class Stage:
         options = {k: folder / v for k, v in (self.reads | self.writes).items()}
         if self.state:
             options["state"] = folder / "state" / self.program
-        return options | self.more
+        return options | {k: v.format(folder=folder) for k, v in self.more.items()}
 
 
 CALLS = {"calls": "calls.parquet"}
@@ -67,6 +69,7 @@ PRICES |= SIZES
 PRICES |= {f"{stage}_unit_costs": f"{stage}-unit_costs.parquet" for stage in STUDENTS}
 CHOSEN = MODELS | {"sets": "sets.json"}
 TUNED = CHOSEN | {"refits": "refits.safetensors"}
+OWN = {"encoded": "encoded.parquet"}  # the user's own pictures
 
 
 def _taught(program: str, start: str) -> Stage:
@@ -152,9 +155,10 @@ STAGES = [
         },
         state=True,
     ),
+    Stage("encode", {}, OWN, state=True, more={"data": "{folder}/own"}),
     Stage(
         "finetune",
-        TUNED,
+        TUNED | OWN,
         {"output": "small.safetensors", "log_table": "small-log.parquet"},
         state=True,
         more={"variant": "small"},
@@ -233,6 +237,10 @@ MORE = [
 def settings(teacher: Path, folder: Path) -> dict:
     """The run's config; writes the prompts that it names to the folder."""
     (folder / "record.txt").write_text("a red 1 on blue\na blue 2 on red\n")
+    (folder / "own").mkdir(exist_ok=True)
+    for number, colour in enumerate(("red", "green", "blue")):
+        Image.new("RGB", (40, 32), colour).save(folder / f"own/{number}.png")
+        (folder / f"own/{number}.txt").write_text(f"a {colour} {number} on {colour}")
     (folder / "evaluate.txt").write_text("a green 3 on red\n4 in red\n")
     return {
         "seed": 0,
@@ -268,7 +276,7 @@ def settings(teacher: Path, folder: Path) -> dict:
         "distill": HOW | {"steps": 5, "heldout_rows": 3, "cache_inputs": "always"},
         "subsets": HOW | {"steps": 5, "heldout_rows": 3},
         "choose": {"rows": 3, "batch_size": 2},
-        "finetune": HOW,
+        "finetune": HOW | {"data": str(folder / "own")},
         "variants": [
             {
                 "name": "small",

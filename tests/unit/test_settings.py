@@ -23,7 +23,9 @@ OWN = {
 ATTRIBUTES = {"of": "parent"}
 # Values of the schema that are decided before a section is made, or that a config can't give.
 OTHER_VALUES = {("cost", "auto"), ("segmentation", "auto"), ("mode", "chain")}
-OTHER_VALUES |= {(key, type(None)) for key in ("of", "quantise")}  # of a variant without
+OTHER_VALUES |= {
+    (key, type(None)) for key in ("of", "quantise", "finetune_data")
+}  # of a variant without
 SCALARS = {"integer": {int}, "number": {float}, "string": {str}, "boolean": {bool}}
 SCALARS |= {"null": {type(None)}}
 

@@ -1,7 +1,8 @@
-# Full-parameter output distillation of one assembled variant.
+# Full-parameter output distillation of one assembled variant, and with finetune.data flow matching on
+# the user's own pictures.
 #
 # in:  the teacher, record/calls.parquet, variants/sets/<variant>.json, and what sets are made of:
-#      maps, what modulations get, students of every stage
+#      maps, what modulations get, students of every stage; encode/<data>.parquet, with data
 # out: finetune/<variant>.safetensors and the loss curve, finetune/<variant>.parquet
 #
 # Only variants with finetune_steps > 0. Checkpoints live in state/finetune-<variant>, as in
@@ -16,6 +17,7 @@ rule finetune:
         calls=result("record/calls.parquet"),
         sets=set_of,  # it holds the digest of the refitted maps that it uses, hence `ancient`
         refits=ancient(result("variants/maps.safetensors")),
+        encoded=encoded,
     output:
         weights=result("finetune/{variant}.safetensors"),
         log=result("finetune/{variant}.parquet"),
@@ -38,8 +40,8 @@ rule finetune:
             trained=True,
         ),
         state=lambda wildcards: result(f"state/finetune-{wildcards.variant}"),
-        files=optional(*MODELS, "refits"),
-        taken=taken("choose"),
+        files=optional(*MODELS, "refits", "encoded"),
+        taken=lambda wildcards: taken("choose", *(f"encode-{d}" for d in data_of(wildcards))),
         teacher=teacher_stamp(),
         code=code("finetune.py"),
     message:

@@ -1,4 +1,5 @@
-"""Fine-tunes one assembled variant: all its parameters, towards the teacher's recorded velocity.
+"""Fine-tunes one assembled variant: all its parameters, towards the teacher's recorded velocity,
+and with --encoded towards the user's own pictures, by the flow-matching loss.
 
 One process:        python workflow/scripts/finetune.py --variant p50 --config ...
 Several (torchrun): python -m torch.distributed.run --standalone --nproc_per_node 2 \
@@ -30,10 +31,10 @@ from ppcl.export.variant_files import Files
 from ppcl.runtime import processes, stopping
 from ppcl.search import sets_file
 from ppcl.search.sets import Set
-from ppcl.settings import FinetuneSettings, TeacherSettings
+from ppcl.settings import TeacherSettings
 from ppcl.storage import schemas, tables, tensors
 from ppcl.teacher import pipelines, teacher_identity
-from ppcl.training import distillation, finetuning, fsdp, loop
+from ppcl.training import finetuning, loop
 from ppcl.transformer import calls
 from ppcl.transformer.context import Context, State
 
@@ -45,14 +46,14 @@ def main() -> None:
         "variant",
         "state",
         reads=("calls", "sets"),
-        may_read=(*variant_files.MODEL_FILES, "refits"),
+        may_read=(*variant_files.MODEL_FILES, "refits", "encoded"),
         writes=("output", "log_table"),
         output="finetune/<variant>.safetensors",
         log_table="finetune/<variant>.parquet",
     ).parse_args()
     settings = config.load(args.config)
-    options = settings.finetune
     variant = assembly.variant(settings, args.variant)
+    options = settings.finetune.for_variant(variant)
     accelerator = processes.accelerator(settings.device, options.mixed_precision)
     reader = calls.Reader(args.calls)
     teacher = teacher_identity.recorded(settings.teacher, reader.provenance)
@@ -62,32 +63,17 @@ def main() -> None:
     made_of = {"set": chosen.key, "refits": refits}
     model = finetuning.trainable(variant_model(teacher, files, chosen), options, accelerator)
     context = Context(model, reader, settings.seed, accelerator)
-    identity = loop.identity(Path(__file__), settings, [args.calls, *files.every], **made_of)
-    rows = train(context, options.for_variant(variant), State(args.state, identity))
-    log = pd.DataFrame(rows)[schemas.VELOCITY_LOG.names]
-    weights = fsdp.gathered(model.state_dict(), keep=accelerator.is_main_process)
+    inputs = [args.calls, *files.every, *([args.encoded] if args.encoded else [])]
+    identity = loop.identity(Path(__file__), settings, inputs, **made_of)
+    lesson = finetuning.lesson(context, options, args.encoded)
+    rows, weights, judged = finetuning.train(lesson, State(args.state, identity))
+    log = pd.DataFrame(rows).reindex(columns=schemas.FINETUNE_LOG.names)
     stopping.ignore()
     if accelerator.is_main_process:
         stamp = provenance.stamp(settings.given, rows=len(reader))
         tensors.write(args.output, weights, stamp | made_of)
-        tables.write(args.log_table, log, schemas.VELOCITY_LOG, stamp)
+        tables.write(args.log_table, log, schemas.FINETUNE_LOG, stamp | judged)
     processes.finish(accelerator)
-
-
-def train(context: Context, options: FinetuneSettings, state: State) -> list[dict]:
-    """Trains the model in place; returns the rows of its log."""
-    model = context.transformer
-    losses = distillation.output_distillation(
-        context, lambda _step: model, "transformer", options, in_float32=True
-    )
-    return loop.train(
-        {"transformer": model},
-        losses,
-        loop.Optimisation.from_settings(options),
-        context.accelerator,
-        state.folder / "checkpoint.safetensors",
-        state.identity,
-    )
 
 
 def variant_model(teacher: TeacherSettings, files: Files, chosen: Set) -> nn.Module:

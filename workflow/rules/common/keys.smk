@@ -2,6 +2,7 @@
 # the teacher, the prompts.
 
 from ppcl.provenance import digest, stamps
+from ppcl.teacher import pictures as own_pictures
 from ppcl.teacher import teacher_identity
 
 # Keys of the config's `width` that fits of linear maps, and prices of candidates, depend on.
@@ -103,6 +104,15 @@ def teacher_stamp():
 def file_stamp(path):
     """For params, as teacher_stamp: of a file that may not be there."""
     return digest(stamps([path])) if Path(path).is_file() else ""
+
+
+@functools.cache
+def data_stamp(data):
+    """For params, as teacher_stamp: of the user's own pictures."""
+    if not Path(data).exists():
+        return ""
+    every = own_pictures.listed(data)
+    return digest([[p.caption for p in every], stamps(own_pictures.files(every))])
 
 
 def prompts_stamp(stage):

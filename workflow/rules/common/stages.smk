@@ -31,6 +31,29 @@ def finetuned():
     return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
 
 
+def data_of(wildcards):
+    """The name in encode/ of a variant's own pictures, in a list; empty if it has none."""
+    (own,) = [
+        each.get("finetune_data")
+        for each in config["variants"]
+        if each["name"] == wildcards.variant
+    ]
+    data = own or config["finetune"]["data"]
+    weighed = config["finetune"]["weights"]["pictures"]
+    return [digest(data)[:12]] if data and weighed else []
+
+
+def encoded(wildcards):
+    """For inputs: a variant's own pictures, encoded."""
+    return [result(f"encode/{name}.parquet") for name in data_of(wildcards)]
+
+
+def data_sets():
+    """Names in encode/ of all pictures that are trained on -> the folder or table."""
+    own = [variant.get("finetune_data") for variant in config["variants"]]
+    return {digest(data)[:12]: data for data in [config["finetune"]["data"], *own] if data}
+
+
 def depth():
     """Whether depth is pruned, so that there are intervals to search for, and students."""
     return config["intervals"]["enabled"]
@@ -249,6 +272,7 @@ def artifacts():
         "probes/": compared(),
         "similarity/": compared(),
         "sensitivity/": sensitivity(),
+        "encode/": False,  # made for the variants that are trained on it
         "width/candidates.parquet": candidates(),
         "width/": closed(),
         "latency/": latency(),

@@ -22,6 +22,7 @@ FILES = {
     "calls": "record/calls.parquet",
     "block_facts": "record/blocks.parquet",
     "sizes": "record/sizes.parquet; with a budget of gib",
+    "encoded": "encode/<data>.parquet; with finetune.data",
     "tokens": "activations/tokens.parquet",
     "moments": "activations/moments.safetensors",
     "conditioning": "activations/conditioning.safetensors",

@@ -285,15 +285,26 @@ class SubsetsSettings(TrainingSettings):
 
 
 @dataclass(frozen=True)
-class FinetuneSettings(TrainingSettings):
-    """Fine-tuning. `steps` are a variant's own: see `for_variant`."""
+class LossWeights(Section):
+    distillation: float
+    pictures: float
 
+
+@dataclass(frozen=True)
+class FinetuneSettings(TrainingSettings):
+    """Fine-tuning. `steps` are a variant's own, and `data` may be: see `for_variant`."""
+
+    data: str | None
+    heldout_fraction: float
+    weights: LossWeights
+    weighting: Literal["none", "logit_normal", "mode", "sigma_sqrt", "cosmap"]
     sharding: Literal["none", "fsdp"]
     cpu_offload: bool
 
     def for_variant(self, variant: "Variant") -> "FinetuneSettings":
-        """With the steps of one variant."""
-        return self.replace(steps=variant.finetune_steps)
+        """With the steps and the data of one variant."""
+        data = variant.finetune_data or self.data
+        return self.replace(steps=variant.finetune_steps, data=data)
 
 
 @dataclass(frozen=True)
@@ -313,12 +324,14 @@ class Variant(Section):
     finetune_steps: int
     parent: str | None = None
     quantise: Literal["int8", "nf4", "bnb-int8"] | None = None
+    finetune_data: str | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Self:
         """As of any section; keys that most variants leave out have the schema's defaults."""
         named = {"parent" if key == "of" else key: value for key, value in values.items()}
-        return super().of({"budget": {}, "parent": None, "quantise": None, **named})
+        unsaid = dict.fromkeys(("parent", "quantise", "finetune_data"))
+        return super().of({"budget": {}, **unsaid, **named})
 
     @classmethod
     def _typed(cls, key: str, value: Any) -> Any:

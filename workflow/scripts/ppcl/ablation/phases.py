@@ -1,5 +1,6 @@
 """The trainings of a method, in short: which there are, how long they take, and each of them."""
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -62,11 +63,10 @@ def train(
     rows = loop.train(
         modules,
         losses,
-        loop.Optimisation.from_settings(options),
+        dataclasses.replace(loop.Optimisation.from_settings(options), lr_scales=scales or {}),
         material.context.accelerator,
         path.with_name(f"{name}-checkpoint.safetensors"),
         identity,
-        scales,
     )
     state = {f"{key}/{k}": v for key, m in modules.items() for k, v in m.state_dict().items()}
     seconds = rows[-1]["seconds"] if rows else 0.0

@@ -141,7 +141,12 @@ def _places(filled: dict) -> None:
         teacher["path"] = _spelled(folder, os.path.realpath)
     for lora in teacher["loras"]:
         lora["path"] = _spelled(os.path.expanduser(lora["path"]), _in_real_folder)
+    for variant in filled["variants"]:
+        if "finetune_data" in variant:
+            given = os.path.expanduser(variant["finetune_data"])
+            variant["finetune_data"] = _spelled(given, _in_real_folder)
     for section, key in (
+        ("finetune", "data"),
         ("record", "prompts"),
         ("evaluate", "prompts"),
         ("forecast", "transformer_config"),

@@ -12,8 +12,10 @@ from ppcl.configuration import benchmark_checks
 from ppcl.configuration.config import SCHEMA_PATH, schema
 from ppcl.errors import UserError
 from ppcl.settings import EvaluateSettings, RecordSettings, Settings, TeacherSettings
-from ppcl.teacher import hub
+from ppcl.storage import untrusted
+from ppcl.teacher import hub, pictures
 from ppcl.teacher.prompts import heldout_count, read, shown
+from ppcl.transformer.registry import given_more
 
 log = logging.getLogger(__name__)
 STAGES = ("record", "evaluate")
@@ -31,6 +33,7 @@ def check(settings: Settings, source: str) -> None:
         if stage == "evaluate":
             _check_judged(rows, settings.evaluate, source)
         _warn_of_repeats(used[stage], key)
+    _check_data(settings, source)
     _check_split(used["record"], settings.record, source)
     # Prompts that differ in blanks at their ends alone are the same prompt to a reader.
     recorded = {prompt.strip() for prompt in used["record"]}
@@ -45,6 +48,36 @@ def check(settings: Settings, source: str) -> None:
             "%s: evaluate.prompts: one prompt alone is evaluated, over which there are no "
             "confidence intervals; write more (a few dozen), and raise evaluate.samples",
             source,
+        )
+
+
+def _check_data(settings: Settings, source: str) -> None:
+    """Raises UserError if the user's own pictures can't be trained on, as far as files tell."""
+    tuned = [v for v in settings.variants if v.finetune_steps]
+    every = {settings.finetune.for_variant(v).data for v in tuned} - {None}
+    weights = settings.finetune.weights
+    if every and not (weights.distillation or weights.pictures):
+        raise UserError(
+            f"{source}: finetune.weights are both 0, so nothing is trained; raise one of them"
+        )
+    for data in sorted(map(str, every)):
+        pictures.listed(data, f"{source}: finetune.data")
+    if not every or hub.is_name(settings.teacher.path):
+        return
+    folder = Path(settings.teacher.path, settings.teacher.subfolder or "")
+    pipeline, parts = str(hub.read_index(folder)["_class_name"]), hub.parts(folder)
+    why = given_more(pipeline)
+    if "scheduler" in parts and not why:
+        config = folder / "scheduler/scheduler_config.json"
+        name = str(settings.teacher.scheduler.get("_class_name", parts["scheduler"][1]))
+        known = untrusted.json_object(config) if config.is_file() else {}
+        flow = {**known, **settings.teacher.scheduler}.get("use_flow_sigmas")
+        if "FlowMatch" not in name and not flow:
+            why = f"its {name} is not of flow matching"
+    if why or "vae" not in parts:
+        raise UserError(
+            f"{source}: finetune.data: the transformer of a {pipeline} can't be trained on "
+            f"pictures ({why or 'it has no vae'}); leave finetune.data out"
         )
 
 

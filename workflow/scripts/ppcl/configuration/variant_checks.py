@@ -12,7 +12,7 @@ from ppcl.settings import Settings
 
 # Keys of pruning and training, of which a quantised copy of another variant has none, and what
 # they are where they say nothing.
-OWN = {"budget": None, "train": True, "finetune_steps": 0}
+OWN = {"budget": None, "train": True, "finetune_steps": 0, "finetune_data": None}
 
 
 def check(variants: Sequence[Mapping], given: Sequence[Mapping], source: str) -> None:
@@ -43,6 +43,11 @@ def check(variants: Sequence[Mapping], given: Sequence[Mapping], source: str) ->
             raise UserError(
                 f"{where} has train: false, so nothing of it is trained, but finetune_steps is "
                 f"{variant['finetune_steps']}; set that to 0, or leave train out"
+            )
+        elif "finetune_data" in variant and not variant["finetune_steps"]:
+            raise UserError(
+                f"{where} has finetune_data, but finetune_steps is 0, so nothing is trained on "
+                "it; raise finetune_steps, or leave finetune_data out"
             )
 
 

@@ -66,13 +66,23 @@ def student_losses(log: pd.DataFrame, trained: str) -> Figure:
     return figure
 
 
+def _picture_losses(panel: Axes, log: pd.DataFrame, colour: str) -> None:
+    """The flow-matching loss of one's own pictures: a line for those that are trained on, dots for
+    those that are held out (schemas.FINETUNE_LOG)."""
+    if "picture_loss" not in log:
+        return
+    panel.plot(log["step"], log["picture_loss"], color=colour, lw=0.7, alpha=0.6)
+    panel.plot(log["step"], log["heldout_picture_loss"], "o", color=colour, ms=4)
+    panel.set_ylabel("loss of own pictures\n(dots: held out)")
+
+
 @style.styled
 def velocity_errors(logs: dict[str, pd.DataFrame], names: list[str], title: str) -> Figure:
     """Output distillation: velocity error and learning rate by step, one curve per log.
 
     Args:
-        logs: name -> its log, as schemas.VELOCITY_LOG: velocity_error (relative, squared) and lr
-            (learning rate) over step (optimiser steps).
+        logs: name -> its log, as schemas.VELOCITY_LOG or FINETUNE_LOG: velocity_error (relative,
+            squared) and lr (learning rate) over step (optimiser steps).
         names: all that there may be, in their order, so that a variant has the same colour here and
             in `quality_against_cost`.
     """
@@ -84,19 +94,27 @@ def velocity_errors(logs: dict[str, pd.DataFrame], names: list[str], title: str)
         4.0,
         note="Thin: every logged step. Thick: geometric means over 40 stretches of steps.",
     )
-    error, rate = figure.subplots(2, 1, sharex=True, height_ratios=[2, 0.8])
+    seen = [log for log in logs.values() if "picture_loss" in log and log["picture_loss"].any()]
+    error, rate, *more = figure.subplots(
+        3 if seen else 2, 1, sharex=True, height_ratios=[2, 0.8, *([1.4] if seen else [])]
+    )
     order = [*names, *(name for name in logs if name not in names)]
     looks = dict(zip(order, style.series(len(order)), strict=True))
     ends = []
     for name, log in logs.items():
         colour, _, dashes = looks[name]
         log = log.sort_values("step")
+        rate.plot(log["step"], log["lr"], color=colour, ls=dashes)
+        for panel in more:
+            _picture_losses(panel, log, colour)
+        log = log.dropna(subset="velocity_error")  # NaN where it was not trained
+        if not len(log):
+            continue
         error.plot(log["step"], log["velocity_error"], color=colour, lw=0.5, alpha=0.3)
         steps, values = style.log_average(log["step"], log["velocity_error"])
         if len(values):
             error.plot(steps, values, color=colour, ls=dashes)
             ends.append((log["step"].iloc[-1], list(values)[-1], name, colour))
-        rate.plot(log["step"], log["lr"], color=colour, ls=dashes)
     style.log_axis(error)
     labelling.label_ends(error, ends)
     error.set_ylabel("relative velocity\nerror")
@@ -104,6 +122,7 @@ def velocity_errors(logs: dict[str, pd.DataFrame], names: list[str], title: str)
     rate.ticklabel_format(axis="y", style="sci", scilimits=(-2, 2))
     rate.yaxis.set_major_locator(MaxNLocator(2))
     rate.set_ylim(bottom=0)
-    rate.set_xlabel("step")
+    lowest = (more or [rate])[0]
+    lowest.set_xlabel("step")
     rate.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     return figure

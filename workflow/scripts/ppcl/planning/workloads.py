@@ -172,7 +172,11 @@ def _finetuning(planner: Planner, flops: Flops) -> dict[str, Work]:
     longest = max(settings.variants, key=lambda variant: variant.finetune_steps)
     if not longest.finetune_steps:
         return {}
-    options, step = settings.finetune.for_variant(longest), _times(settings, "finetune") * flops[1]
+    options = settings.finetune.for_variant(longest)
+    weights = options.weights
+    # With own pictures a second batch, through a graph of its own, after the first.
+    graphs = bool(weights.distillation) + bool(weights.pictures) if options.data else 1
+    step = graphs * _times(settings, "finetune") * flops[1]
     work = _trained(settings, flops[1], "finetune", step, [], options)
     return {"finetune": replace(work, streams=False)}
 

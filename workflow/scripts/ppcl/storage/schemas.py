@@ -88,6 +88,23 @@ CALLS = pa.schema(
     ]
 )
 
+ENCODED = pa.schema(
+    [
+        column("sample", pa.int32(), "number of the picture, from 0"),
+        column("file", pa.string(), "its path, as the config leads to it"),
+        column("prompt", pa.string(), "its caption"),
+        column("heldout", pa.bool_(), "kept from training; equal files are on one side"),
+        column(
+            "sign", pa.float64(), "1: the transformer answers noise - latents; -1: the opposite"
+        ),
+        column("time_at_data", pa.float64(), "the transformer's timestep without noise"),
+        column("time_at_noise", pa.float64(), "and of noise alone; linear between"),
+        column("noise_low", pa.float64(), "least share of noise that this transformer is for"),
+        column("noise_high", pa.float64(), "and the largest"),
+        column("arguments", pa.string(), "JSON of the arguments that are not tensors"),
+    ]
+)
+
 BLOCK_FACTS = pa.schema(
     [
         column("block", pa.int32(), "block in the order in which data flows, from 0"),
@@ -325,6 +342,30 @@ VELOCITY_LOG = pa.schema(
     ]
 )
 
+FINETUNE_LOG = pa.schema(
+    [
+        *(field for field in VELOCITY_LOG if field.name != "velocity_error"),
+        column(
+            "velocity_error",
+            pa.float64(),
+            "relative squared error to the teacher's velocity; NaN with weight 0",
+            nan=True,
+        ),
+        column(
+            "picture_loss",
+            pa.float64(),
+            "flow-matching loss of the user's pictures (finetune.data); NaN without",
+            nan=True,
+        ),
+        column(
+            "heldout_picture_loss",
+            pa.float64(),
+            "that of the pictures held out, at every checkpoint; NaN otherwise",
+            nan=True,
+        ),
+    ]
+)
+
 POINTS = pa.schema(
     [
         column("budget", pa.float64(), "fraction of the teacher's transformer parameters allowed"),
@@ -472,6 +513,7 @@ TABLES = {
     "record/calls.parquet": CALLS,
     "record/blocks.parquet": BLOCK_FACTS,
     "record/sizes.parquet": SIZES,
+    "encode/<data>.parquet": ENCODED,
     "activations/tokens.parquet": tokens(1),
     "probes/probes.parquet": PROBES,
     "similarity/cka.parquet": CKA,
@@ -489,7 +531,7 @@ TABLES = {
     "subsets/unit_costs.parquet": UNIT_COSTS,
     "variants/units.parquet": VARIANT_UNITS,
     "variants/measured.parquet": VARIANT_SETS,
-    "finetune/<variant>.parquet": VELOCITY_LOG,
+    "finetune/<variant>.parquet": FINETUNE_LOG,
     "pareto/points.parquet": POINTS,
     "ablation/results.parquet": ABLATION,
     "ablation/calibration.parquet": CALIBRATION,
@@ -515,6 +557,11 @@ PROVENANCE = {
         "modulations": "JSON: every matrix that conditioning passes (`units.Modulation`)",
     },
     "latency/blocks.parquet": {"transformer_seconds": "time per call of the whole transformer"},
+    "encode/<data>.parquet": {"pixels": "frames x height x width of every picture"},
+    "finetune/<variant>.parquet": {
+        "heldout": "JSON, with finetune.data: losses on held-out calls and pictures before and "
+        "after training, their weighted sum, and which weights were kept",
+    },
 }
 """Facts of a whole table, kept in its provenance beside those that every table has."""
 
@@ -524,6 +571,7 @@ ARTIFACTS = {
     "record/calls.parquet": "the transformer's own calls on the calibration prompts",
     "record/sizes.parquet": "what there is to store of each part of the teacher's blocks",
     "record/blocks.parquet": "what later stages need to know of the teacher's blocks",
+    "encode/<data>.parquet": "your own pictures and captions, encoded (if finetune.data)",
     "activations/tokens.parquet": "a sample of tokens at every block boundary",
     "activations/moments.safetensors": "sums for the probes' least squares, float64, fit prompts",
     "activations/conditioning.safetensors": "sums of what modulation matrices get, float64",

@@ -59,6 +59,15 @@ def read(path: str | Path, key: str = "prompts") -> list[dict[str, str]]:
     return rows
 
 
+def table_rows(path: Path, key: str, need: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) of a .csv, .jsonl or .parquet table, whose columns have to hold `need`."""
+    if path.suffix == ".jsonl":
+        return objects(path, key)
+    if path.suffix == ".parquet":
+        return _read_parquet(path, key, need)
+    return _table(",", need)(path, key)
+
+
 def pictures(rows: list[dict[str, str]]) -> list[str]:
     """Paths of the pictures that rows name, each once."""
     return list(dict.fromkeys(row["image"] for row in rows if "image" in row))
@@ -139,7 +148,9 @@ def _is_json(text: str) -> bool:
         return False
 
 
-def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
+def _table(
+    delimiter: str, need: str = "prompt"
+) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
     """A reader for tables with this delimiter, which yields (place, row)."""
 
     def rows(path: Path, key: str) -> Iterator[tuple[str, dict]]:
@@ -157,7 +168,7 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
                     continue
                 if not names:
                     names = [cell.strip() for cell in cells]
-                    _check_names(names, f"{key}: {path}", of_file[start - 1])
+                    _check_names(names, f"{key}: {path}", of_file[start - 1], need)
                     continue
                 place = f"line {start}" if start == end else f"lines {start} to {end}"
                 if len(cells) != len(names):
@@ -172,10 +183,10 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
                         "quote, which so is part of the text; remove that blank"
                     )
                 row = {n: c.strip() for n, c in zip(names, cells, strict=True) if n}
-                yield place, row | {"prompt": cells[names.index("prompt")]}
+                yield place, row | {need: cells[names.index(need)]}
         except csv.Error as error:
             if not names:
-                _check_names(of_file[0].split(delimiter), f"{key}: {path}", of_file[0])
+                _check_names(of_file[0].split(delimiter), f"{key}: {path}", of_file[0], need)
             raise UserError(
                 f"{key}: {path}: the row that begins in line {end + 1} can't be read ({error}); "
                 "close its double quotes, and write those inside of a quoted prompt twice"
@@ -184,20 +195,20 @@ def _table(delimiter: str) -> Callable[[Path, str], Iterator[tuple[str, dict]]]:
     return rows
 
 
-def _check_names(names: list[str], where: str, line: str) -> None:
-    """Raises UserError if the names of columns lack `prompt`, or have one twice.
+def _check_names(names: list[str], where: str, line: str, need: str = "prompt") -> None:
+    """Raises UserError if the names of columns lack `need`, or have one twice.
 
     Args:
         line: the file's first line, for the message.
     """
-    if "prompt" not in names:
+    if need not in names:
         parts = [part.strip(' "') for part in re.split(r"[,;\t|]", line)]
         fix = "name it in the first line"
-        if "prompt" in parts and len(parts) > len(names):
+        if need in parts and len(parts) > len(names):
             fix = "separate columns by commas in a .csv, by tabs in a .tsv"
-        elif close := [name for name in names if name.lower() == "prompt"]:
+        elif close := [name for name in names if name.lower() == need]:
             fix = f"write '{close[0]}' in small letters"
-        raise UserError(f"{where} has no column 'prompt' (its first line: {shown(line)}); {fix}")
+        raise UserError(f"{where} has no column '{need}' (its first line: {shown(line)}); {fix}")
     for name in filter(None, names):
         if names.count(name) > 1:
             raise UserError(f"{where} has two columns '{name}'; rename or remove one")
@@ -231,7 +242,7 @@ def once(pairs: list[tuple[str, Any]], where: str) -> dict:
     return mapping
 
 
-def _read_parquet(path: Path, key: str) -> Iterator[tuple[str, dict]]:
+def _read_parquet(path: Path, key: str, need: str = "prompt") -> Iterator[tuple[str, dict]]:
     """(place, row) of a parquet file."""
     import pyarrow as pa
     from pyarrow import parquet
@@ -250,7 +261,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[tuple[str, dict]]:
         raise UserError(
             f"{key}: {path} is not a whole parquet file ({reason}); write or copy it anew"
         ) from error
-    _check_names(table.column_names, f"{key}: {path}", ", ".join(table.column_names))
+    _check_names(table.column_names, f"{key}: {path}", ", ".join(table.column_names), need)
     for number in range(len(table)):
         yield f"row {number + 1}", {name: column[number] for name, column in columns.items()}
 

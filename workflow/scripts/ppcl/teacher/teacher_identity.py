@@ -195,6 +195,20 @@ def recorded(teacher: TeacherSettings, noted: Mapping[str, str]) -> TeacherSetti
     return teacher
 
 
+def refuse_other(noted: Mapping[str, str], recorded_by: Mapping[str, str]) -> None:
+    """Raises UserError if pictures were encoded by another teacher than the one that was recorded.
+
+    Args:
+        noted, recorded_by: the provenance of encoded.parquet and of calls.parquet.
+    """
+    for mark in (*(f"teacher_{name}" for name in _MARKS), _LORAS):
+        if noted.get(mark) != recorded_by.get(mark):
+            raise UserError(
+                "the pictures of finetune.data were encoded by another teacher than the one whose "
+                "calls were recorded; delete results/<run>/encode, and run again"
+            )
+
+
 def recorded_scheduler(noted: Mapping[str, str]) -> dict[str, Any]:
     """`teacher.scheduler` as it was when calls were recorded.
 

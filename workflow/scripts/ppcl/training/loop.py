@@ -12,7 +12,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Optimisation:
     ema: decay of an exponential moving average of the weights, which the modules hold after the
         last step; 0 for none. It is diffusers' EMAModel, whose decay rises as (1 + n) / (10 + n)
         over the first steps n.
+    lr_scales: prefix of parameters' names `<module>/<path>` -> factor on their learning rate; it
+        is 1 for all others.
     """
 
     steps: int
@@ -52,6 +54,7 @@ class Optimisation:
     log_every: int = 10
     optimizer: str = "adamw"
     ema: float = 0.0
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
 
     @classmethod
     def from_settings(cls, options: TrainingSettings) -> "Optimisation":
@@ -80,7 +83,7 @@ def train(
     accelerator: Accelerator,
     checkpoint: Path,
     identity: str,
-    lr_scales: Mapping[str, float] | None = None,
+    measure: Callable[[], dict[str, float]] | None = None,
 ) -> list[dict]:
     """Trains modules in place and returns the log.
 
@@ -97,8 +100,8 @@ def train(
         checkpoint: the resume file; written every `checkpoint_every` steps by the main process.
         identity: digest of everything that decides the result. A checkpoint that carries another
             identity belongs to another run and is not used.
-        lr_scales: prefix of parameters' names `<module>/<path>` -> factor on their learning rate;
-            it is 1 for all others.
+        measure: gives more metrics for the rows of steps at which there is a checkpoint, such as
+            losses on what is held out. All processes call it.
 
     Returns:
         One row per module every `log_every` steps: step (1-based), name, lr, seconds (training time
@@ -117,7 +120,7 @@ def train(
         return []  # no students: say, the selection has no intervals, and narrow blocks train later
     groups: dict[float, list[nn.Parameter]] = {}
     for key, parameter in parameters.items():
-        scale = next((s for start, s in (lr_scales or {}).items() if key.startswith(start)), 1.0)
+        scale = next((s for start, s in options.lr_scales.items() if key.startswith(start)), 1.0)
         groups.setdefault(scale, []).append(parameter)
     optimizer = optimizers.adamw(
         options.optimizer,
@@ -159,6 +162,10 @@ def train(
             regular = progress.step % options.checkpoint_every == 0 or over
             if progress.step % options.log_every == 0 or regular:
                 _log(progress, options.lr_at(step), accelerator)
+                if measure and regular:
+                    more = measure()
+                    for row in progress.rows:
+                        row |= more if row["step"] == progress.step else {}
                 bar.set_postfix(loss=f"{progress.rows[-1]['loss']:.4g}")
             warned = agreement.reached()
             if regular or warned:  # after the last step too: what follows may be killed

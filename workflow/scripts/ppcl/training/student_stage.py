@@ -1,6 +1,7 @@
 """What the stages that teach students share: their command line, their opening and their end."""
 
 import argparse
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,11 +121,13 @@ class StudentStage:
         return loop.train(
             modules,
             losses,
-            loop.Optimisation.from_settings(self.options),
+            dataclasses.replace(
+                loop.Optimisation.from_settings(self.options),
+                lr_scales=distillation.lr_scales(taught, self.settings.width.lr_scale, name),
+            ),
             self.context.accelerator,
             self.state.folder / "checkpoint.safetensors",
             self.state.identity,
-            distillation.lr_scales(taught, self.settings.width.lr_scale, name),
         )
 
     def finish(self, taught: Students, log: pd.DataFrame, schema: pa.Schema) -> None:

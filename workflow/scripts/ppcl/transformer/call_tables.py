@@ -89,21 +89,23 @@ def write(
     file_schemas: Iterable[pa.Schema],
     every: Iterable[pa.Table],
     provenance: dict[str, str],
+    plain: pa.Schema = schemas.CALLS,
 ) -> None:
     """Writes calls.parquet, with a row group per table.
 
     Args:
         file_schemas: of all tables. The file has the tensor columns of each; a table that lacks one
             gets nulls there.
-        every: the tables, each with all columns of schemas.CALLS.
+        every: the tables, each with all columns of `plain`.
+        plain: the columns that are not tensors.
     """
     extra = {
         field.name: pa.field(field.name, field.type, metadata={b"nan": b"allowed"})
         for schema in file_schemas
         for field in schema
-        if field.name not in schemas.CALLS.names
+        if field.name not in plain.names
     }
-    schema = pa.schema([*schemas.CALLS, *(extra[name] for name in sorted(extra))])
+    schema = pa.schema([*plain, *(extra[name] for name in sorted(extra))])
     with tables.writer(path, schema, provenance) as out:
         for table in every:
             for field in schema:
@@ -112,11 +114,16 @@ def write(
             out.write(table)
 
 
-def merge(parts: list[Path], path: Path, provenance: dict[str, str]) -> None:
-    """Joins files of recorded calls, one row group in memory at a time."""
+def merge(
+    parts: list[Path],
+    path: Path,
+    provenance: dict[str, str],
+    plain: pa.Schema = schemas.CALLS,
+) -> None:
+    """Joins files of recorded calls, one row group in memory at a time; `plain` as in `write`."""
     files = [tables.File(part) for part in parts]
     groups = (file.group(number) for file in files for number in range(len(file)))
-    write(path, [file.schema for file in files], groups, provenance)
+    write(path, [file.schema for file in files], groups, provenance, plain)
 
 
 def _nulls(kind: pa.DataType, length: int) -> pa.Array:

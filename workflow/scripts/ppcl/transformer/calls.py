@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
@@ -133,7 +134,7 @@ class Reader:
     """Reads recorded calls by row group, keeping recently used ones decoded in memory.
 
     Args:
-        path: calls.parquet.
+        path: calls.parquet, or another file, with the `schema` of its columns that are no tensors.
         memory: bytes of decoded row groups to keep; if all fit, each is read from disk once.
 
     Attributes:
@@ -146,20 +147,20 @@ class Reader:
         UserError: the file is missing or damaged, or holds no recorded calls.
     """
 
-    def __init__(self, path: str | Path, memory: int = 4 << 30):
+    def __init__(self, path: str | Path, memory: int = 4 << 30, schema: pa.Schema = schemas.CALLS):
         self.path, self._memory = Path(path), memory
         self._reading = threading.Lock()
         self._file = tables.File(path)
         self.provenance = self._file.provenance
-        table = tables.read(path, schemas.CALLS, columns=schemas.CALLS.names)
+        table = tables.read(path, schema, columns=schema.names)
         self.index = {
-            name: table.column(name).to_numpy(zero_copy_only=False) for name in schemas.CALLS.names
+            name: table.column(name).to_numpy(zero_copy_only=False) for name in schema.names
         }
         sizes = [self._file.metadata.row_group(g).num_rows for g in range(len(self._file))]
         self._first = np.concatenate([[0], np.cumsum(sizes)])
         self._groups: OrderedDict[int, dict[str, Tensor]] = OrderedDict()
         self._held = 0
-        tensors = [f for f in self._file.schema if f.name not in schemas.CALLS.names]
+        tensors = [f for f in self._file.schema if f.name not in schema.names]
         try:
             self._columns = {field.name: CallColumn.parse(field.name) for field in tensors}
             for field in tensors:

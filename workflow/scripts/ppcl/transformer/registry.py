@@ -79,6 +79,12 @@ def depth_keys(class_name: str) -> list[tuple[str, str]]:
     return [(blocks.attribute, blocks.depth_key) for blocks in family.lists] if family else []
 
 
+def given_more(pipeline: str) -> str:
+    """Whether the transformer of a pipeline's class gets more than latents and text: why its
+    pictures can't be noised again; empty if it does not."""
+    return _GIVEN_MORE if re.search(_MORE_THAN_LATENTS, pipeline) else ""
+
+
 def fixed_states(transformer: str, pipeline: str) -> str:
     """Why finished pictures of a pipeline can't be noised again for its transformer, so that the
     config's record.renoised_per_sample must be 0; empty if the class names tell no reason.
@@ -86,7 +92,7 @@ def fixed_states(transformer: str, pipeline: str) -> str:
     Args:
         transformer, pipeline: names of their classes.
     """
-    if re.search(_MORE_THAN_LATENTS, pipeline):
-        return _GIVEN_MORE
+    if why := given_more(pipeline):
+        return why
     family = FAMILIES.get(transformer)
     return family.fixed if family else ""
