@@ -1,7 +1,7 @@
 """LoRAs of the embedded teacher on its pruned variants: how much of their effect is left.
 
     snakemake --cores all --configfile config/digits-depth.yaml
-    .venv/bin/python benchmarks/lora.py --run results/digits-depth --models b20 b16 b12
+    .venv/bin/python benchmarks/lora.py --config config/digits-depth.yaml --loras loras
 
 Two LoRAs of rank 8 on the attention. The random one: cosine of what it changes in the variant's
 velocities with what it changes in the teacher's, on the calls of four pictures of other prompts and
@@ -14,8 +14,9 @@ ink, over that of the teacher with the LoRA. Ways of putting them into a variant
     sum        the sum of those of all these blocks
     interval   first, then what each new block's layers change in its output fitted to what the
                interval's change in the teacher's, on the teacher's own streams
-    fit        first, then all layers fitted to what changes in the velocities (remap_lora.py
-               --calls)
+    calls      first, then all layers fitted to what changes in the velocities, on the calls that
+               the run has recorded (remap_lora.py --calls --teacher)
+    fit        the same on calls of the teacher with the LoRA (remap_lora.py --config)
 
 Prints a table in Markdown; --output keeps it as parquet.
 """
@@ -23,6 +24,7 @@ Prints a table in Markdown; --output keeps it as parquet.
 import argparse
 import copy
 import json
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -37,16 +39,18 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ppcl.configuration import config
 from ppcl.digits import teacher as making
 from ppcl.digits.captions import Caption, captions
 from ppcl.digits.handwriting import COLORS, digits, paint, stroke
 from ppcl.digits.judge import Judge
 from ppcl.digits.recipe import TransformerRecipe
-from ppcl.export import lora, lora_files, lora_fit, lora_remap, lora_styles
+from ppcl.export import lora, lora_calls, lora_files, lora_fit, lora_remap, lora_styles
 from ppcl.export.lora_fit import FitOptions
 from ppcl.export.lora_layers import Layer, LoraFile
 from ppcl.export.lora_remap import Given
 from ppcl.extraction import conditioning
+from ppcl.teacher import pipelines, prompts
 from ppcl.training import teaching
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context
@@ -77,8 +81,8 @@ def load(folder: Path) -> DiffusionPipeline:
 def random_lora(pipe: DiffusionPipeline, folder: Path) -> Path:
     """Matrices of a normal distribution."""
     torch.manual_seed(0)
-    config = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, init_lora_weights="gaussian")
-    pipe.transformer.add_adapter(config)
+    adapter = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS, init_lora_weights="gaussian")
+    pipe.transformer.add_adapter(adapter)
     for name, parameter in pipe.transformer.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.015)
@@ -93,9 +97,9 @@ def save(pipe: DiffusionPipeline, folder: Path) -> Path:
 
 def trained_lora(pipe: DiffusionPipeline, folder: Path, steps: int, pictures: int) -> Path:
     """Trained by flow matching on pictures of the teacher's recipe, but for their ink."""
-    config = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS)
+    adapter = LoraConfig(r=8, lora_alpha=8, target_modules=TARGETS)
     torch.manual_seed(0)
-    pipe.transformer.add_adapter(config)
+    pipe.transformer.add_adapter(adapter)
     packed, facts = inked(pipe, pictures)
     buckets = making.caption_buckets(pipe.tokenizer, captions("train"))
     embeddings = making.encode_captions(pipe.text_encoder, buckets)
@@ -132,8 +136,8 @@ def inked(pipe: DiffusionPipeline, count: int) -> tuple[Tensor, Tensor]:
     latents = torch.cat(
         [pipe.vae.encode(part).latent_dist.mean[:, :, 0] for part in pixels.split(250)]
     )
-    config = pipe.vae.config
-    mean, std = (torch.tensor(x)[:, None, None] for x in (config.latents_mean, config.latents_std))
+    vae = pipe.vae.config
+    mean, std = (torch.tensor(x)[:, None, None] for x in (vae.latents_mean, vae.latents_std))
     return making.pack((latents - mean) / std), torch.tensor(facts)
 
 
@@ -203,6 +207,7 @@ class Variant:
         reader = calls.Reader(run / "record" / "calls.parquet")
         self.context = Context(self.teacher.transformer, reader, 0, Accelerator(cpu=True))
         self.options = FitOptions(steps=steps)
+        self.with_loras: Mapping[Path, calls.Reader] = {}
         file = run / "activations" / "conditioning.safetensors"
         self.conditioning = conditioning.read(file) if file.exists() else None
 
@@ -214,8 +219,15 @@ class Variant:
         made = lora_remap.remap(self.pipe.transformer, self.block_map, self.file(path), given)
         return made.file.layers
 
-    def fit(self, path: Path) -> Layers:
+    def recorded_calls(self, path: Path) -> Layers:
         given = Given(self.conditioning, self.context, self.options)
+        made = lora_remap.remap(self.pipe.transformer, self.block_map, self.file(path), given)
+        return made.file.layers
+
+    def fit(self, path: Path) -> Layers:
+        given = Given(
+            self.conditioning, replace(self.context, reader=self.with_loras[path]), self.options
+        )
         made = lora_remap.remap(self.pipe.transformer, self.block_map, self.file(path), given)
         return made.file.layers
 
@@ -322,11 +334,24 @@ WAYS: Mapping[str, Callable[[Variant, Path], Layers]] = {
     "first": Variant.first,
     "sum": Variant.sum,
     "interval": Variant.interval,
+    "calls": Variant.recorded_calls,
     "fit": Variant.fit,
 }
 
 
-def measure(asked: argparse.Namespace, folder: Path) -> pd.DataFrame:
+def recorded(path: Path, asked: argparse.Namespace, folder: Path) -> calls.Reader:
+    """Calls of the teacher with a LoRA, as remap_lora.py records them."""
+    settings = config.load(asked.config)
+    pipe = load(asked.teacher)
+    file = lora_files.read(type(pipe), path, "transformer", pipe.transformer)
+    rows = prompts.read(settings.record.prompts, "record.prompts")
+    samples = pipelines.samples(rows, asked.fit_pictures, settings.seed)
+    folder.mkdir()
+    most = FitOptions().calls
+    return lora_calls.record(pipe, pipe.transformer, file.layers, samples, settings, most, folder)
+
+
+def measure(asked: argparse.Namespace, folder: Path, scratch: Path) -> pd.DataFrame:
     """A row per variant and way: the cosine, and the share of the trained LoRA's effect."""
     inks = Inks(asked.samples)
     teacher = load(asked.teacher)
@@ -343,9 +368,15 @@ def measure(asked: argparse.Namespace, folder: Path) -> pd.DataFrame:
     teacher.load_lora_weights(two.parent, weight_name=two.name)
     reached = inks.share(teacher)
     print(f"yellow ink, teacher: {plain:.3f}, with the trained LoRA {reached:.3f}", flush=True)
+    with_them = {
+        path: recorded(path, asked, scratch / kind)
+        for path, kind in zip((one, two), KINDS, strict=True)
+        if "fit" in asked.ways
+    }
     rows = []
     for name in asked.models:
         variant = Variant(asked.run, name, asked.teacher, asked.steps)
+        variant.with_loras = with_them
         before, bare = answers(variant.pipe.transformer, every), inks.share(variant.pipe)
         for way in asked.ways:
             with_random = adapted(variant, WAYS[way](variant, one))
@@ -382,11 +413,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--config", default="config/digits-depth.yaml", help="of the run")
     parser.add_argument("--run", type=Path, default=Path("results/digits-depth"))
     parser.add_argument("--models", nargs="+", default=["b20", "b16", "b12"])
     parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--teacher", type=Path, default=Path("resources/digits"))
     parser.add_argument("--steps", type=int, default=FitOptions().steps, help="of the fit")
+    parser.add_argument("--fit-pictures", type=int, default=512, help="that it asks for")
     parser.add_argument("--train-steps", type=int, default=300, help="of the trained LoRA")
     parser.add_argument("--pictures", type=int, default=4000, help="that it is trained on")
     parser.add_argument("--samples", type=int, default=200, help="pictures that are judged")
@@ -395,7 +428,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="parquet file for the table")
     asked = parser.parse_args()
-    rows = measure(asked, asked.loras)
+    with tempfile.TemporaryDirectory() as scratch:
+        rows = measure(asked, asked.loras, Path(scratch))
     print(table(rows))
     if asked.output:
         rows.to_parquet(asked.output)

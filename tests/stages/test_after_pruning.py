@@ -15,7 +15,7 @@ from diffusers import QwenImageControlNetModel, QwenImageTransformer2DModel
 from PIL import Image
 from safetensors.torch import save_file
 
-from support import ROOT, ip_files, pruned, published, quantised, tiny
+from support import ROOT, ip_files, pruned, published, quantised
 from support.zoo_images import SPECIMENS
 
 PAGE = ROOT / "docs" / "after-pruning.md"
@@ -45,7 +45,7 @@ def workplace(tmp_path_factory) -> Path:
 
 
 def loras(place: Path) -> None:
-    """Two LoRAs of the teacher, of attention and of modulations, and some recorded calls."""
+    """Two LoRAs of the teacher, of attention and of modulations."""
     torch.manual_seed(0)
     for name, path, outputs in (
         ("style", "attn.to_q", 64),
@@ -57,9 +57,6 @@ def loras(place: Path) -> None:
             made[f"{key}.lora_A.weight"] = torch.randn(2, 64)
             made[f"{key}.lora_B.weight"] = 0.01 * torch.randn(outputs, 2)
         save_file(made, place / f"{name}.safetensors")
-    folder = place / "results/digits-depth/record"
-    folder.mkdir()
-    tiny.record(place / "resources/digits", folder / "calls.parquet", batch=4)
 
 
 def own_pictures(place: Path) -> None:

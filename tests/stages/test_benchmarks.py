@@ -27,7 +27,7 @@ from ppcl.configuration import config
 from ppcl.evaluation import metrics
 from ppcl.runtime import devices
 from ppcl.teacher import pipelines
-from support import pruned, tiny
+from support import ROOT, pruned, tiny
 
 TINY = material.SIZES["tiny"]
 
@@ -77,14 +77,17 @@ def test_each_option_is_measured_against_none(in_place, tmp_path):
 def test_loras_are_put_into_a_variant_in_each_way(tmp_path):
     """On a variant that nobody trained, with a random LoRA as the trained one, and no pictures."""
     folder = pruned.folder(tmp_path / "models/b22", merged=[(3, 5)])
-    (tmp_path / "record").mkdir()
+    for name in ("record", "scratch"):
+        (tmp_path / name).mkdir()
     tiny.record(pruned.TEACHER, tmp_path / "record/calls.parquet", batch=4)
     asked = argparse.Namespace(
+        config=str(ROOT / "config/digits-depth.yaml"),
         run=tmp_path,
         models=[folder.name],
         ways=list(lora.WAYS),
         teacher=pruned.TEACHER,
         steps=2,
+        fit_pictures=2,
         samples=2,
     )
     for kind in lora.KINDS:
@@ -92,9 +95,9 @@ def test_loras_are_put_into_a_variant_in_each_way(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lora, "Judge", lambda: None)
         patch.setattr(lora.Inks, "share", lambda _self, pipe: len(pipe.get_list_adapters()))
-        rows = lora.measure(asked, tmp_path / "loras").set_index("way")
+        rows = lora.measure(asked, tmp_path / "loras", tmp_path / "scratch").set_index("way")
     assert rows.cosine["first"] > max(rows.cosine["numbers"], rows.cosine["sum"])
-    assert all(-1 <= value <= 1 for value in rows.cosine) and rows.trained.tolist() == [1.0] * 5
+    assert all(-1 <= value <= 1 for value in rows.cosine) and rows.trained.tolist() == [1.0] * 6
     assert "| fit |" in lora.table(rows.reset_index())
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 
 import pyarrow.parquet as pq
+import pytest
 import torch
 import yaml
 from diffusers import DiffusionPipeline
@@ -14,7 +15,7 @@ from support import ROOT, dry_runs, loras, tiny, tiny_run
 from support.schedules import LIGHTNING
 
 
-def test_the_exported_pipeline_is_the_few_step_model(tmp_path):
+def test_the_exported_pipeline_is_the_few_step_model(tmp_path, capsys):
     teacher = tiny.pipeline(tmp_path / "teacher", blocks=5)
     lora = loras.save(DiffusionPipeline.from_pretrained(teacher), tmp_path / "four.safetensors")
     source = {"path": str(teacher), "loras": [{"path": str(lora)}], "scheduler": LIGHTNING}
@@ -68,6 +69,20 @@ def test_the_exported_pipeline_is_the_few_step_model(tmp_path):
     for each in (pipe, whole):
         each(prompt="a red 1 on blue", output_type="latent", **call)
     assert torch.equal(pipe.scheduler.sigmas, whole.scheduler.sigmas)
+
+    # Another LoRA is fitted to the few-step model's pictures, by the run's config alone.
+    style = loras.save(
+        DiffusionPipeline.from_pretrained(teacher), tmp_path / "s.safetensors", seed=1
+    )
+    few = {"model": tmp_path / "p70", "lora": style, "steps": 3, "pictures": 2}
+    tiny.stage("remap_lora", settings, **few, output=tmp_path / "o.safetensors")
+    assert "fitted: the squared error" in capsys.readouterr().out
+    pipe.load_lora_weights(tmp_path, weight_name="o.safetensors")
+    given = few | {"teacher": teacher, "calls": made["calls"], "output": tmp_path / "n.safetensors"}
+    for config, why in ((settings, "leave --calls and --teacher out"), (None, "LoRAs were fused")):
+        with pytest.raises(SystemExit):
+            tiny.stage("remap_lora", config, **given)
+        assert why in capsys.readouterr().err
 
 
 def test_every_stage_takes_a_teacher_with_a_lora(tmp_path, monkeypatch):

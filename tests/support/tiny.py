@@ -161,15 +161,15 @@ def candidates(path: Path, runs: list[tuple[int, int]], ffns: list[tuple[int, st
     return path
 
 
-def options(settings: dict, paths: dict) -> list[str]:
-    """Command line of a stage: a config and a path, or a text, per option."""
-    given = ["--config", json.dumps(settings)]
+def options(settings: dict | None, paths: dict) -> list[str]:
+    """Command line of a stage: a config, if there is one, and a path, or a text, per option."""
+    given = ["--config", json.dumps(settings)] if settings else []
     for name, value in paths.items():
         given += [f"--{name.replace('_', '-')}", str(value)]
     return given
 
 
-def stage(name: str, settings: dict, *group: str, **paths) -> None:
+def stage(name: str, settings: dict | None, *group: str, **paths) -> None:
     """Runs a stage's program, or one part of it, in this process; it may end with SystemExit.
 
     accelerate keeps one setting of precision per process, and every stage is a process of its own.

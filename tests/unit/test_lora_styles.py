@@ -332,11 +332,25 @@ def test_a_fit_comes_nearer_to_the_teacher(tiny_teacher, tmp_path):
     model = copy.deepcopy(model)
     given = lora_remap.Given(None, context, lora_fit.FitOptions(steps=40, batch_size=4, rate=0.1))
     names = set(teacher.state_dict()) | set(model.state_dict())
+    with torch.no_grad(), lora_fit.adapted(teacher, layers) as adapters:
+        aims = lora_fit._lessons(context, adapters, model, given.options)
+    assert set(aims.answers) == set(context.reader.rows(heldout=False))
+    one = context.reader.batch(context.reader.rows(heldout=False)[:1])
+    with torch.no_grad():
+        bare, own = (blocks.answer(x, one.arguments)[0] for x in (teacher, model))
+        with lora_fit.adapted(teacher, layers):
+            changed = blocks.answer(teacher, one.arguments)[0] - bare
+    aim = aims.answers[int(one.numbers[0])]
+    shares = (aim - own - changed) / (bare - own)  # of the model's own error, the same everywhere
+    torch.testing.assert_close(shares, shares.mean().expand_as(shares), rtol=1e-2, atol=1e-2)
+    assert 0 < shares.mean() < 1
     made = lora_remap.remap(model, block_map, lora_files.LoraFile(layers), given)
     assert set(teacher.state_dict()) | set(model.state_dict()) == names
     assert len(made.errors) == 40 and sum(made.errors[-5:]) < 0.8 * sum(made.errors[:5])
-    assert made.file.layers.keys() == {
-        f"transformer_blocks.{n}.attn.{x}"
-        for n in range(len(block_map))
+    of_two = {path for path in linears(model) if path.startswith("transformer_blocks.0.")}
+    ranks = {path: len(layer.a) for path, layer in made.file.layers.items()}
+    assert ranks == {path: 4 for path in of_two if "_mod." not in path} | {
+        f"transformer_blocks.{n}.attn.{x}": 2
+        for n in range(1, len(block_map))
         for x in ("to_q", "to_out.0")
     }

@@ -2,13 +2,19 @@
 
     python workflow/scripts/remap_lora.py --lora style.safetensors \
         --model results/digits-depth/models/b16 --output style-b16.safetensors \
-        --calls results/digits-depth/record/calls.parquet --teacher resources/digits
+        --config config/digits-depth.yaml
     python workflow/scripts/remap_lora.py --lora style.safetensors \
         --model results/digits/models/p70 --merge p70-style
 
-Blocks are renumbered as block_map.json tells. With --calls and --teacher, all layers are then
-fitted: what the LoRA changes in the pruned model's answers becomes what it changes in the
-teacher's. Without them, a block that stands for several has the LoRA of the first.
+Blocks are renumbered as block_map.json tells. Without more, a block that stands for several has the
+LoRA of the first.
+
+With --config, the run's, all layers are then fitted: the teacher makes pictures of the run's
+prompts with the LoRA, and what the LoRA changes in the pruned model's answers becomes what it
+changes in the teacher's. A large LoRA also makes up for what the pruned model itself has lost
+there. Blocks that stand for several get layers on all their linear parts. With --calls and
+--teacher, the fit is on the calls that the run has recorded without the LoRA, which needs no
+pipeline but the transformer, and is less near. On a large model, fewer --pictures and --steps do.
 
 --output writes a LoRA file, or with --style peft a folder. A modulation of low rank gets the
 projection of its layer, for which --conditioning tells its inputs (activations/ of the run), and
@@ -20,6 +26,7 @@ reason.
 """
 
 import argparse
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +34,24 @@ import torch
 from torch import nn
 
 from ppcl import program
+from ppcl.configuration import config
 from ppcl.errors import UserError
-from ppcl.export import assembly, block_maps, lora_files, lora_fit, lora_remap, lora_styles
+from ppcl.export import (
+    assembly,
+    block_maps,
+    lora_calls,
+    lora_files,
+    lora_fit,
+    lora_remap,
+    lora_styles,
+)
+from ppcl.export.lora_layers import LoraFile
 from ppcl.export.lora_remap import Given, Remapped
 from ppcl.extraction import conditioning
 from ppcl.runtime import processes
 from ppcl.settings import TeacherSettings
 from ppcl.storage import tensors, whole
-from ppcl.teacher import hub, pipelines, teacher_identity
+from ppcl.teacher import arguments, hub, pipelines, prompts, teacher_identity
 from ppcl.transformer import blocks, calls
 from ppcl.transformer.context import Context
 
@@ -49,6 +66,9 @@ def command_line() -> argparse.Namespace:
         lora="file of a LoRA of the teacher",
         teacher="folder of the teacher's pipeline; with --calls",
     )
+    parser.add_argument(
+        "--config", help="of the run, or inline JSON: fit on the teacher's pictures"
+    )
     output = parser.add_mutually_exclusive_group(required=True)
     output.add_argument("--output", type=Path, help="output: a LoRA file")
     output.add_argument("--merge", type=Path, help="output: a pipeline folder")
@@ -61,7 +81,11 @@ def command_line() -> argparse.Namespace:
     parser.add_argument("--component", default="transformer", help="the pipeline's pruned part")
     parser.add_argument("--dtype", default="float32", help="number format of its weights")
     parser.add_argument("--device", default="auto", help="where to fit: auto, cpu, cuda or mps")
-    parser.add_argument("--steps", type=int, default=400, help="of the fit (%(default)s)")
+    steps = lora_fit.FitOptions.steps
+    parser.add_argument("--steps", type=int, default=steps, help="of the fit (%(default)s)")
+    parser.add_argument(
+        "--pictures", type=int, default=512, help="to make, with --config (%(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -70,12 +94,16 @@ def refuse(args: argparse.Namespace) -> None:
     for option in ("output", "merge"):
         if (target := getattr(args, option)) and target.exists():
             raise UserError(f"--{option}: {target} is there already; name a new one")
+    if args.config and (args.calls or args.teacher):
+        raise UserError("--config tells the teacher: leave --calls and --teacher out")
     if (args.calls is None) != (args.teacher is None):
-        raise UserError("--calls and --teacher go together: a fit needs both")
-    if args.calls and args.dtype != "float32":
-        raise UserError("--calls: the fit is in float32; leave --dtype out")
+        raise UserError("--calls and --teacher go together: a fit needs both, or --config alone")
+    if (args.config or args.calls) and args.dtype != "float32":
+        raise UserError("--dtype: a fit is in float32; leave it out")
     if args.steps < 2:
         raise UserError("--steps: a fit takes 2 steps at least")
+    if args.pictures < 1:
+        raise UserError("--pictures: a fit takes 1 at least")
     if args.output and (args.output.suffix == ".safetensors") == (args.style == "peft"):
         wanted = "a folder for peft" if args.style == "peft" else "a .safetensors file"
         raise UserError(f"--output: {args.output} is not the name of {wanted}")
@@ -87,20 +115,46 @@ def settings(args: argparse.Namespace, folder: Path, **more: Any) -> TeacherSett
     return TeacherSettings.of(of | more)
 
 
-def known(args: argparse.Namespace) -> Given:
-    """What is given beside the LoRA and the model."""
+def known(args: argparse.Namespace, file: LoraFile, scratch: Path) -> Given:
+    """What is given beside the LoRA and the model. scratch: an empty folder."""
     moments = conditioning.read(args.conditioning) if args.conditioning else None
+    options = lora_fit.FitOptions(steps=args.steps)
+    if args.config:
+        return Given(moments, with_the_lora(args, file, options, scratch), options)
     if not args.calls:
         return Given(moments)
     accelerator = processes.accelerator(args.device)
     reader = calls.Reader(args.calls)
+    if teacher_identity.had_loras(reader.provenance):
+        raise UserError(
+            "--teacher: LoRAs were fused into it when --calls were recorded, which its folder does "
+            "not tell; give the run's config (--config) in place of both"
+        )
     # It changes nothing in the transformer, and is not asked for here.
     scheduler = teacher_identity.recorded_scheduler(reader.provenance)
     source = settings(args, args.teacher, scheduler=scheduler)
     teacher = teacher_identity.recorded(source, reader.provenance)
     transformer = pipelines.load_transformer(teacher, accelerator.device, key="--teacher")
-    context = Context(transformer, reader, 0, accelerator)
-    return Given(moments, context, lora_fit.FitOptions(steps=args.steps))
+    return Given(moments, Context(transformer, reader, 0, accelerator), options)
+
+
+def with_the_lora(
+    args: argparse.Namespace, file: LoraFile, options: lora_fit.FitOptions, scratch: Path
+) -> Context:
+    """The config's teacher, and its calls with the LoRA."""
+    given = config.load(args.config)
+    rows = prompts.read(given.record.prompts, "record.prompts")
+    arguments.before_loading(given.teacher, given.pipeline, rows, "record.prompts")
+    accelerator = processes.accelerator(args.device)
+    teacher = given.teacher.replace(component=args.component, dtype="float32")
+    pipe = pipelines.load(teacher_identity.resolved(teacher), accelerator.device)
+    transformer = pipelines.denoiser(pipe, teacher).requires_grad_(False)
+    lora_remap.refuse_others(transformer, file)
+    samples = pipelines.samples(rows, args.pictures, given.seed)
+    reader = lora_calls.record(
+        pipe, transformer, file.layers, samples, given, options.calls, scratch
+    )
+    return Context(transformer, reader, given.seed, accelerator)
 
 
 def write(path: Path, made: Remapped, args: argparse.Namespace, pipe, model: nn.Module) -> None:
@@ -140,11 +194,12 @@ def main() -> None:
     count = len(blocks.block_sequence(model))
     block_map = block_maps.read(args.model / args.component, count)
     file = lora_files.read(type(pipe), args.lora, args.component, model)
-    given = known(args)
-    if given.teacher:
-        model.to(given.teacher.device)
     make = lora_remap.merge if args.merge else lora_remap.remap
-    made = make(model, block_map, file, given)
+    with tempfile.TemporaryDirectory() as scratch:
+        given = known(args, file, Path(scratch))
+        if given.teacher:
+            model.to(given.teacher.device)
+        made = make(model, block_map, file, given)
     model.to("cpu")
     if args.merge:
         model = assembly.with_code(model)

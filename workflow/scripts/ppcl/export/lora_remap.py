@@ -76,8 +76,9 @@ def remap(
     layers, lost = lora.projected(model, places, given.conditioning)
     errors: list[float] = []
     if given.teacher is not None:
-        _in_teacher(given.teacher.transformer, file)
-        layers, errors = lora_fit.fit(given.teacher, model, file.layers, layers, given.options)
+        refuse_others(given.teacher.transformer, file)
+        teacher, options = given.teacher, given.options
+        layers, errors = lora_fit.fit(teacher, model, block_map, file.layers, layers, options)
     return Remapped(replace(file, layers=layers, unusable=unusable), lost, errors)
 
 
@@ -94,8 +95,8 @@ def merge(
     if given is not None and given.teacher is not None:
         if low:
             raise UserError(
-                f"--calls: {low[0]} is of a modulation of low rank, which --merge makes wider and "
-                "no fit can reach; leave --calls out, or write a LoRA file (--output)"
+                f"--merge: {low[0]} is of a modulation of low rank, which --merge makes wider and "
+                "no fit can reach; leave --config or --calls out, or write a LoRA file (--output)"
             )
         made = remap(model, block_map, file, given)
     else:
@@ -106,7 +107,7 @@ def merge(
     return replace(made, file=replace(made.file, unusable=made.file.unusable | apart))
 
 
-def _in_teacher(teacher: nn.Module, file: LoraFile) -> None:
+def refuse_others(teacher: nn.Module, file: LoraFile) -> None:
     """Raises UserError unless all layers fit the teacher."""
     identity = [[block.index] for block in blocks.block_sequence(teacher)]
     _, gone = lora.places(teacher, identity, file.layers)

@@ -151,6 +151,11 @@ def note(teacher: TeacherSettings) -> dict[str, str]:
     return noted
 
 
+def had_loras(noted: Mapping[str, str]) -> bool:
+    """Whether LoRAs were fused into the teacher that a `note` is of."""
+    return _LORAS in noted
+
+
 def _noted_lora(lora: LoraSettings) -> list:
     """What identifies a LoRA of a `resolved` teacher, and its use."""
     name = _MARKS[lora_files.on_hub(lora)]
