@@ -61,6 +61,14 @@ def velocity_log(level: float, steps: int = 600) -> pd.DataFrame:
     return pd.DataFrame(dict(zip(schemas.VELOCITY_LOG.names, columns, strict=True)))
 
 
+def finetune_log(level: float, steps: int = 600) -> pd.DataFrame:
+    """Of a variant that learns pictures, too, with one's own held out at every hundredth step."""
+    log = velocity_log(level, steps)
+    loss = 0.5 + level / (1 + log["step"])
+    heldout = loss.where(log["step"] % 100 == 0)
+    return log.assign(picture_loss=loss, heldout_picture_loss=heldout)[schemas.FINETUNE_LOG.names]
+
+
 VARIANTS = {"teacher": (1.0, 1.0, 0.0), "p85": (0.85, 0.86, 0.004), "p70": (0.7, 0.72, 0.02)}
 VARIANTS["p55"] = (0.54, 0.57, 0.035)
 
@@ -141,7 +149,9 @@ def images_table(judged: bool = True, prompts: int = 8, side: int = 32) -> pd.Da
 def test_training_plots(tmp_path):
     log = write(tmp_path, "distill-log", distill_log(search_tables(24, 8)["intervals"]))
     joint = write(tmp_path / "subsets", "log", velocity_log(0.1))
-    tuned = [write(tmp_path, name, velocity_log(e)) for name, e in (("p70", 0.05), ("p55", 0.2))]
+    plain = velocity_log(0.05).assign(picture_loss=np.nan, heldout_picture_loss=np.nan)
+    logs = {"p70": plain[schemas.FINETUNE_LOG.names], "p55": finetune_log(0.2)}
+    tuned = [write(tmp_path, name, log) for name, log in logs.items()]
     common = ["training", "--config", TRAINING_CONFIG, "--distill-log", log, "--output", tmp_path]
     draw(*common, "--subsets-log", joint, "--finetune-logs", *tuned)
     assert "normalised loss" in svg_text(tmp_path / "distill.svg")
@@ -161,6 +171,15 @@ def test_velocity_shows_every_logged_step_of_error_and_learning_rate():
     for ax, column in ((error, "velocity_error"), (rate, "lr")):
         np.testing.assert_array_equal(ax.lines[0].get_xdata(), log["step"])
         np.testing.assert_array_equal(ax.lines[0].get_ydata(), log[column])
+
+
+def test_pictures_of_ones_own_have_a_panel_and_those_held_out_dots():
+    logs = {"p70": velocity_log(0.1), "p55": finetune_log(0.1).assign(velocity_error=np.nan)}
+    error, _, own = velocity_errors(logs, list(logs), "title").axes
+    assert len(error.lines) == 2  # of p70 alone: p55 is trained on pictures alone
+    line, dots = own.lines
+    np.testing.assert_array_equal(line.get_ydata(), logs["p55"]["picture_loss"])
+    assert np.isfinite(dots.get_ydata()).sum() == 6
 
 
 @pytest.mark.parametrize("judged", [True, False])

@@ -191,7 +191,8 @@ def calibration_table(seed: int = 0) -> pd.DataFrame:
 
 def write(folder: Path, name: str, table: pd.DataFrame, blocks: int = 24) -> Path:
     path = folder / f"{name}.parquet"
-    schema = getattr(schemas, name.upper().replace("-", "_"), schemas.VELOCITY_LOG)
+    log = schemas.FINETUNE_LOG if "picture_loss" in table else schemas.VELOCITY_LOG
+    schema = getattr(schemas, name.upper().replace("-", "_"), log)
     stamp = {"commit": "0123abc", "created": "2026-01-01", "blocks": str(blocks)}
     tables.write(path, table, schema, stamp)
     return path
