@@ -1,12 +1,15 @@
 """Distill, subsets and finetune as real processes: killed, resumed, and two of them at once."""
 
+import json
 import os
+import signal
 import subprocess
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from ppcl.pruning import selection_file
 from ppcl.storage import schemas, tables, tensors
@@ -160,3 +163,51 @@ def test_missing_and_truncated_inputs_end_with_one_message(world, distilled, tmp
     with pytest.raises(SystemExit):
         tiny.stage("distill", nowhere, **distill_paths(world, "refused"))
     assert f"teacher.path: {tmp_path} is not a diffusers pipeline" in capsys.readouterr().err
+
+
+def test_killed_encoding_and_fine_tuning_with_pictures_end_with_the_same(
+    world, distilled, tmp_path
+):
+    """Encoding is killed when it is about to put its second batch in place."""
+    own = tmp_path / "own"
+    own.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(picture).save(own / f"{number:02d}.png")
+        (own / f"{number:02d}.txt").write_text(f"picture {number % 2}")
+    settings = world[1] | {"pipeline": {"height": 32, "width": 32, "num_inference_steps": 2}}
+    made = {
+        name: {"data": str(own), "encoded": tmp_path / f"{name}.parquet", "state": tmp_path / name}
+        for name in ("whole", "killed")
+    }
+    tiny.stage("encode", settings, **made["whole"])
+    killer = KILLER.replace('"checkpoint" in', '".parquet" in')
+    script = str(SCRIPTS / "encode.py")
+    done = fresh.run(fresh.MODELS, "-c", killer, script, *tiny.options(settings, made["killed"]))
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(list(made["killed"]["state"].glob("*/??????.parquet"))) == 1
+    tiny.stage("encode", settings, **made["killed"])
+    one, other = (tables.read(paths["encoded"]).to_pandas() for paths in made.values())
+    assert len(one) == 24 and one["heldout"].any()
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+    encoded = {"encoded": made["whole"]["encoded"]}
+    whole = finetune_paths(world, distilled, "pictures") | encoded
+    tiny.stage("finetune", settings, **whole)
+    paths = finetune_paths(world, distilled, "pictures-killed") | encoded
+    kill_and_resume("finetune", settings, paths)
+    assert equal(paths["output"], whole["output"])
+    assert_same_log(paths["log_table"], whole["log_table"], schemas.FINETUNE_LOG)
+    told = json.loads(tables.provenance(whole["log_table"])["heldout"])
+    assert told["kept"] == "trained" and told["after"]["sum"] < told["before"]["sum"]
+
+    # Steps that are far too long make the loss on what is held out worse.
+    worse = settings | {"finetune": settings["finetune"] | {"lr": 1.0}}
+    kept = finetune_paths(world, distilled, "pictures-worse") | encoded
+    tiny.stage("finetune", worse, **kept)
+    told = json.loads(tables.provenance(kept["log_table"])["heldout"])
+    assert told["kept"] == "start" and not told["after"]["sum"] < told["before"]["sum"]
+    start = tensors.read(kept["output"])[0]
+    assert all(torch.isfinite(tensor).all() for tensor in start.values())
+    assert not equal(kept["output"], whole["output"])
