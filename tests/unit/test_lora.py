@@ -349,6 +349,24 @@ def test_the_program(tiny_teacher, recorded, tmp_path, modules, monkeypatch, cap
         assert why in capsys.readouterr().err
 
 
+def test_code_of_another_version_is_told(tiny_teacher, recorded, tmp_path, modules, monkeypatch):
+    """And not run, unless all code in the folder is trusted."""
+    pipe = tiny.load(tiny_teacher)
+    stock, folder = pipe.transformer, tmp_path / "p"
+    low = modulation.low_rank(stock, identity(stock), every(stock, 4), recorded)
+    pipe.register_modules(transformer=assembly.with_code(low))
+    assembly.save(assembly.TeacherPipeline(pipe), pipe.transformer, identity(stock), folder)
+    assert assembly.may_run(folder, "transformer")
+    monkeypatch.setattr(pruned_class, "_TEXT", pruned_class._TEXT + "\n# newer")
+    assert assembly.may_run(folder, "transformer", trusted=True)
+    given = ["--model", folder, "--lora", folder / "model_index.json", "--merge", tmp_path / "m"]
+    monkeypatch.setattr("sys.argv", ["remap_lora", *map(str, given)])
+    program = runpy.run_path(str(SCRIPTS / "remap_lora.py"))
+    with pytest.raises(UserError, match="by another version of this program .*; run assemble"):
+        program["main"]()
+    assert not (tmp_path / "m").exists()
+
+
 def test_nothing_is_unpickled(stock, tmp_path):
     torch.save({"transformer.x.lora_A.weight": torch.ones(1, 1)}, tmp_path / "a.bin")
     with pytest.raises(UserError, match=r"a\.bin is no \.safetensors file"):

@@ -1,6 +1,7 @@
 """LoRA files of all styles, into pruned tiny pipelines of several families and out again."""
 
 import copy
+import dataclasses
 import json
 
 import pytest
@@ -312,6 +313,52 @@ def test_other_files_are_one_message(pipes, change, why, tmp_path):
     with pytest.raises(UserError, match=f"--lora.*{why}"):
         file = read(pipe, path)
         lora_remap.remap(pipe.transformer, [[i] for i in range(4)], file)
+
+
+@pytest.mark.parametrize("style", ["diffusers", "peft"])
+def test_another_familys_lora_is_refused_though_parts_of_it_fit(pipes, style, tmp_path):
+    """Blocks of FLUX and Qwen-Image are of one width, and both call the first list the same."""
+    flux, path = pipes["flux"], tmp_path / "a.safetensors"
+    file = lora_files.LoraFile(layers_of(flux.transformer))
+    save_file(lora_styles.styled(file, style, type(flux), "transformer", flux.transformer), path)
+    why = "layers of single_transformer_blocks.*FluxTransformer2DModel.*of another family"
+    with pytest.raises(UserError, match=f"--lora: {path} has {why}"):
+        read(pipes["qwen-image"], path)
+    read(flux, path)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "wan", "sd3"])
+def test_original_names_of_another_family_are_told(pipes, name, tmp_path):
+    key, path = "lora_unet_double_blocks_0_img_attn_qkv", tmp_path / "a.safetensors"
+    down, up = torch.ones(2, 8), torch.ones(24, 2)
+    save_file({f"{key}.lora_down.weight": down, f"{key}.lora_up.weight": up}, path)
+    with pytest.raises(UserError, match="double_blocks, which LoRAs of Flux.* of another family"):
+        read(pipes[name], path)
+
+
+@pytest.mark.parametrize("name", ["qwen-image", "flux", "sd3"])
+@pytest.mark.parametrize(
+    ("end", "method"), [("hada_w1_a", "LoHa"), ("oft_blocks", "OFT"), ("oft_R.weight", "OFT")]
+)
+@pytest.mark.parametrize("start", ["transformer.transformer_blocks.0.attn.", "lora_unet_x_0_"])
+def test_what_is_of_another_method_is_told(pipes, name, end, method, start, tmp_path):
+    save_file({f"{start}to_q.{end}": torch.ones(8, 2)}, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=f"is a {method} .*is no LoRA"):
+        read(pipes[name], tmp_path / "a.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("style", lora_styles.STYLES)
+def test_a_file_of_one_byte_per_number_becomes_bfloat16(pipes, dtype, style, tmp_path):
+    pipe = pipes["qwen-image"]
+    state = in_diffusers(layers_of(pipe.transformer))
+    key = "transformer.transformer_blocks.0.attn.to_q"
+    save_file({k: v.to(dtype) for k, v in state.items()}, tmp_path / "a.safetensors")
+    file = read(pipe, tmp_path / "a.safetensors")
+    layer = file.layers[key.removeprefix("transformer.")]
+    file.layers[key.removeprefix("transformer.")] = dataclasses.replace(layer, scale=0.3 / 2)
+    made = lora_styles.styled(file, style, type(pipe), "transformer", pipe.transformer)
+    assert {tensor.dtype for tensor in made.values()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 40, b"\x08" + b"\0" * 7 + b"[[[[[[[["])

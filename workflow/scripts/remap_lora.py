@@ -187,7 +187,7 @@ def main() -> None:
     assembly.verify(args.model)
     if args.component not in hub.parts(args.model, "--model"):
         raise UserError(f"--component: {args.model} has no {args.component}")
-    trusted = assembly.own_code(args.model, args.component)
+    trusted = assembly.may_run(args.model, args.component)
     source = settings(args, args.model, trust_remote_code=trusted)
     pipe = pipelines.load(source, torch.device("cpu"), key="--model")
     model = pipelines.denoiser(pipe, source).requires_grad_(False)

@@ -60,13 +60,13 @@ def models(teacher: TeacherSettings, folders: list[Path]) -> list[Model]:
         assembly.verify(folder)
         if folder.name in {model.name for model in models}:
             raise UserError(f"--models: two models are named '{folder.name}'; rename the folder")
-        own_code = assembly.own_code(folder, hub.component(teacher))
+        trusted = assembly.may_run(folder, hub.component(teacher), teacher.trust_remote_code)
         source = teacher.replace(
             path=str(folder),
             revision=None,
             variant=None,
             subfolder=None,
-            trust_remote_code=own_code or teacher.trust_remote_code,
+            trust_remote_code=trusted,
             fingerprint=None,  # which is the teacher's, as are those below, which exports hold
             loras=(),
             scheduler={},

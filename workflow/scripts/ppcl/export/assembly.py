@@ -265,6 +265,24 @@ def own_code(folder: Path, component: str = "transformer") -> bool:
     return path.read_text(encoding="utf-8") == pruned_class.module_text(base, of.layouts())
 
 
+def may_run(folder: Path, component: str, trusted: bool = False) -> bool:
+    """Whether code in an exported folder may run: what `export` writes, or all if it is `trusted`.
+
+    Raises:
+        UserError: another version of `export` wrote it, so that nothing says what it does.
+    """
+    if trusted or own_code(folder, component):
+        return True
+    module = str(hub.read_index(folder)[component][0])
+    alone = trust.code_in(folder) == [f"{component}/{module}.py"]
+    if alone and module.startswith(pruned_class.MODULE):
+        raise UserError(
+            f"{folder}: the code of its {component} was made by another version of this program "
+            "(or changed since); run assemble again, or use the version that made it"
+        )
+    return False
+
+
 @torch.no_grad()
 def prove(
     folder: Path,

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ppcl.errors import UserError
-from ppcl.export.lora_layers import Layer, LoraFile
+from ppcl.export import lora_foreign
+from ppcl.export.lora_layers import Layer, LoraFile, dtype_of
 from ppcl.storage import untrusted
 
 LARGEST = 16 << 30  # bytes; the LoRAs of rank 256 of a transformer of 20B have half of that
@@ -67,6 +68,8 @@ def read(
     if not hasattr(pipeline, "lora_state_dict"):
         raise UserError(f"--lora: diffusers has no LoRAs for {pipeline.__name__}")
     stored, notes = _stored(path)
+    if strange := lora_foreign.other_family(stored, model):
+        raise UserError(f"--lora: {path} {strange}")
     parts = {name for name, _ in model.named_children()}
     prefix = prefix_of(pipeline, component)
     try:
@@ -76,13 +79,13 @@ def read(
     except UserError as error:
         raise UserError(f"--lora: {path}: {error}") from error
     except Exception as error:  # diffusers raises many kinds; all mean "not such a file"
-        raise UserError(f"--lora: {path} can't be read as a LoRA: {error!r}") from error
+        told = lora_foreign.other_method(stored) or f"can't be read as a LoRA: {error!r}"
+        raise UserError(f"--lora: {path} {told}") from error
     if not layers:
-        why = next(iter(made.unusable.items()), None)
-        more = f"; '{why[0][:200]}' {why[1]}" if why else ""
-        raise UserError(f"--lora: {path} has no layers of '{component}'{more}")
-    matrices = [tensor for tensor in stored.values() if tensor.ndim > 1]
-    return LoraFile(layers, others, made.unusable, matrices[0].dtype if matrices else torch.float32)
+        key, why = next(iter(made.unusable.items()), ("", ""))
+        more = f"has no layers of '{component}'" + (f"; '{key[:200]}' {why}" if why else "")
+        raise UserError(f"--lora: {path} {lora_foreign.other_method(made.unusable) or more}")
+    return LoraFile(layers, others, made.unusable, dtype_of(stored))
 
 
 def prefix_of(pipeline: type[DiffusionPipeline], component: str) -> str:

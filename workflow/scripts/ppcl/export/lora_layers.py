@@ -1,5 +1,6 @@
 """What a LoRA is made of."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -40,10 +41,18 @@ class LoraFile:
         layers: of the pruned component, by the path of their Linear in the teacher.
         others: tensors of other components (text encoders), by diffusers' own keys.
         unusable: key, or path of a layer -> why nothing can be made of it.
-        dtype: of the file's matrices; what is written has it, too.
+        dtype: what is written is of it: that of the file's matrices, or bfloat16 for one byte's.
     """
 
     layers: dict[str, Layer]
     others: dict[str, Tensor] = field(default_factory=dict)
     unusable: dict[str, str] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+
+
+def dtype_of(stored: Mapping[str, Tensor]) -> torch.dtype:
+    """What a file made of this one is written in: bfloat16 for a type of one byte, in which neither
+    alphas nor scaled matrices keep their values."""
+    matrices = [tensor.dtype for tensor in stored.values() if tensor.ndim > 1]
+    dtype = matrices[0] if matrices else torch.float32
+    return dtype if dtype.itemsize > 1 else torch.bfloat16
