@@ -79,7 +79,8 @@ def command_line() -> argparse.Namespace:
         help="names in --output (%(default)s)",
     )
     parser.add_argument("--component", default="transformer", help="the pipeline's pruned part")
-    parser.add_argument("--dtype", default="float32", help="number format of its weights")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", default="float32", choices=dtypes, help="of its weights")
     parser.add_argument("--device", default="auto", help="where to fit: auto, cpu, cuda or mps")
     steps = lora_fit.FitOptions.steps
     parser.add_argument("--steps", type=int, default=steps, help="of the fit (%(default)s)")
