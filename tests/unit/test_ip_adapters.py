@@ -177,6 +177,8 @@ def test_what_is_no_adapter_of_this_teacher_is_refused(tmp_path):
         "other weights for attention 3 than for 5": {
             name: w for name, w in weights.items() if name != "ip_adapter.4.to_v_ip.bias"
         },
+        "'ip_adapter.4.to_k_ip.weight' is of the shape .* of another model": weights
+        | {"ip_adapter.4.to_k_ip.weight": drawn(model.config["attention_head_dim"], 8)},
         "has no weights such as ip_adapter.0": {"ip_adapter.x.to_k_ip.weight": drawn(2, 2)},
     }
     for message, content in changed.items():
@@ -190,6 +192,17 @@ def test_what_is_no_adapter_of_this_teacher_is_refused(tmp_path):
         ip_adapters.remap(tmp_path / "ip.bin", model)
     with pytest.raises(UserError, match="does not exist"):
         ip_adapters.remap(tmp_path / "none.safetensors", model)
+
+
+def test_sums_of_one_byte_per_number_become_bfloat16(tmp_path):
+    _, _, _, file, folder = prepared("flux", "diffusers", tmp_path)
+    small = {name: w.to(torch.float8_e4m3fn) for name, w in load_file(file).items()}
+    save_file(small, tmp_path / "small.safetensors")
+    model = pruned_models.read(folder, "transformer")
+    made = ip_adapters.remap(tmp_path / "small.safetensors", model)
+    three = sum(small[f"ip_adapter.{old}.to_v_ip.weight"].double() for old in (3, 4, 5))
+    assert torch.equal(made["ip_adapter.2.to_v_ip.weight"], three.bfloat16())
+    assert made["ip_adapter.2.to_k_ip.weight"].dtype == torch.float8_e4m3fn
 
 
 def run(paths):

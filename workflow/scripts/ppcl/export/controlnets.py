@@ -42,7 +42,7 @@ def remap(controlnet: Path, model: pruned_models.Pruned, output: Path) -> bool:
     given = pruned_models.config(controlnet, "--controlnet")
     made_by = _stock_class(control, given, controlnet)
     config = _defaults(made_by) | given
-    if (own := _width(config)) != (wanted := _width(model.config)):
+    if (own := pruned_models.width(config)) != (wanted := pruned_models.width(model.config)):
         raise UserError(
             f"--controlnet: {controlnet} is {own} channels wide, but the model's stream has "
             f"{wanted}: it is of another model"
@@ -180,16 +180,6 @@ def _defaults(made_by: type) -> dict[str, Any]:
         for name, value in parameters.items()
         if value.default is not inspect.Parameter.empty
     }
-
-
-def _width(config: Mapping[str, Any]) -> Any:
-    """Channels of the image stream."""
-    if "dim" in config:
-        return config["dim"]
-    try:
-        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
-    except (KeyError, TypeError, ValueError):
-        return None
 
 
 def _weights(folder: Path) -> list[Path]:

@@ -47,6 +47,7 @@ def remap(file: Path, model: pruned_models.Pruned) -> dict[str, Tensor]:
             f"--adapter: {file} has weights for {len(weights)} attentions, but the teacher has "
             f"{teacher}: it is of another model"
         )
+    _check_width(file, weights, pruned_models.width(model.config))
     made = dict(others)
     for new, olds in enumerate(places):
         try:
@@ -73,6 +74,17 @@ def numbers(adapter: Adapter, model: pruned_models.Pruned) -> list[list[int]]:
     return [made[which] for which in sorted(made)]
 
 
+def _check_width(file: Path, weights: Mapping[int, Named], width: int | None) -> None:
+    """Raises UserError unless keys are of the width of the stream that reads them."""
+    for name, weight in (each for named in weights.values() for each in named.values()):
+        is_key = name.endswith(("to_k_ip.weight", "k_proj.weight"))
+        if is_key and width is not None and weight.shape[:1] != (width,):
+            raise UserError(
+                f"--adapter: {file}: {name!r} is of the shape {tuple(weight.shape)}, but the "
+                f"model's stream has {width} channels: it is of another model"
+            )
+
+
 def _merged(each: list[Named], adapter: Adapter, number: int) -> dict[str, Tensor]:
     """The weights for one attention under its new number, from those for the ones that it stands
     for: the first's, but for those that are summed."""
@@ -81,7 +93,9 @@ def _merged(each: list[Named], adapter: Adapter, number: int) -> dict[str, Tenso
         weight = first
         if len(each) > 1 and any(part in adapter.summed for part in inside.split(".")):
             stacked = torch.stack([of[inside][1] for of in each])
-            weight = stacked.double().sum(0).to(first.dtype)
+            # In a type of one byte, a sum would keep one or two digits.
+            dtype = first.dtype if first.dtype.itemsize > 1 else torch.bfloat16
+            weight = stacked.double().sum(0).to(dtype)
         prefix, _, rest = name.split(".", 2)
         made[f"{prefix}.{number}.{rest}"] = weight
     return made

@@ -59,3 +59,13 @@ def config(folder: Path, option: str) -> dict[str, Any]:
         raise UserError(
             f"{option}: {folder} has no {weights.CONFIG}; name a folder that save_pretrained wrote"
         ) from error
+
+
+def width(config: Mapping[str, Any]) -> Any:
+    """Channels of the image stream; None if the config does not tell."""
+    if "dim" in config:
+        return config["dim"]
+    try:
+        return int(config["num_attention_heads"]) * int(config["attention_head_dim"])
+    except (KeyError, TypeError, ValueError):
+        return None
