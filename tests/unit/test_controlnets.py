@@ -400,6 +400,35 @@ def test_places_of_z_image_move_and_only_a_shared_block_needs_a_sum():
         controlnets.planned(Z_IMAGE.control, maps, {key: [0, 6]}, HERE)
 
 
+TWICE = {
+    "QwenImageTransformer2DModel": [{"num_layers": n} for n in (1, 2, 4, 6)],
+    "FluxTransformer2DModel": [
+        {"num_layers": n, "num_single_layers": m, "conditioning_embedding_channels": c}
+        for n, m, c in ((2, 3, None), (6, 0, None), (2, 0, 4))
+    ],
+    "SD3Transformer2DModel": [{"num_layers": n} for n in (1, 4, 6)],
+    "SanaTransformer2DModel": [{"num_layers": n} for n in (1, 3, 5)],
+    "ZImageTransformer2DModel": [{"control_layers_places": [0, 1, 2, 4]}],
+}
+
+
+@pytest.mark.parametrize(
+    "name, config", [(name, config) for name, every in TWICE.items() for config in every]
+)
+def test_a_model_that_is_pruned_twice_gets_what_one_that_is_pruned_once_would(name, config):
+    """Remapped for the first variant, then for the variant of that one."""
+    control = FAMILIES[name].control
+    first, second = [[0, 1], [2], [3, 4], [5]], [[0], [1, 2], [3]]
+    both = [[0, 1], [2, 3, 4], [5]]
+
+    def sums(block_map, config):
+        maps = dict.fromkeys(control.lists, block_map)
+        return controlnets.planned(control, maps, config, HERE)[1]
+
+    again = sums(second, config | {"block_samples": sums(first, config)})
+    assert again == sums(both, config)
+
+
 def test_where_the_block_count_stays_the_stock_class_fits(made, tmp_path):
     """A variant that is only narrow, and one whose pruned list gets no samples."""
     place, model = saved(
@@ -438,9 +467,17 @@ def test_a_narrow_variant_takes_it_as_it_is(tmp_path):
     assert all(map(torch.equal, mine_samples, theirs))
 
 
+def remapped_as(sums):
+    return {"_class_name": "RemappedQwenImageControlNetModel", "block_samples": sums}
+
+
 @pytest.mark.parametrize("change, message", [
     ({"_class_name": "FluxControlNetModel"}, "takes samples of a QwenImageControlNetModel"),
-    ({"_class_name": "RemappedQwenImageControlNetModel"}, "for a pruned model already"),
+    ({"_class_name": "RemappedQwenImageControlNetModel"}, "takes samples of a QwenImageControlNet"),
+    (remapped_as([[[0], [0], [1]]]), "remapped already, for a pruned model with 3 blocks or more"),
+    (remapped_as([[[2]] * 6]), "block_samples are no sums of its samples"),
+    (remapped_as([[[0]] * 6, []]), "block_samples are no sums of its samples"),
+    (remapped_as("x"), "block_samples are no sums of its samples"),
     ({"_class_name": ["x"]}, "takes samples of a QwenImageControlNetModel"),
     ({"num_layers": "two"}, "num_layers is two"),
     ({"num_layers": -1}, "num_layers is -1"),

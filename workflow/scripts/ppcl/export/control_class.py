@@ -78,7 +78,7 @@ def remapped(base: type[nn.Module]) -> type[nn.Module]:
     @functools.wraps(base.__init__)
     def init(self, *args, block_samples: list[list[list[int]]] | None = None, **kwargs):
         base.__init__(self, *args, **kwargs)
-        if block_samples is not None and not _is_sums(block_samples):
+        if block_samples is not None and not is_sums(block_samples):
             raise ValueError(
                 "config.json: block_samples should list, for each list of blocks and each sample "
                 "that it gets, numbers of samples"
@@ -123,7 +123,7 @@ def remapped(base: type[nn.Module]) -> type[nn.Module]:
     return made
 
 
-def _is_sums(value: Any) -> bool:
+def is_sums(value: Any) -> bool:
     """Whether a value is a list of lists of lists of natural numbers."""
     lists = isinstance(value, list) and all(isinstance(each, list) for each in value)
     inner = [numbers for each in value for numbers in each] if lists else [None]

@@ -85,9 +85,13 @@ def planned(
         stock class gives each block what it should get.
     """
     every: list[list[list[int]]] = []
-    agree = True
     changed: dict[str, Any] = {}
-    for attribute, (key, stride) in control.lists.items():
+    earlier = _earlier(control, config, where)
+    agree = earlier is None
+    for index, (attribute, (key, stride)) in enumerate(control.lists.items()):
+        if earlier is not None:
+            count = _total(maps[attribute])
+            config = _as_given(earlier[index], key, stride, count, config, where)
         members, places = maps[attribute], config.get(key)
         samples = _samples(places, key, where)
         if not samples:
@@ -110,8 +114,58 @@ def planned(
             count = len(members)
             stock = [_present([stride(new, count, samples, config)]) for new in range(count)]
             agree = agree and wanted == stock
-        every.append(_sums(stride, wanted, key, config))
+        sums = _sums(stride, wanted, key, config)
+        if earlier is not None:
+            sums = [[n for place in each for n in earlier[index][place]] for each in sums]
+        every.append(sums)
     return (changed, None) if agree else ({}, every)
+
+
+def _earlier(
+    control: Control, config: Mapping[str, Any], where: Path
+) -> list[list[list[int]]] | None:
+    """The sums of a ControlNet that is remapped already, for the pruned model that is the teacher
+    here; None of a stock one. Raises UserError if they are no sums of its samples."""
+    if control_class.KEY not in config:
+        return None
+    sums = config[control_class.KEY]
+    keys = []
+    for key, _ in control.lists.values():
+        places, count = config.get(key), _samples(config.get(key), key, where)
+        keys.append({*places} if isinstance(places, list) else {*range(count)})
+    whole = control_class.is_sums(sums) and len(sums) == len(keys)
+    if not whole or any(n not in k for s, k in zip(sums, keys, strict=True) for e in s for n in e):
+        raise UserError(
+            f"{where / weights.CONFIG}: {control_class.KEY} are no sums of its samples; remap the "
+            "ControlNet again"
+        )
+    return sums
+
+
+def _as_given(
+    sums: list[list[int]],
+    key: str,
+    stride: Stride,
+    count: int,
+    config: Mapping[str, Any],
+    where: Path,
+) -> dict[str, Any]:
+    """The config of a stock ControlNet that gives as many samples as a remapped one, for a list of
+    `count` blocks. Raises UserError if it was remapped for another number of blocks."""
+    listed, n = isinstance(config[key], list), len(sums)
+    every = {**config, key: [*range(count)] if listed else count}
+    given = every if listed else {**config, key: n}
+    fits = n == count
+    if n and not listed:  # of the last blocks there may be no samples
+        after = [stride(block, count, count, every) for block in range(count)]
+        wanted = [place if place is not None and place < n else None for place in after]
+        fits = wanted == [stride(block, count, n, given) for block in range(count)]
+    if not fits and (n or listed):
+        raise UserError(
+            f"--controlnet: {where} is remapped already, for a pruned model with {n} blocks or "
+            f"more, but the model's teacher has {count}; name the teacher's ControlNet"
+        )
+    return given
 
 
 def _sums(
@@ -160,11 +214,7 @@ def _samples(value: Any, key: str, where: Path) -> int:
 def _stock_class(control: Control, config: Mapping[str, Any], folder: Path) -> Any:
     """The ControlNet's class. Raises UserError if its config names another one."""
     name = config.get("_class_name")
-    if name == f"Remapped{control.model}":
-        raise UserError(
-            f"--controlnet: {folder} is for a pruned model already; name the teacher's ControlNet"
-        )
-    if name != control.model:
+    if name != (f"Remapped{control.model}" if control_class.KEY in config else control.model):
         raise UserError(
             f"--controlnet: {folder} is a {str(name)[:100]}, but the model takes samples of a "
             f"{control.model}; name one of these"
