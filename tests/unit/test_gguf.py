@@ -1,6 +1,7 @@
 """GGUF files: their metadata and types, and what diffusers and gguf itself read from them."""
 
 import runpy
+import shutil
 import sys
 
 import diffusers
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import GGUFQuantizationConfig
+from safetensors.torch import load_file, save_file
 
 from ppcl.errors import UserError
 from ppcl.export import gguf_file, single_file
@@ -177,6 +179,30 @@ def test_what_float16_cannot_hold_is_refused_and_nothing_is_left(folder, tmp_pat
     with pytest.raises(UserError, match="'txt_in.weight' holds numbers that F16 can't"):
         gguf_file.write(tmp_path / "out" / "a.gguf", opened, "Q8_0")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_weights_of_one_byte_per_number_are_read(folder, tmp_path):
+    place = tmp_path / "model"
+    shutil.copytree(folder, place)
+    file = place / "transformer/diffusion_pytorch_model.safetensors"
+    weights, name = load_file(file), "transformer_blocks.0.attn.to_q.weight"
+    weights[name] = weights[name].to(torch.float8_e4m3fn)
+    save_file(weights, file, {"format": "pt"})
+    gguf_file.write(tmp_path / "a.gguf", single_file.opened(place, "transformer"), "F16")
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "a.gguf").tensors}
+    assert np.array_equal(read[name].data, weights[name].half().numpy())
+
+
+def test_a_full_disk_is_one_message_and_nothing_is_left(folder, tmp_path, monkeypatch):
+    """numpy tells no errno of what it could not write."""
+
+    def full(*_):
+        raise OSError("17408 requested and 15360 written")
+
+    monkeypatch.setattr(gguf.GGUFWriter, "write_tensor_data", full)
+    with pytest.raises(UserError, match="a.gguf could not be written .*disk is full"):
+        gguf_file.write(tmp_path / "a.gguf", single_file.opened(folder, "transformer"), "F16")
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_class_that_nobody_reads_as_gguf_is_refused(folder, tmp_path):

@@ -60,7 +60,15 @@ def write(path: Path, transformer: Transformer, kind: str) -> None:
         writer.write_ti_data_to_file()
         for name, stored in every.items():
             numbers = _checked(name, tensors.load(name, stored), kinds[name])
-            writer.write_tensor_data(gguf.quants.quantize(numbers.numpy(), raw[name]))
+            try:
+                writer.write_tensor_data(gguf.quants.quantize(numbers.numpy(), raw[name]))
+            except OSError as error:
+                if error.errno is not None:
+                    raise
+                raise UserError(  # numpy does not say which error ended its writing
+                    f"{path} could not be written ({error}): the disk is full, or limits the size "
+                    "of files; make room and rerun"
+                ) from error
         writer.close()
 
 

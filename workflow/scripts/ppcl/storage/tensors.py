@@ -23,6 +23,7 @@ from ppcl.storage import seals, untrusted, whole
 _DATA = "data.sha256"
 _NO_DIGEST = "0" * 64
 _FLOATS = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
+_FLOATS |= {"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
 _PIECE = 16 << 20  # bytes that are copied at once
 
 
