@@ -101,7 +101,7 @@ def scored(tmp_path):
 
 
 def values(folder: Path, *chosen: BenchmarkSettings) -> dict[tuple[str, str], dict]:
-    rows = benchmark_metrics.rows(folder, settings(*chosen), 0)
+    rows = benchmark_metrics.rows(folder, settings(*chosen), {"teacher", "p50"}, 0)
     assert all(np.isfinite(row["value"]) for row in rows)
     return {(row["variant"], row["metric"]): row for row in rows}
 
@@ -351,6 +351,12 @@ def damages():
     yield *vbench, text("turns-0.mp4", "turns-7.mp4"), "no picture of vbench"
     yield *vbench, text("pictures/p50", "pictures/teacher"), "a picture of teacher"
     yield *vbench, lambda path: path.write_bytes(path.read_bytes()[:99]), "not whole JSON"
+    yield *oneig[0], lambda path: path.write_bytes(path.read_bytes()[:-9]), "does not end"
+    yield *oneig[0], lambda path: path.write_text("[" * 200_000), "is no table"
+    yield *oneig[1], lines(lambda all_: all_[:20]), "half written: it has no row of anime_050"
+    yield *dpg, lines(lambda all_: [*all_, *all_]), "scores of 2 runs"
+    for name in ("x_difference", "two\\nlines", "\\ud800", "x" * 101):
+        yield *vbench, text('"temporal_flickering"', f'"{name}"'), "names a metric"
     yield *dpg, lines(lambda all_: all_[:-1]), "ends without a score"
     yield *dpg, lines(lambda all_: all_[1:]), "half written"
     yield *dpg, text("DPG-Bench score: ", "DPG-Bench score: 9"), "says that the DPG-Bench score is"
@@ -371,6 +377,38 @@ def test_a_file_that_is_half_written_or_foreign_is_refused_by_name(name, file, s
     spoil(path)
     with pytest.raises(UserError, match=f"(?s)^{re.escape(str(path))}: .*{said}"):
         values(folder, options(name))
+
+
+def test_every_benchmark_and_part_has_its_metrics_in_tables_and_figures():
+    labels = [
+        options(name, part=part).label
+        for name, known in registry.BENCHMARKS.items()
+        for part in known.parts or (None,)
+    ]
+    assert "hpsv2-concept-art" in labels
+    given = [name for label in labels for name in (label, f"{label}/color", f"{label}_difference")]
+    assert registry.of_metrics([*given, "psnr"]) == [
+        name for label in labels for name in (label, f"{label}/color")
+    ]
+
+
+@pytest.mark.parametrize("place", ["reports", "reviews"])
+def test_evalscope_is_read_below_a_folder_of_any_name(place, scored, tmp_path):
+    shutil.move(scored("evalscope", models=["p50"]), tmp_path / place / "benchmarks")
+    assert ("p50", "evalscope/ssim") in values(
+        tmp_path / place / "benchmarks", options("evalscope")
+    )
+
+
+def test_pictures_that_are_gone_and_files_of_others_beside_them(scored):
+    folder = scored("geneval")
+    place = folder / "geneval"
+    (place / "notes.json").write_text("{}")
+    shutil.copyfile(place / "p50.json", place / "old.json")  # a variant that the run has no more
+    assert {name for name, _ in values(folder, options("geneval"))} == {"teacher", "p50"}
+    (place / "pictures/p50/00000/samples/0000.png").unlink()
+    with pytest.raises(UserError, match=r"samples/0000\.png: this picture is gone.*p50\.json"):
+        values(folder, options("geneval"))
 
 
 def test_scores_that_are_older_than_the_pictures_do_not_count(scored, caplog):
@@ -414,6 +452,8 @@ BAD_PROMPTS = [
     ("evalscope", "id,prompt\n../a,b\n", "would be the name of a file"),
     ("evalscope", "id,prompt\nA,b\na,c\n", "'a' is there twice"),
     ("evalscope", f"id,prompt\n{'a' * 300},b\n", "would be the name of a file"),
+    ("evalscope", "id,prompt,category\na,b,c_difference\n", "would be the name of a metric"),
+    ("geneval", '{"prompt": "a", "include": [], "tag": "\\ud800"}\n', "would be the name of a met"),
 ]
 DPG = "item_id,text,proposition_id,dependency,question_natural_language\n"
 BAD_PROMPTS += [
@@ -460,7 +500,7 @@ def test_options_that_do_not_suit_a_benchmark_are_refused():
 
 def test_scores_are_in_the_summary_and_in_figures(scored, tmp_path):
     folder = scored("geneval")
-    rows = benchmark_metrics.rows(folder, settings(options("geneval")), 0)
+    rows = benchmark_metrics.rows(folder, settings(options("geneval")), {"teacher", "p50"}, 0)
     row = dict.fromkeys(schemas.METRICS.names, 0.5) | {"samples": 2, "higher_is_better": True}
     for name, size in (("teacher", 1.0), ("p50", 0.5)):
         more = {"variant": name, "metric": "parameter_fraction", "value": size}
@@ -492,17 +532,18 @@ def test_gather_metrics_adds_the_scores_that_are_there(scored, tmp_path):
     folder = scored("geneval")
     (folder / "geneval/scores/teacher.jsonl").unlink()
     row = dict.fromkeys(schemas.METRICS.names, 0.5) | {"samples": 2, "higher_is_better": True}
-    measured = pd.DataFrame([row | {"variant": "teacher", "metric": "psnr"}])
+    models = ["teacher", "p50"]
+    measured = pd.DataFrame([row | {"variant": name, "metric": "psnr"} for name in models])
     tables.write(tmp_path / "measured.parquet", measured, schemas.METRICS, {"a": "b"})
     config = {"seed": 1, "evaluate": {"bootstrap": 9, "benchmarks": [vars(options("geneval"))]}}
     paths = {"measured": tmp_path / "measured.parquet", "metrics": tmp_path / "metrics.parquet"}
     tiny.stage("gather_metrics", config, **paths, benchmarks=folder)
     made = tables.read(paths["metrics"], schemas.METRICS).to_pandas()
-    assert made["metric"].tolist() == ["psnr", "geneval"] + [
+    assert made["metric"].tolist() == ["psnr", "psnr", "geneval"] + [
         f"geneval/{tag}" for tag in ("single_object", "two_object", "colors")
     ]
-    assert made["variant"].tolist() == ["teacher", *["p50"] * 4]
-    assert made["teacher_value"].isna().tolist() == [False, True, True, True, True]
+    assert made["variant"].tolist() == ["teacher", *["p50"] * 5]
+    assert made["teacher_value"].isna().tolist() == [False, False, *[True] * 4]
     assert tables.provenance(paths["metrics"]) == {"a": "b"}
     tiny.stage("gather_metrics", config, **paths)  # without benchmarks
-    assert len(tables.read(paths["metrics"])) == 1
+    assert len(tables.read(paths["metrics"])) == 2

@@ -45,7 +45,9 @@ def main() -> None:
     measured = tables.read(args.measured, schemas.METRICS).to_pandas()
     stamp = tables.provenance(args.measured)
     if args.benchmarks is not None:
-        rows = benchmark_metrics.rows(args.benchmarks, settings.evaluate, settings.seed)
+        rows = benchmark_metrics.rows(
+            args.benchmarks, settings.evaluate, set(measured["variant"]), settings.seed
+        )
         if rows:
             measured = pd.concat([measured, pd.DataFrame(rows)], ignore_index=True)
     tables.write(args.metrics, measured, schemas.METRICS, stamp)

@@ -133,6 +133,15 @@ class Benchmark:
     texts: Callable[[Plan], Mapping[str, str]] = lambda plan: {}
 
 
+NAMES = "has at most 100 letters, none of them invisible, and does not end in _difference"
+
+
+def names_metric(name: str) -> bool:
+    """Whether a part of a benchmark, as strangers' files call it, can be the name of a metric in
+    tables and figures (NAMES)."""
+    return 0 < len(name) <= 100 and name.isprintable() and not name.endswith("_difference")
+
+
 def write_manifest(path: Path, plan: Plan, files: Sequence[str], sides: tuple[int, int]) -> None:
     """Writes the plan, the files that were made by it, and height and width of a picture."""
     value = {"plan": asdict(plan), "files": list(files), "sides": list(sides)}

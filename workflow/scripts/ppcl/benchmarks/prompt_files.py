@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ppcl.benchmarks import benchmark
 from ppcl.benchmarks.benchmark import Prompt
 from ppcl.errors import UserError
 from ppcl.teacher import prompts
@@ -232,6 +233,11 @@ def _checked(made: list[Prompt], path: Path, key: str, folded: bool = True) -> l
                 f"{key}: {path}: {shown(named)} would be the name of a file, which has no slashes, "
                 f"control characters or half characters, begins with no dot and has at most "
                 f"{NAME_BYTES} bytes; change it, or leave that prompt out"
+            )
+        if prompt.group and not benchmark.names_metric(prompt.group):
+            raise UserError(
+                f"{key}: {path}: {shown(prompt.group)} would be the name of a metric, which "
+                f"{benchmark.NAMES}; change it"
             )
         name = named.lower() if folded else named
         if name in seen:

@@ -1,12 +1,12 @@
 """The benchmarks that `evaluate.benchmarks` names. A new one is an entry here, and its name in the
 config's schema; all that knows one of them by name are its functions."""
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from ppcl.benchmarks import layouts, prompt_files, scores
 from ppcl.benchmarks.benchmark import Benchmark
+from ppcl.settings import BenchmarkSettings
 
 # Part of T2I-CompBench -> folder in which its scorer leaves scores, inside that of the pictures.
 COMPBENCH = {
@@ -163,10 +163,13 @@ def score_files(folder: Path, name: str, part: str | None, model: str) -> list[P
 
 def of_metrics(metrics: Iterable[str]) -> list[str]:
     """Metrics of metrics.parquet that are of a benchmark, each once; not their differences."""
-    names = "|".join(map(re.escape, BENCHMARKS))
-    mine = re.compile(rf"({names})(-[a-z0-9_]+)?(/.*)?", re.S)
+    labels = {
+        BenchmarkSettings.of({"name": name, "part": part}).label
+        for name, known in BENCHMARKS.items()
+        for part in (None, *known.parts)
+    }
     return [
         metric
         for metric in dict.fromkeys(metrics)
-        if mine.fullmatch(metric) and not metric.endswith("_difference")
+        if metric.partition("/")[0] in labels and not metric.endswith("_difference")
     ]

@@ -12,11 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from ppcl.benchmarks import benchmark
 from ppcl.benchmarks.benchmark import File, Measured, Plan
 from ppcl.errors import UserError
 from ppcl.storage import untrusted
 
-LIMIT = 1 << 30  # bytes; GenEval's details of 2,212 pictures are some 5 MiB
+LIMIT = 1 << 28  # bytes; GenEval's details of 2,212 pictures are some 5 MiB
 AGAIN = "score the pictures again, or remove the file"
 
 
@@ -68,9 +69,22 @@ def number(value: Any, path: Path, place: str) -> float:
     raise refused(path, f"{place} holds no number but {str(value)[:60]!r}")
 
 
+def metric(name: str, path: Path) -> str:
+    """What a file calls a metric, if tables and figures can have it."""
+    if not benchmark.names_metric(name):
+        raise refused(path, f"names a metric {ascii(name[:60])}, and such a name {benchmark.NAMES}")
+    return name
+
+
 def table(path: Path) -> dict[str, dict[str, str]]:
     """Row -> column -> cell of a CSV file, as it stands, whose first column names the rows."""
-    rows = list(csv.reader(io.StringIO(text(path))))
+    content = text(path)
+    try:
+        rows = list(csv.reader(io.StringIO(content)))
+    except csv.Error as error:
+        raise refused(path, f"is no table ({error})") from error
+    if not content.endswith("\n"):  # its last number may have lost digits
+        raise refused(path, "is half written: its last line does not end")
     width = len(rows[0]) if rows else 0
     if width < 2 or any(len(row) != width for row in rows):
         raise refused(path, "is half written, or no table: its rows have not the same length")

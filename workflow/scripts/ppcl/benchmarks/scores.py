@@ -45,9 +45,11 @@ def dpg_bench(plan: Plan, files: Sequence[Path]) -> Scores:
     path = files[-1]
     lines = score_files.text(path).split("\n")
     start = next((n for n, line in enumerate(lines) if line.startswith("Model: ")), None)
-    total = re.search(r"^DPG-Bench score: (\S+)$", "\n".join(lines), re.M)
-    if start is None or total is None:
+    totals = re.findall(r"^DPG-Bench score: (\S+)$", "\n".join(lines), re.M)
+    if start is None or not totals:
         raise refused(path, "is half written, or not of DPG-Bench: it ends without a score")
+    if len(totals) > 1:
+        raise refused(path, f"has the scores of {len(totals)} runs")
     collected = Collected(plan, layouts.grids(plan), path)
     scores, prompts, means = [], [], []
     for number, line in enumerate(lines[:start], start=1):
@@ -66,13 +68,14 @@ def dpg_bench(plan: Plan, files: Sequence[Path]) -> Scores:
         prompts += [file.prompt] * plan.count
         means.append(100 * values[-1])
     collected.finish([n for n, p in enumerate(plan.prompts) if p.source == NOT_SCORED])
-    given = score_files.number(total[1], path, "the last line")
+    given = score_files.number(totals[0], path, "the last line")
     score_files.agree(path, "the DPG-Bench score", given, float(np.mean(means)), 1e-6)
     pictures = np.tile(np.arange(plan.count), len(means))
     made = {"": Measured(np.array(scores), np.array(prompts), pictures)}
     categories = "\n".join(lines[start:]).partition("L1 category scores:\n")[2]
     for name, value in re.findall(r"^\t(.+): (\S+)$", categories.partition("L2 ")[0], re.M):
-        made[name] = Measured(total=score_files.number(value, path, f"the category {name}"))
+        total = score_files.number(value, path, f"the category {name}")
+        made[score_files.metric(name, path)] = Measured(total=total)
     return made
 
 
@@ -131,6 +134,11 @@ def oneig(plan: Plan, files: Sequence[Path]) -> Scores:
             if name not in numbers or len(values) != len(about.metrics):
                 raise refused(of_prompts, f"the row {key} is of no prompt of {plan.label}")
             rows[numbers[name]] = values
+        named = {f"{about.group}_{key}" if about.group else key for key in columns[plan.model]}
+        groups = {name.partition("_")[0] for name in named}
+        for prompt in plan.prompts:
+            if prompt.group in groups and prompt.key not in named:
+                raise refused(of_prompts, f"is half written: it has no row of {prompt.key}")
         if not rows:  # none of its prompts is in the prompts file
             continue
         for at, (metric, column) in enumerate(about.metrics.items()):
@@ -239,7 +247,8 @@ def vbench(plan: Plan, files: Sequence[Path]) -> Scores:
             collected.finish(range(len(plan.prompts)) if dimension in _MAY_MISS else others)
             if not taken:
                 raise refused(path, f"{dimension} has no scores of videos")
-            made[dimension] = score_files.measured(taken, scores, total=total)
+            name = score_files.metric(dimension, path)
+            made[name] = score_files.measured(taken, scores, total=total)
     return made
 
 
@@ -248,7 +257,7 @@ def evalscope(plan: Plan, files: Sequence[Path]) -> Scores:
     A metric that failed has the score 0 there, and the error beside it."""
     reports: dict[tuple[Path, str], tuple[bool, float]] = {}
     made: Scores = {}
-    for path in (file for file in files if "reports" in file.parts):
+    for path in (file for file in files if file.parts[-3] == "reports"):
         report = score_files.json_value(path)
         for each in report.get("metrics", []) if isinstance(report, dict) else []:
             try:
@@ -260,7 +269,7 @@ def evalscope(plan: Plan, files: Sequence[Path]) -> Scores:
                 reports[path.parents[2], str(identity["name"])] = higher, total
             except (KeyError, TypeError, AttributeError) as error:
                 raise refused(path, f"is no report of evalscope 1.x ({error!r})") from error
-    for path in (file for file in files if "reviews" in file.parts):
+    for path in (file for file in files if file.parts[-3] == "reviews"):
         collected, taken = Collected(plan, layouts.numbered(plan), path), []
         values: dict[str, list[float]] = {}
         for place, row in score_files.json_lines(path):
@@ -284,7 +293,7 @@ def evalscope(plan: Plan, files: Sequence[Path]) -> Scores:
             higher, total = reports[path.parents[2], base]
             if name == base:
                 score_files.agree(path, f"the mean of {name}", total, float(np.mean(scores)), 1e-3)
-            metric = name.replace(":", "_")
+            metric = score_files.metric(name.replace(":", "_"), path)
             made[metric] = score_files.measured(taken, scores, higher_is_better=higher)
             for group in dict.fromkeys(plan.prompts[file.prompt].group for file in taken):
                 of = [n for n, file in enumerate(taken) if plan.prompts[file.prompt].group == group]

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +11,7 @@ import pandas as pd
 
 from ppcl.benchmarks import benchmark, plans, registry
 from ppcl.benchmarks.benchmark import Measured, Scores
+from ppcl.errors import UserError
 from ppcl.evaluation import metrics
 from ppcl.evaluation.metrics import TEACHER, Estimate, Estimates
 from ppcl.settings import EvaluateSettings
@@ -18,27 +19,31 @@ from ppcl.settings import EvaluateSettings
 log = logging.getLogger(__name__)
 
 
-def rows(folder: Path, options: EvaluateSettings, seed: int) -> list[dict]:
+def rows(
+    folder: Path, options: EvaluateSettings, models: Collection[str], seed: int
+) -> list[dict]:
     """Rows of metrics.parquet of all benchmarks, of the models that were scored. Says of the others
     what is missing, and how it is made.
 
     Args:
         folder: evaluation/benchmarks of a run, with a folder for each of `options.benchmarks`.
+        models: the run's, of which rows are wanted: a variant that it has no more may have left
+            pictures and scores.
         seed: of the bootstrap.
 
     Raises:
-        UserError: a file with scores is half written, or of other pictures.
+        UserError: a file with scores is half written, or of other pictures; pictures are gone.
     """
     made = []
     for chosen in options.benchmarks:
         by_model: dict[str, Scores] = {}
         place = folder / chosen.label
-        manifests = sorted(place.glob("[!.]*.json"))
-        names = tuple(path.stem for path in manifests)
+        names = tuple(sorted(models))
+        manifests = [place / f"{name}.json" for name in names if (place / f"{name}.json").is_file()]
         for path in sorted(manifests, key=lambda path: (path.stem != TEACHER, path.stem)):
             plan, files, sides = benchmark.read_manifest(path)
             scored = registry.score_files(place, chosen.name, plan.part, plan.model)
-            if problem := _missing(scored, place, files):
+            if problem := _missing(scored, path, files):
                 command = plans.command(plan, chosen.prompts, str(place / "scores"), sides)
                 log.warning("%s: %s %s; to score:\n%s", chosen.label, plan.model, problem, command)
                 continue
@@ -48,11 +53,17 @@ def rows(folder: Path, options: EvaluateSettings, seed: int) -> list[dict]:
     return made
 
 
-def _missing(scored: list[Path], place: Path, files: list[str]) -> str:
+def _missing(scored: list[Path], manifest: Path, files: list[str]) -> str:
     """Why there are no scores that count; empty if there are."""
     if not scored:
         return "has no scores yet"
-    pictures = [os.stat(place / "pictures" / name).st_mtime for name in files]
+    try:
+        pictures = [os.stat(manifest.with_name("pictures") / name).st_mtime for name in files]
+    except OSError as error:
+        raise UserError(
+            f"{error.filename}: this picture is gone; remove {manifest}, which lists it, and rerun "
+            "to have it made again"
+        ) from error
     if min(path.stat().st_mtime for path in scored) < max(pictures):
         return "has scores that are older than its pictures, which are left out"
     return ""
