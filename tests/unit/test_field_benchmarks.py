@@ -526,6 +526,11 @@ def test_scores_are_in_the_summary_and_in_figures(scored, tmp_path):
     labels = [ax.get_ylabel() for ax in quality_against_cost(metrics).axes]
     assert "geneval" in labels and "geneval/two_object" not in labels
     assert "No scores yet" in benchmark_scores(metrics[:0]).texts[1].get_text()
+    rows = [row | {"variant": "p50", "metric": f"geneval/{number}"} for number in range(70)]
+    many = benchmark_scores(pd.DataFrame(rows))
+    assert len(many.axes) == 60 and "10 more are in" in many.texts[1].get_text()
+    note = quality_against_cost(metrics.replace({"samples": {8: 9999}})).texts[1].get_text()
+    assert note.startswith("2 samples")
 
 
 def test_gather_metrics_adds_the_scores_that_are_there(scored, tmp_path):

@@ -19,9 +19,7 @@ from ppcl.settings import EvaluateSettings
 log = logging.getLogger(__name__)
 
 
-def rows(
-    folder: Path, options: EvaluateSettings, models: Collection[str], seed: int
-) -> list[dict]:
+def rows(folder: Path, options: EvaluateSettings, models: Collection[str], seed: int) -> list[dict]:
     """Rows of metrics.parquet of all benchmarks, of the models that were scored. Says of the others
     what is missing, and how it is made.
 

@@ -10,6 +10,7 @@ from ppcl.figures import style
 from ppcl.figures.style import TEACHER
 
 ACROSS = 3  # panels beside each other
+MOST = 60  # panels; more take minutes to lay out, and nobody looks at them
 
 
 @style.styled
@@ -24,6 +25,8 @@ def benchmark_scores(metrics: pd.DataFrame) -> Figure:
         return style.message(
             "Benchmarks", "No scores yet: logs/gather_metrics.log has the commands that make them."
         )
+    left_out, shown = len(shown) - MOST, shown[:MOST]
+    more = f"\n{left_out} more are in metrics.parquet." if left_out > 0 else ""
     cells = metrics.set_index(["variant", "metric"])
     order = style.by_size(metrics)
     others = [name for name in dict.fromkeys(metrics["variant"]) if name != TEACHER]
@@ -34,7 +37,7 @@ def benchmark_scores(metrics: pd.DataFrame) -> Figure:
         "Scores of benchmarks",
         (0.55 + 0.17 * len(order)) * down + 0.8,
         note="Bars: 95 % bootstrap intervals by prompt, where the scorer tells prompts; dotted: "
-        "the teacher.",
+        f"the teacher.{more}",
     )
     axes = figure.subplots(down, ACROSS, squeeze=False)
     for ax in axes.flat[len(shown) :]:

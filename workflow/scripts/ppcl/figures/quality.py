@@ -56,7 +56,9 @@ def quality_against_cost(metrics: pd.DataFrame) -> Figure:
     qualities = {m: label for m, label in judges.labels().items() if m in present}
     judged = bool(qualities)
     qualities = qualities or {m: label for m, label in FIDELITIES.items() if m in present}
-    qualities |= {m: m for m in registry.of_metrics(metrics["metric"]) if "/" not in m}
+    scored = {m: m for m in registry.of_metrics(metrics["metric"]) if "/" not in m}
+    own = list(qualities or scored)  # benchmarks have pictures of their own
+    qualities |= scored
     costs = {m: label for m, label in COSTS.items() if m in present}
     if _quantised(metrics):
         costs = {STORED[0]: STORED[1], **costs}
@@ -70,7 +72,7 @@ def quality_against_cost(metrics: pd.DataFrame) -> Figure:
     }
     cells = metrics.set_index(["variant", "metric"])
 
-    samples = int(metrics.loc[metrics["metric"].isin(qualities), "samples"].max())
+    samples = int(metrics.loc[metrics["metric"].isin(own), "samples"].max())
     figure = style.new_figure(
         "Quality of the variants against their size and latency",
         1.6 * len(qualities) + 0.9,
