@@ -33,8 +33,8 @@ FAULTS = [
     "two at once",
 ]
 # These take too long for a few trials: evaluate starts processes that import everything anew, and
-# describe reads what it leaves.
-LONG = ("evaluate", "describe", "calibrate", "ablate", "gather_ablation")
+# gather_metrics and describe read what it leaves.
+LONG = ("evaluate", "gather_metrics", "describe", "calibrate", "ablate", "gather_ablation")
 EVERY = [*tiny_run.STAGES, *tiny_run.MORE]
 PLAYED = [s for s in EVERY if s.program not in LONG or "PPCL_FAULTS" in os.environ]
 

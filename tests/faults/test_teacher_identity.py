@@ -158,7 +158,9 @@ def test_record_refuses_a_teacher_that_changes_meanwhile(teacher, tmp_path, monk
 @pytest.mark.parametrize("name", sorted(SCRIPTS.glob("*.py")), ids=lambda p: p.stem)
 def test_every_stage_after_record_loads_the_recorded_teacher(name):
     program = name.read_text()
-    others = ("record", "remap_lora")  # the latter loads the pruned model that its user names
+    # remap_lora loads the pruned model that its user names; finetune refuses what another teacher
+    # encoded (teacher_identity.refuse_other).
+    others = ("record", "encode", "remap_lora")
     if re.search(r"pipelines\.load|evaluation\.models\(", program) and name.stem not in others:
         assert "teacher_identity.recorded(" in program
         assert not re.search(r"(load|load_transformer|models)\(\s*settings\.teacher\b", program)

@@ -32,7 +32,10 @@ class Stage:
 
     def options(self, settings: dict, folder: Path) -> list[str]:
         """The command line of the program."""
-        given = tiny.options(settings, self.paths(folder))
+        paths = self.paths(folder)
+        if "data" in paths:  # pictures lie where the config says, like prompts
+            paths["data"] = settings["finetune"]["data"]
+        given = tiny.options(settings, paths)
         return [*self.group, *given[0 if self.configured else 2 :]]
 
     def paths(self, folder: Path) -> dict[str, object]:

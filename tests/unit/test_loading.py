@@ -91,7 +91,7 @@ def test_nothing_but_the_transformer_is_read(tiny_teacher, call, expected, tmp_p
 @pytest.mark.parametrize("name", sorted(SCRIPTS.glob("*.py")), ids=lambda p: p.stem)
 def test_which_programs_load_a_whole_pipeline(name):
     whole = "pipelines.load(" in name.read_text()
-    assert whole == (name.stem in {"record", "assemble", "ablate", "remap_lora"})
+    assert whole == (name.stem in {"record", "encode", "assemble", "ablate", "remap_lora"})
 
 
 # ---- names on the Hub

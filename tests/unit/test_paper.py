@@ -89,6 +89,8 @@ NOT_THE_METHOD = (
     ),
     *("distill.heldout_rows", "distill.shards", "distill.cache_inputs"),
     *("finetune.sharding", "finetune.cpu_offload"),
+    # Without effect here: the paper's fine-tuning sees the teacher's answers alone.
+    *("finetune.data", "finetune.heldout_fraction", "finetune.weights.", "finetune.weighting"),
 )
 # Told apart: one factor for all steps, and the budgets.
 STEPS_AND_SIZES = ("distill.steps", "width.steps", "variants")
