@@ -12,7 +12,7 @@ LoRA of the first.
 With --config, the run's, all layers are then fitted: the teacher makes pictures of the run's
 prompts with the LoRA, and what the LoRA changes in the pruned model's answers becomes what it
 changes in the teacher's. A large LoRA also makes up for what the pruned model itself has lost
-there. Blocks that stand for several get layers on all their linear parts. With --calls and
+there. Whole blocks get layers on all their linear parts. With --calls and
 --teacher, the fit is on the calls that the run has recorded without the LoRA, which needs no
 pipeline but the transformer, and is less near. On a large model, fewer --pictures and --steps do.
 

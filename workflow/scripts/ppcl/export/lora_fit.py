@@ -11,11 +11,11 @@ small beside the effect: a LoRA that changes little would become a repair of som
 
     c = E^2 / (E^2 + A^2),    E = sum |t'(x) - t(x)|^2,    A = sum |t(x) - f(x)|^2
 
-A block that stands for several gets the rank of all their layers together, on each of its linear
-layers: it has to do what several LoRAs did, through the MLPs between them too. What is added is
-random in A and zero in B, so that it changes nothing at first. The rows of each A are made
-orthonormal, which changes no product and makes one learning rate fit all layers. The LoRA's own
-training and its pictures play no part.
+Each block gets the rank of all the layers that it stands for together, on each of its linear
+layers: one in place of several has to do what several LoRAs did, through the MLPs between them too,
+and those around it help. What is added is random in A and zero in B, so that it changes nothing at
+first. The rows of each A are made orthonormal, which changes no product and makes one learning rate
+fit all layers. The LoRA's own training and its pictures play no part.
 """
 
 from collections.abc import Iterator, Mapping
@@ -129,15 +129,15 @@ def adapted(model: nn.Module, layers: Mapping[str, Layer]) -> Iterator[PeftAdapt
 def _widened(
     model: nn.Module, block_map: list[list[int]], layers: Mapping[str, Layer], rank: int
 ) -> dict[str, Layer]:
-    """The layers, and more in whole blocks that stand for several; none for DoRA, whose magnitudes
-    the new ones would lack. rank: of the teacher's layers."""
+    """The layers, and more in all whole blocks; none for DoRA, whose magnitudes the new ones would
+    lack. rank: of the teacher's layers."""
     made = dict(layers)
     if any(layer.magnitude is not None for layer in layers.values()):
         return made
     generator = torch.Generator().manual_seed(0)
     prefixes = {module: path for path, module in model.named_modules()}
     for block, members in zip(blocks.block_sequence(model), block_map, strict=True):
-        if len(members) == 1 or narrow.spec_of(block.module):
+        if narrow.spec_of(block.module):
             continue
         for inside, module in block.module.named_modules():
             if isinstance(module, nn.Linear) and inside not in block.list.modulations:
