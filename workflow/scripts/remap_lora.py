@@ -12,9 +12,9 @@ LoRA of the first.
 With --config, the run's, all layers are then fitted: the teacher makes pictures of the run's
 prompts with the LoRA, and what the LoRA changes in the pruned model's answers becomes what it
 changes in the teacher's. A large LoRA also makes up for what the pruned model itself has lost
-there. Whole blocks get layers on all their linear parts. With --calls and
---teacher, the fit is on the calls that the run has recorded without the LoRA, which needs no
-pipeline but the transformer, and is less near. On a large model, fewer --pictures and --steps do.
+there. Whole blocks get layers on all their linear parts. With --calls and --teacher, the fit is on
+the calls that the run has recorded without the LoRA, which needs no pipeline but the transformer,
+and is less near. On a large model, fewer --pictures and --steps do.
 
 --output writes a LoRA file, or with --style peft a folder. A modulation of low rank gets the
 projection of its layer, for which --conditioning tells its inputs (activations/ of the run), and

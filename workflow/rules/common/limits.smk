@@ -36,8 +36,7 @@ def gpu(wildcards):
 
 def method_of(name):
     """How a variant is quantised (`quantisation.Method`); None if it is not."""
-    (how,) = [each.get("quantise") for each in config["variants"] if each["name"] == name]
-    return METHODS.get(how)
+    return METHODS.get(of_variant(name, "quantise"))
 
 
 def gpu_to_quantise(wildcards):

@@ -31,14 +31,15 @@ def finetuned():
     return [variant["name"] for variant in config["variants"] if variant["finetune_steps"]]
 
 
+def of_variant(name, key):
+    """What the config says of a variant by one of its keys; None if it says nothing."""
+    (value,) = [each.get(key) for each in config["variants"] if each["name"] == name]
+    return value
+
+
 def data_of(wildcards):
     """The name in encode/ of a variant's own pictures, in a list; empty if it has none."""
-    (own,) = [
-        each.get("finetune_data")
-        for each in config["variants"]
-        if each["name"] == wildcards.variant
-    ]
-    data = own or config["finetune"]["data"]
+    data = of_variant(wildcards.variant, "finetune_data") or config["finetune"]["data"]
     weighed = config["finetune"]["weights"]["pictures"]
     return [digest(data)[:12]] if data and weighed else []
 

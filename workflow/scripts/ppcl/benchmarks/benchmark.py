@@ -88,6 +88,11 @@ class Measured:
     total: float | None = None
     higher_is_better: bool = True
 
+    @property
+    def shares(self) -> np.ndarray:
+        """The weights [n], also where they are equal."""
+        return np.ones(len(self.scores)) if self.weights is None else self.weights
+
 
 # Name of a metric within its benchmark, "" for the one that sums it up -> what was measured.
 Scores = dict[str, Measured]

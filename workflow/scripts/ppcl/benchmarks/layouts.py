@@ -7,13 +7,32 @@ from ppcl.benchmarks.benchmark import File, Plan
 TEACHER = "teacher"
 
 
-def geneval(plan: Plan) -> list[File]:
-    """<model>/00000/samples/0000.png: its scorer passes over folders whose names are not digits."""
+def _singles(plan: Plan, pattern: str) -> list[File]:
+    """A file for each picture.
+
+    pattern: of its path, with {model}, {part}, {key} of the prompt, {picture}, its number among the
+        prompt's, and {number}, that among all.
+    """
     return [
-        File(f"{plan.model}/{prompt.key}/samples/{picture:04d}.png", number, (picture,))
-        for number, prompt in enumerate(plan.prompts)
+        File(
+            pattern.format(
+                model=plan.model,
+                part=plan.part,
+                key=prompt.key,
+                picture=picture,
+                number=place * plan.count + picture,
+            ),
+            place,
+            (picture,),
+        )
+        for place, prompt in enumerate(plan.prompts)
         for picture in range(plan.count)
     ]
+
+
+def geneval(plan: Plan) -> list[File]:
+    """<model>/00000/samples/0000.png: its scorer passes over folders whose names are not digits."""
+    return _singles(plan, "{model}/{key}/samples/{picture:04d}.png")
 
 
 def geneval_texts(plan: Plan) -> dict[str, str]:
@@ -29,11 +48,7 @@ def grids(plan: Plan) -> list[File]:
 
 def numbered(plan: Plan) -> list[File]:
     """<model>/<key>_<picture>.png."""
-    return [
-        File(f"{plan.model}/{prompt.key}_{picture}.png", number, (picture,))
-        for number, prompt in enumerate(plan.prompts)
-        for picture in range(plan.count)
-    ]
+    return _singles(plan, "{model}/{key}_{picture}.png")
 
 
 def oneig(plan: Plan) -> list[File]:
@@ -49,31 +64,17 @@ def oneig(plan: Plan) -> list[File]:
 def t2i_compbench(plan: Plan) -> list[File]:
     """<model>/samples/<prompt>_000000.png, counted through over all prompts: its scorers take the
     prompt from the name, and sort by the number."""
-    return [
-        File(
-            f"{plan.model}/samples/{prompt.key}_{number * plan.count + picture:06d}.png",
-            number,
-            (picture,),
-        )
-        for number, prompt in enumerate(plan.prompts)
-        for picture in range(plan.count)
-    ]
+    return _singles(plan, "{model}/samples/{key}_{number:06d}.png")
 
 
 def hpsv2(plan: Plan) -> list[File]:
     """<model>/<style>/00000.jpg, by the number of the prompt in its file."""
-    return [
-        File(f"{plan.model}/{plan.part}/{p.key}.jpg", n, (0,)) for n, p in enumerate(plan.prompts)
-    ]
+    return _singles(plan, "{model}/{part}/{key}.jpg")
 
 
 def vbench(plan: Plan) -> list[File]:
     """<model>/<prompt>-0.mp4."""
-    return [
-        File(f"{plan.model}/{prompt.key}-{picture}.mp4", number, (picture,))
-        for number, prompt in enumerate(plan.prompts)
-        for picture in range(plan.count)
-    ]
+    return _singles(plan, "{model}/{key}-{picture}.mp4")
 
 
 def evalscope_texts(plan: Plan) -> dict[str, str]:

@@ -182,6 +182,24 @@ def measured(files: Iterable[File], scores: Iterable[float], **more: Any) -> Mea
     )
 
 
+def by_group(
+    plan: Plan,
+    files: Sequence[File],
+    scores: Sequence[float],
+    weights: np.ndarray | None = None,
+    **more: Any,
+) -> dict[str, Measured]:
+    """Group of prompts -> the metric as `measured` makes it, of that group's alone; none of prompts
+    without a group."""
+    groups = [plan.prompts[file.prompt].group for file in files]
+    made = {}
+    for group in filter(None, dict.fromkeys(groups)):
+        of = [number for number, each in enumerate(groups) if each == group]
+        own = None if weights is None else weights[of]
+        made[group] = measured([files[n] for n in of], [scores[n] for n in of], weights=own, **more)
+    return made
+
+
 def agree(path: Path, what: str, given: float, own: float, tolerance: float) -> None:
     """Raises UserError if a file's own sum of its scores is not that of what was read of it."""
     if not abs(given - own) <= tolerance:

@@ -32,10 +32,7 @@ def geneval(plan: Plan, files: Sequence[Path]) -> Scores:
     counts = Counter(tags)
     weights = np.array([1 / counts[tag] for tag in tags])
     made = {"": score_files.measured(taken, right, weights=weights)}
-    for tag in dict.fromkeys(tags):
-        of = [number for number, each in enumerate(tags) if each == tag]
-        made[tag] = score_files.measured([taken[n] for n in of], [right[n] for n in of])
-    return made
+    return made | score_files.by_group(plan, taken, right)
 
 
 def dpg_bench(plan: Plan, files: Sequence[Path]) -> Scores:
@@ -95,17 +92,9 @@ def longtext_bench(plan: Plan, files: Sequence[Path]) -> Scores:
             raise refused(path, f"{place} says that {read:g} of {words[-1]:g} words were read")
         shares.append(read / words[-1])
     collected.finish()
-    made = {"": score_files.measured(taken, shares, weights=np.array(words))}
-    groups = [plan.prompts[file.prompt].group for file in taken]
-    for group in dict.fromkeys(groups):
-        of = [number for number, each in enumerate(groups) if each == group]
-        if group:
-            made[group] = score_files.measured(
-                [taken[n] for n in of],
-                [shares[n] for n in of],
-                weights=np.array([words[n] for n in of]),
-            )
-    return made
+    weights = np.array(words)
+    made = {"": score_files.measured(taken, shares, weights=weights)}
+    return made | score_files.by_group(plan, taken, shares, weights)
 
 
 def oneig(plan: Plan, files: Sequence[Path]) -> Scores:
@@ -295,10 +284,6 @@ def evalscope(plan: Plan, files: Sequence[Path]) -> Scores:
                 score_files.agree(path, f"the mean of {name}", total, float(np.mean(scores)), 1e-3)
             metric = score_files.metric(name.replace(":", "_"), path)
             made[metric] = score_files.measured(taken, scores, higher_is_better=higher)
-            for group in dict.fromkeys(plan.prompts[file.prompt].group for file in taken):
-                of = [n for n, file in enumerate(taken) if plan.prompts[file.prompt].group == group]
-                if group:
-                    made[f"{metric}/{group}"] = score_files.measured(
-                        [taken[n] for n in of], [scores[n] for n in of], higher_is_better=higher
-                    )
+            groups = score_files.by_group(plan, taken, scores, higher_is_better=higher)
+            made |= {f"{metric}/{group}": of_group for group, of_group in groups.items()}
     return made

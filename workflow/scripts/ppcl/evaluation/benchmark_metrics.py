@@ -92,8 +92,8 @@ def _estimate(measured: Measured, resamples: int, seed: int) -> Estimate:
     """A metric and its interval over prompts; without scores of prompts, it has no interval."""
     if not len(measured.scores):
         return Estimate(float(measured.total or 0.0), samples=1)
-    weights = np.ones(len(measured.scores)) if measured.weights is None else measured.weights
-    made = metrics.ratio(weights * measured.scores, weights, measured.prompts, resamples, seed)
+    weighted, weights = measured.shares * measured.scores, measured.shares
+    made = metrics.ratio(weighted, weights, measured.prompts, resamples, seed)
     if measured.total is None or not made.value:
         return made
     scale = _scale(measured)  # as VBench has some of its metrics in percent
@@ -107,9 +107,8 @@ def _difference(mine: Measured, theirs: Measured, resamples: int, seed: int) -> 
         return Estimate(fall, samples=1) if not len(theirs.scores) else None
     tables = []
     for each in (mine, theirs):
-        weights = np.ones(len(each.scores)) if each.weights is None else each.weights
         columns = {"prompt": each.prompts, "picture": each.pictures}
-        tables.append(pd.DataFrame(columns | {"score": each.scores, "weight": weights}))
+        tables.append(pd.DataFrame(columns | {"score": each.scores, "weight": each.shares}))
     both = tables[0].merge(tables[1], on=["prompt", "picture"], suffixes=("", "_of_teacher"))
     if both.empty:
         return None
@@ -124,6 +123,5 @@ def _difference(mine: Measured, theirs: Measured, resamples: int, seed: int) -> 
 
 def _scale(measured: Measured) -> float:
     """By what a total is larger than the mean of its scores, as one in percent; 1 of zero."""
-    weights = np.ones(len(measured.scores)) if measured.weights is None else measured.weights
-    mean = float(np.average(measured.scores, weights=weights))
+    mean = float(np.average(measured.scores, weights=measured.shares))
     return (measured.total or 0.0) / mean if mean else 1.0

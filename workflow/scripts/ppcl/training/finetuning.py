@@ -118,12 +118,14 @@ def judged(of: Lesson) -> dict[str, float]:
         rows = context.reader.sample_heldout("select", JUDGED, context.seed)
         errors = 0.0
         with torch.no_grad():
-            for some in context.reader.in_batches(rows, of.options.batch_size):
-                batch = context.reader.batch(some).to(context.device)
+            for batch in context.reader.batches(rows, of.options.batch_size, context.device):
                 error = steps.velocity_loss(
-                    context.transformer, batch, context.accelerator, in_float32=True
+                    context.transformer,
+                    batch.to(context.device),
+                    context.accelerator,
+                    in_float32=True,
                 )
-                errors += float(error) * len(some)
+                errors += float(error) * len(batch.numbers)
         parts["velocity_error"] = errors / len(rows)
         total += weight * parts["velocity_error"]
     if weight := of.options.weights.pictures:

@@ -64,14 +64,13 @@ class Pictures:
         # Few pictures are measured at several levels each.
         rows = np.repeat(rows, max(1, HELDOUT // (2 * len(rows))))
         shares = rng.permutation((np.arange(len(rows)) + 0.5) / len(rows))
-        level = {place: share for place, share in enumerate(shares)}
         for batch_rows in self.reader.in_batches(np.unique(rows), self._options.batch_size):
-            places = [p for p in level if rows[p] in set(batch_rows)]
+            places = np.flatnonzero(np.isin(rows, batch_rows))
             for start in range(0, len(places), self._options.batch_size):
                 some = places[start : start + self._options.batch_size]
                 batch = self.reader.batch(rows[some])
-                seeds: list[tuple[int, ...]] = [(self._seed, 3, p) for p in some]
-                values = torch.tensor([level[p] for p in some])
+                seeds: list[tuple[int, ...]] = [(self._seed, 3, int(place)) for place in some]
+                values = torch.from_numpy(shares[some])
                 total += float(self._errors(model, batch, values, seeds, weighted=False).sum())
         return total / len(rows)
 
