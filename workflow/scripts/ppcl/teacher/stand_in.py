@@ -132,13 +132,13 @@ class Seen:
         same = state.numel() == sample.numel()
         self.given_as_they_are &= same and torch.equal(state, sample.flatten().to(state))
         output = given["model_output"].flatten().to(answer)
-        found = [
+        signs = [
             sign
             for sign in (1, -1)
             if output.shape == answer.flatten().shape
             and torch.allclose(output, sign * answer.flatten(), rtol=0.02)
         ]
-        self.signs.add(found[0] if found else 0)
+        self.signs.add(signs[0] if signs else 0)
         self.times.add((share, float(self._call["time"].flatten()[0])))
 
 
